@@ -1,0 +1,33 @@
+# Everything runs from .venv, which the first call makes. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test check venv format clean
+
+demo: venv
+	$(BIN)/python -m stages.pipeline --config pipeline.yaml
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'DualKL needs Python 3.11 or newer; try: make venv PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,102 @@
+"""What decides the meaning of a row: the part of a cache that must match, and the part that is only recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
+
+_SHOWN = 48
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a cache's content; values are whatever JSON can hold.
+
+    Attributes:
+        must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size,
+            signal {kind, k, p, temperature}; format_version is added here.
+        recorded: student, sampling, dataset: noted, and free to differ between writers.
+    """
+
+    must_match: dict[str, Any]
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        must_match = {**_plain("must_match", self.must_match)}
+        must_match.setdefault("format_version", FORMAT_VERSION)
+        object.__setattr__(self, "must_match", must_match)
+        object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
+        signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")
+        if not isinstance(signal, dict) or signal.get("kind") not in SIGNAL_KINDS:
+            raise CacheError(f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}.")
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise CacheError(f"the fingerprint's vocab_size is {vocab_size!r}; expected a number of ids >= 1.")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the part that must match."""
+        return hashlib.sha256(canonical_json(self.must_match)).hexdigest()
+
+    @property
+    def rules(self) -> Rules:
+        """What this fingerprint says about every row."""
+        signal = self.must_match["signal"]
+        temperature = float(signal.get("temperature", 1.0))
+        return Rules(self.must_match["vocab_size"], signal["kind"], temperature, signal.get("k"))
+
+    def compare(self, wanted: Fingerprint, root: str | PathLike[str]) -> list[str]:
+        """Compares this fingerprint, the one of the cache at `root`, with what a program wants.
+
+        Returns one sentence for each recorded field that differs; raises CacheError if one that must match does.
+        """
+        for name, own, other in _differences(self.must_match, wanted.must_match):
+            own, other = _show(own, other)
+            raise CacheError(
+                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean the same: use"
+                f" another cache directory, or set {name} as it was when the cache was written. Nothing was changed."
+            )
+        return [
+            f"{name} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
+            for name, own, other in _differences(self.recorded, wanted.recorded)
+        ]
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one form of a JSON value that digests are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"the fingerprint's {name} cannot be written as JSON ({error}).") from error
+    return plain
+
+
+def _differences(own: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for name in sorted(own.keys() | other.keys()):
+        left, right = own.get(name, _ABSENT), other.get(name, _ABSENT)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += _differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append((prefix + name, left, right))
+    return found
+
+
+def _show(value: Any, other: Any) -> tuple[str, str]:
+    """Both values, long ones from just before where they part."""
+    texts = [v if v is _ABSENT else json.dumps(v, ensure_ascii=False) for v in (value, other)]
+    if max(map(len, texts)) <= _SHOWN:
+        return texts[0], texts[1]
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, same - _SHOWN // 2)
+    shown = [("…" if start else "") + t[start : start + _SHOWN] + ("…" if len(t) > start + _SHOWN else "") for t in texts]
+    return shown[0], shown[1]

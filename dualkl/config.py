@@ -1,0 +1,67 @@
+"""The settings of the gated dual KL, checked when they are made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TAIL_FLOOR = 1e-8
+"""Smallest probability that the teacher's tail bucket is taken to hold."""
+
+_CHOICES = {"gating": ("soft", "hard", "fixed"), "rkl": ("exact", "mc"), "fkl": ("full", "argmax")}
+
+
+@dataclass(frozen=True)
+class DualKLConfig:
+    """Settings of `dual_kl`. Divergences are in nats.
+
+    Attributes:
+        tau: reverse KL at which the gate is one half (soft) or closes (hard).
+        alpha: steepness of the soft gate per nat. With alpha * tau < 4 the gate is close to a constant mix.
+        gating: "soft" λ = sigmoid(alpha (tau - R)); "hard" λ = 1[R <= tau]; "fixed" λ = mix.
+        mix: weight of the reverse KL under gating="fixed".
+        rkl: "exact" sums over the vocabulary; "mc" is the score-function estimate at the sampled token.
+        fkl: "full" forward KL; "argmax" cross-entropy on the teacher's most likely token (lowers entropy).
+        temperature: divides both logits. No T² factor, so the gradient by the logits is g / T.
+        importance_cap: upper bound of the importance ratio of rkl="mc"; inf leaves it unbiased.
+        tail_floor: least mass of the teacher's tail bucket; rows below it are reported as floored.
+        vocab_size: both vocabularies are cut to this many ids before every softmax; None cuts nothing.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+    """
+
+    tau: float = 1.0
+    alpha: float = 5.0
+    gating: Literal["soft", "hard", "fixed"] = "soft"
+    mix: float = 0.5
+    rkl: Literal["exact", "mc"] = "exact"
+    fkl: Literal["full", "argmax"] = "full"
+    temperature: float = 1.0
+    importance_cap: float = 5.0
+    tail_floor: float = TAIL_FLOOR
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        _check_range("tau", self.tau, self.tau >= 0, "a number of nats >= 0")
+        _check_range("alpha", self.alpha, self.alpha >= 0, "a number >= 0")
+        _check_range("mix", self.mix, 0 <= self.mix <= 1, "a number in [0, 1]")
+        check_temperature(self.temperature)
+        _check_range(
+            "importance_cap", self.importance_cap, self.importance_cap > 0, "a number > 0 (inf is allowed)"
+        )
+        _check_range("tail_floor", self.tail_floor, 0 <= self.tail_floor < 1, "a probability in [0, 1)")
+        if self.vocab_size is not None:
+            _check_range("vocab_size", self.vocab_size, self.vocab_size >= 1, "a number of ids >= 1, or None")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless 0 < temperature < inf."""
+    _check_range("temperature", temperature, 0 < temperature < float("inf"), "a finite number > 0")
+
+
+def _check_range(name: str, value: float, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; expected {expected}.")

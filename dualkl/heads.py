@@ -1,0 +1,172 @@
+"""The output head: hidden states to logits and back, in chunks of positions small enough for a memory budget.
+
+Shape suffixes: N positions, V vocabulary after the cut, d width of the hidden states.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_CPU_BUDGET = 192 * 2**20
+_ACCELERATOR_BUDGET = 4 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output head: logits = cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
+
+    Attributes:
+        weight: one row per token id.
+        bias: one number per token id, or None.
+        scale: factor on the logits, applied before the cap.
+        softcap: bound of the logits' magnitude, or None for no bound.
+    """
+
+    weight: Float[Tensor, "V d"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(
+                f"The head's weight has shape {list(self.weight.shape)}; expected [vocabulary, width]."
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"The head's bias has shape {list(self.bias.shape)}; expected [{self.weight.shape[0]}], "
+                "one number per row of its weight."
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(
+                f"The head's softcap is {self.softcap}; expected a number > 0, or None for no cap."
+            )
+
+
+def as_head(lm_head: Tensor | Head) -> Head:
+    """A bare weight as a head without bias, scale or cap."""
+    return lm_head if isinstance(lm_head, Head) else Head(lm_head)
+
+
+def statistics_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of logits and all statistics: float32, or float64 for float64 hidden states."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedHead:
+    """A detached head, cut to the vocabulary and in the dtype of its matrix products.
+
+    bfloat16 hidden states multiply in bfloat16 on CUDA, with float32 sums and float32 results; everywhere else
+    products run in the statistics dtype.
+    """
+
+    weight_Vd: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+
+    def logits(self, hidden_Nd: Tensor) -> Tensor:
+        """Logits [N, V] in the statistics dtype, freshly allocated. `hidden_Nd` is in the head's product dtype."""
+        logits_NV = _matmul(hidden_Nd, self.weight_Vd.T, self.dtype)
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        if self.scale != 1.0:
+            logits_NV *= self.scale
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
+    def slope(self, logits_NV: Tensor) -> Tensor | None:
+        """d logits / d (scaled raw logits) = 1 - (logits / softcap)², or None where it is 1."""
+        if self.softcap is None:
+            return None
+        return logits_NV.div(self.softcap).square_().neg_().add_(1.0)
+
+
+def prepare_head(lm_head: Tensor | Head, hidden: Tensor, num_ids: int) -> PreparedHead:
+    """Detach `lm_head`, keep its first `num_ids` rows and cast it once for products with `hidden`."""
+    head = as_head(lm_head)
+    dtype = statistics_dtype(hidden)
+    product = torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else dtype
+    bias_V = None if head.bias is None else head.bias.detach()[:num_ids].to(dtype)
+    return PreparedHead(head.weight.detach()[:num_ids].to(product), bias_V, head.scale, head.softcap, dtype)
+
+
+class HeadGradient:
+    """Accumulates the gradients of hidden states, head weight and head bias, chunk by chunk.
+
+    The weight's and bias's gradients are summed over chunks in the statistics dtype; nothing is allocated or
+    multiplied for an input that needs no gradient.
+    """
+
+    def __init__(
+        self, head: PreparedHead, hidden: Tensor, lm_head: Head, needs: tuple[bool, bool, bool]
+    ) -> None:
+        self.head = head
+        self.needs = needs
+        self.hidden_Nd = torch.zeros_like(hidden) if needs[0] else None
+        self.weight_Vd = torch.zeros_like(lm_head.weight, dtype=head.dtype) if needs[1] else None
+        bias = lm_head.bias
+        self.bias_V = torch.zeros_like(bias, dtype=head.dtype) if needs[2] and bias is not None else None
+        self._weight_dtype = lm_head.weight.dtype
+        self._bias_dtype = None if bias is None else bias.dtype
+
+    def add(self, rows: slice, hidden_Nd: Tensor, gradient_NV: Tensor) -> None:
+        """Add one chunk, given the gradient by its raw logits (before bias and scale are undone)."""
+        num_ids = gradient_NV.shape[1]
+        if self.bias_V is not None:
+            self.bias_V[:num_ids] += gradient_NV.sum(0)
+        product_NV = gradient_NV.to(self.head.weight_Vd.dtype)
+        if self.hidden_Nd is not None:
+            self.hidden_Nd[rows] = torch.mm(product_NV, self.head.weight_Vd).to(self.hidden_Nd.dtype)
+        if self.weight_Vd is not None:
+            _add_matmul_(self.weight_Vd[:num_ids], product_NV.T, hidden_Nd)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients by (hidden, weight, bias), each in its input's dtype, None where not needed."""
+        weight_Vd = None if self.weight_Vd is None else self.weight_Vd.to(self._weight_dtype)
+        bias_V = None if self.bias_V is None else self.bias_V.to(self._bias_dtype)
+        return self.hidden_Nd, weight_Vd, bias_V
+
+
+def row_chunks(
+    num_rows: int, chunk_rows: int | None, num_ids: int, num_buffers: int, like: Tensor
+) -> Iterator[slice]:
+    """Slices of at most `chunk_rows` positions each, as equal as possible.
+
+    Without `chunk_rows`, as many positions as keep `num_buffers` arrays [rows, num_ids] of the statistics dtype
+    within 192 MiB on a CPU, 4 GiB (at most a sixteenth of the memory) on a GPU.
+    """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}; expected a number of positions >= 1, or None.")
+    if chunk_rows is None:
+        row_bytes = num_ids * num_buffers * statistics_dtype(like).itemsize
+        chunk_rows = max(1, _memory_budget(like.device) // max(1, row_bytes))
+    num_chunks = -(-num_rows // chunk_rows)
+    edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else [0]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def _memory_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_BUDGET
+    return min(_ACCELERATOR_BUDGET, torch.cuda.get_device_properties(device).total_memory // 16)
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with results (not only sums) in `dtype`: rounding logits to bfloat16 adds up to 1e-3 nats of KL."""
+    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -1,0 +1,304 @@
+"""The gated dual KL: `dual_kl`, its output, and the loop over chunks that computes loss and gradient together.
+
+Shape suffixes: N positions, V vocabulary after the cut, d width of the student's hidden states.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from dualkl.checks import check_device, check_ids, check_integers, check_shape
+from dualkl.config import DualKLConfig
+from dualkl.heads import Head, HeadGradient, as_head, prepare_head, row_chunks, statistics_dtype
+from dualkl.steps import StepResult, dense_step, topk_step
+from dualkl.targets import (
+    DenseTarget,
+    Sampled,
+    Teacher,
+    TopKTeacher,
+    check_teacher,
+    check_topk_values,
+    select_rows,
+    shared_vocabulary,
+    support_tensor,
+)
+
+_HIDDEN_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class DualKLOutput:
+    """What `dual_kl` returns. All but `loss` is detached and per position, in nats at the loss's temperature.
+
+    float32, or float64 for float64 hidden states. Positions of weight 0 hold 0.
+
+    Attributes:
+        loss: Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n), a scalar.
+        rkl: R = KL(student || teacher), whatever the estimator; bucketed for a top-k teacher.
+        fkl: F = KL(teacher || student), likewise.
+        gate: λ, the weight of the reverse KL.
+        floored: where a top-k teacher's tail was below `tail_floor`; False for dense teachers.
+        student_logprobs: ln p(y) of the sampled tokens, or None without `sampled`.
+        student_log_tail_mass: ln of the student's mass outside a top-k teacher's kept ids (-1e30 for none), or None.
+    """
+
+    loss: Float[Tensor, ""]
+    rkl: Float[Tensor, " N"]
+    fkl: Float[Tensor, " N"]
+    gate: Float[Tensor, " N"]
+    floored: Bool[Tensor, " N"]
+    student_logprobs: Float[Tensor, " N"] | None
+    student_log_tail_mass: Float[Tensor, " N"] | None
+
+
+@torch.compiler.disable
+def dual_kl(
+    student_hidden: Float[Tensor, "N d"],
+    lm_head: Float[Tensor, "V d"] | Head,
+    teacher: Teacher,
+    config: DualKLConfig,
+    sampled: Sampled | None = None,
+    weights: Float[Tensor, " N"] | None = None,
+    *,
+    chunk_rows: int | None = None,
+    check: bool = False,
+) -> DualKLOutput:
+    """Forward and reverse KL mixed at each position by a gate on the reverse KL, with the output head inside.
+
+    With student p, teacher q and l_j = ln p_j - ln q_j, in nats:
+        R = KL(p || q) = Σ_j p_j l_j,  F = KL(q || p) = -Σ_j q_j l_j,  λ = gate(R), detached (`dualkl.gates`),
+        loss = Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n).
+    r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
+    cross-entropy on the teacher's most likely token (fkl="argmax"). Forward and reverse KL for distillation on the
+    student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.steps`).
+
+    Logits exist for a chunk of positions at a time, and the gradient is computed together with the loss: backward
+    only multiplies it. Logits and all statistics are float32 (float64 for float64 hidden states), the head's
+    gradient is summed over chunks in float32; bfloat16 hidden states on CUDA multiply in bfloat16. Autocast has no
+    effect inside. mc saves no memory or time: the gate needs R.
+
+    Args:
+        student_hidden: the student's last hidden states at the scored positions; bfloat16, float32 or float64.
+        lm_head: the student's output head; frozen parts cost nothing.
+        teacher: logits, hidden states and a head, or top-k ids with the tail's mass.
+        config: gate, estimators, temperature and limits.
+        sampled: the sampled tokens; required by rkl="mc", else only reported on (`student_logprobs`).
+        weights: constants, not differentiated; by default 1 / N. Positions of weight 0 are skipped: they give exactly
+            zero loss and gradient, whatever they hold, NaN included. Weights must be finite.
+        chunk_rows: positions per chunk; by default what fits a memory budget. Changes rounding only.
+        check: look for invalid values on CUDA too, which waits for the device. CPU tensors are always checked.
+
+    Returns:
+        The loss, differentiable in `student_hidden` and `lm_head` (once), and what it was made of. N = 0 gives a loss
+        of 0 attached to both. Positions where a top-k teacher keeps no id contribute nothing.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or vocabularies that do not fit together; rkl="mc" without `sampled`; a
+            top-k teacher at another temperature; where values are checked: weights that are not finite, ids outside
+            the vocabulary or kept twice, top-k masses that miss 1 by more than 1e-4.
+    """
+    head = as_head(lm_head)
+    num_ids = shared_vocabulary(head, teacher, config.vocab_size)
+    _check_inputs(student_hidden, head, teacher, config, sampled, weights)
+    needs = _needs_gradient(student_hidden, head)
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        if check or not student_hidden.is_cuda:
+            _check_values(teacher, sampled, weights, num_ids)
+        positions = _positions(student_hidden, sampled, weights)
+        output, gradients = _forward(positions, head, teacher, config, num_ids, needs, chunk_rows)
+    if not any(needs):
+        return output
+    loss = _AttachGradient.apply(student_hidden, head.weight, head.bias, output.loss, *gradients)
+    return replace(output, loss=loss)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """The loss as a function of (hidden, weight, bias) whose gradients are already known."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        *gradients: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)  # type: ignore[arg-type]  # None is allowed, and comes back as None
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.Function, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        known = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return *known, None, None, None, None
+
+
+def _needs_gradient(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad
+
+
+@dataclass(frozen=True, eq=False)
+class _Positions:
+    """What the loss knows of some positions, besides the teacher. `active_N1` is None where all weights count."""
+
+    hidden_Nd: Tensor
+    weights_N: Tensor
+    active_N1: Tensor | None
+    sampled: Sampled | None
+
+    def select(self, rows: slice) -> "_Positions":
+        """Some of the positions; hidden states of weight 0 become zeros."""
+        hidden_Nd, sampled, active_N1 = self.hidden_Nd[rows], self.sampled, self.active_N1
+        if active_N1 is not None:
+            active_N1 = active_N1[rows]
+            hidden_Nd = torch.where(active_N1, hidden_Nd, 0)
+        if sampled is not None:
+            sampled = Sampled(*(column[rows] for column in _columns(sampled)))
+        return _Positions(hidden_Nd, self.weights_N[rows], active_N1, sampled)
+
+
+def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) -> _Positions:
+    """All positions, their numbers in the statistics dtype, the samples of weight 0 harmless."""
+    dtype, num_rows = statistics_dtype(hidden), hidden.shape[0]
+    if weights is None:
+        weights_N, active_N = (
+            torch.full((num_rows,), 1 / max(1, num_rows), device=hidden.device, dtype=dtype),
+            None,
+        )
+    else:
+        weights_N, active_N = weights.to(dtype), weights != 0
+    if sampled is not None:
+        ids_N, teacher_N, behaviour_N = _columns(sampled)
+        sampled = Sampled(ids_N.long(), teacher_N.to(dtype), behaviour_N.to(dtype))
+        if active_N is not None:
+            sampled = Sampled(*(torch.where(active_N, column, 0) for column in _columns(sampled)))
+    return _Positions(hidden, weights_N, None if active_N is None else active_N[:, None], sampled)
+
+
+def _forward(
+    positions: _Positions,
+    lm_head: Head,
+    teacher: Teacher,
+    config: DualKLConfig,
+    num_ids: int,
+    needs: tuple[bool, bool, bool],
+    chunk_rows: int | None,
+) -> tuple[DualKLOutput, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The output with a detached loss, and its gradients by (hidden, weight, bias)."""
+    hidden = positions.hidden_Nd
+    head = prepare_head(lm_head, hidden, num_ids)
+    gradient = HeadGradient(head, hidden, lm_head, needs)
+    step, num_buffers = _step_for(teacher, hidden, num_ids, config)
+    scale_N = positions.weights_N * (head.scale / config.temperature)
+    results = []
+    for rows in row_chunks(
+        hidden.shape[0], chunk_rows, num_ids, num_buffers + (head.softcap is not None), hidden
+    ):
+        chunk = positions.select(rows)
+        hidden_Nd = chunk.hidden_Nd.to(head.weight_Vd.dtype)
+        logits_NV = head.logits(hidden_Nd)
+        slope_NV = head.slope(logits_NV) if any(needs) else None
+        if config.temperature != 1.0:
+            logits_NV.div_(config.temperature)
+        results.append(step(logits_NV, rows, chunk, scale_N[rows] if any(needs) else None))
+        if any(needs):
+            gradient.add(rows, hidden_Nd, logits_NV if slope_NV is None else logits_NV.mul_(slope_NV))
+        del logits_NV, slope_NV
+    return _assemble(results, positions, isinstance(teacher, TopKTeacher)), gradient.results()
+
+
+_Step = Callable[[Tensor, slice, _Positions, Tensor | None], StepResult]
+
+
+def _step_for(teacher: Teacher, hidden: Tensor, num_ids: int, config: DualKLConfig) -> tuple[_Step, int]:
+    """The step of this kind of teacher, and how many arrays [rows, V] it holds at once."""
+    if isinstance(teacher, TopKTeacher):
+        topk = teacher
+
+        def topk_rows(
+            logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None
+        ) -> StepResult:
+            return topk_step(
+                logits_NV, select_rows(topk, rows, chunk.active_N1), chunk.sampled, scale_N, config
+            )
+
+        return topk_rows, 2
+    target = DenseTarget(teacher, num_ids, config.temperature, hidden)
+
+    def dense_rows(logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None) -> StepResult:
+        return dense_step(logits_NV, target.logits(rows, chunk.active_N1), chunk.sampled, scale_N, config)
+
+    return dense_rows, 4
+
+
+def _assemble(results: list[StepResult], positions: _Positions, bucketed: bool) -> DualKLOutput:
+    """Join the chunks; the loss is one sum over all positions, so that it does not depend on the chunks."""
+    zeros_N, active_N1 = torch.zeros_like(positions.weights_N), positions.active_N1
+
+    def join(name: str) -> Tensor:
+        column_N = torch.cat([getattr(result, name) for result in results]) if results else zeros_N
+        return column_N if active_N1 is None else torch.where(active_N1[:, 0], column_N, 0)
+
+    return DualKLOutput(
+        loss=(positions.weights_N * join("loss")).sum(),
+        rkl=join("rkl"),
+        fkl=join("fkl"),
+        gate=join("gate"),
+        floored=join("floored").bool() if bucketed else zeros_N.bool(),
+        student_logprobs=None if positions.sampled is None else join("student_logprobs"),
+        student_log_tail_mass=join("student_log_tail_mass") if bucketed else None,
+    )
+
+
+def _columns(sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:
+    return sampled.ids, sampled.teacher_logprobs, sampled.behaviour_logprobs
+
+
+def _check_inputs(
+    hidden: Tensor,
+    head: Head,
+    teacher: Teacher,
+    config: DualKLConfig,
+    sampled: Sampled | None,
+    weights: Tensor | None,
+) -> None:
+    """Everything that can be told without looking at values."""
+    check_shape("student_hidden", hidden, (None, head.weight.shape[1]))
+    num_rows = hidden.shape[0]
+    if hidden.dtype not in _HIDDEN_DTYPES:
+        raise ValueError(f"student_hidden has dtype {hidden.dtype}; expected bfloat16, float32 or float64.")
+    check_teacher(teacher, num_rows, config.temperature)
+    check_device("lm_head", head.weight, hidden)
+    check_device("teacher", support_tensor(teacher), hidden)
+    if weights is not None:
+        check_shape("weights", weights, (num_rows,))
+        check_device("weights", weights, hidden)
+    if sampled is None and config.rkl == "mc":
+        raise ValueError("rkl is 'mc', which needs the sampled tokens; pass sampled, or use rkl='exact'.")
+    if sampled is not None:
+        for name, column in zip(
+            ("ids", "teacher_logprobs", "behaviour_logprobs"), _columns(sampled), strict=True
+        ):
+            check_shape(f"sampled.{name}", column, (num_rows,))
+            check_device(f"sampled.{name}", column, hidden)
+        check_integers("sampled.ids", sampled.ids)
+
+
+def _check_values(teacher: Teacher, sampled: Sampled | None, weights: Tensor | None, num_ids: int) -> None:
+    """Everything that needs the values, and so waits for the device they are on. Rows of weight 0 are exempt."""
+    if weights is not None and not weights.isfinite().all():
+        row = int((~weights.isfinite()).nonzero()[0])
+        raise ValueError(f"weights[{row}] is {float(weights[row])}; expected finite numbers.")
+    active_N = None if weights is None else weights != 0
+    if isinstance(teacher, TopKTeacher):
+        check_topk_values(teacher, num_ids, active_N)
+    if sampled is not None:
+        ids_N = sampled.ids if active_N is None else torch.where(active_N, sampled.ids, 0)
+        check_ids("sampled.ids", ids_N, num_ids)

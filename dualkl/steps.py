@@ -1,0 +1,158 @@
+"""One chunk of positions: logits in; divergences, gate, loss and (in place of the logits) its gradient out.
+
+One function per kind of teacher, `dense_step` and `topk_step`. They are all that a fused kernel has to replace: the
+head's products, chunking, temperature and weights stay with the caller.
+
+Shape suffixes: N positions of the chunk, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with the tail
+bucket last).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualkl.config import DualKLConfig
+from dualkl.divergences import Bucket, Split, bucket_teacher, divergences_, split_student_
+from dualkl.estimators import sampled_reverse_kl
+from dualkl.gates import gate
+from dualkl.logprobs import LEAST_LOGPROB, centre_, log_normalise_
+from dualkl.targets import Sampled, TopKTeacher
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """Per position, detached, nats: what a step computes besides the gradient that it leaves in the logits."""
+
+    rkl: Tensor
+    fkl: Tensor
+    gate: Tensor
+    loss: Tensor
+    student_logprobs: Tensor | None = None
+    student_log_tail_mass: Tensor | None = None
+    floored: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Mix:
+    """Loss and gradient over C outcomes; the gradient lacks the one-hot term of the sampled token, `onehot_N`."""
+
+    rkl_N: Tensor
+    fkl_N: Tensor
+    gate_N: Tensor
+    loss_N: Tensor
+    gradient_NC: Tensor
+    onehot_N: Tensor | None
+
+
+def dense_step(
+    logits_NV: Tensor,
+    teacher_NV: Tensor,
+    sampled: Sampled | None,
+    gradient_scale_N: Tensor | None,
+    config: DualKLConfig,
+) -> StepResult:
+    """The gated dual KL against a teacher whose logits are all known.
+
+    With l_j = ln p_j - ln q_j the gradient by the student's logits is
+    g_j = p_j [λ (l_j - R) + (1 - λ)] - (1 - λ) q_j, times `gradient_scale_N`; it replaces the logits unless that is
+    None. R is Σ_j p_j l_j, not the difference of two log-sum-exps, which cancels.
+
+    Both arguments are at the loss's temperature, and both are overwritten.
+    """
+    logp_NV, logq_NV = log_normalise_(logits_NV), log_normalise_(teacher_NV)
+    top_N1 = logq_NV.argmax(1, keepdim=True) if config.fkl == "argmax" else None
+    sampled_logp_N = None if sampled is None else _at(logp_NV, sampled.ids)
+    mix = _mix_outcomes_(logp_NV, logq_NV, top_N1, sampled_logp_N, sampled, gradient_scale_N, config)
+    _add_onehot_(mix.gradient_NC, mix.onehot_N, sampled)
+    return StepResult(mix.rkl_N, mix.fkl_N, mix.gate_N, mix.loss_N, sampled_logp_N)
+
+
+def topk_step(
+    logits_NV: Tensor,
+    teacher: TopKTeacher,
+    sampled: Sampled | None,
+    gradient_scale_N: Tensor | None,
+    config: DualKLConfig,
+) -> StepResult:
+    """The gated dual KL against a teacher known by its K most likely ids and the mass of the rest.
+
+    The rest is one outcome, the tail bucket, with student mass p_0 and teacher mass q_0; the loss is that of the K + 1
+    outcomes. Its gradient G_c by outcome is `dense_step`'s formula. A kept id takes its own G_c; the bucket's G_0 is
+    shared among the ids outside by the student's own shape, g_j = G_0 softmax_outside(z)_j. This equals
+    p_j [λ (l_0 - R) + (1 - λ)] - (1 - λ) exp(z_j - lse_tail + ln q_0), and selects between the two cases: the equal
+    c p + k-hot form holds q_0 / p_0 and loses all digits when the student is far more peaked than the teacher.
+
+    Rows without any kept id have R = F = 0, no loss and no gradient. `logits_NV` (at the loss's temperature) is
+    overwritten, with the gradient times `gradient_scale_N` unless that is None.
+    """
+    bucket = bucket_teacher(teacher, logits_NV.shape[1], config.tail_floor, logits_NV.dtype)
+    centre_(logits_NV)
+    sampled_logit_N = None if sampled is None else _at(logits_NV, sampled.ids)
+    split = split_student_(logits_NV, bucket)
+    sampled_logp_N = None
+    if sampled_logit_N is not None:
+        sampled_logp_N = (sampled_logit_N - split.lse_N1[:, 0]).clamp_(min=LEAST_LOGPROB)
+    top_N1 = torch.zeros_like(bucket.index_NK[:, :1]) if config.fkl == "argmax" else None
+    log_tail_N = split.logp_NC[:, -1].clone()
+    scale_N = None if gradient_scale_N is None else torch.where(bucket.filled_N, gradient_scale_N, 0)
+    mix = _mix_outcomes_(split.logp_NC, bucket.logq_NC, top_N1, sampled_logp_N, sampled, scale_N, config)
+    if scale_N is not None:
+        _spread_(split, bucket, mix.gradient_NC)
+        _add_onehot_(split.outside_NV, mix.onehot_N, sampled)
+    loss_N = torch.where(bucket.filled_N, mix.loss_N, 0)
+    return StepResult(mix.rkl_N, mix.fkl_N, mix.gate_N, loss_N, sampled_logp_N, log_tail_N, bucket.floored_N)
+
+
+def _mix_outcomes_(
+    logp_NC: Tensor,
+    logq_NC: Tensor,
+    top_N1: Tensor | None,
+    sampled_logp_N: Tensor | None,
+    sampled: Sampled | None,
+    scale_N: Tensor | None,
+    config: DualKLConfig,
+) -> _Mix:
+    """Divergences, gate, loss and scaled gradient over C outcomes; the gradient ends in `logp_NC`'s storage."""
+    cross_entropy_N = None if top_N1 is None else -logp_NC.gather(1, top_N1)[:, 0]
+    rkl_N, fkl_N, product_NC = divergences_(logp_NC, logq_NC)
+    gate_N = gate(rkl_N, config)
+    reverse_N, advantage_N, onehot_N = rkl_N, None, None
+    if config.rkl == "mc":
+        assert sampled is not None and sampled_logp_N is not None
+        reverse_N, advantage_N = sampled_reverse_kl(
+            sampled_logp_N, sampled.teacher_logprobs, sampled.behaviour_logprobs, rkl_N, config.importance_cap
+        )
+    forward_N = fkl_N if cross_entropy_N is None else cross_entropy_N
+    loss_N = gate_N * reverse_N + (1 - gate_N) * forward_N
+    if scale_N is not None:
+        reverse_scale_N, forward_scale_N = gate_N * scale_N, (1 - gate_N) * scale_N
+        onehot_N = None if advantage_N is None else reverse_scale_N * advantage_N
+        coefficient_N = forward_scale_N - (reverse_scale_N * rkl_N if onehot_N is None else onehot_N)
+        logp_NC.mul_(coefficient_N[:, None])
+        if onehot_N is None:
+            logp_NC.addcmul_(product_NC, reverse_scale_N[:, None])
+        if top_N1 is None:
+            logp_NC.addcmul_(logq_NC, forward_scale_N[:, None], value=-1)
+        else:
+            logp_NC.scatter_add_(1, top_N1, -forward_scale_N[:, None])
+    return _Mix(rkl_N, fkl_N, gate_N, loss_N, logp_NC, onehot_N)
+
+
+def _add_onehot_(gradient_NV: Tensor, onehot_N: Tensor | None, sampled: Sampled | None) -> None:
+    """Add the sampled token's term, which only mc has."""
+    if onehot_N is not None:
+        assert sampled is not None
+        gradient_NV.scatter_add_(1, sampled.ids.long()[:, None], onehot_N[:, None])
+
+
+def _spread_(split: Split, bucket: Bucket, gradient_NC: Tensor) -> None:
+    """Turn the logits outside K into their share of the bucket's gradient, and write the kept ids' own."""
+    shift_N1 = split.lse_tail_N1.masked_fill(split.lse_tail_N1 == -torch.inf, 0)
+    split.outside_NV.sub_(shift_N1).exp_().mul_(gradient_NC[:, -1:])
+    gradient_NK = torch.where(bucket.kept_NK, gradient_NC[:, :-1], gradient_NC[:, :1])
+    split.outside_NV.scatter_(1, bucket.index_NK, gradient_NK)
+
+
+def _at(values_NV: Tensor, ids_N: Tensor) -> Tensor:
+    return values_NV.gather(1, ids_N.long()[:, None])[:, 0]

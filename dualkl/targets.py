@@ -1,0 +1,297 @@
+"""The teacher's side: the three forms a teacher's distribution comes in, and `compress`, which makes the smallest.
+
+Shape suffixes: N positions, V vocabulary after the cut, K kept ids, d / D width of student / teacher.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dualkl.checks import check_ids, check_integers, check_shape, cut_vocabulary
+from dualkl.config import check_temperature
+from dualkl.heads import Head, PreparedHead, as_head, prepare_head, row_chunks, statistics_dtype
+from dualkl.logprobs import LEAST_LOGPROB, entropy, log_normalise_
+
+__all__ = [
+    "Compressed",
+    "Head",
+    "HiddenTeacher",
+    "LogitsTeacher",
+    "Sampled",
+    "Teacher",
+    "TopKTeacher",
+    "compress",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsTeacher:
+    """A teacher given by its logits, before temperature and vocabulary cut."""
+
+    logits: Float[Tensor, "N V"]
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTeacher:
+    """A teacher given by its last hidden states and its head: the full distribution at D numbers a position."""
+
+    hidden: Float[Tensor, "N D"]
+    lm_head: Float[Tensor, "V D"] | Head
+
+
+@dataclass(frozen=True, eq=False)
+class TopKTeacher:
+    """A teacher given by its most likely ids and the mass of all others, the tail bucket.
+
+    Attributes:
+        ids: kept ids, the most likely in slot 0; empty slots hold -1 and come last.
+        logprobs: nats, normalised together with the tail, never over the kept ids alone; ignored where empty.
+        log_tail_mass: ln of the mass outside the kept ids, nats; -inf where all ids are kept.
+        temperature: at which logprobs and tail were taken.
+    """
+
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
+    log_tail_mass: Float[Tensor, " N"]
+    temperature: float = 1.0
+
+
+Teacher = LogitsTeacher | HiddenTeacher | TopKTeacher
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The tokens that were drawn, and their logprobs in nats.
+
+    Attributes:
+        ids: the sampled token of each position.
+        teacher_logprobs: under the teacher, at the loss's temperature and after its vocabulary cut.
+        behaviour_logprobs: under the distribution that was really sampled, at the sampling temperature.
+    """
+
+    ids: Int[Tensor, " N"]
+    teacher_logprobs: Float[Tensor, " N"]
+    behaviour_logprobs: Float[Tensor, " N"]
+
+
+class DenseTarget:
+    """Serves a dense teacher's logits, a few positions at a time, in the statistics dtype and at a temperature."""
+
+    def __init__(
+        self, teacher: LogitsTeacher | HiddenTeacher, num_ids: int, temperature: float, like: Tensor
+    ) -> None:
+        self._head: PreparedHead | None = None
+        if isinstance(teacher, HiddenTeacher):
+            self._source = teacher.hidden.detach()
+            self._head = prepare_head(teacher.lm_head, teacher.hidden, num_ids)
+        else:
+            self._source = teacher.logits.detach()[:, :num_ids]
+        self._temperature = temperature
+        self._dtype = statistics_dtype(like)
+
+    def logits(self, rows: slice, active_N1: Tensor | None) -> Tensor:
+        """Logits / temperature [rows, V], freshly allocated; rows that are not active come from zeros."""
+        source = self._source[rows]
+        if active_N1 is not None:
+            source = torch.where(active_N1, source, 0)
+        if self._head is None:
+            logits_NV = source.to(self._dtype, copy=True)
+        else:
+            logits_NV = self._head.logits(source.to(self._head.weight_Vd.dtype)).to(self._dtype)
+        return logits_NV if self._temperature == 1.0 else logits_NV.div_(self._temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A teacher's distribution cut to its most likely ids; all logprobs and entropies in nats, float32.
+
+    Attributes:
+        ids: kept ids by falling probability, -1 in empty slots (which come last).
+        logprobs: of the kept ids under the full distribution; -inf in empty slots.
+        log_tail_mass: ln of the mass outside the kept ids; -inf where there is none.
+        entropy: of the full distribution.
+        sampled_logprobs: of the sampled tokens under the full distribution.
+    """
+
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
+    log_tail_mass: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    sampled_logprobs: Float[Tensor, " N"]
+
+
+@torch.no_grad()
+def compress(
+    hidden: Float[Tensor, "N D"],
+    head: Float[Tensor, "V D"] | Head,
+    sampled_ids: Int[Tensor, " N"],
+    *,
+    k: int,
+    p: float = 1.0,
+    floor: int = 1,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+) -> Compressed:
+    """The teacher's k most likely ids at each position, its tail mass, entropy and sampled tokens' logprobs.
+
+    The head is applied to a few positions at a time, so that the logits of all positions never exist at once; logits
+    and statistics are float32. The tail mass is the log-sum-exp over the ids that are not kept, never 1 - sum: it is
+    accurate however small. K = min(k, vocabulary).
+
+    Args:
+        hidden: the teacher's last hidden states.
+        head: its output head.
+        sampled_ids: the token drawn at each position.
+        k: the most ids to keep at a position.
+        p: keep the smallest set of ids with mass >= p (the nucleus), at most k of them; 1 keeps k.
+        floor: the fewest ids that a nucleus may keep.
+        vocab_size: cut the vocabulary to this many ids before the softmax.
+        temperature: divides the logits.
+        chunk_rows: positions per application of the head; by default what fits a memory budget.
+
+    Raises:
+        ValueError: k, p, floor, temperature or vocab_size out of range, shapes that do not fit together, or (on a
+            CPU) a sampled id outside the vocabulary.
+    """
+    head = as_head(head)
+    _check_compress(hidden, head, sampled_ids, k, p, floor, temperature)
+    num_ids = cut_vocabulary(vocab_size, {"teacher's head": head.weight.shape[0]})
+    if not sampled_ids.is_cuda:
+        check_ids("sampled_ids", sampled_ids, num_ids)
+    prepared = prepare_head(head, hidden, num_ids)
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in row_chunks(hidden.shape[0], chunk_rows, num_ids, 3, hidden):
+            logits_NV = prepared.logits(hidden[rows].to(prepared.weight_Vd.dtype)).div_(temperature)
+            parts.append(_compress_chunk(logits_NV, sampled_ids[rows], min(k, num_ids), p, floor))
+    if not parts:
+        return _nothing_compressed(min(k, num_ids), hidden)
+    return Compressed(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floor: int) -> tuple[Tensor, ...]:
+    """The fields of `Compressed` for some positions. Overwrites the logits."""
+    logprobs_NV = log_normalise_(logits_NV)
+    sampled_logprobs_N = logprobs_NV.gather(1, sampled_N.long()[:, None])[:, 0]
+    entropy_N = entropy(logprobs_NV)
+    logprobs_NK, ids_NK = logprobs_NV.topk(k, dim=1)
+    kept_NK = logprobs_NK > LEAST_LOGPROB
+    if p < 1.0:
+        mass_NK = logprobs_NK.double().exp()
+        before_NK = mass_NK.cumsum(1) - mass_NK
+        kept_NK &= (before_NK < p) | (torch.arange(k, device=before_NK.device) < floor)
+    # An empty slot takes slot 0's id, so that it removes nothing else from the tail.
+    logprobs_NV.scatter_(1, torch.where(kept_NK, ids_NK, ids_NK[:, :1]), -torch.inf)
+    log_tail_N = logprobs_NV.masked_fill_(logprobs_NV <= LEAST_LOGPROB, -torch.inf).logsumexp(1)
+    ids_NK = ids_NK.masked_fill(~kept_NK, -1).int()
+    logprobs_NK = logprobs_NK.masked_fill(~kept_NK, -torch.inf)
+    return ids_NK, logprobs_NK.float(), log_tail_N.float(), entropy_N.float(), sampled_logprobs_N.float()
+
+
+def _nothing_compressed(k: int, like: Tensor) -> Compressed:
+    none = torch.empty(0, device=like.device)
+    ids = torch.empty(0, k, dtype=torch.int32, device=like.device)
+    return Compressed(ids, torch.empty(0, k, device=like.device), none, none.clone(), none.clone())
+
+
+def _check_compress(
+    hidden: Tensor, head: Head, sampled_ids: Tensor, k: int, p: float, floor: int, temperature: float
+) -> None:
+    check_temperature(temperature)
+    if k < 1:
+        raise ValueError(f"k is {k}; expected a number of ids >= 1.")
+    if not 0 < p <= 1:
+        raise ValueError(f"p is {p}; expected a mass in (0, 1].")
+    if not 1 <= floor <= k:
+        raise ValueError(f"floor is {floor}; expected a number of ids from 1 to k = {k}.")
+    check_shape("hidden", hidden, (None, head.weight.shape[1]))
+    check_shape("sampled_ids", sampled_ids, (hidden.shape[0],))
+    check_integers("sampled_ids", sampled_ids)
+
+
+def support_tensor(teacher: Teacher) -> Tensor:
+    """The tensor that holds the teacher's distribution, for its device."""
+    if isinstance(teacher, LogitsTeacher):
+        return teacher.logits
+    return teacher.hidden if isinstance(teacher, HiddenTeacher) else teacher.logprobs
+
+
+def shared_vocabulary(head: Head, teacher: Teacher, vocab_size: int | None) -> int:
+    """The number of ids that student and teacher are cut to."""
+    sizes = {"student's head": head.weight.shape[0]}
+    if isinstance(teacher, HiddenTeacher):
+        sizes["teacher's head"] = as_head(teacher.lm_head).weight.shape[0]
+    elif isinstance(teacher, LogitsTeacher):
+        check_shape("teacher.logits", teacher.logits, (None, None))
+        sizes["teacher's logits"] = teacher.logits.shape[1]
+    return cut_vocabulary(vocab_size, sizes)
+
+
+def check_teacher(teacher: Teacher, num_rows: int, temperature: float) -> None:
+    """Raise ValueError unless the teacher's shapes fit each other and `num_rows`, and its temperature is the loss's."""
+    if isinstance(teacher, LogitsTeacher):
+        check_shape("teacher.logits", teacher.logits, (num_rows, None))
+    elif isinstance(teacher, HiddenTeacher):
+        check_shape("teacher.hidden", teacher.hidden, (num_rows, as_head(teacher.lm_head).weight.shape[1]))
+    else:
+        check_shape("teacher.ids", teacher.ids, (num_rows, None))
+        check_integers("teacher.ids", teacher.ids)
+        check_shape("teacher.logprobs", teacher.logprobs, tuple(teacher.ids.shape))
+        check_shape("teacher.log_tail_mass", teacher.log_tail_mass, (num_rows,))
+        if teacher.ids.shape[1] == 0:
+            raise ValueError("teacher.ids has no slots; expected at least one kept id a position.")
+        if teacher.temperature != temperature:
+            raise ValueError(
+                f"The teacher's top-k logprobs are at temperature {teacher.temperature}, the loss is at {temperature}; "
+                "use the same temperature, or score the rollouts again."
+            )
+
+
+def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | None = None) -> None:
+    """Raise ValueError for the first active row that is no distribution over distinct ids and a tail.
+
+    Looks at the values, so that it waits for the device they are on.
+    """
+    ids_NK = teacher.ids if active_N is None else torch.where(active_N[:, None], teacher.ids, -1)
+    kept_NK = ids_NK >= 0
+    sorted_NK = ids_NK.sort(1).values
+    logprobs_NK = teacher.logprobs.double().masked_fill(~kept_NK, -torch.inf)
+    tail_N1 = teacher.log_tail_mass.double()[:, None]
+    mass_N = torch.cat([logprobs_NK, tail_N1], dim=1).exp().sum(1)
+    filled_N = kept_NK.any(1)
+    _refuse((ids_NK >= num_ids).any(1), f"holds an id outside the vocabulary of {num_ids} ids")
+    _refuse(
+        (kept_NK[:, 1:] & ~kept_NK[:, :-1]).any(1),
+        "has an empty slot (id -1) before a kept id; expected them last",
+    )
+    _refuse(
+        ((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice"
+    )
+    _refuse(
+        (logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0"
+    )
+    _refuse(
+        filled_N & ~((mass_N - 1).abs() <= 1e-4),
+        "has masses that do not add up to 1 (kept ids and tail: {value:.6f}, tolerance 1e-4); "
+        "normalise the kept ids together with the tail",
+        mass_N,
+    )
+
+
+def _refuse(bad_N: Tensor, what: str, value_N: Tensor | None = None) -> None:
+    if not bad_N.any():
+        return
+    row = int(bad_N.nonzero()[0])
+    value = 0.0 if value_N is None else float(value_N[row])
+    raise ValueError(f"Row {row} of the top-k teacher {what.format(value=value)}.")
+
+
+def select_rows(teacher: TopKTeacher, rows: slice, active_N1: Tensor | None) -> TopKTeacher:
+    """Some positions of a top-k teacher; rows that are not active become empty."""
+    ids_NK = teacher.ids[rows]
+    if active_N1 is not None:
+        ids_NK = torch.where(active_N1, ids_NK, -1)
+    return TopKTeacher(ids_NK, teacher.logprobs[rows], teacher.log_tail_mass[rows], teacher.temperature)

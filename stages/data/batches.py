@@ -1,0 +1,149 @@
+"""Committed rows -> the live pool -> batches in a fixed order -> tensors and teacher objects for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import cache
+from dualkl import Head, HiddenTeacher, LogitsTeacher, Sampled, TopKTeacher
+from stages.data.alignment import Aligned, align
+from stages.runtime.errors import UserError
+
+AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
+_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The rows that may be trained on, sorted by id. `version` counts refreshes; `ages` are steps, -1 for other runs."""
+
+    row_ids: list[str]
+    version: int
+    ages: dict[str, int]
+
+    @property
+    def num_off_policy(self) -> int:
+        return sum(age < 0 for age in self.ages.values())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one training forward takes; `weights` are constants of the loss, one a scored position."""
+
+    aligned: Aligned
+    teacher: AnyTeacher
+    sampled: Sampled
+    weights: Float[Tensor, " N"]
+
+
+def live_pool(snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int) -> Pool:
+    """Rows of this run up to refresh `version` and no older than `max_age` steps, and all rows of other runs."""
+    index = snapshot.index.select(["row_id", "run_id", "policy_step", "refresh_index"]).to_pylist()
+    ages: dict[str, int] = {}
+    for row in index:
+        if row["run_id"] != run_id:
+            ages[row["row_id"]] = -1
+        elif row["refresh_index"] <= version and at_step - row["policy_step"] <= max_age:
+            ages[row["row_id"]] = at_step - row["policy_step"]
+    return Pool(sorted(ages), version, ages)
+
+
+def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
+    """Row ids of global batch `batch_index` since the pool's version began.
+
+    The stream is a fresh permutation of the pool each epoch, seeded by (seed, epoch, version), one after the other.
+    """
+    size = len(pool.row_ids)
+    picked: list[str] = []
+    for position in range(batch_index * batch_size, (batch_index + 1) * batch_size):
+        epoch, offset = divmod(position, size)
+        if not picked or offset == 0:
+            order = np.random.default_rng([seed, epoch, pool.version]).permutation(size)
+        picked.append(pool.row_ids[order[offset]])
+    return picked
+
+
+def micro_batches(
+    records: list[cache.Record], max_rows: int | None, max_tokens: int | None
+) -> Iterator[list[cache.Record]]:
+    """Cuts rows, in order, into forwards of at most `max_rows` rows and `max_tokens` padded tokens (None: no cap)."""
+    batch: list[cache.Record] = []
+    width = 0
+    for record in records:
+        length = len(record.prompt_ids) + len(record.completion_ids)
+        wider = max(width, length)
+        full = max_rows is not None and len(batch) >= max_rows
+        if batch and (full or (max_tokens is not None and wider * (len(batch) + 1) > max_tokens)):
+            yield batch
+            batch, wider = [], length
+        batch.append(record)
+        width = wider
+    if batch:
+        yield batch
+
+
+def to_tensors(
+    records: list[cache.Record], weight: float, head: Head | None, pad_id: int, device: torch.device
+) -> MicroBatch:
+    """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
+    aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device)
+    sampled = Sampled(
+        aligned.targets,
+        _cat([r.teacher_logprobs for r in records], device),
+        _cat([r.behaviour_logprobs for r in records], device),
+    )
+    weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
+    return MicroBatch(aligned, teacher_of(records, head, device), sampled, weights)
+
+
+def teacher_of(records: list[cache.Record], head: Head | None, device: torch.device) -> AnyTeacher:
+    """The loss's teacher for the scored positions of `records`, row after row."""
+    signals = [record.signal for record in records]
+    first = signals[0]
+    if isinstance(first, cache.TopK):
+        width = max(signal.ids.shape[1] for signal in signals)
+        ids = _cat([_widen(signal.ids, width, -1) for signal in signals], device).long()
+        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals], device)
+        tail = _cat([signal.log_tail_mass for signal in signals], device)
+        return TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
+    if isinstance(first, cache.Hidden):
+        if head is None:
+            raise UserError("the cache holds hidden states but no teacher head; run `python -m cache verify` on it.")
+        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in signals], device), head)
+    if isinstance(first, cache.Full):
+        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in signals], device).float())
+    raise UserError(f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it.")
+
+
+def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head | None:
+    """A cache's teacher head on `device`."""
+    if stored is None:
+        return None
+    bias = None if stored.bias is None else torch.from_numpy(np.array(stored.bias)).to(device)
+    return Head(
+        _typed(stored.weight, stored.dtype).to(device),
+        bias=bias,
+        scale=stored.scale,
+        softcap=stored.softcap or None,
+    )
+
+
+def _typed(array: np.ndarray, dtype: str) -> Tensor:
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor.to(_TORCH[dtype])
+
+
+def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
+    missing = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else array
+
+
+def _cat(parts: list[np.ndarray] | list[Tensor], device: torch.device) -> Tensor:
+    tensors = [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts]
+    return torch.cat(tensors).to(device)

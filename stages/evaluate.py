@@ -1,0 +1,39 @@
+"""Measures the run's student as it stands: KLs on teacher text and on its own fresh text, and answers solved.
+
+    python -m stages.evaluate --config pipeline.yaml
+
+Before training this writes eval/before.json, after it eval/after.json. Needs the teacher, for its text and for on_student.
+"""
+
+from __future__ import annotations
+
+if not __package__:  # run as a file: the repository's root is importable, not stages/
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+
+from stages.loops import measure, setup
+from stages.models.teacher import TeacherLoader
+from stages.runtime.errors import command
+from stages.runtime.run import open_run
+
+
+def main() -> None:
+    run = open_run(__doc__ or "")
+    vocabulary = setup.shared_vocabulary(run.config)
+    evaluation = measure.open_evaluation(run, vocabulary)
+    student, position = setup.current_student(run, vocabulary)
+    label = "after" if position.step else "before"
+    with TeacherLoader(run.config, run.world) as teacher:
+        found = {
+            "teacher": measure.measure_teacher(evaluation),
+            label: measure.measure(evaluation, student, position.step, label, teacher),
+        }
+    run.metrics.say(json.dumps({k: {n: v for n, v in r.items() if n != "samples"} for k, r in found.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,317 @@
+"""Stage two: train the student from committed rows, refresh them on schedule, resume anywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+import cache
+from dualkl import DualKLConfig, DualKLOutput, Head, dual_kl
+from stages.data.alignment import at_scored
+from stages.data.batches import (
+    MicroBatch,
+    Pool,
+    batch_rows,
+    dual_kl_head,
+    live_pool,
+    micro_batches,
+    to_tensors,
+)
+from stages.models.student import Student
+from stages.runtime import checkpoint
+from stages.runtime.checkpoint import Position
+from stages.runtime.config import Config, rows_per_micro_step
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+AUTO_TRAIN_ROWS = 64
+
+
+class StudentLoss(nn.Module):
+    """Student forward and gated loss in one module, so that DDP and DeepSpeed see one forward."""
+
+    def __init__(self, student: Student, config: DualKLConfig):
+        super().__init__()
+        self.model = student.model
+        self._student, self._config = student, config  # a dataclass, not a submodule
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, DualKLOutput]:
+        hidden_Nd = at_scored(
+            self._student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned
+        )
+        out = dual_kl(hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights)
+        return out.loss, out
+
+
+@dataclass
+class Training:
+    """The student with what updates it; `module` is StudentLoss as wrapped by DDP or DeepSpeed."""
+
+    student: Student
+    module: nn.Module
+    optimizer: Any
+    scheduler: Any
+    step: int = 0
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, or None under DDP and in a single process."""
+        return self.module if hasattr(self.module, "set_gradient_accumulation_boundary") else None
+
+
+def loss_config(config: Config, vocab_size: int) -> DualKLConfig:
+    return DualKLConfig(**config.loss.model_dump(), vocab_size=vocab_size)
+
+
+def prepare(run: Run, student: Student) -> Training:
+    """Wraps the student for this world and makes AdamW with warm-up and cosine decay."""
+    train, world = run.config.train, run.world
+    module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
+    optimizer = torch.optim.AdamW(student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, train.warmup_steps, train.max_steps, min_lr_rate=train.lr_min_ratio
+    )
+    if world.student_is_deepspeed:
+        _fill_student_deepspeed(run.config, world.accelerator.state.deepspeed_plugin.deepspeed_config)
+        module, optimizer = world.accelerator.prepare(module, optimizer)
+    elif world.size > 1:
+        devices = [world.device] if world.device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+    return Training(student, module, optimizer, scheduler)
+
+
+def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
+    """What the accelerate config leaves open; accumulation and normalisation over the step are ours."""
+    if settings.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            "the student cannot be sharded with ZeRO-3 (it generates); use stage 2 in the accelerate config."
+        )
+    settings["train_micro_batch_size_per_gpu"] = 1
+    settings["gradient_accumulation_steps"] = 1
+    settings["gradient_clipping"] = config.train.max_grad_norm
+    settings["bf16"] = {"enabled": config.run.dtype == "bf16"}
+    settings["zero_allow_untested_optimizer"] = True
+    settings.pop("fp16", None)
+
+
+def resume(run: Run, training: Training) -> Position | None:
+    """Loads the newest checkpoint of this run, if there is one."""
+    path = checkpoint.latest(run.folder / "checkpoints")
+    if path is None:
+        return None
+    position = checkpoint.load(
+        path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
+    )
+    training.step = position.step
+    run.metrics.rewind(position.step)
+    run.metrics.say(f"going on from {path}")
+    return position
+
+
+def due_refresh(config: Config, step: int) -> int:
+    """The refresh whose rows serve step `step` (0: what stage one wrote)."""
+    every = config.refresh.refresh_every
+    return step // every if every else 0
+
+
+def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) -> None:
+    """Trains from the current step to `max_steps`; `refresh(training, index)` writes the rows of refresh `index`.
+
+    A checkpoint stands before every refresh: a run that is killed comes back to weights that were saved, never to weights
+    computed again, so that the refresh's rows are the same rows.
+    """
+    config = run.config
+    position = resume(run, training) or Position(0, 0)
+    refreshed = position.refresh_index
+    progress = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
+                    disable=not run.world.is_main)  # fmt: skip
+    while training.step < config.train.max_steps:
+        due = due_refresh(config, training.step)
+        if due > refreshed:
+            save_checkpoint(run, training, refreshed)
+            refresh(training, due)
+            refreshed = due
+        pool, reader = open_pool(run, due)
+        last = (
+            min((due + 1) * config.refresh.refresh_every, config.train.max_steps)
+            if config.refresh.refresh_every
+            else config.train.max_steps
+        )
+        while training.step < last:
+            with run.clock.phase("train"):
+                train_step(run, training, reader, pool, training.step - due * config.refresh.refresh_every)
+            progress.update(1)
+            if training.step % config.train.checkpoint_every == 0 and training.step < last:
+                save_checkpoint(run, training, refreshed)
+    progress.close()
+    save_checkpoint(run, training, refreshed)
+
+
+def save_checkpoint(run: Run, training: Training, refreshed: int) -> None:
+    checkpoint.save(
+        run.folder / "checkpoints", Position(training.step, refreshed), training.student.trainable, training.optimizer,
+        training.scheduler, run.world, run.config.train.keep_checkpoints, training.engine,
+    )  # fmt: skip
+
+
+def open_pool(run: Run, version: int) -> tuple[Pool, cache.Snapshot]:
+    snapshot = cache.open(run.config.cache_root)
+    at_step = version * run.config.refresh.refresh_every
+    pool = live_pool(snapshot, run.run_id, version, at_step, run.config.refresh.max_age)
+    if not pool.row_ids:
+        raise UserError(
+            f"{run.config.cache_root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
+            " run `python -m stages.rollout` with the same configuration first."
+        )
+    if pool.num_off_policy:
+        run.metrics.say(f"{pool.num_off_policy} of {len(pool.row_ids)} rows were written by another run (off-policy)")
+    return pool, snapshot
+
+
+def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch_index: int) -> None:
+    """One optimizer step on global batch `batch_index` of the pool (collective)."""
+    started = time.perf_counter()
+    config, world, device = run.config, run.world, run.world.device
+    row_ids = batch_rows(pool, config.run.seed, batch_index, config.train.batch_size)
+    micro_rows = rows_per_micro_step(config, world.size)
+    own = row_ids[world.rank * len(row_ids) // world.size : (world.rank + 1) * len(row_ids) // world.size]
+    records = [snapshot[snapshot.position(row_id)] for row_id in own]
+    forwards = list(_forwards(config, records, micro_rows))
+    num_tokens = sum(len(record.completion_ids) for record in records)
+    total_tokens = world.sum([float(num_tokens)])[0]
+    num_forwards = int(world.max([float(len(forwards))])[0])
+    head = _teacher_head(snapshot, device)
+    pad_id = training.student.tokenizer.pad_token_id
+    training.module.train()
+    outputs = []
+    for index in range(num_forwards):
+        idle = index >= len(forwards)  # short of work: join the collectives with weight 0
+        rows = records[:1] if idle else forwards[index]
+        batch = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device)
+        out = _backward(training, batch, world.size, last=index == num_forwards - 1)
+        if not idle:
+            outputs.append(out)
+    grad_norm = _update(training, config.train.max_grad_norm)
+    _report(run, training, pool, row_ids, outputs, total_tokens, grad_norm, time.perf_counter() - started)
+    _trace(run, training, records, forwards, outputs)
+
+
+def _forwards(config: Config, records: list[cache.Record], micro_rows: int) -> Iterator[list[cache.Record]]:
+    rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
+    for start in range(0, len(records), micro_rows):
+        yield from micro_batches(
+            records[start : start + micro_rows],
+            AUTO_TRAIN_ROWS if rows == "auto" else rows,
+            None if tokens == "auto" else tokens,
+        )
+
+
+def _teacher_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
+    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
+        return None
+    return _cached_head(snapshot.root, device)
+
+
+_heads: dict[tuple[str, torch.device], Head | None] = {}
+
+
+def _cached_head(root: str, device: torch.device) -> Head | None:
+    """The head of a `hidden` cache, read once a process: it never changes (its hash is in the fingerprint)."""
+    key = (str(root), device)
+    if key not in _heads:
+        _heads[key] = dual_kl_head(cache.open(root).head(), device)
+    return _heads[key]
+
+
+def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
+    """Forward and backward of one micro-batch. Gradients are averaged over ranks, hence the factor."""
+    engine = training.engine
+    if engine is not None:
+        loss, out = engine(batch)
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss * world_size)
+        return out
+    quiet = isinstance(training.module, nn.parallel.DistributedDataParallel) and not last
+    with training.module.no_sync() if quiet else nullcontext():
+        loss, out = training.module(batch)
+        (loss * world_size).backward()
+    return out
+
+
+def _update(training: Training, max_grad_norm: float) -> float:
+    """Clips, steps, clears; returns the gradient norm before clipping."""
+    engine = training.engine
+    if engine is not None:
+        engine.step()
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    else:
+        grad_norm = float(nn.utils.clip_grad_norm_(training.student.trainable.values(), max_grad_norm))
+        if math.isfinite(grad_norm):
+            training.optimizer.step()
+        training.optimizer.zero_grad()
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"the gradient of step {training.step + 1} is not finite (norm {grad_norm}); the weights were not updated."
+            " The last checkpoint is kept. Lower lr or max_grad_norm, or look at the rows with `python -m cache verify`."
+        )
+    training.scheduler.step()
+    training.step += 1
+    return grad_norm
+
+
+def _report(
+    run: Run, training: Training, pool: Pool, row_ids: list[str], outputs: list[DualKLOutput], total_tokens: float,
+    grad_norm: float, seconds: float,
+) -> None:  # fmt: skip
+    """One `step` record: token means over the global batch."""
+    sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
+    for out in outputs:
+        drift = torch.zeros_like(out.rkl) if out.student_logprobs is None else out.student_logprobs
+        values = (out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, drift)
+        sums += torch.stack([value.double().sum() for value in values])
+    losses = sum(float(out.loss.detach()) for out in outputs)
+    reduced = run.world.sum([losses, *sums.tolist()])
+    means = dict(zip(("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob"),
+                     (value / total_tokens for value in reduced[1:]), strict=True))  # fmt: skip
+    ages = [pool.ages[row_id] for row_id in row_ids if pool.ages[row_id] >= 0]
+    staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
+    run.metrics.log(
+        "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
+        lr=training.optimizer.param_groups[0]["lr"], tokens=int(total_tokens), staleness=staleness, seconds=seconds,
+    )  # fmt: skip
+
+
+def _trace(
+    run: Run,
+    training: Training,
+    records: list[cache.Record],
+    forwards: list[list[cache.Record]],
+    outputs: list[DualKLOutput],
+) -> None:
+    """Every `trace_every` steps: λ, reverse and forward KL of each token of the main rank's first forward."""
+    every = run.config.log.trace_every
+    if not (run.world.is_main and every and training.step % every == 0):
+        return
+    rows, out = forwards[0], outputs[0]
+    columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}
+    for record in rows:
+        columns["row_id"] += [record.row_id] * len(record.completion_ids)
+        columns["position"] += range(len(record.completion_ids))
+        columns["token_id"] += record.completion_ids.tolist()
+    values = {"gate": out.gate, "reverse_kl": out.rkl, "forward_kl": out.fkl}
+    table = pa.table(columns | {name: value.float().cpu().numpy() for name, value in values.items()})
+    path = Path(run.folder / "trace" / f"step-{training.step:06d}.arrow")
+    path.parent.mkdir(exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)

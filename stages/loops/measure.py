@@ -1,0 +1,208 @@
+"""Evaluation: KLs on fixed teacher text and on fresh student text, and answers solved at temperature 0."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cache
+from dualkl.divergences import compare
+from stages.data.alignment import at_scored
+from stages.data.batches import dual_kl_head, micro_batches, to_tensors
+from stages.data.prompts import Prompt, heldout_prompts, load_checker
+from stages.loops import setup
+from stages.loops.collect import AUTO_GEN_ROWS, AUTO_SCORE_ROWS, Author, collect, plan, teacher_head
+from stages.loops.setup import Vocabulary
+from stages.models import checkpoints
+from stages.models.generation import Completion, Sampling, generate
+from stages.models.student import Student
+from stages.models.teacher import TeacherLoader, load_plain_model, plain_model_fits
+from stages.runtime.config import SignalSection
+from stages.runtime.run import Run
+
+NUM_SAMPLES = 8
+HIDDEN = SignalSection(signal="hidden")
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every evaluation of a run shares: held-out prompts and where its files are."""
+
+    run: Run
+    vocabulary: Vocabulary
+    prompts: list[Prompt]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / "eval"
+
+    @property
+    def teacher_text(self) -> str:
+        return self.run.config.eval.eval_teacher_text or str(self.folder / "teacher_text")
+
+
+def open_evaluation(run: Run, vocabulary: Vocabulary) -> Evaluation:
+    evaluation = Evaluation(run, vocabulary, heldout_prompts(run.config, vocabulary.tokenizer).prompts)
+    if run.world.is_main:
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    run.world.barrier()
+    return evaluation
+
+
+def measure(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None) -> Result:
+    """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
+
+    KLs are exact over the shared vocabulary, nats a token. What needs a teacher or a checker that is not there is null.
+    """
+    path = evaluation.folder / f"{label}.json"
+    run = evaluation.run
+    if path.exists():
+        return json.loads(path.read_text())
+    with run.clock.phase("evaluate"):
+        result = _teacher_text_result(evaluation, student, teacher)
+        result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
+        result["on_student"] = _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
+    _keep(run, path, result)
+    return result
+
+
+def measure_teacher(evaluation: Evaluation) -> Result:
+    """The teacher's own accuracy, and its text on the held-out prompts (written once, by the plain teacher where it fits)."""
+    run, path = evaluation.run, evaluation.folder / "teacher.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    with run.clock.phase("evaluate"):
+        if not plain_model_fits(run.config, run.world):
+            run.metrics.say(
+                "the plain teacher does not fit on this device: its accuracy is not measured"
+                + ("" if run.config.eval.eval_teacher_text else ", nor KLs on its text (give eval_teacher_text)")
+            )
+            result: Result = {"accuracy": None, "samples": []}
+        else:
+            result = _with_plain_teacher(evaluation)
+    _keep(run, path, result)
+    return result
+
+
+def _with_plain_teacher(evaluation: Evaluation) -> Result:
+    run = evaluation.run
+    model = load_plain_model(run.config, run.world)
+    rollout, models = run.config.rollout, run.config.models
+
+    def author(sampling: Sampling) -> Author:
+        source = checkpoints.identity(models.teacher_model, models.teacher_revision)
+        tokenizer = evaluation.vocabulary.tokenizer
+        return Author(
+            model, tokenizer, "teacher", setup.short_hash(source), 0, sampling, evaluation.vocabulary.size,
+            checkpoints.eos_ids(model, tokenizer), lambda: torch.autocast(run.world.device.type, enabled=False),
+        )  # fmt: skip
+
+    result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
+    if not run.config.eval.eval_teacher_text:
+        with TeacherLoader(run.config.model_copy(update={"models": models.model_copy(update={"teacher_ds_zero3": False})}),
+                           run.world) as plain:  # fmt: skip
+            _write_text(evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, plain)
+    del model
+    return result
+
+
+def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: TeacherLoader) -> None:
+    """One completion for each held-out prompt into a `hidden` cache at `root` (collective; resumes)."""
+    run, vocabulary = evaluation.run, evaluation.vocabulary
+    units = plan(
+        evaluation.prompts, seed=run.config.run.seed, run_id=author.run_id, policy_hash=author.policy_hash, refresh_index=0,
+        num_rollouts=len(evaluation.prompts), group_size=1, rollouts_per_unit=run.config.rollout.rollouts_per_unit,
+    )  # fmt: skip
+    print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
+    head = teacher_head(teacher.get().head, vocabulary.size)
+    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
+    with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
+        collect(run, units, author, teacher.get, writer, HIDDEN)
+
+
+def _teacher_text_result(evaluation: Evaluation, student: Student, teacher: TeacherLoader | None) -> Result:
+    if not (Path(evaluation.teacher_text) / "fingerprint.json").exists():
+        return {"forward_kl": None, "reverse_kl": None, "top1_agreement": None}
+    return divergences(evaluation.run, student, evaluation.teacher_text)
+
+
+def _on_student(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader) -> Result:
+    root = str(evaluation.folder / f"on_student_{label}")
+    _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher)
+    return divergences(evaluation.run, student, root)
+
+
+def _nothing() -> Result:
+    return {"forward_kl": None, "reverse_kl": None, "top1_agreement": None, "tokens": None}
+
+
+@torch.no_grad()
+def divergences(run: Run, student: Student, root: str) -> Result:
+    """Token means of exact forward and reverse KL and of top-1 agreement over a `hidden` cache (collective)."""
+    snapshot = cache.open(root)
+    head = dual_kl_head(snapshot.head(), run.world.device)
+    rows = run.config.rollout.lp_micro_batch
+    was_training = student.model.training
+    student.model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    own = (snapshot[i] for i in range(run.world.rank, len(snapshot), run.world.size))
+    for records in micro_batches(list(own), AUTO_SCORE_ROWS if rows == "auto" else rows, None):
+        batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device)
+        hidden_Nd = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
+        found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
+        agree = found.student_top1 == found.teacher_top1
+        sums += torch.stack([found.fkl.double().sum(), found.rkl.double().sum(), agree.double().sum(),
+                             torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device)]).cpu()  # fmt: skip
+    student.model.train(was_training)
+    forward, reverse, agreed, tokens = run.world.sum(sums.tolist())
+    return {
+        "forward_kl": forward / tokens,
+        "reverse_kl": reverse / tokens,
+        "top1_agreement": agreed / tokens,
+        "tokens": int(tokens),
+    }
+
+
+def _solve(evaluation: Evaluation, author: Author) -> Result:
+    """Greedy completions of the held-out prompts: the share that the checker accepts, and a few samples (collective)."""
+    run = evaluation.run
+    checker = load_checker(run.config.eval.answer_checker)
+    own = evaluation.prompts[run.world.rank :: run.world.size]
+    texts = [author.tokenizer.decode(c.ids, skip_special_tokens=True) for c in _greedy(run, author, own)] if own else []
+    verdicts = [checker(p.row, text) if checker else None for p, text in zip(own, texts, strict=True)]
+    found = [
+        {"prompt": p.text, "completion": text, "solved": verdict}
+        for p, text, verdict in zip(own, texts, verdicts, strict=True)
+    ]
+    everything = _interleave(run.world.gather(found))
+    accuracy = float(np.mean([f["solved"] for f in everything])) if checker else None
+    return {"accuracy": accuracy, "samples": everything[:NUM_SAMPLES]}
+
+
+def _greedy(run: Run, author: Author, prompts: list[Prompt]) -> list[Completion]:
+    size = run.config.rollout.gen_micro_batch
+    with author.autocast():
+        return generate(
+            author.model, [p.ids for p in prompts], [0] * len(prompts), author.sampling, vocab_size=author.vocab_size,
+            eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id, micro_batch=AUTO_GEN_ROWS if size == "auto" else size,
+        )  # fmt: skip
+
+
+def _interleave(parts: list[list[Result]]) -> list[Result]:
+    """Undoes the [rank::size] split."""
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def _keep(run: Run, path: Path, result: Result) -> None:
+    if run.world.is_main:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(result, indent=1))
+        partial.replace(path)
+    run.world.barrier()

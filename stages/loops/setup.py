@@ -1,0 +1,112 @@
+"""What the stages agree on before any of them works: tokenizers, vocabulary cut, fingerprint, the student as it stands."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+import cache
+from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
+from stages.loops.collect import Author
+from stages.models import checkpoints
+from stages.models.generation import Sampling
+from stages.models.student import Student, load_student, policy_hash
+from stages.runtime import checkpoint
+from stages.runtime.config import Config, SignalSection
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The student's tokenizer and the number of ids that student and teacher share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+
+
+def shared_vocabulary(config: Config) -> Vocabulary:
+    """Compares the two tokenizers; reads configurations and tokenizers only."""
+    models = config.models
+    student = checkpoints.load_tokenizer(models.student_model, models.student_revision)
+    teacher = checkpoints.load_tokenizer(models.teacher_model, models.teacher_revision)
+    rows = [
+        checkpoints.load_config(name, revision).get_text_config().vocab_size
+        for name, revision in (
+            (models.student_model, models.student_revision),
+            (models.teacher_model, models.teacher_revision),
+        )
+    ]
+    return Vocabulary(student, checkpoints.vocabulary_cut(student, teacher, *rows))
+
+
+def cached_vocabulary(config: Config) -> Vocabulary:
+    """The cut that stage one chose, read from the cache: stage two needs no teacher files."""
+    tokenizer = checkpoints.load_tokenizer(config.models.student_model, config.models.student_revision)
+    must_match = cache.open(config.cache_root).fingerprint.must_match
+    own = vocabulary_fingerprint(tokenizer, must_match["vocab_size"])
+    if own != must_match["tokenizer"]:
+        raise UserError(
+            f"{config.cache_root} was written with another tokenizer (its map of the first {must_match['vocab_size']} ids"
+            f" hashes to {must_match['tokenizer']}, that of {config.models.student_model} to {own}); train a student of"
+            " that family, or write a cache of its own."
+        )
+    return Vocabulary(tokenizer, must_match["vocab_size"])
+
+
+def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
+    """What decides the meaning of a row (`must_match`), and what is only noted."""
+    models, rollout = config.models, config.rollout
+    kept = {"kind": signal.signal, "temperature": 1.0}
+    if signal.signal in ("topk", "nucleus"):
+        kept["k"] = min(signal.signal_k, vocabulary.size)
+    if signal.signal == "nucleus":
+        kept["p"] = signal.signal_p
+    must_match = {
+        "teacher": checkpoints.identity(models.teacher_model, models.teacher_revision),
+        "teacher_dtype": models.teacher_dtype,
+        "tokenizer": vocabulary_fingerprint(vocabulary.tokenizer, vocabulary.size),
+        "chat_template": template_fingerprint(vocabulary.tokenizer),
+        "chat_template_kwargs": config.data.chat_template_kwargs,
+        "vocab_size": vocabulary.size,
+        "signal": kept,
+    }
+    recorded = {
+        "teacher_model": models.teacher_model,
+        "student_model": models.student_model,
+        "dataset": config.data.dataset,
+        "sample_temperature": rollout.sample_temperature,
+        "sample_top_p": rollout.sample_top_p,
+        "sample_top_k": rollout.sample_top_k,
+        "max_new_tokens": rollout.max_new_tokens,
+    }
+    return cache.Fingerprint(must_match, recorded)
+
+
+def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
+    """The student with the weights of the run's newest checkpoint, and where that stands."""
+    with run.clock.phase("load"):
+        student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+        newest = checkpoint.latest(run.folder / "checkpoints")
+        if newest is None:
+            return student, checkpoint.Position(0, 0)
+        checkpoint.load_weights(newest, student.trainable)
+        return student, checkpoint.read_position(newest)
+
+
+def student_author(run: Run, student: Student, step: int, greedy: bool = False) -> Author:
+    """The student as a writer of rollouts, under the configured sampling."""
+    rollout = run.config.rollout
+    sampling = Sampling(
+        rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k, greedy
+    )
+    return Author(
+        student.model, student.tokenizer, run.run_id, policy_hash(student), step, sampling, student.vocab_size,
+        student.eos_ids, student.autocast,
+    )  # fmt: skip
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

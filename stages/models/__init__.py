@@ -1,0 +1,1 @@
+"""The student, the teacher, and the engine that writes rollouts."""

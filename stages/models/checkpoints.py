@@ -1,0 +1,126 @@
+"""Model folders and hub names: identity, tokenizer, head, vocabulary cut. Shared by student and teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import PreTrainedModel
+
+from dualkl import Head
+from stages.runtime.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
+
+
+def identity(name: str, revision: str) -> str:
+    """What a model is: the hub's commit, or a sha256 over config, and of each weight file size, header and sampled blocks.
+
+    A weight file up to 4 MiB is hashed whole; of a larger one its first block (the safetensors header) and 63 blocks
+    spread evenly, so that a 65 GB teacher costs milliseconds and a retrained one still differs.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = load_config(name, revision)
+        return f"hub:{name}@{getattr(config, '_commit_hash', None) or revision}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+                digest.update(file.read())
+                continue
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def load_config(name: str, revision: str) -> Any:
+    return _load(AutoConfig.from_pretrained, "model", name, revision=revision)
+
+
+def load_tokenizer(name: str, revision: str) -> PreTrainedTokenizerBase:
+    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer of", name, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, revision: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """A causal language model in eval mode that generates by nothing but its EOS and pad ids.
+
+    Of the checkpoint's generation_config (Qwen3's has temperature 0.6, top_p 0.95, top_k 20) only those ids are kept: the
+    rest would silently make rollouts off-policy.
+    """
+    model = _load(
+        AutoModelForCausalLM.from_pretrained, "model", name,
+        revision=revision, dtype=dtype, attn_implementation=attn_implementation,
+    )  # fmt: skip
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    return model.eval()
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a completion: those of the generation config and the tokenizer's own."""
+    own = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ids:
+        raise UserError("the student has no EOS token, neither in its tokenizer nor in its generation_config.json.")
+    return tuple(sorted(ids))
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The lm_head as `dualkl` takes it, with the logit scale and soft-cap of the models that have one."""
+    output = model.get_output_embeddings()
+    text = model.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return Head(output.weight, bias=getattr(output, "bias", None), scale=scale, softcap=softcap)
+
+
+def vocabulary_cut(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int
+) -> int:
+    """Size of the shared real vocabulary: ids at or above it are padding, or known to one side only.
+
+    `student_rows`, `teacher_rows`: rows of the two embeddings (Qwen3 pads 151,669 ids to 151,936).
+    Errors: `UserError` where the same id is two different tokens, or a tokenizer has ids that its model lacks.
+    """
+    maps = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
+    for side, ids, rows in (("student", maps[0], student_rows), ("teacher", maps[1], teacher_rows)):
+        if max(ids) >= rows:
+            raise UserError(f"the {side}'s tokenizer has id {max(ids)}, but its model has only {rows} embeddings.")
+    cut = min(max(maps[0]), max(maps[1])) + 1
+    conflicts = [i for i in range(cut) if maps[0].get(i) != maps[1].get(i)]
+    if conflicts:
+        i = conflicts[0]
+        raise UserError(
+            f"student and teacher tokenizers disagree on {len(conflicts)} of {cut} ids; the first is id {i}:"
+            f" {maps[0].get(i)!r} against {maps[1].get(i)!r}. Distillation needs one token map: choose models of one family."
+        )
+    return cut
+
+
+def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
+    if Path(name).is_dir():
+        kwargs.pop("revision")
+    try:
+        return function(name, **kwargs)
+    except (OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{what} {name} cannot be loaded: it is neither a model folder here nor on the hub ({line})"
+        ) from error

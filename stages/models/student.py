@@ -1,0 +1,116 @@
+"""The student: loading, LoRA or full fine-tuning, the forward pass to hidden states, the hash of its policy."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
+
+from dualkl import Head
+from stages.models import checkpoints
+from stages.runtime.config import Config
+from stages.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Student:
+    """The trained model. `vocab_size` is the cut shared with the teacher; `model` is a PeftModel under LoRA."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    compute_dtype: torch.dtype
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def head(self) -> Head:
+        return checkpoints.head_of(self.base)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "B T d"]:
+        """Last hidden states (after the final norm) in the compute dtype; the head is not applied."""
+        with self.autocast():
+            output = self.base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state.to(self.compute_dtype)
+
+
+def load_student(config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Student:
+    """The student as stage two trains it: frozen weights in `dtype`, trained weights in fp32."""
+    models = config.models
+    compute_dtype = checkpoints.DTYPES[config.run.dtype]
+    load_dtype = compute_dtype if config.lora.use_lora else torch.float32
+    base = checkpoints.load_model(models.student_model, models.student_revision, load_dtype, models.attn_implementation)
+    eos = checkpoints.eos_ids(base, tokenizer)
+    torch.manual_seed(config.run.seed)
+    model = _with_lora(config, base) if config.lora.use_lora else base
+    if not config.lora.use_lora and models.student_adapter:
+        raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
+    model.to(device)
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    source = checkpoints.identity(models.student_model, models.student_revision)
+    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype)
+
+
+def policy_hash(student: Student) -> str:
+    """16 hex digits over the trained weights; over the model's identity while LoRA's update is still zero."""
+    untouched = isinstance(student.model, PeftModel) and all(
+        not p.any() for name, p in student.trainable.items() if "lora_B" in name
+    )
+    digest = hashlib.sha256(student.identity.encode())
+    if not untouched:
+        for name, parameter in sorted(student.trainable.items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def export(student: Student, folder: Path) -> None:
+    """Writes what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer."""
+    student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+
+
+def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
+    if config.models.student_adapter:
+        folder = Path(config.models.student_adapter)
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
+            )
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    targets = config.lora.lora_targets
+    names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    if isinstance(names, list) and "lm_head" in names:
+        raise UserError("lora_targets may not name lm_head: the loss applies the head itself, without adapters.")
+    lora = LoraConfig(
+        r=config.lora.lora_r, lora_alpha=config.lora.lora_alpha, lora_dropout=config.lora.lora_dropout,
+        target_modules=names, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return get_peft_model(base, lora)
+    except ValueError as error:
+        raise UserError(f"lora_targets {targets}: {error}") from error

@@ -1,0 +1,212 @@
+"""The teacher: forward passes only, under DeepSpeed ZeRO-3 or plain.
+
+Under ZeRO-3 every forward is collective: all ranks call `hidden` equally often (with dummy rows where one has no work),
+and nothing ever generates. The lm_head is gathered once at loading and kept whole on each rank, so that scoring can apply
+it in chunks without further collectives.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from dualkl import Head
+from stages.models import checkpoints
+from stages.runtime import distributed
+from stages.runtime.config import Config
+from stages.runtime.distributed import World
+from stages.runtime.errors import UserError
+
+
+class _Backbone(nn.Module):
+    """Root module for DeepSpeed, whose hooks need `forward` to be the root's own: ids to last hidden states."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        decoder = self.model.get_decoder()
+        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+@dataclass
+class Teacher:
+    """`forward` maps (input_ids [B, T], attention_mask [B, T]) to hidden states; `engine` is DeepSpeed's, if any."""
+
+    forward: Any
+    head: Head
+    device: torch.device
+    engine: Any = None
+
+    @property
+    def is_collective(self) -> bool:
+        return self.engine is not None
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "B T D"]:
+        """Last hidden states after the final norm, in the teacher's dtype."""
+        return self.forward(input_ids, attention_mask)
+
+    def dummy(self) -> None:
+        """A forward without meaning, for a rank that has no work while others do."""
+        one = torch.ones((1, 1), dtype=torch.long, device=self.device)
+        self.hidden(one, one)
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        if self.engine is not None:
+            self.engine.destroy()
+        self.forward = self.engine = self.head = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class TeacherLoader:
+    """Loads the scoring teacher at its first use and frees it at the end of a `with` block."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        self._teacher: Teacher | None = None
+
+    def __enter__(self) -> TeacherLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None
+
+    def get(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = load_teacher(self.config, self.world)
+        return self._teacher
+
+
+def load_teacher(config: Config, world: World) -> Teacher:
+    """The teacher for scoring, as `teacher_ds_zero3` says."""
+    return _load_zero3(config, world) if config.models.teacher_ds_zero3 else _load_plain(config, world)
+
+
+def load_plain_model(config: Config, world: World) -> PreTrainedModel:
+    """The whole teacher on this process's device, able to generate (evaluation only)."""
+    models = config.models
+    dtype = checkpoints.DTYPES[models.teacher_dtype]
+    model = checkpoints.load_model(models.teacher_model, models.teacher_revision, dtype, models.attn_implementation)
+    return model.requires_grad_(False).to(world.device)
+
+
+def plain_model_fits(config: Config, world: World) -> bool:
+    """Whether the plain teacher fits beside what the device holds already (weights and a tenth; always on a CPU)."""
+    if world.device.type == "cpu":
+        return True
+    model_config = checkpoints.load_config(config.models.teacher_model, config.models.teacher_revision)
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+    bytes_each = checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+    free, _ = torch.cuda.mem_get_info(world.device)
+    return num_parameters * bytes_each * 1.1 < min(world.gather(free))
+
+
+def _load_plain(config: Config, world: World) -> Teacher:
+    model = load_plain_model(config, world)
+    return Teacher(_Backbone(model), checkpoints.head_of(model), world.device)
+
+
+def _load_zero3(config: Config, world: World) -> Teacher:
+    distributed.ensure_process_group(world)
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if world.device.type == "cpu":
+        _skip_compiled_shared_memory_op()
+    settings = zero3_settings(config)
+    models = config.models
+    partition_while_loading = HfDeepSpeedConfig(settings)
+    model = checkpoints.load_model(
+        models.teacher_model,
+        models.teacher_revision,
+        checkpoints.DTYPES[models.teacher_dtype],
+        models.attn_implementation,
+    )
+    del partition_while_loading  # while it lives, every from_pretrained partitions, the student's too
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
+    engine.eval()
+    restore_rotary(model)
+    for name, parameter in model.named_parameters():
+        assert hasattr(parameter, "ds_tensor"), f"ZeRO-3 left {name} unpartitioned"
+    return Teacher(engine, _gathered_head(model), world.device, engine)
+
+
+def _gathered_head(model: PreTrainedModel) -> Head:
+    import deepspeed
+
+    output = model.get_output_embeddings()
+    with deepspeed.zero.GatheredParameters(list(output.parameters())):
+        head = checkpoints.head_of(model)
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return Head(head.weight.detach().clone(), bias=bias, scale=head.scale, softcap=head.softcap)
+
+
+def restore_rotary(model: nn.Module) -> None:
+    """Recomputes rotary frequencies in fp32, as plain loading has them.
+
+    Loading in bf16 under ZeRO-3 rounds them to bf16, which turns the teacher into another model as positions grow
+    (relative error of the last hidden state at 512 tokens 0.115 instead of 0.026).
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "inv_freq", None), Tensor) and hasattr(module, "config"):
+            fresh = type(module)(config=module.config)
+            for name, buffer in fresh.named_buffers():
+                current = getattr(module, name)
+                setattr(module, name, buffer.to(current.device, torch.float32))
+
+
+def zero3_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings for a forward-only stage-3 engine: built in, or the user's with their `auto`s filled in."""
+    bf16 = config.models.teacher_dtype == "bf16"
+    if not config.models.teacher_ds_config:
+        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": bf16}}
+    path = Path(config.models.teacher_ds_config)
+    try:
+        settings = _without_auto(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"teacher_ds_config {path} cannot be read as JSON: {error}") from error
+    zero = settings.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 3) != 3:
+        raise UserError(
+            f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."
+        )
+    zero.setdefault("stage3_param_persistence_threshold", 0)  # the default keeps small tensors whole on every card
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    settings.setdefault("bf16", {})["enabled"] = bf16
+    for key in ("optimizer", "scheduler", "fp16", "train_batch_size", "gradient_accumulation_steps"):
+        settings.pop(key, None)
+    return settings
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+    return value
+
+
+def _skip_compiled_shared_memory_op() -> None:
+    """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: (
+        None
+    )  # the attribute of that name is torch itself

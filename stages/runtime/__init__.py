@@ -1,0 +1,1 @@
+"""Configuration, processes, checkpoints, metrics and errors."""

@@ -1,0 +1,131 @@
+"""Checkpoints: all that a later process needs to go on as if it had never stopped.
+
+`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (step
+and refresh index; the reader's position follows from them). A folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stages.runtime.distributed import World
+from stages.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: optimizer steps done, and the refresh whose rows are being trained on."""
+
+    step: int
+    refresh_index: int
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `folder`."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    return complete[-1] if complete else None
+
+
+def read_position(path: Path) -> Position:
+    return Position(**json.loads((path / "state.json").read_text()))
+
+
+def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any,
+         world: World, keep: int, engine: Any = None) -> Path:  # fmt: skip
+    """Writes `step-N` atomically (collective) and removes all but the newest `keep`."""
+    final = folder / f"step-{position.step:06d}"
+    partial = folder / f".partial-step-{position.step:06d}"
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    random_states = world.gather(_random_state(world))
+    if engine is not None:  # DeepSpeed shards the optimizer: every rank writes its part
+        engine.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
+    if world.is_main:
+        try:
+            save_file(
+                {name: p.detach().contiguous() for name, p in trainable.items()},
+                partial / "student.safetensors",
+            )
+            if engine is None:
+                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+            torch.save({"scheduler": scheduler.state_dict(), "random": random_states}, partial / "state.pt")
+            (partial / "state.json").write_text(json.dumps(asdict(position)))
+            _publish(partial, final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
+            ) from error
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any, world: World,
+         engine: Any = None) -> Position:  # fmt: skip
+    """Puts a checkpoint's state into the given objects."""
+    load_weights(path, trainable)
+    if engine is not None:
+        engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+    else:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=world.device, weights_only=True))
+    state = torch.load(path / "state.pt", weights_only=True)
+    scheduler.load_state_dict(state["scheduler"])
+    if len(state["random"]) == world.size:
+        _set_random_state(state["random"][world.rank], world)
+    return read_position(path)
+
+
+@torch.no_grad()
+def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
+    """Copies a checkpoint's trained weights into a student's parameters."""
+    stored = load_file(path / "student.safetensors")
+    if stored.keys() != trainable.keys():
+        raise UserError(
+            f"checkpoint {path} holds {len(stored)} trained tensors that do not match the student's {len(trainable)}:"
+            " student_model, use_lora, lora_r or lora_targets changed. Use another run_name, or the old keys."
+        )
+    for name, parameter in trainable.items():
+        if stored[name].shape != parameter.shape:
+            raise UserError(
+                f"checkpoint {path}: {name} has shape {list(stored[name].shape)}, the student's is"
+                f" {list(parameter.shape)}; lora_r or student_model changed. Use another run_name, or the old keys."
+            )
+        parameter.copy_(stored[name])
+
+
+def _publish(partial: Path, final: Path) -> None:
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _random_state(world: World) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def _set_random_state(states: dict[str, torch.Tensor], world: World) -> None:
+    torch.set_rng_state(states["cpu"])
+    if world.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], world.device)

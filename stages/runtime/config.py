@@ -1,0 +1,305 @@
+"""The typed configuration: every key, its type and its default (Qwen scale), and how files and flags set it.
+
+Sections only group keys for the reader: leaf names are unique, so `--tau 0.5` and `loss: {tau: 0.5}` are the same setting.
+Later sources win: typed defaults, then each `--config` file in order, then flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages.runtime.errors import UserError
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunSection(Section):
+    run_name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="folder below runs_dir")
+    runs_dir: str = Field("runs", description="where runs leave their folders")
+    cache_dir: str = Field("", description="the teacher cache; empty: <run folder>/cache")
+    seed: int = Field(0, ge=0, description="seeds prompts, rollouts, LoRA initialisation and batch order")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute and frozen weights; trained weights are fp32")
+
+
+class ModelSection(Section):
+    student_model: str = Field("Qwen/Qwen3-4B", description="hub name or folder")
+    student_revision: str = Field("main", description="branch, tag or commit on the hub")
+    student_adapter: str = Field("", description="a LoRA adapter to start from (use_lora)")
+    teacher_model: str = Field("Qwen/Qwen3-32B", description="hub name or folder")
+    teacher_revision: str = Field("main", description="branch, tag or commit on the hub")
+    teacher_dtype: Literal["bf16", "fp32"] = Field("bf16", description="teacher's compute and stored hidden states")
+    teacher_ds_zero3: bool = Field(True, description="shard the teacher over all processes with DeepSpeed ZeRO-3")
+    teacher_ds_config: str = Field("", description="own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in")
+    attn_implementation: str = Field("sdpa", description="transformers' attention of both models")
+
+
+class LoraSection(Section):
+    use_lora: bool = Field(True, description="train LoRA adapters; false: all weights")
+    lora_r: int = Field(64, ge=1, description="rank")
+    lora_alpha: int = Field(128, ge=1, description="scale; the update is alpha / r times B A")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A")
+    lora_targets: str = Field("all-linear", description="'all-linear' (head excluded) or names joined by commas")
+
+
+class DataSection(Section):
+    dataset: str = Field("tulu3", description="tulu3, a hub data set, or a local .jsonl / .parquet")
+    dataset_split: str = Field("train", description="split of a hub data set")
+    num_prompts: int = Field(16384, ge=0, description="prompts drawn from the data set (seeded); 0: all")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt after the chat template, tokens")
+    overlong: Literal["skip", "error"] = Field("skip", description="what to do with longer prompts (skips are counted)")
+    chat_template_kwargs: dict[str, Any] = Field({"enable_thinking": False}, description="passed to the chat template")
+
+
+class RolloutSection(Section):
+    group_size: int = Field(4, ge=1, description="completions for each prompt")
+    max_new_tokens: int = Field(512, ge=1, description="longest completion, tokens")
+    sample_temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts")
+    sample_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    sample_top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
+    gen_micro_batch: int | Auto = Field("auto", description="rollouts in one generation call of a process")
+    lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
+    score_tokens: int | Auto = Field("auto", description="tokens, padding included, in one scoring forward")
+    rollouts_per_unit: int = Field(64, ge=1, description="rollouts committed together: what a crash can cost")
+
+
+class SignalSection(Section):
+    signal: Literal["topk", "nucleus", "hidden", "full"] = Field("topk", description="what is kept of the teacher")
+    signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus")
+    signal_p: float = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
+
+
+class LossSection(Section):
+    tau: float = Field(1.0, description="gate threshold on the reverse KL, nats")
+    alpha: float = Field(5.0, ge=0, description="gate sharpness, 1/nats")
+    gating: Literal["soft", "hard", "fixed"] = Field("soft", description="sigmoid, step, or the constant `mix`")
+    mix: float = Field(0.5, ge=0, le=1, description="weight of the reverse KL under gating: fixed")
+    rkl: Literal["exact", "mc"] = Field("exact", description="reverse KL: exact, or at the sampled token")
+    fkl: Literal["full", "argmax"] = Field("full", description="forward KL: full, or cross-entropy on the argmax")
+    temperature: float = Field(1.0, gt=0, description="of both distributions in the loss")
+    importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
+    tail_floor: float = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
+
+
+class TrainSection(Section):
+    batch_size: int = Field(256, ge=1, description="rollouts in an optimizer step, over all processes")
+    grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
+    micro_batch_tokens: int | Auto = Field("auto", description="cap on tokens of a training forward; auto: no cap")
+    max_steps: int = Field(256, ge=1, description="optimizer steps")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    lr_min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
+    warmup_steps: int = Field(10, ge=0, description="linear warm-up, steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (global norm)")
+    gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one precedes every refresh)")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class RefreshSection(Section):
+    refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: never, train on what is there")
+    rollouts_per_refresh: int = Field(8192, ge=1, description="rollouts written by stage one and by each refresh")
+    max_age: int = Field(64, ge=0, description="steps after which a row of this run leaves the pool")
+
+
+class EvalSection(Section):
+    eval_dataset: str = Field("", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts")
+    eval_split: str = Field("test", description="split of a hub data set")
+    eval_prompts: int = Field(256, ge=1, description="held-out prompts measured")
+    answer_checker: str = Field(
+        "", description="gsm8k, or path/to/file.py:function(row, completion) -> bool; empty: none"
+    )
+    eval_teacher_text: str = Field("", description="a hidden cache of teacher completions, where no plain teacher fits")
+
+
+class LogSection(Section):
+    wandb_project: str = Field("", description="log to this Weights & Biases project; empty: off")
+    wandb_name: str = Field("", description="its run name; empty: run_name")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: written below the run folder")
+    trace_every: int = Field(10, ge=0, description="steps between per-token traces (λ, KLs) of a few rows; 0: none")
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    models: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    rollout: RolloutSection = RolloutSection()
+    signal: SignalSection = SignalSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    refresh: RefreshSection = RefreshSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.runs_dir) / self.run.run_name
+
+    @property
+    def cache_root(self) -> str:
+        return self.run.cache_dir or str(self.run_folder / "cache")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+}
+SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+# The resolvers of a first character are tried in order; integers must come before the wider float pattern.
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+
+
+def parse_arguments(arguments: list[str], description: str) -> Config:
+    """The configuration of a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
+
+    Errors: `UserError` that names the key, the nearest real one, and the type that was expected.
+    """
+    parser = _parser(description)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(_unknown_key(unknown[0].split("=")[0].lstrip("-"), "on the command line"))
+    values: dict[str, dict[str, Any]] = {}
+    for path in known.config:
+        for leaf, value in _read_file(Path(path)).items():
+            values.setdefault(SECTION_OF[leaf], {})[leaf] = value
+    for leaf, text in vars(known).items():
+        if leaf != "config" and text is not None:
+            values.setdefault(SECTION_OF[leaf], {})[leaf] = _from_text(leaf, text)
+    return build(values)
+
+
+def build(values: dict[str, dict[str, Any]]) -> Config:
+    """Validates nested values and the arithmetic between them."""
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        leaf = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config key {leaf}: {first['msg'].lower()}, got {first['input']!r}.") from None
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins")
+    for section_name, section in SECTIONS.items():
+        group = parser.add_argument_group(section_name)
+        for leaf, field in section.model_fields.items():
+            bare = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            text = f"{field.description} (default: {field.default!r})".replace("%", "%%")
+            group.add_argument(f"--{leaf}", metavar="VALUE", default=None, help=text, **bare)  # type: ignore[arg-type]
+    return parser
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Leaves of a YAML file, whether they stand in their section or at the top level."""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist (looked in {Path.cwd()}).")
+    try:
+        content = yaml.load(path.read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path} must hold keys and values, got {type(content).__name__}.")
+    leaves: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in SECTIONS:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: section {key} must hold keys and values, got {value!r}.")
+            leaves |= _leaves(value, f"in section {key} of {path}")
+        else:
+            leaves |= _leaves({key: value}, f"in {path}")
+    return leaves
+
+
+def _leaves(values: dict[str, Any], where: str) -> dict[str, Any]:
+    for leaf in values:
+        if leaf not in SECTION_OF:
+            raise UserError(_unknown_key(str(leaf), where))
+    return values
+
+
+def _unknown_key(key: str, where: str) -> str:
+    near = difflib.get_close_matches(key, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; `python -m stages.pipeline --help` lists all keys."
+    return f"unknown key {key} {where}{hint}"
+
+
+def _from_text(leaf: str, text: str) -> Any:
+    annotation = SECTIONS[SECTION_OF[leaf]].model_fields[leaf].annotation
+    if annotation is str:
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def _check(config: Config) -> None:
+    rollout, signal, loss = config.rollout, config.signal, config.loss
+    for name in ("gen_micro_batch", "lp_micro_batch", "score_tokens"):
+        value = getattr(rollout, name)
+        if value != "auto" and value < 1:
+            raise UserError(f"config key {name} must be at least 1 or auto, got {value}.")
+    if config.train.micro_batch_tokens != "auto" and config.train.micro_batch_tokens < 1:
+        raise UserError(
+            f"config key micro_batch_tokens must be at least 1 or auto, got {config.train.micro_batch_tokens}."
+        )
+    if config.refresh.rollouts_per_refresh % rollout.group_size:
+        raise UserError(
+            f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
+            f" {rollout.group_size}; change one of them."
+        )
+    if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
+        raise UserError(
+            "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"
+            " (the estimate would be biased); set sample_top_p 1 and sample_top_k 0, or rkl: exact."
+        )
+    if loss.temperature != 1 and signal.signal in ("topk", "nucleus"):
+        raise UserError(
+            f"temperature {loss.temperature} cannot be had from signal {signal.signal}, which is stored at temperature 1;"
+            " use signal: hidden or full, or temperature 1."
+        )
+    if loss.rkl == "mc" and loss.temperature != 1:
+        raise UserError("rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact.")
+
+
+def rows_per_micro_step(config: Config, world_size: int) -> int:
+    """Rows of one process in one of its `grad_accum` micro-steps; an impossible split is a `UserError`."""
+    train = config.train
+    rows, rest = divmod(train.batch_size, world_size * train.grad_accum)
+    if rest or rows == 0:
+        raise UserError(
+            f"batch_size {train.batch_size} cannot be cut into {world_size} process(es) x grad_accum {train.grad_accum}:"
+            f" make batch_size a multiple of {world_size * train.grad_accum}, or lower grad_accum."
+        )
+    return rows

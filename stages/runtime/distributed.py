@@ -1,0 +1,82 @@
+"""Processes: who am I, where do I compute, and the few reductions that the stages need."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from stages.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; every reduction is collective (all ranks call it) and free for a single process."""
+
+    rank: int
+    size: int
+    device: torch.device
+    accelerator: Accelerator
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def student_is_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == "DEEPSPEED"
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable), in rank order."""
+        gathered = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
+
+    def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+
+def start(device: str) -> World:
+    """Joins the processes that torchrun or accelerate launch started, or runs alone.
+
+    Errors: `UserError` where a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU here; use --device cpu or auto.")
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            raise UserError(
+                "DeepSpeed for the student needs GPUs (accelerate falls back to plain DDP on a CPU); use torchrun."
+            )
+    accelerator = Accelerator(cpu=use_cpu, step_scheduler_with_optimizer=False)
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+
+
+def ensure_process_group(world: World) -> None:
+    """DeepSpeed wants a process group even for one process."""
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):  # read by DeepSpeed
+            os.environ.setdefault(name, value)
+        backend = "gloo" if world.device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,47 @@
+"""One sentence for the user instead of a traceback: what went wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+
+import cache
+
+OUT_OF_MEMORY = (
+    "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then group_size, batch_size or"
+    " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What is committed is kept."
+)
+
+
+class UserError(ValueError):
+    """A mistake or a condition outside the code; its message is all that the user needs."""
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3."""
+    try:
+        main()
+    except (UserError, cache.CacheError) as error:
+        _leave(f"error: {error}", 2)
+    except torch.OutOfMemoryError as error:
+        _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
+    except KeyboardInterrupt:
+        _leave("interrupted; run the same command again to go on from what is committed", 130)
+    except Exception:
+        traceback.print_exc()
+        _leave("", 1)
+
+
+def _leave(message: str, code: int) -> None:
+    """Ends the process at once: a clean interpreter exit would wait for the collectives of the other ranks."""
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():
+        os._exit(code)
+    raise SystemExit(code)

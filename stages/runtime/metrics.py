@@ -1,0 +1,116 @@
+"""What a run tells: `metrics.jsonl`, the clock of its phases, Weights & Biases, lines on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.config import Config
+from stages.runtime.distributed import World
+
+PHASES = ("load", "rollout", "score", "train", "evaluate")
+
+
+class Clock:
+    """Seconds of this process by phase. A phase inside `evaluate` counts as evaluate, else the inner phase counts."""
+
+    def __init__(self) -> None:
+        self.started = round(time.time(), 3)  # names this process among those of a resumed run
+        self._start = time.perf_counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._open: list[tuple[str, float]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if any(outer == "evaluate" for outer, _ in self._open):
+            name = "evaluate"
+        self._pause()
+        self._open.append((name, time.perf_counter()))
+        try:
+            yield
+        finally:
+            self._pause()
+            self._open.pop()
+            if self._open:
+                self._open[-1] = (self._open[-1][0], time.perf_counter())
+
+    def _pause(self) -> None:
+        if self._open:
+            name, since = self._open[-1]
+            now = time.perf_counter()
+            self.seconds[name] += now - since
+            self._open[-1] = (name, now)
+
+    def totals(self, world: World) -> dict[str, float]:
+        """Seconds by phase and in total, of the slowest rank (collective)."""
+        self._pause()
+        names = [*PHASES, "total"]
+        own = [*self.seconds.values(), time.perf_counter() - self._start]
+        return dict(zip(names, world.max(own), strict=True))
+
+
+class Metrics:
+    """Appends records to `metrics.jsonl` (and to Weights & Biases) on the main process; silent on the others."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.path = config.run_folder / "metrics.jsonl"
+        self.world = world
+        self._wandb: Any = None
+        if world.is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if config.log.wandb_project:
+                self._wandb = _start_wandb(config)
+
+    def log(self, kind: str, **values: Any) -> None:
+        if not self.world.is_main:
+            return
+        record = {"kind": kind, "time": round(time.time(), 3), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self._wandb.log(flat, step=values.get("step"))
+
+    def rewind(self, step: int) -> None:
+        """Drops training records after `step`, which a resumed run will write again."""
+        if self.world.is_main and self.path.exists():
+            kept = [r for r in read(self.path) if r["kind"] not in ("step", "refresh") or r["step"] <= step]
+            rewritten = self.path.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            rewritten.replace(self.path)
+
+    def say(self, line: str) -> None:
+        if self.world.is_main:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _start_wandb(config: Config) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=config.log.wandb_name or config.run.run_name,
+        mode=config.log.wandb_mode,
+        dir=str(config.run_folder),
+        config=config.model_dump(),
+        resume="allow",
+    )

@@ -1,0 +1,78 @@
+"""One execution of a stage: configuration, processes, folder, clock and metrics, made in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import transformers
+
+from stages.runtime import config as configuration
+from stages.runtime import distributed
+from stages.runtime.config import Config
+from stages.runtime.distributed import World
+from stages.runtime.metrics import Clock, Metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    world: World
+    metrics: Metrics
+    clock: Clock
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_folder
+
+    @property
+    def run_id(self) -> str:
+        """Names this run's rows in a cache: the same for every start and resume of one run."""
+        config = self.config
+        parts = (
+            config.run.run_name,
+            config.run.seed,
+            config.models.student_model,
+            config.models.student_adapter,
+        )
+        return f"{config.run.run_name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+
+
+def open_run(description: str, arguments: list[str] | None = None) -> Run:
+    """Reads the command line, joins the other processes, and makes the run's folder (with its configuration)."""
+    config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
+    clock = Clock()
+    _quieten_libraries()
+    world = distributed.start(config.run.device)
+    metrics = Metrics(config, world)
+    if world.is_main:
+        _note_changes(config, metrics)
+    return Run(config, world, metrics, clock)
+
+
+def _quieten_libraries() -> None:
+    """Our own progress and sentences only: no bars for loading weights, no deprecation notes of one library to another."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _note_changes(config: Config, metrics: Metrics) -> None:
+    """Keeps the configuration beside the run and says which keys differ from the last start."""
+    path = config.run_folder / "config.yaml"
+    text = configuration.to_yaml(config)
+    if path.exists() and path.read_text() != text:
+        old = set(path.read_text().splitlines())
+        changed = [line.strip() for line in text.splitlines() if line not in old]
+        metrics.say(f"going on with changed keys: {'; '.join(changed)}")
+    path.write_text(text)

@@ -1,0 +1,58 @@
+"""Stage two: trains the student from the shards with the gated KL, and refreshes them on schedule.
+
+    python -m stages.train --config pipeline.yaml              (torchrun / accelerate launch for several processes)
+
+Goes on from the newest checkpoint of the run. The teacher is loaded for refreshes only; with refresh_every 0 never.
+"""
+
+from __future__ import annotations
+
+if not __package__:  # run as a file: the repository's root is importable, not stages/
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pathlib import Path
+
+from stages.loops import fit, refresh, setup
+from stages.loops.setup import Vocabulary
+from stages.models import student as students
+from stages.models.student import Student
+from stages.runtime.config import rows_per_micro_step
+from stages.runtime.errors import UserError, command
+from stages.runtime.run import Run, open_run
+
+
+def main() -> None:
+    run = open_run(__doc__ or "")
+    if not (Path(run.config.cache_root) / "fingerprint.json").exists():
+        raise UserError(
+            f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout` with the same"
+            " configuration first, or name one with --cache_dir."
+        )
+    vocabulary = setup.cached_vocabulary(run.config)
+    student, _ = setup.current_student(run, vocabulary)
+    train(run, student, vocabulary)
+
+
+def train(run: Run, student: Student, vocabulary: Vocabulary) -> None:
+    """Trains to max_steps and exports the student to `runs/<name>/student`."""
+    rows_per_micro_step(run.config, run.world.size)
+    training = fit.prepare(run, student)
+    prompts = refresh.prompts_of(run, vocabulary) if run.config.refresh.refresh_every else []
+
+    def refresh_now(now: fit.Training, index: int) -> None:
+        refresh.refresh(run, now.student, vocabulary, prompts, index, now.step)
+        run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+
+    fit.fit(run, training, refresh_now)
+    if run.world.is_main:
+        students.export(student, run.folder / "student")
+    run.world.barrier()
+    run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+    run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,36 @@
+"""The loss's settings refuse what they cannot mean."""
+
+from typing import Any
+
+import pytest
+
+from dualkl import DualKLConfig
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = DualKLConfig()
+    assert (config.tau, config.alpha, config.gating, config.mix) == (1.0, 5.0, "soft", 0.5)
+    assert (config.rkl, config.fkl, config.temperature) == ("exact", "full", 1.0)
+    assert (config.importance_cap, config.tail_floor, config.vocab_size) == (5.0, 1e-8, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gating", "sigmoid", "gating is 'sigmoid'; expected one of 'soft', 'hard', 'fixed'."),
+        ("rkl", "k3", "rkl is 'k3'; expected one of 'exact', 'mc'."),
+        ("fkl", "topk", "fkl is 'topk'; expected one of 'full', 'argmax'."),
+        ("tau", -0.1, "tau is -0.1; expected a number of nats >= 0."),
+        ("tau", float("nan"), "tau is nan; expected a number of nats >= 0."),
+        ("alpha", -1.0, "alpha is -1.0; expected a number >= 0."),
+        ("mix", 1.5, r"mix is 1.5; expected a number in \[0, 1\]."),
+        ("temperature", 0.0, "temperature is 0.0; expected a finite number > 0."),
+        ("temperature", float("inf"), "temperature is inf; expected a finite number > 0."),
+        ("importance_cap", 0.0, r"importance_cap is 0.0; expected a number > 0 \(inf is allowed\)."),
+        ("tail_floor", 1.0, r"tail_floor is 1.0; expected a probability in \[0, 1\)."),
+        ("vocab_size", 0, "vocab_size is 0; expected a number of ids >= 1, or None."),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_was_expected(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DualKLConfig(**{field: value})

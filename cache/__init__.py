@@ -1,0 +1,28 @@
+"""The teacher cache: shards of scored rollouts that are committed whole, checked by digest, and read as numpy.
+
+Knows neither torch nor the stages. FORMAT.md is what is on disk; the names below are what other packages use.
+"""
+
+from cache.commit import CommitRecord
+from cache.fingerprint import Fingerprint
+from cache.reader import Snapshot
+from cache.reader import open_cache as open
+from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
+from cache.writer import CommitResult, Writer
+
+__all__ = [
+    "CacheError",
+    "CommitRecord",
+    "CommitResult",
+    "Fingerprint",
+    "Full",
+    "Hidden",
+    "Record",
+    "Signal",
+    "Snapshot",
+    "TeacherHead",
+    "TopK",
+    "Writer",
+    "open",
+    "to_float32",
+]

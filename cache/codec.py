@@ -10,11 +10,12 @@ import struct
 import numpy as np
 import zstandard
 
-from cache.schema import STATE_DTYPES, Array, CacheError, Full, Hidden, Signal, TopK
+from cache.schema import STATE_DTYPES, CacheError, Full, Hidden, Signal, TopK
 
 CODEC_VERSION = 1
 _HEADER = struct.Struct("<BBBxIIf")  # codec version, kind, dtype, T, width (K, D or V), temperature
 _TOPK, _HIDDEN, _FULL = 1, 2, 3
+_MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 3
 
@@ -27,7 +28,7 @@ def encode(signal: Signal) -> bytes:
         return header + _compress(b"".join(part.tobytes() for part in parts))
     kind, array = (_HIDDEN, signal.states) if isinstance(signal, Hidden) else (_FULL, signal.logits)
     header = _HEADER.pack(CODEC_VERSION, kind, _DTYPES.index(signal.dtype), *array.shape, 0.0)
-    return header + _compress(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return header + _compress(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
 
 
 def decode(packed: bytes | memoryview) -> Signal:
@@ -43,14 +44,14 @@ def decode(packed: bytes | memoryview) -> Signal:
         if kind == _TOPK:
             return _decode_topk(data, num_tokens, width, temperature)
         array = np.frombuffer(data, STATE_DTYPES[_DTYPES[dtype]]).reshape(num_tokens, width)
-        return {_HIDDEN: Hidden, _FULL: Full}[kind](array, _DTYPES[dtype])
+        return _MATRICES[kind](array, _DTYPES[dtype])
+    except CacheError:
+        raise
     except (struct.error, zstandard.ZstdError, IndexError, KeyError, ValueError) as error:
-        if isinstance(error, CacheError):
-            raise
         raise CacheError(f"the packed signal does not decode ({error}); run `python -m cache verify` on it.") from error
 
 
-def _compress(data: bytes | Array) -> bytes:
+def _compress(data: bytes | memoryview) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(data)
 
 

@@ -6,12 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, create, hash_file, seal, unseal
 from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
 
 _SHOWN = 48
 _ABSENT = "absent"
+_ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows are kept."
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Fingerprint:
         object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
         signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")
         if not isinstance(signal, dict) or signal.get("kind") not in SIGNAL_KINDS:
-            raise CacheError(f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}.")
+            raise CacheError(
+                f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}."
+            )
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise CacheError(f"the fingerprint's vocab_size is {vocab_size!r}; expected a number of ids >= 1.")
 
@@ -67,9 +72,51 @@ class Fingerprint:
         ]
 
 
-def canonical_json(value: Any) -> bytes:
-    """The one form of a JSON value that digests are taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+def load_fingerprint(root: Path) -> Fingerprint | None:
+    """The fingerprint of the cache at `root`, or None where there is none; CacheError if it is damaged."""
+    try:
+        body = unseal(root / FINGERPRINT, _ADVICE)
+    except FileNotFoundError:
+        return None
+    version = body["must_match"]["format_version"]
+    if version != FORMAT_VERSION:
+        raise CacheError(
+            f"{root} has format version {version}, this program reads version {FORMAT_VERSION};"
+            " read the cache with the program that wrote it, or use another cache directory."
+        )
+    return Fingerprint(body["must_match"], body["recorded"])
+
+
+def tokenizer_digest(root: Path) -> str | None:
+    """sha256 of the tokenizer.json that the cache was begun with, or None if it was begun without one."""
+    digest = unseal(root / FINGERPRINT, _ADVICE)["tokenizer_sha256"]
+    return None if digest is None else str(digest)
+
+
+def store_fingerprint(
+    root: Path, wanted: Fingerprint, tokenizer_json: str | None, committed_as: str | None
+) -> Fingerprint:
+    """The fingerprint of the cache at `root`, which becomes `wanted` (and gets the tokenizer) if it has none.
+
+    `committed_as` is the digest that its commit records name, None without any: a cache that lost its fingerprint
+    gets it back only from a writer of the same rows.
+    """
+    stored = load_fingerprint(root)
+    if stored is None:
+        if committed_as not in (None, wanted.digest):
+            raise CacheError(
+                f"{root}: fingerprint.json is missing, and the committed rows were written under another fingerprint"
+                f" ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…). Use another cache directory, or"
+                " rerun with the settings that wrote it."
+            )
+        if tokenizer_json is not None:
+            create(root / TOKENIZER, tokenizer_json.encode())
+        kept = hash_file(root / TOKENIZER) if (root / TOKENIZER).exists() else None
+        body = {"must_match": wanted.must_match, "recorded": wanted.recorded, "tokenizer_sha256": kept}
+        create(root / FINGERPRINT, seal(body))
+        stored = load_fingerprint(root)
+        assert stored is not None
+    return stored
 
 
 def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -98,5 +145,7 @@ def _show(value: Any, other: Any) -> tuple[str, str]:
         return texts[0], texts[1]
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, same - _SHOWN // 2)
-    shown = [("…" if start else "") + t[start : start + _SHOWN] + ("…" if len(t) > start + _SHOWN else "") for t in texts]
+    shown = [
+        ("…" if start else "") + t[start : start + _SHOWN] + ("…" if len(t) > start + _SHOWN else "") for t in texts
+    ]
     return shown[0], shown[1]

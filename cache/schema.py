@@ -293,9 +293,9 @@ def _check_identity(record: Record) -> None:
     for name in ("prompt_id", "run_id", "policy_hash"):
         if not getattr(record, name):
             _refuse(record, f"{name} is empty; expected a name")
-    for name in ("occurrence", "sample_index", "refresh_index", "policy_step"):
-        if not 0 <= getattr(record, name) < 2**31:
-            _refuse(record, f"{name} is {getattr(record, name)}; expected a count from 0 to 2**31 - 1")
+    for name, bits in (("occurrence", 31), ("sample_index", 31), ("refresh_index", 31), ("policy_step", 63)):
+        if not 0 <= getattr(record, name) < 2**bits:
+            _refuse(record, f"{name} is {getattr(record, name)}; expected a count from 0 to 2**{bits} - 1")
     if record.finish_reason not in FINISH_REASONS:
         _refuse(record, f"finish_reason is {record.finish_reason!r}; expected one of {', '.join(FINISH_REASONS)}")
 
@@ -338,7 +338,10 @@ def _check_topk(record: Record, signal: TopK, rules: Rules) -> None:
         shapes = f"ids {list(ids.shape)}, logprobs {list(logprobs.shape)}, log_tail_mass {list(tail.shape)}"
         _refuse(record, f"signal has {shapes}; expected [{num_tokens}, K] twice and [{num_tokens}], K >= 1")
     if ids.shape[1] > most:
-        _refuse(record, f"signal keeps {ids.shape[1]} ids a token; expected at most {most}, as the fingerprint says")
+        _refuse(
+            record,
+            f"signal keeps {ids.shape[1]} ids a token; expected at most {most}, as the fingerprint says",
+        )
     if signal.temperature != rules.temperature:
         _refuse(record, f"signal is at temperature {signal.temperature}; expected {rules.temperature}")
     bad = (ids < -1) | (ids >= rules.vocab_size)
@@ -372,7 +375,9 @@ def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
 
 def _check_topk_columns(record: Record, signal: TopK) -> None:
     """The plain columns say what the signal says."""
-    assert record.top1_id is not None and record.top1_logprob is not None and record.log_tail_mass is not None
+    assert record.top1_id is not None
+    assert record.top1_logprob is not None
+    assert record.log_tail_mass is not None
     first, filled = signal.ids[:, 0], signal.ids[:, 0] >= 0
     bad = filled & (record.top1_id != first)
     _refuse_where(record, "top1_id", bad, record.top1_id, "the id in the signal's slot 0")

@@ -49,9 +49,7 @@ class DualKLConfig:
         _check_range("alpha", self.alpha, self.alpha >= 0, "a number >= 0")
         _check_range("mix", self.mix, 0 <= self.mix <= 1, "a number in [0, 1]")
         check_temperature(self.temperature)
-        _check_range(
-            "importance_cap", self.importance_cap, self.importance_cap > 0, "a number > 0 (inf is allowed)"
-        )
+        _check_range("importance_cap", self.importance_cap, self.importance_cap > 0, "a number > 0 (inf is allowed)")
         _check_range("tail_floor", self.tail_floor, 0 <= self.tail_floor < 1, "a probability in [0, 1)")
         if self.vocab_size is not None:
             _check_range("vocab_size", self.vocab_size, self.vocab_size >= 1, "a number of ids >= 1, or None")

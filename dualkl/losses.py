@@ -94,7 +94,9 @@ def dual_kl(
 
     Returns:
         The loss, differentiable in `student_hidden` and `lm_head` (once), and what it was made of. N = 0 gives a loss
-        of 0 attached to both. Positions where a top-k teacher keeps no id contribute nothing.
+        of 0 attached to both. Positions where a top-k teacher keeps no id contribute nothing. A token that only one
+        side rules out (logit -inf) counts as ln p = -1e30: its divergence is huge instead of infinite, soft and hard
+        gates close, and nothing becomes NaN. NaN in a position that counts gives a NaN loss.
 
     Raises:
         ValueError: shapes, devices, dtypes or vocabularies that do not fit together; rkl="mc" without `sampled`; a
@@ -167,19 +169,15 @@ class _Positions:
 def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) -> _Positions:
     """All positions, their numbers in the statistics dtype, the samples of weight 0 harmless."""
     dtype, num_rows = statistics_dtype(hidden), hidden.shape[0]
+    active_N = None if weights is None else weights != 0
     if weights is None:
-        weights_N, active_N = (
-            torch.full((num_rows,), 1 / max(1, num_rows), device=hidden.device, dtype=dtype),
-            None,
-        )
-    else:
-        weights_N, active_N = weights.to(dtype), weights != 0
+        weights = torch.full((num_rows,), 1 / max(1, num_rows), dtype=dtype, device=hidden.device)
     if sampled is not None:
         ids_N, teacher_N, behaviour_N = _columns(sampled)
         sampled = Sampled(ids_N.long(), teacher_N.to(dtype), behaviour_N.to(dtype))
         if active_N is not None:
             sampled = Sampled(*(torch.where(active_N, column, 0) for column in _columns(sampled)))
-    return _Positions(hidden, weights_N, None if active_N is None else active_N[:, None], sampled)
+    return _Positions(hidden, weights.to(dtype), None if active_N is None else active_N[:, None], sampled)
 
 
 def _forward(
@@ -198,9 +196,7 @@ def _forward(
     step, num_buffers = _step_for(teacher, hidden, num_ids, config)
     scale_N = positions.weights_N * (head.scale / config.temperature)
     results = []
-    for rows in row_chunks(
-        hidden.shape[0], chunk_rows, num_ids, num_buffers + (head.softcap is not None), hidden
-    ):
+    for rows in row_chunks(hidden.shape[0], chunk_rows, num_ids, num_buffers + (head.softcap is not None), hidden):
         chunk = positions.select(rows)
         hidden_Nd = chunk.hidden_Nd.to(head.weight_Vd.dtype)
         logits_NV = head.logits(hidden_Nd)
@@ -222,12 +218,8 @@ def _step_for(teacher: Teacher, hidden: Tensor, num_ids: int, config: DualKLConf
     if isinstance(teacher, TopKTeacher):
         topk = teacher
 
-        def topk_rows(
-            logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None
-        ) -> StepResult:
-            return topk_step(
-                logits_NV, select_rows(topk, rows, chunk.active_N1), chunk.sampled, scale_N, config
-            )
+        def topk_rows(logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None) -> StepResult:
+            return topk_step(logits_NV, select_rows(topk, rows, chunk.active_N1), chunk.sampled, scale_N, config)
 
         return topk_rows, 2
     target = DenseTarget(teacher, num_ids, config.temperature, hidden)
@@ -283,9 +275,7 @@ def _check_inputs(
     if sampled is None and config.rkl == "mc":
         raise ValueError("rkl is 'mc', which needs the sampled tokens; pass sampled, or use rkl='exact'.")
     if sampled is not None:
-        for name, column in zip(
-            ("ids", "teacher_logprobs", "behaviour_logprobs"), _columns(sampled), strict=True
-        ):
+        for name, column in zip(("ids", "teacher_logprobs", "behaviour_logprobs"), _columns(sampled), strict=True):
             check_shape(f"sampled.{name}", column, (num_rows,))
             check_device(f"sampled.{name}", column, hidden)
         check_integers("sampled.ids", sampled.ids)

@@ -117,26 +117,44 @@ def _mix_outcomes_(
     cross_entropy_N = None if top_N1 is None else -logp_NC.gather(1, top_N1)[:, 0]
     rkl_N, fkl_N, product_NC = divergences_(logp_NC, logq_NC)
     gate_N = gate(rkl_N, config)
-    reverse_N, advantage_N, onehot_N = rkl_N, None, None
+    reverse_kl_N, advantage_N, onehot_N = rkl_N, None, None
     if config.rkl == "mc":
-        assert sampled is not None and sampled_logp_N is not None
-        reverse_N, advantage_N = sampled_reverse_kl(
+        assert sampled is not None
+        assert sampled_logp_N is not None
+        reverse_kl_N, advantage_N = sampled_reverse_kl(
             sampled_logp_N, sampled.teacher_logprobs, sampled.behaviour_logprobs, rkl_N, config.importance_cap
         )
-    forward_N = fkl_N if cross_entropy_N is None else cross_entropy_N
-    loss_N = gate_N * reverse_N + (1 - gate_N) * forward_N
+    forward_kl_N = fkl_N if cross_entropy_N is None else cross_entropy_N
+    loss_N = gate_N * reverse_kl_N + (1 - gate_N) * forward_kl_N
     if scale_N is not None:
-        reverse_scale_N, forward_scale_N = gate_N * scale_N, (1 - gate_N) * scale_N
-        onehot_N = None if advantage_N is None else reverse_scale_N * advantage_N
-        coefficient_N = forward_scale_N - (reverse_scale_N * rkl_N if onehot_N is None else onehot_N)
-        logp_NC.mul_(coefficient_N[:, None])
-        if onehot_N is None:
-            logp_NC.addcmul_(product_NC, reverse_scale_N[:, None])
-        if top_N1 is None:
-            logp_NC.addcmul_(logq_NC, forward_scale_N[:, None], value=-1)
-        else:
-            logp_NC.scatter_add_(1, top_N1, -forward_scale_N[:, None])
+        reverse_N1, forward_N1 = (gate_N * scale_N)[:, None], ((1 - gate_N) * scale_N)[:, None]
+        onehot_N = None if advantage_N is None else reverse_N1[:, 0] * advantage_N
+        _outcome_gradient_(logp_NC, logq_NC, product_NC, rkl_N, reverse_N1, forward_N1, onehot_N, top_N1)
     return _Mix(rkl_N, fkl_N, gate_N, loss_N, logp_NC, onehot_N)
+
+
+def _outcome_gradient_(
+    p_NC: Tensor,
+    q_NC: Tensor,
+    product_NC: Tensor,
+    rkl_N: Tensor,
+    reverse_N1: Tensor,
+    forward_N1: Tensor,
+    onehot_N: Tensor | None,
+    top_N1: Tensor | None,
+) -> None:
+    """p <- λ p (l - R) + (1 - λ) (p - q), with λ and 1 - λ scaled, from p, q and p l, in the fewest passes.
+
+    mc has -λA p in place of the first term, argmax a one-hot in place of q.
+    """
+    if onehot_N is None:
+        p_NC.mul_(forward_N1 - reverse_N1 * rkl_N[:, None]).addcmul_(product_NC, reverse_N1)
+    else:
+        p_NC.mul_(forward_N1 - onehot_N[:, None])
+    if top_N1 is None:
+        p_NC.addcmul_(q_NC, forward_N1, value=-1)
+    else:
+        p_NC.scatter_add_(1, top_N1, -forward_N1)
 
 
 def _add_onehot_(gradient_NV: Tensor, onehot_N: Tensor | None, sampled: Sampled | None) -> None:

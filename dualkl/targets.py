@@ -79,9 +79,7 @@ class Sampled:
 class DenseTarget:
     """Serves a dense teacher's logits, a few positions at a time, in the statistics dtype and at a temperature."""
 
-    def __init__(
-        self, teacher: LogitsTeacher | HiddenTeacher, num_ids: int, temperature: float, like: Tensor
-    ) -> None:
+    def __init__(self, teacher: LogitsTeacher | HiddenTeacher, num_ids: int, temperature: float, like: Tensor) -> None:
         self._head: PreparedHead | None = None
         if isinstance(teacher, HiddenTeacher):
             self._source = teacher.hidden.detach()
@@ -267,12 +265,8 @@ def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | Non
         (kept_NK[:, 1:] & ~kept_NK[:, :-1]).any(1),
         "has an empty slot (id -1) before a kept id; expected them last",
     )
-    _refuse(
-        ((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice"
-    )
-    _refuse(
-        (logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0"
-    )
+    _refuse(((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice")
+    _refuse((logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0")
     _refuse(
         filled_N & ~((mass_N - 1).abs() <= 1e-4),
         "has masses that do not add up to 1 (kept ids and tail: {value:.6f}, tolerance 1e-4); "

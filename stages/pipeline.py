@@ -37,7 +37,7 @@ def main() -> None:
     train(run, student, vocabulary)
     with TeacherLoader(run.config, run.world) as teacher:
         measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)
-    run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+    run.log_totals("pipeline")
     if run.world.is_main:
         write_report(run.folder, run.config)
     run.metrics.close()

@@ -40,7 +40,7 @@ def main() -> None:
 
 def tell(run: Run, num_units: int) -> None:
     """What the cache holds now, and what to do with it."""
-    run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+    run.log_totals("rollout")
     if run.world.is_main:
         summary = cache.open(run.config.cache_root).summary()
         run.metrics.say(

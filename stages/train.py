@@ -44,13 +44,13 @@ def train(run: Run, student: Student, vocabulary: Vocabulary) -> None:
 
     def refresh_now(now: fit.Training, index: int) -> None:
         refresh.refresh(run, now.student, vocabulary, prompts, index, now.step)
-        run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+        run.log_totals("train")
 
     fit.fit(run, training, refresh_now)
     if run.world.is_main:
         students.export(student, run.folder / "student")
     run.world.barrier()
-    run.metrics.log("clock", start=run.clock.started, **run.clock.totals(run.world))
+    run.log_totals("train")
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
 
 

@@ -90,9 +90,7 @@ def position_loss(
         assert sampled is not None
         logp_y = logp_all[int(sampled["ids"][row])]
         log_ratio = float(logp_y.detach() - sampled["teacher_logprobs"][row])
-        ratio = importance(
-            float(logp_y.detach()), float(sampled["behaviour_logprobs"][row]), config.importance_cap
-        )
+        ratio = importance(float(logp_y.detach()), float(sampled["behaviour_logprobs"][row]), config.importance_cap)
         advantage = ratio * (log_ratio - float(rkl.detach()))
         reverse = ratio * log_ratio + advantage * (logp_y - logp_y.detach())
     forward = -logp[top] if config.fkl == "argmax" else fkl
@@ -123,9 +121,7 @@ def dual_kl(
     for row in range(num_rows):
         rows.append(position_loss(logits[row], teacher, row, config, sampled))
         loss = loss + float(weights[row]) * rows[-1]["loss"]
-    columns = {
-        name: torch.tensor([r[name] for r in rows], dtype=torch.float64) for name in ("rkl", "fkl", "gate")
-    }
+    columns = {name: torch.tensor([r[name] for r in rows], dtype=torch.float64) for name in ("rkl", "fkl", "gate")}
     return {"loss": loss, **columns}
 
 

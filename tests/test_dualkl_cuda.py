@@ -39,9 +39,7 @@ def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool, dtype: t
         config = cpu.config(gating=gating, rkl=rkl, fkl=fkl)
         wanted, found = cpu.oracle(kind, config), gpu.run(kind, config, chunk_rows=3, check=True)
         for name in ("rkl", "fkl"):
-            torch.testing.assert_close(
-                getattr(found, name).cpu().double(), wanted[name], rtol=value, atol=3e-6
-            )
+            torch.testing.assert_close(getattr(found, name).cpu().double(), wanted[name], rtol=value, atol=3e-6)
         pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
         assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope
 

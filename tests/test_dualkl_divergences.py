@@ -36,9 +36,7 @@ def test_compare_is_the_dense_oracle(kind: str) -> None:
     hidden, weight, teacher_hidden, teacher_weight = pair()
     bias = torch.linspace(-1, 1, V, dtype=torch.float64)
     teacher_logits = reference.head_logits(teacher_hidden, {"weight": teacher_weight})
-    teacher = (
-        LogitsTeacher(teacher_logits) if kind == "logits" else HiddenTeacher(teacher_hidden, teacher_weight)
-    )
+    teacher = LogitsTeacher(teacher_logits) if kind == "logits" else HiddenTeacher(teacher_hidden, teacher_weight)
     found = compare(hidden, Head(weight, bias), teacher, vocab_size=491, temperature=1.3, chunk_rows=3)
     logits = reference.head_logits(hidden, {"weight": weight, "bias": bias}, 491)
     for n in range(N):
@@ -62,9 +60,7 @@ def test_compare_with_a_topk_teacher_is_the_bucketed_oracle() -> None:
         logp, logq = reference.topk_outcomes(logits[n], rows, n, 1e-8)
         assert math.isclose(found.rkl[n], reference.kl(logp, logq), rel_tol=1e-6)
         assert math.isclose(found.fkl[n], reference.kl(logq, logp), rel_tol=1e-6)
-        assert math.isclose(
-            found.student_entropy[n], reference.entropy(reference.log_softmax(logits[n])), rel_tol=1e-6
-        )
+        assert math.isclose(found.student_entropy[n], reference.entropy(reference.log_softmax(logits[n])), rel_tol=1e-6)
     assert torch.equal(found.teacher_top1, teacher.ids[:, 0].long())
     assert torch.equal(found.student_top1, logits.argmax(1))
 
@@ -135,9 +131,7 @@ def test_gather_logprobs_is_log_softmax_at_the_ids() -> None:
     expected = torch.stack([reference.log_softmax(logits[n])[ids[n]] for n in range(N)])
     head_object = Head(weight, bias, 0.5, 4.0)
     for chunk_rows in (None, 2):
-        found = gather_logprobs(
-            hidden, head_object, ids, vocab_size=491, temperature=0.7, chunk_rows=chunk_rows
-        )
+        found = gather_logprobs(hidden, head_object, ids, vocab_size=491, temperature=0.7, chunk_rows=chunk_rows)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -155,5 +149,5 @@ def test_bad_arguments_are_refused() -> None:
         gather_logprobs(hidden, weight, torch.tensor([0, 0, 0, 0, 0, 0, 503]))
     with pytest.raises(ValueError, match="temperature is 0; expected a finite number > 0"):
         compare(hidden, weight, HiddenTeacher(teacher_hidden, teacher_weight), temperature=0)
-    with pytest.raises(ValueError, match="top-k logprobs are at temperature 1.0, the loss is at 2.0"):
+    with pytest.raises(ValueError, match=r"top-k logprobs are at temperature 1.0, the loss is at 2.0"):
         compare(hidden, weight, topk(teacher_hidden, teacher_weight, 5), temperature=2.0)

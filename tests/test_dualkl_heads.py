@@ -13,9 +13,7 @@ from tests import reference
 def test_logits_are_the_heads_formula(softcap: float | None, scale: float, with_bias: bool) -> None:
     hidden, weight = torch.randn(7, 16), torch.randn(503, 16)
     bias = torch.randn(503) if with_bias else None
-    expected = reference.head_logits(
-        hidden, {"weight": weight, "bias": bias, "scale": scale, "softcap": softcap}, 491
-    )
+    expected = reference.head_logits(hidden, {"weight": weight, "bias": bias, "scale": scale, "softcap": softcap}, 491)
     prepared = prepare_head(Head(weight, bias, scale, softcap), hidden, 491)
     torch.testing.assert_close(prepared.logits(hidden).double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -25,9 +23,7 @@ def test_bfloat16_logits_are_not_rounded_to_bfloat16() -> None:
     prepared = prepare_head(weight, hidden, 503)
     logits = prepared.logits(hidden.to(prepared.weight_Vd.dtype))
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(
-        logits.double(), reference.head_logits(hidden, {"weight": weight}), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(logits.double(), reference.head_logits(hidden, {"weight": weight}), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

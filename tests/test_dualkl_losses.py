@@ -2,8 +2,8 @@
 
 import itertools
 import math
-import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,10 +106,7 @@ class Case:
 
     def config(self, **changes: Any) -> DualKLConfig:
         return DualKLConfig(
-            **(
-                {"tau": 0.8, "alpha": 2.0, "temperature": self.temperature, "vocab_size": self.vocab_size}
-                | changes
-            )
+            **({"tau": 0.8, "alpha": 2.0, "temperature": self.temperature, "vocab_size": self.vocab_size} | changes)
         )
 
     def run(self, kind: str, config: DualKLConfig, **options: Any) -> DualKLOutput:
@@ -220,9 +217,7 @@ def test_the_gate_at_0_and_1_leaves_pure_forward_and_pure_reverse_kl(kind: str) 
 def test_a_student_equal_to_its_teacher_has_loss_0(dtype: torch.dtype) -> None:
     case = Case(dtype=dtype)
     for gating in ("soft", "hard", "fixed"):
-        out = dual_kl(
-            case.hidden, case.weight, HiddenTeacher(case.hidden, case.weight), case.config(gating=gating)
-        )
+        out = dual_kl(case.hidden, case.weight, HiddenTeacher(case.hidden, case.weight), case.config(gating=gating))
         assert out.loss.item() == 0
         assert gradients(out.loss, [case.hidden])[0].abs().max() < 1e-8
 
@@ -460,9 +455,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(reentrant: bool) -> None
     wanted = gradients(case.run("hidden", case.config()).loss, [case.hidden, case.weight])
 
     def loss(hidden: Tensor) -> Tensor:
-        return dual_kl(
-            hidden * 1.0, case.weight, case.teacher("hidden"), case.config(), weights=case.weights
-        ).loss
+        return dual_kl(hidden * 1.0, case.weight, case.teacher("hidden"), case.config(), weights=case.weights).loss
 
     checkpoint(loss, case.hidden, use_reentrant=reentrant).backward()
     torch.testing.assert_close(case.hidden.grad, wanted[0])
@@ -492,7 +485,7 @@ def test_compiled_code_may_call_it() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_it_trains_a_head_inside_a_ddp_module(tmp_path: os.PathLike[str]) -> None:
+def test_it_trains_a_head_inside_a_ddp_module(tmp_path: Path) -> None:
     case = Case(dtype=torch.float32)
 
     class Student(torch.nn.Module):
@@ -503,7 +496,7 @@ def test_it_trains_a_head_inside_a_ddp_module(tmp_path: os.PathLike[str]) -> Non
         def forward(self, hidden: Tensor) -> Tensor:
             return dual_kl(hidden, self.lm_head, case.teacher("topk"), case.config()).loss
 
-    store = torch.distributed.FileStore(os.path.join(tmp_path, "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         student = torch.nn.parallel.DistributedDataParallel(Student())
@@ -525,9 +518,7 @@ def test_what_it_reports_besides_the_loss() -> None:
         logp = reference.log_softmax(logits[n])
         outside = [j for j in range(V) if j not in set(case.topk["ids"][n].tolist())]
         assert math.isclose(out.student_logprobs[n], float(logp[case.sampled_ids[n]]), rel_tol=1e-9)
-        assert math.isclose(
-            out.student_log_tail_mass[n], float(torch.logsumexp(logp[outside], 0)), rel_tol=1e-9
-        )
+        assert math.isclose(out.student_log_tail_mass[n], float(torch.logsumexp(logp[outside], 0)), rel_tol=1e-9)
     assert not out.floored.any()
     dense = case.run("logits", case.config(), sampled=None)
     assert dense.student_logprobs is None

@@ -53,9 +53,7 @@ def run(
     return dense_step(z, teacher["logits"].to(dtype, copy=True), sampled, scale, config), z
 
 
-def expected(
-    logits: Tensor, teacher: dict[str, Tensor], config: DualKLConfig
-) -> tuple[list[dict[str, Any]], Tensor]:
+def expected(logits: Tensor, teacher: dict[str, Tensor], config: DualKLConfig) -> tuple[list[dict[str, Any]], Tensor]:
     z, sampled = logits.clone().requires_grad_(), samples(logits)
     columns = {"ids": sampled.ids, "teacher_logprobs": sampled.teacher_logprobs}
     columns["behaviour_logprobs"] = sampled.behaviour_logprobs
@@ -115,12 +113,8 @@ def test_a_students_tiny_tail_keeps_its_gradient_in_float32(tail: float, mix: fl
 @pytest.mark.parametrize("size", [80.0, 1e4])
 def test_extreme_logits_give_the_oracles_numbers(kind: str, config: DualKLConfig, size: float) -> None:
     generator = torch.Generator().manual_seed(9)
-    logits = torch.where(torch.rand(N, V, generator=generator) < 0.02, size, -size).double() + random_logits(
-        1, 0.5
-    )
-    dense = torch.where(torch.rand(N, V, generator=generator) < 0.02, size, -size).double() + random_logits(
-        2, 0.5
-    )
+    logits = torch.where(torch.rand(N, V, generator=generator) < 0.02, size, -size).double() + random_logits(1, 0.5)
+    dense = torch.where(torch.rand(N, V, generator=generator) < 0.02, size, -size).double() + random_logits(2, 0.5)
     logits, dense = logits.float().double(), dense.float().double()
     teacher = {"logits": dense} if kind == "dense" else topk_of(dense)
     rows, gradient = expected(logits, teacher, config)

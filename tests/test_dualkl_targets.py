@@ -21,9 +21,7 @@ def made(seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(0, 491, (N,), generator=generator)
 
 
-def assert_is_reference(
-    found: Compressed, logits: Tensor, sampled: Tensor, k: int, p: float, floor: int
-) -> None:
+def assert_is_reference(found: Compressed, logits: Tensor, sampled: Tensor, k: int, p: float, floor: int) -> None:
     ids, logprobs, tails = reference.compress(logits, k, p, floor)
     for n in range(N):
         width = len(ids[n])
@@ -37,17 +35,13 @@ def assert_is_reference(
         assert math.isclose(found.sampled_logprobs[n], float(logq[sampled[n]]), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("k", "p", "floor"), [(5, 1.0, 1), (64, 0.9, 1), (64, 0.5, 3), (8, 0.999, 1), (1, 1.0, 1)]
-)
+@pytest.mark.parametrize(("k", "p", "floor"), [(5, 1.0, 1), (64, 0.9, 1), (64, 0.5, 3), (8, 0.999, 1), (1, 1.0, 1)])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
 def test_compress_is_a_sort_of_the_full_distribution(k: int, p: float, floor: int, spread: float) -> None:
     hidden, weight, sampled = made(spread=spread)
     bias = torch.linspace(-1, 1, V)
     head = Head(weight, bias, 0.9, 30.0)
-    found = compress(
-        hidden, head, sampled, k=k, p=p, floor=floor, vocab_size=491, temperature=0.8, chunk_rows=3
-    )
+    found = compress(hidden, head, sampled, k=k, p=p, floor=floor, vocab_size=491, temperature=0.8, chunk_rows=3)
     as_dict = {"weight": weight, "bias": bias, "scale": 0.9, "softcap": 30.0}
     assert_is_reference(found, reference.head_logits(hidden, as_dict, 491) / 0.8, sampled, k, p, floor)
     assert found.ids.dtype == torch.int32
@@ -171,9 +165,7 @@ def test_a_topk_teacher_that_is_no_distribution_is_refused(changes: dict[str, Te
 
 
 def test_rows_that_do_not_count_are_exempt() -> None:
-    broken = top3(
-        ids=torch.tensor([[4, 2, 9], [1, 1, 77]]), log_tail_mass=torch.tensor([math.log(0.125), math.nan])
-    )
+    broken = top3(ids=torch.tensor([[4, 2, 9], [1, 1, 77]]), log_tail_mass=torch.tensor([math.log(0.125), math.nan]))
     check_topk_values(broken, 10, torch.tensor([True, False]))
 
 
@@ -188,28 +180,18 @@ def test_teachers_of_the_wrong_shape_or_temperature_are_refused() -> None:
         check_teacher(HiddenTeacher(torch.ones(2, 4), torch.ones(5, 6)), 2, 1.0)
     with pytest.raises(ValueError, match=re.escape("teacher.log_tail_mass has shape [3]; expected [2].")):
         check_teacher(top3(log_tail_mass=torch.ones(3)), 2, 1.0)
-    with pytest.raises(
-        ValueError, match="top-k logprobs are at temperature 1.0, the loss is at 2.0; use the same"
-    ):
+    with pytest.raises(ValueError, match=r"top-k logprobs are at temperature 1.0, the loss is at 2.0; use the same"):
         check_teacher(top3(), 2, 2.0)
-    with pytest.raises(
-        ValueError, match="teacher.ids has dtype torch.float32; expected int64, int32 or int16"
-    ):
+    with pytest.raises(ValueError, match=r"teacher.ids has dtype torch.float32; expected int64, int32 or int16"):
         check_teacher(top3(ids=torch.ones(2, 3)), 2, 1.0)
-    with pytest.raises(
-        ValueError, match="teacher.ids has no slots; expected at least one kept id a position"
-    ):
+    with pytest.raises(ValueError, match=r"teacher.ids has no slots; expected at least one kept id a position"):
         check_teacher(TopKTeacher(torch.ones(2, 0).long(), torch.ones(2, 0), torch.zeros(2)), 2, 1.0)
 
 
 def test_vocabularies_that_differ_need_a_cut() -> None:
     student, teacher = as_head(torch.ones(503, 4)), HiddenTeacher(torch.ones(2, 6), torch.ones(512, 6))
     assert shared_vocabulary(student, teacher, 500) == 500
-    with pytest.raises(
-        ValueError, match=r"differ \(student's head 503, teacher's head 512\); set vocab_size"
-    ):
+    with pytest.raises(ValueError, match=r"differ \(student's head 503, teacher's head 512\); set vocab_size"):
         shared_vocabulary(student, teacher, None)
-    with pytest.raises(
-        ValueError, match="vocab_size is 510, the student's head has 503 ids; expected 1 to 503"
-    ):
+    with pytest.raises(ValueError, match="vocab_size is 510, the student's head has 503 ids; expected 1 to 503"):
         shared_vocabulary(student, teacher, 510)

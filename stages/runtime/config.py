@@ -169,7 +169,7 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
 # The resolvers of a first character are tried in order; integers must come before the wider float pattern.
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+for _resolvers in _Loader.yaml_implicit_resolvers.values():
     _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 
 from stages.runtime import config as configuration
@@ -42,6 +43,13 @@ class Run:
             config.models.student_adapter,
         )
         return f"{config.run.run_name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+
+    def log_totals(self, stage: str) -> None:
+        """Seconds by phase and peak GPU memory so far, of the slowest and the fullest rank (collective)."""
+        self.metrics.log("clock", start=self.clock.started, **self.clock.totals(self.world))
+        on_gpu = self.world.device.type == "cuda"
+        peak = float(torch.cuda.max_memory_allocated(self.world.device)) if on_gpu else 0.0
+        self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
 
 
 def open_run(description: str, arguments: list[str] | None = None) -> Run:

@@ -1,0 +1,211 @@
+"""Both stages at real shapes on one GPU, with seeded random weights in place of downloads.
+
+    python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl --out bench/results
+
+Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16), then, each part by `--only`:
+  zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both against fp32;
+  stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
+  memory  five refreshes: memory allocated after each.
+Writes real_shapes.json: figures with device and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cache
+from dualkl.divergences import gather_logprobs
+from stages.models import teacher
+from stages.runtime import config as configuration
+from stages.runtime import distributed, metrics
+
+SHAPES = {
+    "student": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "teacher": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_model(role: str, folder: Path, tokenizer: PreTrainedTokenizerFast, tiny: bool, device: str) -> None:
+    """A Qwen3 checkpoint with seeded random weights; the teacher's are drawn wider, so that its text has structure."""
+    if (folder / "config.json").exists():
+        return
+    shape = TINY if tiny else SHAPES[role]
+    model_config = Qwen3Config(
+        vocab_size=151_936, num_key_value_heads=8 if not tiny else 2, head_dim=128 if not tiny else 16,
+        max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=True,
+        initializer_range=0.02 if role == "student" else 0.03, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **shape,
+    )  # fmt: skip
+    torch.manual_seed(1 if role == "student" else 2)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    data = path.read_bytes()
+    if path.suffix == ".zst":
+        import zstandard
+
+        data = zstandard.ZstdDecompressor().decompress(data)
+    plain = Path("tokenizer.tmp.json")
+    plain.write_bytes(data)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(plain), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    plain.unlink()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, float]:
+    """Distances of the plain bf16 and the ZeRO-3 bf16 teacher from the fp32 model, on the same random tokens."""
+    world = distributed.start(device)
+    arguments = ["--teacher_model", str(models / "teacher"), "--device", device]
+    ids = torch.randint(100, 151_000, (2, num_tokens), generator=torch.Generator().manual_seed(0)).to(world.device)
+    mask = torch.ones_like(ids)
+
+    def score(extra: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded = teacher.load_teacher(configuration.parse_arguments([*arguments, *extra], ""), world)
+        hidden = loaded.hidden(ids, mask)[:, :-1].flatten(0, 1)
+        logprobs = gather_logprobs(hidden, loaded.head, ids[:, 1:].flatten())
+        hidden = hidden.float()
+        loaded.close()
+        return hidden, logprobs
+
+    exact_hidden, exact = score(["--teacher_ds_zero3", "false", "--teacher_dtype", "fp32"])
+    plain_hidden, plain = score(["--teacher_ds_zero3", "false"])
+    zero3_hidden, zero3 = score(["--teacher_ds_zero3"])
+
+    def relative(hidden: torch.Tensor) -> float:
+        return float((hidden - exact_hidden).norm() / exact_hidden.norm())
+
+    return {
+        "tokens": num_tokens,
+        "max_logprob_gap_zero3_plain": float((zero3 - plain).abs().max()),
+        "max_logprob_gap_plain_fp32": float((plain - exact).abs().max()),
+        "max_logprob_gap_zero3_fp32": float((zero3 - exact).abs().max()),
+        "hidden_relative_error_plain": relative(plain_hidden),
+        "hidden_relative_error_zero3": relative(zero3_hidden),
+        "hidden_bit_equal": float(torch.equal(zero3_hidden, plain_hidden)),
+    }
+
+
+def run_stages(models: Path, dataset: Path, device: str, tiny: bool) -> dict[str, Any]:
+    """stages.rollout, then stages.train through one refresh; rates from the records the stages leave."""
+    shutil.rmtree("runs/real_shapes", ignore_errors=True)
+    size = ["--num_prompts", "512", "--rollouts_per_refresh", "2048", "--max_new_tokens", "256", "--batch_size", "256"]
+    tiny_size = ["--num_prompts", "8", "--rollouts_per_refresh", "32", "--max_new_tokens", "8", "--batch_size", "8"]
+    common = _common(models, dataset, device, "real_shapes", [
+        *(tiny_size if tiny else size), "--group_size", "4", "--grad_accum", "4", "--gen_micro_batch", "512",
+        "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
+        "--max_steps", "16", "--refresh_every", "8",
+    ])  # fmt: skip
+    started = time.perf_counter()
+    for stage in ("rollout", "train"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}", *common], check=True)
+    records = metrics.read(Path("runs/real_shapes/metrics.jsonl"))
+    clocks = {r["start"]: r for r in records if r["kind"] == "clock"}.values()
+    seconds = {phase: sum(c[phase] for c in clocks) for phase in metrics.PHASES}
+    snapshot = cache.open("runs/real_shapes/cache")
+    summary = snapshot.summary()
+    steps = [r for r in records if r["kind"] == "step"]
+    prompt_tokens = sum(snapshot.index.column("num_prompt_tokens").to_pylist())
+    trained = sum(r["tokens"] for r in steps)
+    return {
+        "rollouts": summary["rows"],
+        "completion_tokens": summary["scored_tokens"],
+        "prompt_tokens": prompt_tokens,
+        "rollouts_per_second": summary["rows"] / seconds["rollout"],
+        "generated_tokens_per_second": summary["scored_tokens"] / seconds["rollout"],
+        "scored_tokens_per_second": (summary["scored_tokens"] + prompt_tokens) / seconds["score"],
+        "trained_completion_tokens_per_second": trained / sum(r["seconds"] for r in steps),
+        "median_step_seconds": sorted(r["seconds"] for r in steps)[len(steps) // 2],
+        "cache_bytes_per_token": summary["bytes_per_token"],
+        "signal_bytes_per_token": summary["signal_bytes_per_token"],
+        "peak_gib": {r["stage"]: r["peak_memory_bytes"] / 2**30 for r in records if r["kind"] == "memory"},
+        "seconds": seconds | {"wall": time.perf_counter() - started},
+        "first_step": steps[0],
+        "last_step": steps[-1],
+    }
+
+
+def run_memory(models: Path, dataset: Path, device: str) -> dict[str, Any]:
+    """Memory allocated after each of five refreshes, and its spread against the first."""
+    shutil.rmtree("runs/memory", ignore_errors=True)
+    common = _common(models, dataset, device, "memory", [
+        "--num_prompts", "16", "--rollouts_per_refresh", "16", "--max_new_tokens", "8", "--batch_size", "8",
+        "--group_size", "1", "--grad_accum", "1", "--max_steps", "6", "--refresh_every", "1", "--rollouts_per_unit", "16",
+    ])  # fmt: skip
+    for stage in ("rollout", "train"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}", *common], check=True)
+    after = [
+        r["memory_allocated_bytes"] for r in metrics.read(Path("runs/memory/metrics.jsonl")) if r["kind"] == "refresh"
+    ]
+    return {
+        "allocated_bytes_after_refresh": after,
+        "largest_change": max(abs(a / after[0] - 1) for a in after) if after[0] else 0.0,
+    }
+
+
+def _common(models: Path, dataset: Path, device: str, name: str, more: list[str]) -> list[str]:
+    return [
+        "--student_model", str(models / "student"), "--teacher_model", str(models / "teacher"), "--dataset", str(dataset),
+        "--device", device, "--run_name", name, "--teacher_ds_zero3", "--max_prompt_tokens", "512", "--trace_every", "0", *more,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path("runs/models"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--only", choices=["zero3", "stages", "memory"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does everything run?")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(options.tokenizer)
+    for role in SHAPES:
+        make_model(role, options.models / role, tokenizer, options.tiny, options.device)
+    print(f"models made after {time.perf_counter() - started:.0f} s", flush=True)
+    parts = {
+        "zero3": lambda: check_zero3(options.models, options.device),
+        "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny),
+        "memory": lambda: run_memory(options.models, options.dataset, options.device),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "real_shapes.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found["machine"] = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            found[name] = part()
+            path.write_text(json.dumps(found, indent=1))
+            print(name, json.dumps(found[name], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`python -m cache summary|show|verify ROOT`: what a cache holds, one rollout token by token, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from cache.reader import Snapshot, open_cache
+from cache.schema import CacheError
+from cache.verify import verify
+from cache.view import record_text, summary_text
+
+DAMAGED, WRONG_INPUT = 1, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 if `verify` finds faults, 2 for wrong input."""
+    args = _parser().parse_args(arguments)
+    try:
+        code = {"summary": _summary, "show": _show, "verify": _verify}[args.command](args)
+        sys.stdout.flush()
+        return code
+    except CacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except BrokenPipeError:  # a pager or `head` that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    summary = commands.add_parser("summary", help="rows, tokens, bytes, policies, quantiles; reads no shard")
+    summary.add_argument("--json", action="store_true", help="the same figures for a program")
+    show = commands.add_parser("show", help="one rollout: its text, and what student and teacher thought of each token")
+    which = show.add_mutually_exclusive_group()
+    which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
+    which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
+    check = commands.add_parser("verify", help="check every digest and every row; exit code 1 if anything is wrong")
+    for command in (summary, show, check):
+        command.add_argument("root", metavar="ROOT", help="directory of the cache")
+    return parser
+
+
+def _summary(args: argparse.Namespace) -> int:
+    summary = open_cache(args.root).summary()
+    print(json.dumps(summary, indent=1) if args.json else summary_text(summary))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    snapshot = open_cache(args.root)
+    for line in record_text(snapshot, _position(snapshot, args)):
+        print(line)
+    return 0
+
+
+def _position(snapshot: Snapshot, args: argparse.Namespace) -> int:
+    if args.row is not None:
+        found = [i for i, row_id in enumerate(snapshot.row_ids) if row_id.startswith(args.row)]
+        if len(found) != 1:
+            raise CacheError(
+                f"{args.root}: {len(found)} rows begin with {args.row!r}; give the beginning of one row id."
+            )
+        return found[0]
+    if not -len(snapshot) <= args.index < len(snapshot):
+        raise CacheError(f"{args.root} has {len(snapshot)} committed rows; there is no row {args.index}.")
+    return int(args.index) % len(snapshot)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    findings = verify(args.root)
+    for finding in findings:
+        print(finding)
+    if findings:
+        print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")
+        return DAMAGED
+    print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The teacher's head beside a cache of hidden states: stored once, as safetensors named by their sha256."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.commit import HEAD, HEADS, TemporaryFile, create, hash_file, seal, unseal
+from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
+
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_ADVICE = "Delete head.json and the file it names, and rerun stage one, which writes the head again."
+
+
+def store_head(root: Path, head: TeacherHead) -> str:
+    """Writes the head unless the cache has it; returns its sha256. CacheError if the cache has another one."""
+    temporary = TemporaryFile(root / HEADS)
+    try:
+        for part in _parts(head):
+            temporary.write(part)
+        digest = temporary.sha256
+        stored = head_digest(root)
+        if stored is None or not _path(root, digest).exists():
+            temporary.publish(_path(root, digest))
+    finally:
+        temporary.discard()
+    create(root / HEAD, seal({"sha256_of_head": digest, "num_bytes": temporary.num_bytes}))
+    stored = head_digest(root)
+    if stored != digest:
+        raise CacheError(
+            f"{root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has {digest[:8]}…. Rows of"
+            " both would not mean the same: use another cache directory, or the teacher the cache was written with."
+        )
+    return digest
+
+
+def head_digest(root: Path) -> str | None:
+    """sha256 of the cache's head, or None where it has none."""
+    try:
+        return str(unseal(root / HEAD, _ADVICE)["sha256_of_head"])
+    except FileNotFoundError:
+        return None
+
+
+def head_files(root: Path) -> list[Path]:
+    """The files that hold the head."""
+    digest = head_digest(root)
+    return [] if digest is None else [root / HEAD, _path(root, digest)]
+
+
+def load_head(root: Path) -> TeacherHead | None:
+    """The cache's head, memory-mapped, after checking its digest; None where it has none."""
+    digest = head_digest(root)
+    if digest is None:
+        return None
+    path = _path(root, digest)
+    try:
+        actual = hash_file(path)
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing, though head.json names it. {_ADVICE}") from None
+    if actual != digest:
+        raise CacheError(f"{path}: sha256 is {actual[:8]}…, head.json says {digest[:8]}…. {_ADVICE}")
+    return _read(path)
+
+
+def _path(root: Path, digest: str) -> Path:
+    return root / HEADS / f"{digest}.safetensors"
+
+
+def _parts(head: TeacherHead) -> list[bytes | memoryview]:
+    """Header and arrays of a safetensors file."""
+    tensors: list[tuple[str, str, Array]] = [("weight", _NAMES[head.dtype], head.weight)]
+    if head.bias is not None:
+        tensors.append(("bias", "F32", head.bias))
+    header: dict[str, Any] = {"__metadata__": {"scale": repr(head.scale), "softcap": repr(head.softcap)}}
+    start = 0
+    for name, dtype, array in tensors:
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(array.data.cast("B") for _, _, array in tensors)]
+
+
+def _read(path: Path) -> TeacherHead:
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    arrays: dict[str, Array] = {}
+    for name in header.keys() - {"__metadata__"}:
+        first, last = header[name]["data_offsets"]
+        dtype = {v: STATE_DTYPES[k] for k, v in _NAMES.items()}[header[name]["dtype"]]
+        arrays[name] = data[start + first : start + last].view(dtype).reshape(header[name]["shape"])
+    dtype_name = {v: k for k, v in _NAMES.items()}[header["weight"]["dtype"]]
+    settings = header["__metadata__"]
+    return TeacherHead(
+        arrays["weight"], dtype_name, arrays.get("bias"), float(settings["scale"]), float(settings["softcap"])
+    )

@@ -1,0 +1,232 @@
+"""Reads committed rows: an immutable snapshot of a cache, opened from its commit records alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache import codec, commit
+from cache.commit import CommitRecord
+from cache.fingerprint import Fingerprint, load_fingerprint
+from cache.heads import load_head
+from cache.schema import SCALAR_COLUMNS, SCHEMA, TOKEN_COLUMNS, Array, CacheError, Record, TeacherHead
+from cache.shard import advice, read_batch
+
+if TYPE_CHECKING:
+    from cache.verify import Finding
+
+BATCH_MEMORY_BYTES = 256 * 2**20
+PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
+
+
+def open_cache(root: str | PathLike[str]) -> Snapshot:
+    """A snapshot of the rows committed at `root`. CacheError if there is no cache, or a commit record is damaged."""
+    path = Path(root)
+    fingerprint = load_fingerprint(path)
+    if fingerprint is None:
+        raise CacheError(f"{path} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+    return Snapshot(path, fingerprint, commit.read_records(path, {}), _Batches(path))
+
+
+class Snapshot(Sequence[Record]):
+    """The rows that were committed when it was made, in the order of their ids; it never changes.
+
+    A row that two units hold (writers with different plans, at the same moment) is read from the one whose commit
+    record's name sorts first.
+
+    Attributes:
+        root: directory of the cache.
+        fingerprint: what its rows mean.
+    """
+
+    def __init__(
+        self, root: Path, fingerprint: Fingerprint, records: dict[str, CommitRecord], batches: _Batches
+    ) -> None:
+        self.root = root
+        self.fingerprint = fingerprint
+        self._records = records
+        self._batches = batches
+        self._shards = list(records.values())
+        for record in self._shards:
+            if record.fingerprint != fingerprint.digest:
+                raise CacheError(
+                    f"{root / record.shard} was written under another fingerprint ({record.fingerprint[:8]}…) than the"
+                    f" cache's ({fingerprint.digest[:8]}…); move it and commits/{record.name} out of this cache."
+                )
+        self._locate()
+
+    def _locate(self) -> None:
+        """Where each row lies: `_shard_of`, its number in `_shards`, and `_row_of`, its row in that shard."""
+        counts = [len(record.row_ids) for record in self._shards]
+        ids = np.array([row_id for record in self._shards for row_id in record.row_ids], dtype="S32")
+        order = np.argsort(ids, kind="stable")
+        ordered = ids[order]
+        first = np.ones(len(ids), bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        self._kept = order[first]
+        self._ids = ordered[first]
+        starts = np.cumsum([0, *counts])
+        self._shard_of = np.repeat(np.arange(len(counts)), counts)[self._kept]
+        self._row_of = self._kept - starts[self._shard_of]
+        self._batch_ends = [np.cumsum([batch.num_rows for batch in record.batches]) for record in self._shards]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Record | list[Record]:
+        """Row `index` in row-id order, decoded (a slice: a list of rows). CacheError if its bytes are damaged."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        shard, row = int(self._shard_of[position]), int(self._row_of[position])
+        ends = self._batch_ends[shard]
+        batch = int(np.searchsorted(ends, row, side="right"))
+        rows = self._batches.get(self._shards[shard], batch)
+        return rows.record(row - (int(ends[batch - 1]) if batch else 0))
+
+    @cached_property
+    def row_ids(self) -> list[str]:
+        """Ids of all rows, sorted."""
+        return [row_id.decode() for row_id in self._ids.tolist()]
+
+    def position(self, row_id: str) -> int:
+        """The index of a row. CacheError if this snapshot has no such row."""
+        index = int(np.searchsorted(self._ids, row_id.encode()))
+        if index == len(self) or self._ids[index].decode() != row_id:
+            raise CacheError(f"{self.root} has no row {row_id} among its {len(self)} committed rows.")
+        return index
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """One row per committed row, in row-id order, from the commit records alone."""
+        rows: dict[str, list[Any]] = {name: [] for name in _INDEX_SCHEMA.names}
+        for record in self._shards:
+            policies = list(zip(*(record.policies[i] for i in record.policy_of_row), strict=True))
+            for name, values in zip(_POLICY_COLUMNS, policies, strict=True):
+                rows[name].extend(values)
+            rows["row_id"] += record.row_ids
+            rows["prompt_id"] += record.prompt_ids
+            rows["num_prompt_tokens"] += record.num_prompt_tokens
+            rows["num_completion_tokens"] += record.num_completion_tokens
+            rows["unit"] += [record.unit] * len(record.row_ids)
+        return pa.table(rows, schema=_INDEX_SCHEMA).take(pa.array(self._kept))
+
+    def head(self) -> TeacherHead | None:
+        """The teacher's head, memory-mapped and checked; None in a cache that has none."""
+        return load_head(self.root)
+
+    def refresh(self) -> Snapshot:
+        """A newer snapshot; what this one has read and checked is shared with it."""
+        return Snapshot(self.root, self.fingerprint, commit.read_records(self.root, self._records), self._batches)
+
+    def commit_records(self) -> list[CommitRecord]:
+        """The commit record of each shard, sorted by file name."""
+        return list(self._shards)
+
+    def summary(self) -> dict[str, Any]:
+        """Rows, scored tokens, bytes, policies and quantiles as plain JSON (see `cache.summary`); reads no shard."""
+        from cache.summary import summarise
+
+        return summarise(self)
+
+    def verify(self) -> list[Finding]:
+        """Every fault of the cache as it is now (`cache.verify`), empty if it is sound; damage never raises."""
+        from cache.verify import verify
+
+        return verify(self.root)
+
+    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The plain columns (or those named; `signal` is the packed one) of all rows, in row-id order, in memory."""
+        names = list(PLAIN_COLUMNS if columns is None else columns)
+        unknown = [name for name in names if name not in SCHEMA.names]
+        if unknown:
+            raise CacheError(f"the cache has no column {unknown[0]}; it has {', '.join(SCHEMA.names)}.")
+        parts = [
+            self._batches.get(record, index).batch.select(names)
+            for record in self._shards
+            for index in range(len(record.batches))
+        ]
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        return pa.Table.from_batches(parts, schema).take(pa.array(self._kept))
+
+
+_POLICY_COLUMNS = ("run_id", "policy_step", "policy_hash", "refresh_index")
+_INDEX_SCHEMA = pa.schema(
+    {
+        "row_id": pa.string(),
+        "run_id": pa.string(),
+        "policy_step": pa.int64(),
+        "policy_hash": pa.string(),
+        "refresh_index": pa.int32(),
+        "prompt_id": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_completion_tokens": pa.int32(),
+        "unit": pa.string(),
+    }
+)
+
+
+class BatchRows:
+    """A record batch as rows: each decoded when asked for."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
+        self._lists: dict[str, tuple[npt.NDArray[np.int32], Array]] = {}
+        for name in TOKEN_COLUMNS:
+            column = batch.column(name)
+            if column.null_count == 0:
+                self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy())
+
+    def record(self, row: int) -> Record:
+        """Row `row` of the batch, its signal decoded and normalised. CacheError if the signal is damaged."""
+        fields: dict[str, Any] = {name: self.batch.column(name)[row].as_py() for name in SCALAR_COLUMNS}
+        fields |= {
+            name: values[offsets[row] : offsets[row + 1]].copy() for name, (offsets, values) in self._lists.items()
+        }
+        packed = self.batch.column("signal")[row].as_buffer()
+        signal = None if packed is None else codec.decode(memoryview(packed))
+        return Record(**fields, signal=signal)
+
+
+class _Batches:
+    """Checked record batches, the most recently used ones kept up to `BATCH_MEMORY_BYTES` bytes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._kept: OrderedDict[tuple[str, int], BatchRows] = OrderedDict()
+        self._checked: set[tuple[str, int]] = set()
+        self._num_bytes = 0
+        self._lock = Lock()
+
+    def get(self, record: CommitRecord, index: int) -> BatchRows:
+        key = (record.shard, index)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        rows = BatchRows(read_batch(self._root, record, index, check=key not in self._checked))
+        if rows.batch.num_rows != record.batches[index].num_rows:
+            raise CacheError(f"{self._root / record.shard} lacks rows of its commit record. {advice(record)}")
+        with self._lock:
+            self._checked.add(key)
+            if key not in self._kept:
+                self._kept[key] = rows
+                self._num_bytes += rows.batch.nbytes
+            while self._num_bytes > BATCH_MEMORY_BYTES and len(self._kept) > 1:
+                self._num_bytes -= self._kept.popitem(last=False)[1].batch.nbytes
+        return rows

@@ -1,0 +1,172 @@
+"""One shard: an Arrow IPC file, written batch by batch with a digest of each, read one checked batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from cache import codec
+from cache.commit import SHARDS, BatchEntry, CommitRecord, TemporaryFile
+from cache.schema import FORMAT_VERSION, SCHEMA, CacheError, Record, to_batch
+from cache.statistics import Statistics
+
+TOKENS_PER_BATCH = 32_768
+SIGNAL_BYTES_PER_BATCH = 64 * 2**20  # a batch, the unit of random access, ends at either bound
+_MAGIC_BYTES = 8
+
+
+class OpenShard:
+    """A shard being written under a temporary name; rows wait in memory for at most one record batch."""
+
+    def __init__(self, root: Path) -> None:
+        self.row_ids: list[str] = []
+        self.seen: set[str] = set()
+        self._root = root
+        self._file = TemporaryFile(root / SHARDS)
+        self._sink = _Sink()
+        self._ipc = ipc.new_file(self._sink, SCHEMA.with_metadata(_metadata()), options=_options())
+        self._records: list[Record] = []
+        self._signals: list[bytes | None] = []
+        self._tokens = self._signal_bytes = 0
+        self._batches: list[BatchEntry] = []
+        self._index = _RowIndex()
+
+    def append(self, record: Record, signal: bytes | None) -> None:
+        self.row_ids.append(record.row_id)
+        self.seen.add(record.row_id)
+        self._index.add(record, len(signal or b""))
+        self._records.append(record)
+        self._signals.append(signal)
+        self._tokens += len(record.completion_ids)
+        self._signal_bytes += len(signal or b"")
+        if self._tokens >= TOKENS_PER_BATCH or self._signal_bytes >= SIGNAL_BYTES_PER_BATCH:
+            self._write_batch()
+
+    def publish(self, unit: str, stem: str, fingerprint: str, head: str | None) -> CommitRecord:
+        """Completes the file, makes it durable under its final name, and returns the record that would commit it."""
+        if self._records:
+            self._write_batch()
+        self._ipc.close()
+        self._file.write(self._sink.take())
+        digest = self._file.sha256
+        name = f"{SHARDS}/{stem}-{digest[:12]}-{secrets.token_hex(4)}.arrow"
+        self._file.publish(self._root / name)
+        return CommitRecord(
+            unit=unit, fingerprint=fingerprint, shard=name, shard_bytes=self._file.num_bytes, shard_sha256=digest,
+            batches=self._batches, row_ids=self.row_ids, head_sha256=head, **self._index.columns(),
+        )  # fmt: skip
+
+    def discard(self) -> None:
+        self._file.discard()
+
+    def _write_batch(self) -> None:
+        first = not self._batches
+        self._ipc.write_batch(to_batch(self._records, self._signals))
+        data = self._sink.take()
+        start = _schema_end(data) if first else 0
+        message = memoryview(data)[start:]
+        digest = hashlib.sha256(message).hexdigest()
+        self._batches.append(BatchEntry(self._file.num_bytes + start, len(message), len(self._records), digest))
+        self._file.write(data)
+        self._records, self._signals, self._tokens, self._signal_bytes = [], [], 0, 0
+
+
+class _Sink(io.RawIOBase):
+    """Collects what Arrow writes until it is taken; positions count from the start of the file."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self._parts.append(bytes(data))
+        self._position += len(self._parts[-1])
+        return len(self._parts[-1])
+
+    def take(self) -> bytes:
+        data, self._parts = b"".join(self._parts), []
+        return data
+
+
+class _RowIndex:
+    """What a commit record says about each row, gathered while rows are appended."""
+
+    def __init__(self) -> None:
+        self._policies: dict[tuple[Any, ...], int] = {}
+        self._lists: dict[str, list[Any]] = {
+            "policy_of_row": [], "prompt_ids": [], "num_prompt_tokens": [], "num_completion_tokens": [],
+        }  # fmt: skip
+        self._statistics = Statistics()
+
+    def add(self, record: Record, signal_bytes: int) -> None:
+        policy = (record.run_id, record.policy_step, record.policy_hash, record.refresh_index)
+        self._lists["policy_of_row"].append(self._policies.setdefault(policy, len(self._policies)))
+        self._lists["prompt_ids"].append(record.prompt_id)
+        self._lists["num_prompt_tokens"].append(len(record.prompt_ids))
+        self._lists["num_completion_tokens"].append(len(record.completion_ids))
+        self._statistics.add(record, signal_bytes)
+
+    def columns(self) -> dict[str, Any]:
+        policies = [list(policy) for policy in self._policies]
+        return {**self._lists, "policies": policies, "statistics": self._statistics.to_json()}
+
+
+def _metadata() -> dict[str, str]:
+    return {
+        "cache.format_version": str(FORMAT_VERSION),
+        "cache.signal_codec_version": str(codec.CODEC_VERSION),
+        "cache.description": "one row per rollout; logprobs, entropies and masses in nats; see FORMAT.md",
+    }
+
+
+def _options() -> ipc.IpcWriteOptions:
+    return ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3), use_threads=False)
+
+
+def _schema_end(data: bytes) -> int:
+    """Where the schema message that opens an Arrow file ends: magic, continuation, length, that many bytes."""
+    return _MAGIC_BYTES + 8 + int.from_bytes(data[12:16], "little")
+
+
+def read_batch(root: Path, record: CommitRecord, index: int, check: bool = True) -> pa.RecordBatch:
+    """Record batch `index` of a shard; with `check` its digest is compared first. CacheError on any damage."""
+    entry, path = record.batches[index], root / record.shard
+    try:
+        with pa.memory_map(str(path)) as source:
+            if source.size() != record.shard_bytes:
+                raise _damage(root, record, f"has {source.size()} bytes, its commit record says {record.shard_bytes}")
+            source.seek(entry.offset)
+            message = source.read_buffer(entry.num_bytes)
+        digest = hashlib.sha256(message).hexdigest() if check else entry.sha256
+        if digest != entry.sha256:
+            first = sum(batch.num_rows for batch in record.batches[:index])
+            raise _damage(
+                root, record, f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
+                f" {digest[:8]}…, its commit record says {entry.sha256[:8]}…",
+            )  # fmt: skip
+        return ipc.read_record_batch(message, SCHEMA)
+    except FileNotFoundError:
+        raise _damage(root, record, "is missing, though a commit record names it") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _damage(root, record, f"cannot be read ({error})") from error
+
+
+def _damage(root: Path, record: CommitRecord, problem: str) -> CacheError:
+    return CacheError(f"{root / record.shard} {problem}. {advice(record)}")
+
+
+def advice(record: CommitRecord) -> str:
+    """What to do about a damaged shard."""
+    return f"Delete it and commits/{record.name} and rerun stage one, which fills in its rows; other rows are kept."

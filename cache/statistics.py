@@ -1,0 +1,77 @@
+"""Counts and histograms of a shard's rows, kept in its commit record so that a summary reads no shard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cache.schema import Array, Record
+
+BINS_PER_OCTAVE = 8
+_LEAST_BIN = -40 * BINS_PER_OCTAVE  # 2**-40, about 1e-12; all that is smaller, 0 included, falls in the bin below
+HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
+
+
+@dataclass
+class Statistics:
+    """Sums over rows; `histograms` are of per-token values: entropies in nats, tail mass as a probability."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    scored_tokens: int = 0
+    signal_bytes: int = 0
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    histograms: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
+
+    def add(self, record: Record, signal_bytes: int) -> None:
+        self.rows += 1
+        self.prompt_tokens += len(record.prompt_ids)
+        self.scored_tokens += len(record.completion_ids)
+        self.signal_bytes += signal_bytes
+        self.finish_reasons[record.finish_reason] += 1
+        tail = None if record.log_tail_mass is None else np.exp(record.log_tail_mass)
+        values = (record.behaviour_entropy, record.teacher_entropy, tail)
+        for name, array in zip(HISTOGRAMS, values, strict=True):
+            if array is not None:
+                self.histograms[name].update(_bins(array))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; a histogram maps bin numbers, as text, to tokens."""
+        histograms = {name: {str(b): n for b, n in sorted(h.items())} for name, h in self.histograms.items()}
+        return {**vars(self), "finish_reasons": dict(self.finish_reasons), "histograms": histograms}
+
+
+def merge(parts: Iterable[dict[str, Any]]) -> Statistics:
+    """The statistics of several shards, each as `to_json` gives it, as one."""
+    total = Statistics()
+    for part in parts:
+        for name in ("rows", "prompt_tokens", "scored_tokens", "signal_bytes"):
+            setattr(total, name, getattr(total, name) + part[name])
+        total.finish_reasons.update(part["finish_reasons"])
+        for name, histogram in part["histograms"].items():
+            total.histograms[name].update({int(b): n for b, n in histogram.items()})
+    return total
+
+
+def quantiles(histogram: Counter[int], shares: Iterable[float]) -> dict[str, float] | None:
+    """The value below which each share of the tokens lies, to 5 % (bins are 1/8 octave); None without tokens."""
+    if not histogram:
+        return None
+    bins = np.array(sorted(histogram))
+    reached = np.cumsum([histogram[b] for b in bins.tolist()])
+    found = {}
+    for share in shares:
+        b = int(bins[np.searchsorted(reached, share * reached[-1])])
+        found[f"{share:g}"] = 0.0 if b < _LEAST_BIN else float(2 ** ((b + 0.5) / BINS_PER_OCTAVE))
+    return found
+
+
+def _bins(values: Array) -> dict[int, int]:
+    with np.errstate(divide="ignore"):
+        exponents = np.floor(np.log2(np.maximum(values.astype(np.float64), 0.0)) * BINS_PER_OCTAVE)
+    bins, counts = np.unique(np.maximum(exponents, _LEAST_BIN - 1).astype(int), return_counts=True)
+    return dict(zip(bins.tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,68 @@
+"""The figures of a cache, from its commit records alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from cache import commit
+from cache.heads import head_files
+from cache.statistics import merge, quantiles
+
+if TYPE_CHECKING:
+    from cache.reader import Snapshot
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+_POLICY = ("run_id", "policy_step", "policy_hash", "refresh_index")
+
+
+def summarise(snapshot: Snapshot) -> dict[str, Any]:
+    """Plain JSON: counts, sizes in bytes, policies, and quantiles over tokens (entropies in nats, tail mass a share).
+
+    `bytes` are all bytes of the cache that count: shards, commit records, fingerprint, tokenizer and teacher head;
+    `signal_bytes` those of the packed signals. Both per scored token are None without rows.
+    """
+    records, index = snapshot.commit_records(), snapshot.index
+    totals = merge(record.statistics for record in records)
+    tokens = sum(index["num_completion_tokens"].to_pylist())
+    policies = Counter(zip(*(index[name].to_pylist() for name in _POLICY), strict=True))
+    sizes = _sizes(snapshot)
+    return {
+        "root": str(snapshot.root),
+        "signal": snapshot.fingerprint.must_match["signal"],
+        "rows": len(snapshot),
+        "shards": len(records),
+        "prompt_tokens": sum(index["num_prompt_tokens"].to_pylist()),
+        "scored_tokens": tokens,
+        "signal_bytes": totals.signal_bytes,
+        **sizes,
+        "bytes_per_token": sizes["bytes"] / tokens if tokens else None,
+        "signal_bytes_per_token": totals.signal_bytes / totals.scored_tokens if tokens else None,
+        "policies": [dict(zip(_POLICY, key, strict=True), rows=n) for key, n in sorted(policies.items())],
+        "refresh_indices": _count(index["refresh_index"].to_pylist()),
+        "finish_reasons": dict(totals.finish_reasons),
+        "quantiles": {name: quantiles(histogram, QUANTILES) for name, histogram in totals.histograms.items()},
+        "duplicate_rows": totals.rows - len(snapshot),
+    }
+
+
+def _sizes(snapshot: Snapshot) -> dict[str, int]:
+    """Bytes on disk: in all, of the head, and of files that no commit record names."""
+    root, records = snapshot.root, snapshot.commit_records()
+    head = sum(path.stat().st_size for path in head_files(root) if path.exists())
+    files = [root / commit.FINGERPRINT, root / commit.TOKENIZER]
+    files += [root / commit.COMMITS / record.name for record in records]
+    small = sum(path.stat().st_size for path in files if path.exists())
+    shards = sum(record.shard_bytes for record in records)
+    left = commit.leftovers(root, [record.shard for record in snapshot.refresh().commit_records()])
+    left_bytes = sum(path.stat().st_size for path in left if path.exists())
+    return {
+        "bytes": shards + small + head,
+        "head_bytes": head,
+        "leftover_files": len(left),
+        "leftover_bytes": left_bytes,
+    }
+
+
+def _count(values: list[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}

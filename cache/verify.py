@@ -1,0 +1,149 @@
+"""Looks for damage: every digest, every row's invariants, every file that a commit record counts on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+from cache import commit
+from cache.commit import BatchEntry, CommitRecord
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
+from cache.heads import head_digest, load_head
+from cache.reader import BatchRows
+from cache.schema import CacheError, check_record
+from cache.shard import advice, read_batch
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, as text a sentence or two: what is wrong, where, and what to do.
+
+    Attributes:
+        file: the damaged file, relative to the cache.
+        rows: first and last damaged row of a shard, where that is known.
+        record: the commit record to withdraw so that stage one writes the rows again, if that is the remedy.
+    """
+
+    file: str
+    message: str
+    rows: tuple[int, int] | None = None
+    record: str | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def verify(root: str | PathLike[str]) -> list[Finding]:
+    """All faults of the cache at `root`, empty if it is sound; damage never raises.
+
+    CacheError only where there is no cache at all. Temporary files and shards without a commit record are no faults:
+    readers ignore them.
+    """
+    path = Path(root)
+    record_names = commit.record_names(path)
+    if not (path / commit.FINGERPRINT).exists() and not record_names:
+        raise CacheError(f"{path} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+    findings = _collect(path, commit.FINGERPRINT, partial(_verify_fingerprint, path))
+    findings += _collect(path, commit.HEAD, partial(_verify_head, path))
+    fingerprint = None if findings else load_fingerprint(path)
+    for name in record_names:
+        findings += _collect(path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint), name)
+    return findings
+
+
+def _collect(root: Path, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None) -> list[Finding]:
+    """What `find` yields; what damage makes it raise becomes a finding too."""
+    found: list[Finding] = []
+    try:
+        found.extend(find())
+    except CacheError as error:
+        found.append(Finding(file, str(error), record=record))
+    except Exception as error:  # damage takes any form: a missing key, a file that is a folder, an Arrow error
+        remedy = "Delete it and rerun stage one; other committed rows are kept."
+        found.append(Finding(file, f"{root / file} cannot be read ({error!r}). {remedy}", record=record))
+    return found
+
+
+def _verify_fingerprint(root: Path) -> Iterator[Finding]:
+    fingerprint = load_fingerprint(root)
+    if fingerprint is None:
+        remedy = "Rerun stage one with the settings that wrote the cache: it writes it again."
+        yield Finding(commit.FINGERPRINT, f"{root / commit.FINGERPRINT} is missing. {remedy}")
+        return
+    expected, path = tokenizer_digest(root), root / commit.TOKENIZER
+    actual = commit.hash_file(path) if path.exists() else None
+    if expected is not None and actual != expected:
+        state = "is missing" if actual is None else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
+        remedy = "Put the tokenizer's tokenizer.json there; rows do not depend on it."
+        yield Finding(commit.TOKENIZER, f"{path} {state}. {remedy}")
+
+
+def _verify_head(root: Path) -> Iterator[Finding]:
+    head = load_head(root)
+    if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
+        yield Finding(commit.HEAD, f"{root / commit.HEAD}: bias and weight of the head differ in length.")
+
+
+def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None) -> Iterator[Finding]:
+    record = commit.read_record(root, name)
+    finding = partial(Finding, record.shard, record=name)
+    path = root / record.shard
+    if name != record.name:
+        yield finding(f"{root / commit.COMMITS / name} should be called {record.name}; give it that name.")
+    if fingerprint and record.fingerprint != fingerprint.digest:
+        yield finding(f"{path} was written under another fingerprint than the cache's. {advice(record)}")
+    if record.head_sha256 != head_digest(root):
+        yield finding(f"{path} was written with another teacher head than the cache's. {advice(record)}")
+    if not path.exists():
+        yield finding(f"{path} is missing, though a commit record names it. {advice(record)}")
+        return
+    actual = commit.hash_file(path)
+    if actual != record.shard_sha256:
+        yield from _locate(path, record, f"sha256 is {actual[:8]}…, its commit record says {record.shard_sha256[:8]}…")
+    else:
+        yield from _verify_rows(root, record, fingerprint)
+
+
+def _locate(path: Path, record: CommitRecord, problem: str) -> Iterator[Finding]:
+    """Which record batches of a damaged shard are not what was committed."""
+    size = path.stat().st_size
+    if size != record.shard_bytes:
+        problem += f"; it has {size} bytes of {record.shard_bytes}"
+    is_located = False
+    with path.open("rb") as file:
+        for first, entry in _first_rows(record):
+            file.seek(entry.offset)
+            if hashlib.sha256(file.read(entry.num_bytes)).hexdigest() != entry.sha256:
+                is_located = True
+                last = first + entry.num_rows - 1
+                message = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
+                yield Finding(record.shard, message, (first, last), record.name)
+    if not is_located:
+        message = f"{path}: {problem}; its rows are intact, the file's frame is not. {advice(record)}"
+        yield Finding(record.shard, message, record=record.name)
+
+
+def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
+    first = 0
+    for entry in record.batches:
+        yield first, entry
+        first += entry.num_rows
+
+
+def _verify_rows(root: Path, record: CommitRecord, fingerprint: Fingerprint | None) -> Iterator[Finding]:
+    """Decodes every row and checks it as the writer did."""
+    found: list[str] = []
+    for index in range(len(record.batches)):
+        rows = BatchRows(read_batch(root, record, index))
+        for row in range(rows.batch.num_rows):
+            decoded = rows.record(row)
+            found.append(decoded.row_id)
+            if fingerprint:
+                check_record(decoded, fingerprint.rules)
+    if found != record.row_ids:
+        message = f"{root / record.shard} holds other rows than its commit record names. {advice(record)}"
+        yield Finding(record.shard, message, record=record.name)

@@ -1,0 +1,211 @@
+"""The cache as text, at most `WIDTH` columns wide: a summary table, and a rollout token by token."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.commit import TOKENIZER
+from cache.reader import Snapshot
+from cache.schema import CacheError, Float32, Full, Hidden, Int32, Record, TeacherHead, TopK, to_float32
+
+WIDTH = 100
+NUM_TOP = 5
+_IDS_PER_TILE = 8_192
+_MOST_POLICIES = 12
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The table that `python -m cache summary` prints, of `Snapshot.summary()`."""
+    per_token, signal = summary["bytes_per_token"], summary["signal_bytes_per_token"]
+    lines = [
+        ("cache", summary["root"]),
+        ("signal", ", ".join(f"{k} {v}" for k, v in sorted(summary["signal"].items()))),
+        ("rows", f"{summary['rows']:,} in {summary['shards']:,} shards"),
+        ("scored tokens", f"{summary['scored_tokens']:,} (and {summary['prompt_tokens']:,} prompt tokens)"),
+        ("bytes", f"{summary['bytes']:,}" + (f", {per_token:,.1f} per scored token" if per_token else "")),
+    ]
+    if signal is not None:
+        lines.append(("signal bytes", f"{summary['signal_bytes']:,}, {signal:,.1f} per scored token"))
+    if summary["head_bytes"]:
+        lines.append(("teacher head", f"{summary['head_bytes']:,} bytes"))
+    reasons = summary["finish_reasons"]
+    lines.append(("finish reasons", ", ".join(f"{k} {n:,}" for k, n in sorted(reasons.items())) or "-"))
+    lines.append(("refreshes", ", ".join(f"{k}: {n:,} rows" for k, n in summary["refresh_indices"].items()) or "-"))
+    if summary["duplicate_rows"]:
+        lines.append(("written twice", f"{summary['duplicate_rows']:,} rows; one copy of each is read"))
+    if summary["leftover_files"]:
+        left = f"{summary['leftover_files']:,} files, {summary['leftover_bytes']:,} bytes without a commit record"
+        lines.append(("leftovers", f"{left}; ignored, removed by a writer after a day"))
+    text = [part for name, value in lines for part in _wrap(f"{name:<16}", value)]
+    return "\n".join([*text, *_quantile_lines(summary["quantiles"]), *_policy_lines(summary["policies"])])
+
+
+def _wrap(label: str, value: str) -> list[str]:
+    """Text beside a label, on as many lines as it takes."""
+    return textwrap.wrap(value, WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+
+
+def _quantile_lines(quantiles: dict[str, dict[str, float] | None]) -> Iterator[str]:
+    known = {name: values for name, values in quantiles.items() if values}
+    if not known:
+        return
+    yield ""
+    yield f"{'quantile':<20}" + "".join(f"{share:>10}" for share in next(iter(known.values())))
+    units = {
+        "tail_mass": "tail mass",
+        "behaviour_entropy": "student H, nats",
+        "teacher_entropy": "teacher H, nats",
+    }
+    for name, values in known.items():
+        yield f"{units[name]:<20}" + "".join(f"{value:>10.2g}" for value in values.values())
+
+
+def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
+    yield ""
+    yield f"{'run':<34}{'policy step':>12}  {'policy':<18}{'refresh':>8}{'rows':>10}"
+    for policy in policies[-_MOST_POLICIES:]:
+        run, name = fit(policy["run_id"], 33), fit(policy["policy_hash"], 17)
+        step, refresh = policy["policy_step"], policy["refresh_index"]
+        yield f"{run:<34}{step:>12,}  {name:<18}{refresh:>8,}{policy['rows']:>10,}"
+    if len(policies) > _MOST_POLICIES:
+        yield f"({len(policies) - _MOST_POLICIES} earlier policies are in --json)"
+
+
+def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
+    """The lines that `python -m cache show` prints for row `index`: its text, then two lines a token."""
+    record = snapshot[index]
+    unit = snapshot.index["unit"][index].as_py()
+    yield f"row {record.row_id}, number {index} of {len(snapshot)}, unit {unit}"
+    policy = f"policy {record.policy_hash} at step {record.policy_step:,}, refresh {record.refresh_index}"
+    yield f"run {record.run_id}, {policy}"
+    yield f"prompt {record.prompt_id}, occurrence {record.occurrence}, sample {record.sample_index}"
+    yield from _text_lines(f"prompt, {len(record.prompt_ids)} tokens", record.prompt_text)
+    ending = f"{len(record.completion_ids)} tokens, {record.finish_reason}"
+    yield from _text_lines(f"completion, {ending}", record.completion_text)
+    yield ""
+    yield from _token_lines(record, top_ids(record, snapshot.head), token_names(snapshot))
+
+
+def _text_lines(title: str, text: str) -> Iterator[str]:
+    yield ""
+    yield f"--- {title} ---"
+    for line in text.splitlines():
+        yield from textwrap.wrap(line, WIDTH) or [""]
+
+
+def _token_lines(record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]) -> Iterator[str]:
+    yield "nats: logprob of the token under student and teacher, their entropies H; tail: mass not kept"
+    yield f"{'pos':>5}  {'token':<20}{'student':>10}{'teacher':>10}{'student H':>11}{'teacher H':>11}{'tail':>10}"
+    teacher = (record.teacher_logprobs, record.teacher_entropy, record.log_tail_mass)
+    for t, token in enumerate(record.completion_ids.tolist()):
+        logprob, entropy, tail = (None if column is None else float(column[t]) for column in teacher)
+        mass = None if tail is None else float(np.exp(tail))
+        numbers = _number(float(record.behaviour_logprobs[t]), 10) + _number(logprob, 10)
+        numbers += _number(float(record.behaviour_entropy[t]), 11) + _number(entropy, 11)
+        yield f"{t:>5}  {pad(name_of(token), 20)}{numbers}" + (f"{'-':>10}" if mass is None else f"{mass:>10.1e}")
+        if top is not None:
+            kept = [(i, p) for i, p in zip(top[0][t].tolist(), top[1][t].tolist(), strict=True) if i >= 0]
+            yield fit("       top: " + "  ".join(f"{fit(name_of(i), 12)} {100 * p:.3g}%" for i, p in kept), WIDTH)
+
+
+def _number(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.3f}"
+
+
+def fit(text: str, width: int) -> str:
+    """`text`, cut to `width` columns of a terminal."""
+    if _columns(text) <= width:
+        return text
+    while _columns(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def pad(text: str, width: int) -> str:
+    """`text` on `width` columns, cut to leave one free at its end."""
+    text = fit(text, width - 1)
+    return text + " " * (width - _columns(text))
+
+
+def _columns(text: str) -> int:
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def token_names(snapshot: Snapshot) -> Callable[[int], str]:
+    """What to call a token id: its text, quoted, if the cache has a tokenizer.json, else its number."""
+    path = snapshot.root / TOKENIZER
+    if not path.exists():
+        return str
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+    except ImportError:
+        return str
+    except Exception as error:  # the library raises plain Exception for a file that it cannot parse
+        raise CacheError(f"{path} is not a tokenizer ({error}); run `python -m cache verify` on the cache.") from error
+
+    def name(token: int) -> str:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if not text or "\ufffd" in text:  # part of a character: its name in the vocabulary
+            text = tokenizer.id_to_token(token) or str(token)
+        return json.dumps(text, ensure_ascii=False)
+
+    return name
+
+
+def top_ids(record: Record, head: Callable[[], TeacherHead | None]) -> tuple[Int32, Float32] | None:
+    """The teacher's `NUM_TOP` most likely ids [T, 5], -1 where fewer are kept, and their probabilities.
+
+    None where the record does not tell: not scored, or hidden states without a head.
+    """
+    signal = record.signal
+    if isinstance(signal, TopK):
+        return signal.ids[:, :NUM_TOP], np.exp(signal.logprobs[:, :NUM_TOP])
+    if isinstance(signal, Full):
+        logits = signal.logits
+        return _top_of_tiles(len(logits), logits.shape[1], lambda ids: to_float32(logits[:, ids], signal.dtype))
+    weights = head() if isinstance(signal, Hidden) else None
+    if weights is None:
+        return None
+    assert isinstance(signal, Hidden)
+    states = to_float32(signal.states, signal.dtype)
+    return _top_of_tiles(len(states), len(weights.weight), lambda ids: _logits(states, weights, ids))
+
+
+def _logits(states: Float32, head: TeacherHead, ids: slice) -> Float32:
+    logits = states @ to_float32(np.asarray(head.weight[ids]), head.dtype).T
+    if head.bias is not None:
+        logits += head.bias[ids]
+    logits *= np.float32(head.scale)
+    return np.tanh(logits / head.softcap) * np.float32(head.softcap) if head.softcap else logits
+
+
+def _top_of_tiles(num_positions: int, num_ids: int, logits_of: Callable[[slice], Float32]) -> tuple[Int32, Float32]:
+    """Top ids and probabilities from logits of a part of the vocabulary at a time."""
+    width = min(NUM_TOP, num_ids)
+    best = np.full((num_positions, width), -np.inf, np.float32)
+    ids = np.full((num_positions, width), -1, np.int32)
+    log_total = np.full(num_positions, -np.inf)
+    for first in range(0, num_ids, _IDS_PER_TILE):
+        tile = logits_of(slice(first, min(first + _IDS_PER_TILE, num_ids)))
+        log_total = np.logaddexp(log_total, _log_sum_exp(tile))
+        here = np.argpartition(-tile, min(width, tile.shape[1]) - 1, axis=1)[:, :width]
+        all_best = np.concatenate([best, np.take_along_axis(tile, here, 1)], axis=1)
+        all_ids = np.concatenate([ids, here.astype(np.int32) + first], axis=1)
+        order = np.argsort(-all_best, axis=1, kind="stable")[:, :width]
+        best, ids = np.take_along_axis(all_best, order, 1), np.take_along_axis(all_ids, order, 1)
+    return ids, np.exp(best - log_total[:, None]).astype(np.float32)
+
+
+def _log_sum_exp(tile: Float32) -> npt.NDArray[np.float64]:
+    most = tile.max(1, keepdims=True).astype(np.float64)
+    total: npt.NDArray[np.float64] = np.log(np.exp(tile - most).sum(1)) + most[:, 0]
+    return total

@@ -1,0 +1,177 @@
+"""Takes rows, checks each, and commits them unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cache import codec, commit
+from cache.commit import CommitRecord, explain_os_errors
+from cache.fingerprint import Fingerprint, store_fingerprint
+from cache.heads import head_digest, store_head
+from cache.schema import CacheError, Record, TeacherHead, check_record
+from cache.shard import OpenShard
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """What a commit did; all but `unit` are 0 where other writers had committed every row.
+
+    Attributes:
+        rows: rows that this commit made exist.
+        scored_tokens: their completion tokens.
+        num_bytes: bytes of the shard and its commit record.
+        signal_bytes: bytes of the packed signals.
+        rows_left_out: appended rows that were committed already, under any unit, and were not written again.
+    """
+
+    unit: str
+    rows: int
+    scored_tokens: int
+    num_bytes: int
+    signal_bytes: int
+    rows_left_out: int
+
+
+class Writer:
+    """Appends rows to the cache at `root` and commits them unit by unit; several writers may share a cache.
+
+    Makes the cache if there is none. Raises CacheError if the cache's fingerprint (or teacher head) must match and
+    does not. Leaving the context after an exception drops rows that were not committed; leaving it normally with
+    such rows is a mistake of the caller and an AssertionError.
+
+    Args:
+        root: directory of the cache.
+        fingerprint: what this writer's rows mean.
+        tokenizer_json: text of the tokenizer's tokenizer.json; the first writer's is kept beside the shards.
+        head: the teacher's head, which a cache of hidden states needs before its first commit.
+
+    Attributes:
+        fingerprint: the cache's, as its first writer stored it.
+        differences: one sentence for each recorded part of the fingerprint in which this writer differs.
+    """
+
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        fingerprint: Fingerprint,
+        tokenizer_json: str | None = None,
+        head: TeacherHead | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self._shard: OpenShard | None = None
+        self._left_out: set[str] = set()
+        self._records: dict[str, CommitRecord] = {}
+        self._committed: set[str] = set()
+        with self._all_or_nothing():
+            self._refresh()
+            committed_as = next((record.fingerprint for record in self._records.values()), None)
+            self.fingerprint = store_fingerprint(self.root, fingerprint, tokenizer_json, committed_as)
+            self.differences = self.fingerprint.compare(fingerprint, self.root)
+            self._head = store_head(self.root, head) if head else head_digest(self.root)
+            commit.remove_stale(commit.leftovers(self.root, [r.shard for r in self._records.values()]))
+
+    @property
+    def committed_ids(self) -> set[str]:
+        """Ids of all committed rows, of any writer, as of opening or of this writer's last commit."""
+        return set(self._committed)
+
+    def append(self, record: Record) -> None:
+        """Takes a row into the unit at hand; a row that is committed already is left out (see `commit`).
+
+        Raises CacheError, naming row, field and position, if the row breaks an invariant of the format.
+        """
+        check_record(record, self.fingerprint.rules)
+        if record.row_id in self._left_out or (self._shard and record.row_id in self._shard.seen):
+            raise CacheError(f"row {record.row_id} was appended twice to one unit; expected each row once.")
+        if record.row_id in self._committed:
+            self._left_out.add(record.row_id)
+            return
+        packed = None if record.signal is None else codec.encode(record.signal)
+        with self._all_or_nothing():
+            self._shard = self._shard or OpenShard(self.root)
+            self._shard.append(record, packed)
+
+    def commit(self, unit: str) -> CommitResult:
+        """Makes the rows appended since the last commit exist, as one shard named after `unit`.
+
+        All of them become visible at once or, if this raises or the process dies, none. Rows that another unit or
+        writer committed first are not written twice; the result counts them.
+        """
+        stem, left_out = commit.file_stem(unit), len(self._left_out)
+        if not self._num_pending:
+            raise CacheError(f"unit {unit} has no rows; append at least one before its commit.")
+        record, rows = None, list(self._shard.row_ids) if self._shard else []
+        with self._all_or_nothing():
+            self._refresh()
+            if self._shard and not self._committed.issuperset(rows):
+                record = self._publish(self._shard, unit, stem)
+        self._drop()
+        self._refresh()
+        if record is None:
+            return CommitResult(unit, 0, 0, 0, 0, left_out + len(rows))
+        statistics, size = record.statistics, (self.root / commit.COMMITS / record.name).stat().st_size
+        return CommitResult(
+            unit,
+            len(rows),
+            statistics["scored_tokens"],
+            record.shard_bytes + size,
+            statistics["signal_bytes"],
+            left_out,
+        )
+
+    def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
+        """The record that committed the shard, or None if another writer committed the same rows first."""
+        if self.fingerprint.rules.kind == "hidden" and self._head is None:
+            raise CacheError(f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun.")
+        record = shard.publish(unit, stem, self.fingerprint.digest, self._head)
+        is_first = None
+        try:
+            is_first = commit.write_record(self.root, record)
+        finally:
+            if is_first is False or (is_first is None and not (self.root / commit.COMMITS / record.name).exists()):
+                commit.remove(self.root / record.shard)
+        return record if is_first else None
+
+    @property
+    def _num_pending(self) -> int:
+        return len(self._left_out) + (len(self._shard.row_ids) if self._shard else 0)
+
+    def _refresh(self) -> None:
+        known, self._records = self._records, commit.read_records(self.root, self._records)
+        if known.keys() - self._records.keys():
+            known, self._committed = {}, set()
+        for name in self._records.keys() - known.keys():
+            self._committed.update(self._records[name].row_ids)
+
+    def _drop(self) -> None:
+        shard, self._shard = self._shard, None
+        self._left_out = set()
+        if shard:
+            shard.discard()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Drops the unit at hand if anything goes wrong; says of a failed write what is kept."""
+        try:
+            with explain_os_errors(self.root, len(self._committed)):
+                yield
+        except BaseException:
+            self._drop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        num_rows = self._num_pending
+        self._drop()
+        if kind is None and num_rows:
+            raise AssertionError(f"{num_rows} appended rows were not committed; call commit(unit) before leaving.")

@@ -186,9 +186,9 @@ def main() -> None:
         make_model(role, options.models / role, tokenizer, options.tiny, options.device)
     print(f"models made after {time.perf_counter() - started:.0f} s", flush=True)
     parts = {
-        "zero3": lambda: check_zero3(options.models, options.device),
         "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny),
         "memory": lambda: run_memory(options.models, options.dataset, options.device),
+        "zero3": lambda: check_zero3(options.models, options.device),  # last: it sets this process up for DeepSpeed
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "real_shapes.json"

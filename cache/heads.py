@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache.commit import HEAD, HEADS, TemporaryFile, create, hash_file, seal, unseal
+from cache.commit import HEAD, HEADS, TemporaryFile, create, hash_file, remove, seal, unseal
 from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -17,19 +18,22 @@ _ADVICE = "Delete head.json and the file it names, and rerun stage one, which wr
 
 def store_head(root: Path, head: TeacherHead) -> str:
     """Writes the head unless the cache has it; returns its sha256. CacheError if the cache has another one."""
-    temporary = TemporaryFile(root / HEADS)
-    try:
-        for part in _parts(head):
-            temporary.write(part)
-        digest = temporary.sha256
-        stored = head_digest(root)
-        if stored is None or not _path(root, digest).exists():
-            temporary.publish(_path(root, digest))
-    finally:
-        temporary.discard()
-    create(root / HEAD, seal({"sha256_of_head": digest, "num_bytes": temporary.num_bytes}))
+    parts = _parts(head)
+    digest = _sha256(parts)
     stored = head_digest(root)
+    if stored in (None, digest) and not _path(root, digest).exists():
+        temporary = TemporaryFile(root / HEADS)
+        try:
+            for part in parts:
+                temporary.write(part)
+            temporary.publish(_path(root, digest))
+        finally:
+            temporary.discard()
+    if stored is None:
+        create(root / HEAD, seal({"file": f"{HEADS}/{digest}.safetensors", "file_sha256": digest}))
+        stored = head_digest(root)
     if stored != digest:
+        remove(_path(root, digest))
         raise CacheError(
             f"{root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has {digest[:8]}…. Rows of"
             " both would not mean the same: use another cache directory, or the teacher the cache was written with."
@@ -37,10 +41,17 @@ def store_head(root: Path, head: TeacherHead) -> str:
     return digest
 
 
+def _sha256(parts: list[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def head_digest(root: Path) -> str | None:
     """sha256 of the cache's head, or None where it has none."""
     try:
-        return str(unseal(root / HEAD, _ADVICE)["sha256_of_head"])
+        return str(unseal(root / HEAD, _ADVICE)["file_sha256"])
     except FileNotFoundError:
         return None
 

@@ -1,88 +1,77 @@
-"""Fixtures: the embedded models, and `fork_stage`, which runs a stage in clean processes without paying for imports."""
+"""Fixtures: the embedded models, and `forked`, which runs stages in clean processes without paying for imports.
+
+What needs transformers is imported by the fixtures that need it: the tests of `dualkl` and `cache` start without it.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from stages.models import checkpoints
-from tests import helpers
-from tests.helpers import ROOT, STUDENT, TEACHER, Finished
+if TYPE_CHECKING:
+    from tests.helpers import Forker
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+ROOT = Path(__file__).resolve().parent.parent
+_PRELOAD = ["stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations"]
+
 
 @pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Paths of pipeline.yaml are relative to the repository; one thread, as the figures of the tests assume."""
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of pipeline.yaml are relative to the repository."""
     monkeypatch.chdir(ROOT)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    return checkpoints.load_tokenizer(str(ROOT / STUDENT), "main")
+    """The tokenizer of the embedded models."""
+    from stages.models import checkpoints
+
+    return checkpoints.load_tokenizer(str(ROOT / "examples/arithmetic/student"), "main")
 
 
 @pytest.fixture(scope="session")
 def student_model() -> Any:
-    """The embedded student in fp32, as stage two loads it without LoRA. Tests do not change it."""
-    return checkpoints.load_model(str(ROOT / STUDENT), "main", torch.float32, "sdpa")
+    """The embedded student, plain and in fp32. Tests do not change it."""
+    return _model("student")
 
 
 @pytest.fixture(scope="session")
 def teacher_model() -> Any:
-    """The embedded teacher in fp32, plain. Tests do not change it."""
-    return checkpoints.load_model(str(ROOT / TEACHER), "main", torch.float32, "sdpa")
+    """The embedded teacher, plain and in fp32. Tests do not change it."""
+    return _model("teacher")
 
 
-_PRELOAD = ["stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations"]
+def _model(name: str) -> Any:
+    import torch
+
+    from stages.models import checkpoints
+
+    return checkpoints.load_model(str(ROOT / "examples/arithmetic" / name), "main", torch.float32, "sdpa")
 
 
 @pytest.fixture(scope="session")
-def fork_stage() -> Callable[..., Finished]:
-    """`fork_stage(module, *arguments, processes=1, env=None)` runs a stage in fresh processes, forked from a server."""
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forker:
+    """Clean processes that have imported everything already."""
+    from tests import helpers
+
     saved = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environment())
+    wanted = helpers.environment()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    context.Process(target=int).start()  # starts the server, under this environment
     os.environ.clear()
-    os.environ.update(saved)
-
-    def call(module: str, *arguments: str, processes: int = 1, env: dict[str, str] | None = None,
-             folder: Path | None = None) -> Finished:  # fmt: skip
-        where = Path(os.environ.get("TMPDIR", "/tmp")) if folder is None else folder
-        where = where / f"forked-{os.getpid()}-{next(_counter)}"
-        where.mkdir(parents=True)
-        port = _free_port()
-        workers = []
-        for rank in range(processes):
-            variables = dict(env or {})
-            if processes > 1:
-                variables |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-            outputs = (str(where / f"out-{rank}"), str(where / f"err-{rank}"))
-            workers.append(context.Process(target=_run_module, args=(module, arguments, outputs, variables)))
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(300)
-            if worker.is_alive():
-                worker.kill()
-        code = max(abs(worker.exitcode or 0) for worker in workers)
-        texts = ["".join((where / f"{kind}-{r}").read_text() for r in range(processes)) for kind in ("out", "err")]
-        return Finished(code, *texts)
-
-    return call
-
-
+    os.environ.update(wanted)
+    try:
+        context.Process(target=int).start()  # the server keeps the environment it is started in
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+    return helpers.Forker(context, tmp_path_factory.mktemp("forked"))

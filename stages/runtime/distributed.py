@@ -74,9 +74,9 @@ def start(device: str) -> World:
 
 
 def ensure_process_group(world: World) -> None:
-    """DeepSpeed wants a process group even for one process."""
+    """What DeepSpeed wants to find, for a process that no launcher started too: a process group and these variables."""
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):  # read by DeepSpeed
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         backend = "gloo" if world.device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

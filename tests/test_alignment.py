@@ -1,0 +1,61 @@
+"""Which position predicts which token."""
+
+import numpy as np
+import pytest
+import torch
+
+from stages.data.alignment import align, at_scored
+
+CPU = torch.device("cpu")
+
+
+def loop_positions(prompts: list[list[int]], completions: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(row, position, token) of every scored position, position by position: the state at i predicts the token at i + 1."""
+    found = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        sequence = prompt + completion
+        for i in range(len(sequence) - 1):
+            if i + 1 >= len(prompt):
+                found.append((row, i, sequence[i + 1]))
+    return found
+
+
+def check(prompts: list[list[int]], completions: list[list[int]]) -> None:
+    aligned = align([np.array(p) for p in prompts], [np.array(c) for c in completions], 0, CPU)
+    width = aligned.input_ids.shape[1]
+    scored = [(int(s) // width, int(s) % width, int(y)) for s, y in zip(aligned.scored, aligned.targets, strict=True)]
+    assert scored == loop_positions(prompts, completions)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        length = len(prompt) + len(completion)
+        assert aligned.input_ids[row].tolist() == prompt + completion + [0] * (width - length)
+        assert aligned.attention_mask[row].tolist() == [1] * length + [0] * (width - length)
+
+
+def test_scored_positions_are_those_whose_next_token_is_of_the_completion() -> None:
+    check([[5, 6, 7], [8, 9], [4, 4, 4, 4]], [[1, 2, 3, 4], [5, 6, 7], [8]])
+
+
+def test_a_prompt_of_one_token_scores_from_its_only_position() -> None:
+    check([[5], [6, 7]], [[1, 2], [3]])
+
+
+def test_an_immediate_eos_is_one_scored_position_at_the_last_prompt_token() -> None:
+    check([[5, 6, 7]], [[1]])
+    aligned = align([np.array([5, 6, 7])], [np.array([1])], 0, CPU)
+    assert aligned.scored.tolist() == [2]
+    assert aligned.targets.tolist() == [1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_batches_agree_with_the_loop(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sizes = [(int(random.integers(1, 9)), int(random.integers(1, 9))) for _ in range(7)]
+    prompts, completions = ([random.integers(1, 50, n).tolist() for n in column] for column in zip(*sizes, strict=True))
+    check(prompts, completions)
+
+
+def test_hidden_states_are_picked_at_the_scored_positions_in_order() -> None:
+    aligned = align([np.array([5, 6]), np.array([7])], [np.array([1]), np.array([2, 3, 4])], 0, CPU)
+    hidden = torch.arange(2 * 4 * 3).reshape(2, 4, 3)
+    expected = torch.stack([hidden[0, 1], hidden[1, 0], hidden[1, 1], hidden[1, 2]])
+    assert torch.equal(at_scored(hidden, aligned), expected)

@@ -1,0 +1,60 @@
+"""Who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"stages", "dualkl", "cache", "tests", "bench", "examples"}
+FORBIDDEN = {
+    "stages": OURS - {"stages", "dualkl", "cache"},
+    "dualkl": OURS - {"dualkl"} | {"transformers", "datasets", "peft", "pyarrow", "deepspeed", "accelerate", "yaml"},
+    "cache": OURS - {"cache"} | {"torch", "transformers", "datasets", "peft", "deepspeed", "accelerate"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, inside functions too; relative imports stay in the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_a_package_imports_only_what_its_layer_may(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    found = {str(path.relative_to(ROOT)): sorted(imported_packages(path) & FORBIDDEN[package]) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_walk_sees_imports_inside_functions(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("import os.path\ndef f():\n    from torch.nn import Linear\n    import cache.reader as r\n")
+    assert imported_packages(path) == {"os", "torch", "cache"}
+
+
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [("cache", ["torch", "transformers", "dualkl", "stages"]), ("dualkl", ["transformers", "pyarrow", "cache", "stages"])],
+)
+def test_importing_a_package_loads_nothing_that_it_may_not_know(package: str, absent: list[str]) -> None:
+    code = f"import sys, {package}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_cache_is_imported_in_half_a_second() -> None:
+    code = "import time; start = time.perf_counter(); import cache; print(time.perf_counter() - start)"
+    seconds = []
+    for _ in range(3):  # the best of three: other processes may hold the machine
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+    assert min(seconds) < 0.5

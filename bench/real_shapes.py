@@ -114,7 +114,7 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool) -> dict[str
     common = _common(models, dataset, device, "real_shapes", [
         *(tiny_size if tiny else size), "--group_size", "4", "--grad_accum", "4", "--gen_micro_batch", "512",
         "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
-        "--max_steps", "16", "--refresh_every", "8",
+        "--max_steps", "8", "--refresh_every", "4",
     ])  # fmt: skip
     started = time.perf_counter()
     for stage in ("rollout", "train"):

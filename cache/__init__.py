@@ -8,12 +8,14 @@ from cache.fingerprint import Fingerprint
 from cache.reader import Snapshot
 from cache.reader import open_cache as open
 from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
+from cache.soundness import Finding, verify
 from cache.writer import CommitResult, Writer
 
 __all__ = [
     "CacheError",
     "CommitRecord",
     "CommitResult",
+    "Finding",
     "Fingerprint",
     "Full",
     "Hidden",
@@ -25,4 +27,5 @@ __all__ = [
     "Writer",
     "open",
     "to_float32",
+    "verify",
 ]

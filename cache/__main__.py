@@ -9,7 +9,7 @@ import sys
 
 from cache.reader import Snapshot, open_cache
 from cache.schema import CacheError
-from cache.verify import verify
+from cache.soundness import verify
 from cache.view import record_text, summary_text
 
 DAMAGED, WRONG_INPUT = 1, 2

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ class TemporaryFile:
     """A file that nobody reads yet: `write`, then `publish` under its final name, or `discard`."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _sync_folder(folder.parent)
         self.path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._hash = hashlib.sha256()
@@ -136,7 +138,7 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def explain_os_errors(root: Path, count_kept: int) -> Iterator[None]:
+def explain_os_errors(root: Path, count_kept: Callable[[], int]) -> Iterator[None]:
     """Turns an OSError of a write into a CacheError that says what is kept and what to do."""
     try:
         yield
@@ -144,7 +146,7 @@ def explain_os_errors(root: Path, count_kept: int) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "No space left on" if full else f"{error.strerror or error} while writing to"
         remedy = "free space" if full else "mend that"
-        raise CacheError(f"{problem} {root}: {count_kept} committed rows are kept; {remedy} and rerun.") from error
+        raise CacheError(f"{problem} {root}: {count_kept()} committed rows are kept; {remedy} and rerun.") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -219,6 +221,11 @@ class CommitRecord:
         """File name of this record: writers of the same rows under the same unit compete for it."""
         rows = hashlib.sha256("".join(sorted(self.row_ids)).encode()).hexdigest()
         return f"{file_stem(self.unit)}-{rows[:12]}.json"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shard and of this record."""
+        return self.shard_bytes + len(seal(asdict(self)))
 
 
 def file_stem(unit: str) -> str:

@@ -31,8 +31,7 @@ class Fingerprint:
     recorded: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        must_match = {**_plain("must_match", self.must_match)}
-        must_match.setdefault("format_version", FORMAT_VERSION)
+        must_match = {**_plain("must_match", self.must_match), "format_version": FORMAT_VERSION}
         object.__setattr__(self, "must_match", must_match)
         object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
         signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")

@@ -22,7 +22,7 @@ from cache.schema import SCALAR_COLUMNS, SCHEMA, TOKEN_COLUMNS, Array, CacheErro
 from cache.shard import advice, read_batch
 
 if TYPE_CHECKING:
-    from cache.verify import Finding
+    from cache.soundness import Finding
 
 BATCH_MEMORY_BYTES = 256 * 2**20
 PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
@@ -145,8 +145,8 @@ class Snapshot(Sequence[Record]):
         return summarise(self)
 
     def verify(self) -> list[Finding]:
-        """Every fault of the cache as it is now (`cache.verify`), empty if it is sound; damage never raises."""
-        from cache.verify import verify
+        """Every fault of the cache as it is now (`cache.soundness`), empty if it is sound; damage never raises."""
+        from cache.soundness import verify
 
         return verify(self.root)
 

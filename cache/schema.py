@@ -276,7 +276,7 @@ def _kind(signal: Signal | None) -> str:
 
 
 def _refuse(record: Record, problem: str) -> None:
-    raise CacheError(f"row {record.row_id}: {problem}. The row was not written; correct what made it and rerun.")
+    raise CacheError(f"row {record.row_id}: {problem}.")
 
 
 def _refuse_where(record: Record, name: str, bad: Array, values: Array, expected: str) -> None:
@@ -289,7 +289,7 @@ def _refuse_where(record: Record, name: str, bad: Array, values: Array, expected
 
 def _check_identity(record: Record) -> None:
     if not re.fullmatch("[0-9a-f]{32}", record.row_id):
-        raise CacheError(f"row_id is {record.row_id!r}; expected 32 hex digits. Correct what made it and rerun.")
+        raise CacheError(f"row_id is {record.row_id!r}; expected 32 hex digits.")
     for name in ("prompt_id", "run_id", "policy_hash"):
         if not getattr(record, name):
             _refuse(record, f"{name} is empty; expected a name")

@@ -17,7 +17,7 @@ from cache.schema import CacheError, Float32, Full, Hidden, Int32, Record, Teach
 
 WIDTH = 100
 NUM_TOP = 5
-_IDS_PER_TILE = 8_192
+IDS_PER_TILE = 8_192
 _MOST_POLICIES = 12
 
 
@@ -194,8 +194,8 @@ def _top_of_tiles(num_positions: int, num_ids: int, logits_of: Callable[[slice],
     best = np.full((num_positions, width), -np.inf, np.float32)
     ids = np.full((num_positions, width), -1, np.int32)
     log_total = np.full(num_positions, -np.inf)
-    for first in range(0, num_ids, _IDS_PER_TILE):
-        tile = logits_of(slice(first, min(first + _IDS_PER_TILE, num_ids)))
+    for first in range(0, num_ids, IDS_PER_TILE):
+        tile = logits_of(slice(first, min(first + IDS_PER_TILE, num_ids)))
         log_total = np.logaddexp(log_total, _log_sum_exp(tile))
         here = np.argpartition(-tile, min(width, tile.shape[1]) - 1, axis=1)[:, :width]
         all_best = np.concatenate([best, np.take_along_axis(tile, here, 1)], axis=1)

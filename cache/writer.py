@@ -25,7 +25,7 @@ class CommitResult:
     Attributes:
         rows: rows that this commit made exist.
         scored_tokens: their completion tokens.
-        num_bytes: bytes of the shard and its commit record.
+        num_bytes: bytes of the shard and of its commit record.
         signal_bytes: bytes of the packed signals.
         rows_left_out: appended rows that were committed already, under any unit, and were not written again.
     """
@@ -86,7 +86,10 @@ class Writer:
 
         Raises CacheError, naming row, field and position, if the row breaks an invariant of the format.
         """
-        check_record(record, self.fingerprint.rules)
+        try:
+            check_record(record, self.fingerprint.rules)
+        except CacheError as error:
+            raise CacheError(f"{error} The row was not written; correct what made it and rerun.") from None
         if record.row_id in self._left_out or (self._shard and record.row_id in self._shard.seen):
             raise CacheError(f"row {record.row_id} was appended twice to one unit; expected each row once.")
         if record.row_id in self._committed:
@@ -111,19 +114,12 @@ class Writer:
             self._refresh()
             if self._shard and not self._committed.issuperset(rows):
                 record = self._publish(self._shard, unit, stem)
-        self._drop()
-        self._refresh()
+            self._drop()
+            self._refresh()
         if record is None:
             return CommitResult(unit, 0, 0, 0, 0, left_out + len(rows))
-        statistics, size = record.statistics, (self.root / commit.COMMITS / record.name).stat().st_size
-        return CommitResult(
-            unit,
-            len(rows),
-            statistics["scored_tokens"],
-            record.shard_bytes + size,
-            statistics["signal_bytes"],
-            left_out,
-        )
+        tokens, signal_bytes = record.statistics["scored_tokens"], record.statistics["signal_bytes"]
+        return CommitResult(unit, len(rows), tokens, record.num_bytes, signal_bytes, left_out)
 
     def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
         """The record that committed the shard, or None if another writer committed the same rows first."""
@@ -159,7 +155,7 @@ class Writer:
     def _all_or_nothing(self) -> Iterator[None]:
         """Drops the unit at hand if anything goes wrong; says of a failed write what is kept."""
         try:
-            with explain_os_errors(self.root, len(self._committed)):
+            with explain_os_errors(self.root, lambda: len(self._committed)):
                 yield
         except BaseException:
             self._drop()

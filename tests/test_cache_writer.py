@@ -255,6 +255,14 @@ def test_a_full_disk_is_found_when_a_cache_is_begun(tmp_path, full_disk):
         cache.Writer(tmp_path / "new", fingerprint())
 
 
+def test_a_full_disk_is_found_when_a_cache_is_opened_again(tmp_path, full_disk):
+    write(tmp_path, range(4), "hidden")
+    (tmp_path / "head.json").unlink()
+    full_disk(0)
+    with pytest.raises(cache.CacheError, match=r"No space left on .*: 4 committed rows are kept"):
+        cache.Writer(tmp_path, fingerprint("hidden"), head=head())
+
+
 def test_a_broken_disk_says_what_happened(tmp_path, full_disk):
     full_disk(0, errno.EIO)
     with pytest.raises(cache.CacheError, match=r"Input/output error while writing to .*; mend that and rerun"):

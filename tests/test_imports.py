@@ -43,7 +43,10 @@ def test_the_walk_sees_imports_inside_functions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "absent"),
-    [("cache", ["torch", "transformers", "dualkl", "stages"]), ("dualkl", ["transformers", "pyarrow", "cache", "stages"])],
+    [
+        ("cache", ["torch", "transformers", "dualkl", "stages"]),
+        ("dualkl", ["transformers", "pyarrow", "cache", "stages"]),
+    ],
 )
 def test_importing_a_package_loads_nothing_that_it_may_not_know(package: str, absent: list[str]) -> None:
     code = f"import sys, {package}; print([name for name in {absent!r} if name in sys.modules])"

@@ -66,6 +66,8 @@ class Teacher:
         """Gives all memory back."""
         if self.engine is not None:
             self.engine.destroy()
+            # DeepSpeed's stack of running modules keeps the root of a forward without gradients, and with it all weights
+            importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
         self.forward = self.engine = self.head = None
         gc.collect()
         if self.device.type == "cuda":

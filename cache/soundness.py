@@ -136,14 +136,18 @@ def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
 
 def _verify_rows(root: Path, record: CommitRecord, fingerprint: Fingerprint | None) -> Iterator[Finding]:
     """Decodes every row and checks it as the writer did."""
+    finding = partial(Finding, record.shard, record=record.name)
+    path = root / record.shard
     found: list[str] = []
     for index in range(len(record.batches)):
         rows = BatchRows(read_batch(root, record, index))
         for row in range(rows.batch.num_rows):
-            decoded = rows.record(row)
-            found.append(decoded.row_id)
-            if fingerprint:
-                check_record(decoded, fingerprint.rules)
+            try:
+                decoded = rows.record(row)
+                if fingerprint:
+                    check_record(decoded, fingerprint.rules)
+            except CacheError as error:
+                yield finding(f"{path} row {len(found)}: {error} {advice(record)}", (len(found), len(found)))
+            found.append(rows.batch["row_id"][row].as_py())
     if found != record.row_ids:
-        message = f"{root / record.shard} holds other rows than its commit record names. {advice(record)}"
-        yield Finding(record.shard, message, record=record.name)
+        yield finding(f"{path} holds other rows than its commit record names. {advice(record)}")

@@ -1,0 +1,731 @@
+"""Stage two: the gradient of a step however it is cut, resuming bit by bit, and what stops a run."""
+
+import errno
+import json
+import math
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import cache
+from dualkl import Head
+from stages import train as stage_two
+from stages.data.batches import to_tensors
+from stages.data.prompts import Prompt
+from stages.loops import fit, refresh, setup
+from stages.models.student import Student
+from stages.models.teacher import TeacherLoader
+from stages.runtime import checkpoint
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run, open_run
+from tests import reference
+from tests.helpers import Forker, assert_same_weights, make_run, prompts_of, records_of, small, weights_in
+
+V = 230
+TINY: dict[str, Any] = {
+    "teacher_ds_zero3": "false", "rollouts_per_refresh": 16, "rollouts_per_unit": 8, "batch_size": 8, "max_steps": 6,
+    "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 24, "warmup_steps": 2, "trace_every": 0,
+}  # fmt: skip
+
+
+def student_of(run: Run) -> Student:
+    vocabulary = setup.shared_vocabulary(run.config)
+    return setup.current_student(run, vocabulary)[0]
+
+
+def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = None) -> None:
+    vocabulary = setup.shared_vocabulary(run.config)
+    with TeacherLoader(run.config, run.world) as teacher:
+        refresh.write_rollouts(
+            run, student, vocabulary, prompts or prompts_of(run.config), refresh_index=0, step=0, teacher=teacher
+        )
+
+
+def train(folder: Path, **values: Any) -> Run:
+    """Both stages in this process, from wherever the run in `folder` stands."""
+    run = make_run(folder, **(TINY | values))
+    student = student_of(run)
+    if not (run.folder / "checkpoints").exists():
+        write_rollouts(run, student)
+    stage_two.train(run, student, setup.shared_vocabulary(run.config))
+    return run
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The root of a cache of 16 rollouts with the signal asked for; written once."""
+    made: dict[tuple[Any, ...], str] = {}
+
+    def root(**values: Any) -> str:
+        key = tuple(values.items())
+        if key not in made:
+            run = make_run(tmp_path_factory.mktemp("cache"), **(TINY | values))
+            write_rollouts(run, student_of(run))
+            made[key] = run.config.cache_root
+        return made[key]
+
+    return root
+
+
+# The gradient of a step
+
+
+def stir(student: Student) -> None:
+    """Moves LoRA's B away from zero, so that every adapter has a gradient."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(student.trainable.items()):
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
+
+
+def gradient(run: Run) -> dict[str, torch.Tensor]:
+    """The gradient that `train_step` hands to the optimizer for the first batch."""
+    student = student_of(run)
+    stir(student)
+    training = fit.prepare(run, student)
+    pool, snapshot = fit.open_pool(run, 0)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(now: fit.Training, max_grad_norm: float) -> float:
+        found.update({name: p.grad.clone() for name, p in now.student.trainable.items() if p.grad is not None})
+        now.step += 1
+        return 1.0
+
+    original, fit._update = fit._update, keep
+    try:
+        fit.train_step(run, training, snapshot, pool, 0)
+    finally:
+        fit._update = original
+    return found
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """|found - expected| / |expected| over all parameters together."""
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
+    return math.sqrt(difference / sum(float(tensor.double().square().sum()) for tensor in expected.values()))
+
+
+@pytest.fixture(scope="module")
+def whole_gradient(caches: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Of a step of 16 rows in one forward."""
+    return gradient(step_run(tmp_path_factory.mktemp("whole"), caches()))
+
+
+def step_run(folder: Path, cache_dir: str, **values: Any) -> Run:
+    return make_run(folder, **(TINY | {"cache_dir": cache_dir, "batch_size": 16} | values))
+
+
+SPLITS: list[dict[str, Any]] = [
+    {"grad_accum": 4}, {"grad_accum": 16}, {"lp_micro_batch": 3}, {"micro_batch_tokens": 130}, {"micro_batch_tokens": 1},
+    {"grad_accum": 2, "lp_micro_batch": 5, "micro_batch_tokens": 200}, {"gradient_checkpointing": "true"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
+    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor], split: dict[str, Any]
+) -> None:
+    found = gradient(step_run(tmp_path, caches(), **split))
+    assert len(found) > 50
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
+def save_gradient(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: this rank's gradient, to folder/RANK.pt."""
+    run = open_run("", flags)
+    torch.save(gradient(run), folder / f"{run.world.rank}.pt")
+
+
+@pytest.mark.parametrize("split", [{}, {"grad_accum": 4}, {"micro_batch_tokens": 100}], ids=str)
+def test_two_processes_have_the_gradient_of_one(
+    tmp_path: Path, forked: Forker, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor],
+    split: dict[str, Any],
+) -> None:  # fmt: skip
+    """Under micro_batch_tokens the ranks need different numbers of forwards; the one short of work runs idle ones."""
+    arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16} | split))
+    forked.call(save_gradient, tmp_path, arguments, processes=2).expect_success()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_same_weights(*ranks)
+    assert relative_error(ranks[0], whole_gradient) < 1e-5
+
+
+def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
+    tmp_path: Path, forked: Forker, caches: Callable[..., str]
+) -> None:
+    arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16, "use_lora": "false"}))
+    forked.call(save_gradient, tmp_path, arguments, processes=2).expect_success()
+    expected = gradient(open_run("", arguments))
+    assert "model.embed_tokens.weight" in expected
+    assert relative_error(torch.load(tmp_path / "1.pt"), expected) < 1e-5
+
+
+def save_weights(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: both stages, and this rank's trained weights to folder/RANK.pt."""
+    run = open_run("", flags)
+    student = student_of(run)
+    write_rollouts(run, student)
+    stage_two.train(run, student, setup.shared_vocabulary(run.config))
+    torch.save({n: p.detach().clone() for n, p in student.trainable.items()}, folder / f"{run.world.rank}.pt")
+
+
+def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) -> None:
+    """Through a refresh, with the ZeRO-3 teacher."""
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        arguments = small(folder, **(TINY | {"teacher_ds_zero3": "true", "max_steps": 4, "refresh_every": 2}))
+        forked.call(save_weights, folder, arguments, processes=processes).expect_success()
+        found[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    assert_same_weights(*found[2])
+    assert relative_error(found[2][0], found[1][0]) < 1e-5
+
+
+def test_only_scored_positions_have_a_gradient(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = step_run(tmp_path, caches())
+    student = student_of(run)
+    states: list[torch.Tensor] = []
+    hidden = Student.hidden
+
+    def noted(self: Student, *arguments: torch.Tensor) -> torch.Tensor:
+        states.append(hidden(self, *arguments))
+        states[-1].retain_grad()
+        return states[-1]
+
+    monkeypatch.setattr(Student, "hidden", noted)
+    stir(student)
+    _, snapshot = fit.open_pool(run, 0)
+    batch = to_tensors(snapshot[:], 1.0, None, 0, run.world.device)
+    loss, _ = fit.prepare(run, student).module(batch)
+    loss.backward()
+    assert states[0].grad is not None
+    gradients = states[0].grad.flatten(0, 1)
+    scored = torch.zeros(len(gradients), dtype=torch.bool)
+    scored[batch.aligned.scored] = True
+    assert 0 < int(scored.sum()) < len(scored)
+    assert not gradients[~scored].any()
+    assert gradients[scored].any(dim=1).all()
+
+
+def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches())
+    student = student_of(run)
+    stir(student)
+    module = fit.prepare(run, student).module
+    _, snapshot = fit.open_pool(run, 0)
+    losses, gradients = [], []
+    for pad_id in (0, 77):
+        loss, _ = module(to_tensors(snapshot[:], 1.0, None, pad_id, run.world.device))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in student.trainable.items() if p.grad is not None})
+        student.model.zero_grad()
+    assert torch.equal(*losses)
+    assert_same_weights(*gradients)
+
+
+# The loss of a step
+
+
+@torch.no_grad()
+def plain_logits(model: Any, record: cache.Record) -> torch.Tensor:
+    ids = torch.from_numpy(np.concatenate([record.prompt_ids, record.completion_ids]).astype(np.int64))[None]
+    return model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float()
+
+
+@pytest.mark.parametrize(
+    ("signal", "keys"),
+    [
+        ("topk", {}), ("nucleus", {"signal_p": 0.9}), ("hidden", {}), ("full", {}), ("hidden", {"temperature": 2.0}),
+        ("topk", {"gating": "hard"}), ("topk", {"rkl": "mc", "fkl": "argmax"}), ("hidden", {"gating": "fixed", "mix": 0.3}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    student_model: Any,
+    teacher_model: Any,
+    signal: str,
+    keys: dict[str, Any],
+) -> None:
+    stored = {"signal": signal, "signal_k": 4} | {k: v for k, v in keys.items() if k == "signal_p"}
+    run = step_run(tmp_path, caches(**stored), **stored, **keys)
+    student = student_of(run)
+    training = fit.prepare(run, student)
+    pool, snapshot = fit.open_pool(run, 0)
+    fit.train_step(run, training, snapshot, pool, 0)
+    step = records_of(run.folder, "step")[0]
+    records = snapshot[:]
+    config = fit.loss_config(run.config, V)
+    student_logits = torch.cat([plain_logits(student_model, r) for r in records]).double()
+    teacher_logits = torch.cat([plain_logits(teacher_model, r) for r in records]).double()
+    teacher: dict[str, Any] = {"logits": teacher_logits}
+    if signal in ("topk", "nucleus"):
+        ids, logprobs, tails = reference.compress(teacher_logits, 4, keys.get("signal_p", 1.0))
+        width = max(map(len, ids))
+        teacher = {
+            "ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids]),
+            "logprobs": torch.tensor([row + [-math.inf] * (width - len(row)) for row in logprobs]),
+            "log_tail_mass": torch.tensor(tails),
+        }
+    sampled = {
+        "ids": torch.from_numpy(np.concatenate([r.completion_ids for r in records]).astype(np.int64)),
+        "teacher_logprobs": torch.from_numpy(np.concatenate([r.teacher_logprobs for r in records])),
+        "behaviour_logprobs": torch.from_numpy(np.concatenate([r.behaviour_logprobs for r in records])),
+    }
+    identity_head = {"weight": torch.eye(V, dtype=torch.float64)}
+    expected = reference.dual_kl(student_logits, identity_head, teacher, config, sampled)
+    assert step["tokens"] == len(student_logits)
+    for name in ("loss", "rkl", "fkl", "gate"):
+        value = expected[name] if name == "loss" else expected[name].mean()
+        assert step[name] == pytest.approx(float(value), abs=2e-4), name
+    assert step["share_forward"] == pytest.approx(float((expected["gate"] < 0.5).double().mean()), abs=0.005)
+
+
+def test_the_losses_of_a_fixed_run_are_those_on_record(tmp_path: Path) -> None:
+    run = train(tmp_path, max_steps=3, refresh_every=0)
+    assert [step["loss"] for step in records_of(run.folder, "step")] == pytest.approx(GOLDEN_LOSSES, abs=1e-4)
+
+
+GOLDEN_LOSSES = [0.0, 0.0, 0.0]
+
+
+# Training
+
+
+@pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
+def test_every_signal_trains(tmp_path: Path, caches: Callable[..., str], signal: str) -> None:
+    keys = {"signal": signal}
+    run = train_from(tmp_path, caches(**keys), batch_size=16, max_steps=8, refresh_every=0, **keys)
+    losses = [step["loss"] for step in records_of(run.folder, "step")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
+    """Stage two alone, on a cache that is there."""
+    run = make_run(folder, **(TINY | {"cache_dir": cache_dir} | values))
+    vocabulary = setup.cached_vocabulary(run.config)
+    stage_two.train(run, setup.current_student(run, vocabulary)[0], vocabulary)
+    return run
+
+
+def test_full_fine_tuning_trains_all_weights(tmp_path: Path, caches: Callable[..., str], student_model: Any) -> None:
+    run = train_from(tmp_path, caches(), batch_size=16, max_steps=6, refresh_every=0, use_lora="false", lr=5e-4)
+    losses = [step["loss"] for step in records_of(run.folder, "step")]
+    assert losses[-1] < 0.8 * losses[0]
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(run.folder / "student", dtype=torch.float32)
+    before = dict(student_model.named_parameters())
+    assert all(not torch.equal(p, before[name]) for name, p in trained.named_parameters())
+
+
+def test_lora_leaves_the_base_untouched(tmp_path: Path, caches: Callable[..., str], student_model: Any) -> None:
+    run = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "refresh_every": 0}))
+    student = student_of(run)
+    stage_two.train(run, student, setup.cached_vocabulary(run.config))
+    before = {name: p for name, p in student_model.named_parameters()}
+    frozen = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in student.model.named_parameters()
+              if not p.requires_grad}  # fmt: skip
+    assert frozen.keys() == before.keys()
+    assert_same_weights(frozen, before)
+    assert set(weights_in(run.folder / "student")) and all("lora_" in n for n in weights_in(run.folder / "student"))
+
+
+def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "dtype": "bf16", "batch_size": 16}))
+    student = student_of(run)
+    training = fit.prepare(run, student)
+    pool, snapshot = fit.open_pool(run, 0)
+    for index in range(6):
+        fit.train_step(run, training, snapshot, pool, index)
+    assert {p.dtype for p in student.trainable.values()} == {torch.float32}
+    assert {p.dtype for p in student.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    states = [value for state in training.optimizer.state.values() for value in state.values() if value.ndim]
+    assert {value.dtype for value in states} == {torch.float32}
+    losses = [step["loss"] for step in records_of(run.folder, "step")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run = train_from(tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3, lr_min_ratio=0.1)
+    assert [record["lr"] for record in records_of(run.folder, "step")] == pytest.approx(used)
+
+
+def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3, lr_min_ratio=0.1)
+    assert used[0] > 0, "the first step moves nothing"
+    assert max(used) == pytest.approx(1e-3)
+    assert used.index(max(used)) in (2, 3)
+    assert used[-1] < 2.5e-4
+
+
+def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches(), max_grad_norm=1e-4)
+    training = fit.prepare(run, student_of(run))
+    for parameter in training.student.trainable.values():
+        parameter.grad = torch.ones_like(parameter)
+    norms: list[float] = []
+    training.optimizer.step = lambda: norms.append(
+        math.sqrt(sum(float(p.grad.square().sum()) for p in training.student.trainable.values() if p.grad is not None))
+    )
+    assert fit._update(training, 1e-4) > 1
+    assert norms[0] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_traces_hold_a_line_for_each_token_of_the_rows_they_show(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0, trace_every=2)
+    paths = sorted((run.folder / "trace").iterdir())
+    assert [path.name for path in paths] == ["step-000002.arrow", "step-000004.arrow"]
+    with pa.ipc.open_file(pa.memory_map(str(paths[0]))) as reader:
+        table = reader.read_all()
+    snapshot = cache.open(run.config.cache_root)
+    for row_id in set(table["row_id"].to_pylist()):
+        part = table.filter(pa.compute.equal(table["row_id"], row_id))
+        assert part["token_id"].to_pylist() == snapshot[snapshot.position(row_id)].completion_ids.tolist()
+        assert part["position"].to_pylist() == list(range(part.num_rows))
+    assert all(0 <= gate <= 1 for gate in table["gate"].to_pylist())
+    assert all(kl >= -1e-5 for name in ("reverse_kl", "forward_kl") for kl in table[name].to_pylist())
+
+
+def test_rows_of_a_refresh_replace_those_before_it(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    index = cache.open(run.config.cache_root).index.to_pylist()
+    assert {(row["refresh_index"], row["policy_step"]) for row in index} == {(0, 0), (1, 3)}
+    assert len({row["policy_hash"] for row in index}) == 2
+    steps, refreshes = records_of(run.folder, "step"), records_of(run.folder, "refresh")
+    assert [step["refresh_index"] for step in steps] == [0, 0, 0, 1, 1, 1]
+    assert [record["step"] for record in refreshes] == [3]
+    assert refreshes[0]["probe_gap"] < 1e-4
+    assert [step["staleness"] for step in steps] == [0, 1, 2, 0, 1, 2]
+
+
+def test_rows_live_on_for_max_age_steps(tmp_path: Path) -> None:
+    run = train(tmp_path, max_age=3)
+    pool, _ = fit.open_pool(run, 1)
+    assert sorted(set(pool.ages.values())) == [0, 3]
+    assert len(pool.row_ids) == 32
+
+
+# The probe at a refresh
+
+
+def test_an_adapter_that_does_not_generate_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, **TINY)
+    student = student_of(run)
+    write_rollouts(run, student)
+    stir(student)
+    trainers = refresh.trainer_logprobs
+
+    def without_adapter(*arguments: Any) -> np.ndarray:
+        with student.model.disable_adapter():  # type: ignore[operator]
+            return trainers(*arguments)
+
+    monkeypatch.setattr(refresh, "trainer_logprobs", without_adapter)
+    with pytest.raises(UserError, match=r"generator and trainer disagree by"):
+        refresh.check_generator(run, student, 1)
+
+
+def test_a_student_that_did_not_move_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    student = student_of(run)
+    write_rollouts(run, student)
+    refresh.check_generator(run, student, 1)
+    with pytest.raises(UserError, match="did not change between refresh 1 and 2"):
+        refresh.check_generator(run, student, 2)
+    stir(student)
+    assert refresh.check_generator(run, student, 2)["probe_moved"] > 0
+
+
+def test_the_first_refresh_is_compared_with_the_untrained_student(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    assert records_of(run.folder, "refresh")[0]["probe_moved"] > 0
+
+
+# Resuming
+
+
+class Stop(Exception):  # noqa: N818
+    """Stands for a crash."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Makes the next training crash at `place`."""
+    if place.startswith("step "):
+        step, last = fit.train_step, int(place.split()[1])
+
+        def stopping(run: Run, training: fit.Training, *arguments: Any) -> None:
+            if training.step == last:
+                raise Stop
+            step(run, training, *arguments)
+
+        monkeypatch.setattr(fit, "train_step", stopping)
+    elif place == "between units":
+        commit, count = cache.Writer.commit, [0]
+
+        def once(self: cache.Writer, unit: str) -> cache.CommitResult:
+            count[0] += 1
+            if "-g0001-" in unit and count[0] > 1:
+                raise Stop
+            return commit(self, unit)
+
+        monkeypatch.setattr(cache.Writer, "commit", once)
+    elif place == "before the probe":
+        monkeypatch.setattr(refresh, "check_generator", raising)
+    elif place == "after the probe":
+        check = refresh.check_generator
+        monkeypatch.setattr(refresh, "check_generator", lambda *a: [check(*a), raising()])
+    else:
+        assert place == "at the export"
+        monkeypatch.setattr(stage_two.students, "export", raising)
+
+
+def raising(*_: Any) -> Any:
+    raise Stop
+
+
+PLACES = [
+    "step 0", "step 1", "step 3", "step 5", "between units", "before the probe", "after the probe", "at the export",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def assert_same_run(run: Run, expected: Run) -> None:
+    """Weights, optimizer state and random state bit by bit, rows, and the curve."""
+    assert_same_weights(weights_in(run.folder / "student"), weights_in(expected.folder / "student"))
+    left, right = (checkpoint.latest(r.folder / "checkpoints") for r in (run, expected))
+    assert left is not None
+    assert right is not None
+    assert left.name == right.name
+    assert_same_weights(weights_in(left), weights_in(right))
+    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (left, right)]
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+    rows = [cache.open(r.config.cache_root) for r in (run, expected)]
+    assert rows[0].row_ids == rows[1].row_ids
+    assert rows[0].to_table().equals(rows[1].to_table())
+    curves = [
+        [(s["step"], s["loss"], s["refresh_index"]) for s in records_of(r.folder, "step")] for r in (run, expected)
+    ]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_crashed_and_went_on_is_the_run_that_never_stopped(
+    tmp_path: Path, uninterrupted: Run, place: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        interrupt(patch, place)
+        train(tmp_path)
+    assert_same_run(train(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("place", ["step 1", "step 3", "after the probe"])
+def test_dropout_resumes_with_the_masks_it_would_have_had(tmp_path: Path, place: str) -> None:
+    expected = train(tmp_path / "whole", lora_dropout=0.2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        interrupt(patch, place)
+        train(tmp_path / "cut", lora_dropout=0.2)
+    assert_same_run(train(tmp_path / "cut", lora_dropout=0.2), expected)
+
+
+def test_full_fine_tuning_resumes_bit_by_bit(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"use_lora": "false", "lr": 1e-4}
+    expected = train(tmp_path / "whole", **values)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        interrupt(patch, "step 5")
+        train(tmp_path / "cut", **values)
+    assert_same_run(train(tmp_path / "cut", **values), expected)
+
+
+def test_a_refresh_that_was_repeated_is_recorded_once(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        interrupt(patch, "step 3")  # after the refresh, before the next checkpoint
+        train(tmp_path)
+    run = train(tmp_path)
+    assert [record["refresh_index"] for record in records_of(run.folder, "refresh")] == [1]
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    before = weights_in(run.folder / "student")
+    train(tmp_path)
+    assert_same_weights(weights_in(run.folder / "student"), before)
+    assert len(records_of(run.folder, "step")) == 6
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:
+    run = train(tmp_path, max_steps=4)
+    before = weights_in(run.folder / "student")
+    train(tmp_path, max_steps=5)
+    assert [step["step"] for step in records_of(run.folder, "step")] == [1, 2, 3, 4, 5]
+    assert any(not torch.equal(t, before[n]) for n, t in weights_in(run.folder / "student").items())
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = train(tmp_path, checkpoint_every=1, keep_checkpoints=2, refresh_every=0)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-000005", "step-000006"]
+
+
+def test_a_half_written_checkpoint_is_not_read(tmp_path: Path, uninterrupted: Run) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        interrupt(patch, "step 3")
+        train(tmp_path)
+    folder = tmp_path / "demo" / "checkpoints"
+    (folder / ".partial-step-000099").mkdir()
+    (folder / ".partial-step-000099" / "student.safetensors").write_bytes(b"half")
+    assert_same_run(train(tmp_path), uninterrupted)
+
+
+def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    run.metrics.log("step", step=1, loss=0.5)
+    with run.metrics.path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    make_run(tmp_path, **TINY).metrics.log("evaluation", step=2)
+    from stages.runtime.metrics import read
+
+    assert [record["kind"] for record in read(run.metrics.path)] == ["step", "evaluation"]
+
+
+# What stops a run
+
+
+def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    run = step_run(tmp_path, caches())
+    student = student_of(run)
+    training = fit.prepare(run, student)
+    pool, snapshot = fit.open_pool(run, 0)
+    fit.train_step(run, training, snapshot, pool, 0)
+    fit.save_checkpoint(run, training, 0)
+    with torch.no_grad():
+        student.base.get_decoder().norm.weight[0] = math.nan
+    before = {name: p.detach().clone() for name, p in student.trainable.items()}
+    with pytest.raises(
+        UserError, match=r"gradient of step 2 is not finite .* weights were not updated.*is kept.*Lower lr"
+    ):
+        fit.train_step(run, training, snapshot, pool, 1)
+    assert_same_weights({n: p.detach() for n, p in student.trainable.items()}, before)
+    newest = checkpoint.latest(run.folder / "checkpoints")
+    assert newest is not None
+    assert checkpoint.read_position(newest).step == 1
+
+
+@pytest.mark.parametrize("change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str)
+def test_a_checkpoint_of_another_student_is_refused(
+    tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]
+) -> None:
+    train_from(tmp_path, caches(), max_steps=1, refresh_every=0)
+    with pytest.raises(UserError, match=r"checkpoint .*step-000001.*Use another run_name, or the old keys"):
+        train_from(tmp_path, caches(), max_steps=2, refresh_every=0, **change)
+
+
+def test_a_cache_without_live_rows_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:
+    root = tmp_path / "empty"
+    snapshot = cache.open(caches())
+    cache.Writer(root, snapshot.fingerprint).__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"holds no rollouts to train on \(0 rows.*stages\.rollout"):
+        train_from(tmp_path, str(root))
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
+    save = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        save({name: tensor[:1] for name, tensor in tensors.items()}, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"step-000003 could not be written .*No space left.* earlier ones are kept"):
+        train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-000002"]
+    monkeypatch.undo()
+    train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
+
+
+@pytest.mark.parametrize("largest_file", [300_000, 2_000_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_really_full_at_a_checkpoint_is_a_sentence(
+    tmp_path: Path, caches: Callable[..., str], largest_file: int
+) -> None:
+    """The libraries that write have error classes of their own: a limit on file sizes makes them fail in earnest."""
+    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
+    sizes = {path.name: path.stat().st_size for path in (run.folder / "checkpoints/step-000002").iterdir()}
+    assert sizes["student.safetensors"] > 300_000
+    assert sizes["student.safetensors"] < 2_000_000 < sizes["optimizer.pt"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    training = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "max_steps": 3, "refresh_every": 0}))
+    student = student_of(training)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"step-000003 could not be written .* earlier ones are kept"):
+            stage_two.train(training, student, setup.cached_vocabulary(training.config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-000002"]
+
+
+def test_a_damaged_probe_file_does_not_end_in_a_traceback(tmp_path: Path) -> None:
+    """A crash while it is written must not cost the run."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        write_text = Path.write_text
+
+        def half(self: Path, text: str, *arguments: Any, **keywords: Any) -> int:
+            if self.name.startswith("probe"):
+                write_text(self, text[: len(text) // 2])
+                raise Stop
+            return write_text(self, text, *arguments, **keywords)
+
+        patch.setattr(Path, "write_text", half)
+        train(tmp_path)
+    run = train(tmp_path)
+    assert json.loads((run.folder / "probe.json").read_text())
+
+
+def test_a_cached_head_is_read_once(tmp_path: Path, caches: Callable[..., str]) -> None:
+    root = caches(signal="hidden")
+    snapshot = cache.open(root)
+    head = fit._teacher_head(snapshot, torch.device("cpu"))
+    assert isinstance(head, Head)
+    assert fit._teacher_head(cache.open(root), torch.device("cpu")) is head

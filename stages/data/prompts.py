@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -67,13 +68,21 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     if not held_out:
         raise UserError(f"dataset {config.data.dataset} has no prompts beyond num_prompts; name an eval_dataset.")
     seen = {prompt.prompt_id for prompt in taken.prompts[: config.data.num_prompts]}
-    return PromptSet([p for p in held_out if p.prompt_id not in seen], taken.num_skipped)
+    unseen = [prompt for prompt in held_out if prompt.prompt_id not in seen]
+    if not unseen:
+        raise UserError(
+            f"dataset {config.data.dataset}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset."
+        )
+    return PromptSet(unseen, taken.num_skipped)
 
 
 def encode(turns: Turns, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Prompt:
     """Applies the chat template with a generation prompt; a tokenizer without a template gets the plain text."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the student's chat template refuses a prompt ({error}): {str(turns)[:120]}") from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         text = "\n".join(turn["content"] for turn in turns)
@@ -87,9 +96,9 @@ def turns_of(row: dict[str, Any]) -> Turns | None:
     value = next((row[key] for key in ("messages", "prompt", "question") if row.get(key)), None)
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
         return None
-    turns = [{"role": turn["role"], "content": turn["content"] or ""} for turn in value]
+    turns = [{"role": turn["role"], "content": turn.get("content") or ""} for turn in value]
     last_user = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
     return turns[: last_user + 1] or None
 
@@ -106,7 +115,10 @@ def load_checker(spec: str) -> Checker | None:
         raise UserError(f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist.")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"answer_checker {spec}: {path} cannot be imported ({_first_line(error)}).") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"answer_checker {spec}: {path} has no function {name}.")
     return getattr(module, name)

@@ -36,9 +36,9 @@ def write_rollouts(
         num_rollouts=config.refresh.rollouts_per_refresh, group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
     )  # fmt: skip
-    print_ = setup.fingerprint(config, vocabulary, config.signal)
+    print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
     head = None
-    if config.signal.signal == "hidden":
+    if config.teacher_signal.signal == "hidden":
         with run.clock.phase("load"):
             head = teacher_head(teacher.get().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
@@ -46,7 +46,7 @@ def write_rollouts(
         if missing_units(units, writer.committed_ids):
             with run.clock.phase("load"):
                 teacher.get()
-        return collect(run, units, author, teacher.get, writer, config.signal)
+        return collect(run, units, author, teacher.get, writer, config.teacher_signal)
 
 
 def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:

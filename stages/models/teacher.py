@@ -185,10 +185,13 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": bf16}}
     path = Path(config.models.teacher_ds_config)
     try:
-        settings = _without_auto(json.loads(path.read_text()))
+        settings = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"teacher_ds_config {path} cannot be read as JSON: {error}") from error
-    zero = settings.setdefault("zero_optimization", {})
+    settings = _without_auto(settings)
+    zero = settings.setdefault("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"teacher_ds_config {path} is not a DeepSpeed configuration: it must be a JSON object of settings.")
     if zero.setdefault("stage", 3) != 3:
         raise UserError(
             f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stages.runtime.errors import UserError
 
 Auto = Literal["auto"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -49,7 +50,7 @@ class LoraSection(Section):
     use_lora: bool = Field(True, description="train LoRA adapters; false: all weights")
     lora_r: int = Field(64, ge=1, description="rank")
     lora_alpha: int = Field(128, ge=1, description="scale; the update is alpha / r times B A")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A")
+    lora_dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout before A")
     lora_targets: str = Field("all-linear", description="'all-linear' (head excluded) or names joined by commas")
 
 
@@ -65,8 +66,8 @@ class DataSection(Section):
 class RolloutSection(Section):
     group_size: int = Field(4, ge=1, description="completions for each prompt")
     max_new_tokens: int = Field(512, ge=1, description="longest completion, tokens")
-    sample_temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts")
-    sample_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    sample_temperature: Finite = Field(1.0, gt=0, description="sampling temperature of rollouts")
+    sample_top_p: Finite = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     sample_top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
     gen_micro_batch: int | Auto = Field("auto", description="rollouts in one generation call of a process")
     lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
@@ -77,19 +78,19 @@ class RolloutSection(Section):
 class SignalSection(Section):
     signal: Literal["topk", "nucleus", "hidden", "full"] = Field("topk", description="what is kept of the teacher")
     signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus")
-    signal_p: float = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
+    signal_p: Finite = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
 
 
 class LossSection(Section):
-    tau: float = Field(1.0, description="gate threshold on the reverse KL, nats")
-    alpha: float = Field(5.0, ge=0, description="gate sharpness, 1/nats")
+    tau: Finite = Field(1.0, ge=0, description="gate threshold on the reverse KL, nats")
+    alpha: Finite = Field(5.0, ge=0, description="gate sharpness, 1/nats")
     gating: Literal["soft", "hard", "fixed"] = Field("soft", description="sigmoid, step, or the constant `mix`")
-    mix: float = Field(0.5, ge=0, le=1, description="weight of the reverse KL under gating: fixed")
+    mix: Finite = Field(0.5, ge=0, le=1, description="weight of the reverse KL under gating: fixed")
     rkl: Literal["exact", "mc"] = Field("exact", description="reverse KL: exact, or at the sampled token")
     fkl: Literal["full", "argmax"] = Field("full", description="forward KL: full, or cross-entropy on the argmax")
-    temperature: float = Field(1.0, gt=0, description="of both distributions in the loss")
+    temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
-    tail_floor: float = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
+    tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
 
 
 class TrainSection(Section):
@@ -97,11 +98,11 @@ class TrainSection(Section):
     grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
     micro_batch_tokens: int | Auto = Field("auto", description="cap on tokens of a training forward; auto: no cap")
     max_steps: int = Field(256, ge=1, description="optimizer steps")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
-    lr_min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
+    lr: Finite = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
     warmup_steps: int = Field(10, ge=0, description="linear warm-up, steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (global norm)")
+    weight_decay: Finite = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: Finite = Field(1.0, gt=0, description="gradient clipping (global norm)")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one precedes every refresh)")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
@@ -136,7 +137,7 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
     rollout: RolloutSection = RolloutSection()
-    signal: SignalSection = SignalSection()
+    teacher_signal: SignalSection = SignalSection()
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
     refresh: RefreshSection = RefreshSection()
@@ -197,11 +198,17 @@ def build(values: dict[str, dict[str, Any]]) -> Config:
     try:
         config = Config(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        leaf = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"config key {leaf}: {first['msg'].lower()}, got {first['input']!r}.") from None
+        raise UserError(_invalid(error)) from None
     _check(config)
     return config
+
+
+def _invalid(error: ValidationError) -> str:
+    """One sentence for the first invalid key, with every type that it could have had."""
+    errors = error.errors()
+    section, leaf = errors[0]["loc"][:2]
+    wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
+    return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {errors[0]['input']!r}."
 
 
 def to_yaml(config: Config) -> str:
@@ -265,7 +272,7 @@ def _from_text(leaf: str, text: str) -> Any:
 
 
 def _check(config: Config) -> None:
-    rollout, signal, loss = config.rollout, config.signal, config.loss
+    rollout, signal, loss = config.rollout, config.teacher_signal, config.loss
     for name in ("gen_micro_batch", "lp_micro_batch", "score_tokens"):
         value = getattr(rollout, name)
         if value != "auto" and value < 1:

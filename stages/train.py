@@ -19,6 +19,7 @@ from stages.loops import fit, refresh, setup
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student
+from stages.runtime import checkpoint
 from stages.runtime.config import rows_per_micro_step
 from stages.runtime.errors import UserError, command
 from stages.runtime.run import Run, open_run
@@ -41,6 +42,8 @@ def train(run: Run, student: Student, vocabulary: Vocabulary) -> None:
     rows_per_micro_step(run.config, run.world.size)
     training = fit.prepare(run, student)
     prompts = refresh.prompts_of(run, vocabulary) if run.config.refresh.refresh_every else []
+    if checkpoint.latest(run.folder / "checkpoints") is None:
+        refresh.check_generator(run, student, 0)
 
     def refresh_now(now: fit.Training, index: int) -> None:
         refresh.refresh(run, now.student, vocabulary, prompts, index, now.step)

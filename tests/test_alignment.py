@@ -14,9 +14,7 @@ def loop_positions(prompts: list[list[int]], completions: list[list[int]]) -> li
     found = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         sequence = prompt + completion
-        for i in range(len(sequence) - 1):
-            if i + 1 >= len(prompt):
-                found.append((row, i, sequence[i + 1]))
+        found += [(row, i, sequence[i + 1]) for i in range(len(sequence) - 1) if i + 1 >= len(prompt)]
     return found
 
 

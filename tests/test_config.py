@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from stages.runtime.config import SECTION_OF, SECTIONS, Config, parse_arguments,
 from stages.runtime.errors import UserError
 from tests.helpers import ROOT
 
-LAUNCH_LINE = ["--student_model", "Qwen/Qwen3-4B", "--teacher_model", "Qwen/Qwen3-32B", "--dataset", "tulu3", "--batch_size", "256", "--group_size", "4", "--grad_accum", "8", "--max_new_tokens", "512", "--use_lora", "--lora_r", "64", "--dtype", "bf16", "--tau", "1.0", "--alpha", "5.0", "--gating", "soft", "--rkl", "exact", "--fkl", "full", "--wandb_project", "p", "--wandb_name", "n", "--teacher_ds_zero3", "--gen_micro_batch", "4", "--lp_micro_batch", "8"]
+LAUNCH_LINE = shlex.split(
+    "--student_model Qwen/Qwen3-4B --teacher_model Qwen/Qwen3-32B --dataset tulu3 --batch_size 256 --group_size 4"
+    " --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0 --alpha 5.0 --gating soft"
+    " --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3 --gen_micro_batch 4 --lp_micro_batch 8"
+)
 
 
 def parse(*arguments: str) -> Config:

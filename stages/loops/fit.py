@@ -14,7 +14,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import cache
 from dualkl import DualKLConfig, DualKLOutput, Head, dual_kl
@@ -31,7 +30,7 @@ from stages.data.batches import (
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
-from stages.runtime.config import Config, rows_per_micro_step
+from stages.runtime.config import Config, TrainSection, rows_per_micro_step
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
@@ -79,9 +78,7 @@ def prepare(run: Run, student: Student) -> Training:
     train, world = run.config.train, run.world
     module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
     optimizer = torch.optim.AdamW(student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay)
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, train.warmup_steps, train.max_steps, min_lr_rate=train.lr_min_ratio
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
     if world.student_is_deepspeed:
         _fill_student_deepspeed(run.config, world.accelerator.state.deepspeed_plugin.deepspeed_config)
         module, optimizer = world.accelerator.prepare(module, optimizer)
@@ -89,6 +86,14 @@ def prepare(run: Run, student: Student) -> Training:
         devices = [world.device] if world.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
     return Training(student, module, optimizer, scheduler)
+
+
+def lr_factor(train: TrainSection, step: int) -> float:
+    """Learning rate of 0-based `step` over the peak: linear warm-up that ends at 1, then a cosine down to lr_min_ratio."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    share = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
+    return train.lr_min_ratio + (1 - train.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
@@ -109,12 +114,13 @@ def resume(run: Run, training: Training) -> Position | None:
     """Loads the newest checkpoint of this run, if there is one."""
     path = checkpoint.latest(run.folder / "checkpoints")
     if path is None:
+        run.metrics.rewind(0, 0)
         return None
     position = checkpoint.load(
         path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
     )
     training.step = position.step
-    run.metrics.rewind(position.step)
+    run.metrics.rewind(position.step, position.refresh_index)
     run.metrics.say(f"going on from {path}")
     return position
 
@@ -202,8 +208,9 @@ def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Poo
         out = _backward(training, batch, world.size, last=index == num_forwards - 1)
         if not idle:
             outputs.append(out)
+    lr = training.scheduler.get_last_lr()[0]
     grad_norm = _update(training, config.train.max_grad_norm)
-    _report(run, training, pool, row_ids, outputs, total_tokens, grad_norm, time.perf_counter() - started)
+    _report(run, training, pool, row_ids, outputs, total_tokens, grad_norm, lr, time.perf_counter() - started)
     _trace(run, training, records, forwards, outputs)
 
 
@@ -272,7 +279,7 @@ def _update(training: Training, max_grad_norm: float) -> float:
 
 def _report(
     run: Run, training: Training, pool: Pool, row_ids: list[str], outputs: list[DualKLOutput], total_tokens: float,
-    grad_norm: float, seconds: float,
+    grad_norm: float, lr: float, seconds: float,
 ) -> None:  # fmt: skip
     """One `step` record: token means over the global batch."""
     sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
@@ -288,7 +295,7 @@ def _report(
     staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
         "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=training.optimizer.param_groups[0]["lr"], tokens=int(total_tokens), staleness=staleness, seconds=seconds,
+        lr=lr, tokens=int(total_tokens), staleness=staleness, seconds=seconds,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from stages.models.generation import Completion, Sampling, generate
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader, load_plain_model, plain_model_fits
 from stages.runtime.config import SignalSection
+from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
@@ -202,7 +203,5 @@ def _interleave(parts: list[list[Result]]) -> list[Result]:
 
 def _keep(run: Run, path: Path, result: Result) -> None:
     if run.world.is_main:
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(path)
+        replace_text(path, json.dumps(result, indent=1))
     run.world.barrier()

@@ -18,6 +18,7 @@ from stages.models.generation import generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
+from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 PROBE_ROWS = 8
@@ -83,6 +84,8 @@ def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str,
     if path.exists():
         wanted = json.loads(path.read_text())["row_ids"]
         records = [snapshot[snapshot.position(row_id)] for row_id in wanted]
+    if not records:
+        return {}
     trainer = trainer_logprobs(student, records)
     generator = generator_logprobs(run, student, records)
     gap = float(np.abs(trainer - generator).mean())
@@ -111,7 +114,7 @@ def _moved(run: Run, logprobs: np.ndarray, refresh_index: int, row_ids: list[str
         kept = {str(refresh_index): logprobs.tolist()} | {
             k: v for k, v in history.items() if int(k) == refresh_index - 1
         }
-        path.write_text(json.dumps({"row_ids": row_ids, "logprobs": kept}))
+        replace_text(path, json.dumps({"row_ids": row_ids, "logprobs": kept}))
     run.world.barrier()
     return moved
 

@@ -191,7 +191,9 @@ def zero3_settings(config: Config) -> dict[str, Any]:
     settings = _without_auto(settings)
     zero = settings.setdefault("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(zero, dict):
-        raise UserError(f"teacher_ds_config {path} is not a DeepSpeed configuration: it must be a JSON object of settings.")
+        raise UserError(
+            f"teacher_ds_config {path} is not a DeepSpeed configuration: it must be a JSON object of settings."
+        )
     if zero.setdefault("stage", 3) != 3:
         raise UserError(
             f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -62,7 +63,7 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
             torch.save({"scheduler": scheduler.state_dict(), "random": random_states}, partial / "state.pt")
             (partial / "state.json").write_text(json.dumps(asdict(position)))
             _publish(partial, final)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have classes of their own
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."

@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
+from stages.runtime.files import replace_text
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
 
@@ -62,6 +63,7 @@ class Metrics:
         self._wandb: Any = None
         if world.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            _end_last_line(self.path)
             if config.log.wandb_project:
                 self._wandb = _start_wandb(config)
 
@@ -75,13 +77,16 @@ class Metrics:
             flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self._wandb.log(flat, step=values.get("step"))
 
-    def rewind(self, step: int) -> None:
-        """Drops training records after `step`, which a resumed run will write again."""
-        if self.world.is_main and self.path.exists():
-            kept = [r for r in read(self.path) if r["kind"] not in ("step", "refresh") or r["step"] <= step]
-            rewritten = self.path.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            rewritten.replace(self.path)
+    def rewind(self, step: int, refresh_index: int) -> None:
+        """Drops what a run that resumes after `step` and refresh `refresh_index` will write again."""
+        if not (self.world.is_main and self.path.exists()):
+            return
+        last = {"step": step, "refresh_index": refresh_index}
+        counted = {"step": "step", "refresh": "refresh_index"}
+        kept = [
+            r for r in read(self.path) if r["kind"] not in counted or r[counted[r["kind"]]] <= last[counted[r["kind"]]]
+        ]
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def say(self, line: str) -> None:
         if self.world.is_main:
@@ -101,6 +106,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def _end_last_line(path: Path) -> None:
+    """Closes a line that a crash cut off, so that the next record has a line of its own."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 def _start_wandb(config: Config) -> Any:

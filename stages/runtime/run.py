@@ -18,6 +18,7 @@ from stages.runtime import config as configuration
 from stages.runtime import distributed
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
+from stages.runtime.files import replace_text
 from stages.runtime.metrics import Clock, Metrics
 
 
@@ -83,4 +84,4 @@ def _note_changes(config: Config, metrics: Metrics) -> None:
         old = set(path.read_text().splitlines())
         changed = [line.strip() for line in text.splitlines() if line not in old]
         metrics.say(f"going on with changed keys: {'; '.join(changed)}")
-    path.write_text(text)
+    replace_text(path, text)

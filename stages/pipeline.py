@@ -15,7 +15,7 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
 from stages.loops import measure, refresh, setup
 from stages.models.teacher import TeacherLoader
-from stages.report import write_report
+from stages.report import summary, write_report
 from stages.runtime.config import rows_per_micro_step
 from stages.runtime.errors import command
 from stages.runtime.run import open_run
@@ -39,7 +39,7 @@ def main() -> None:
         measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:
-        write_report(run.folder, run.config)
+        run.metrics.say(summary(write_report(run.folder, run.config), run.folder, run.config))
     run.metrics.close()
 
 

@@ -113,6 +113,22 @@ class Forker:
 
     def call(self, function: Callable[..., None], *arguments: Any, processes: int = 1, **variables: str) -> Finished:
         """`function(*arguments)`, a function of a module, in `processes` processes with these variables."""
+        workers, where = self._start(function, arguments, processes, variables)
+        for worker in workers:
+            worker.join(300)
+            if worker.is_alive():
+                worker.kill()
+        code = max(abs(-1 if worker.exitcode is None else worker.exitcode) for worker in workers)
+        texts = ["".join((where / f"{kind}-{r}").read_text() for r in range(processes)) for kind in ("out", "err")]
+        return Finished(code, *texts)
+
+    def start(self, module: str, *arguments: str, processes: int = 1) -> list[Any]:
+        """The processes of `python -m MODULE ARGUMENTS`, running."""
+        return self._start(_run_module, (module, arguments), processes, {})[0]
+
+    def _start(
+        self, function: Callable[..., None], arguments: tuple[Any, ...], processes: int, variables: dict[str, str]
+    ) -> tuple[list[Any], Path]:
         self._count += 1
         where = self._folder / str(self._count)
         where.mkdir()
@@ -126,13 +142,7 @@ class Forker:
             workers.append(self._context.Process(target=_in_process, args=(function, arguments, where, rank, own)))
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join(300)
-            if worker.is_alive():
-                worker.kill()
-        code = max(abs(-1 if worker.exitcode is None else worker.exitcode) for worker in workers)
-        texts = ["".join((where / f"{kind}-{r}").read_text() for r in range(processes)) for kind in ("out", "err")]
-        return Finished(code, *texts)
+        return workers, where
 
 
 def _in_process(

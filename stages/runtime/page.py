@@ -1,0 +1,130 @@
+"""report.html: one self-contained page with the verdict, pictures and samples of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from markupsafe import Markup
+
+from stages.runtime import metrics
+from stages.runtime.config import Config, to_yaml
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "report_template.html"
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # apart for colour-blind readers
+TRACED_ROWS = 2
+
+
+def render(report: dict[str, Any], folder: Path, config: Config) -> str:
+    """The page as text: no scripts, no outside resources, all run texts escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    records = metrics.read(folder / "metrics.jsonl")
+    return environment.from_string(TEMPLATE.read_text()).render(
+        report=report,
+        pictures=[Markup(svg) for svg in _pictures(records)],
+        phases=_phases(report["seconds"]),
+        samples=_samples(folder),
+        traces=_traces(folder, config),
+        config_text=to_yaml(config),
+        show=lambda value, form: "–" if value is None else form.format(value),
+    )
+
+
+def _pictures(records: list[dict[str, Any]]) -> list[str]:
+    """SVGs over optimizer steps, refreshes as vertical lines."""
+    steps = [record for record in records if record["kind"] == "step"]
+    if not steps:
+        return []
+    refreshes = [record["step"] for record in records if record["kind"] == "refresh"]
+    pictures = [
+        ("Loss, nats a token", {"loss": ("loss", BLUE)}),
+        ("Divergence from the teacher, nats a token", {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)}),
+        ("Gate", {"gate": ("mean λ (weight of the reverse KL)", BLUE), "share_forward": ("share of tokens with λ < 0.5", ORANGE)}),
+        ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
+    ]  # fmt: skip
+    return [_curve(steps, refreshes, title, lines) for title, lines in pictures]
+
+
+def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    for step in refreshes:
+        axes.axvline(step, color="#c9cdd3", linewidth=0.8, zorder=0)
+    for key, (label, colour) in lines.items():
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(
+            [s["step"] for s in steps], [s[key] for s in steps], color=colour, linewidth=1.5, label=label, marker=marker
+        )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    """The figure's <svg> element, sized by its container."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "dualkl"}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+
+
+def _phases(seconds: dict[str, float]) -> list[tuple[str, float, float]]:
+    """(name, seconds, share in percent) of each phase, `other` last."""
+    total = seconds["total"] or 1.0
+    named = [(phase, seconds[phase]) for phase in metrics.PHASES]
+    named.append(("other", max(0.0, total - sum(value for _, value in named))))
+    return [(name, value, 100 * value / total) for name, value in named]
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """The same prompts before, after and by the teacher."""
+    found = {}
+    for label in ("before", "after", "teacher"):
+        path = folder / "eval" / f"{label}.json"
+        found[label] = json.loads(path.read_text()).get("samples", []) if path.exists() else []
+    count = max(len(samples) for samples in found.values())
+    rows = []
+    for i in range(count):
+        present = {label: samples[i] for label, samples in found.items() if i < len(samples)}
+        rows.append({"prompt": next(iter(present.values()))["prompt"], "by": present})
+    return rows
+
+
+def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """Tokens with λ and KLs of a few rows of the first and the last trace."""
+    files = sorted((folder / "trace").glob("step-*.arrow"))
+    tokenizer = Path(config.cache_root) / "tokenizer.json"
+    if not files or not tokenizer.exists():
+        return []
+    from tokenizers import Tokenizer
+
+    decoder = Tokenizer.from_file(str(tokenizer))
+    return [
+        {"step": int(path.stem.split("-")[1]), "rows": _trace_rows(path, decoder)}
+        for path in dict.fromkeys((files[0], files[-1]))
+    ]
+
+
+def _trace_rows(path: Path, decoder: Any) -> list[list[dict[str, Any]]]:
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all().to_pylist()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for token in table:
+        text = decoder.decode([token["token_id"]], skip_special_tokens=False)
+        rows.setdefault(token["row_id"], []).append(token | {"text": text})
+    return sorted(rows.values(), key=lambda tokens: min(t["gate"] for t in tokens))[:TRACED_ROWS]

@@ -15,6 +15,7 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
 from pathlib import Path
 
+import cache
 from stages.loops import fit, refresh, setup
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
@@ -40,6 +41,9 @@ def main() -> None:
 def train(run: Run, student: Student, vocabulary: Vocabulary) -> None:
     """Trains to max_steps and exports the student to `runs/<name>/student`."""
     rows_per_micro_step(run.config, run.world.size)
+    if run.config.refresh.refresh_every:  # better now than at the first refresh
+        wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
+        cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
     training = fit.prepare(run, student)
     prompts = refresh.prompts_of(run, vocabulary) if run.config.refresh.refresh_every else []
     if checkpoint.latest(run.folder / "checkpoints") is None:

@@ -32,7 +32,7 @@ from tests.helpers import Forker, assert_same_weights, make_run, prompts_of, rec
 V = 230
 TINY: dict[str, Any] = {
     "teacher_ds_zero3": "false", "rollouts_per_refresh": 16, "rollouts_per_unit": 8, "batch_size": 8, "max_steps": 6,
-    "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 24, "warmup_steps": 2, "trace_every": 0,
+    "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 16, "warmup_steps": 2, "trace_every": 0,
 }  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = No
 
 
 def train(folder: Path, **values: Any) -> Run:
-    """Both stages in this process, from wherever the run in `folder` stands."""
-    run = make_run(folder, **(TINY | values))
+    """Both stages in this process, from wherever the run in `folder` stands; with dropout, whose masks must resume too."""
+    run = make_run(folder, **(TINY | {"lora_dropout": 0.1} | values))
     student = student_of(run)
     if not (run.folder / "checkpoints").exists():
         write_rollouts(run, student)
@@ -180,16 +180,23 @@ def save_weights(folder: Path, flags: list[str]) -> None:
 
 
 def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) -> None:
-    """Through a refresh, with the ZeRO-3 teacher."""
+    """Up to a refresh: after it the last bits of the weights, in the policy's hash, seed other rollouts."""
     found = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        arguments = small(folder, **(TINY | {"teacher_ds_zero3": "true", "max_steps": 4, "refresh_every": 2}))
+        arguments = small(folder, **(TINY | {"max_steps": 3, "refresh_every": 0}))
         forked.call(save_weights, folder, arguments, processes=processes).expect_success()
         found[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
     assert_same_weights(*found[2])
     assert relative_error(found[2][0], found[1][0]) < 1e-5
+
+
+def test_two_processes_hold_the_same_student_after_a_refresh(tmp_path: Path, forked: Forker) -> None:
+    """With the ZeRO-3 teacher, dropout, and two micro-steps."""
+    keys = {"teacher_ds_zero3": "true", "lora_dropout": 0.1, "grad_accum": 2, "max_steps": 4, "refresh_every": 2}
+    forked.call(save_weights, tmp_path, small(tmp_path, **(TINY | keys)), processes=2).expect_success()
+    assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
 
 
 def test_only_scored_positions_have_a_gradient(
@@ -296,12 +303,17 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     assert step["share_forward"] == pytest.approx(float((expected["gate"] < 0.5).double().mean()), abs=0.005)
 
 
+FIXED: dict[str, Any] = {
+    "max_steps": 3, "refresh_every": 0, "warmup_steps": 0, "lora_dropout": 0.0, "lora_r": 32, "lora_alpha": 64, "lr": 2e-3,
+    "lr_min_ratio": 0.1, "tau": 0.2, "alpha": 20.0, "signal_k": 32, "seed": 0, "max_grad_norm": 1.0, "tail_floor": 1e-8,
+}  # fmt: skip
+GOLDEN_LOSSES = [0.07257283, 0.11578315, 0.01581406]
+
+
 def test_the_losses_of_a_fixed_run_are_those_on_record(tmp_path: Path) -> None:
-    run = train(tmp_path, max_steps=3, refresh_every=0, warmup_steps=0)
+    """A change that should not change results leaves them; one that should writes the new ones here."""
+    run = train(tmp_path, **FIXED)
     assert [step["loss"] for step in records_of(run.folder, "step")] == pytest.approx(GOLDEN_LOSSES, abs=1e-4)
-
-
-GOLDEN_LOSSES = [0.09408931, 0.14004333, 0.03254940]
 
 
 # Training
@@ -534,8 +546,8 @@ def crash(folder: Path, place: str, **values: Any) -> None:
             train(folder, **values)
 
 
-PLACES = ["step 1", "step 5", "between units", "while the probe is written", "at the export"]
-MORE_PLACES = ["step 0", "step 2", "step 3", "step 4", "before the probe", "after the probe"]
+PLACES = ["step 1", "step 5", "between units", "while the probe is written"]
+MORE_PLACES = ["step 0", "step 2", "step 3", "step 4", "before the probe", "after the probe", "at the export"]
 
 
 @pytest.fixture(scope="module")
@@ -569,13 +581,6 @@ def test_a_run_that_crashed_and_went_on_is_the_run_that_never_stopped(
 ) -> None:
     crash(tmp_path, place)
     assert_same_run(train(tmp_path), uninterrupted)
-
-
-@pytest.mark.parametrize("place", ["after the probe", pytest.param("step 1", marks=pytest.mark.slow)])
-def test_dropout_resumes_with_the_masks_it_would_have_had(tmp_path: Path, place: str) -> None:
-    expected = train(tmp_path / "whole", lora_dropout=0.2)
-    crash(tmp_path / "cut", place, lora_dropout=0.2)
-    assert_same_run(train(tmp_path / "cut", lora_dropout=0.2), expected)
 
 
 def train_until(folder: Path, flags: list[str], place: str) -> None:
@@ -639,6 +644,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert names == ["step-000005", "step-000006"]
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_not_read(tmp_path: Path, uninterrupted: Run) -> None:
     crash(tmp_path, "step 3")
     folder = tmp_path / "demo" / "checkpoints"

@@ -1,7 +1,9 @@
 """The ZeRO-3 teacher is the plain model, bit by bit, however many processes share it."""
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,16 @@ def test_the_identity_of_a_model_follows_its_weights_and_configuration(tmp_path:
     assert changed != same
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert checkpoints.identity(str(folder), "main") not in (same, changed)
+
+
+def test_a_closed_teacher_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """DeepSpeed keeps the root module of its last forward; between refreshes no teacher may stay."""
+    run = make_run(tmp_path)
+    loaded = load_teacher(run.config, run.world)
+    ones = torch.ones((1, 4), dtype=torch.long)
+    loaded.hidden(ones, ones)
+    partitions = [weakref.ref(parameter.ds_tensor) for parameter in loaded.engine.module.parameters()]
+    assert all(partition() is not None for partition in partitions)
+    loaded.close()
+    gc.collect()
+    assert all(partition() is None for partition in partitions)

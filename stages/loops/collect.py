@@ -95,22 +95,28 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     todo = missing_units(units, run.world.gather(writer.committed_ids)[0])
     mine = todo[run.world.rank :: run.world.size]
     num_rounds = -(-len(todo) // run.world.size)
-    progress = tqdm(total=sum(len(u.rows) for u in todo), unit="rollout", desc="rollouts", leave=False,
-                    disable=not run.world.is_main)  # fmt: skip
-    for turn in range(num_rounds):
-        unit = mine[turn] if turn < len(mine) else None
-        with run.clock.phase("rollout"):
-            completions = _write(run.config, unit, author) if unit else []
-        with run.clock.phase("score"):
-            records = list(_score(run, unit, completions, author, get_teacher(), signal))
-            for record in records:
-                writer.append(record)
-            if unit:
-                writer.commit(unit.name)
-        progress.update(sum(run.world.gather(len(records))))
-    progress.close()
+    bar = tqdm(total=sum(len(u.rows) for u in todo), unit="rollout", desc="rollouts", leave=False,
+               disable=not run.world.is_main)  # fmt: skip
+    with bar:
+        for turn in range(num_rounds):
+            unit = mine[turn] if turn < len(mine) else None
+            bar.update(sum(run.world.gather(_collect_unit(run, unit, author, get_teacher(), writer, signal))))
     run.world.barrier()
     return len(todo)
+
+
+def _collect_unit(
+    run: Run, unit: Unit | None, author: Author, teacher: Teacher, writer: cache.Writer, signal: SignalSection
+) -> int:
+    """Generates, scores and commits this rank's unit of a round; returns its rows."""
+    with run.clock.phase("rollout"):
+        completions = _write(run.config, unit, author) if unit else []
+    with run.clock.phase("score"):
+        for record in _score(run, unit, completions, author, teacher, signal):
+            writer.append(record)
+        if unit:
+            writer.commit(unit.name)
+    return len(completions)
 
 
 def _row_id(*parts: object) -> str:

@@ -126,9 +126,9 @@ def resume(run: Run, training: Training) -> Position | None:
 
 
 def due_refresh(config: Config, step: int) -> int:
-    """The refresh whose rows serve step `step` (0: what stage one wrote)."""
+    """The refresh whose rows serve the update after `step` (0: what stage one wrote); the last one after the last step."""
     every = config.refresh.refresh_every
-    return step // every if every else 0
+    return min(step, config.train.max_steps - 1) // every if every else 0
 
 
 def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) -> None:
@@ -140,28 +140,30 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) 
     config = run.config
     position = resume(run, training) or Position(0, 0)
     refreshed = position.refresh_index
-    progress = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
-                    disable=not run.world.is_main)  # fmt: skip
-    while training.step < config.train.max_steps:
-        due = due_refresh(config, training.step)
-        if due > refreshed:
-            save_checkpoint(run, training, refreshed)
-            refresh(training, due)
-            refreshed = due
-        pool, reader = open_pool(run, due)
-        last = (
-            min((due + 1) * config.refresh.refresh_every, config.train.max_steps)
-            if config.refresh.refresh_every
-            else config.train.max_steps
-        )
-        while training.step < last:
-            with run.clock.phase("train"):
-                train_step(run, training, reader, pool, training.step - due * config.refresh.refresh_every)
-            progress.update(1)
-            if training.step % config.train.checkpoint_every == 0 and training.step < last:
+    bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
+               disable=not run.world.is_main)  # fmt: skip
+    with bar:
+        while training.step < config.train.max_steps:
+            due = due_refresh(config, training.step)
+            if due > refreshed:
                 save_checkpoint(run, training, refreshed)
-    progress.close()
+                refresh(training, due)
+                refreshed = due
+            _fit_pool(run, training, due, bar)
     save_checkpoint(run, training, refreshed)
+
+
+def _fit_pool(run: Run, training: Training, version: int, bar: tqdm) -> None:
+    """Trains on the rows of refresh `version`, up to the next refresh or the end."""
+    train, every = run.config.train, run.config.refresh.refresh_every
+    pool, snapshot = open_pool(run, version)
+    last = min((version + 1) * every, train.max_steps) if every else train.max_steps
+    while training.step < last:
+        with run.clock.phase("train"):
+            train_step(run, training, snapshot, pool, training.step - version * every)
+        bar.update(1)
+        if training.step % train.checkpoint_every == 0 and training.step < last:
+            save_checkpoint(run, training, version)
 
 
 def save_checkpoint(run: Run, training: Training, refreshed: int) -> None:

@@ -20,7 +20,7 @@ from stages.loops.collect import AUTO_GEN_ROWS, AUTO_SCORE_ROWS, Author, collect
 from stages.loops.setup import Vocabulary
 from stages.models import checkpoints
 from stages.models.generation import Completion, Sampling, generate
-from stages.models.student import Student
+from stages.models.student import Student, policy_hash
 from stages.models.teacher import TeacherLoader, load_plain_model, plain_model_fits
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
@@ -44,6 +44,14 @@ class Evaluation:
         return self.run.folder / "eval"
 
     @property
+    def subject(self) -> dict[str, Any]:
+        """What a kept result must have been measured on."""
+        ids = [prompt.prompt_id for prompt in self.prompts]
+        config = self.run.config
+        return {"prompts": setup.short_hash("".join(ids)), "answer_checker": config.eval.answer_checker,
+                "max_new_tokens": config.rollout.max_new_tokens}  # fmt: skip
+
+    @property
     def teacher_text(self) -> str:
         return self.run.config.eval.eval_teacher_text or str(self.folder / "teacher_text")
 
@@ -61,23 +69,24 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
 
     KLs are exact over the shared vocabulary, nats a token. What needs a teacher or a checker that is not there is null.
     """
-    path = evaluation.folder / f"{label}.json"
-    run = evaluation.run
-    if path.exists():
-        return json.loads(path.read_text())
+    run, path = evaluation.run, evaluation.folder / f"{label}.json"
+    subject = {"policy_hash": policy_hash(student), "with_teacher": teacher is not None, **evaluation.subject}
+    found = _kept(path, subject)
+    if found is not None:
+        return found
     with run.clock.phase("evaluate"):
-        result = _teacher_text_result(evaluation, student, teacher)
+        result = _teacher_text_result(evaluation, student)
         result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
         result["on_student"] = _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
-    _keep(run, path, result)
-    return result
+    return _keep(run, path, result | {"of": subject})
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
     """The teacher's own accuracy, and its text on the held-out prompts (written once, by the plain teacher where it fits)."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    found = _kept(path, evaluation.subject)
+    if found is not None:
+        return found
     with run.clock.phase("evaluate"):
         if not plain_model_fits(run.config, run.world):
             run.metrics.say(
@@ -87,8 +96,7 @@ def measure_teacher(evaluation: Evaluation) -> Result:
             result: Result = {"accuracy": None, "samples": []}
         else:
             result = _with_plain_teacher(evaluation)
-    _keep(run, path, result)
-    return result
+    return _keep(run, path, result | {"of": evaluation.subject})
 
 
 def _with_plain_teacher(evaluation: Evaluation) -> Result:
@@ -113,8 +121,8 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
     return result
 
 
-def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: TeacherLoader) -> None:
-    """One completion for each held-out prompt into a `hidden` cache at `root` (collective; resumes)."""
+def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: TeacherLoader) -> list[str]:
+    """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts, seed=run.config.run.seed, run_id=author.run_id, policy_hash=author.policy_hash, refresh_index=0,
@@ -125,18 +133,28 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: Teac
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
         collect(run, units, author, teacher.get, writer, HIDDEN)
+    return [row.row_id for unit in units for row in unit.rows]
 
 
-def _teacher_text_result(evaluation: Evaluation, student: Student, teacher: TeacherLoader | None) -> Result:
+def _teacher_text_result(evaluation: Evaluation, student: Student) -> Result:
     if not (Path(evaluation.teacher_text) / "fingerprint.json").exists():
-        return {"forward_kl": None, "reverse_kl": None, "top1_agreement": None}
-    return divergences(evaluation.run, student, evaluation.teacher_text)
+        return _nothing()
+    snapshot = cache.open(evaluation.teacher_text)
+    wanted = {prompt.prompt_id for prompt in evaluation.prompts}
+    ids = snapshot.index.column("row_id").to_pylist()
+    prompts = snapshot.index.column("prompt_id").to_pylist()
+    rows = (
+        ids
+        if evaluation.run.config.eval.eval_teacher_text
+        else [i for i, p in zip(ids, prompts, strict=True) if p in wanted]
+    )
+    return divergences(evaluation.run, student, snapshot, rows)
 
 
 def _on_student(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader) -> Result:
     root = str(evaluation.folder / f"on_student_{label}")
-    _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher)
-    return divergences(evaluation.run, student, root)
+    row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher)
+    return divergences(evaluation.run, student, cache.open(root), row_ids)
 
 
 def _nothing() -> Result:
@@ -144,16 +162,15 @@ def _nothing() -> Result:
 
 
 @torch.no_grad()
-def divergences(run: Run, student: Student, root: str) -> Result:
-    """Token means of exact forward and reverse KL and of top-1 agreement over a `hidden` cache (collective)."""
-    snapshot = cache.open(root)
+def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
+    """Token means of exact forward and reverse KL and of top-1 agreement over rows of a `hidden` cache (collective)."""
     head = dual_kl_head(snapshot.head(), run.world.device)
     rows = run.config.rollout.lp_micro_batch
     was_training = student.model.training
     student.model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    own = (snapshot[i] for i in range(run.world.rank, len(snapshot), run.world.size))
-    for records in micro_batches(list(own), AUTO_SCORE_ROWS if rows == "auto" else rows, None):
+    own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
+    for records in micro_batches(own, AUTO_SCORE_ROWS if rows == "auto" else rows, None):
         batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device)
         hidden_Nd = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
@@ -201,7 +218,14 @@ def _interleave(parts: list[list[Result]]) -> list[Result]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def _keep(run: Run, path: Path, result: Result) -> None:
+def _kept(path: Path, subject: Result) -> Result | None:
+    """An earlier result, if it is one of the same subject."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("of") == subject else None
+
+
+def _keep(run: Run, path: Path, result: Result) -> Result:
     if run.world.is_main:
         replace_text(path, json.dumps(result, indent=1))
     run.world.barrier()
+    return result

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,22 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_position(path: Path) -> Position:
-    return Position(**json.loads((path / "state.json").read_text()))
+    with _explained(path):
+        return Position(**json.loads((path / "state.json").read_bytes()))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns what the libraries say of a damaged file into a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."
+        ) from error
 
 
 def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any,
@@ -78,12 +96,13 @@ def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, schedul
          engine: Any = None) -> Position:  # fmt: skip
     """Puts a checkpoint's state into the given objects."""
     load_weights(path, trainable)
-    if engine is not None:
-        engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
-    else:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=world.device, weights_only=True))
-    state = torch.load(path / "state.pt", weights_only=True)
-    scheduler.load_state_dict(state["scheduler"])
+    with _explained(path):
+        if engine is not None:
+            engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+        else:
+            optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        state = torch.load(path / "state.pt", weights_only=True)
+        scheduler.load_state_dict(state["scheduler"])
     if len(state["random"]) == world.size:
         _set_random_state(state["random"][world.rank], world)
     return read_position(path)
@@ -92,7 +111,8 @@ def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, schedul
 @torch.no_grad()
 def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
     """Copies a checkpoint's trained weights into a student's parameters."""
-    stored = load_file(path / "student.safetensors")
+    with _explained(path):
+        stored = load_file(path / "student.safetensors")
     if stored.keys() != trainable.keys():
         raise UserError(
             f"checkpoint {path} holds {len(stored)} trained tensors that do not match the student's {len(trainable)}:"
@@ -112,7 +132,9 @@ def _publish(partial: Path, final: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # the same step, saved before: never a moment without it
+        shutil.rmtree(partial)
+        return
     partial.rename(final)
     descriptor = os.open(final.parent, os.O_RDONLY)
     os.fsync(descriptor)

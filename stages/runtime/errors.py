@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,9 @@ OUT_OF_MEMORY = (
     "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then group_size, batch_size or"
     " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What is committed is kept."
 )
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -29,6 +33,12 @@ def command(main: Callable[[], None]) -> None:
         _leave(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            traceback.print_exc()
+            _leave("", 1)
+        _leave(f"error: {error.strerror}: {error.filename or 'a file of the run'}. Make room or choose another folder, then run the"
+               " same command again; what is committed is kept.", 2)  # fmt: skip
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on from what is committed", 130)
     except Exception:

@@ -29,12 +29,12 @@ def main() -> None:
     evaluation = measure.open_evaluation(run, vocabulary)
     student, position = setup.current_student(run, vocabulary)
     measure.measure_teacher(evaluation)
+    prompts = refresh.prompts_of(run, vocabulary)
     if position.step == 0:
-        prompts = refresh.prompts_of(run, vocabulary)
         with TeacherLoader(run.config, run.world) as teacher:
             measure.measure(evaluation, student, 0, "before", teacher)
             refresh.write_rollouts(run, student, vocabulary, prompts, refresh_index=0, step=0, teacher=teacher)
-    train(run, student, vocabulary)
+    train(run, student, vocabulary, prompts)
     with TeacherLoader(run.config, run.world) as teacher:
         measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)
     run.log_totals("pipeline")

@@ -16,6 +16,7 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 from pathlib import Path
 
 import cache
+from stages.data.prompts import Prompt
 from stages.loops import fit, refresh, setup
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
@@ -38,14 +39,15 @@ def main() -> None:
     train(run, student, vocabulary)
 
 
-def train(run: Run, student: Student, vocabulary: Vocabulary) -> None:
-    """Trains to max_steps and exports the student to `runs/<name>/student`."""
+def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
+    """Trains to max_steps and exports the student to `runs/<name>/student`; refreshes read the prompts if not given."""
     rows_per_micro_step(run.config, run.world.size)
     if run.config.refresh.refresh_every:  # better now than at the first refresh
         wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
         cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
     training = fit.prepare(run, student)
-    prompts = refresh.prompts_of(run, vocabulary) if run.config.refresh.refresh_every else []
+    if prompts is None:
+        prompts = refresh.prompts_of(run, vocabulary) if run.config.refresh.refresh_every else []
     if checkpoint.latest(run.folder / "checkpoints") is None:
         refresh.check_generator(run, student, 0)
 

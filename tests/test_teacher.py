@@ -16,7 +16,7 @@ from stages.models.teacher import TeacherLoader, load_teacher, restore_rotary, z
 from stages.runtime import config as configuration
 from stages.runtime import distributed
 from stages.runtime.errors import UserError
-from tests.helpers import ROOT, STUDENT, Forker, make_config, run_python, small
+from tests.helpers import ROOT, STUDENT, Forker, make_config, make_run, run_python, small
 
 LENGTHS = (7, 300, 41, 1)
 

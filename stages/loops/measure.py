@@ -74,6 +74,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
     found = _kept(path, subject)
     if found is not None:
         return found
+    run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = _teacher_text_result(evaluation, student)
         result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
@@ -87,6 +88,7 @@ def measure_teacher(evaluation: Evaluation) -> Result:
     found = _kept(path, evaluation.subject)
     if found is not None:
         return found
+    run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         if not plain_model_fits(run.config, run.world):
             run.metrics.say(

@@ -1,34 +1,52 @@
-"""The packed form of a row's signal, version 1: a header of 16 bytes, then one zstandard frame over plain arrays.
+"""The packed form of a row's signal, version 1: a header of 16 bytes, then byte planes, each a zstandard frame.
 
-Everything outside this file sees `encode` and `decode` only; FORMAT.md has the bytes.
+Everything outside this file sees `encode` and `decode` only; FORMAT.md has the bytes. T tokens, K slots, n kept ids.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
-from cache.schema import STATE_DTYPES, CacheError, Full, Hidden, Signal, TopK
+from cache.grid import COARSEST_STEP_NATS, codes_of, gaps_of
+from cache.schema import MASS_TOLERANCE, STATE_DTYPES, Array, CacheError, Full, Hidden, Signal, TopK
 
 CODEC_VERSION = 1
-_HEADER = struct.Struct("<BBBxIIf")  # codec version, kind, dtype, T, width (K, D or V), temperature
+ROUNDING_NATS = COARSEST_STEP_NATS / 2 + 2 * MASS_TOLERANCE  # bound on what packing changes in a top-1 logprob
+_HEADER = struct.Struct(
+    "<BBBxIIf"
+)  # codec version, kind, dtype (bits of an id in top-k), T, width (K, D or V), temperature
+_LENGTH = struct.Struct("<I")
 _TOPK, _HIDDEN, _FULL = 1, 2, 3
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
-_LEVEL = 3
+_LEVEL = 1
+_WIDE, _NARROW = 0xFFFF, 0xFF  # escapes of the first code and of the others
+_LN_HALF = np.log(0.5)
+Bytes = npt.NDArray[np.uint8]
 
 
 def encode(signal: Signal) -> bytes:
-    """Packs a signal; `decode` gives it back, bit for bit but for the normalising of a top-k signal."""
+    """Packs a signal, states and logits bit for bit.
+
+    A top-k signal is normalised over its kept ids and tail; its ids are exact, the gap of each logprob to that of slot
+    0 is within 1/32 nat (near slot 0 within 1/256), ln of the smaller of kept and tail mass within 2**-17 of itself.
+    """
     if isinstance(signal, TopK):
-        parts = (signal.ids.astype("<i4"), signal.logprobs.astype("<f4"), signal.log_tail_mass.astype("<f4"))
-        header = _HEADER.pack(CODEC_VERSION, _TOPK, 0, *signal.ids.shape, signal.temperature)
-        return header + _compress(b"".join(part.tobytes() for part in parts))
+        num_bits = max(1, int(signal.ids.max(initial=0)).bit_length())
+        header = _HEADER.pack(CODEC_VERSION, _TOPK, num_bits, *signal.ids.shape, signal.temperature)
+        return header + b"".join(_pack(plane) for plane in _topk_planes(signal, num_bits))
     kind, array = (_HIDDEN, signal.states) if isinstance(signal, Hidden) else (_FULL, signal.logits)
     header = _HEADER.pack(CODEC_VERSION, kind, _DTYPES.index(signal.dtype), *array.shape, 0.0)
-    return header + _compress(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    size = array.dtype.itemsize
+    bits = array.reshape(-1).view(f"u{size}")
+    rotated = (bits << 1) | (bits >> (8 * size - 1))  # the exponent alone in the highest byte (of bfloat16, float32)
+    return header + b"".join(_pack(plane) for plane in _split(rotated, size))
 
 
 def decode(packed: bytes | memoryview) -> Signal:
@@ -40,36 +58,190 @@ def decode(packed: bytes | memoryview) -> Signal:
                 f"the signal has codec version {version}, this program reads version {CODEC_VERSION};"
                 " read the cache with the program that wrote it, or write it anew."
             )
-        data = zstandard.ZstdDecompressor().decompress(memoryview(packed)[_HEADER.size :])
+        source = _Source(memoryview(packed)[_HEADER.size :])
         if kind == _TOPK:
-            return _decode_topk(data, num_tokens, width, temperature)
-        array = np.frombuffer(data, STATE_DTYPES[_DTYPES[dtype]]).reshape(num_tokens, width)
-        return _MATRICES[kind](array, _DTYPES[dtype])
+            signal: Signal = _decode_topk(source, num_tokens, width, dtype, temperature)
+        else:
+            array = _decode_matrix(source, num_tokens * width, STATE_DTYPES[_DTYPES[dtype]])
+            signal = _MATRICES[kind](array.reshape(num_tokens, width), _DTYPES[dtype])
+        source.finish()
+        return signal
     except CacheError:
         raise
-    except (struct.error, zstandard.ZstdError, IndexError, KeyError, ValueError) as error:
+    except (struct.error, zstandard.ZstdError, IndexError, KeyError, ValueError, MemoryError) as error:
         raise CacheError(f"the packed signal does not decode ({error}); run `python -m cache verify` on it.") from error
 
 
-def _compress(data: bytes | memoryview) -> bytes:
-    return zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
+    """Counts of kept ids, the ids, the mass word of each token, first codes, other codes, escapes."""
+    kept = signal.ids >= 0
+    first = np.where(kept[:, :1], signal.logprobs[:, :1], 0)
+    codes, shares = codes_of(np.where(kept, first - signal.logprobs, 0))
+    with np.errstate(divide="ignore"):
+        log_kept = np.log(np.where(kept, shares, 0).sum(1, dtype=np.float64)) + first[:, 0]
+    yield from _split(kept.sum(1).astype("<u4"), _bytes_for(kept.shape[1]))
+    ids = (signal.ids if kept.all() else signal.ids[kept]).reshape(-1).view("<u4")
+    *low, high = _split(ids, (num_bits + 7) // 8)
+    yield from (*low, _crowd(high, _crowd_width(num_bits)))
+    yield from _split(_mass_word(log_kept, signal.log_tail_mass.astype(np.float64)), 3)
+    steps = np.diff(codes, axis=1).astype("<u4")
+    wide, narrow = steps[:, :1][kept[:, 1:2]], steps[:, 1:][kept[:, 2:]]
+    yield from _split(np.minimum(wide, _WIDE).astype("<u4"), 2)
+    yield np.minimum(narrow, _NARROW).astype(np.uint8)
+    escapes = np.concatenate([wide[wide >= _WIDE], narrow[narrow >= _NARROW]])
+    yield escapes.view(np.uint8)
 
 
-def _decode_topk(data: bytes, num_tokens: int, width: int, temperature: float) -> TopK:
-    size = num_tokens * width
-    ids = np.frombuffer(data, "<i4", size)
-    logprobs = np.frombuffer(data, "<f4", size, 4 * size)
-    tail = np.frombuffer(data, "<f4", num_tokens, 8 * size)
-    return normalise(TopK(ids.reshape(num_tokens, width), logprobs.reshape(num_tokens, width), tail, temperature))
+def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float) -> TopK:
+    counts = source.join(num_tokens, _bytes_for(width)).astype(np.int64)
+    kept = np.arange(width) < counts[:, None]
+    is_full = bool(kept.all())
+    found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view("<i4")
+    ids = found.reshape(kept.shape) if is_full else _in_slots(found, kept, np.int32, -1)
+    log_kept, log_tail = _masses(source.join(num_tokens, 3))
+    gaps, shares = gaps_of(_read_codes(source, kept, is_full))
+    if not is_full:
+        shares = shares * kept
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first = (log_kept - np.log(shares.sum(1, dtype=np.float64))).astype(np.float32)
+        logprobs = first[:, None] - gaps
+    if not is_full:
+        logprobs[~kept] = -np.inf
+    return TopK(ids, logprobs, log_tail.astype(np.float32), temperature)
 
 
-def normalise(signal: TopK) -> TopK:
-    """The same signal with the masses of kept ids and tail adding up to 1 at every position (sums in float64)."""
-    logprobs, tail = signal.logprobs.astype(np.float64), signal.log_tail_mass.astype(np.float64)
-    log_total = np.log(np.exp(logprobs).sum(1) + np.exp(tail))
-    return TopK(
-        signal.ids,
-        (logprobs - log_total[:, None]).astype(np.float32),
-        (tail - log_total).astype(np.float32),
-        signal.temperature,
-    )
+def _read_codes(source: _Source, kept: Array, is_full: bool) -> npt.NDArray[np.int64]:
+    """The grid codes [T, K] of all slots, those of slot 0 zero."""
+    num_wide, num_narrow = int(kept[:, 1:2].sum()), int(kept[:, 2:].sum())
+    wide = source.join(num_wide, 2)
+    narrow = source.read(num_narrow)
+    wide_escapes, narrow_escapes = wide == _WIDE, narrow == _NARROW
+    num_escapes = [int(escapes.sum()) for escapes in (wide_escapes, narrow_escapes)]
+    escapes = source.read(4 * sum(num_escapes)).view("<u4")
+    wide[wide_escapes] = escapes[: num_escapes[0]]
+    if num_escapes[1]:
+        narrow = narrow.astype(np.uint32)
+        narrow[narrow_escapes] = escapes[num_escapes[0] :]
+    steps = np.zeros(kept.shape, np.int64)
+    if is_full:
+        steps[:, 1:2] = wide.reshape(len(steps), -1)
+        steps[:, 2:] = narrow.reshape(len(steps), -1)
+    else:
+        steps[:, 1:2][kept[:, 1:2]] = wide
+        steps[:, 2:][kept[:, 2:]] = narrow
+    return np.cumsum(steps, axis=1, out=steps)
+
+
+def _mass_word(log_kept: Array, log_tail: Array) -> npt.NDArray[np.uint32]:
+    """The highest 24 bits of a float32: ln of the tail's share if that is the smaller one, else −ln of the kept share."""
+    log_total = np.logaddexp(log_kept, log_tail)
+    tail = log_tail - log_total
+    word = np.where(tail < _LN_HALF, tail, log_total - log_kept).astype("<f4").view("<u4")
+    return ((word + 0x80) >> 8).astype(np.uint32)
+
+
+def _masses(words: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """ln of the kept and of the tail's share; their masses add up to 1."""
+    word = (words << 8).view("<f4").astype(np.float64)
+    smaller = -np.abs(word)
+    with np.errstate(divide="ignore"):
+        larger = np.log1p(-np.exp(smaller))
+    is_tail = word < 0
+    return np.where(is_tail, larger, smaller), np.where(is_tail, smaller, larger)
+
+
+def _decode_matrix(source: _Source, size: int, dtype: np.dtype) -> Array:
+    num_planes = dtype.itemsize
+    rotated = source.join(size, num_planes, num_planes)
+    return ((rotated >> 1) | (rotated << (8 * num_planes - 1))).view(dtype)
+
+
+def _in_slots(values: Array, kept: Array, dtype: npt.DTypeLike, fill: float) -> Array:
+    """The kept slots' values in a [T, K] array that holds `fill` elsewhere."""
+    array = np.full(kept.shape, fill, dtype)
+    array[kept] = values
+    return array
+
+
+def _bytes_for(largest: int) -> int:
+    """How many bytes hold numbers from 0 to `largest`."""
+    return max(1, (largest.bit_length() + 7) // 8)
+
+
+def _split(values: Array, num_planes: int) -> Iterator[Bytes]:
+    """The `num_planes` lowest bytes of little-endian integers, each as an array, the lowest first."""
+    bytes_of = values.view(np.uint8).reshape(len(values), values.dtype.itemsize)
+    return (np.ascontiguousarray(bytes_of[:, i]) for i in range(num_planes))
+
+
+def _crowd_width(num_bits: int) -> int:
+    """Bits that a number of `num_bits` bits takes in its highest plane: what its highest byte uses, as 1, 2, 4 or 8."""
+    used = (num_bits - 1) % 8 + 1
+    return 1 << (used - 1).bit_length()
+
+
+def _crowd(plane: Bytes, width: int) -> Bytes:
+    """Numbers of `width` bits, 8 / width to a byte, the first in the lowest bits; zeros fill the last byte."""
+    per_byte = 8 // width
+    padded = np.zeros(-(-len(plane) // per_byte) * per_byte, np.uint8)
+    padded[: len(plane)] = plane
+    shifted = padded.reshape(-1, per_byte) << np.arange(0, 8, width, dtype=np.uint8)
+    return np.bitwise_or.reduce(shifted, axis=1, dtype=np.uint8)
+
+
+def _uncrowd(crowded: Bytes, width: int, size: int) -> Bytes:
+    shifted = crowded[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
+    plane: Bytes = (shifted & ((1 << width) - 1)).astype(np.uint8, copy=False).reshape(-1)[:size]
+    return plane
+
+
+class _Tools(threading.local):
+    """zstandard's contexts, which threads may not share."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_tools = _Tools()
+
+
+def _pack(plane: Bytes) -> bytes:
+    frame: bytes = _tools.compressor.compress(plane.data) if len(plane) else b""
+    return _LENGTH.pack(len(frame)) + frame
+
+
+class _Source:
+    """Reads planes in the order in which they were packed; ValueError where sizes differ from what is expected."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def read(self, size: int) -> Bytes:
+        (length,) = _LENGTH.unpack_from(self._data, self._position)
+        start = self._position + _LENGTH.size
+        self._position = start + length
+        frame = self._data[start : self._position]
+        if not size and not length:
+            return np.zeros(0, np.uint8)
+        declared = zstandard.frame_content_size(frame)
+        if len(frame) != length or declared != size:
+            raise ValueError(f"a plane declares {declared} bytes in {length}, expected {size}")
+        return np.frombuffer(_tools.decompressor.decompress(frame), np.uint8)
+
+    def join(self, size: int, num_planes: int, num_bytes: int = 4, crowd_width: int = 8) -> Array:
+        """`size` integers of `num_bytes` bytes from the planes of their lowest `num_planes` bytes.
+
+        In the last plane each number has `crowd_width` bits.
+        """
+        joined = np.zeros((size, num_bytes), np.uint8)
+        for i in range(num_planes - 1):
+            joined[:, i] = self.read(size)
+        last = self.read(-(-size * crowd_width // 8))
+        joined[:, num_planes - 1] = last if crowd_width == 8 else _uncrowd(last, crowd_width, size)
+        return joined.reshape(-1).view(f"<u{num_bytes}")
+
+    def finish(self) -> None:
+        if self._position != len(self._data):
+            raise ValueError(f"{len(self._data) - self._position} bytes follow the last plane")

@@ -256,15 +256,19 @@ _SIGNAL_OF_KIND: dict[str, type[Any]] = {
 SIGNAL_KINDS = tuple(_SIGNAL_OF_KIND)
 
 
-def check_record(record: Record, rules: Rules) -> None:
-    """Raises CacheError, naming row, field and position, unless the row keeps every invariant of the format."""
+def check_record(record: Record, rules: Rules, rounding: float = 0.0) -> None:
+    """Raises CacheError, naming row, field and position, unless the row keeps every invariant of the format.
+
+    `rounding` (nats) is how far the signal's logprobs may lie from the columns beside `MASS_TOLERANCE`: 0 for a row to
+    be written, `codec.ROUNDING_NATS` for one that was read.
+    """
     _check_identity(record)
     _check_tokens(record, rules)
     expected = _SIGNAL_OF_KIND[rules.kind]
     if not isinstance(record.signal, expected):
         _refuse(record, f"signal is {_kind(record.signal)}; expected {rules.kind}, as the fingerprint says")
     if isinstance(record.signal, TopK):
-        _check_topk(record, record.signal, rules)
+        _check_topk(record, record.signal, rules, rounding)
     elif isinstance(record.signal, Hidden):
         _check_states(record, "states", record.signal.states, None)
     elif isinstance(record.signal, Full):
@@ -331,7 +335,7 @@ def _check_values(record: Record, name: str, values: Array, rules: Rules) -> Non
         _refuse_where(record, name, bad, values, "a logprob, nats: finite and not above 0")
 
 
-def _check_topk(record: Record, signal: TopK, rules: Rules) -> None:
+def _check_topk(record: Record, signal: TopK, rules: Rules, rounding: float) -> None:
     ids, logprobs, tail = signal.ids, signal.logprobs, signal.log_tail_mass
     num_tokens, most = len(record.completion_ids), rules.k or rules.vocab_size
     if ids.shape != logprobs.shape or len(ids) != num_tokens or len(tail) != num_tokens or not ids.shape[1]:
@@ -351,7 +355,7 @@ def _check_topk(record: Record, signal: TopK, rules: Rules) -> None:
     mass = np.exp(logprobs.astype(np.float64)).sum(1) + np.exp(tail.astype(np.float64))
     bad = ~(np.abs(mass - 1) <= MASS_TOLERANCE)
     _refuse_where(record, "the mass of signal's kept ids and tail", bad, mass, f"1 within {MASS_TOLERANCE}")
-    _check_topk_columns(record, signal)
+    _check_topk_columns(record, signal, MASS_TOLERANCE + rounding)
 
 
 def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
@@ -373,8 +377,8 @@ def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
         _refuse(record, f"signal.ids[{position}] keeps id {ordered[position, slot]} twice; expected each id once")
 
 
-def _check_topk_columns(record: Record, signal: TopK) -> None:
-    """The plain columns say what the signal says."""
+def _check_topk_columns(record: Record, signal: TopK, tolerance: float) -> None:
+    """The plain columns say what the signal says, within `tolerance` (nats; of the tail's mass, a share)."""
     assert record.top1_id is not None
     assert record.top1_logprob is not None
     assert record.log_tail_mass is not None
@@ -382,9 +386,9 @@ def _check_topk_columns(record: Record, signal: TopK) -> None:
     bad = filled & (record.top1_id != first)
     _refuse_where(record, "top1_id", bad, record.top1_id, "the id in the signal's slot 0")
     with np.errstate(invalid="ignore"):
-        bad = filled & ~(np.abs(record.top1_logprob - signal.logprobs[:, 0]) <= MASS_TOLERANCE)
+        bad = filled & ~(np.abs(record.top1_logprob - signal.logprobs[:, 0]) <= tolerance)
     _refuse_where(record, "top1_logprob", bad, record.top1_logprob, "the logprob in the signal's slot 0")
-    bad = ~(np.abs(np.exp(record.log_tail_mass) - np.exp(signal.log_tail_mass)) <= MASS_TOLERANCE)
+    bad = ~(np.abs(np.exp(record.log_tail_mass) - np.exp(signal.log_tail_mass)) <= min(tolerance, 3 * MASS_TOLERANCE))
     _refuse_where(record, "log_tail_mass", bad, record.log_tail_mass, "the signal's own log_tail_mass")
 
 

@@ -16,8 +16,8 @@ from cache.commit import SHARDS, BatchEntry, CommitRecord, TemporaryFile
 from cache.schema import FORMAT_VERSION, SCHEMA, CacheError, Record, to_batch
 from cache.statistics import Statistics
 
-TOKENS_PER_BATCH = 32_768
-SIGNAL_BYTES_PER_BATCH = 64 * 2**20  # a batch, the unit of random access, ends at either bound
+TOKENS_PER_BATCH = 8_192
+SIGNAL_BYTES_PER_BATCH = 4 * 2**20  # a batch, the unit of random access, ends at either bound
 _MAGIC_BYTES = 8
 
 

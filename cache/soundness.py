@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from cache import commit
+from cache.codec import ROUNDING_NATS
 from cache.commit import BatchEntry, CommitRecord
 from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
@@ -145,7 +146,7 @@ def _verify_rows(root: Path, record: CommitRecord, fingerprint: Fingerprint | No
             try:
                 decoded = rows.record(row)
                 if fingerprint:
-                    check_record(decoded, fingerprint.rules)
+                    check_record(decoded, fingerprint.rules, ROUNDING_NATS)
             except CacheError as error:
                 yield finding(f"{path} row {len(found)}: {error} {advice(record)}", (len(found), len(found)))
             found.append(rows.batch["row_id"][row].as_py())

@@ -96,7 +96,7 @@ def write(root: Path, numbers: range, kind: str = "topk", unit: str = "g0000-000
 
 
 def assert_same(actual: cache.Record, expected: cache.Record) -> None:
-    """Equal in every field; a top-k signal's logprobs up to its normalising."""
+    """Equal in every field; a top-k signal's logprobs and tail up to the codec's rounding."""
     for name, value in vars(expected).items():
         if name != "signal":
             np.testing.assert_array_equal(getattr(actual, name), value, err_msg=name)
@@ -107,7 +107,7 @@ def assert_same(actual: cache.Record, expected: cache.Record) -> None:
         if exact or name == "ids":
             np.testing.assert_array_equal(own, value, err_msg=name)
         else:
-            np.testing.assert_allclose(own, value, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(own, value, atol=1 / 16 if name == "logprobs" else 1e-4, err_msg=name)
 
 
 def files(folder: Path) -> list[str]:

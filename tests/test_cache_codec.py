@@ -8,6 +8,7 @@ import pytest
 import cache
 from cache import codec
 from tests.cache_samples import KEPT, VOCAB, bfloat16, log_softmax, signal_of, topk
+from tests.plain_reader import read_signal
 
 
 @pytest.mark.parametrize("kind", ["topk", "nucleus", "hidden", "full"])
@@ -16,16 +17,119 @@ def test_a_signal_comes_back_as_it_was(kind, num_tokens):
     rng = np.random.default_rng(3)
     logprobs = log_softmax(rng.normal(0, 3, (num_tokens, VOCAB)))
     signal = signal_of(kind, topk(logprobs, ragged=kind == "nucleus"), logprobs, rng)
-    decoded = codec.decode(codec.encode(signal))
+    packed = codec.encode(signal)
+    decoded = codec.decode(packed)
     assert type(decoded) is type(signal)
     if kind in ("topk", "nucleus"):
         np.testing.assert_array_equal(decoded.ids, signal.ids)
-        np.testing.assert_allclose(decoded.logprobs, signal.logprobs, atol=1e-6)
-        np.testing.assert_allclose(decoded.log_tail_mass, signal.log_tail_mass, rtol=1e-5)
+        np.testing.assert_allclose(decoded.logprobs, signal.logprobs, atol=1 / 32)
+        np.testing.assert_allclose(decoded.log_tail_mass, signal.log_tail_mass, rtol=2**-16)
+        assert_reads_as(decoded, read_signal(packed))
     else:
         (name,) = vars(signal).keys() - {"dtype"}
         np.testing.assert_array_equal(getattr(decoded, name), getattr(signal, name))
         assert decoded.dtype == signal.dtype
+        assert read_signal(packed)["bytes"] == getattr(signal, name).tobytes()
+
+
+def assert_reads_as(decoded, plain):
+    """What FORMAT.md makes of the bytes is what `decode` does."""
+    assert [[i for i in row if i >= 0] for row in decoded.ids.tolist()] == plain["ids"]
+    for own, values in zip(decoded.logprobs, plain["logprobs"]):
+        np.testing.assert_allclose(own[: len(values)], values, atol=1e-5)
+    np.testing.assert_allclose(decoded.log_tail_mass, plain["log_tail_mass"], atol=1e-5)
+
+
+def qwen_like(num_tokens, k, mass=None, vocab_size=151_936):
+    """A peaked low-rank teacher over a Qwen-sized vocabulary; with `mass`, the smallest set of at least 4 ids that has it."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 0.25, (num_tokens, 16)) @ rng.normal(size=(16, vocab_size)) - np.log(
+        1 + np.arange(vocab_size)
+    )
+    for row in logits:
+        row[rng.integers(0, vocab_size, 8)] += rng.exponential(6, 8)
+    logprobs = log_softmax(logits)
+    ids = np.argsort(-logprobs, axis=1)[:, :k]
+    kept = np.take_along_axis(logprobs, ids, 1)
+    if mass:
+        before = np.cumsum(np.exp(kept), 1) - np.exp(kept)
+        empty = (before >= mass) & (np.arange(k) >= 4)
+        ids, kept = np.where(empty, -1, ids), np.where(empty, -np.inf, kept)
+    return cache.TopK(ids, kept, np.log(np.maximum(1 - np.exp(kept).sum(1), 1e-12)))
+
+
+def divergence(exact, rounded):
+    """KL(exact || rounded) of each position over kept ids and tail, nats."""
+    kept = exact.ids >= 0
+    p, gap = np.exp(exact.logprobs.astype(float)), np.zeros(kept.shape)
+    gap[kept] = exact.logprobs[kept].astype(float) - rounded.logprobs[kept]
+    tail = exact.log_tail_mass.astype(float)
+    return (p * gap).sum(1) + np.exp(tail) * (tail - rounded.log_tail_mass)
+
+
+@pytest.mark.parametrize("mass", [None, 0.99])
+def test_rows_of_a_large_vocabulary_are_small_and_true(mass):
+    signal = qwen_like(256, 64, mass)
+    packed = codec.encode(signal)
+    decoded = codec.decode(packed)
+    np.testing.assert_array_equal(decoded.ids, signal.ids)
+    assert len(packed) <= 2.6 * (signal.ids >= 0).sum() + 5 * len(signal.ids)
+    assert divergence(signal, decoded).mean() <= 2e-5
+    total = np.exp(decoded.logprobs.astype(float)).sum(1) + np.exp(decoded.log_tail_mass.astype(float))
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert (np.diff(decoded.logprobs, axis=1)[decoded.ids[:, 1:] >= 0] <= 0).all()
+
+
+def test_ids_without_any_pattern_keep_within_the_target():
+    likely = qwen_like(256, 64)
+    ids = np.argsort(np.random.default_rng(1).random((*likely.ids.shape[:1], 10000)), axis=1)[:, :64] * 15 + 7
+    signal = cache.TopK(ids, likely.logprobs, likely.log_tail_mass)
+    packed = codec.encode(signal)
+    assert len(packed) <= 256 * (2.6 * 64 + 5)
+    np.testing.assert_array_equal(codec.decode(packed).ids, ids)
+
+
+@pytest.mark.parametrize("largest", [0, 1, 2, 15, 16, 255, 256, 300, 4095, 65_535, 65_536, 151_935, 2**24, 2**31 - 1])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_ids_of_any_vocabulary_are_exact(largest, num_tokens):
+    ids = np.full((num_tokens, 3), -1)
+    ids[:, 0] = largest
+    ids[0, 1] = largest // 2 if largest else -1
+    logprobs = np.where(ids >= 0, np.log(0.3), -np.inf)
+    signal = cache.TopK(ids, logprobs, np.log1p(-np.exp(logprobs).sum(1)))
+    packed = codec.encode(signal)
+    np.testing.assert_array_equal(codec.decode(packed).ids, ids)
+    assert read_signal(packed)["ids"] == [[i for i in row if i >= 0] for row in ids.tolist()]
+
+
+def normalised(ids, logprobs, tail):
+    total = np.log(np.exp(logprobs).sum(1) + np.exp(tail))
+    return cache.TopK(ids, logprobs - total[:, None], tail - total)
+
+
+def test_large_gaps_are_kept_whatever_their_size():
+    gaps = np.array([[0, 9.5, 9.5, 60, 1e4, 3e6], [0, 5000, 5000.5, 5001, 8e5, 7e7], [0, 0, 30, 31, 32, 33]])
+    signal = normalised(np.arange(18).reshape(3, 6), -gaps, np.array([-40.0, -1e-3, -np.inf]))
+    decoded = codec.decode(codec.encode(signal))
+    actual = decoded.logprobs[:, :1].astype(float) - decoded.logprobs
+    np.testing.assert_allclose(actual, gaps, atol=1 / 31, rtol=1e-7)
+    np.testing.assert_allclose(decoded.log_tail_mass, signal.log_tail_mass, rtol=2**-16)
+    assert_reads_as(cache.TopK(decoded.ids, decoded.logprobs, decoded.log_tail_mass), read_signal(codec.encode(signal)))
+
+
+@pytest.mark.parametrize("tail", [-1e-7, -1e-3, -0.6931, -0.6932, -1.0, -20.0, -90.0, -1e4, -np.inf])
+def test_both_masses_stay_precise_however_unequal(tail):
+    kept = np.log(-np.expm1(tail)) if tail > -700 else 0.0
+    signal = cache.TopK(np.array([[5, 3]]), np.array([[kept + np.log(0.7), kept + np.log(0.3)]]), np.array([tail]))
+    decoded = codec.decode(codec.encode(signal))
+    np.testing.assert_allclose(decoded.log_tail_mass, [tail], rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(np.logaddexp(*decoded.logprobs[0]), kept, rtol=2e-5 if tail > -1 else 1e-3, atol=1e-6)
+
+
+def test_logits_take_at_most_three_quarters_of_their_bytes():
+    rng = np.random.default_rng(0)
+    logits = bfloat16(rng.normal(size=(8, 32)) @ rng.normal(0, 0.5, (32, 20_000)))
+    assert len(codec.encode(cache.Full(logits, "bfloat16"))) <= 0.75 * logits.nbytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -42,8 +146,9 @@ def test_masses_are_normalised_over_kept_ids_and_tail_together():
     tail = np.log(np.array([0.2, 0.25], np.float32)) + np.float32(5e-5)
     decoded = codec.decode(codec.encode(cache.TopK(np.array([[4, 1], [0, 2]]), logprobs, tail)))
     mass = np.exp(decoded.logprobs.astype(float)).sum(1) + np.exp(decoded.log_tail_mass.astype(float))
-    np.testing.assert_allclose(mass, 1, atol=1e-7)
-    np.testing.assert_allclose(decoded.logprobs, np.log([[0.6, 0.2], [0.5, 0.25]]), atol=1e-6)
+    np.testing.assert_allclose(mass, 1, atol=1e-6)
+    np.testing.assert_allclose(np.exp(decoded.log_tail_mass), [0.2, 0.25], atol=1e-5)
+    np.testing.assert_allclose(decoded.logprobs, np.log([[0.6, 0.2], [0.5, 0.25]]), atol=1 / 128)
 
 
 def test_empty_slots_and_a_missing_tail_stay_what_they_are():
@@ -66,16 +171,13 @@ def test_damaged_and_foreign_bytes_are_refused():
 
 
 def test_a_row_of_512_tokens_and_64_ids_is_packed_in_milliseconds():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 151_936, (512, 64))
-    signal = cache.TopK(ids, -np.sort(rng.random((512, 64))), np.zeros(512))
+    signal = qwen_like(512, 64, vocab_size=20_000)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         codec.decode(codec.encode(signal))
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.2
-    assert len(codec.encode(signal)) <= 512 * (64 * 8 + 4) + 1024
+    assert min(seconds) < 0.05  # 512 tokens at the targets of both directions take 0.0045 on a core of its own
 
 
 def test_a_top_k_of_one_width_takes_any_integer_and_float_dtype():

@@ -2,7 +2,8 @@
 
     python -m stages.report --config pipeline.yaml
 
-Loads no model. What a run has not measured (yet) is null in report.json and a dash on the page.
+Loads no model. The configuration is the one that the run kept; --runs_dir, --run_name and --cache_dir say where it lies.
+What a run has not measured (yet), or what is not a number, is null in report.json and a dash on the page.
 """
 
 from __future__ import annotations
@@ -41,24 +42,15 @@ def write_report(folder: Path, config: Config) -> Report:
 def collect(folder: Path, config: Config) -> Report:
     """The figures of a run; the keys before, after, teacher, cache and seconds are fixed, the others may grow."""
     evaluations = {label: _evaluation(folder, label) for label in ("before", "after", "teacher")}
-    records = metrics.read(folder / "metrics.jsonl")
-    steps = [record for record in records if record["kind"] == "step"]
+    records = _finite(metrics.read(folder / "metrics.jsonl"))
     report: Report = {
         "before": _measures(evaluations["before"]),
         "after": _measures(evaluations["after"]),
         "teacher": {"accuracy": evaluations["teacher"].get("accuracy")},
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
-        "run": {
-            "name": config.run.run_name,
-            "steps": len(steps),
-            "max_steps": config.train.max_steps,
-            "refreshes": sum(record["kind"] == "refresh" for record in records),
-            "trained_tokens": sum(step["tokens"] for step in steps),
-            "first_step_share_forward": steps[0]["share_forward"] if steps else None,
-            "first_step_gate": steps[0]["gate"] if steps else None,
-            "last_step_gate": steps[-1]["gate"] if steps else None,
-        },
+        "run": _run(records, config),
+        "config": _spelled(config.model_dump()),
     }
     report["ratios"] = _ratios(report["before"], report["after"])
     report["verdict"] = verdict(report)
@@ -66,44 +58,46 @@ def collect(folder: Path, config: Config) -> Report:
 
 
 def verdict(report: Report) -> str:
-    """One sentence that the numbers bear out."""
-    before, after, ratios = report["before"], report["after"], report["ratios"]
-    if not report["run"]["steps"]:
+    """What the numbers bear out, in one line."""
+    after, run = report["after"], report["run"]
+    if not run["steps"]:
         return "Not trained yet."
+    done = f"{run['steps']} of {run['max_steps']} steps"
     if after["forward_kl"] is None and after["accuracy"] is None and after["on_student"]["forward_kl"] is None:
-        return f"Unfinished: {report['run']['steps']} of {report['run']['max_steps']} steps, and nothing measured after them."
-    divergence = _divergence_clause(ratios)
-    if before["accuracy"] is None or after["accuracy"] is None:
-        return f"{divergence[0].upper()}{divergence[1:]}; no answers were checked."
-    points = 100 * (after["accuracy"] - before["accuracy"])
-    solved = f"from {before['accuracy']:.1%} to {after['accuracy']:.1%} of held-out problems"
+        return f"Unfinished: {done}, and nothing measured after them."
+    found = _answers_and_divergence(report)
+    if run["steps"] < run["max_steps"]:
+        return f"Unfinished, {done}; as last measured: {found}"
+    return found[0].upper() + found[1:]
+
+
+def _answers_and_divergence(report: Report) -> str:
+    """The change of accuracy, if it was measured at both ends, and that of the divergences."""
+    before, after = report["before"]["accuracy"], report["after"]["accuracy"]
+    divergence = _divergence_clause(report["ratios"])
+    if before is None and after is None:
+        return f"{divergence}; no answers were checked."
+    if before is None or after is None:
+        when, share = ("after", after) if before is None else ("before", before)
+        return f"{share:.1%} of held-out problems solved {when} training, nothing to compare it with; {divergence}."
+    points = 100 * (after - before)
+    solved = f"from {before:.1%} to {after:.1%} of held-out problems"
     if points >= NOTICEABLE_POINTS:
-        return f"The student improved by {points:.1f} points, {solved}; {divergence}."
+        return f"the student improved by {points:.1f} points, {solved}; {divergence}."
     if points <= -NOTICEABLE_POINTS:
-        return f"The student got worse by {-points:.1f} points, {solved}; {divergence}."
-    return f"The student did not improve on the answers ({solved}); {divergence}."
+        return f"the student got worse by {-points:.1f} points, {solved}; {divergence}."
+    return f"the student did not improve on the answers ({solved}); {divergence}."
 
 
 def summary(report: Report, folder: Path, config: Config) -> str:
     """What the demo prints last: the verdict, the table, where the time went, and what to do next."""
-    before, after, run = report["before"], report["after"], report["run"]
-    rows = [
-        ("held-out problems solved", before["accuracy"], after["accuracy"], report["teacher"]["accuracy"], "{:.1%}"),
-        ("forward KL on its own text, nats/token", before["on_student"]["forward_kl"], after["on_student"]["forward_kl"], None, "{:.4f}"),
-        ("reverse KL on its own text", before["on_student"]["reverse_kl"], after["on_student"]["reverse_kl"], None, "{:.4f}"),
-        ("forward KL on teacher text", before["forward_kl"], after["forward_kl"], None, "{:.4f}"),
-        ("reverse KL on teacher text", before["reverse_kl"], after["reverse_kl"], None, "{:.4f}"),
-        ("same most likely token, teacher text", before["top1_agreement"], after["top1_agreement"], None, "{:.1%}"),
-    ]  # fmt: skip
-    lines = ["", report["verdict"], "", f"{'':<40}{'before':>10}{'after':>10}{'teacher':>10}"]
-    lines += [f"{name:<40}" + "".join(f"{_show(value, form):>10}" for value in values) for name, *values, form in rows]
-    lines += ["", _time_line(report["seconds"])]
+    run, stored = report["run"], report["cache"]
+    lines = ["", report["verdict"], "", *_table(report), "", _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
         lines.append(
             f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly forward KL);"
-            f" mean λ {run['first_step_gate']:.3f}, at the end {run['last_step_gate']:.3f}"
+            f" mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end {_show(run['last_step_gate'], '{:.3f}')}"
         )
-    stored = report["cache"]
     if stored["rows"]:
         lines.append(
             f"cache   {stored['rows']:,} rollouts, {stored['scored_tokens']:,} scored tokens,"
@@ -119,9 +113,58 @@ def summary(report: Report, folder: Path, config: Config) -> str:
     return "\n".join(lines)
 
 
+def _table(report: Report) -> list[str]:
+    """Before, after and teacher, aligned."""
+    before, after = report["before"], report["after"]
+    own_before, own_after = before["on_student"], after["on_student"]
+    rows = [
+        ("held-out problems solved", before["accuracy"], after["accuracy"], "{:.1%}"),
+        ("forward KL on its own text, nats/token", own_before["forward_kl"], own_after["forward_kl"], "{:.4f}"),
+        ("reverse KL on its own text", own_before["reverse_kl"], own_after["reverse_kl"], "{:.4f}"),
+        ("same most likely token, its own text", own_before["top1_agreement"], own_after["top1_agreement"], "{:.1%}"),
+        ("forward KL on teacher text", before["forward_kl"], after["forward_kl"], "{:.4f}"),
+        ("reverse KL on teacher text", before["reverse_kl"], after["reverse_kl"], "{:.4f}"),
+        ("same most likely token, teacher text", before["top1_agreement"], after["top1_agreement"], "{:.1%}"),
+    ]
+    teacher = [report["teacher"]["accuracy"], *[None] * (len(rows) - 1)]
+    return [f"{'':<40}{'before':>10}{'after':>10}{'teacher':>10}"] + [
+        f"{name:<40}" + "".join(f"{_show(value, form):>10}" for value in (old, new, best))
+        for (name, old, new, form), best in zip(rows, teacher, strict=True)
+    ]
+
+
+def _run(records: list[dict[str, Any]], config: Config) -> Report:
+    """Steps, refreshes and tokens so far; tokens a second are those of the optimizer steps alone."""
+    steps = [record for record in records if record["kind"] == "step"]
+    tokens = sum(step["tokens"] for step in steps)
+    seconds = sum(step.get("seconds") or 0.0 for step in steps)
+    first, last = (steps[0], steps[-1]) if steps else ({}, {})
+    return {
+        "name": config.run.run_name,
+        "steps": len(steps),
+        "max_steps": config.train.max_steps,
+        "refreshes": sum(record["kind"] == "refresh" for record in records),
+        "trained_tokens": tokens,
+        "trained_tokens_per_second": tokens / seconds if seconds else None,
+        "first_step_share_forward": first.get("share_forward"),
+        "first_step_gate": first.get("gate"),
+        "last_step_gate": last.get("gate"),
+    }
+
+
 def _evaluation(folder: Path, label: str) -> dict[str, Any]:
     path = folder / "eval" / f"{label}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _finite(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _finite(values: Any) -> Any:
+    """The same plain values with None for NaN and infinities, which JSON cannot hold."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
+def _spelled(values: Any) -> Any:
+    """The same plain values with infinities as words: a setting is not unknown because it is infinite."""
+    return json.loads(json.dumps(values), parse_constant=str)
 
 
 def _measures(found: dict[str, Any]) -> Report:
@@ -165,7 +208,7 @@ def _divergence_clause(ratios: Report) -> str:
         where, found = "teacher text", ratios["teacher_text"]
     if found["forward_kl"] is None or found["reverse_kl"] is None:
         return "divergences were not measured both before and after"
-    forward, reverse = found["forward_kl"], found["reverse_kl"]
+    forward, reverse = round(found["forward_kl"], 2), round(found["reverse_kl"], 2)  # as printed
     word = "fell" if max(forward, reverse) < 1 else "rose" if min(forward, reverse) > 1 else "went"
     return f"on {where} forward KL {word} to {forward:.2f} × and reverse KL to {reverse:.2f} × of what they were"
 
@@ -185,13 +228,25 @@ def _show(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
+def _own_config(folder: Path, given: Config) -> Config:
+    """What the run was made with; where it lies now, `given` says."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return given
+    own = configuration.parse_arguments(["--config", str(path)], "")
+    place = {"run_name": given.run.run_name, "runs_dir": given.run.runs_dir,
+             "cache_dir": given.run.cache_dir or own.run.cache_dir}  # fmt: skip
+    return own.model_copy(update={"run": own.run.model_copy(update=place)})
+
+
 def main() -> None:
-    config = configuration.parse_arguments(sys.argv[1:], __doc__ or "")
-    folder = config.run_folder
+    given = configuration.parse_arguments(sys.argv[1:], __doc__ or "")
+    folder = given.run_folder
     if not folder.is_dir():
         raise UserError(
             f"there is no run at {folder}; run `python -m stages.pipeline` with the same configuration first."
         )
+    config = _own_config(folder, given)
     print(summary(write_report(folder, config), folder, config))
 
 

@@ -8,15 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+import cache
 from stages import report
-from stages.runtime.config import Config
-from tests.helpers import make_config
+from stages.runtime.config import Config, to_yaml
+from tests import cache_samples
+from tests.helpers import ROOT, STUDENT, make_config
 
 STEP = {
     "kind": "step", "loss": 0.2, "rkl": 0.5, "fkl": 0.2, "gate": 0.9, "share_forward": 0.12, "grad_norm": 0.3,
-    "tokens": 100,
+    "tokens": 100, "seconds": 0.5,
 }  # fmt: skip
 CLOCK = {"kind": "clock", "load": 1.0, "rollout": 2.0, "score": 3.0, "train": 4.0, "evaluate": 5.0, "total": 20.0}
 
@@ -29,7 +32,7 @@ def evaluation(accuracy: float | None, kl: float) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return make_config(tmp_path)
+    return make_config(tmp_path, max_steps=2)
 
 
 @pytest.fixture
@@ -65,6 +68,24 @@ def test_the_figures_are_those_of_the_files(folder: Path, config: Config) -> Non
     assert found["cache"] == dict.fromkeys(("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token"))
 
 
+def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: Config) -> None:
+    found = report.collect(folder, config)
+    assert found["run"] == {
+        "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0,
+        "first_step_share_forward": 0.12, "first_step_gate": 0.9, "last_step_gate": 0.95,
+    }  # fmt: skip
+    assert found["config"]["loss"]["tau"] == config.loss.tau
+
+
+def test_the_cache_figures_are_the_caches_own(folder: Path, config: Config) -> None:
+    cache_samples.write(Path(config.cache_root), range(3))
+    own = cache.open(config.cache_root).summary()
+    found = report.collect(folder, config)["cache"]
+    assert found["rows"] == 3
+    assert found["scored_tokens"] == 1 + 2 + 3
+    assert found == {name: own[name] for name in found}
+
+
 def test_the_clocks_of_a_resumed_run_add_up(folder: Path, config: Config) -> None:
     seconds = report.collect(folder, config)["seconds"]
     assert seconds == {"load": 2, "rollout": 4, "score": 6, "train": 8, "evaluate": 10, "total": 40}
@@ -83,17 +104,67 @@ def test_the_verdict_says_what_the_numbers_say(folder: Path, config: Config) -> 
     assert "forward KL fell to 0.25 ×" in found["verdict"]
     assert "got worse by 20.0 points" in report.verdict(changed(found, "after", accuracy=0.1))
     assert "did not improve" in report.verdict(changed(found, "after", accuracy=0.305))
-    assert "no answers were checked" in report.verdict(changed(found, "after", accuracy=None))
     worse = {"forward_kl": 0.4, "reverse_kl": 0.9, "top1_agreement": 0.4}
     assert "forward KL rose to 2.00 ×" in report.verdict(changed(found, "after", on_student=worse))
+    mixed = {"forward_kl": 0.1, "reverse_kl": 0.6, "top1_agreement": 0.4}
+    assert "forward KL went to 0.50 × and reverse KL to 1.50 ×" in report.verdict(
+        changed(found, "after", on_student=mixed)
+    )
+    same = {"forward_kl": 0.1999, "reverse_kl": 0.3999, "top1_agreement": 0.5}
+    assert "forward KL went to 1.00 ×" in report.verdict(changed(found, "after", on_student=same))
+
+
+def test_the_verdict_compares_only_what_was_measured_twice(folder: Path, config: Config) -> None:
+    found = report.collect(folder, config)
+    unchecked = changed(changed(found, "after", accuracy=None), "before", accuracy=None)
+    assert report.verdict(unchecked).endswith("of what they were; no answers were checked.")
+    assert report.verdict(unchecked).startswith("On its own text forward KL fell")
+    (folder / "eval" / "before.json").unlink()
+    found = report.write_report(folder, config)
+    assert found["verdict"].startswith("80.0% of held-out problems solved after training, nothing to compare it with")
+    assert "divergences were not measured both before and after" in found["verdict"]
+    without_teacher = changed(report.collect(folder, config), "before", forward_kl=0.1, reverse_kl=0.2)
+    assert "on teacher text forward KL fell to 0.50 ×" in report.verdict(without_teacher)
 
 
 def test_an_unfinished_run_is_called_unfinished(folder: Path, config: Config) -> None:
     (folder / "eval" / "after.json").unlink()
     found = report.write_report(folder, config)
-    assert found["verdict"].startswith("Unfinished: 2 of")
+    assert found["verdict"].startswith("Unfinished: 2 of 2 steps, and nothing measured")
     assert found["after"]["accuracy"] is None
     assert "–" in report.summary(found, folder, config)
+
+
+def test_a_measurement_in_the_middle_is_not_called_the_end(folder: Path, tmp_path: Path) -> None:
+    found = report.collect(folder, make_config(tmp_path, max_steps=4))
+    assert found["verdict"].startswith("Unfinished, 2 of 4 steps; as last measured: the student improved by 50.0")
+
+
+def test_what_is_not_a_number_is_null(folder: Path, config: Config) -> None:
+    broken = json.dumps({**evaluation(0.8, 0.05), "forward_kl": float("nan"), "on_student": None})
+    (folder / "eval" / "after.json").write_text(broken)
+    step = STEP | {"step": 3, "gate": float("nan"), "loss": float("inf")}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step) + "\n")
+    found = report.write_report(folder, config)
+    assert json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail) == found
+    assert found["after"]["forward_kl"] is None
+    assert found["after"]["on_student"] == dict.fromkeys(report.MEASURES)
+    assert found["run"]["last_step_gate"] is None
+    assert "at the end –" in report.summary(found, folder, config)
+
+
+def test_an_infinite_setting_is_spelled_out(folder: Path, tmp_path: Path) -> None:
+    found = report.write_report(folder, make_config(tmp_path, importance_cap=".inf"))
+    assert found["config"]["loss"]["importance_cap"] == "Infinity"
+
+
+def test_a_run_of_one_step_has_a_page(folder: Path, config: Config) -> None:
+    (folder / "metrics.jsonl").write_text(json.dumps(STEP | {"step": 1}) + "\n")
+    assert report.write_report(folder, config)["run"]["steps"] == 1
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "Where the time went" not in page
 
 
 def test_a_run_that_has_done_nothing_has_a_report_too(config: Config) -> None:
@@ -111,6 +182,51 @@ def test_the_page_stands_alone_and_escapes_what_models_write(folder: Path, confi
     assert "&lt;script&gt;alert(1)" in html
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
     assert "improved by 50.0 points" in html
+
+
+def test_tokens_show_their_gate(folder: Path, config: Config) -> None:
+    (folder / "trace").mkdir()
+    (folder / "cache").mkdir()
+    (folder / "cache" / "tokenizer.json").write_text((ROOT / STUDENT / "tokenizer.json").read_text())
+    trace = pa.table({
+        "row_id": ["a", "a"], "position": [0, 1], "token_id": [5, 6], "gate": [0.25, 0.875], "reverse_kl": [0.5, 0.0625],
+        "forward_kl": [0.125, 0.03125],
+    })  # fmt: skip
+    with pa.ipc.new_file(str(folder / "trace" / "step-000010.arrow"), trace.schema) as writer:
+        writer.write_table(trace)
+    report.write_report(folder, config)
+    page = (folder / "report.html").read_text()
+    assert "<b>Step 10</b>" in page
+    assert 'title="λ 0.250 · reverse KL 0.5000 · forward KL 0.1250"' in page
+    assert 'title="λ 0.875' in page
+
+
+def test_the_command_reports_the_configuration_of_the_run(
+    folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(
+        "sys.argv", ["report", "--config", str(ROOT / "pipeline.yaml"), "--runs_dir", str(folder.parent)]
+    )
+    report.main()
+    assert "improved by 50.0 points" in capsys.readouterr().out
+    assert json.loads((folder / "report.json").read_text())["config"]["train"]["max_steps"] == 2
+    assert "max_steps: 2\n" in (folder / "report.html").read_text()
+
+
+def test_a_moved_run_is_read_where_it_lies(folder: Path, config: Config, tmp_path: Path) -> None:
+    (folder / "config.yaml").write_text(to_yaml(config))
+    moved = folder.rename(tmp_path / "elsewhere")
+    own = report._own_config(moved, make_config(tmp_path, run_name="elsewhere", max_steps=9))
+    assert own.run_folder == moved
+    assert own.cache_root == str(moved / "cache")
+    assert own.train.max_steps == 2
+
+
+def test_a_missing_run_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["report", "--runs_dir", str(tmp_path)])
+    with pytest.raises(report.UserError, match=r"there is no run at .*run `python -m stages.pipeline`"):
+        report.main()
 
 
 def test_the_summary_shows_before_after_and_teacher(folder: Path, config: Config) -> None:

@@ -2,7 +2,8 @@
 
     python -m stages.evaluate --config pipeline.yaml
 
-Before training this writes eval/before.json, after it eval/after.json. Needs the teacher, for its text and for on_student.
+Before training this writes eval/before.json, after it eval/after.json. The teacher is needed for its text and for
+on_student; with `--teacher_model ""` those are null where no earlier evaluation left them.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from stages.runtime.run import open_run
 
 def main() -> None:
     run = open_run(__doc__ or "")
-    vocabulary = setup.shared_vocabulary(run.config)
+    has_teacher = bool(run.config.models.teacher_model)
+    vocabulary = setup.shared_vocabulary(run.config) if has_teacher else setup.cached_vocabulary(run.config)
     evaluation = measure.open_evaluation(run, vocabulary)
     student, position = setup.current_student(run, vocabulary)
     label = "after" if position.step else "before"
     with TeacherLoader(run.config, run.world) as teacher:
         found = {
             "teacher": measure.measure_teacher(evaluation),
-            label: measure.measure(evaluation, student, position.step, label, teacher),
+            label: measure.measure(evaluation, student, position.step, label, teacher if has_teacher else None),
         }
+    run.log_totals("evaluate")
     run.metrics.say(json.dumps({k: {n: v for n, v in r.items() if n != "samples"} for k, r in found.items()}, indent=1))
 
 

@@ -22,7 +22,7 @@ from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student
 from stages.runtime import checkpoint
-from stages.runtime.config import rows_per_micro_step
+from stages.runtime.config import Config, rows_per_micro_step
 from stages.runtime.errors import UserError, command
 from stages.runtime.run import Run, open_run
 
@@ -42,6 +42,7 @@ def main() -> None:
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
     """Trains to max_steps and exports the student to `runs/<name>/student`; refreshes read the prompts if not given."""
     rows_per_micro_step(run.config, run.world.size)
+    check_loss(run.config, cache.open(run.config.cache_root).fingerprint)
     if run.config.refresh.refresh_every:  # better now than at the first refresh
         wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
         cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
@@ -61,6 +62,21 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     run.world.barrier()
     run.log_totals("train")
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+
+
+def check_loss(config: Config, stored: cache.Fingerprint) -> None:
+    """Refuses a loss that the rows of this cache, whoever wrote them, cannot support."""
+    signal, recorded = stored.must_match["signal"], stored.recorded
+    if signal["kind"] in ("topk", "nucleus") and config.loss.temperature != signal["temperature"]:
+        raise UserError(
+            f"{config.cache_root} holds {signal['kind']} rows at temperature {signal['temperature']}, the loss is at"
+            f" {config.loss.temperature}; only hidden and full rows serve other temperatures."
+        )
+    if config.loss.rkl == "mc" and (recorded.get("sample_top_p", 1) < 1 or recorded.get("sample_top_k", 0) > 0):
+        raise UserError(
+            f"{config.cache_root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
+            f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."
+        )
 
 
 if __name__ == "__main__":

@@ -127,25 +127,25 @@ def ids(*numbers: int) -> list[str]:
 
 
 def test_the_pool_is_sorted_and_holds_rows_no_older_than_max_age(aged: cache.Snapshot) -> None:
-    assert live_pool(aged, "mine", 2, 20, max_age=0).row_ids == ids(4, 5, 20, 21)
-    assert live_pool(aged, "mine", 2, 20, max_age=10).row_ids == ids(4, 5, 6, 7, 20, 21)
-    assert live_pool(aged, "mine", 2, 20, max_age=20).row_ids == ids(4, 5, 6, 7, 8, 9, 20, 21)
+    assert live_pool(aged, "mine", 2, 20, max_age=0, policies={}).row_ids == ids(4, 5, 20, 21)
+    assert live_pool(aged, "mine", 2, 20, max_age=10, policies={}).row_ids == ids(4, 5, 6, 7, 20, 21)
+    assert live_pool(aged, "mine", 2, 20, max_age=20, policies={}).row_ids == ids(4, 5, 6, 7, 8, 9, 20, 21)
 
 
 def test_rows_of_later_refreshes_are_not_in_the_pool_yet(aged: cache.Snapshot) -> None:
-    assert live_pool(aged, "mine", 1, 10, max_age=0).row_ids == ids(6, 7, 20, 21)
-    assert live_pool(aged, "mine", 0, 0, max_age=100).row_ids == ids(8, 9, 20, 21)
+    assert live_pool(aged, "mine", 1, 10, max_age=0, policies={}).row_ids == ids(6, 7, 20, 21)
+    assert live_pool(aged, "mine", 0, 0, max_age=100, policies={}).row_ids == ids(8, 9, 20, 21)
 
 
 def test_ages_count_steps_and_other_runs_have_none(aged: cache.Snapshot) -> None:
-    found = live_pool(aged, "mine", 2, 20, max_age=20)
+    found = live_pool(aged, "mine", 2, 20, max_age=20, policies={})
     assert [found.ages[row_id] for row_id in ids(8, 6, 4)] == [0, 10, 20]
     assert found.ages[ids(20)[0]] == found.ages[ids(21)[0]] == -1
     assert found.num_off_policy == 2
 
 
 def test_max_age_does_not_touch_rows_of_another_run(aged: cache.Snapshot) -> None:
-    found = live_pool(aged, "third", 0, 1000, max_age=0)
+    found = live_pool(aged, "third", 0, 1000, max_age=0, policies={})
     assert len(found.row_ids) == found.num_off_policy == 8
 
 
@@ -173,6 +173,17 @@ def test_micro_batches_are_as_large_as_their_caps_allow() -> None:
     assert [len(batch) for batch in micro_batches(rows_of([6] * 9), 5, None)] == [5, 4]
 
 
+def test_rows_of_a_trajectory_that_was_given_up_are_left_out(aged: cache.Snapshot) -> None:
+    hashes = dict(
+        zip(aged.index.column("row_id").to_pylist(), aged.index.column("policy_hash").to_pylist(), strict=True)
+    )
+    right = {refresh: hashes[ids(8 - 2 * refresh)[0]] for refresh in range(3)}
+    everything = live_pool(aged, "mine", 2, 20, max_age=20, policies=right)
+    assert everything.row_ids == ids(4, 5, 6, 7, 8, 9, 20, 21)
+    left = live_pool(aged, "mine", 2, 20, max_age=20, policies=right | {1: "f" * 16})
+    assert left.row_ids == ids(4, 5, 8, 9, 20, 21)
+
+
 def test_no_rows_make_no_micro_batches() -> None:
     assert list(micro_batches([], 4, 10)) == []
 
@@ -182,7 +193,7 @@ def test_no_rows_make_no_micro_batches() -> None:
 
 def test_top_k_rows_of_unequal_width_are_widened_with_empty_slots() -> None:
     records = [make_record(0, signal=topk(4, 3)), make_record(1, completion=2, signal=topk(2, 5, seed=1))]
-    teacher = teacher_of(records, None, CPU)
+    teacher = teacher_of(records, None, CPU, V)
     assert isinstance(teacher, TopKTeacher)
     assert teacher.ids.shape == teacher.logprobs.shape == (6, 5)
     assert (teacher.ids[:4, 3:] == -1).all()
@@ -194,6 +205,13 @@ def test_top_k_rows_of_unequal_width_are_widened_with_empty_slots() -> None:
         assert np.array_equal(teacher.log_tail_mass[rows].numpy(), record.signal.log_tail_mass)  # type: ignore[union-attr]
 
 
+def test_top_k_values_are_checked_on_the_host_before_they_leave_it() -> None:
+    signal = topk(4, 3)
+    signal.ids[2, 1] = signal.ids[2, 0]
+    with pytest.raises(ValueError, match="keeps the same id twice"):
+        teacher_of([make_record(0, signal=signal)], None, torch.device("meta"), V)
+
+
 def bf16_bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.to(torch.bfloat16).view(torch.uint16).numpy()
 
@@ -201,7 +219,7 @@ def bf16_bits(tensor: torch.Tensor) -> np.ndarray:
 def test_bf16_hidden_states_keep_their_bits() -> None:
     states = torch.randn(4, 6).to(torch.bfloat16)
     head = dual_kl_head(cache.TeacherHead(bf16_bits(torch.randn(V, 6)), "bfloat16", scale=0.5, softcap=30.0), CPU)
-    teacher = teacher_of([make_record(0, signal=cache.Hidden(bf16_bits(states), "bfloat16"))], head, CPU)
+    teacher = teacher_of([make_record(0, signal=cache.Hidden(bf16_bits(states), "bfloat16"))], head, CPU, V)
     assert isinstance(teacher, HiddenTeacher)
     assert torch.equal(teacher.hidden, states)
     assert teacher.lm_head is head
@@ -220,14 +238,14 @@ def test_a_head_without_softcap_or_bias_has_none() -> None:
 def test_hidden_states_without_a_head_are_a_sentence() -> None:
     record = make_record(0, signal=cache.Hidden(np.ones((4, 6), np.float32), "float32"))
     with pytest.raises(UserError, match="no teacher head"):
-        teacher_of([record], None, CPU)
+        teacher_of([record], None, CPU, V)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_logits_reach_the_loss_as_float32(dtype: str) -> None:
     logits = torch.randn(4, V).to(torch.bfloat16).float()
     stored = bf16_bits(logits) if dtype == "bfloat16" else logits.numpy()
-    teacher = teacher_of([make_record(0, signal=cache.Full(stored, dtype))], None, CPU)
+    teacher = teacher_of([make_record(0, signal=cache.Full(stored, dtype))], None, CPU, V)
     assert isinstance(teacher, LogitsTeacher)
     assert teacher.logits.dtype == torch.float32
     assert torch.equal(teacher.logits, logits)
@@ -235,12 +253,12 @@ def test_full_logits_reach_the_loss_as_float32(dtype: str) -> None:
 
 def test_rows_that_are_not_scored_are_a_sentence() -> None:
     with pytest.raises(UserError, match="not scored yet"):
-        teacher_of([make_record(0)], None, CPU)
+        teacher_of([make_record(0)], None, CPU, V)
 
 
 def test_all_parts_of_a_micro_batch_speak_of_the_same_tokens() -> None:
     records = [make_record(i, prompt=2 + i, completion=4 - i, signal=topk(4 - i, 5, i)) for i in range(3)]
-    batch = to_tensors(records, 0.25, None, 0, CPU)
+    batch = to_tensors(records, 0.25, None, 0, CPU, V)
     num_tokens = 4 + 3 + 2
     assert batch.aligned.targets.tolist() == [int(y) for r in records for y in r.completion_ids]
     assert torch.equal(batch.sampled.ids, batch.aligned.targets)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.data.prompts import encode
-from stages.models import checkpoints
+from stages.models import checkpoints, generation
 from stages.models.generation import Completion, Sampling, draw, generate, sampling_logprobs
 from stages.runtime.errors import UserError
 from tests.helpers import ROOT, STUDENT
@@ -47,6 +47,23 @@ def forced_logits(model: Any, prompt: np.ndarray, completion: np.ndarray) -> tor
 
 def same(left: Completion, right: Completion) -> bool:
     return np.array_equal(left.ids, right.ids) and left.finish_reason == right.finish_reason
+
+
+def test_a_bf16_model_gives_unrounded_logits(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(student_model).to(torch.bfloat16)
+    head = model.get_output_embeddings()
+    states, scores = [], []
+    head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0][:, -1]))
+    original = generation.sampling_logprobs
+    monkeypatch.setattr(generation, "sampling_logprobs", lambda s, *rest: scores.append(s) or original(s, *rest))
+    run(model, prompts, Sampling(4))
+    exact = torch.cat(states).double() @ head.weight.detach().double().T
+    found = torch.cat(scores)
+    assert found.dtype == torch.float32
+    assert (found.double() - exact).abs().max() < 1e-4
+    assert "forward" not in vars(head)  # the model is as it was
 
 
 # Tokens

@@ -232,6 +232,23 @@ def test_without_a_checker_there_is_no_accuracy(forked: Forker, tmp_path: Path) 
         assert json.loads((tmp_path / "demo/eval" / f"{label}.json").read_text())["accuracy"] is None
 
 
+def test_evaluation_without_a_teacher_reads_its_text_and_leaves_the_rest_null(
+    forked: Forker, piped: Path, tmp_path: Path
+) -> None:
+    arguments = small(tmp_path, cache_dir=piped / "cache", eval_teacher_text=piped / "eval/teacher_text")
+    forked.stage("stages.evaluate", *arguments, "--teacher_model", "").expect_success()
+    found = json.loads((tmp_path / "demo/eval/before.json").read_text())
+    expected = json.loads((piped / "eval/before.json").read_text())
+    for key in ("forward_kl", "reverse_kl", "top1_agreement", "tokens", "accuracy"):
+        assert found[key] == expected[key]
+    assert set(found["on_student"].values()) == {None}
+    refused(forked, "rollout", tmp_path, "teacher_model is empty", extra=["--teacher_model", ""])
+
+
+def test_teacher_text_that_is_not_hidden_is_one_sentence(forked: Forker, piped: Path, tmp_path: Path) -> None:
+    refused(forked, "evaluate", tmp_path, "holds topk rows", "hidden", eval_teacher_text=piped / "cache")
+
+
 @torch.no_grad()
 def test_divergences_are_token_means_of_exact_kls(piped: Path, student_model: Any, teacher_model: Any) -> None:
     """`before` on the teacher's text, computed again from both models' plain logits in float64."""

@@ -12,10 +12,12 @@ from torch import Tensor
 
 import cache
 from dualkl import Head, HiddenTeacher, LogitsTeacher, Sampled, TopKTeacher
+from dualkl.targets import check_topk_values
 from stages.data.alignment import Aligned, align
 from stages.runtime.errors import UserError
 
 AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
+CPU = torch.device("cpu")
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -42,13 +44,20 @@ class MicroBatch:
     weights: Float[Tensor, " N"]
 
 
-def live_pool(snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int) -> Pool:
-    """Rows of this run up to refresh `version` and no older than `max_age` steps, and all rows of other runs."""
-    index = snapshot.index.select(["row_id", "run_id", "policy_step", "refresh_index"]).to_pylist()
+def live_pool(
+    snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int, policies: dict[int, str]
+) -> Pool:
+    """Rows of this run up to refresh `version` and no older than `max_age` steps, and all rows of other runs.
+
+    `policies`: the policy hash that wrote each refresh of this run; rows of a refresh by another one are left out.
+    """
+    index = snapshot.index.select(["row_id", "run_id", "policy_step", "policy_hash", "refresh_index"]).to_pylist()
     ages: dict[str, int] = {}
     for row in index:
         if row["run_id"] != run_id:
             ages[row["row_id"]] = -1
+        elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
+            continue  # of a trajectory that was given up
         elif row["refresh_index"] <= version and at_step - row["policy_step"] <= max_age:
             ages[row["row_id"]] = at_step - row["policy_step"]
     return Pool(sorted(ages), version, ages)
@@ -89,7 +98,7 @@ def micro_batches(
 
 
 def to_tensors(
-    records: list[cache.Record], weight: float, head: Head | None, pad_id: int, device: torch.device
+    records: list[cache.Record], weight: float, head: Head | None, pad_id: int, device: torch.device, vocab_size: int
 ) -> MicroBatch:
     """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
     aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device)
@@ -99,19 +108,26 @@ def to_tensors(
         _cat([r.behaviour_logprobs for r in records], device),
     )
     weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
-    return MicroBatch(aligned, teacher_of(records, head, device), sampled, weights)
+    return MicroBatch(aligned, teacher_of(records, head, device, vocab_size), sampled, weights)
 
 
-def teacher_of(records: list[cache.Record], head: Head | None, device: torch.device) -> AnyTeacher:
-    """The loss's teacher for the scored positions of `records`, row after row."""
+def teacher_of(records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int) -> AnyTeacher:
+    """The loss's teacher for the scored positions of `records`, row after row.
+
+    Top-k values are checked here, on the host, where they are not checked by the loss: on a GPU it looks at shapes only.
+    """
     signals = [record.signal for record in records]
     first = signals[0]
     if isinstance(first, cache.TopK):
         width = max(signal.ids.shape[1] for signal in signals)
-        ids = _cat([_widen(signal.ids, width, -1) for signal in signals], device).long()
-        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals], device)
-        tail = _cat([signal.log_tail_mass for signal in signals], device)
-        return TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
+        ids = _cat([_widen(signal.ids, width, -1) for signal in signals], CPU).long()
+        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals], CPU)
+        tail = _cat([signal.log_tail_mass for signal in signals], CPU)
+        teacher = TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
+        if device.type == "cpu":
+            return teacher
+        check_topk_values(teacher, vocab_size)
+        return TopKTeacher(ids.to(device), logprobs.to(device), tail.to(device), temperature=first.temperature)
     if isinstance(first, cache.Hidden):
         if head is None:
             raise UserError("the cache holds hidden states but no teacher head; run `python -m cache verify` on it.")

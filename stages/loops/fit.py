@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from stages.data.batches import (
     micro_batches,
     to_tensors,
 )
-from stages.models.student import Student
+from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.config import Config, TrainSection, rows_per_micro_step
@@ -105,7 +105,7 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = config.train.max_grad_norm
-    settings["bf16"] = {"enabled": config.run.dtype == "bf16"}
+    settings["bf16"] = {"enabled": False}  # trained weights stay fp32 as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
 
@@ -139,44 +139,49 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) 
     """
     config = run.config
     position = resume(run, training) or Position(0, 0)
-    refreshed = position.refresh_index
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
     with bar:
         while training.step < config.train.max_steps:
             due = due_refresh(config, training.step)
-            if due > refreshed:
-                save_checkpoint(run, training, refreshed)
+            if due > position.refresh_index:
+                save_checkpoint(run, training, position)
                 refresh(training, due)
-                refreshed = due
-            _fit_pool(run, training, due, bar)
-    save_checkpoint(run, training, refreshed)
+                position = Position(training.step, due, position.policies | {due: policy_hash(training.student)})
+            _fit_pool(run, training, position, bar)
+    save_checkpoint(run, training, position)
 
 
-def _fit_pool(run: Run, training: Training, version: int, bar: tqdm) -> None:
-    """Trains on the rows of refresh `version`, up to the next refresh or the end."""
-    train, every = run.config.train, run.config.refresh.refresh_every
-    pool, snapshot = open_pool(run, version)
+def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm) -> None:
+    """Trains on the rows of refresh `position.refresh_index`, up to the next refresh or the end."""
+    train, every, version = run.config.train, run.config.refresh.refresh_every, position.refresh_index
+    pool, snapshot = open_pool(run, position)
     last = min((version + 1) * every, train.max_steps) if every else train.max_steps
     while training.step < last:
         with run.clock.phase("train"):
             train_step(run, training, snapshot, pool, training.step - version * every)
         bar.update(1)
         if training.step % train.checkpoint_every == 0 and training.step < last:
-            save_checkpoint(run, training, version)
+            save_checkpoint(run, training, position)
 
 
-def save_checkpoint(run: Run, training: Training, refreshed: int) -> None:
+def save_checkpoint(run: Run, training: Training, position: Position) -> None:
+    """The state after `training.step` steps, on the rows that `position` names."""
     checkpoint.save(
-        run.folder / "checkpoints", Position(training.step, refreshed), training.student.trainable, training.optimizer,
+        run.folder / "checkpoints", replace(position, step=training.step), training.student.trainable, training.optimizer,
         training.scheduler, run.world, run.config.train.keep_checkpoints, training.engine,
     )  # fmt: skip
 
 
-def open_pool(run: Run, version: int) -> tuple[Pool, cache.Snapshot]:
-    snapshot = cache.open(run.config.cache_root)
+def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
+    version = position.refresh_index
     at_step = version * run.config.refresh.refresh_every
-    pool = live_pool(snapshot, run.run_id, version, at_step, run.config.refresh.max_age)
+    found: tuple[cache.Snapshot, Pool] | None = None
+    if run.world.is_main:
+        first = cache.open(run.config.cache_root)
+        found = first, live_pool(first, run.run_id, version, at_step, run.config.refresh.max_age, position.policies)
+    pool = run.world.gather(found[1] if found else None)[0]  # one view for all ranks, whoever else writes to the cache
+    snapshot = found[0] if found else cache.open(run.config.cache_root)
     if not pool.row_ids:
         raise UserError(
             f"{run.config.cache_root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
@@ -200,13 +205,14 @@ def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Poo
     total_tokens = world.sum([float(num_tokens)])[0]
     num_forwards = int(world.max([float(len(forwards))])[0])
     head = _teacher_head(snapshot, device)
-    pad_id = training.student.tokenizer.pad_token_id
+    pad_id, vocab_size = training.student.tokenizer.pad_token_id, training.student.vocab_size
     training.module.train()
+    torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
     outputs = []
     for index in range(num_forwards):
         idle = index >= len(forwards)  # short of work: join the collectives with weight 0
         rows = records[:1] if idle else forwards[index]
-        batch = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device)
+        batch = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
         out = _backward(training, batch, world.size, last=index == num_forwards - 1)
         if not idle:
             outputs.append(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from stages.loops.setup import Vocabulary
 from stages.models import checkpoints
 from stages.models.generation import Completion, Sampling, generate
 from stages.models.student import Student, policy_hash
-from stages.models.teacher import TeacherLoader, load_plain_model, plain_model_fits
+from stages.models.teacher import Teacher, TeacherLoader, load_plain_model, plain_model_fits, plain_teacher
 from stages.runtime.config import SignalSection
+from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
@@ -48,8 +50,11 @@ class Evaluation:
         """What a kept result must have been measured on."""
         ids = [prompt.prompt_id for prompt in self.prompts]
         config = self.run.config
-        return {"prompts": setup.short_hash("".join(ids)), "answer_checker": config.eval.answer_checker,
-                "max_new_tokens": config.rollout.max_new_tokens}  # fmt: skip
+        subject = {
+            "prompts": setup.short_hash("".join(ids)), "seed": config.run.seed, "max_new_tokens": config.rollout.max_new_tokens,
+            "teacher_text": config.eval.eval_teacher_text, "answer_checker": config.eval.answer_checker,
+        }  # fmt: skip
+        return subject | ({"teacher": config.models.teacher_model} if config.models.teacher_model else {})
 
     @property
     def teacher_text(self) -> str:
@@ -57,6 +62,13 @@ class Evaluation:
 
 
 def open_evaluation(run: Run, vocabulary: Vocabulary) -> Evaluation:
+    given = run.config.eval.eval_teacher_text
+    if given:
+        kind = cache.open(given).fingerprint.must_match["signal"]["kind"]
+        if kind != "hidden":
+            raise UserError(f"eval_teacher_text {given} holds {kind} rows; exact KLs need a cache of signal hidden.")
+        if setup.vocabulary_of(run.config, given).size != vocabulary.size:
+            raise UserError(f"eval_teacher_text {given} has another vocabulary cut than this run ({vocabulary.size}).")
     evaluation = Evaluation(run, vocabulary, heldout_prompts(run.config, vocabulary.tokenizer).prompts)
     if run.world.is_main:
         evaluation.folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +82,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
     KLs are exact over the shared vocabulary, nats a token. What needs a teacher or a checker that is not there is null.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
-    subject = {"policy_hash": policy_hash(student), "with_teacher": teacher is not None, **evaluation.subject}
+    subject = {"policy_hash": policy_hash(student), **evaluation.subject} | ({"with_teacher": True} if teacher else {})
     found = _kept(path, subject)
     if found is not None:
         return found
@@ -90,12 +102,14 @@ def measure_teacher(evaluation: Evaluation) -> Result:
         return found
     run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
-        if not plain_model_fits(run.config, run.world):
+        if not run.config.models.teacher_model:
+            result: Result = {"accuracy": None, "samples": []}
+        elif not plain_model_fits(run.config, run.world):
             run.metrics.say(
                 "the plain teacher does not fit on this device: its accuracy is not measured"
                 + ("" if run.config.eval.eval_teacher_text else ", nor KLs on its text (give eval_teacher_text)")
             )
-            result: Result = {"accuracy": None, "samples": []}
+            result = {"accuracy": None, "samples": []}
         else:
             result = _with_plain_teacher(evaluation)
     return _keep(run, path, result | {"of": evaluation.subject})
@@ -116,14 +130,16 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
 
     result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
     if not run.config.eval.eval_teacher_text:
-        with TeacherLoader(run.config.model_copy(update={"models": models.model_copy(update={"teacher_ds_zero3": False})}),
-                           run.world) as plain:  # fmt: skip
-            _write_text(evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, plain)
-    del model
+        scorer = plain_teacher(model, run.world)
+        written = _write_text(
+            evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, lambda: scorer
+        )
+        result["text_rows"] = written
+        scorer.close()
     return result
 
 
-def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: TeacherLoader) -> list[str]:
+def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: Callable[[], Teacher]) -> list[str]:
     """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
@@ -131,10 +147,10 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, teacher: Teac
         num_rollouts=len(evaluation.prompts), group_size=1, rollouts_per_unit=run.config.rollout.rollouts_per_unit,
     )  # fmt: skip
     print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
-    head = teacher_head(teacher.get().head, vocabulary.size)
+    head = teacher_head(get_teacher().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
-        collect(run, units, author, teacher.get, writer, HIDDEN)
+        collect(run, units, author, get_teacher, writer, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 
 
@@ -142,20 +158,14 @@ def _teacher_text_result(evaluation: Evaluation, student: Student) -> Result:
     if not (Path(evaluation.teacher_text) / "fingerprint.json").exists():
         return _nothing()
     snapshot = cache.open(evaluation.teacher_text)
-    wanted = {prompt.prompt_id for prompt in evaluation.prompts}
-    ids = snapshot.index.column("row_id").to_pylist()
-    prompts = snapshot.index.column("prompt_id").to_pylist()
-    rows = (
-        ids
-        if evaluation.run.config.eval.eval_teacher_text
-        else [i for i, p in zip(ids, prompts, strict=True) if p in wanted]
-    )
-    return divergences(evaluation.run, student, snapshot, rows)
+    path = evaluation.folder / "teacher.json"
+    written = json.loads(path.read_text()).get("text_rows") if path.exists() else None
+    return divergences(evaluation.run, student, snapshot, written or snapshot.row_ids)
 
 
 def _on_student(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader) -> Result:
     root = str(evaluation.folder / f"on_student_{label}")
-    row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher)
+    row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher.get)
     return divergences(evaluation.run, student, cache.open(root), row_ids)
 
 
@@ -171,9 +181,11 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     was_training = student.model.training
     student.model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
+    if not row_ids:
+        return _nothing()
     own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
     for records in micro_batches(own, AUTO_SCORE_ROWS if rows == "auto" else rows, None):
-        batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device)
+        batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
         hidden_Nd = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
         agree = found.student_top1 == found.teacher_top1
@@ -223,7 +235,7 @@ def _interleave(parts: list[list[Result]]) -> list[Result]:
 def _kept(path: Path, subject: Result) -> Result | None:
     """An earlier result, if it is one of the same subject."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("of") == subject else None
+    return found if subject.items() <= found.get("of", {}).items() else None
 
 
 def _keep(run: Run, path: Path, result: Result) -> Result:

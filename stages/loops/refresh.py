@@ -14,7 +14,7 @@ from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
 from stages.loops.collect import collect, missing_units, plan, teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models.generation import generate
+from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
@@ -44,7 +44,7 @@ def write_rollouts(
             head = teacher_head(teacher.get().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
-        if missing_units(units, writer.committed_ids):
+        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[0]:  # loading is collective: one answer
             with run.clock.phase("load"):
                 teacher.get()
         return collect(run, units, author, teacher.get, writer, config.teacher_signal)
@@ -137,8 +137,7 @@ def trainer_logprobs(student: Student, records: list[cache.Record]) -> np.ndarra
 
 def generator_logprobs(run: Run, student: Student, records: list[cache.Record]) -> np.ndarray:
     """The same logprobs at temperature 1 by the rollout engine, forced along the completions."""
-    author = setup.student_author(run, student, 0)
-    sampling = type(author.sampling)(author.sampling.max_new_tokens)
+    sampling = Sampling(run.config.rollout.max_new_tokens)
     with student.autocast():
         completions = generate(
             student.model, [r.prompt_ids for r in records], [0] * len(records), sampling, vocab_size=student.vocab_size,

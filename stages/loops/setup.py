@@ -30,6 +30,8 @@ class Vocabulary:
 def shared_vocabulary(config: Config) -> Vocabulary:
     """Compares the two tokenizers; reads configurations and tokenizers only."""
     models = config.models
+    if not models.teacher_model:
+        raise UserError("teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without.")
     student = checkpoints.load_tokenizer(models.student_model, models.student_revision)
     teacher = checkpoints.load_tokenizer(models.teacher_model, models.teacher_revision)
     rows = [
@@ -44,12 +46,17 @@ def shared_vocabulary(config: Config) -> Vocabulary:
 
 def cached_vocabulary(config: Config) -> Vocabulary:
     """The cut that stage one chose, read from the cache: stage two needs no teacher files."""
+    return vocabulary_of(config, config.cache_root)
+
+
+def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
+    """The student's tokenizer and the cut of the cache at `cache_root`; UserError if that is of another tokenizer."""
     tokenizer = checkpoints.load_tokenizer(config.models.student_model, config.models.student_revision)
-    must_match = cache.open(config.cache_root).fingerprint.must_match
+    must_match = cache.open(cache_root).fingerprint.must_match
     own = vocabulary_fingerprint(tokenizer, must_match["vocab_size"])
     if own != must_match["tokenizer"]:
         raise UserError(
-            f"{config.cache_root} was written with another tokenizer (its map of the first {must_match['vocab_size']} ids"
+            f"{cache_root} was written with another tokenizer (its map of the first {must_match['vocab_size']} ids"
             f" hashes to {must_match['tokenizer']}, that of {config.models.student_model} to {own}); train a student of"
             " that family, or write a cache of its own."
         )

@@ -7,6 +7,8 @@ samples depends on its seed and its logits, not on the batch around it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_utils import PreTrainedModel
+
+from dualkl import Head
+from dualkl.heads import prepare_head
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,35 @@ def generate(
     was_training = model.training
     model.eval()
     done: list[Completion] = []
-    for start in range(0, len(prompts), micro_batch):
-        part = slice(start, start + micro_batch)
-        given = forced[part] if forced is not None else None
-        done += _generate_batch(model, prompts[part], seeds[part], sampling, vocab_size, eos_ids, pad_id, given)
+    with _float32_logits(model):
+        for start in range(0, len(prompts), micro_batch):
+            part = slice(start, start + micro_batch)
+            given = forced[part] if forced is not None else None
+            done += _generate_batch(model, prompts[part], seeds[part], sampling, vocab_size, eos_ids, pad_id, given)
     model.train(was_training)
     return done
+
+
+@contextmanager
+def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
+    """The lm_head with float32 results, as in the loss: rounded to bfloat16, logits near 25 move by up to 1/16 nat."""
+    output = model.get_output_embeddings()
+    head = Head(output.weight.detach(), bias=getattr(output, "bias", None))
+    prepared = None
+
+    def logits(hidden: Tensor) -> Tensor:
+        nonlocal prepared
+        with torch.autocast(hidden.device.type, enabled=False):
+            if prepared is None or prepared.weight_Vd.device != hidden.device:
+                prepared = prepare_head(head, hidden, len(head.weight))
+            flat = hidden.reshape(-1, hidden.shape[-1]).to(prepared.weight_Vd.dtype)
+            return prepared.logits(flat).unflatten(0, hidden.shape[:-1])
+
+    output.forward = logits
+    try:
+        yield
+    finally:
+        del output.forward
 
 
 def sampling_logprobs(logits: Float[Tensor, "B V"], sampling: Sampling, vocab_size: int) -> Float[Tensor, "B V"]:

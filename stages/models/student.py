@@ -101,7 +101,17 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
             raise UserError(
                 f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
             )
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        names = {
+            name
+            for name, _ in model.named_parameters()
+            if "lm_head" in name and ("lora_" in name or "modules_to_save" in name)
+        }
+        if names or model.active_peft_config.modules_to_save:
+            raise UserError(
+                f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
+            )
+        return model
     targets = config.lora.lora_targets
     names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     if isinstance(names, list) and "lm_head" in names:

@@ -123,7 +123,11 @@ def plain_model_fits(config: Config, world: World) -> bool:
 
 
 def _load_plain(config: Config, world: World) -> Teacher:
-    model = load_plain_model(config, world)
+    return plain_teacher(load_plain_model(config, world), world)
+
+
+def plain_teacher(model: PreTrainedModel, world: World) -> Teacher:
+    """A model that is loaded already, as a scoring teacher; no second copy."""
     return Teacher(_Backbone(model), checkpoints.head_of(model), world.device)
 
 

@@ -12,7 +12,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from stages.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: optimizer steps done, and the refresh whose rows are being trained on."""
+    """Where training stands: optimizer steps done, the refresh whose rows are being trained on, and the policy hash that
+    wrote each refresh since (rows of this run by any other policy come from a trajectory that was given up)."""
 
     step: int
     refresh_index: int
+    policies: dict[int, str] = field(default_factory=dict)
 
 
 def latest(folder: Path) -> Path | None:
@@ -41,7 +43,8 @@ def latest(folder: Path) -> Path | None:
 
 def read_position(path: Path) -> Position:
     with _explained(path):
-        return Position(**json.loads((path / "state.json").read_bytes()))
+        state = json.loads((path / "state.json").read_bytes())
+        return Position(state["step"], state["refresh_index"], {int(k): v for k, v in state["policies"].items()})
 
 
 @contextmanager
@@ -51,7 +54,16 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."

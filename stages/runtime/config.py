@@ -38,7 +38,7 @@ class ModelSection(Section):
     student_model: str = Field("Qwen/Qwen3-4B", description="hub name or folder")
     student_revision: str = Field("main", description="branch, tag or commit on the hub")
     student_adapter: str = Field("", description="a LoRA adapter to start from (use_lora)")
-    teacher_model: str = Field("Qwen/Qwen3-32B", description="hub name or folder")
+    teacher_model: str = Field("Qwen/Qwen3-32B", description="hub name or folder; empty: none at hand")
     teacher_revision: str = Field("main", description="branch, tag or commit on the hub")
     teacher_dtype: Literal["bf16", "fp32"] = Field("bf16", description="teacher's compute and stored hidden states")
     teacher_ds_zero3: bool = Field(True, description="shard the teacher over all processes with DeepSpeed ZeRO-3")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from stages.runtime.errors import UserError
+
+# A rank without a unit waits for one that generates: longer than the libraries' ten minutes. A dead rank is the launcher's to see.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def start(device: str) -> World:
             raise UserError(
                 "DeepSpeed for the student needs GPUs (accelerate falls back to plain DDP on a CPU); use torchrun."
             )
-    accelerator = Accelerator(cpu=use_cpu, step_scheduler_with_optimizer=False)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=use_cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience])
     return World(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
 
 
@@ -79,4 +85,4 @@ def ensure_process_group(world: World) -> None:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         backend = "gloo" if world.device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)

@@ -124,5 +124,6 @@ def _start_wandb(config: Config) -> Any:
         mode=config.log.wandb_mode,
         dir=str(config.run_folder),
         config=config.model_dump(),
+        id=f"{config.run.run_name}-{config.run.seed}",
         resume="allow",
     )

@@ -40,7 +40,7 @@ class OpenShard:
     def append(self, record: Record, signal: bytes | None) -> None:
         self.row_ids.append(record.row_id)
         self.seen.add(record.row_id)
-        self._index.add(record, len(signal or b""))
+        self._index.add(record)
         self._records.append(record)
         self._signals.append(signal)
         self._tokens += len(record.completion_ids)
@@ -68,6 +68,7 @@ class OpenShard:
     def _write_batch(self) -> None:
         first = not self._batches
         self._ipc.write_batch(to_batch(self._records, self._signals))
+        self._index.add_signals(_stored_bytes(self._signals))
         data = self._sink.take()
         start = _schema_end(data) if first else 0
         message = memoryview(data)[start:]
@@ -110,13 +111,16 @@ class _RowIndex:
         }  # fmt: skip
         self._statistics = Statistics()
 
-    def add(self, record: Record, signal_bytes: int) -> None:
+    def add_signals(self, num_bytes: int) -> None:
+        self._statistics.signal_bytes += num_bytes
+
+    def add(self, record: Record) -> None:
         policy = (record.run_id, record.policy_step, record.policy_hash, record.refresh_index)
         self._lists["policy_of_row"].append(self._policies.setdefault(policy, len(self._policies)))
         self._lists["prompt_ids"].append(record.prompt_id)
         self._lists["num_prompt_tokens"].append(len(record.prompt_ids))
         self._lists["num_completion_tokens"].append(len(record.completion_ids))
-        self._statistics.add(record, signal_bytes)
+        self._statistics.add(record)
 
     def columns(self) -> dict[str, Any]:
         policies = [list(policy) for policy in self._policies]
@@ -131,8 +135,18 @@ def _metadata() -> dict[str, str]:
     }
 
 
+def _stored_bytes(signals: list[bytes | None]) -> int:
+    """What the signals of a batch take in the file: their buffer as Arrow compresses it."""
+    joined = b"".join(signal for signal in signals if signal is not None)
+    return len(_arrow_codec().compress(joined)) if joined else 0
+
+
+def _arrow_codec() -> pa.Codec:
+    return pa.Codec("zstd", compression_level=3)
+
+
 def _options() -> ipc.IpcWriteOptions:
-    return ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3), use_threads=False)
+    return ipc.IpcWriteOptions(compression=_arrow_codec(), use_threads=False)
 
 
 def _schema_end(data: bytes) -> int:

@@ -18,7 +18,7 @@ HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
 
 @dataclass
 class Statistics:
-    """Sums over rows; `histograms` are of per-token values: entropies in nats, tail mass as a probability."""
+    """Sums over rows; `signal_bytes` is what signals take in the shard; `histograms` are of per-token values: entropies in nats, tail mass as a probability."""
 
     rows: int = 0
     prompt_tokens: int = 0
@@ -27,11 +27,10 @@ class Statistics:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
 
-    def add(self, record: Record, signal_bytes: int) -> None:
+    def add(self, record: Record) -> None:
         self.rows += 1
         self.prompt_tokens += len(record.prompt_ids)
         self.scored_tokens += len(record.completion_ids)
-        self.signal_bytes += signal_bytes
         self.finish_reasons[record.finish_reason] += 1
         tail = None if record.log_tail_mass is None else np.exp(record.log_tail_mass)
         values = (record.behaviour_entropy, record.teacher_entropy, tail)

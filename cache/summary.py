@@ -20,7 +20,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     """Plain JSON: counts, sizes in bytes, policies, and quantiles over tokens (entropies in nats, tail mass a share).
 
     `bytes` are all bytes of the cache that count: shards, commit records, fingerprint, tokenizer and teacher head;
-    `signal_bytes` those of the packed signals. Both per scored token are None without rows.
+    `signal_bytes` those that packed signals take in the shards. Both per scored token are None without rows.
     """
     records, index = snapshot.commit_records(), snapshot.index
     totals = merge(record.statistics for record in records)

@@ -26,7 +26,7 @@ class CommitResult:
         rows: rows that this commit made exist.
         scored_tokens: their completion tokens.
         num_bytes: bytes of the shard and of its commit record.
-        signal_bytes: bytes of the packed signals.
+        signal_bytes: bytes that the packed signals take in the shard.
         rows_left_out: appended rows that were committed already, under any unit, and were not written again.
     """
 

@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
 def token_rows(tokenizer: PreTrainedTokenizerFast, path: Path) -> list[np.ndarray]:
     """Each record of a JSONL file as one text of chat turns, tokenised."""
     texts = []
-    for line in read_text(path).splitlines():
+    for line in filter(None, read_text(path).split("\n")):
         turns = json.loads(line)["messages"]
         texts.append("".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns))
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -170,6 +170,22 @@ def compress(
     return Compressed(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+@torch.no_grad()
+def compress_logits(
+    logits: Float[Tensor, "N V"], sampled_ids: Int[Tensor, " N"], *, k: int, p: float = 1.0, floor: int = 1
+) -> Compressed:
+    """As `compress`, of logits that exist already and are cut to the vocabulary; they are not changed.
+
+    Raises:
+        ValueError: k, p or floor out of range, or shapes that do not fit together.
+    """
+    check_shape("logits", logits, (sampled_ids.shape[0], None))
+    if not 0 < p <= 1 or not 1 <= floor <= k:
+        raise ValueError(f"k is {k}, p {p}, floor {floor}; expected 1 <= floor <= k and p in (0, 1].")
+    copied_NV = logits.to(statistics_dtype(logits), copy=True)
+    return Compressed(*_compress_chunk(copied_NV, sampled_ids, min(k, logits.shape[1]), p, floor))
+
+
 def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floor: int) -> tuple[Tensor, ...]:
     """The fields of `Compressed` for some positions. Overwrites the logits."""
     logprobs_NV = log_normalise_(logits_NV)

@@ -53,6 +53,7 @@ class Setting:
 
     k: int
     p: float
+    floor: int = 1
     num_bytes: int = 0
     num_kept: int = 0
     errors: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # |ΔR|, |ΔF|, |Δλ|
@@ -60,7 +61,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"top-{self.k}" if self.p == 1 else f"nucleus {self.p:g}, at most {self.k}"
+        return f"top-{self.k}" if self.p == 1 else f"nucleus {self.p:g}, {self.floor} to {self.k}"
 
 
 def main() -> None:
@@ -97,7 +98,8 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
     config = loss_config(run.config, student.vocab_size)
     sizes = sorted({min(k, student.vocab_size) for k in SIZES})
     settings = [Setting(k, 1.0) for k in sizes]
-    settings += [Setting(min(MOST_OF_NUCLEUS, student.vocab_size), p) for p in MASSES]
+    most = min(MOST_OF_NUCLEUS, student.vocab_size)
+    settings += [Setting(most, p, min(run.config.teacher_signal.signal_floor, most)) for p in MASSES]
     head = dual_kl_head(snapshot.head(), run.world.device)
     tokens, exact = 0, {"rkl": 0.0, "fkl": 0.0, "gate": 0.0, "gradient": 0.0}
     student.model.eval()
@@ -165,9 +167,17 @@ def _stored(
 
 def _compress(teacher: AnyTeacher, targets: Tensor, setting: Setting, vocab_size: int) -> Compressed:
     if isinstance(teacher, HiddenTeacher):
-        return compress(teacher.hidden, teacher.lm_head, targets, k=setting.k, p=setting.p, vocab_size=vocab_size)
+        return compress(
+            teacher.hidden,
+            teacher.lm_head,
+            targets,
+            k=setting.k,
+            p=setting.p,
+            floor=setting.floor,
+            vocab_size=vocab_size,
+        )
     assert isinstance(teacher, LogitsTeacher)
-    return compress_logits(teacher.logits[:, :vocab_size], targets, k=setting.k, p=setting.p)
+    return compress_logits(teacher.logits[:, :vocab_size], targets, k=setting.k, p=setting.p, floor=setting.floor)
 
 
 def _result(setting: Setting, tokens: int, squared_gradient: float) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_scoring_batches_put_like_lengths_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "signal",
     [
-        SignalSection(signal="topk", signal_k=5), SignalSection(signal="nucleus", signal_k=9, signal_p=0.7),
+        SignalSection(signal="topk", signal_k=5), SignalSection(signal="nucleus", signal_k=9, signal_p=0.7, signal_floor=2),
         SignalSection(signal="topk", signal_k=1000), SignalSection(signal="hidden"), SignalSection(signal="full"),
     ],
     ids=lambda signal: f"{signal.signal}-{signal.signal_k}",
@@ -175,7 +175,7 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
         assert np.array_equal(columns["signal_hidden"], to_numpy(hidden))
         return
     p = signal.signal_p if signal.signal == "nucleus" else 1.0
-    ids, kept, tails = reference.compress(logits, signal.signal_k, p)
+    ids, kept, tails = reference.compress(logits, signal.signal_k, p, signal.signal_floor)
     assert [[i for i in row if i >= 0] for row in columns["signal_ids"].tolist()] == ids
     for row in range(7):
         np.testing.assert_allclose(columns["signal_logprobs"][row, : len(kept[row])], kept[row], **close)
@@ -229,7 +229,7 @@ def teacher_logits(model: Any, record: cache.Record) -> torch.Tensor:
 
 @pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
 def test_a_committed_row_says_what_the_plain_teacher_says(tmp_path: Path, teacher_model: Any, signal: str) -> None:
-    _, snapshot, num_units = written(tmp_path, signal=signal, signal_k=8, signal_p=0.9)
+    _, snapshot, num_units = written(tmp_path, signal=signal, signal_k=8, signal_p=0.9, signal_floor=2)
     assert num_units == 2
     assert len(snapshot) == 12
     assert snapshot.verify() == []
@@ -258,7 +258,7 @@ def check_signal(
         np.testing.assert_allclose(signal.states @ head.weight.T, logits, atol=1e-3)
         return
     assert isinstance(signal, cache.TopK)
-    ids, kept, tails = reference.compress(logits, 8, p)
+    ids, kept, tails = reference.compress(logits, 8, p, floor=2)
     for t, (row, values) in enumerate(zip(ids, kept, strict=True)):
         assert [i for i in signal.ids[t].tolist() if i >= 0] == row
         np.testing.assert_allclose(signal.logprobs[t][: len(row)], values, atol=1 / 32)

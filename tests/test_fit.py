@@ -257,7 +257,7 @@ def plain_logits(model: Any, record: cache.Record) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("signal", "keys"),
     [
-        ("topk", {}), ("nucleus", {"signal_p": 0.9}), ("hidden", {}), ("full", {}), ("hidden", {"temperature": 2.0}),
+        ("topk", {}), ("nucleus", {"signal_p": 0.9, "signal_floor": 2}), ("hidden", {}), ("full", {}), ("hidden", {"temperature": 2.0}),
         ("topk", {"gating": "hard"}), ("topk", {"rkl": "mc", "fkl": "argmax"}), ("hidden", {"gating": "fixed", "mix": 0.3}),
     ],
     ids=str,
@@ -270,7 +270,7 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     signal: str,
     keys: dict[str, Any],
 ) -> None:
-    stored = {"signal": signal, "signal_k": 4} | {k: v for k, v in keys.items() if k == "signal_p"}
+    stored = {"signal": signal, "signal_k": 4} | {k: v for k, v in keys.items() if k.startswith("signal_")}
     run = step_run(tmp_path, caches(**stored), **(stored | keys))
     student = student_of(run)
     training = fit.prepare(run, student)
@@ -283,7 +283,9 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     teacher_logits = torch.cat([plain_logits(teacher_model, r) for r in records]).double()
     teacher: dict[str, Any] = {"logits": teacher_logits}
     if signal in ("topk", "nucleus"):
-        ids, logprobs, tails = reference.compress(teacher_logits, 4, keys.get("signal_p", 1.0))
+        ids, logprobs, tails = reference.compress(
+            teacher_logits, 4, keys.get("signal_p", 1.0), keys.get("signal_floor", 1)
+        )
         width = max(map(len, ids))
         teacher = {
             "ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids]),

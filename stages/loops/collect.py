@@ -214,6 +214,7 @@ def teacher_columns(
         targets_N,
         k=k,
         p=signal.signal_p if kind == "nucleus" else 1.0,
+        floor=min(signal.signal_floor, k) if kind == "nucleus" else 1,
         vocab_size=vocab_size,
     )
     columns = {

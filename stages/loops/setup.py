@@ -70,7 +70,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     if signal.signal in ("topk", "nucleus"):
         kept["k"] = min(signal.signal_k, vocabulary.size)
     if signal.signal == "nucleus":
-        kept["p"] = signal.signal_p
+        kept |= {"p": signal.signal_p, "floor": min(signal.signal_floor, vocabulary.size)}
     must_match = {
         "teacher": checkpoints.identity(models.teacher_model, models.teacher_revision),
         "teacher_dtype": models.teacher_dtype,

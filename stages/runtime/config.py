@@ -79,6 +79,7 @@ class SignalSection(Section):
     signal: Literal["topk", "nucleus", "hidden", "full"] = Field("topk", description="what is kept of the teacher")
     signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus")
     signal_p: Finite = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
+    signal_floor: int = Field(4, ge=1, description="fewest ids kept by nucleus")
 
 
 class LossSection(Section):
@@ -280,6 +281,10 @@ def _check(config: Config) -> None:
     if config.train.micro_batch_tokens != "auto" and config.train.micro_batch_tokens < 1:
         raise UserError(
             f"config key micro_batch_tokens must be at least 1 or auto, got {config.train.micro_batch_tokens}."
+        )
+    if signal.signal == "nucleus" and signal.signal_floor > signal.signal_k:
+        raise UserError(
+            f"signal_floor {signal.signal_floor} is above signal_k {signal.signal_k}, the most ids kept; lower it."
         )
     if config.refresh.rollouts_per_refresh % rollout.group_size:
         raise UserError(

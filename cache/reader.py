@@ -138,6 +138,13 @@ class Snapshot(Sequence[Record]):
         """The commit record of each shard, sorted by file name."""
         return list(self._shards)
 
+    def shard_paths(self) -> list[str]:
+        """Paths of the committed shards, in the order of `commit_records`, for other Arrow readers.
+
+        They check no digest, and a row that two units hold is in two of these files.
+        """
+        return [str(self.root / record.shard) for record in self._shards]
+
     def summary(self) -> dict[str, Any]:
         """Rows, scored tokens, bytes, policies and quantiles as plain JSON (see `cache.summary`); reads no shard."""
         from cache.summary import summarise

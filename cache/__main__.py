@@ -8,8 +8,9 @@ import os
 import sys
 
 from cache.reader import Snapshot, open_cache
+from cache.repair import repair
 from cache.schema import CacheError
-from cache.soundness import verify
+from cache.soundness import Finding, verify
 from cache.view import record_text, summary_text
 
 DAMAGED, WRONG_INPUT = 1, 2
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
     which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
     check = commands.add_parser("verify", help="check every digest and every row; exit code 1 if anything is wrong")
+    check.add_argument(
+        "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
+    )
     for command in (summary, show, check):
         command.add_argument("root", metavar="ROOT", help="directory of the cache")
     return parser
@@ -73,6 +77,8 @@ def _position(snapshot: Snapshot, args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     findings = verify(args.root)
+    if findings and args.repair:
+        findings = _repair(args.root, findings)
     for finding in findings:
         print(finding)
     if findings:
@@ -80,6 +86,16 @@ def _verify(args: argparse.Namespace) -> int:
         return DAMAGED
     print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
     return 0
+
+
+def _repair(root: str, findings: list[Finding]) -> list[Finding]:
+    """Says what was damaged and what was withdrawn; returns the faults that are left."""
+    for finding in findings:
+        print(finding)
+    withdrawn, left = repair(root)
+    for name in withdrawn:
+        print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
+    return left
 
 
 if __name__ == "__main__":

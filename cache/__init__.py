@@ -9,6 +9,7 @@ from cache.reader import Snapshot
 from cache.reader import open_cache as open
 from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
 from cache.soundness import Finding, verify
+from cache.stream import stream
 from cache.writer import CommitResult, Writer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TopK",
     "Writer",
     "open",
+    "stream",
     "to_float32",
     "verify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 
 BATCH_MEMORY_BYTES = 256 * 2**20
 PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Rows of one record batch: batch number `batch` of a shard, and which of its rows, in the file's order."""
+
+    shard: CommitRecord
+    batch: int
+    rows: npt.NDArray[np.int64]
 
 
 def open_cache(root: str | PathLike[str]) -> Snapshot:
@@ -125,6 +135,21 @@ class Snapshot(Sequence[Record]):
             rows["num_completion_tokens"] += record.num_completion_tokens
             rows["unit"] += [record.unit] * len(record.row_ids)
         return pa.table(rows, schema=_INDEX_SCHEMA).take(pa.array(self._kept))
+
+    def places(self) -> list[Place]:
+        """Where all rows lie, each once: the record batches with rows of this snapshot, by the least row id of each."""
+        batches = [(record, batch) for record in self._shards for batch in range(len(record.batches))]
+        ends = np.cumsum([record.batches[batch].num_rows for record, batch in batches], dtype=np.int64)
+        used, least = np.unique(np.searchsorted(ends, self._kept, side="right"), return_index=True)
+        rows = np.split(np.sort(self._kept), np.searchsorted(np.sort(self._kept), ends[used[:-1]]))
+        starts = ends[used] - [batches[i][0].batches[batches[i][1]].num_rows for i in used]
+        found = [(*batches[number], rows[i] - starts[i]) for i, number in enumerate(used.tolist())]
+        return [Place(*found[i]) for i in np.argsort(least).tolist()]
+
+    def read_place(self, place: Place) -> list[Record]:
+        """The rows of a place, decoded; nothing of the batch is kept. CacheError if its bytes are damaged."""
+        rows = self._batches.read(place.shard, place.batch)
+        return [rows.record(row) for row in place.rows.tolist()]
 
     def head(self) -> TeacherHead | None:
         """The teacher's head, memory-mapped and checked; None in a cache that has none."""
@@ -226,14 +251,21 @@ class _Batches:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        rows = BatchRows(read_batch(self._root, record, index, check=key not in self._checked))
-        if rows.batch.num_rows != record.batches[index].num_rows:
-            raise CacheError(f"{self._root / record.shard} lacks rows of its commit record. {advice(record)}")
+        rows = self.read(record, index)
         with self._lock:
-            self._checked.add(key)
             if key not in self._kept:
                 self._kept[key] = rows
                 self._num_bytes += rows.batch.nbytes
             while self._num_bytes > BATCH_MEMORY_BYTES and len(self._kept) > 1:
                 self._num_bytes -= self._kept.popitem(last=False)[1].batch.nbytes
+        return rows
+
+    def read(self, record: CommitRecord, index: int) -> BatchRows:
+        """A batch that is not kept here; its digest is compared if it is read for the first time."""
+        key = (record.shard, index)
+        rows = BatchRows(read_batch(self._root, record, index, check=key not in self._checked))
+        if rows.batch.num_rows != record.batches[index].num_rows:
+            raise CacheError(f"{self._root / record.shard} lacks rows of its commit record. {advice(record)}")
+        with self._lock:
+            self._checked.add(key)
         return rows

@@ -26,7 +26,7 @@ def repair(root: str | PathLike[str]) -> tuple[list[str], list[Finding]]:
     for shard in shards:
         if shard is not None and shard not in left:
             (path / shard).unlink(missing_ok=True)
-    remaining = verify(path) if names or (path / commit.FINGERPRINT).exists() else []
+    remaining = verify(path) if left or (path / commit.FINGERPRINT).exists() else []
     return names, remaining
 
 

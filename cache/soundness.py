@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,10 +50,14 @@ def verify(root: str | PathLike[str]) -> list[Finding]:
     if not (path / commit.FINGERPRINT).exists() and not record_names:
         raise CacheError(f"{path} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
     findings = _collect(path, commit.FINGERPRINT, partial(_verify_fingerprint, path))
-    findings += _collect(path, commit.HEAD, partial(_verify_head, path))
     fingerprint = None if findings else load_fingerprint(path)
+    head_findings = _collect(path, commit.HEAD, partial(_verify_head, path))
+    head = None if head_findings else head_digest(path)
+    findings += head_findings
     for name in record_names:
-        findings += _collect(path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint), name)
+        findings += _collect(
+            path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint, head), name
+        )
     return findings
 
 
@@ -85,20 +90,37 @@ def _verify_fingerprint(root: Path) -> Iterator[Finding]:
 
 def _verify_head(root: Path) -> Iterator[Finding]:
     head = load_head(root)
+    if head is None and _names_a_head(root):
+        remedy = "Rerun stage one with the settings that wrote the cache: it writes the head again."
+        yield Finding(commit.HEAD, f"{root / commit.HEAD} is missing, though commit records name a head. {remedy}")
     if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
         yield Finding(commit.HEAD, f"{root / commit.HEAD}: bias and weight of the head differ in length.")
 
 
-def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None) -> Iterator[Finding]:
+def _names_a_head(root: Path) -> bool:
+    """Whether any readable commit record was written with a head."""
+    for name in commit.record_names(root):
+        with contextlib.suppress(CacheError, OSError):
+            if commit.read_record(root, name).head_sha256 is not None:
+                return True
+    return False
+
+
+def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, head: str | None) -> Iterator[Finding]:
     record = commit.read_record(root, name)
     finding = partial(Finding, record.shard, record=name)
     path = root / record.shard
     if name != record.name:
-        yield finding(f"{root / commit.COMMITS / name} should be called {record.name}; give it that name.")
+        misnamed = root / commit.COMMITS / name
+        yield Finding(f"{commit.COMMITS}/{name}", f"{misnamed} should be called {record.name}; give it that name.")
     if fingerprint and record.fingerprint != fingerprint.digest:
-        yield finding(f"{path} was written under another fingerprint than the cache's. {advice(record)}")
-    if record.head_sha256 != head_digest(root):
-        yield finding(f"{path} was written with another teacher head than the cache's. {advice(record)}")
+        advised = (
+            "Put the fingerprint.json of these rows back, or move the shard and its record to a cache of their own."
+        )
+        yield Finding(record.shard, f"{path} was written under another fingerprint than the cache's. {advised}")
+    if head is not None and record.head_sha256 != head:
+        advised = "Put the head.json of these rows back, or move the shard and its record to a cache of their own."
+        yield Finding(record.shard, f"{path} was written with another teacher head than the cache's. {advised}")
     if not path.exists():
         yield finding(f"{path} is missing, though a commit record names it. {advice(record)}")
         return

@@ -151,3 +151,24 @@ def test_repair_leaves_what_withdrawing_rows_does_not_mend(tmp_path: Path, capsy
     assert main(["verify", "--repair", str(tmp_path)]) == 1
     assert "head" in capsys.readouterr().out
     assert len(commit.record_names(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", [commit.HEAD, commit.FINGERPRINT])
+@pytest.mark.parametrize("harm", ["flip", "missing", "foreign"])
+def test_repair_keeps_every_sound_shard_whatever_happened_beside_them(tmp_path: Path, name: str, harm: str) -> None:
+    root = tmp_path / "cache"
+    three_shards(root, "hidden")
+    other = tmp_path / "other"
+    changed = fingerprint("hidden", teacher="another@1")
+    with cache.Writer(other, changed, head=head(1)) as writer:
+        writer.append(record(0, "hidden"))
+        writer.commit("unit")
+    path = root / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    {"flip": lambda: path.write_bytes(data), "missing": path.unlink,
+     "foreign": lambda: path.write_bytes((other / name).read_bytes())}[harm]()  # fmt: skip
+    withdrawn, left = repair(root)
+    assert withdrawn == []
+    assert left
+    assert len(commit.record_names(root)) == len(list((root / commit.SHARDS).glob("*.arrow"))) == 3

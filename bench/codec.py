@@ -38,7 +38,7 @@ from dualkl import DualKLConfig, TopKTeacher, dual_kl
 from dualkl.targets import compress
 
 LENGTH = 512  # tokens of a training sequence and of a rollout that is stored
-SCORING_RATE = 8_055  # tokens/s at which a 32B teacher scores on one H200 (docs/cache.md)
+FLOOR = 4  # fewest ids of a nucleus, as signal_floor has it
 TERMS = {"recommended": (0, 1, 2, 3, 4, "sqrt"), "budget": (0, 1, "sqrt")}
 
 
@@ -138,7 +138,6 @@ class Format:
     name: str
     encode: Callable[[list[cache.TopK]], list[bytes]]
     decode: Callable[[list[bytes]], list[cache.TopK]]
-    k: int | None = None  # keeps its own number of ids
 
 
 def packed() -> Format:
@@ -152,12 +151,9 @@ def raw() -> Format:
     def decode(blobs: list[bytes]) -> list[cache.TopK]:
         found = []
         for blob in blobs:
-            width = (len(blob) // LENGTH - 4) // 8 if len(blob) % LENGTH == 0 else None
-            assert width is not None
-            size = LENGTH * width
-            ids = np.frombuffer(blob, np.int32, size).reshape(LENGTH, width)
-            logprobs = np.frombuffer(blob, np.float32, size, 4 * size).reshape(LENGTH, width)
-            found.append(cache.TopK(ids, logprobs, np.frombuffer(blob, np.float32, LENGTH, 8 * size)))
+            numbers = np.frombuffer(blob, np.float32)
+            ids, logprobs = np.split(numbers[:-LENGTH].reshape(2 * LENGTH, -1), 2)
+            found.append(cache.TopK(ids.view(np.int32), logprobs, numbers[-LENGTH:]))
         return found
 
     return Format("raw int32 + fp32", encode, decode)
@@ -246,7 +242,7 @@ def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
             found.append(cache.TopK(ids, logprobs - total[:, None], tail - total))
         return found
 
-    return Format(f"DistillKit {config} (k {k})", encode, decode, k)
+    return Format(f"DistillKit {config} (k {k})", encode, decode)
 
 
 # Measuring
@@ -265,7 +261,9 @@ def top_k(states: torch.Tensor, head: torch.Tensor, k: int, p: float) -> list[ca
     found = []
     for start in range(0, len(states) // LENGTH * LENGTH, LENGTH):
         part = states[start : start + LENGTH]
-        kept = compress(part, head, torch.zeros(LENGTH, dtype=torch.long, device=part.device), k=k, p=p)
+        kept = compress(
+            part, head, torch.zeros(LENGTH, dtype=torch.long, device=part.device), k=k, p=p, floor=min(FLOOR, k)
+        )
         found.append(cache.TopK(*(t.cpu().numpy() for t in (kept.ids, kept.logprobs, kept.log_tail_mass))))
     return found
 
@@ -361,7 +359,7 @@ def matrices(states: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[str, ca
 
 
 def measure(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     pa.set_cpu_count(1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.teacher)
     read = arithmetic_rows if options.arithmetic else token_rows
@@ -373,13 +371,11 @@ def measure(options: argparse.Namespace) -> None:
             break
     states, head = hidden_states(options.teacher, rows, options.device)
     student_states, student_head = hidden_states(options.student, rows, options.device)
-    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0)) if options.shuffle else slice(None)
-    states, student_states = states[order], student_states[order]
     vocab_size = len(head)
     found: dict[str, Any] = {"vocab_size": vocab_size, "tokens": len(states) // LENGTH * LENGTH}
     forms = [packed(), raw(), arrow_zstd(), parquet_zstd()]
     k = min(64, vocab_size)
-    for name, p in ((f"top-{k}", 1.0), (f"nucleus 0.99, at most {k}", 0.99)):
+    for name, p in ((f"top-{k}", 1.0), (f"nucleus 0.99, {FLOOR} to {k}", 0.99)):
         exact = top_k(states, head, k, p)
         for form in forms:
             if form.name.startswith("raw") and p < 1:
@@ -391,7 +387,7 @@ def measure(options: argparse.Namespace) -> None:
         found[form.name] = measure_format(form, top_k(states, head, k, 1.0), student_states, student_head)
     for name, signal in matrices(states, head):
         found[name] = measure_matrix(signal)
-    found["machine"] = {"torch": torch.__version__, "device": options.device, "scoring_rate": SCORING_RATE}
+    found["machine"] = {"torch": torch.__version__, "device": options.device}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "codec.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
@@ -431,8 +427,6 @@ def main() -> None:
     look.add_argument("--texts", type=Path, required=True)
     look.add_argument("--arithmetic", action="store_true", help="the texts are the demo's problems")
     look.add_argument("--tokens", type=int, default=16_384)
-    look.add_argument("--threads", type=int, default=1)
-    look.add_argument("--shuffle", action="store_true", help="positions in random order")
     look.add_argument("--name", required=True)
     for command in (make, look):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

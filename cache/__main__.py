@@ -8,9 +8,9 @@ import os
 import sys
 
 from cache.reader import Snapshot, open_cache
-from cache.repair import repair
+from cache.repair import withdraw
 from cache.schema import CacheError
-from cache.soundness import Finding, verify
+from cache.soundness import verify
 from cache.view import record_text, summary_text
 
 DAMAGED, WRONG_INPUT = 1, 2
@@ -77,25 +77,17 @@ def _position(snapshot: Snapshot, args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     findings = verify(args.root)
-    if findings and args.repair:
-        findings = _repair(args.root, findings)
     for finding in findings:
         print(finding)
+    if args.repair and (withdrawn := withdraw(args.root, findings)):
+        for name in withdrawn:
+            print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
+        findings = [finding for finding in findings if finding.record is None]
     if findings:
         print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")
         return DAMAGED
     print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
     return 0
-
-
-def _repair(root: str, findings: list[Finding]) -> list[Finding]:
-    """Says what was damaged and what was withdrawn; returns the faults that are left."""
-    for finding in findings:
-        print(finding)
-    withdrawn, left = repair(root)
-    for name in withdrawn:
-        print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
-    return left
 
 
 if __name__ == "__main__":

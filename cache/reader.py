@@ -139,12 +139,13 @@ class Snapshot(Sequence[Record]):
     def places(self) -> list[Place]:
         """Where all rows lie, each once: the record batches with rows of this snapshot, by the least row id of each."""
         batches = [(record, batch) for record in self._shards for batch in range(len(record.batches))]
-        ends = np.cumsum([record.batches[batch].num_rows for record, batch in batches], dtype=np.int64)
-        used, least = np.unique(np.searchsorted(ends, self._kept, side="right"), return_index=True)
-        rows = np.split(np.sort(self._kept), np.searchsorted(np.sort(self._kept), ends[used[:-1]]))
-        starts = ends[used] - [batches[i][0].batches[batches[i][1]].num_rows for i in used]
-        found = [(*batches[number], rows[i] - starts[i]) for i, number in enumerate(used.tolist())]
-        return [Place(*found[i]) for i in np.argsort(least).tolist()]
+        sizes = [record.batches[batch].num_rows for record, batch in batches]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        batch_of_row = np.searchsorted(ends, self._kept, side="right")
+        rows: dict[int, list[int]] = {}  # by batch, in the order of the least row id
+        for batch, row in zip(batch_of_row.tolist(), self._kept.tolist(), strict=True):
+            rows.setdefault(batch, []).append(row)
+        return [Place(*batches[b], np.sort(np.array(own, np.int64)) - (ends[b] - sizes[b])) for b, own in rows.items()]
 
     def read_place(self, place: Place) -> list[Record]:
         """The rows of a place, decoded; nothing of the batch is kept. CacheError if its bytes are damaged."""

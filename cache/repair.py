@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
 from cache import commit
 from cache.schema import CacheError
-from cache.soundness import Finding, verify
+from cache.soundness import Finding
 
 
-def repair(root: str | PathLike[str]) -> tuple[list[str], list[Finding]]:
-    """Removes the commit record of every damaged shard, then the shard; rows of other shards are not touched.
+def withdraw(root: str | PathLike[str], findings: Iterable[Finding]) -> list[str]:
+    """Removes the commit records that findings of `verify` name, then their shards; returns the records' names.
 
-    Returns the names of the withdrawn commit records, and what `verify` still finds (fingerprint, tokenizer, head:
-    faults that withdrawing rows does not mend). CacheError where there is no cache.
+    Shards that another record names stay. Findings without a record (fingerprint, tokenizer, head, a file name) are
+    faults that withdrawing rows does not mend: they change nothing.
     """
     path = Path(root)
-    names = sorted({finding.record for finding in verify(path) if finding.record is not None})
-    shards = [_shard_of(path, name) for name in names]
+    names = sorted({finding.record for finding in findings if finding.record is not None})
+    shards = {_shard_of(path, name) for name in names}
     for name in names:
-        (path / commit.COMMITS / name).unlink(missing_ok=True)
-    left = {_shard_of(path, name) for name in commit.record_names(path)}
-    for shard in shards:
-        if shard is not None and shard not in left:
-            (path / shard).unlink(missing_ok=True)
-    remaining = verify(path) if left or (path / commit.FINGERPRINT).exists() else []
-    return names, remaining
+        commit.remove(path / commit.COMMITS / name)
+    for shard in shards - {_shard_of(path, name) for name in commit.record_names(path)} - {None}:
+        commit.remove(path / str(shard))
+    return names
 
 
 def _shard_of(root: Path, name: str) -> str | None:
     """The shard that a commit record names, or None where the record itself is damaged."""
-    with contextlib.suppress(CacheError, OSError):
+    with suppress(CacheError, OSError):
         return commit.read_record(root, name).shard
     return None

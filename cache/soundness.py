@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,11 +51,11 @@ def verify(root: str | PathLike[str]) -> list[Finding]:
     findings = _collect(path, commit.FINGERPRINT, partial(_verify_fingerprint, path))
     fingerprint = None if findings else load_fingerprint(path)
     head_findings = _collect(path, commit.HEAD, partial(_verify_head, path))
-    head = None if head_findings else head_digest(path)
+    heads = set() if head_findings else {head_digest(path)}
     findings += head_findings
     for name in record_names:
         findings += _collect(
-            path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint, head), name
+            path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint, heads), name
         )
     return findings
 
@@ -90,23 +89,12 @@ def _verify_fingerprint(root: Path) -> Iterator[Finding]:
 
 def _verify_head(root: Path) -> Iterator[Finding]:
     head = load_head(root)
-    if head is None and _names_a_head(root):
-        remedy = "Rerun stage one with the settings that wrote the cache: it writes the head again."
-        yield Finding(commit.HEAD, f"{root / commit.HEAD} is missing, though commit records name a head. {remedy}")
     if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
         yield Finding(commit.HEAD, f"{root / commit.HEAD}: bias and weight of the head differ in length.")
 
 
-def _names_a_head(root: Path) -> bool:
-    """Whether any readable commit record was written with a head."""
-    for name in commit.record_names(root):
-        with contextlib.suppress(CacheError, OSError):
-            if commit.read_record(root, name).head_sha256 is not None:
-                return True
-    return False
-
-
-def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, head: str | None) -> Iterator[Finding]:
+def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, heads: set[str | None]) -> Iterator[Finding]:
+    """Faults of one shard; `heads` holds the digest of the cache's head, or nothing where that is damaged itself."""
     record = commit.read_record(root, name)
     finding = partial(Finding, record.shard, record=name)
     path = root / record.shard
@@ -114,13 +102,9 @@ def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, head:
         misnamed = root / commit.COMMITS / name
         yield Finding(f"{commit.COMMITS}/{name}", f"{misnamed} should be called {record.name}; give it that name.")
     if fingerprint and record.fingerprint != fingerprint.digest:
-        advised = (
-            "Put the fingerprint.json of these rows back, or move the shard and its record to a cache of their own."
-        )
-        yield Finding(record.shard, f"{path} was written under another fingerprint than the cache's. {advised}")
-    if head is not None and record.head_sha256 != head:
-        advised = "Put the head.json of these rows back, or move the shard and its record to a cache of their own."
-        yield Finding(record.shard, f"{path} was written with another teacher head than the cache's. {advised}")
+        yield _foreign(root, record, commit.FINGERPRINT)
+    if heads and record.head_sha256 not in heads:
+        yield _foreign(root, record, commit.HEAD)
     if not path.exists():
         yield finding(f"{path} is missing, though a commit record names it. {advice(record)}")
         return
@@ -129,6 +113,12 @@ def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, head:
         yield from _locate(path, record, f"sha256 is {actual[:8]}…, its commit record says {record.shard_sha256[:8]}…")
     else:
         yield from _verify_rows(root, record, fingerprint)
+
+
+def _foreign(root: Path, record: CommitRecord, file: str) -> Finding:
+    """A sound shard beside a file that is not the one it was written with: withdrawing it would lose rows for nothing."""
+    remedy = f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
+    return Finding(record.shard, f"{root / record.shard} was written with another {file} than the cache's. {remedy}")
 
 
 def _locate(path: Path, record: CommitRecord, problem: str) -> Iterator[Finding]:

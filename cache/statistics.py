@@ -18,7 +18,10 @@ HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
 
 @dataclass
 class Statistics:
-    """Sums over rows; `signal_bytes` is what signals take in the shard; `histograms` are of per-token values: entropies in nats, tail mass as a probability."""
+    """Sums over rows; `signal_bytes` is what signals take in the shard.
+
+    `histograms` are of per-token values: entropies in nats, tail mass as a probability.
+    """
 
     rows: int = 0
     prompt_tokens: int = 0

@@ -180,8 +180,7 @@ def compress_logits(
         ValueError: k, p or floor out of range, or shapes that do not fit together.
     """
     check_shape("logits", logits, (sampled_ids.shape[0], None))
-    if not 0 < p <= 1 or not 1 <= floor <= k:
-        raise ValueError(f"k is {k}, p {p}, floor {floor}; expected 1 <= floor <= k and p in (0, 1].")
+    _check_kept(k, p, floor)
     copied_NV = logits.to(statistics_dtype(logits), copy=True)
     return Compressed(*_compress_chunk(copied_NV, sampled_ids, min(k, logits.shape[1]), p, floor))
 
@@ -211,16 +210,20 @@ def _nothing_compressed(k: int, like: Tensor) -> Compressed:
     return Compressed(ids, torch.empty(0, k, device=like.device), none, none.clone(), none.clone())
 
 
-def _check_compress(
-    hidden: Tensor, head: Head, sampled_ids: Tensor, k: int, p: float, floor: int, temperature: float
-) -> None:
-    check_temperature(temperature)
+def _check_kept(k: int, p: float, floor: int) -> None:
     if k < 1:
         raise ValueError(f"k is {k}; expected a number of ids >= 1.")
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; expected a mass in (0, 1].")
     if not 1 <= floor <= k:
         raise ValueError(f"floor is {floor}; expected a number of ids from 1 to k = {k}.")
+
+
+def _check_compress(
+    hidden: Tensor, head: Head, sampled_ids: Tensor, k: int, p: float, floor: int, temperature: float
+) -> None:
+    check_temperature(temperature)
+    _check_kept(k, p, floor)
     check_shape("hidden", hidden, (None, head.weight.shape[1]))
     check_shape("sampled_ids", sampled_ids, (hidden.shape[0],))
     check_integers("sampled_ids", sampled_ids)

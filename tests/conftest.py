@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,25 @@ def _model(name: str) -> Any:
     from stages.models import checkpoints
 
     return checkpoints.load_model(str(ROOT / "examples/arithmetic" / name), "main", torch.float32, "sdpa")
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The root of a cache of 16 rollouts with the signal asked for; written once."""
+    from tests.helpers import make_run
+    from tests.tiny_runs import TINY, student_of, write_rollouts
+
+    made: dict[tuple[Any, ...], str] = {}
+
+    def root(**values: Any) -> str:
+        key = tuple(values.items())
+        if key not in made:
+            run = make_run(tmp_path_factory.mktemp("cache"), **(TINY | values))
+            write_rollouts(run, student_of(run))
+            made[key] = run.config.cache_root
+        return made[key]
+
+    return root
 
 
 @pytest.fixture(scope="session")

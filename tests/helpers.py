@@ -189,3 +189,10 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name, tensor in left.items() if not torch.equal(tensor, right[name])]
     assert not different, f"{len(different)} of {len(left)} tensors differ, the first is {different[0]}"
+
+
+def refused(
+    forked: Forker, module: str, folder: Path, *parts: str, extra: list[str] | None = None, **values: Any
+) -> None:
+    """The command fails with one sentence that holds `parts`."""
+    forked.stage(f"stages.{module}", *small(folder, **values), *(extra or [])).expect_sentence(*parts)

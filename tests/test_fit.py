@@ -1,10 +1,7 @@
-"""Stage two: the gradient of a step however it is cut, resuming bit by bit, and what stops a run."""
+"""Stage two: the gradient and the loss of a step however it is cut, training, and what stops a run."""
 
-import errno
 import math
-import resource
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +15,20 @@ import cache
 from dualkl import Head
 from stages import train as stage_two
 from stages.data.batches import to_tensors
-from stages.data.prompts import Prompt
-from stages.loops import fit, refresh, setup
+from stages.loops import fit, setup
 from stages.models.student import Student
-from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
-from stages.runtime.metrics import read as read_metrics
 from stages.runtime.run import Run, open_run
 from tests import reference
-from tests.helpers import Forker, assert_same_weights, make_run, prompts_of, records_of, small, weights_in
+from tests.helpers import Forker, assert_same_weights, make_run, records_of, small, weights_in
+from tests.tiny_runs import TINY, step_run, stir, student_of, train, train_from, write_rollouts
 
 V = 230
-TINY: dict[str, Any] = {
-    "teacher_ds_zero3": "false", "rollouts_per_refresh": 16, "rollouts_per_unit": 8, "batch_size": 8, "max_steps": 6,
-    "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 16, "warmup_steps": 2, "trace_every": 0,
-}  # fmt: skip
-
-
-def student_of(run: Run) -> Student:
-    vocabulary = setup.shared_vocabulary(run.config)
-    return setup.current_student(run, vocabulary)[0]
-
-
-def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = None) -> None:
-    vocabulary = setup.shared_vocabulary(run.config)
-    with TeacherLoader(run.config, run.world) as teacher:
-        refresh.write_rollouts(
-            run, student, vocabulary, prompts or prompts_of(run.config), refresh_index=0, step=0, teacher=teacher
-        )
-
-
-def train(folder: Path, **values: Any) -> Run:
-    """Both stages in this process, from wherever the run in `folder` stands; with dropout, whose masks must resume too."""
-    run = make_run(folder, **(TINY | {"lora_dropout": 0.1} | values))
-    student = student_of(run)
-    if not (run.folder / "checkpoints").exists():
-        write_rollouts(run, student)
-    stage_two.train(run, student, setup.shared_vocabulary(run.config))
-    return run
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The root of a cache of 16 rollouts with the signal asked for; written once."""
-    made: dict[tuple[Any, ...], str] = {}
-
-    def root(**values: Any) -> str:
-        key = tuple(values.items())
-        if key not in made:
-            run = make_run(tmp_path_factory.mktemp("cache"), **(TINY | values))
-            write_rollouts(run, student_of(run))
-            made[key] = run.config.cache_root
-        return made[key]
-
-    return root
 
 
 # The gradient of a step
-
-
-def stir(student: Student, scale: float = 0.02) -> None:
-    """Moves LoRA's B away from zero, so that every adapter has a gradient."""
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in sorted(student.trainable.items()):
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=random) * scale)
 
 
 def gradient(run: Run) -> dict[str, torch.Tensor]:
@@ -120,11 +63,6 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def whole_gradient(caches: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Of a step of 16 rows in one forward."""
     return gradient(step_run(tmp_path_factory.mktemp("whole"), caches()))
-
-
-def step_run(folder: Path, cache_dir: str, **values: Any) -> Run:
-    """A run of steps of 16 rows over a cache that is there."""
-    return make_run(folder, **(TINY | {"cache_dir": cache_dir, "batch_size": 16} | values))
 
 
 SPLITS: list[dict[str, Any]] = [
@@ -330,14 +268,6 @@ def test_every_signal_trains(tmp_path: Path, caches: Callable[..., str], signal:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
-    """Stage two alone, on a cache that is there."""
-    run = make_run(folder, **(TINY | {"cache_dir": cache_dir} | values))
-    vocabulary = setup.cached_vocabulary(run.config)
-    stage_two.train(run, setup.current_student(run, vocabulary)[0], vocabulary)
-    return run
-
-
 def test_full_fine_tuning_trains_all_weights(tmp_path: Path, caches: Callable[..., str], student_model: Any) -> None:
     run = train_from(tmp_path, caches(), batch_size=16, max_steps=6, refresh_every=0, use_lora="false", lr=5e-4)
     losses = [step["loss"] for step in records_of(run.folder, "step")]
@@ -454,215 +384,12 @@ def test_rows_live_on_for_max_age_steps(tmp_path: Path) -> None:
     assert len(pool.row_ids) == 32
 
 
-# The probe at a refresh
-
-
-def test_an_adapter_that_does_not_generate_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, **TINY)
-    student = student_of(run)
-    write_rollouts(run, student)
-    stir(student, 0.2)
-    trainers = refresh.trainer_logprobs
-
-    def without_adapter(*arguments: Any) -> np.ndarray:
-        with student.model.disable_adapter():  # type: ignore[operator]
-            return trainers(*arguments)
-
-    monkeypatch.setattr(refresh, "trainer_logprobs", without_adapter)
-    with pytest.raises(UserError, match=r"generator and trainer disagree by"):
-        refresh.check_generator(run, student, 1)
-
-
-def test_a_student_that_did_not_move_is_an_error(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **TINY)
-    student = student_of(run)
-    write_rollouts(run, student)
-    refresh.check_generator(run, student, 1)
-    with pytest.raises(UserError, match="did not change between refresh 1 and 2"):
-        refresh.check_generator(run, student, 2)
-    stir(student)
-    assert refresh.check_generator(run, student, 2)["probe_moved"] > 0
-
-
-def test_the_first_refresh_is_compared_with_the_untrained_student(tmp_path: Path) -> None:
-    run = train(tmp_path)
-    assert records_of(run.folder, "refresh")[0]["probe_moved"] > 0
-
-
-# Resuming
-
-
-class Stop(Exception):
-    """Stands for a crash."""
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """Makes the next training crash at `place`."""
-    if place.startswith("step "):
-        step, last = fit.train_step, int(place.split()[1])
-
-        def stopping(run: Run, training: fit.Training, *arguments: Any) -> None:
-            if training.step == last:
-                raise Stop
-            step(run, training, *arguments)
-
-        monkeypatch.setattr(fit, "train_step", stopping)
-    elif place == "between units":
-        commit, count = cache.Writer.commit, [0]
-
-        def once(self: cache.Writer, unit: str) -> cache.CommitResult:
-            count[0] += 1
-            if "-g0001-" in unit and count[0] > 1:
-                raise Stop
-            return commit(self, unit)
-
-        monkeypatch.setattr(cache.Writer, "commit", once)
-    elif place == "before the probe":
-        monkeypatch.setattr(refresh, "check_generator", raising)
-    elif place == "while the probe is written":
-        write_text = Path.write_text
-
-        def half(self: Path, text: str, *arguments: Any, **keywords: Any) -> int:
-            if not self.name.startswith("probe"):
-                return write_text(self, text, *arguments, **keywords)
-            write_text(self, text[: len(text) // 2])
-            raise Stop
-
-        monkeypatch.setattr(Path, "write_text", half)
-    elif place == "after the probe":
-        check = refresh.check_generator
-        monkeypatch.setattr(refresh, "check_generator", lambda *a: [check(*a), raising()])
-    else:
-        assert place == "at the export"
-        monkeypatch.setattr(stage_two.students, "export", raising)
-
-
-def raising(*_: Any) -> Any:
-    raise Stop
-
-
-def crash(folder: Path, place: str, **values: Any) -> None:
-    """A training that ends at `place`."""
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, place)
-        with pytest.raises(Stop):
-            train(folder, **values)
-
-
-PLACES = ["step 1", "step 5", "between units", "while the probe is written"]
-MORE_PLACES = ["step 0", "step 2", "step 3", "step 4", "before the probe", "after the probe", "at the export"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("uninterrupted"))
-
-
-def assert_same_run(run: Run, expected: Run) -> None:
-    """Weights, optimizer state and random state bit by bit, rows, and the curve."""
-    assert_same_weights(weights_in(run.folder / "student"), weights_in(expected.folder / "student"))
-    left, right = (checkpoint.latest(r.folder / "checkpoints") for r in (run, expected))
-    assert left is not None
-    assert right is not None
-    assert left.name == right.name
-    assert_same_weights(weights_in(left), weights_in(right))
-    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (left, right)]
-    for key, state in states[0].items():
-        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
-    rows = [cache.open(r.config.cache_root) for r in (run, expected)]
-    assert rows[0].row_ids == rows[1].row_ids
-    assert rows[0].to_table().equals(rows[1].to_table())
-    curves = [
-        [(s["step"], s["loss"], s["refresh_index"]) for s in records_of(r.folder, "step")] for r in (run, expected)
-    ]
-    assert curves[0] == curves[1]
-
-
-@pytest.mark.parametrize("place", [*PLACES, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE_PLACES)])
-def test_a_run_that_crashed_and_went_on_is_the_run_that_never_stopped(
-    tmp_path: Path, uninterrupted: Run, place: str
-) -> None:
-    crash(tmp_path, place)
-    assert_same_run(train(tmp_path), uninterrupted)
-
-
-def train_until(folder: Path, flags: list[str], place: str) -> None:
-    """In a process of its own: both stages up to a crash at `place`, or to the end if it is empty."""
-    run = open_run("", flags)
-    student = student_of(run)
-    write_rollouts(run, student)
-    with pytest.MonkeyPatch.context() as patch:
-        if place:
-            interrupt(patch, place)
-        with suppress(Stop):
-            stage_two.train(run, student, setup.shared_vocabulary(run.config))
-    if not place:
-        torch.save({n: p.detach().clone() for n, p in student.trainable.items()}, folder / f"{run.world.rank}.pt")
-
-
-def test_two_processes_resume_bit_by_bit(tmp_path: Path, forked: Forker) -> None:
-    found = []
-    for name, places in (("whole", [""]), ("cut", ["step 3", ""])):
-        folder = tmp_path / name
-        folder.mkdir()
-        for place in places:
-            forked.call(train_until, folder, small(folder, **TINY), place, processes=2).expect_success()
-        found.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
-    for rank in range(2):
-        assert_same_weights(found[1][rank], found[0][0])
-
-
-def test_full_fine_tuning_resumes_bit_by_bit(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"use_lora": "false", "lr": 1e-4}
-    expected = train(tmp_path / "whole", **values)
-    crash(tmp_path / "cut", "step 5", **values)
-    assert_same_run(train(tmp_path / "cut", **values), expected)
-
-
-def test_a_refresh_that_was_repeated_is_recorded_once(tmp_path: Path) -> None:
-    crash(tmp_path, "step 3")  # after the refresh, before the next checkpoint
-    run = train(tmp_path)
-    assert [record["refresh_index"] for record in records_of(run.folder, "refresh")] == [1]
-
-
-def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path: Path) -> None:
-    run = train(tmp_path)
-    before = weights_in(run.folder / "student")
-    train(tmp_path)
-    assert_same_weights(weights_in(run.folder / "student"), before)
-    assert len(records_of(run.folder, "step")) == 6
-
-
-def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:
-    run = train(tmp_path, max_steps=4)
-    before = weights_in(run.folder / "student")
-    train(tmp_path, max_steps=5)
-    assert [step["step"] for step in records_of(run.folder, "step")] == [1, 2, 3, 4, 5]
-    assert any(not torch.equal(t, before[n]) for n, t in weights_in(run.folder / "student").items())
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    run = train(tmp_path, checkpoint_every=1, keep_checkpoints=2, refresh_every=0)
-    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
-    assert names == ["step-000005", "step-000006"]
-
-
-@pytest.mark.slow
-def test_a_half_written_checkpoint_is_not_read(tmp_path: Path, uninterrupted: Run) -> None:
-    crash(tmp_path, "step 3")
-    folder = tmp_path / "demo" / "checkpoints"
-    (folder / ".partial-step-000099").mkdir()
-    (folder / ".partial-step-000099" / "student.safetensors").write_bytes(b"half")
-    assert_same_run(train(tmp_path), uninterrupted)
-
-
-def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **TINY)
-    run.metrics.log("step", step=1, loss=0.5)
-    with run.metrics.path.open("a") as file:
-        file.write('{"kind": "step", "st')
-    make_run(tmp_path, **TINY).metrics.log("evaluation", step=2)
-    assert [record["kind"] for record in read_metrics(run.metrics.path)] == ["step", "evaluation"]
+def test_training_starts_from_a_given_adapter(tmp_path: Path, caches: Callable[..., str]) -> None:
+    first = train_from(tmp_path / "first", caches(), max_steps=2, refresh_every=0)
+    exported = first.folder / "student"
+    run = make_run(tmp_path / "second", **(TINY | {"student_adapter": exported}))
+    found = {name.replace(".default", ""): p.detach() for name, p in student_of(run).trainable.items()}
+    assert_same_weights(found, weights_in(exported))
 
 
 # What stops a run
@@ -690,61 +417,12 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     assert checkpoint.read_position(newest).step == 1
 
 
-@pytest.mark.parametrize("change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str)
-def test_a_checkpoint_of_another_student_is_refused(
-    tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]
-) -> None:
-    train_from(tmp_path, caches(), max_steps=1, refresh_every=0)
-    with pytest.raises(UserError, match=r"checkpoint .*step-000001.*Use another run_name, or the old keys"):
-        train_from(tmp_path, caches(), max_steps=2, refresh_every=0, **change)
-
-
 def test_a_cache_without_live_rows_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:
     root = tmp_path / "empty"
     snapshot = cache.open(caches())
     cache.Writer(root, snapshot.fingerprint).__exit__(None, None, None)
     with pytest.raises(UserError, match=r"holds no rollouts to train on \(0 rows.*stages\.rollout"):
         train_from(tmp_path, str(root))
-
-
-def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
-    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
-    save = checkpoint.save_file
-
-    def full(tensors: Any, path: Path) -> None:
-        save({name: tensor[:1] for name, tensor in tensors.items()}, path)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"step-000003 could not be written .*No space left.* earlier ones are kept"):
-        train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
-    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
-    assert names == ["step-000002"]
-    monkeypatch.undo()
-    train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
-
-
-@pytest.mark.parametrize("largest_file", [300_000, 2_000_000], ids=["weights", "optimizer"])
-def test_a_disk_that_is_really_full_at_a_checkpoint_is_a_sentence(
-    tmp_path: Path, caches: Callable[..., str], largest_file: int
-) -> None:
-    """The libraries that write have error classes of their own: a limit on file sizes makes them fail in earnest."""
-    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
-    sizes = {path.name: path.stat().st_size for path in (run.folder / "checkpoints/step-000002").iterdir()}
-    assert sizes["student.safetensors"] > 300_000
-    assert sizes["student.safetensors"] < 2_000_000 < sizes["optimizer.pt"]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    training = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "max_steps": 3, "refresh_every": 0}))
-    student = student_of(training)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"step-000003 could not be written .* earlier ones are kept"):
-            stage_two.train(training, student, setup.cached_vocabulary(training.config))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-000002"]
 
 
 def test_a_cached_head_is_read_once(tmp_path: Path, caches: Callable[..., str]) -> None:

@@ -82,7 +82,7 @@ def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
     def logits(hidden: Tensor) -> Tensor:
         nonlocal prepared
         with torch.autocast(hidden.device.type, enabled=False):
-            if prepared is None or prepared.weight_Vd.device != hidden.device:
+            if prepared is None:  # the dtype of its products is that of the hidden states
                 prepared = prepare_head(head, hidden, len(head.weight))
             flat = hidden.reshape(-1, hidden.shape[-1]).to(prepared.weight_Vd.dtype)
             return prepared.logits(flat).unflatten(0, hidden.shape[:-1])

@@ -1,11 +1,13 @@
 """Checkpoints: all that a later process needs to go on as if it had never stopped.
 
-`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (step
-and refresh index; the reader's position follows from them). A folder appears under its name only when it is complete.
+`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (step,
+refresh index and policies, from which the reader's position follows; sha256 of every other file, and of itself). A folder
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -23,6 +25,9 @@ from torch import nn
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
+
+# What the libraries raise for a file that is not what was written.
+DAMAGE = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,17 @@ def latest(folder: Path) -> Path | None:
 
 def read_position(path: Path) -> Position:
     with _explained(path):
-        state = json.loads((path / "state.json").read_bytes())
-        return Position(state["step"], state["refresh_index"], {int(k): v for k, v in state["policies"].items()})
+        position = _read_state(path)["position"]
+        return Position(
+            position["step"], position["refresh_index"], {int(k): v for k, v in position["policies"].items()}
+        )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    if state.pop("sha256") != _digest(state):
+        raise ValueError("state.json is not what was written")
+    return state
 
 
 @contextmanager
@@ -54,16 +68,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGE as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."
@@ -82,6 +87,7 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
     random_states = world.gather(_random_state(world))
     if engine is not None:  # DeepSpeed shards the optimizer: every rank writes its part
         engine.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
+        world.barrier()
     if world.is_main:
         try:
             save_file(
@@ -91,7 +97,9 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
             if engine is None:
                 torch.save(optimizer.state_dict(), partial / "optimizer.pt")
             torch.save({"scheduler": scheduler.state_dict(), "random": random_states}, partial / "state.pt")
-            (partial / "state.json").write_text(json.dumps(asdict(position)))
+            state = {"position": asdict(position), "files": _file_digests(partial)}
+            state = json.loads(json.dumps(state))  # keys as they will be read
+            (partial / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}))
             _publish(partial, final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have classes of their own
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,8 +130,11 @@ def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, schedul
 
 @torch.no_grad()
 def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
-    """Copies a checkpoint's trained weights into a student's parameters."""
+    """Copies a checkpoint's trained weights into a student's parameters, after checking the digest of every file."""
     with _explained(path):
+        for name, digest in _read_state(path)["files"].items():
+            if _file_digest(path / name) != digest:
+                raise ValueError(f"{name} is not what was written")
         stored = load_file(path / "student.safetensors")
     if stored.keys() != trainable.keys():
         raise UserError(
@@ -137,6 +148,21 @@ def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
                 f" {list(parameter.shape)}; lora_r or student_model changed. Use another run_name, or the old keys."
             )
         parameter.copy_(stored[name])
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its path there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): _file_digest(path) for path in paths}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,12 +119,15 @@ def _end_last_line(path: Path) -> None:
 def _start_wandb(config: Config) -> Any:
     import wandb
 
+    path = config.run_folder / "wandb_id"  # one run on the site for all starts of this run's folder
+    if not path.exists():
+        replace_text(path, secrets.token_hex(4))
     return wandb.init(
         project=config.log.wandb_project,
         name=config.log.wandb_name or config.run.run_name,
         mode=config.log.wandb_mode,
         dir=str(config.run_folder),
         config=config.model_dump(),
-        id=f"{config.run.run_name}-{config.run.seed}",
+        id=path.read_text(),
         resume="allow",
     )

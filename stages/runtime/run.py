@@ -53,14 +53,17 @@ class Run:
         self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
 
 
-def open_run(description: str, arguments: list[str] | None = None) -> Run:
-    """Reads the command line, joins the other processes, and makes the run's folder (with its configuration)."""
+def open_run(description: str, arguments: list[str] | None = None, *, only_looks: bool = False) -> Run:
+    """Reads the command line, joins the other processes, and makes the run's folder with its configuration.
+
+    `only_looks`: the command is no part of the run, whose own configuration stays.
+    """
     config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)
     metrics = Metrics(config, world)
-    if world.is_main:
+    if world.is_main and not only_looks:
         _note_changes(config, metrics)
     return Run(config, world, metrics, clock)
 

@@ -1,0 +1,65 @@
+"""Both stages on a few rows in this process: what the tests of training, resuming and checkpoints share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import train as stage_two
+from stages.data.prompts import Prompt
+from stages.loops import refresh, setup
+from stages.models.student import Student
+from stages.models.teacher import TeacherLoader
+from stages.runtime.run import Run
+from tests.helpers import make_run, prompts_of
+
+V = 230
+TINY: dict[str, Any] = {
+    "teacher_ds_zero3": "false", "rollouts_per_refresh": 16, "rollouts_per_unit": 8, "batch_size": 8, "max_steps": 6,
+    "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 16, "warmup_steps": 2, "trace_every": 0,
+}  # fmt: skip
+
+
+def student_of(run: Run) -> Student:
+    vocabulary = setup.shared_vocabulary(run.config)
+    return setup.current_student(run, vocabulary)[0]
+
+
+def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = None) -> None:
+    vocabulary = setup.shared_vocabulary(run.config)
+    with TeacherLoader(run.config, run.world) as teacher:
+        refresh.write_rollouts(
+            run, student, vocabulary, prompts or prompts_of(run.config), refresh_index=0, step=0, teacher=teacher
+        )
+
+
+def train(folder: Path, **values: Any) -> Run:
+    """Both stages in this process, from wherever the run in `folder` stands; with dropout, whose masks must resume too."""
+    run = make_run(folder, **(TINY | {"lora_dropout": 0.1} | values))
+    student = student_of(run)
+    if not (run.folder / "checkpoints").exists():
+        write_rollouts(run, student)
+    stage_two.train(run, student, setup.shared_vocabulary(run.config))
+    return run
+
+
+def stir(student: Student, scale: float = 0.02) -> None:
+    """Moves LoRA's B away from zero, so that every adapter has a gradient."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(student.trainable.items()):
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * scale)
+
+
+def step_run(folder: Path, cache_dir: str, **values: Any) -> Run:
+    """A run of steps of 16 rows over a cache that is there."""
+    return make_run(folder, **(TINY | {"cache_dir": cache_dir, "batch_size": 16} | values))
+
+
+def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
+    """Stage two alone, on a cache that is there."""
+    run = make_run(folder, **(TINY | {"cache_dir": cache_dir} | values))
+    vocabulary = setup.cached_vocabulary(run.config)
+    stage_two.train(run, setup.current_student(run, vocabulary)[0], vocabulary)
+    return run

@@ -102,9 +102,9 @@ def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, heads
         misnamed = root / commit.COMMITS / name
         yield Finding(f"{commit.COMMITS}/{name}", f"{misnamed} should be called {record.name}; give it that name.")
     if fingerprint and record.fingerprint != fingerprint.digest:
-        yield _foreign(root, record, commit.FINGERPRINT)
+        yield _foreign(root, record, commit.FINGERPRINT, "under another fingerprint")
     if heads and record.head_sha256 not in heads:
-        yield _foreign(root, record, commit.HEAD)
+        yield _foreign(root, record, commit.HEAD, "with another teacher head")
     if not path.exists():
         yield finding(f"{path} is missing, though a commit record names it. {advice(record)}")
         return
@@ -115,10 +115,10 @@ def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, heads
         yield from _verify_rows(root, record, fingerprint)
 
 
-def _foreign(root: Path, record: CommitRecord, file: str) -> Finding:
+def _foreign(root: Path, record: CommitRecord, file: str, how: str) -> Finding:
     """A sound shard beside a file that is not the one it was written with: withdrawing it would lose rows for nothing."""
     remedy = f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
-    return Finding(record.shard, f"{root / record.shard} was written with another {file} than the cache's. {remedy}")
+    return Finding(record.shard, f"{root / record.shard} was written {how} than the cache's. {remedy}")
 
 
 def _locate(path: Path, record: CommitRecord, problem: str) -> Iterator[Finding]:

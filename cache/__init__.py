@@ -5,10 +5,11 @@ Knows neither torch nor the stages. FORMAT.md is what is on disk; the names belo
 
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint
-from cache.reader import Snapshot
+from cache.reader import Snapshot, exists
 from cache.reader import open_cache as open
 from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
 from cache.soundness import Finding, verify
+from cache.store import StoreError
 from cache.stream import stream
 from cache.writer import CommitResult, Writer
 
@@ -23,9 +24,11 @@ __all__ = [
     "Record",
     "Signal",
     "Snapshot",
+    "StoreError",
     "TeacherHead",
     "TopK",
     "Writer",
+    "exists",
     "open",
     "stream",
     "to_float32",

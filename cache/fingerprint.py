@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, create, hash_file, seal, unseal
+from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, seal, unseal
 from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
+from cache.store import Store
 
 _SHOWN = 48
 _ABSENT = "absent"
@@ -71,49 +71,49 @@ class Fingerprint:
         ]
 
 
-def load_fingerprint(root: Path) -> Fingerprint | None:
-    """The fingerprint of the cache at `root`, or None where there is none; CacheError if it is damaged."""
+def load_fingerprint(store: Store) -> Fingerprint | None:
+    """The fingerprint of the cache, or None where there is none; CacheError if it is damaged."""
     try:
-        body = unseal(root / FINGERPRINT, _ADVICE)
+        body = unseal(store.path(FINGERPRINT), store.read(FINGERPRINT), _ADVICE)
     except FileNotFoundError:
         return None
     version = body["must_match"]["format_version"]
     if version != FORMAT_VERSION:
         raise CacheError(
-            f"{root} has format version {version}, this program reads version {FORMAT_VERSION};"
+            f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION};"
             " read the cache with the program that wrote it, or use another cache directory."
         )
     return Fingerprint(body["must_match"], body["recorded"])
 
 
-def tokenizer_digest(root: Path) -> str | None:
+def tokenizer_digest(store: Store) -> str | None:
     """sha256 of the tokenizer.json that the cache was begun with, or None if it was begun without one."""
-    digest = unseal(root / FINGERPRINT, _ADVICE)["tokenizer_sha256"]
+    digest = unseal(store.path(FINGERPRINT), store.read(FINGERPRINT), _ADVICE)["tokenizer_sha256"]
     return None if digest is None else str(digest)
 
 
 def store_fingerprint(
-    root: Path, wanted: Fingerprint, tokenizer_json: str | None, committed_as: str | None
+    store: Store, wanted: Fingerprint, tokenizer_json: str | None, committed_as: str | None
 ) -> Fingerprint:
-    """The fingerprint of the cache at `root`, which becomes `wanted` (and gets the tokenizer) if it has none.
+    """The cache's fingerprint, which becomes `wanted` (and gets the tokenizer) if it has none.
 
     `committed_as` is the digest that its commit records name, None without any: a cache that lost its fingerprint
     gets it back only from a writer of the same rows.
     """
-    stored = load_fingerprint(root)
+    stored = load_fingerprint(store)
     if stored is None:
         if committed_as not in (None, wanted.digest):
             raise CacheError(
-                f"{root}: fingerprint.json is missing, and the committed rows were written under another fingerprint"
+                f"{store.root}: fingerprint.json is missing, and the committed rows were written under another fingerprint"
                 f" ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…). Use another cache directory, or"
                 " rerun with the settings that wrote it."
             )
         if tokenizer_json is not None:
-            create(root / TOKENIZER, tokenizer_json.encode())
-        kept = hash_file(root / TOKENIZER) if (root / TOKENIZER).exists() else None
+            store.create(TOKENIZER, tokenizer_json.encode())
+        kept = None if store.size(TOKENIZER) is None else store.hash(TOKENIZER)
         body = {"must_match": wanted.must_match, "recorded": wanted.recorded, "tokenizer_sha256": kept}
-        create(root / FINGERPRINT, seal(body))
-        stored = load_fingerprint(root)
+        store.create(FINGERPRINT, seal(body))
+        stored = load_fingerprint(store)
         assert stored is not None
     return stored
 

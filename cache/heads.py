@@ -9,33 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from cache.commit import HEAD, HEADS, TemporaryFile, create, hash_file, remove, seal, unseal
+from cache.commit import HEAD, HEADS, seal, unseal
 from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
+from cache.store import Store
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ADVICE = "Delete head.json and the file it names, and rerun stage one, which writes the head again."
 
 
-def store_head(root: Path, head: TeacherHead) -> str:
+def store_head(store: Store, head: TeacherHead) -> str:
     """Writes the head unless the cache has it; returns its sha256. CacheError if the cache has another one."""
     parts = _parts(head)
     digest = _sha256(parts)
-    stored = head_digest(root)
-    if stored in (None, digest) and not _path(root, digest).exists():
-        temporary = TemporaryFile(root / HEADS)
+    stored = head_digest(store)
+    if stored in (None, digest) and store.size(_file(digest)) is None:
+        draft = store.draft(HEADS)
         try:
             for part in parts:
-                temporary.write(part)
-            temporary.publish(_path(root, digest))
+                draft.write(part)
+            draft.publish(_file(digest))
         finally:
-            temporary.discard()
+            draft.discard()
     if stored is None:
-        create(root / HEAD, seal({"file": f"{HEADS}/{digest}.safetensors", "file_sha256": digest}))
-        stored = head_digest(root)
+        store.create(HEAD, seal({"file": _file(digest), "file_sha256": digest}))
+        stored = head_digest(store)
     if stored != digest:
-        remove(_path(root, digest))
+        store.remove(_file(digest))
         raise CacheError(
-            f"{root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has {digest[:8]}…. Rows of"
+            f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has {digest[:8]}…. Rows of"
             " both would not mean the same: use another cache directory, or the teacher the cache was written with."
         )
     return digest
@@ -48,37 +49,37 @@ def _sha256(parts: list[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def head_digest(root: Path) -> str | None:
+def head_digest(store: Store) -> str | None:
     """sha256 of the cache's head, or None where it has none."""
     try:
-        return str(unseal(root / HEAD, _ADVICE)["file_sha256"])
+        return str(unseal(store.path(HEAD), store.read(HEAD), _ADVICE)["file_sha256"])
     except FileNotFoundError:
         return None
 
 
-def head_files(root: Path) -> list[Path]:
+def head_files(store: Store) -> list[str]:
     """The files that hold the head."""
-    digest = head_digest(root)
-    return [] if digest is None else [root / HEAD, _path(root, digest)]
+    digest = head_digest(store)
+    return [] if digest is None else [HEAD, _file(digest)]
 
 
-def load_head(root: Path) -> TeacherHead | None:
+def load_head(store: Store) -> TeacherHead | None:
     """The cache's head, memory-mapped, after checking its digest; None where it has none."""
-    digest = head_digest(root)
+    digest = head_digest(store)
     if digest is None:
         return None
-    path = _path(root, digest)
+    path = store.path(_file(digest))
     try:
-        actual = hash_file(path)
+        actual = store.hash(_file(digest))
     except FileNotFoundError:
         raise CacheError(f"{path} is missing, though head.json names it. {_ADVICE}") from None
     if actual != digest:
         raise CacheError(f"{path}: sha256 is {actual[:8]}…, head.json says {digest[:8]}…. {_ADVICE}")
-    return _read(path)
+    return _read(store.local_copy(_file(digest)))
 
 
-def _path(root: Path, digest: str) -> Path:
-    return root / HEADS / f"{digest}.safetensors"
+def _file(digest: str) -> str:
+    return f"{HEADS}/{digest}.safetensors"
 
 
 def _parts(head: TeacherHead) -> list[bytes | memoryview]:

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -21,6 +20,7 @@ from cache.fingerprint import Fingerprint, load_fingerprint
 from cache.heads import load_head
 from cache.schema import SCALAR_COLUMNS, SCHEMA, TOKEN_COLUMNS, Array, CacheError, Record, TeacherHead
 from cache.shard import advice, read_batch
+from cache.store import Root, Store, open_store
 
 if TYPE_CHECKING:
     from cache.soundness import Finding
@@ -38,13 +38,21 @@ class Place:
     rows: npt.NDArray[np.int64]
 
 
-def open_cache(root: str | PathLike[str]) -> Snapshot:
-    """A snapshot of the rows committed at `root`. CacheError if there is no cache, or a commit record is damaged."""
-    path = Path(root)
-    fingerprint = load_fingerprint(path)
+def open_cache(root: Root) -> Snapshot:
+    """A snapshot of the rows committed at `root`, a directory or an fsspec URL (`s3://bucket/folder`).
+
+    CacheError if there is no cache, if a commit record is damaged, or if the storage does not answer.
+    """
+    store = open_store(root)
+    fingerprint = load_fingerprint(store)
     if fingerprint is None:
-        raise CacheError(f"{path} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
-    return Snapshot(path, fingerprint, commit.read_records(path, {}), _Batches(path))
+        raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+    return Snapshot(store, fingerprint, commit.read_records(store, {}), _Batches(store))
+
+
+def exists(root: Root) -> bool:
+    """Whether there is a cache at `root`: a writer has been there, though it may have committed nothing yet."""
+    return open_store(root).size(commit.FINGERPRINT) is not None
 
 
 class Snapshot(Sequence[Record]):
@@ -54,14 +62,16 @@ class Snapshot(Sequence[Record]):
     record's name sorts first.
 
     Attributes:
-        root: directory of the cache.
+        root: directory or URL of the cache, as text.
+        store: its files.
         fingerprint: what its rows mean.
     """
 
     def __init__(
-        self, root: Path, fingerprint: Fingerprint, records: dict[str, CommitRecord], batches: _Batches
+        self, store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord], batches: _Batches
     ) -> None:
-        self.root = root
+        self.store = store
+        self.root = store.root
         self.fingerprint = fingerprint
         self._records = records
         self._batches = batches
@@ -69,7 +79,7 @@ class Snapshot(Sequence[Record]):
         for record in self._shards:
             if record.fingerprint != fingerprint.digest:
                 raise CacheError(
-                    f"{root / record.shard} was written under another fingerprint ({record.fingerprint[:8]}…) than the"
+                    f"{store.path(record.shard)} was written under another fingerprint ({record.fingerprint[:8]}…) than the"
                     f" cache's ({fingerprint.digest[:8]}…); move it and commits/{record.name} out of this cache."
                 )
         self._locate()
@@ -154,22 +164,26 @@ class Snapshot(Sequence[Record]):
 
     def head(self) -> TeacherHead | None:
         """The teacher's head, memory-mapped and checked; None in a cache that has none."""
-        return load_head(self.root)
+        return load_head(self.store)
+
+    def tokenizer_file(self) -> Path | None:
+        """A local tokenizer.json, to be opened by `tokenizers`; None in a cache that was begun without."""
+        return None if self.store.size(commit.TOKENIZER) is None else self.store.local_copy(commit.TOKENIZER)
 
     def refresh(self) -> Snapshot:
         """A newer snapshot; what this one has read and checked is shared with it."""
-        return Snapshot(self.root, self.fingerprint, commit.read_records(self.root, self._records), self._batches)
+        return Snapshot(self.store, self.fingerprint, commit.read_records(self.store, self._records), self._batches)
 
     def commit_records(self) -> list[CommitRecord]:
         """The commit record of each shard, sorted by file name."""
         return list(self._shards)
 
     def shard_paths(self) -> list[str]:
-        """Paths of the committed shards, in the order of `commit_records`, for other Arrow readers.
+        """Paths or URLs of the committed shards, in the order of `commit_records`, for other Arrow readers.
 
         They check no digest, and a row that two units hold is in two of these files.
         """
-        return [str(self.root / record.shard) for record in self._shards]
+        return [self.store.path(record.shard) for record in self._shards]
 
     def summary(self) -> dict[str, Any]:
         """Rows, scored tokens, bytes, policies and quantiles as plain JSON (see `cache.summary`); reads no shard."""
@@ -181,7 +195,7 @@ class Snapshot(Sequence[Record]):
         """Every fault of the cache as it is now (`cache.soundness`), empty if it is sound; damage never raises."""
         from cache.soundness import verify
 
-        return verify(self.root)
+        return verify(self.store)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The plain columns (or those named; `signal` is the packed one) of all rows, in row-id order, in memory."""
@@ -239,8 +253,8 @@ class BatchRows:
 class _Batches:
     """Checked record batches, the most recently used ones kept up to `BATCH_MEMORY_BYTES` bytes."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._kept: OrderedDict[tuple[str, int], BatchRows] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
         self._num_bytes = 0
@@ -264,9 +278,9 @@ class _Batches:
     def read(self, record: CommitRecord, index: int) -> BatchRows:
         """A batch that is not kept here; its digest is compared if it is read for the first time."""
         key = (record.shard, index)
-        rows = BatchRows(read_batch(self._root, record, index, check=key not in self._checked))
+        rows = BatchRows(read_batch(self._store, record, index, check=key not in self._checked))
         if rows.batch.num_rows != record.batches[index].num_rows:
-            raise CacheError(f"{self._root / record.shard} lacks rows of its commit record. {advice(record)}")
+            raise CacheError(f"{self._store.path(record.shard)} lacks rows of its commit record. {advice(record)}")
         with self._lock:
             self._checked.add(key)
         return rows

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from cache import codec
-from cache.commit import SHARDS, BatchEntry, CommitRecord, TemporaryFile
+from cache.commit import SHARDS, BatchEntry, CommitRecord
 from cache.schema import FORMAT_VERSION, SCHEMA, CacheError, Record, to_batch
 from cache.statistics import Statistics
+from cache.store import Store
 
 TOKENS_PER_BATCH = 8_192
 SIGNAL_BYTES_PER_BATCH = 4 * 2**20  # a batch, the unit of random access, ends at either bound
@@ -22,13 +22,12 @@ _MAGIC_BYTES = 8
 
 
 class OpenShard:
-    """A shard being written under a temporary name; rows wait in memory for at most one record batch."""
+    """A shard being written as a draft; rows wait in memory for at most one record batch."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, store: Store) -> None:
         self.row_ids: list[str] = []
         self.seen: set[str] = set()
-        self._root = root
-        self._file = TemporaryFile(root / SHARDS)
+        self._file = store.draft(SHARDS)
         self._sink = _Sink()
         self._ipc = ipc.new_file(self._sink, SCHEMA.with_metadata(_metadata()), options=_options())
         self._records: list[Record] = []
@@ -56,7 +55,7 @@ class OpenShard:
         self._file.write(self._sink.take())
         digest = self._file.sha256
         name = f"{SHARDS}/{stem}-{digest[:12]}-{secrets.token_hex(4)}.arrow"
-        self._file.publish(self._root / name)
+        self._file.publish(name)
         return CommitRecord(
             unit=unit, fingerprint=fingerprint, shard=name, shard_bytes=self._file.num_bytes, shard_sha256=digest,
             batches=self._batches, row_ids=self.row_ids, head_sha256=head, **self._index.columns(),
@@ -154,31 +153,31 @@ def _schema_end(data: bytes) -> int:
     return _MAGIC_BYTES + 8 + int.from_bytes(data[12:16], "little")
 
 
-def read_batch(root: Path, record: CommitRecord, index: int, check: bool = True) -> pa.RecordBatch:
+def read_batch(store: Store, record: CommitRecord, index: int, check: bool = True) -> pa.RecordBatch:
     """Record batch `index` of a shard; with `check` its digest is compared first. CacheError on any damage."""
-    entry, path = record.batches[index], root / record.shard
+    entry = record.batches[index]
     try:
-        with pa.memory_map(str(path)) as source:
-            if source.size() != record.shard_bytes:
-                raise _damage(root, record, f"has {source.size()} bytes, its commit record says {record.shard_bytes}")
-            source.seek(entry.offset)
-            message = source.read_buffer(entry.num_bytes)
+        if check and (size := store.size(record.shard)) != record.shard_bytes:
+            if size is None:
+                raise FileNotFoundError
+            raise _damage(store, record, f"has {size} bytes, its commit record says {record.shard_bytes}")
+        message = store.read_range(record.shard, entry.offset, entry.num_bytes)
         digest = hashlib.sha256(message).hexdigest() if check else entry.sha256
         if digest != entry.sha256:
             first = sum(batch.num_rows for batch in record.batches[:index])
             raise _damage(
-                root, record, f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
+                store, record, f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
                 f" {digest[:8]}…, its commit record says {entry.sha256[:8]}…",
             )  # fmt: skip
         return ipc.read_record_batch(message, SCHEMA)
     except FileNotFoundError:
-        raise _damage(root, record, "is missing, though a commit record names it") from None
+        raise _damage(store, record, "is missing, though a commit record names it") from None
     except (pa.ArrowException, OSError) as error:
-        raise _damage(root, record, f"cannot be read ({error})") from error
+        raise _damage(store, record, f"cannot be read ({error})") from error
 
 
-def _damage(root: Path, record: CommitRecord, problem: str) -> CacheError:
-    return CacheError(f"{root / record.shard} {problem}. {advice(record)}")
+def _damage(store: Store, record: CommitRecord, problem: str) -> CacheError:
+    return CacheError(f"{store.path(record.shard)} {problem}. {advice(record)}")
 
 
 def advice(record: CommitRecord) -> str:

@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
-from pathlib import Path
 
 from cache import commit
 from cache.codec import ROUNDING_NATS
@@ -17,6 +15,7 @@ from cache.heads import head_digest, load_head
 from cache.reader import BatchRows
 from cache.schema import CacheError, check_record
 from cache.shard import advice, read_batch
+from cache.store import Root, Store, StoreError, open_store
 
 
 @dataclass(frozen=True)
@@ -38,106 +37,112 @@ class Finding:
         return self.message
 
 
-def verify(root: str | PathLike[str]) -> list[Finding]:
+def verify(root: Root) -> list[Finding]:
     """All faults of the cache at `root`, empty if it is sound; damage never raises.
 
-    CacheError only where there is no cache at all. Temporary files and shards without a commit record are no faults:
+    CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards without a commit record are no faults:
     readers ignore them.
     """
-    path = Path(root)
-    record_names = commit.record_names(path)
-    if not (path / commit.FINGERPRINT).exists() and not record_names:
-        raise CacheError(f"{path} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
-    findings = _collect(path, commit.FINGERPRINT, partial(_verify_fingerprint, path))
-    fingerprint = None if findings else load_fingerprint(path)
-    head_findings = _collect(path, commit.HEAD, partial(_verify_head, path))
-    heads = set() if head_findings else {head_digest(path)}
+    store = open_store(root)
+    record_names = commit.record_names(store)
+    if store.size(commit.FINGERPRINT) is None and not record_names:
+        raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+    findings = _collect(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
+    fingerprint = None if findings else load_fingerprint(store)
+    head_findings = _collect(store, commit.HEAD, partial(_verify_head, store))
+    heads = set() if head_findings else {head_digest(store)}
     findings += head_findings
     for name in record_names:
-        findings += _collect(
-            path, f"{commit.COMMITS}/{name}", partial(_verify_commit, path, name, fingerprint, heads), name
-        )
+        find = partial(_verify_commit, store, name, fingerprint, heads)
+        findings += _collect(store, commit.record_path(name), find, name)
     return findings
 
 
-def _collect(root: Path, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None) -> list[Finding]:
+def _collect(
+    store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None
+) -> list[Finding]:
     """What `find` yields; what damage makes it raise becomes a finding too."""
     found: list[Finding] = []
     try:
         found.extend(find())
+    except StoreError:  # tells nothing about the file
+        raise
     except CacheError as error:
         found.append(Finding(file, str(error), record=record))
     except Exception as error:  # damage takes any form: a missing key, a file that is a folder, an Arrow error
         remedy = "Delete it and rerun stage one; other committed rows are kept."
-        found.append(Finding(file, f"{root / file} cannot be read ({error!r}). {remedy}", record=record))
+        found.append(Finding(file, f"{store.path(file)} cannot be read ({error!r}). {remedy}", record=record))
     return found
 
 
-def _verify_fingerprint(root: Path) -> Iterator[Finding]:
-    fingerprint = load_fingerprint(root)
+def _verify_fingerprint(store: Store) -> Iterator[Finding]:
+    fingerprint = load_fingerprint(store)
     if fingerprint is None:
         remedy = "Rerun stage one with the settings that wrote the cache: it writes it again."
-        yield Finding(commit.FINGERPRINT, f"{root / commit.FINGERPRINT} is missing. {remedy}")
+        yield Finding(commit.FINGERPRINT, f"{store.path(commit.FINGERPRINT)} is missing. {remedy}")
         return
-    expected, path = tokenizer_digest(root), root / commit.TOKENIZER
-    actual = commit.hash_file(path) if path.exists() else None
+    expected = tokenizer_digest(store)
+    actual = None if store.size(commit.TOKENIZER) is None else store.hash(commit.TOKENIZER)
     if expected is not None and actual != expected:
         state = "is missing" if actual is None else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
         remedy = "Put the tokenizer's tokenizer.json there; rows do not depend on it."
-        yield Finding(commit.TOKENIZER, f"{path} {state}. {remedy}")
+        yield Finding(commit.TOKENIZER, f"{store.path(commit.TOKENIZER)} {state}. {remedy}")
 
 
-def _verify_head(root: Path) -> Iterator[Finding]:
-    head = load_head(root)
+def _verify_head(store: Store) -> Iterator[Finding]:
+    head = load_head(store)
     if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
-        yield Finding(commit.HEAD, f"{root / commit.HEAD}: bias and weight of the head differ in length.")
+        yield Finding(commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length.")
 
 
-def _verify_commit(root: Path, name: str, fingerprint: Fingerprint | None, heads: set[str | None]) -> Iterator[Finding]:
+def _verify_commit(
+    store: Store, name: str, fingerprint: Fingerprint | None, heads: set[str | None]
+) -> Iterator[Finding]:
     """Faults of one shard; `heads` holds the digest of the cache's head, or nothing where that is damaged itself."""
-    record = commit.read_record(root, name)
-    finding = partial(Finding, record.shard, record=name)
-    path = root / record.shard
+    record = commit.read_record(store, name)
+    path = store.path(record.shard)
     if name != record.name:
-        misnamed = root / commit.COMMITS / name
-        yield Finding(f"{commit.COMMITS}/{name}", f"{misnamed} should be called {record.name}; give it that name.")
+        file = commit.record_path(name)
+        yield Finding(file, f"{store.path(file)} should be called {record.name}; give it that name.")
     if fingerprint and record.fingerprint != fingerprint.digest:
-        yield _foreign(root, record, commit.FINGERPRINT, "under another fingerprint")
+        yield _foreign(path, record, commit.FINGERPRINT, "under another fingerprint")
     if heads and record.head_sha256 not in heads:
-        yield _foreign(root, record, commit.HEAD, "with another teacher head")
-    if not path.exists():
-        yield finding(f"{path} is missing, though a commit record names it. {advice(record)}")
+        yield _foreign(path, record, commit.HEAD, "with another teacher head")
+    size = store.size(record.shard)
+    if size is None:
+        message = f"{path} is missing, though a commit record names it. {advice(record)}"
+        yield Finding(record.shard, message, record=name)
         return
-    actual = commit.hash_file(path)
+    actual = store.hash(record.shard)
     if actual != record.shard_sha256:
-        yield from _locate(path, record, f"sha256 is {actual[:8]}…, its commit record says {record.shard_sha256[:8]}…")
+        problem = f"sha256 is {actual[:8]}…, its commit record says {record.shard_sha256[:8]}…"
+        if size != record.shard_bytes:
+            problem += f"; it has {size} bytes of {record.shard_bytes}"
+        yield from _locate(store, record, problem)
     else:
-        yield from _verify_rows(root, record, fingerprint)
+        yield from _verify_rows(store, record, fingerprint)
 
 
-def _foreign(root: Path, record: CommitRecord, file: str, how: str) -> Finding:
+def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
     """A sound shard beside a file that is not the one it was written with: withdrawing it would lose rows for nothing."""
     remedy = f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
-    return Finding(record.shard, f"{root / record.shard} was written {how} than the cache's. {remedy}")
+    return Finding(record.shard, f"{path} was written {how} than the cache's. {remedy}")
 
 
-def _locate(path: Path, record: CommitRecord, problem: str) -> Iterator[Finding]:
+def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Finding]:
     """Which record batches of a damaged shard are not what was committed."""
-    size = path.stat().st_size
-    if size != record.shard_bytes:
-        problem += f"; it has {size} bytes of {record.shard_bytes}"
+    path = store.path(record.shard)
     is_located = False
-    with path.open("rb") as file:
-        for first, entry in _first_rows(record):
-            file.seek(entry.offset)
-            if hashlib.sha256(file.read(entry.num_bytes)).hexdigest() != entry.sha256:
-                is_located = True
-                last = first + entry.num_rows - 1
-                message = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
-                yield Finding(record.shard, message, (first, last), record.name)
+    for first, entry in _first_rows(record):
+        message = store.read_range(record.shard, entry.offset, entry.num_bytes)
+        if hashlib.sha256(message).hexdigest() != entry.sha256:
+            is_located = True
+            last = first + entry.num_rows - 1
+            text = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
+            yield Finding(record.shard, text, (first, last), record.name)
     if not is_located:
-        message = f"{path}: {problem}; its rows are intact, the file's frame is not. {advice(record)}"
-        yield Finding(record.shard, message, record=record.name)
+        text = f"{path}: {problem}; its rows are intact, the file's frame is not. {advice(record)}"
+        yield Finding(record.shard, text, record=record.name)
 
 
 def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
@@ -147,13 +152,13 @@ def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
         first += entry.num_rows
 
 
-def _verify_rows(root: Path, record: CommitRecord, fingerprint: Fingerprint | None) -> Iterator[Finding]:
+def _verify_rows(store: Store, record: CommitRecord, fingerprint: Fingerprint | None) -> Iterator[Finding]:
     """Decodes every row and checks it as the writer did."""
     finding = partial(Finding, record.shard, record=record.name)
-    path = root / record.shard
+    path = store.path(record.shard)
     found: list[str] = []
     for index in range(len(record.batches)):
-        rows = BatchRows(read_batch(root, record, index))
+        rows = BatchRows(read_batch(store, record, index))
         for row in range(rows.batch.num_rows):
             try:
                 decoded = rows.record(row)

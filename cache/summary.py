@@ -28,7 +28,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     policies = Counter(zip(*(index[name].to_pylist() for name in _POLICY), strict=True))
     sizes = _sizes(snapshot)
     return {
-        "root": str(snapshot.root),
+        "root": snapshot.root,
         "signal": snapshot.fingerprint.must_match["signal"],
         "rows": len(snapshot),
         "shards": len(records),
@@ -48,19 +48,18 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
 
 def _sizes(snapshot: Snapshot) -> dict[str, int]:
     """Bytes on disk: in all, of the head, and of files that no commit record names."""
-    root, records = snapshot.root, snapshot.commit_records()
-    head = sum(path.stat().st_size for path in head_files(root) if path.exists())
-    files = [root / commit.FINGERPRINT, root / commit.TOKENIZER]
-    files += [root / commit.COMMITS / record.name for record in records]
-    small = sum(path.stat().st_size for path in files if path.exists())
+    store, records = snapshot.store, snapshot.commit_records()
+    head = sum(store.size(name) or 0 for name in head_files(store))
+    of_records = store.sizes(commit.COMMITS)
+    small = sum(store.size(name) or 0 for name in (commit.FINGERPRINT, commit.TOKENIZER))
+    small += sum(of_records.get(record.name, 0) for record in records)
     shards = sum(record.shard_bytes for record in records)
-    left = commit.leftovers(root, [record.shard for record in snapshot.refresh().commit_records()])
-    left_bytes = sum(path.stat().st_size for path in left if path.exists())
+    left = commit.leftovers(store, [record.shard for record in snapshot.refresh().commit_records()])
     return {
         "bytes": shards + small + head,
         "head_bytes": head,
         "leftover_files": len(left),
-        "leftover_bytes": left_bytes,
+        "leftover_bytes": sum(left.values()),
     }
 
 

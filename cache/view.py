@@ -140,8 +140,8 @@ def _columns(text: str) -> int:
 
 def token_names(snapshot: Snapshot) -> Callable[[int], str]:
     """What to call a token id: its text, quoted, if the cache has a tokenizer.json, else its number."""
-    path = snapshot.root / TOKENIZER
-    if not path.exists():
+    path = snapshot.tokenizer_file()
+    if path is None:
         return str
     try:
         from tokenizers import Tokenizer
@@ -150,7 +150,9 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
     except ImportError:
         return str
     except Exception as error:  # the library raises plain Exception for a file that it cannot parse
-        raise CacheError(f"{path} is not a tokenizer ({error}); run `python -m cache verify` on the cache.") from error
+        raise CacheError(
+            f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `python -m cache verify` on the cache."
+        ) from error
 
     def name(token: int) -> str:
         text = tokenizer.decode([token], skip_special_tokens=False)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +14,7 @@ from cache.fingerprint import Fingerprint, store_fingerprint
 from cache.heads import head_digest, store_head
 from cache.schema import CacheError, Record, TeacherHead, check_record
 from cache.shard import OpenShard
+from cache.store import Root, open_store
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Writer:
     such rows is a mistake of the caller and an AssertionError.
 
     Args:
-        root: directory of the cache.
+        root: directory or fsspec URL of the cache.
         fingerprint: what this writer's rows mean.
         tokenizer_json: text of the tokenizer's tokenizer.json; the first writer's is kept beside the shards.
         head: the teacher's head, which a cache of hidden states needs before its first commit.
@@ -58,23 +57,25 @@ class Writer:
 
     def __init__(
         self,
-        root: str | PathLike[str],
+        root: Root,
         fingerprint: Fingerprint,
         tokenizer_json: str | None = None,
         head: TeacherHead | None = None,
     ) -> None:
-        self.root = Path(root)
+        self.store = open_store(root)
+        self.root = self.store.root
         self._shard: OpenShard | None = None
         self._left_out: set[str] = set()
         self._records: dict[str, CommitRecord] = {}
         self._committed: set[str] = set()
         with self._all_or_nothing():
+            self.store.check_create()
             self._refresh()
             committed_as = next((record.fingerprint for record in self._records.values()), None)
-            self.fingerprint = store_fingerprint(self.root, fingerprint, tokenizer_json, committed_as)
+            self.fingerprint = store_fingerprint(self.store, fingerprint, tokenizer_json, committed_as)
             self.differences = self.fingerprint.compare(fingerprint, self.root)
-            self._head = store_head(self.root, head) if head else head_digest(self.root)
-            commit.remove_stale(commit.leftovers(self.root, [r.shard for r in self._records.values()]))
+            self._head = store_head(self.store, head) if head else head_digest(self.store)
+            self.store.remove_stale(commit.leftovers(self.store, [r.shard for r in self._records.values()]))
 
     @property
     def committed_ids(self) -> set[str]:
@@ -97,7 +98,7 @@ class Writer:
             return
         packed = None if record.signal is None else codec.encode(record.signal)
         with self._all_or_nothing():
-            self._shard = self._shard or OpenShard(self.root)
+            self._shard = self._shard or OpenShard(self.store)
             self._shard.append(record, packed)
 
     def commit(self, unit: str) -> CommitResult:
@@ -128,10 +129,10 @@ class Writer:
         record = shard.publish(unit, stem, self.fingerprint.digest, self._head)
         is_first = None
         try:
-            is_first = commit.write_record(self.root, record)
+            is_first = commit.write_record(self.store, record)
         finally:
-            if is_first is False or (is_first is None and not (self.root / commit.COMMITS / record.name).exists()):
-                commit.remove(self.root / record.shard)
+            if is_first is False or (is_first is None and self.store.size(commit.record_path(record.name)) is None):
+                self.store.remove(record.shard)
         return record if is_first else None
 
     @property
@@ -139,7 +140,7 @@ class Writer:
         return len(self._left_out) + (len(self._shard.row_ids) if self._shard else 0)
 
     def _refresh(self) -> None:
-        known, self._records = self._records, commit.read_records(self.root, self._records)
+        known, self._records = self._records, commit.read_records(self.store, self._records)
         if known.keys() - self._records.keys():
             known, self._committed = {}, set()
         for name in self._records.keys() - known.keys():

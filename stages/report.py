@@ -178,7 +178,7 @@ def _measures(found: dict[str, Any]) -> Report:
 
 def _cache(root: str) -> Report:
     keys = ("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token")
-    if not (Path(root) / "fingerprint.json").exists():
+    if not cache.exists(root):
         return dict.fromkeys(keys)
     found = cache.open(root).summary()
     return {key: found[key] for key in keys}

@@ -13,8 +13,6 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pathlib import Path
-
 import cache
 from stages.data.prompts import Prompt
 from stages.loops import fit, refresh, setup
@@ -29,7 +27,7 @@ from stages.runtime.run import Run, open_run
 
 def main() -> None:
     run = open_run(__doc__ or "")
-    if not (Path(run.config.cache_root) / "fingerprint.json").exists():
+    if not cache.exists(run.config.cache_root):
         raise UserError(
             f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout` with the same"
             " configuration first, or name one with --cache_dir."

@@ -18,6 +18,7 @@ import pytest
 
 import cache
 from cache import commit
+from cache.store import STALE_SECONDS, open_store
 from tests.cache_samples import assert_same, files, fingerprint, record, row_id, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +136,7 @@ def test_a_record_that_was_written_keeps_its_shard_though_the_disk_fails_then(tm
 
     with cache.Writer(tmp_path, fingerprint()) as writer:
         writer.append(record(0))
-        monkeypatch.setattr(commit.os, "fsync", fail_after_the_link)
+        monkeypatch.setattr(os, "fsync", fail_after_the_link)
         with pytest.raises(cache.CacheError, match="Input/output error while writing to"):
             writer.commit("g0")
         monkeypatch.undo()
@@ -154,24 +155,21 @@ def test_leftovers_are_ignored_reported_and_removed_after_a_day(tmp_path):
     cache.Writer(tmp_path, fingerprint())
     assert all(path.exists() for path in left), "they may belong to a writer at work"
     for path in [*left, shard]:
-        os.utime(path, (0, time.time() - commit.STALE_SECONDS - 60))
+        os.utime(path, (0, time.time() - STALE_SECONDS - 60))
     cache.Writer(tmp_path, fingerprint())
     assert not any(path.exists() for path in left)
     assert_holds(tmp_path, list(range(3)))
 
 
-def test_a_sealed_file_notices_every_change_of_a_byte(tmp_path):
-    path = tmp_path / "x.json"
+def test_a_sealed_file_notices_every_change_of_a_byte():
     sealed = commit.seal({"rows": [1, 2], "name": "é"})
-    path.write_bytes(sealed)
-    assert commit.unseal(path, "Do this.") == {"rows": [1, 2], "name": "é"}
+    assert commit.unseal("x.json", sealed, "Do this.") == {"rows": [1, 2], "name": "é"}
     for position in range(len(sealed)):
-        path.write_bytes(sealed[:position] + bytes([sealed[position] ^ 4]) + sealed[position + 1 :])
-        with pytest.raises(cache.CacheError, match=r"Do this\."):
-            commit.unseal(path, "Do this.")
-    path.write_bytes(sealed[:-1] + b" \n")
+        flipped = sealed[:position] + bytes([sealed[position] ^ 4]) + sealed[position + 1 :]
+        with pytest.raises(cache.CacheError, match=r"x\.json.* Do this\."):
+            commit.unseal("x.json", flipped, "Do this.")
     with pytest.raises(cache.CacheError, match=r"Do this\."):
-        commit.unseal(path, "Do this.")
+        commit.unseal("x.json", sealed[:-1] + b" \n", "Do this.")
 
 
 def write_missing(root: Path, units: list[range]) -> tuple[int, int]:
@@ -276,7 +274,7 @@ def drive_kills(root: Path, seed: int) -> dict[str, object]:
             os.kill(child, signal.SIGKILL)
             kills += 1
             code_of(child)
-            rows.append(3 * len(commit.record_names(root)))
+            rows.append(3 * len(commit.record_names(open_store(root))))
         elif code_of(child) == 0:
             return {"kills": kills, "rows_after_each": rows}
 

@@ -11,6 +11,7 @@ from cache import commit, shard
 from cache.__main__ import main
 from cache.repair import withdraw
 from cache.soundness import Finding, verify
+from cache.store import open_store
 from tests.cache_samples import assert_same, fingerprint, head, record, row_id, write
 
 NUM_FLIPS = 1_000
@@ -25,8 +26,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def the_record(root: Path) -> commit.CommitRecord:
-    (name,) = commit.record_names(root)
-    return commit.read_record(root, name)
+    (name,) = commit.record_names(open_store(root))
+    return commit.read_record(open_store(root), name)
 
 
 def expected_rows(found: commit.CommitRecord, position: int) -> tuple[int, int] | None:
@@ -104,7 +105,7 @@ def test_every_flipped_bit_beside_the_shard_is_found_in_its_file(root: Path) -> 
 def three_shards(root: Path, kind: str = "topk") -> list[commit.CommitRecord]:
     for index in range(3):
         write(root, range(3 * index, 3 * index + 3), kind, unit=f"g0000-0000{index}")
-    return [commit.read_record(root, name) for name in commit.record_names(root)]
+    return [commit.read_record(open_store(root), name) for name in commit.record_names(open_store(root))]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing shard", "damaged record"])
@@ -145,7 +146,7 @@ def test_repair_leaves_what_withdrawing_rows_does_not_mend(tmp_path: Path, capsy
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert main(["verify", "--repair", str(tmp_path)]) == 1
     assert "head" in capsys.readouterr().out
-    assert len(commit.record_names(tmp_path)) == 1
+    assert len(commit.record_names(open_store(tmp_path))) == 1
 
 
 @pytest.mark.parametrize("name", [commit.HEAD, commit.FINGERPRINT])
@@ -166,4 +167,4 @@ def test_repair_keeps_every_sound_shard_whatever_happened_beside_them(tmp_path: 
     findings = verify(root)
     assert findings
     assert withdraw(root, findings) == []
-    assert len(commit.record_names(root)) == len(list((root / commit.SHARDS).glob("*.arrow"))) == 3
+    assert len(commit.record_names(open_store(root))) == len(list((root / commit.SHARDS).glob("*.arrow"))) == 3

@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_batches_before_the_resumed_window_are_not_read(snapshot, monkeypatch):
 
 def test_damage_reaches_the_consumer(snapshot):
     shard = snapshot.commit_records()[1]
-    path, entry = snapshot.root / shard.shard, shard.batches[2]
+    path, entry = Path(snapshot.root) / shard.shard, shard.batches[2]
     data = bytearray(path.read_bytes())
     data[entry.offset + entry.num_bytes // 2] ^= 4
     path.write_bytes(data)

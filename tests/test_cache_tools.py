@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def assert_rows(opened, rows, columns):
 
 def test_the_paths_are_those_of_the_commit_records_in_their_order(opened):
     snapshot = opened["snapshot"]
-    assert opened["shards"] == [str(snapshot.root / record.shard) for record in snapshot.commit_records()]
+    assert opened["shards"] == [str(Path(snapshot.root) / record.shard) for record in snapshot.commit_records()]
     assert [record.unit for record in snapshot.commit_records()] == ["a", "b", "c"]
     assert isinstance(opened["record"], cache.Record)
 

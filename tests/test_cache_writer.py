@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import cache
-from cache import commit
 from tests.cache_samples import KEPT, KINDS, VOCAB, assert_same, files, fingerprint, head, record, row_id, write
 
 
@@ -223,7 +222,7 @@ def full_disk(monkeypatch):
             left[0] -= len(data)
             return write(fd, data)
 
-        monkeypatch.setattr(commit.os, "write", limited)
+        monkeypatch.setattr(os, "write", limited)
 
     yield fill
     monkeypatch.undo()

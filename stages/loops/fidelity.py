@@ -72,7 +72,7 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
             setting.errors += torch.stack([delta.double().sum() for delta in deltas]).cpu()
             setting.gradient += float((other - gradient).double().square().sum())
     return {
-        "cache": str(snapshot.root), "tokens": tokens, "vocab_size": student.vocab_size,
+        "cache": snapshot.root, "tokens": tokens, "vocab_size": student.vocab_size,
         "exact": {name: exact[name] / tokens for name in ("rkl", "fkl", "gate")},
         "signals": [_result(setting, tokens, exact["gradient"]) for setting in settings],
     }  # fmt: skip

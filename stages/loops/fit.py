@@ -243,7 +243,7 @@ _heads: dict[tuple[str, torch.device], Head | None] = {}
 
 def _cached_head(root: str, device: torch.device) -> Head | None:
     """The head of a `hidden` cache, read once a process: it never changes (its hash is in the fingerprint)."""
-    key = (str(root), device)
+    key = (root, device)
     if key not in _heads:
         _heads[key] = dual_kl_head(cache.open(root).head(), device)
     return _heads[key]

@@ -155,7 +155,7 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: 
 
 
 def _teacher_text_result(evaluation: Evaluation, student: Student) -> Result:
-    if not (Path(evaluation.teacher_text) / "fingerprint.json").exists():
+    if not cache.exists(evaluation.teacher_text):
         return _nothing()
     snapshot = cache.open(evaluation.teacher_text)
     path = evaluation.folder / "teacher.json"

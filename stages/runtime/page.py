@@ -11,6 +11,7 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
+import cache
 from stages.runtime import metrics
 from stages.runtime.config import Config, to_yaml
 
@@ -108,8 +109,8 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
     """Tokens with λ and KLs of a few rows of the first and the last trace."""
     files = sorted((folder / "trace").glob("step-*.arrow"))
-    tokenizer = Path(config.cache_root) / "tokenizer.json"
-    if not files or not tokenizer.exists():
+    tokenizer = cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
+    if tokenizer is None:
         return []
     from tokenizers import Tokenizer
 

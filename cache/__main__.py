@@ -1,4 +1,4 @@
-"""`python -m cache summary|show|verify ROOT`: what a cache holds, one rollout token by token, and whether it is sound."""
+"""`python -m cache summary|show|verify|prune|merge ROOT`: what a cache holds, whether it is sound, and its upkeep."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cache.reader import Snapshot, open_cache
 from cache.repair import withdraw
 from cache.schema import CacheError
 from cache.soundness import verify
+from cache.upkeep import merge, prune
 from cache.view import record_text, summary_text
 
 DAMAGED, WRONG_INPUT = 1, 2
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 if `verify` finds faults, 2 for wrong input."""
     args = _parser().parse_args(arguments)
     try:
-        code = {"summary": _summary, "show": _show, "verify": _verify}[args.command](args)
+        code = _COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
     except CacheError as error:
@@ -44,8 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
     )
-    for command in (summary, show, check):
-        command.add_argument("root", metavar="ROOT", help="directory of the cache")
+    old = commands.add_parser("prune", help="remove rows by age, policy or size")
+    rule = old.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--max_age", type=int, help="rows more than this many optimizer steps old; needs --at_step")
+    rule.add_argument("--policy", nargs="+", default=[], help="rows of these policies, as `summary` shows them")
+    rule.add_argument("--max_bytes", type=int, help="whole shards, oldest policy first, until the cache is this small")
+    old.add_argument("--at_step", type=int, help="the step at which ages are counted")
+    old.add_argument("--run_id", help="the run whose steps these are, where the cache has rows of several")
+    old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
+    union = commands.add_parser("merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT")
+    for command in (summary, show, check, old, union):
+        command.add_argument("root", metavar="ROOT", help="directory or URL of the cache")
+    union.add_argument("sources", nargs="+", metavar="SOURCE", help="caches to copy from; they stay as they are")
     return parser
 
 
@@ -89,6 +100,29 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
     return 0
 
+
+def _prune(args: argparse.Namespace) -> int:
+    pruned = prune(
+        args.root, max_age=args.max_age, at_step=args.at_step, run_id=args.run_id, policies=args.policy,
+        max_bytes=args.max_bytes, dry_run=args.dry_run,
+    )  # fmt: skip
+    what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
+    how = "would be removed" if args.dry_run else "removed"
+    print(f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows.")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    merged = merge(args.root, args.sources)
+    for text in merged.differences:
+        print(f"note: {text}")
+    there = f", {merged.shards_there:,} were there already" if merged.shards_there else ""
+    what = f"{merged.shards:,} shards ({merged.rows:,} rows, {merged.num_bytes:,} bytes) copied{there}"
+    print(f"{what}; {args.root} holds {len(open_cache(args.root)):,} rows.")
+    return 0
+
+
+_COMMANDS = {"summary": _summary, "show": _show, "verify": _verify, "prune": _prune, "merge": _merge}
 
 if __name__ == "__main__":
     sys.exit(main())

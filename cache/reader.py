@@ -245,9 +245,13 @@ class BatchRows:
         fields |= {
             name: values[offsets[row] : offsets[row + 1]].copy() for name, (offsets, values) in self._lists.items()
         }
-        packed = self.batch.column("signal")[row].as_buffer()
-        signal = None if packed is None else codec.decode(memoryview(packed))
-        return Record(**fields, signal=signal)
+        packed = self.packed(row)
+        return Record(**fields, signal=None if packed is None else codec.decode(packed))
+
+    def packed(self, row: int) -> memoryview | None:
+        """The signal of row `row` as it is stored."""
+        buffer = self.batch.column("signal")[row].as_buffer()
+        return None if buffer is None else memoryview(buffer)
 
 
 class _Batches:

@@ -221,7 +221,7 @@ SCHEMA = pa.schema(
 )
 
 
-def to_batch(records: list[Record], signals: list[bytes | None]) -> pa.RecordBatch:
+def to_batch(records: list[Record], signals: list[bytes | memoryview | None]) -> pa.RecordBatch:
     """The record batch of some rows, all scored or none of them; `signals` are the packed ones, in the same order."""
     columns: list[pa.Array] = [
         pa.array([getattr(record, name) for record in records], kind) for name, kind in _SCALARS.items()

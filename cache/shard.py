@@ -31,19 +31,19 @@ class OpenShard:
         self._sink = _Sink()
         self._ipc = ipc.new_file(self._sink, SCHEMA.with_metadata(_metadata()), options=_options())
         self._records: list[Record] = []
-        self._signals: list[bytes | None] = []
+        self._signals: list[bytes | memoryview | None] = []
         self._tokens = self._signal_bytes = 0
         self._batches: list[BatchEntry] = []
         self._index = _RowIndex()
 
-    def append(self, record: Record, signal: bytes | None) -> None:
+    def append(self, record: Record, signal: bytes | memoryview | None) -> None:
         self.row_ids.append(record.row_id)
         self.seen.add(record.row_id)
         self._index.add(record)
         self._records.append(record)
         self._signals.append(signal)
         self._tokens += len(record.completion_ids)
-        self._signal_bytes += len(signal or b"")
+        self._signal_bytes += 0 if signal is None else len(signal)
         if self._tokens >= TOKENS_PER_BATCH or self._signal_bytes >= SIGNAL_BYTES_PER_BATCH:
             self._write_batch()
 
@@ -134,7 +134,7 @@ def _metadata() -> dict[str, str]:
     }
 
 
-def _stored_bytes(signals: list[bytes | None]) -> int:
+def _stored_bytes(signals: list[bytes | memoryview | None]) -> int:
     """What the signals of a batch take in the file: their buffer as Arrow compresses it."""
     joined = b"".join(signal for signal in signals if signal is not None)
     return len(_arrow_codec().compress(joined)) if joined else 0

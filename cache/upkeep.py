@@ -1,0 +1,238 @@
+"""Keeping caches: rows that are not wanted any more are pruned, caches that mean the same are merged.
+
+Signals are copied as they are stored, never decoded and packed again. Both commands may be killed and run again: what
+takes the place of a shard is committed before the shard is withdrawn, and readers take a row that is there twice once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cache import commit
+from cache.commit import CommitRecord, explain_os_errors
+from cache.fingerprint import load_fingerprint, store_fingerprint
+from cache.heads import head_digest, store_head
+from cache.reader import BatchRows, Snapshot, open_cache
+from cache.schema import CacheError
+from cache.shard import OpenShard, read_batch
+from cache.store import Root, Store, open_store
+
+_CHUNK = 1 << 24
+_IsDoomed: TypeAlias = Callable[[str, int, str], bool]  # run_id, policy_step, policy_hash
+
+
+@dataclass
+class Pruned:
+    """What a prune removed: rows, their completion tokens, shards that are gone, and bytes that are free.
+
+    In a dry run `num_bytes` counts a shard that would be written anew by the share of its tokens.
+    """
+
+    rows: int = 0
+    scored_tokens: int = 0
+    shards: int = 0
+    num_bytes: int = 0
+
+
+def prune(
+    root: Root,
+    *,
+    max_age: int | None = None,
+    at_step: int | None = None,
+    run_id: str | None = None,
+    policies: Sequence[str] = (),
+    max_bytes: int | None = None,
+    dry_run: bool = False,
+) -> Pruned:
+    """Removes rows of the cache at `root` by one rule; with `dry_run` only counts them.
+
+    A shard of which some rows stay is written anew under the same unit. Snapshots that are open elsewhere lose the
+    removed rows: refresh them. Stage one writes pruned rows again if it is asked for the same refresh again.
+
+    Args:
+        max_age, at_step: rows of `run_id` that are more than `max_age` optimizer steps old at step `at_step`; rows of
+            other runs have no age and stay.
+        run_id: whose steps these are; may be left out where all rows are of one run.
+        policies: the rows of these policies, each given by the beginning of its `policy_hash`.
+        max_bytes: whole shards, the least policy step first, until the cache (`summary()["bytes"]`) is this small.
+
+    Raises CacheError unless there is exactly one rule, and it names runs and policies that the cache has.
+    """
+    snapshot = open_cache(root)
+    if [max_age is not None, bool(policies), max_bytes is not None].count(True) != 1:
+        raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
+    if max_age is not None:
+        plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
+    elif policies:
+        plan = _rows_that_stay(snapshot, _of_policies(snapshot, policies))
+    else:
+        assert max_bytes is not None
+        plan = [(record, []) for record in _oldest(snapshot, max_bytes)]
+    pruned = Pruned()
+    with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
+        for record, rows in plan:
+            _prune_shard(snapshot.store, record, rows, pruned, dry_run)
+    return pruned
+
+
+def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str | None) -> _IsDoomed:
+    if at_step is None or max_age < 0:
+        raise CacheError("an age needs the step at which it is counted, and is at least 0: give at_step and max_age.")
+    runs = sorted({policy[0] for record in snapshot.commit_records() for policy in record.policies})
+    if run_id is None and len(runs) == 1:
+        run_id = runs[0]
+    if run_id not in runs:
+        which = "steps of which run?" if run_id is None else f"there is no run {run_id}."
+        raise CacheError(f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; give run_id.")
+    return lambda run, step, _: run == run_id and at_step - step > max_age
+
+
+def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
+    known = {policy[2] for record in snapshot.commit_records() for policy in record.policies}
+    for policy in policies:
+        found = [name for name in known if policy and name.startswith(policy)]
+        if len(found) != 1:
+            raise CacheError(f"{snapshot.root}: {len(found)} policies begin with {policy!r}; see `summary` for them.")
+    return lambda _run, _step, name: name.startswith(tuple(policies))
+
+
+def _rows_that_stay(snapshot: Snapshot, is_doomed: _IsDoomed) -> list[tuple[CommitRecord, list[int]]]:
+    """The shards with rows to be removed, each with those that stay."""
+    plan = []
+    for record in snapshot.commit_records():
+        doomed = [is_doomed(*policy[:3]) for policy in record.policies]
+        stay = [row for row, policy in enumerate(record.policy_of_row) if not doomed[policy]]
+        if len(stay) < len(record.row_ids):
+            plan.append((record, stay))
+    return plan
+
+
+def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
+    """The shards to remove so that all that is left takes at most `max_bytes`."""
+    records = snapshot.commit_records()
+    left = snapshot.summary()["bytes"]
+    beside = left - sum(record.num_bytes for record in records)
+    if beside > max_bytes:
+        raise CacheError(f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}.")
+    found = []
+    for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
+        if left <= max_bytes:
+            break
+        found.append(record)
+        left -= record.num_bytes
+    return found
+
+
+def _prune_shard(store: Store, record: CommitRecord, stay: list[int], pruned: Pruned, dry_run: bool) -> None:
+    gone = sorted(set(range(len(record.row_ids))) - set(stay))
+    tokens = sum(record.num_completion_tokens[row] for row in gone)
+    freed = record.num_bytes
+    if stay and dry_run:
+        freed = freed * tokens // sum(record.num_completion_tokens)
+    elif stay:
+        freed -= _rewrite(store, record, stay).num_bytes
+    if not dry_run:
+        store.remove(commit.record_path(record.name))
+        store.remove(record.shard)
+    pruned.rows += len(gone)
+    pruned.scored_tokens += tokens
+    pruned.shards += not stay
+    pruned.num_bytes += freed
+
+
+def _rewrite(store: Store, record: CommitRecord, rows: list[int]) -> CommitRecord:
+    """Commits some rows of a shard as a shard of their own, their signals as they are stored."""
+    shard, first, wanted = OpenShard(store), 0, set(rows)
+    try:
+        for index, entry in enumerate(record.batches):
+            batch = BatchRows(read_batch(store, record, index))
+            for row in range(entry.num_rows):
+                if first + row in wanted:
+                    shard.append(batch.record(row), batch.packed(row))
+            first += entry.num_rows
+        new = shard.publish(record.unit, commit.file_stem(record.unit), record.fingerprint, record.head_sha256)
+    finally:
+        shard.discard()
+    if not commit.write_record(store, new):  # an earlier prune got this far
+        store.remove(new.shard)
+    return new
+
+
+@dataclass
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        shards, rows, num_bytes: copied; the rows include those that the target has in other shards.
+        shards_there: shards that the target had already.
+        differences: one sentence for each recorded part of a fingerprint that differs from the target's.
+    """
+
+    shards: int
+    rows: int
+    num_bytes: int
+    shards_there: int
+    differences: list[str]
+
+
+def merge(target: Root, sources: Sequence[Root]) -> Merged:
+    """Copies every committed shard of `sources` into the cache at `target`, which is made if there is none.
+
+    Shards are copied byte for byte under their own names and checked on the way; a row that several of them hold is
+    read once. CacheError, before anything is written, unless fingerprints and teacher heads mean the same everywhere.
+    """
+    store = open_store(target)
+    snapshots = [open_cache(source) for source in sources]
+    if not snapshots or any(snapshot.root == store.root for snapshot in snapshots):
+        raise CacheError("merge copies from one or more caches into another one.")
+    first = snapshots[0]
+    known = load_fingerprint(store)
+    for snapshot in snapshots if known else snapshots[1:]:
+        (known or first.fingerprint).compare(snapshot.fingerprint, store.root if known else first.root)
+    heads = {digest for place in (store, *(s.store for s in snapshots)) if (digest := head_digest(place))}
+    if len(heads) > 1:
+        raise CacheError(
+            "the caches hold different teacher heads, so their rows do not mean the same; nothing was changed."
+        )
+    with explain_os_errors(
+        store.root, lambda: sum(len(record.row_ids) for record in commit.read_records(store, {}).values())
+    ):
+        store.check_create()
+        tokenizer = first.tokenizer_file()
+        stored = store_fingerprint(store, first.fingerprint, tokenizer.read_text() if tokenizer else None, None)
+        for snapshot in snapshots:
+            if head_digest(store) is None and (head := snapshot.head()):
+                store_head(store, head)
+        there = set(commit.record_names(store))
+        copied = []
+        for snapshot in snapshots:
+            for record in snapshot.commit_records():
+                if record.name not in there and _copy(snapshot.store, store, record):
+                    copied.append(record)
+                there.add(record.name)
+    differences = [text for snapshot in snapshots for text in stored.compare(snapshot.fingerprint, store.root)]
+    return Merged(
+        shards=len(copied), rows=sum(len(record.row_ids) for record in copied),
+        num_bytes=sum(record.num_bytes for record in copied),
+        shards_there=sum(len(snapshot.commit_records()) for snapshot in snapshots) - len(copied),
+        differences=list(dict.fromkeys(differences)),
+    )  # fmt: skip
+
+
+def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
+    """Copies a shard and commits it; False if another process has done so meanwhile."""
+    draft = target.draft(commit.SHARDS)
+    try:
+        for start in range(0, record.shard_bytes, _CHUNK):
+            draft.write(memoryview(source.read_range(record.shard, start, min(_CHUNK, record.shard_bytes - start))))
+        if draft.sha256 != record.shard_sha256:
+            raise CacheError(
+                f"{source.path(record.shard)} is damaged (sha256 {draft.sha256[:8]}…, its commit record says"
+                f" {record.shard_sha256[:8]}…); run `python -m cache verify` on that cache. What was copied is kept."
+            )
+        draft.publish(record.shard)
+    finally:
+        draft.discard()
+    return commit.write_record(target, record)

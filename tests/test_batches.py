@@ -1,5 +1,6 @@
 """The live pool, the order of batches, micro-batches, and the teacher objects that the loss takes."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import torch
 
 import cache
 from dualkl import HiddenTeacher, LogitsTeacher, TopKTeacher
-from stages.data.batches import Pool, batch_rows, dual_kl_head, live_pool, micro_batches, teacher_of, to_tensors
+from stages.data.batches import (
+    Pool,
+    batch_rows,
+    dual_kl_head,
+    live_pool,
+    micro_batches,
+    num_tokens,
+    read_ahead,
+    teacher_of,
+    to_tensors,
+)
 from stages.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -47,7 +58,7 @@ def topk(num_tokens: int, k: int, seed: int = 0) -> cache.TopK:
 
 def pool(num_rows: int, version: int = 0) -> Pool:
     ids = [f"{i:032x}" for i in range(num_rows)]
-    return Pool(ids, version, dict.fromkeys(ids, 0))
+    return Pool(ids, version, dict.fromkeys(ids, 0), dict.fromkeys(ids, (1, 1)))
 
 
 # Order
@@ -159,7 +170,7 @@ def rows_of(lengths: list[int]) -> list[cache.Record]:
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(None, None), (3, None), (None, 24), (2, 24), (1, 1)])
 def test_micro_batches_keep_the_order_and_their_caps(max_rows: int | None, max_tokens: int | None) -> None:
     records = rows_of([5, 9, 3, 12, 4, 4, 4, 20, 2])
-    batches = list(micro_batches(records, max_rows, max_tokens))
+    batches = list(micro_batches(records, num_tokens, max_rows, max_tokens))
     assert [r.row_id for batch in batches for r in batch] == [r.row_id for r in records]
     for batch in batches:
         widest = max(len(r.prompt_ids) + len(r.completion_ids) for r in batch)
@@ -168,9 +179,9 @@ def test_micro_batches_keep_the_order_and_their_caps(max_rows: int | None, max_t
 
 
 def test_micro_batches_are_as_large_as_their_caps_allow() -> None:
-    sizes = [len(batch) for batch in micro_batches(rows_of([6] * 9), None, 24)]
+    sizes = [len(batch) for batch in micro_batches(rows_of([6] * 9), num_tokens, None, 24)]
     assert sizes == [4, 4, 1]
-    assert [len(batch) for batch in micro_batches(rows_of([6] * 9), 5, None)] == [5, 4]
+    assert [len(batch) for batch in micro_batches(rows_of([6] * 9), num_tokens, 5, None)] == [5, 4]
 
 
 def test_rows_of_a_trajectory_that_was_given_up_are_left_out(aged: cache.Snapshot) -> None:
@@ -185,7 +196,7 @@ def test_rows_of_a_trajectory_that_was_given_up_are_left_out(aged: cache.Snapsho
 
 
 def test_no_rows_make_no_micro_batches() -> None:
-    assert list(micro_batches([], 4, 10)) == []
+    assert list(micro_batches([], num_tokens, 4, 10)) == []
 
 
 # Teachers
@@ -267,3 +278,27 @@ def test_all_parts_of_a_micro_batch_speak_of_the_same_tokens() -> None:
     assert isinstance(batch.teacher, TopKTeacher)
     assert len(batch.teacher.ids) == num_tokens
     assert torch.equal(batch.weights, torch.full((num_tokens,), 0.25))
+
+
+def test_rows_are_read_ahead_by_one_and_no_further() -> None:
+    events: list[str] = []
+
+    def read(item: int) -> int:
+        events.append(f"read {item}")
+        return 10 * item
+
+    ahead = read_ahead(read, range(4))
+    assert next(ahead) == 0
+    while "read 1" not in events:  # nobody asked for it yet
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert "read 2" not in events
+    assert list(ahead) == [10, 20, 30]
+    assert events == [f"read {n}" for n in range(4)]
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised_in_its_turn() -> None:
+    ahead = read_ahead(lambda item: 1 // item, [2, 1, 0, 1])
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)

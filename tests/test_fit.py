@@ -46,10 +46,14 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
 
     original, fit._update = fit._update, keep
     try:
-        fit.train_step(run, training, snapshot, pool, 0)
+        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
     finally:
         fit._update = original
     return found
+
+
+def batch(run: Run, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
+    return next(fit.global_batches(run, snapshot, pool, [index]))
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -213,7 +217,7 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     student = student_of(run)
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, snapshot, pool, 0)
+    fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
     step = records_of(run.folder, "step")[0]
     records = snapshot[:]
     config = fit.loss_config(run.config, V)
@@ -295,7 +299,7 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
     for index in range(6):
-        fit.train_step(run, training, snapshot, pool, index)
+        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, index))
     assert {p.dtype for p in student.trainable.values()} == {torch.float32}
     assert {p.dtype for p in student.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     states = [value for state in training.optimizer.state.values() for value in state.values() if value.ndim]
@@ -402,7 +406,7 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     student = student_of(run)
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, snapshot, pool, 0)
+    fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
     fit.save_checkpoint(run, training, Position(0, 0))
     with torch.no_grad():
         student.base.get_decoder().norm.weight[0] = math.nan
@@ -410,7 +414,7 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     with pytest.raises(
         UserError, match=r"gradient of step 2 is not finite .* weights were not updated.*is kept.*Lower lr"
     ):
-        fit.train_step(run, training, snapshot, pool, 1)
+        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 1))
     assert_same_weights({n: p.detach() for n, p in student.trainable.items()}, before)
     newest = checkpoint.latest(run.folder / "checkpoints")
     assert newest is not None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from dualkl.targets import check_topk_values
 from stages.data.alignment import Aligned, align
 from stages.runtime.errors import UserError
 
+T = TypeVar("T")
+R = TypeVar("R")
 AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
 CPU = torch.device("cpu")
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -23,11 +28,19 @@ _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows that may be trained on, sorted by id. `version` counts refreshes; `ages` are steps, -1 for other runs."""
+    """The rows that may be trained on.
+
+    Attributes:
+        row_ids: sorted.
+        version: counts refreshes.
+        ages: of each row in optimizer steps, -1 for rows of other runs.
+        lengths: prompt and completion tokens of each row.
+    """
 
     row_ids: list[str]
     version: int
     ages: dict[str, int]
+    lengths: dict[str, tuple[int, int]]
 
     @property
     def num_off_policy(self) -> int:
@@ -51,7 +64,7 @@ def live_pool(
 
     `policies`: the policy hash that wrote each refresh of this run; rows of a refresh by another one are left out.
     """
-    index = snapshot.index.select(["row_id", "run_id", "policy_step", "policy_hash", "refresh_index"]).to_pylist()
+    index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
     ages: dict[str, int] = {}
     for row in index:
         if row["run_id"] != run_id:
@@ -60,7 +73,12 @@ def live_pool(
             continue  # of a trajectory that was given up
         elif row["refresh_index"] <= version and at_step - row["policy_step"] <= max_age:
             ages[row["row_id"]] = at_step - row["policy_step"]
-    return Pool(sorted(ages), version, ages)
+    lengths = {
+        row["row_id"]: (row["num_prompt_tokens"], row["num_completion_tokens"])
+        for row in index
+        if row["row_id"] in ages
+    }
+    return Pool(sorted(ages), version, ages, lengths)
 
 
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
@@ -79,22 +97,39 @@ def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list
 
 
 def micro_batches(
-    records: list[cache.Record], max_rows: int | None, max_tokens: int | None
-) -> Iterator[list[cache.Record]]:
+    rows: Iterable[T], length_of: Callable[[T], int], max_rows: int | None, max_tokens: int | None
+) -> Iterator[list[T]]:
     """Cuts rows, in order, into forwards of at most `max_rows` rows and `max_tokens` padded tokens (None: no cap)."""
-    batch: list[cache.Record] = []
+    batch: list[T] = []
     width = 0
-    for record in records:
-        length = len(record.prompt_ids) + len(record.completion_ids)
+    for row in rows:
+        length = length_of(row)
         wider = max(width, length)
         full = max_rows is not None and len(batch) >= max_rows
         if batch and (full or (max_tokens is not None and wider * (len(batch) + 1) > max_tokens)):
             yield batch
             batch, wider = [], length
-        batch.append(record)
+        batch.append(row)
         width = wider
     if batch:
         yield batch
+
+
+def num_tokens(record: cache.Record) -> int:
+    """Prompt and completion."""
+    return len(record.prompt_ids) + len(record.completion_ids)
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`read` of each item, in order; a thread reads the next one while the caller works on the one before."""
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(thread.submit(read, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def to_tensors(

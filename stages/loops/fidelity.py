@@ -15,7 +15,7 @@ from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
 from dualkl.targets import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
-from stages.data.batches import AnyTeacher, MicroBatch, dual_kl_head, micro_batches, teacher_of, to_tensors
+from stages.data.batches import AnyTeacher, MicroBatch, dual_kl_head, micro_batches, num_tokens, teacher_of, to_tensors
 from stages.loops.collect import to_numpy
 from stages.loops.fit import loss_config
 from stages.models.student import Student
@@ -56,7 +56,7 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
     head = dual_kl_head(snapshot.head(), run.world.device)
     tokens, exact = 0, {"rkl": 0.0, "fkl": 0.0, "gate": 0.0, "gradient": 0.0}
     student.model.eval()
-    for records in micro_batches(list(_first_rows(snapshot)), ROWS_PER_FORWARD, None):
+    for records in micro_batches(_first_rows(snapshot), num_tokens, ROWS_PER_FORWARD, None):
         batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
         with torch.no_grad():
             states = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)

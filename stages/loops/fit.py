@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stages.data.batches import (
     dual_kl_head,
     live_pool,
     micro_batches,
+    read_ahead,
     to_tensors,
 )
 from stages.models.student import Student, policy_hash
@@ -157,9 +159,10 @@ def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm) -> No
     train, every, version = run.config.train, run.config.refresh.refresh_every, position.refresh_index
     pool, snapshot = open_pool(run, position)
     last = min((version + 1) * every, train.max_steps) if every else train.max_steps
+    batches = global_batches(run, snapshot, pool, range(training.step - version * every, last - version * every))
     while training.step < last:
         with run.clock.phase("train"):
-            train_step(run, training, snapshot, pool, training.step - version * every)
+            train_step(run, training, snapshot, pool, next(batches))
         bar.update(1)
         if training.step % train.checkpoint_every == 0 and training.step < last:
             save_checkpoint(run, training, position)
@@ -192,41 +195,77 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     return pool, snapshot
 
 
-def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch_index: int) -> None:
-    """One optimizer step on global batch `batch_index` of the pool (collective)."""
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimizer step.
+
+    Attributes:
+        row_ids: of all ranks.
+        forwards: this rank's, cut into forwards.
+        records: the rows of `forwards`, read ahead; whoever takes a batch takes all of them before the next batch.
+    """
+
+    row_ids: list[str]
+    forwards: list[list[str]]
+    records: Iterator[list[cache.Record]]
+
+
+def global_batches(run: Run, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int]) -> Iterator[Batch]:
+    """The pool's batches of these numbers, in order; a thread reads and decodes the next forward's rows meanwhile."""
+    world, size = run.world, run.config.train.batch_size
+    micro_rows = rows_per_micro_step(run.config, world.size)
+
+    def plan(index: int) -> tuple[list[str], list[list[str]]]:
+        row_ids = batch_rows(pool, run.config.run.seed, index, size)
+        own = row_ids[world.rank * size // world.size : (world.rank + 1) * size // world.size]
+        return row_ids, list(_forwards(run.config, pool, own, micro_rows))
+
+    def read(row_ids: list[str]) -> list[cache.Record]:
+        return [snapshot[snapshot.position(row_id)] for row_id in row_ids]
+
+    plans, coming = tee(map(plan, indices))
+    records = read_ahead(read, (rows for _, forwards in coming for rows in forwards))
+    for row_ids, forwards in plans:
+        yield Batch(row_ids, forwards, records)
+
+
+def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch: Batch) -> None:
+    """One optimizer step (collective)."""
     started = time.perf_counter()
     config, world, device = run.config, run.world, run.world.device
-    row_ids = batch_rows(pool, config.run.seed, batch_index, config.train.batch_size)
-    micro_rows = rows_per_micro_step(config, world.size)
-    own = row_ids[world.rank * len(row_ids) // world.size : (world.rank + 1) * len(row_ids) // world.size]
-    records = [snapshot[snapshot.position(row_id)] for row_id in own]
-    forwards = list(_forwards(config, records, micro_rows))
-    num_tokens = sum(len(record.completion_ids) for record in records)
-    total_tokens = world.sum([float(num_tokens)])[0]
-    num_forwards = int(world.max([float(len(forwards))])[0])
+    scored = sum(pool.lengths[row_id][1] for rows in batch.forwards for row_id in rows)
+    total_tokens = world.sum([float(scored)])[0]
+    num_forwards = int(world.max([float(len(batch.forwards))])[0])
     head = _teacher_head(snapshot, device)
     pad_id, vocab_size = training.student.tokenizer.pad_token_id, training.student.vocab_size
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
-    outputs = []
+    outputs: list[DualKLOutput] = []
+    first: list[cache.Record] = []
+    waited = 0.0
     for index in range(num_forwards):
-        idle = index >= len(forwards)  # short of work: join the collectives with weight 0
-        rows = records[:1] if idle else forwards[index]
-        batch = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
-        out = _backward(training, batch, world.size, last=index == num_forwards - 1)
+        idle = index >= len(batch.forwards)  # short of work: join the collectives with weight 0
+        asked = time.perf_counter()
+        rows = first[:1] if idle else next(batch.records)
+        waited += time.perf_counter() - asked
+        first = first or rows
+        inputs = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
+        out = _backward(training, inputs, world.size, last=index == num_forwards - 1)
         if not idle:
             outputs.append(out)
     lr = training.scheduler.get_last_lr()[0]
     grad_norm = _update(training, config.train.max_grad_norm)
-    _report(run, training, pool, row_ids, outputs, total_tokens, grad_norm, lr, time.perf_counter() - started)
-    _trace(run, training, records, forwards, outputs)
+    times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
+    _report(run, training, pool, batch.row_ids, outputs, total_tokens, grad_norm, lr, times)
+    _trace(run, training, first, outputs)
 
 
-def _forwards(config: Config, records: list[cache.Record], micro_rows: int) -> Iterator[list[cache.Record]]:
+def _forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int) -> Iterator[list[str]]:
     rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
-    for start in range(0, len(records), micro_rows):
+    for start in range(0, len(row_ids), micro_rows):
         yield from micro_batches(
-            records[start : start + micro_rows],
+            row_ids[start : start + micro_rows],
+            lambda row_id: sum(pool.lengths[row_id]),
             AUTO_TRAIN_ROWS if rows == "auto" else rows,
             None if tokens == "auto" else tokens,
         )
@@ -287,7 +326,7 @@ def _update(training: Training, max_grad_norm: float) -> float:
 
 def _report(
     run: Run, training: Training, pool: Pool, row_ids: list[str], outputs: list[DualKLOutput], total_tokens: float,
-    grad_norm: float, lr: float, seconds: float,
+    grad_norm: float, lr: float, times: dict[str, float],
 ) -> None:  # fmt: skip
     """One `step` record: token means over the global batch."""
     sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
@@ -303,22 +342,16 @@ def _report(
     staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
         "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=int(total_tokens), staleness=staleness, seconds=seconds,
+        lr=lr, tokens=int(total_tokens), staleness=staleness, **times,
     )  # fmt: skip
 
 
-def _trace(
-    run: Run,
-    training: Training,
-    records: list[cache.Record],
-    forwards: list[list[cache.Record]],
-    outputs: list[DualKLOutput],
-) -> None:
-    """Every `trace_every` steps: λ, reverse and forward KL of each token of the main rank's first forward."""
+def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
+    """Every `trace_every` steps: λ, reverse and forward KL of each token of `rows`, the main rank's first forward."""
     every = run.config.log.trace_every
     if not (run.world.is_main and every and training.step % every == 0):
         return
-    rows, out = forwards[0], outputs[0]
+    out = outputs[0]
     columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}
     for record in rows:
         columns["row_id"] += [record.row_id] * len(record.completion_ids)

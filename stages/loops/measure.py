@@ -14,7 +14,7 @@ import torch
 import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
-from stages.data.batches import dual_kl_head, micro_batches, to_tensors
+from stages.data.batches import dual_kl_head, micro_batches, num_tokens, to_tensors
 from stages.data.prompts import Prompt, heldout_prompts, load_checker
 from stages.loops import setup
 from stages.loops.collect import AUTO_GEN_ROWS, AUTO_SCORE_ROWS, Author, collect, plan, teacher_head
@@ -184,7 +184,7 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     if not row_ids:
         return _nothing()
     own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
-    for records in micro_batches(own, AUTO_SCORE_ROWS if rows == "auto" else rows, None):
+    for records in micro_batches(own, num_tokens, AUTO_SCORE_ROWS if rows == "auto" else rows, None):
         batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
         hidden_Nd = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)

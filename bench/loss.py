@@ -28,7 +28,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,21 @@ def select(options: argparse.Namespace) -> list[Cell]:
     cells = cells_of(TINY, ("hidden", "topk", "full")) if options.tiny else full_grid()
     if options.quick:
         cells = quick_cells()
+    if options.chunk_rows:
+        cells = [variant for c in cells for variant in chunk_variants(c, options.chunk_rows)]
     if options.only:
         cells = [c for c in cells if any(fnmatch.fnmatch(c.name, pattern) for pattern in options.only)]
     return cells
+
+
+def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
+    """`dual_kl@ROWS` cells in place of `dual_kl`."""
+    if cell.contender.name != "dual_kl":
+        return [cell]
+    variants = [
+        replace(cell.contender, name=f"dual_kl@{rows}", settings=({"chunk_rows": rows},)) for rows in chunk_rows
+    ]
+    return [replace(cell, contender=variant) for variant in variants]
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -129,14 +142,14 @@ def time_runs(step: Callable[[], Any], device: str, repeats: int) -> list[float]
         for _ in range(repeats):
             step()
             clocks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in zip(clocks, clocks[1:])]
+        return [1e3 * (b - a) for a, b in pairwise(clocks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         step()
         event.record()
     synchronize(device)
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def measure(step: Callable[[], Any], device: str, seconds: float) -> Timing:
@@ -148,16 +161,17 @@ def measure(step: Callable[[], Any], device: str, seconds: float) -> Timing:
     return Timing(statistics.median(runs), min(runs), repeats)
 
 
-def peak_bytes(step: Callable[[], Any], device: str, gradients: Callable[[], int]) -> int | None:
+def peak_bytes(step: Step, device: str) -> int | None:
     """Peak memory of a step beyond what was there before and the gradients that it leaves."""
     if device != "cuda":
         return None
+    step.clear()
     release(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     synchronize(device)
-    return torch.cuda.max_memory_allocated() - before - gradients()
+    return torch.cuda.max_memory_allocated() - before - step.gradient_bytes()
 
 
 def release(device: str) -> None:
@@ -171,11 +185,11 @@ def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
     """Milliseconds of every matrix product of the losses, and the device's ceilings."""
     hidden, weight = problem.hidden_Nd, problem.weight_Vd
     teacher_hidden, teacher_weight = problem.teacher_hidden_ND, problem.teacher_weight_VD
-    probabilities = torch.softmax(hidden @ weight.T, 1)  # gradients have the spread of probabilities
+    probabilities = [torch.softmax(hidden @ weight.T, 1)]  # gradients have the spread of probabilities
     steps: dict[str, Callable[[], Any]] = {
         "student_forward": lambda: hidden @ weight.T,
-        "by_hidden": lambda: probabilities @ weight,
-        "by_weight": lambda: probabilities.T @ hidden,
+        "by_hidden": lambda: probabilities[0] @ weight,
+        "by_weight": lambda: probabilities[0].T @ hidden,
         "teacher_forward": lambda: teacher_hidden @ teacher_weight.T,
     }
     if device == "cuda":
@@ -187,7 +201,7 @@ def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
             found["ms"][name] = measure(step, device, seconds).median
         except torch.OutOfMemoryError:
             release(device)
-    del probabilities
+    probabilities.clear()
     release(device)
     return found | ceilings(device, seconds)
 
@@ -223,10 +237,13 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Columns]:
         assert self.function is not None
-        self.hidden.grad = self.weight.grad = None
+        self.clear()
         loss, columns = self.function(self.hidden, self.weight)
         loss.backward()
         return loss.detach(), columns
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
 
     def gradient_bytes(self) -> int:
         return sum(leaf.grad.nbytes for leaf in (self.hidden, self.weight) if leaf.grad is not None)
@@ -251,8 +268,9 @@ def choose_settings(
         except NotInstalled:
             raise
         except Exception as error:
-            failure, tried[str(setting)] = error, _message(error)
+            failure, tried[str(setting)] = error.with_traceback(None), _message(error)  # frames hold memory
             step.function = None
+            step.clear()
             release(device)
     if not times:
         assert failure is not None
@@ -294,7 +312,7 @@ def measure_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], d
     step = Step(problem, cell.head)
     chosen, tried = choose_settings(cell, problem, step, settings, device)
     timing = measure(step, device, seconds)
-    peak = peak_bytes(step, device, step.gradient_bytes)
+    peak = peak_bytes(step, device)
     found: Record = {
         "status": "ok", "settings": chosen, "tried": tried, "ms": timing.median, "ms_least": timing.least,
         "repeats": timing.repeats, "extra_gib": None if peak is None else peak / 2**30,
@@ -393,8 +411,6 @@ class Results:
 
 def settings_for(cell: Cell, before: Record | None, options: argparse.Namespace) -> tuple[Settings, ...]:
     """All settings; in a quick run the best that was measured before, or the first."""
-    if cell.contender.name == "dual_kl" and options.chunk_rows:
-        return tuple({"chunk_rows": rows} for rows in options.chunk_rows)
     if not options.quick and not options.tiny:
         return cell.contender.settings
     known = [s for s in cell.contender.settings if before is not None and s == before.get("settings")]
@@ -407,6 +423,9 @@ def run(options: argparse.Namespace) -> None:
     seconds = options.seconds or (1.0 if options.quick else 2.0)
     selected = select(options)
     todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c)]
+    for cell in selected:
+        if cell not in todo:
+            print(f"  kept  {line(cell.name, results.here[cell.name])}", flush=True)
     print(f"{len(todo)} cells to measure, {len(selected) - len(todo)} kept", flush=True)
     problem: Problem | None = None
     floors: Record = {}
@@ -437,10 +456,6 @@ def run(options: argparse.Namespace) -> None:
             release(device)
         except Exception as error:
             sys.exit(f"the device is lost after {cell.name} ({_message(error)}); run again: what was measured is kept")
-    print()
-    for name, record in results.here.items():
-        if name in {c.name for c in selected}:
-            print(line(name, record))
 
 
 def line(name: str, record: Record) -> str:
@@ -549,7 +564,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape: does everything run?")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no cell after this time")
     parser.add_argument("--seconds", type=float, help="of timed runs a cell (default 2; 1 with --quick)")
-    parser.add_argument("--chunk-rows", type=int, nargs="+", help="dual_kl with these chunks instead of its own choice")
+    parser.add_argument("--chunk-rows", type=int, nargs="+", help="dual_kl@ROWS: chunks of this many positions")
     return parser.parse_args(arguments)
 
 

@@ -44,7 +44,7 @@ def dense_kernel(
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     weight = tl.load(weights_ptr + row)
-    active = weight != 0
+    num_live = tl.where(weight != 0, num_ids, 0)  # rows of weight 0 are not looked at
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
 
@@ -62,8 +62,8 @@ def dense_kernel(
         t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
         z, _ = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
         t, _ = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
-        z = tl.where(known, at_least(z, LEAST), LEAST)
-        t = tl.where(known, at_least(t, LEAST), LEAST)
+        z = tl.where(j < num_live, at_least(z, LEAST), LEAST)
+        t = tl.where(j < num_live, at_least(t, LEAST), LEAST)
         tile_max_t = tl.max(t, 1)
         new_max_z = tl.maximum(max_z, tl.max(z, 1))
         new_max_t = tl.maximum(max_t, tile_max_t)
@@ -168,5 +168,5 @@ def dense_kernel(
             g = outcome_gradient(p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX)
             if MC:
                 g += tl.where(j == y, onehot, 0.0)
-            g = tl.where(known & active, g * slope, 0.0)
+            g = tl.where(j < num_live, g * slope, 0.0)
             tl.store(gradient_ptr + j, g.to(gradient_ptr.dtype.element_ty), mask=j < width)

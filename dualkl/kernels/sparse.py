@@ -46,18 +46,18 @@ def sparse_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     weight = tl.load(weights_ptr + row)
-    active = weight != 0
+    num_live = tl.where(weight != 0, num_ids, 0)  # rows of weight 0 are not looked at
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
 
     # The teacher's K + 1 outcomes, floored and renormalised. An id outside the vocabulary makes the row NaN.
     slot = tl.arange(0, SLOTS)
     ids = tl.load(ids_ptr + row * num_slots + slot, mask=slot < num_slots, other=-1).to(tl.int32)
-    kept = (ids >= 0) & (ids < num_ids) & active
+    kept = (ids >= 0) & (ids < num_live)
     num_kept = tl.sum(kept.to(tl.int32), 0)
     filled = num_kept > 0
     raw_logq = tl.load(logprobs_ptr + row * num_slots + slot, mask=kept, other=float("-inf")).to(tl.float32)
-    raw_logq = tl.where((ids >= num_ids) & active, float("nan"), raw_logq)
+    raw_logq = tl.where((ids >= num_ids) & (num_live > 0), float("nan"), raw_logq)
     raw_tail = tl.where(filled, tl.load(log_tail_ptr + row).to(tl.float32), 0.0)
     has_tail = num_kept < num_ids
     floored = has_tail & (raw_tail < log_floor)
@@ -89,7 +89,7 @@ def sparse_kernel(
         known = j < num_ids
         raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
         z, _ = activate(raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
-        z = tl.where(known & (raw != MARK), z, float("-inf"))
+        z = tl.where((j < num_live) & (raw != MARK), z, float("-inf"))
         new_max_z = tl.maximum(max_z, tl.max(z, 1))
         sum_z = sum_z * tl.exp(max_z - new_max_z) + tl.sum(tl.exp(z - new_max_z[:, None]), 1)
         max_z = new_max_z
@@ -155,7 +155,7 @@ def sparse_kernel(
             g = share * tl.exp(z - max_out)
             if MC:
                 g += tl.where(j == y, onehot, 0.0)
-            g = tl.where(known & active & (raw != MARK), g * slope, 0.0)
+            g = tl.where((j < num_live) & (raw != MARK), g * slope, 0.0)
             tl.store(gradient_ptr + j, g.to(gradient_ptr.dtype.element_ty), mask=j < width)
         tl.debug_barrier()
         g_kept *= slope_kept

@@ -60,8 +60,8 @@ def dense_kernel(
         known = j < num_ids
         z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
         t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
-        z, _ = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
-        t, _ = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
+        z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
+        t, _t_slope = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
         z = tl.where(j < num_live, at_least(z, LEAST), LEAST)
         t = tl.where(j < num_live, at_least(t, LEAST), LEAST)
         tile_max_t = tl.max(t, 1)
@@ -107,7 +107,7 @@ def dense_kernel(
     row_top = 0
     if ARGMAX:
         row_top = tl.min(tl.where(max_t == row_max_t, top, num_ids - 1), 0)
-        z_top, _ = activate(
+        z_top, _top_slope = activate(
             tl.load(student_ptr + row_top),
             student_bias_ptr,
             row_top,
@@ -125,7 +125,7 @@ def dense_kernel(
         y = tl.load(sampled_ptr + row)
         legal = (y >= 0) & (y < num_ids)
         z_y = tl.load(student_ptr + y, mask=legal, other=float("nan"))
-        z_y, _ = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
+        z_y, _y_slope = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
         logp_y = at_least(z_y - row_max_z - log_total_z, LEAST)
         teacher_logp_y = tl.load(teacher_logprobs_ptr + row)
         behaviour_logp_y = tl.load(behaviour_logprobs_ptr + row)
@@ -158,7 +158,7 @@ def dense_kernel(
             t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0, eviction_policy="evict_first")
             unread = make_room(unread, start, width, HALVED)
             z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
-            t, _ = activate(
+            t, _t_slope = activate(
                 t_raw.to(tl.float32), teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
             )
             u = at_least(z, LEAST) - row_max_z

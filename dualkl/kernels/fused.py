@@ -139,6 +139,7 @@ def dense_rows(
             TEACHER_CAPPED=teacher_head is not None and teacher_head.softcap is not None,
             **_common_constants(logits_NW, config, gradient_NV),
             num_warps=DENSE.num_warps,
+            enable_fp_fusion=True,
         )
     return _result(out_CN, chunk)
 
@@ -168,6 +169,7 @@ def topk_rows(
             STUDENT_CAPPED=head.softcap is not None,
             **_common_constants(logits_NW, config, gradient_NV),
             num_warps=SPARSE.num_warps,
+            enable_fp_fusion=True,
         )
     return _result(out_CN, chunk)
 

@@ -77,7 +77,7 @@ def sparse_kernel(
         y = tl.load(sampled_ptr + row)
         legal = (y >= 0) & (y < num_ids)
         z_y = tl.load(student_ptr + y, mask=legal, other=float("nan"))
-        z_y, _ = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
+        z_y, _y_slope = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
     tl.debug_barrier()
     tl.store(student_ptr + ids, tl.full([SLOTS], MARK, tl.float32), mask=kept)
     tl.debug_barrier()
@@ -88,7 +88,7 @@ def sparse_kernel(
         j = start + columns
         known = j < num_ids
         raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
-        z, _ = activate(raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
+        z, slope = activate(raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
         z = tl.where((j < num_live) & (raw != MARK), z, float("-inf"))
         new_max_z = tl.maximum(max_z, tl.max(z, 1))
         sum_z = sum_z * tl.exp(max_z - new_max_z) + tl.sum(tl.exp(z - new_max_z[:, None]), 1)

@@ -69,7 +69,7 @@ class PreparedHead:
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """Logits [N, V] in the statistics dtype, freshly allocated. `hidden_Nd` is in the head's product dtype."""
-        logits_NV = _matmul(hidden_Nd, self.weight_Vd.T, self.dtype)
+        logits_NV = self.products(hidden_Nd)
         if self.bias_V is not None:
             logits_NV += self.bias_V
         if self.scale != 1.0:
@@ -77,6 +77,10 @@ class PreparedHead:
         if self.softcap is not None:
             logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
+
+    def products(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden @ weight.T [N, V] in the statistics dtype: logits before bias, scale and cap. Written to `out`."""
+        return _matmul(hidden_Nd, self.weight_Vd.T, self.dtype, out)
 
     def slope(self, logits_NV: Tensor) -> Tensor | None:
         """d logits / d (scaled raw logits) = 1 - (logits / softcap)², or None where it is 1."""
@@ -103,27 +107,40 @@ class HeadGradient:
 
     def __init__(self, head: PreparedHead, hidden: Tensor, lm_head: Head, needs: tuple[bool, bool, bool]) -> None:
         self.head = head
-        self.hidden_Nd = torch.zeros_like(hidden) if needs[0] else None
-        self.weight_Vd = torch.zeros_like(lm_head.weight, dtype=head.dtype) if needs[1] else None
+        self.hidden_Nd = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight_Vd = torch.empty_like(lm_head.weight, dtype=head.dtype) if needs[1] else None
         bias = lm_head.bias
         self.bias_V = torch.zeros_like(bias, dtype=head.dtype) if needs[2] and bias is not None else None
         self._weight_dtype = lm_head.weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
+        self._num_summed = 0
+        """Rows of the weight's gradient that hold a sum already; the others are not even zeros yet."""
 
     def add(self, rows: slice, hidden_Nd: Tensor, gradient_NV: Tensor) -> None:
-        """Add one chunk, given the gradient by hidden @ weight.T + bias, that is with scale and cap already undone."""
+        """Add one chunk, given the gradient by hidden @ weight.T + bias, that is with scale and cap already undone.
+
+        Every position has to be in one chunk. The gradient is in the statistics dtype or the head's product dtype.
+        """
         num_ids = gradient_NV.shape[1]
         if self.bias_V is not None:
-            self.bias_V[:num_ids] += gradient_NV.sum(0)
+            self.bias_V[:num_ids] += gradient_NV.sum(0, dtype=self.bias_V.dtype)
         product_NV = gradient_NV.to(self.head.weight_Vd.dtype)
-        if self.hidden_Nd is not None:
+        if self.hidden_Nd is not None and self.hidden_Nd.dtype == product_NV.dtype:
+            torch.mm(product_NV, self.head.weight_Vd, out=self.hidden_Nd[rows])
+        elif self.hidden_Nd is not None:
             self.hidden_Nd[rows] = torch.mm(product_NV, self.head.weight_Vd).to(self.hidden_Nd.dtype)
-        if self.weight_Vd is not None:
+        if self.weight_Vd is not None and self._num_summed:
             _add_matmul_(self.weight_Vd[:num_ids], product_NV.T, hidden_Nd)
+        elif self.weight_Vd is not None:
+            _matmul(product_NV.T, hidden_Nd, self.head.dtype, self.weight_Vd[:num_ids])
+            self._num_summed = num_ids
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients by (hidden, weight, bias), each in its input's dtype, None where not needed."""
-        weight_Vd = None if self.weight_Vd is None else self.weight_Vd.to(self._weight_dtype)
+        weight_Vd = None
+        if self.weight_Vd is not None:
+            self.weight_Vd[self._num_summed :] = 0
+            weight_Vd = self.weight_Vd.to(self._weight_dtype)
         bias_V = None if self.bias_V is None else self.bias_V.to(self._bias_dtype)
         return self.hidden_Nd, weight_Vd, bias_V
 
@@ -150,9 +167,9 @@ def _memory_budget(device: torch.device) -> int:
     return min(_ACCELERATOR_BUDGET, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a @ b with results (not only sums) in `dtype`: rounding logits to bfloat16 adds up to 1e-3 nats of KL."""
-    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b, out=out) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:

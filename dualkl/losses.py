@@ -3,7 +3,7 @@
 Shape suffixes: N positions, V vocabulary after the cut, d width of the student's hidden states.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,18 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from dualkl import kernels
 from dualkl.checks import check_device, check_ids, check_integers, check_shape
 from dualkl.config import DualKLConfig
-from dualkl.heads import Head, HeadGradient, as_head, prepare_head, row_chunks, statistics_dtype
-from dualkl.steps import StepResult, dense_step, topk_step
+from dualkl.heads import Head, HeadGradient, PreparedHead, as_head, prepare_head, row_chunks, statistics_dtype
+from dualkl.steps import Positions, Step, StepResult, plain_steps, sampled_columns
 from dualkl.targets import (
-    DenseTarget,
     Sampled,
     Teacher,
     TopKTeacher,
     check_teacher,
     check_topk_values,
-    select_rows,
     shared_vocabulary,
     support_tensor,
 )
@@ -146,42 +145,22 @@ def _needs_gradient(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
     return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad
 
 
-@dataclass(frozen=True, eq=False)
-class _Positions:
-    """What the loss knows of some positions, besides the teacher. `active_N1` is None where all weights count."""
-
-    hidden_Nd: Tensor
-    weights_N: Tensor
-    active_N1: Tensor | None
-    sampled: Sampled | None
-
-    def select(self, rows: slice) -> "_Positions":
-        """Some of the positions; hidden states of weight 0 become zeros."""
-        hidden_Nd, sampled, active_N1 = self.hidden_Nd[rows], self.sampled, self.active_N1
-        if active_N1 is not None:
-            active_N1 = active_N1[rows]
-            hidden_Nd = torch.where(active_N1, hidden_Nd, 0)
-        if sampled is not None:
-            sampled = Sampled(*(column[rows] for column in _columns(sampled)))
-        return _Positions(hidden_Nd, self.weights_N[rows], active_N1, sampled)
-
-
-def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) -> _Positions:
+def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) -> Positions:
     """All positions, their numbers in the statistics dtype, the samples of weight 0 harmless."""
     dtype, num_rows = statistics_dtype(hidden), hidden.shape[0]
     active_N = None if weights is None else weights != 0
     if weights is None:
         weights = torch.full((num_rows,), 1 / max(1, num_rows), dtype=dtype, device=hidden.device)
     if sampled is not None:
-        ids_N, teacher_N, behaviour_N = _columns(sampled)
+        ids_N, teacher_N, behaviour_N = sampled_columns(sampled)
         sampled = Sampled(ids_N.long(), teacher_N.to(dtype), behaviour_N.to(dtype))
         if active_N is not None:
-            sampled = Sampled(*(torch.where(active_N, column, 0) for column in _columns(sampled)))
-    return _Positions(hidden, weights.to(dtype), None if active_N is None else active_N[:, None], sampled)
+            sampled = Sampled(*(torch.where(active_N, column, 0) for column in sampled_columns(sampled)))
+    return Positions(hidden, weights.to(dtype), None if active_N is None else active_N[:, None], sampled)
 
 
 def _forward(
-    positions: _Positions,
+    positions: Positions,
     lm_head: Head,
     teacher: Teacher,
     config: DualKLConfig,
@@ -193,44 +172,40 @@ def _forward(
     hidden = positions.hidden_Nd
     head = prepare_head(lm_head, hidden, num_ids)
     gradient = HeadGradient(head, hidden, lm_head, needs)
-    step, num_buffers = _step_for(teacher, hidden, num_ids, config)
-    scale_N = positions.weights_N * (head.scale / config.temperature)
+    step, chunks = _step_for(teacher, head, hidden, num_ids, config, any(needs), chunk_rows)
     results = []
-    for rows in row_chunks(hidden.shape[0], chunk_rows, num_ids, num_buffers + (head.softcap is not None), hidden):
+    for rows in chunks:
         chunk = positions.select(rows)
         hidden_Nd = chunk.hidden_Nd.to(head.weight_Vd.dtype)
-        logits_NV = head.logits(hidden_Nd)
-        slope_NV = head.slope(logits_NV) if any(needs) else None
-        if config.temperature != 1.0:
-            logits_NV.div_(config.temperature)
-        results.append(step(logits_NV, rows, chunk, scale_N[rows] if any(needs) else None))
-        if any(needs):
-            gradient.add(rows, hidden_Nd, logits_NV if slope_NV is None else logits_NV.mul_(slope_NV))
-        del logits_NV, slope_NV
+        result, gradient_NV = step(rows, chunk, hidden_Nd)
+        results.append(result)
+        if gradient_NV is not None:
+            gradient.add(rows, hidden_Nd, gradient_NV)
+        del gradient_NV
+    del step
     return _assemble(results, positions, isinstance(teacher, TopKTeacher)), gradient.results()
 
 
-_Step = Callable[[Tensor, slice, _Positions, Tensor | None], StepResult]
+def _step_for(
+    teacher: Teacher,
+    head: PreparedHead,
+    hidden: Tensor,
+    num_ids: int,
+    config: DualKLConfig,
+    differentiate: bool,
+    chunk_rows: int | None,
+) -> tuple[Step, Iterable[slice]]:
+    """The step of this kind of teacher on this device, and the chunks to run it on."""
+    if kernels.usable(hidden, teacher):
+        from dualkl.kernels import fused  # triton is imported only where the kernels run
+
+        return fused.steps(teacher, head, hidden, num_ids, config, differentiate, chunk_rows)
+    num_buffers = (2 if isinstance(teacher, TopKTeacher) else 4) + (head.softcap is not None)
+    chunks = row_chunks(hidden.shape[0], chunk_rows, num_ids, num_buffers, hidden)
+    return plain_steps(teacher, head, hidden, num_ids, config, differentiate), chunks
 
 
-def _step_for(teacher: Teacher, hidden: Tensor, num_ids: int, config: DualKLConfig) -> tuple[_Step, int]:
-    """The step of this kind of teacher, and how many arrays [rows, V] it holds at once."""
-    if isinstance(teacher, TopKTeacher):
-        topk = teacher
-
-        def topk_rows(logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None) -> StepResult:
-            return topk_step(logits_NV, select_rows(topk, rows, chunk.active_N1), chunk.sampled, scale_N, config)
-
-        return topk_rows, 2
-    target = DenseTarget(teacher, num_ids, config.temperature, hidden)
-
-    def dense_rows(logits_NV: Tensor, rows: slice, chunk: _Positions, scale_N: Tensor | None) -> StepResult:
-        return dense_step(logits_NV, target.logits(rows, chunk.active_N1), chunk.sampled, scale_N, config)
-
-    return dense_rows, 4
-
-
-def _assemble(results: list[StepResult], positions: _Positions, bucketed: bool) -> DualKLOutput:
+def _assemble(results: list[StepResult], positions: Positions, bucketed: bool) -> DualKLOutput:
     """Join the chunks; the loss is one sum over all positions, so that it does not depend on the chunks."""
     zeros_N, active_N1 = torch.zeros_like(positions.weights_N), positions.active_N1
 
@@ -247,10 +222,6 @@ def _assemble(results: list[StepResult], positions: _Positions, bucketed: bool) 
         student_logprobs=None if positions.sampled is None else join("student_logprobs"),
         student_log_tail_mass=join("student_log_tail_mass") if bucketed else None,
     )
-
-
-def _columns(sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:
-    return sampled.ids, sampled.teacher_logprobs, sampled.behaviour_logprobs
 
 
 def _check_inputs(
@@ -275,7 +246,9 @@ def _check_inputs(
     if sampled is None and config.rkl == "mc":
         raise ValueError("rkl is 'mc', which needs the sampled tokens; pass sampled, or use rkl='exact'.")
     if sampled is not None:
-        for name, column in zip(("ids", "teacher_logprobs", "behaviour_logprobs"), _columns(sampled), strict=True):
+        for name, column in zip(
+            ("ids", "teacher_logprobs", "behaviour_logprobs"), sampled_columns(sampled), strict=True
+        ):
             check_shape(f"sampled.{name}", column, (num_rows,))
             check_device(f"sampled.{name}", column, hidden)
         check_integers("sampled.ids", sampled.ids)

@@ -1,12 +1,13 @@
 """One chunk of positions: logits in; divergences, gate, loss and (in place of the logits) its gradient out.
 
-One function per kind of teacher, `dense_step` and `topk_step`. They are all that a fused kernel has to replace: the
-head's products, chunking, temperature and weights stay with the caller.
+One function per kind of teacher, `dense_step` and `topk_step`, in plain PyTorch; `dualkl.kernels` does the same on CUDA
+in one pass over the logits. `plain_steps` wraps them as the loop over chunks calls either.
 
 Shape suffixes: N positions of the chunk, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with the tail
 bucket last).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from dualkl.config import DualKLConfig
 from dualkl.divergences import Bucket, Split, bucket_teacher, divergences_, split_student_
 from dualkl.estimators import sampled_reverse_kl
 from dualkl.gates import gate
+from dualkl.heads import PreparedHead
 from dualkl.logprobs import LEAST_LOGPROB, centre_, log_normalise_
-from dualkl.targets import Sampled, TopKTeacher
+from dualkl.targets import DenseTarget, Sampled, Teacher, TopKTeacher, select_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,62 @@ class StepResult:
     student_logprobs: Tensor | None = None
     student_log_tail_mass: Tensor | None = None
     floored: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """What the loss knows of some positions, besides the teacher. `active_N1` is None where all weights count."""
+
+    hidden_Nd: Tensor
+    weights_N: Tensor
+    active_N1: Tensor | None
+    sampled: Sampled | None
+
+    def select(self, rows: slice) -> "Positions":
+        """Some of the positions; hidden states of weight 0 become zeros."""
+        hidden_Nd, sampled, active_N1 = self.hidden_Nd[rows], self.sampled, self.active_N1
+        if active_N1 is not None:
+            active_N1 = active_N1[rows]
+            hidden_Nd = torch.where(active_N1, hidden_Nd, 0)
+        if sampled is not None:
+            sampled = Sampled(*(column[rows] for column in sampled_columns(sampled)))
+        return Positions(hidden_Nd, self.weights_N[rows], active_N1, sampled)
+
+
+def sampled_columns(sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, teacher's and behaviour logprobs of the sampled tokens."""
+    return sampled.ids, sampled.teacher_logprobs, sampled.behaviour_logprobs
+
+
+Step = Callable[[slice, Positions, Tensor], tuple[StepResult, Tensor | None]]
+"""One chunk: (its slice, its positions, their hidden states in the head's product dtype) to (what it computed, the
+gradient [N, V] of the loss by hidden @ weight.T + bias, or None). The gradient's storage may serve the next chunk."""
+
+
+def plain_steps(
+    teacher: Teacher, head: PreparedHead, hidden: Tensor, num_ids: int, config: DualKLConfig, differentiate: bool
+) -> Step:
+    """The step in plain PyTorch: any device, any dtype."""
+    dense = None if isinstance(teacher, TopKTeacher) else DenseTarget(teacher, num_ids, config.temperature, hidden)
+
+    def step(rows: slice, chunk: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
+        logits_NV = head.logits(hidden_Nd)
+        slope_NV = head.slope(logits_NV) if differentiate else None
+        if config.temperature != 1.0:
+            logits_NV.div_(config.temperature)
+        scale_N = chunk.weights_N * (head.scale / config.temperature) if differentiate else None
+        if dense is not None:
+            target_NV = dense.logits(rows, chunk.active_N1)
+            result = dense_step(logits_NV, target_NV, chunk.sampled, scale_N, config)
+        else:
+            assert isinstance(teacher, TopKTeacher)
+            target = select_rows(teacher, rows, chunk.active_N1)
+            result = topk_step(logits_NV, target, chunk.sampled, scale_N, config)
+        if slope_NV is not None:
+            logits_NV.mul_(slope_NV)
+        return result, logits_NV if differentiate else None
+
+    return step
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,27 @@
+"""The loss on CUDA: one Triton kernel for each kind of teacher, reading float32 logits as the matrix product left them.
+
+`fused` holds the buffers and launches, `dense` and `sparse` the kernels, `common` what they share. Triton is imported
+on first use: a machine without it (or without a GPU) runs `dualkl.steps` instead, which is also the kernels' oracle.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from dualkl.targets import Teacher, TopKTeacher
+
+MAX_SLOTS = 4096
+"""Most kept ids of a top-k teacher that the sparse kernel holds in registers; more run in plain PyTorch."""
+
+
+def usable(hidden: Tensor, teacher: Teacher) -> bool:
+    """Whether the kernels compute this loss: bfloat16 or float32 hidden states on CUDA, at most MAX_SLOTS kept ids."""
+    slots = teacher.ids.shape[1] if isinstance(teacher, TopKTeacher) else 0
+    return hidden.is_cuda and hidden.dtype != torch.float64 and slots <= MAX_SLOTS and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,120 @@
+"""What both kernels share: logits from raw products, the gate, the mixed loss, and writing a gradient over its logits.
+
+A program owns one row and walks it in tiles of [LANES, 4] columns. Each lane keeps its own running maximum and sums, so
+that the walk has no step in which threads wait for each other; lanes meet once, at the end of the row. Four columns a
+lane are one 16-byte load.
+"""
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(-1e30)
+"""ln 0, as in `dualkl.logprobs`: finite, so that nothing becomes NaN."""
+VECTOR = tl.constexpr(4)
+SOFT = tl.constexpr(0)
+HARD = tl.constexpr(1)
+FIXED = tl.constexpr(2)
+RKL = tl.constexpr(0)
+FKL = tl.constexpr(1)
+GATE = tl.constexpr(2)
+LOSS = tl.constexpr(3)
+STUDENT_LOGPROB = tl.constexpr(4)
+STUDENT_LOG_TAIL = tl.constexpr(5)
+FLOORED = tl.constexpr(6)
+
+
+@triton.jit
+def at_least(x, bound):
+    """max(x, bound) that keeps NaN."""
+    return tl.where(x < bound, bound, x)
+
+
+@triton.jit
+def tanh(x):
+    """Within about 1 ulp of float32 (Cephes' tanhf): by e^2x alone, small x would lose all relative accuracy."""
+    square = x * x
+    poly = -5.70498872745e-3
+    poly = poly * square + 2.06390887954e-2
+    poly = poly * square - 5.37397155531e-2
+    poly = poly * square + 1.33314422036e-1
+    poly = poly * square - 3.33332819422e-1
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.625, poly * square * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def activate(raw, bias_ptr, offsets, valid, inner, outer, CAPPED: tl.constexpr):
+    """(logits at the loss's temperature, their slope up to the head's constant factor) of raw = hidden @ weight.T.
+
+    inner (raw + bias), or with a cap outer tanh(inner (raw + bias)); the slope is 1, or 1 - tanh².
+    """
+    x = raw
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offsets, mask=valid, other=0.0)
+    x *= inner
+    slope = 1.0
+    if CAPPED:
+        x = tanh(x)
+        slope = 1.0 - x * x
+        x *= outer
+    return x, slope
+
+
+@triton.jit
+def mix(
+    rkl, fkl, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
+    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
+):  # fmt: skip
+    """(λ, loss, advantage) of one row: `dualkl.gates` and `dualkl.estimators` on scalars."""
+    if GATING == SOFT:
+        gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - rkl)))
+    elif GATING == HARD:
+        gate = tl.where(rkl <= tau, 1.0, 0.0)
+    else:
+        gate = rkl * 0.0 + fixed
+    reverse = rkl
+    forward = fkl
+    advantage = rkl * 0.0
+    if MC:
+        log_weight = logp_y - behaviour_logp_y
+        weight = tl.exp(tl.where(log_weight > log_cap, log_cap, log_weight))
+        log_ratio = logp_y - at_least(teacher_logp_y, LEAST)
+        reverse = weight * log_ratio
+        advantage = weight * (log_ratio - rkl)
+    if ARGMAX:
+        forward = cross_entropy
+    return gate, gate * reverse + (1.0 - gate) * forward, advantage
+
+
+@triton.jit
+def outcome_gradient(p, q, centred, hit, reverse, forward, onehot, MC: tl.constexpr, ARGMAX: tl.constexpr):
+    """reverse p (l - R) + forward (p - q), with l - R in `centred`, all by outcome.
+
+    mc has -onehot p in place of the first term (its one-hot is added by the caller), argmax 1[hit] in place of q.
+    """
+    target = q
+    if ARGMAX:
+        target = tl.where(hit, 1.0, 0.0)
+    first = reverse * (p * centred)
+    if MC:
+        first = -onehot * p
+    return first + forward * (p - target)
+
+
+@triton.jit
+def make_room(unread, start, width, HALVED: tl.constexpr):
+    """Wait until the gradient of the tile at `start` may be written over the row; returns the first column known read.
+
+    Tiles are walked from the end. A gradient of half the logits' size fills the row's upper half: column j lies over
+    the logit (width + j) / 2 >= j. So it never reaches a tile that is still to come, and reaches only logits that
+    all threads have read as long as (width + start) / 2 >= the first column read before the last barrier: log2 of the
+    number of tiles barriers are enough. A gradient of the logits' own size lies over its own tile.
+    """
+    wait = True
+    if HALVED:
+        wait = 2 * unread > width + start
+    if wait:
+        tl.debug_barrier()
+        unread = start
+    return unread

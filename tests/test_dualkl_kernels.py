@@ -1,0 +1,121 @@
+"""The CUDA kernels without a GPU: their logic under Triton's interpreter, and that they compile for an A100 or A800.
+
+`test_dualkl_cuda.py` runs them on a GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualkl import kernels
+from dualkl.kernels import usable
+from dualkl.targets import LogitsTeacher, TopKTeacher
+
+ROOT = Path(__file__).resolve().parent.parent
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
+POINTERS = {
+    **dict.fromkeys(("student_ptr", "teacher_ptr", "weights_ptr", "out_ptr"), "*fp32"),
+    **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "logprobs_ptr", "log_tail_ptr"), "*fp32"),
+    **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr"), "*fp32"),
+    **{"gradient_ptr": "*bf16", "ids_ptr": "*i32", "sampled_ptr": "*i64"},
+}
+SIZES = ("student_stride", "teacher_stride", "gradient_stride", "width", "num_ids", "teacher_width")
+
+
+@linux_only
+def test_the_kernels_give_the_oracles_numbers_under_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "tests/interpreted_kernels.py", "-p", "no:cacheprovider", "-W", "ignore"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:
+    """A kernel compiled for sm_80, all pointers given, sizes multiples of 16 as at V = 151,936."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        integer = name in SIZES or name in ("num_slots", "out_stride")
+        signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32" if integer else "fp32")
+        if name in SIZES or name in POINTERS:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": num_warps})
+
+
+@linux_only
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_kernels_compile_for_sm_80_within_its_shared_memory(everything: bool) -> None:
+    """ptxas comes with Triton; without it this fails."""
+    from dualkl.kernels import fused
+    from dualkl.kernels.dense import dense_kernel
+    from dualkl.kernels.sparse import sparse_kernel
+
+    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 0}
+    shared |= {"GRADIENT": True, "HALVED": True}
+    dense = compiled(dense_kernel, fused.DENSE.num_warps, LANES=fused.DENSE.lanes, TEACHER_CAPPED=everything, **shared)
+    slots = kernels.MAX_SLOTS if everything else 64
+    sparse = compiled(sparse_kernel, fused.SPARSE.num_warps, LANES=fused.SPARSE.lanes, SLOTS=slots, **shared)
+    for kernel in (dense, sparse):
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 163 * 1024
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, dualkl, dualkl.losses, dualkl.kernels; print('dualkl.kernels.fused' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_cpu_and_a_machine_without_triton_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    teacher = LogitsTeacher(torch.empty(1, 5))
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    assert usable(OnGpu, teacher)  # type: ignore[arg-type]
+    assert not usable(torch.empty(1, 3), teacher)
+    ids = torch.empty(1, kernels.MAX_SLOTS + 1, dtype=torch.int32)
+    assert not usable(OnGpu, TopKTeacher(ids, ids, ids))  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    assert not usable(OnGpu, teacher)  # type: ignore[arg-type]
+    assert importlib.util.find_spec("dualkl.kernels.fused") is not None
+
+
+@linux_only
+def test_default_chunks_fill_whole_tiles_and_stay_within_their_memory() -> None:
+    from dualkl.kernels.fused import fused_chunks
+
+    hidden = torch.empty(8192, 0)
+    for num_buffers, limit in ((1, 0.95), (2, 1.42)):
+        chunks = fused_chunks(hidden, None, 151_936, num_buffers)
+        sizes = [rows.stop - rows.start for rows in chunks]
+        assert sum(sizes) == 8192
+        assert [rows.start for rows in chunks[1:]] == [rows.stop for rows in chunks[:-1]]
+        assert all(size % 128 == 0 for size in sizes)
+        assert max(sizes) * num_buffers * 151_936 * 4 <= limit * 2**30
+    assert [rows.stop - rows.start for rows in fused_chunks(hidden[:5], None, 151_936, 2)] == [5]
+    assert [rows.stop - rows.start for rows in fused_chunks(hidden[:5], 2, 503, 2)] == [1, 2, 2]
+    assert fused_chunks(hidden[:0], None, 503, 1) == []
+
+
+@linux_only
+@pytest.mark.parametrize("tile", [4, 16, 4096])
+@pytest.mark.parametrize("width", [64, 512, 8256, 151_936])
+def test_a_gradient_written_over_its_row_never_reaches_unread_logits(tile: int, width: int) -> None:
+    """The rule of `common.make_room` replayed: what any thread may still have to read lies below `unread`."""
+    unread, barriers = width, 0
+    for start in range((width - 1) // tile * tile, -1, -tile):
+        if 2 * unread > width + start:
+            unread, barriers = start, barriers + 1
+        first_written_byte = 2 * width + 2 * start
+        assert first_written_byte >= 4 * unread
+    assert barriers <= 2 + (width // tile).bit_length()

@@ -153,3 +153,50 @@ def test_texts_are_cut_and_padded_by_terminal_columns():
     assert fit("abcdefg", 6) == "abcde…"
     assert fit("語語語語", 6) == "語語…"
     assert pad("語", 5) == "語   "
+
+
+def shown_rows(text: str) -> list[str]:
+    """First words of a table of rows, below its two lines of heads."""
+    return [line.split()[0] for line in text.splitlines()[2:]]
+
+
+def test_show_lists_the_rows_that_the_student_likes_and_the_teacher_does_not(tmp_path, capsys):
+    write(tmp_path, range(9))
+    sums = {n: float((record(n).behaviour_logprobs - record(n).teacher_logprobs).sum()) for n in range(9)}
+    worst = sorted(sums, key=lambda n: -sums[n])
+    assert main(["show", str(tmp_path), "--worst", "4"]) == 0
+    text = capsys.readouterr().out
+    assert shown_rows(text) == [row_id(n)[:8] for n in worst[:4]]
+    for line, number in zip(text.splitlines()[2:], worst, strict=False):
+        assert f"{sums[number]:.3f}" in line
+        assert f"It is {number + 1}." in line
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert main(["show", str(tmp_path), "--worst", "1"]) == 0
+    assert f"row {row_id(worst[0])}" in capsys.readouterr().out
+
+
+def test_show_lists_the_longest_rows_and_those_of_a_prompt(tmp_path, capsys):
+    write(tmp_path, range(9))
+    assert main(["show", str(tmp_path), "--longest", "3"]) == 0
+    by_length = sorted(range(9), key=lambda n: (-(1 + n % 6), row_id(n)))
+    assert shown_rows(capsys.readouterr().out) == [row_id(n)[:8] for n in by_length[:3]]
+    assert main(["show", str(tmp_path), "--prompt", "p1", "--tokens"]) == 0
+    text = capsys.readouterr().out
+    assert [
+        line.split()[1].rstrip(",") for line in text.splitlines() if line.startswith("row ") and "number" in line
+    ] == (sorted(row_id(n) for n in (2, 3)))
+
+
+def test_show_refuses_selections_in_a_sentence(tmp_path, capsys):
+    write(tmp_path / "scored", range(4))
+    write(tmp_path / "none", range(4), "none")
+    cases = {
+        ("scored", "--prompt", "x"): "no prompt id begins with 'x'",
+        ("scored", "--prompt", "p"): "2 prompt ids begin with 'p' (p0, p1); give one",
+        ("scored", "--worst", "0"): "--worst is 0; expected a number of rows, at least 1",
+        ("none", "--worst", "3"): "is not scored (signal kind none)",
+    }
+    for (name, *options), sentence in cases.items():
+        assert main(["show", str(tmp_path / name), *options]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "none"), "--longest", "2"]) == 0

@@ -236,7 +236,7 @@ def test_the_commands_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["prune", two, "--max_age", "15", "--at_step", "30", "--dry_run"]) == 0
     assert "8 rows (" in (text := capsys.readouterr().out)
     assert f"1 whole shards) would be removed; {two} holds 16 rows." in text
-    assert main(["prune", two, "--policy", f"{0:016x}", f"{1:016x}"]) == 0
+    assert main(["prune", two, "--policy", f"{0:016x}", "--policy", f"{1:016x}"]) == 0
     assert f"removed; {two} holds 8 rows." in capsys.readouterr().out
     assert main(["merge", two, one]) == 0
     assert "2 shards (12 rows, " in (text := capsys.readouterr().out)

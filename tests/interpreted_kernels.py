@@ -31,13 +31,13 @@ from tests.test_dualkl_steps import (
 )
 
 KINDS = ["dense", "topk"]
-LANES = 32
+LANES = 64
 calls: list[str] = []
 
 
 @pytest.fixture(autouse=True)
 def _kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything but float64 runs in the kernels, in tiles of 128 columns; a test that launches none fails."""
+    """Everything but float64 runs in the kernels, in tiles of 256 columns; a test that launches none fails."""
 
     def counted(function: Any) -> Any:
         def call(*args: Any) -> Any:

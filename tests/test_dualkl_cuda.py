@@ -1,18 +1,45 @@
-"""`dual_kl` on a CUDA device: bfloat16 products, float32 statistics, no waiting for the device, bounded memory."""
+"""`dual_kl` on a CUDA device: the Triton kernels, bfloat16 products, no waiting for the device, bounded memory."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dualkl import DualKLConfig, Head, HiddenTeacher, TopKTeacher, dual_kl
+from dualkl import DualKLConfig, Head, HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher, dual_kl
 from dualkl.divergences import compare, gather_logprobs
 from dualkl.targets import compress
 from tests.test_dualkl_losses import METHODS, Case, N, d, gradients, relative_error
 
 pytestmark = pytest.mark.gpu
+
+
+class CountedKernel:
+    """A kernel that counts its launches."""
+
+    def __init__(self, name: str, kernel: Any, launches: Counter[str]) -> None:
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches[self.name] += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel was launched."""
+    from dualkl.kernels import fused
+
+    counts: Counter[str] = Counter()
+    for name in ("dense_kernel", "sparse_kernel"):
+        monkeypatch.setattr(fused, name, CountedKernel(name, getattr(fused, name), counts))
+    return counts
+
+
+def kernel_of(kind: str) -> str:
+    return "sparse_kernel" if kind == "topk" else "dense_kernel"
 
 
 def moved(value: Any) -> Any:
@@ -30,18 +57,189 @@ def on_gpu(case: Case) -> Case:
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 @pytest.mark.parametrize("full_head", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_value_and_gradient_are_the_oracles(
+    kind: str, full_head: bool, dtype: torch.dtype, launches: Counter[str]
+) -> None:
     cpu = Case(full_head, 1.3, 491, dtype)
     gpu = on_gpu(cpu)
-    value, slope = (1e-9, 1e-9) if dtype == torch.float64 else (1e-3, 2**-8 + 1e-3)
-    for gating, rkl, fkl in METHODS[:4] + METHODS[8:]:
+    value, slope = {
+        torch.float64: (1e-9, 1e-9),
+        torch.float32: (1e-5, 2e-5),
+        torch.bfloat16: (1e-3, 2**-8 + 1e-3),
+    }[dtype]
+    for gating, rkl, fkl in METHODS:
         config = cpu.config(gating=gating, rkl=rkl, fkl=fkl)
         wanted, found = cpu.oracle(kind, config), gpu.run(kind, config, chunk_rows=3, check=True)
         for name in ("rkl", "fkl"):
             torch.testing.assert_close(getattr(found, name).cpu().double(), wanted[name], rtol=value, atol=3e-6)
         pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
-        assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope
+        assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope, (gating, rkl, fkl)
+    assert launches[kernel_of(kind)] == (0 if dtype == torch.float64 else 3 * len(METHODS))
+
+
+V_REAL, CUT_REAL, WIDTH, TEACHER_WIDTH = 151_936, 151_669, 1024, 1536
+PAIRS = {  # the student's and the teacher's spread of logits, and by how much the teacher's logits differ from its own
+    "random": (2.0, 2.0, None),
+    "near": (2.0, 2.0, 0.025),
+    "peaked": (10.0, 10.0, 0.15),
+    "far": (16.0, 2.0, None),
+}
+
+
+class RealCase:
+    """bfloat16 hidden states and heads of a real vocabulary, and the same numbers in float64."""
+
+    def __init__(self, pair: str, num_rows: int) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda")
+
+        generator = torch.Generator("cuda").manual_seed(5)
+        student_spread, teacher_spread, distance = PAIRS[pair]
+        hidden, weight = normal(num_rows, WIDTH), normal(V_REAL, WIDTH) * WIDTH**-0.5
+        if distance is None:
+            teacher_hidden, teacher_weight = normal(num_rows, TEACHER_WIDTH), normal(V_REAL, TEACHER_WIDTH)
+            teacher_hidden *= teacher_spread * TEACHER_WIDTH**-0.5
+        else:
+            # The student's own logits, and noise from the columns that it does not have.
+            extra = TEACHER_WIDTH - WIDTH
+            teacher_hidden = torch.cat([hidden * teacher_spread, normal(num_rows, extra)], 1)
+            teacher_weight = torch.cat([weight.bfloat16().float(), distance * extra**-0.5 * normal(V_REAL, extra)], 1)
+        self.hidden = (hidden * student_spread).bfloat16().requires_grad_()
+        if distance is not None:
+            teacher_hidden[:, :WIDTH] = self.hidden.detach()
+        self.weight = weight.bfloat16().requires_grad_()
+        self.teacher_hidden, self.teacher_weight = teacher_hidden.bfloat16(), teacher_weight.bfloat16()
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        return self.teacher_hidden.double() @ self.teacher_weight.double().T
+
+    def teachers(self, kind: str) -> tuple[Teacher, Teacher]:
+        """The teacher as the kernels get it, and the same one in float64."""
+        if kind == "hidden":
+            exact = HiddenTeacher(self.teacher_hidden.double(), self.teacher_weight.double())
+            return HiddenTeacher(self.teacher_hidden, self.teacher_weight), exact
+        if kind == "logits":
+            logits = self.teacher_logits.bfloat16()
+            return LogitsTeacher(logits), LogitsTeacher(logits.double())
+        sampled = torch.zeros(len(self.hidden), dtype=torch.long, device="cuda")
+        part = compress(self.teacher_hidden, self.teacher_weight, sampled, k=64)
+        topk = TopKTeacher(part.ids, part.logprobs, part.log_tail_mass)
+        return topk, topk
+
+    def exact(self, teacher: Teacher, config: DualKLConfig, head: Head | None = None) -> tuple[Any, list[Tensor]]:
+        """The plain path's output and gradients in float64 on the same numbers."""
+        leaves = [self.hidden.detach().double().requires_grad_(), self.weight.detach().double().requires_grad_()]
+        bias = None if head is None or head.bias is None else head.bias.double()
+        out = dual_kl(leaves[0], Head(leaves[1], bias), teacher, config)
+        return out, gradients(out.loss, leaves)
+
+
+def assert_near(found: Any, wanted: Any, found_gradients: list[Tensor], wanted_gradients: list[Tensor]) -> None:
+    """The project's bounds: 3e-6 nats + 0.1 %, gate 1e-3, gradients 2^-8 + 1e-3."""
+    for column in ("loss", "rkl", "fkl"):
+        torch.testing.assert_close(
+            getattr(found, column).detach().double(), getattr(wanted, column).detach(), rtol=1e-3, atol=3e-6
+        )
+    torch.testing.assert_close(found.gate.double(), wanted.gate, rtol=0, atol=1e-3)
+    for f, w in zip(found_gradients, wanted_gradients, strict=True):
+        assert relative_error(f, w) <= 2**-8 + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_a_real_vocabulary_in_bfloat16_stays_near_float64(kind: str, pair: str, launches: Counter[str]) -> None:
+    case = RealCase(pair, 96)
+    teacher, exact_teacher = case.teachers(kind)
+    first, _ = case.exact(exact_teacher, DualKLConfig())
+    median = float(first.rkl.median())
+    if pair == "near" and kind == "hidden":
+        assert 1e-4 < median < 1e-3
+    config = DualKLConfig(tau=median, alpha=min(500.0, 2 / median))
+    wanted, wanted_gradients = case.exact(exact_teacher, config)
+    assert 0.05 < wanted.gate.mean() < 0.95
+    launches.clear()
+    found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
+    assert launches == {kernel_of(kind): 2}
+    assert_near(found, wanted, gradients(found.loss, [case.hidden, case.weight]), wanted_gradients)
+
+
+@pytest.mark.parametrize("tail", [1e-6, 1e-14, 1e-52])
+def test_a_students_tiny_tail_stays_near_float64(tail: float, launches: Counter[str]) -> None:
+    """The teacher keeps 64 ids and 1e-3 outside; a bias on those ids leaves the student `tail` outside."""
+    case = RealCase("random", 64)
+    bias = torch.zeros(V_REAL, device="cuda")
+    bias[:64] = math.log(V_REAL / 64) - math.log(tail)
+    logprobs = (torch.rand(64, 64, device="cuda") + 0.1).log().sort(1, descending=True).values.log_softmax(1)
+    ids = torch.arange(64, device="cuda").expand(64, 64)
+    teacher = TopKTeacher(ids, logprobs + math.log1p(-1e-3), torch.full((64,), math.log(1e-3), device="cuda"))
+    config = DualKLConfig(gating="fixed", mix=0.5)
+    wanted, wanted_gradients = case.exact(teacher, config, Head(case.weight, bias))
+    found = dual_kl(case.hidden, Head(case.weight, bias), teacher, config)
+    assert launches["sparse_kernel"] == 1
+    assert found.student_log_tail_mass is not None
+    assert (found.student_log_tail_mass - math.log(tail)).abs().max() < 3
+    assert_near(found, wanted, gradients(found.loss, [case.hidden, case.weight]), wanted_gradients)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+@pytest.mark.parametrize(("lanes", "num_warps"), [(128, 1), (512, 4), (1024, 8), (1024, 32), (2048, 16), (4096, 32)])
+def test_the_gradient_over_its_own_logits_is_the_same_every_time(
+    kind: str, lanes: int, num_warps: int, monkeypatch: pytest.MonkeyPatch, launches: Counter[str]
+) -> None:
+    """Many rows at once, a cut that is no multiple of anything, and every way to launch: no thread may be overtaken."""
+    from dualkl.kernels import fused
+
+    for launch in (fused.DENSE, fused.SPARSE):
+        monkeypatch.setattr(launch, "lanes", lanes)
+        monkeypatch.setattr(launch, "num_warps", num_warps)
+    case = RealCase("random", 256)
+    config = DualKLConfig(vocab_size=CUT_REAL)
+    teacher, exact_teacher = case.teachers(kind)
+    if isinstance(teacher, TopKTeacher):
+        inside = teacher.ids < CUT_REAL
+        kept = teacher.logprobs.masked_fill(~inside, -math.inf)
+        tail = (1 - kept.double().exp().sum(1)).log().float()
+        order = (~inside).int().argsort(1, stable=True)
+        ids = torch.where(inside, teacher.ids, -1).gather(1, order)
+        teacher = exact_teacher = TopKTeacher(ids, kept.gather(1, order), tail)
+    _, wanted = case.exact(exact_teacher, config)
+    results = []
+    for _ in range(6):
+        loss = dual_kl(case.hidden, case.weight, teacher, config).loss
+        results.append(gradients(loss, [case.hidden, case.weight]))
+    for found in results:
+        assert torch.equal(found[0], results[0][0])
+        assert relative_error(found[0], wanted[0]) <= 2**-8 + 1e-3
+        assert relative_error(found[1], wanted[1]) <= 2**-8 + 1e-3
+    assert launches[kernel_of(kind)] == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "gib"),
+    [("hidden", False, 1.5), ("hidden", True, 3.0), ("topk", False, 1.0), ("topk", True, 2.5)],
+)
+def test_memory_beyond_the_inputs_and_their_gradients_is_bounded(kind: str, trained: bool, gib: float) -> None:
+    num_rows, width = 8192, 2560
+    hidden = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V_REAL, width, device="cuda", dtype=torch.bfloat16).mul_(0.04).requires_grad_(trained)
+    teacher: Teacher
+    if kind == "hidden":
+        teacher_weight = torch.randn(V_REAL, 5120, device="cuda", dtype=torch.bfloat16).mul_(0.03)
+        teacher = HiddenTeacher(torch.randn(num_rows, 5120, device="cuda", dtype=torch.bfloat16), teacher_weight)
+    else:
+        ids = torch.arange(64, device="cuda").expand(num_rows, 64).contiguous()
+        logprobs = torch.full((num_rows, 64), math.log(0.9 / 64), device="cuda")
+        teacher = TopKTeacher(ids, logprobs, torch.full((num_rows,), math.log(0.1), device="cuda"))
+    torch.mm(hidden.detach()[:64], weight.detach()[:64].T)  # cuBLAS takes its workspace
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    dual_kl(hidden, weight, teacher, DualKLConfig()).loss.backward()
+    given = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    extra = (torch.cuda.max_memory_allocated() - before - given) / 2**30
+    assert extra <= gib, f"{extra:.2f} GiB"
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])

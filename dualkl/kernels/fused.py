@@ -193,9 +193,9 @@ def _common_arguments(
 ) -> tuple[object, ...]:
     gradient = logits_NW if gradient_NV is None else gradient_NV
     sampled = chunk.sampled
-    columns = (None, None, None) if sampled is None else sampled_columns(sampled)
+    columns = (None, None, None) if sampled is None else [x.contiguous() for x in sampled_columns(sampled)]
     return (
-        *(gradient, gradient.stride(0), head.scale / config.temperature, chunk.weights_N),
+        *(gradient, gradient.stride(0), head.scale / config.temperature, chunk.weights_N.contiguous()),
         *columns,
         *(out_CN, out_CN.stride(0)),
         *(config.tau, config.alpha, config.mix, math.log(config.importance_cap)),

@@ -12,7 +12,7 @@ kept; --again measures it anew. No new cell is begun after --minutes. Cells that
 
 The floor of a cell is the sum of its matrix products alone, measured by the same process on the same data: the student's
 head forward (bf16 results), by hidden states, by the weight if it is trained, and the teacher's head for a teacher given
-by hidden states. Memory is the peak beyond what was allocated before the step and the bf16 `.grad`. Errors are
+by hidden states. Memory is the peak beyond the inputs and the bf16 `.grad`, which is there before the step. Errors are
 ||found - wanted|| / ||wanted|| against float64 on the same bf16 inputs (512 positions of dX, 4,096 ids of dW).
 """
 
@@ -24,7 +24,6 @@ import gc
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -162,16 +161,16 @@ def measure(step: Callable[[], Any], device: str, seconds: float) -> Timing:
 
 
 def peak_bytes(step: Step, device: str) -> int | None:
-    """Peak memory of a step beyond what was there before and the gradients that it leaves."""
+    """Peak memory of a step that adds to gradients which are there, beyond what was there before."""
     if device != "cuda":
         return None
-    step.clear()
+    step()
     release(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    step.accumulate()
     synchronize(device)
-    return torch.cuda.max_memory_allocated() - before - step.gradient_bytes()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def release(device: str) -> None:
@@ -236,17 +235,18 @@ class Step:
         self.function: LossFunction | None = None
 
     def __call__(self) -> tuple[Tensor, Columns]:
-        assert self.function is not None
         self.clear()
+        return self.accumulate()
+
+    def accumulate(self) -> tuple[Tensor, Columns]:
+        """The same, onto the gradients of the call before."""
+        assert self.function is not None
         loss, columns = self.function(self.hidden, self.weight)
         loss.backward()
         return loss.detach(), columns
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
-
-    def gradient_bytes(self) -> int:
-        return sum(leaf.grad.nbytes for leaf in (self.hidden, self.weight) if leaf.grad is not None)
 
 
 def choose_settings(
@@ -357,17 +357,6 @@ def sources_digest(patterns: Iterable[str]) -> str:
     return total.hexdigest()[:8]
 
 
-def commit() -> str:
-    """The commit of the working tree, or "unknown" outside of git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def identity(cell: Cell | None) -> Record:
     """Versions and sources that a result depends on; None for floors."""
     versions: Record = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()}
@@ -441,15 +430,13 @@ def run(options: argparse.Namespace) -> None:
                 release(device)
                 problem = make_problem(cell.shape, device)
                 floors = measure_floors(problem, device, seconds / 2)
-                results.put(
-                    f"{cell.shape.name}/floor", {"status": "ok", **floors, **identity(None), "commit": commit()}
-                )
+                results.put(f"{cell.shape.name}/floor", {"status": "ok", **floors, **identity(None)})
             record = try_cell(cell, problem, settings_for(cell, before, options), device, seconds)
         except Exception as error:
             record = {"status": "error", "message": f"no problem or floor: {_message(error)}"}
         floor = floor_ms(cell.kind, cell.head, floors) if floors else None
         ratio = record["ms"] / floor if floor and "ms" in record else None
-        record |= {"job": cell.contender.job, "floor_ms": floor, "ratio": ratio, **identity(cell), "commit": commit()}
+        record |= {"job": cell.contender.job, "floor_ms": floor, "ratio": ratio, **identity(cell)}
         results.put(cell.name, record)
         print(f"{time.monotonic() - started:5.0f} s  {line(cell.name, record)}", flush=True)
         try:
@@ -499,9 +486,9 @@ def device_tables(device: str, cells: dict[str, Record]) -> list[str]:
     measured = {name: record for name, record in cells.items() if not name.endswith("/floor")}
     ours = {name: record for name, record in measured.items() if name.endswith("/dual_kl")}
     versions = sorted({f"torch {r['torch']}, triton {r['triton']}, CUDA {r['cuda']}" for r in cells.values()})
-    commits = sorted({r["commit"] for r in cells.values()})
+    sources = sorted({r["sources"] for r in cells.values() if "sources" in r})
     return [
-        f"## {device}\n\n{'; '.join(versions)}; commit {', '.join(commits)}.",
+        f"## {device}\n\n{'; '.join(versions)}; sources {', '.join(sources)}.",
         "### Floors\n\n" + floor_table(floors),
         "### DualKL\n\n" + cell_table(ours),
         "### All contenders\n\n" + cell_table(measured),

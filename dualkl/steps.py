@@ -46,13 +46,16 @@ class Positions:
 
     def select(self, rows: slice) -> "Positions":
         """Some of the positions; hidden states of weight 0 become zeros."""
-        hidden_Nd, sampled, active_N1 = self.hidden_Nd[rows], self.sampled, self.active_N1
+        hidden_Nd, active_N1 = self.hidden_Nd[rows], self.active_N1
         if active_N1 is not None:
             active_N1 = active_N1[rows]
             hidden_Nd = torch.where(active_N1, hidden_Nd, 0)
-        if sampled is not None:
-            sampled = Sampled(*(column[rows] for column in sampled_columns(sampled)))
-        return Positions(hidden_Nd, self.weights_N[rows], active_N1, sampled)
+        return Positions(hidden_Nd, self.weights_N[rows], active_N1, select_sampled(self.sampled, rows))
+
+
+def select_sampled(sampled: Sampled | None, rows: slice) -> Sampled | None:
+    """The samples of some of the positions."""
+    return None if sampled is None else Sampled(*(column[rows] for column in sampled_columns(sampled)))
 
 
 def sampled_columns(sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:

@@ -185,10 +185,10 @@ def test_a_students_tiny_tail_stays_near_float64(tail: float, launches: Counter[
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 @pytest.mark.parametrize(("lanes", "num_warps"), [(128, 1), (512, 4), (1024, 8), (1024, 32), (2048, 16), (4096, 32)])
-def test_the_gradient_over_its_own_logits_is_the_same_every_time(
+def test_the_gradient_is_the_same_every_time_however_it_is_launched(
     kind: str, lanes: int, num_warps: int, monkeypatch: pytest.MonkeyPatch, launches: Counter[str]
 ) -> None:
-    """Many rows at once, a cut that is no multiple of anything, and every way to launch: no thread may be overtaken."""
+    """Many rows at once, a cut that is no multiple of anything, and every way to launch: no thread overtakes another."""
     from dualkl.kernels import fused
 
     for launch in (fused.DENSE, fused.SPARSE):
@@ -201,7 +201,7 @@ def test_the_gradient_over_its_own_logits_is_the_same_every_time(
         inside = teacher.ids < CUT_REAL
         kept = teacher.logprobs.masked_fill(~inside, -math.inf)
         tail = (1 - kept.double().exp().sum(1)).log().float()
-        order = (~inside).int().argsort(1, stable=True)
+        order = (~inside).int().argsort(dim=1, stable=True)
         ids = torch.where(inside, teacher.ids, -1).gather(1, order)
         teacher = exact_teacher = TopKTeacher(ids, kept.gather(1, order), tail)
     _, wanted = case.exact(exact_teacher, config)
@@ -233,12 +233,13 @@ def test_memory_beyond_the_inputs_and_their_gradients_is_bounded(kind: str, trai
         logprobs = torch.full((num_rows, 64), math.log(0.9 / 64), device="cuda")
         teacher = TopKTeacher(ids, logprobs, torch.full((num_rows,), math.log(0.1), device="cuda"))
     torch.mm(hidden.detach()[:64], weight.detach()[:64].T)  # cuBLAS takes its workspace
+    for leaf in (hidden, weight):
+        leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     dual_kl(hidden, weight, teacher, DualKLConfig()).loss.backward()
-    given = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
-    extra = (torch.cuda.max_memory_allocated() - before - given) / 2**30
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**30
     assert extra <= gib, f"{extra:.2f} GiB"
 
 

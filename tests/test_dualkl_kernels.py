@@ -60,7 +60,7 @@ def test_the_kernels_compile_for_sm_80_within_its_shared_memory(everything: bool
     from dualkl.kernels.sparse import sparse_kernel
 
     shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 0}
-    shared |= {"GRADIENT": True, "HALVED": True}
+    shared |= {"GRADIENT": True}
     dense = compiled(dense_kernel, fused.DENSE.num_warps, LANES=fused.DENSE.lanes, TEACHER_CAPPED=everything, **shared)
     slots = kernels.MAX_SLOTS if everything else 64
     sparse = compiled(sparse_kernel, fused.SPARSE.num_warps, LANES=fused.SPARSE.lanes, SLOTS=slots, **shared)
@@ -91,31 +91,22 @@ def test_a_cpu_and_a_machine_without_triton_take_the_plain_path(monkeypatch: pyt
 
 
 @linux_only
-def test_default_chunks_fill_whole_tiles_and_stay_within_their_memory() -> None:
-    from dualkl.kernels.fused import fused_chunks
+def test_default_groups_fill_whole_tiles_and_stay_within_their_memory() -> None:
+    from dualkl.kernels.fused import groups_of
 
     hidden = torch.empty(8192, 0)
-    for num_buffers, limit in ((1, 0.95), (2, 1.42)):
-        chunks = fused_chunks(hidden, None, 151_936, num_buffers)
-        sizes = [rows.stop - rows.start for rows in chunks]
+    for num_buffers, limit in ((1, 0.92), (2, 1.42)):
+        groups, chunk = groups_of(hidden, None, 151_936, num_buffers, torch.bfloat16)
+        sizes = [rows.stop - rows.start for rows in groups]
         assert sum(sizes) == 8192
-        assert [rows.start for rows in chunks[1:]] == [rows.stop for rows in chunks[:-1]]
-        assert all(size % 128 == 0 for size in sizes)
-        assert max(sizes) * num_buffers * 151_936 * 4 <= limit * 2**30
-    assert [rows.stop - rows.start for rows in fused_chunks(hidden[:5], None, 151_936, 2)] == [5]
-    assert [rows.stop - rows.start for rows in fused_chunks(hidden[:5], 2, 503, 2)] == [1, 2, 2]
-    assert fused_chunks(hidden[:0], None, 503, 1) == []
+        assert [rows.start for rows in groups[1:]] == [rows.stop for rows in groups[:-1]]
+        assert all(size % 256 == 0 for size in [chunk, *sizes])
+        assert 151_936 * (max(sizes) * 2 + chunk * num_buffers * 4) <= limit * 2**30
 
+    def sizes_of(num_rows: int, chunk_rows: int | None) -> list[int]:
+        found = groups_of(hidden[:num_rows], chunk_rows, 503, 1, torch.bfloat16)[0]
+        return [rows.stop - rows.start for rows in found]
 
-@linux_only
-@pytest.mark.parametrize("tile", [4, 16, 4096])
-@pytest.mark.parametrize("width", [64, 512, 8256, 151_936])
-def test_a_gradient_written_over_its_row_never_reaches_unread_logits(tile: int, width: int) -> None:
-    """The rule of `common.make_room` replayed: what any thread may still have to read lies below `unread`."""
-    unread, barriers = width, 0
-    for start in range((width - 1) // tile * tile, -1, -tile):
-        if 2 * unread > width + start:
-            unread, barriers = start, barriers + 1
-        first_written_byte = 2 * width + 2 * start
-        assert first_written_byte >= 4 * unread
-    assert barriers <= 2 + (width // tile).bit_length()
+    assert sizes_of(5, None) == [5]
+    assert sizes_of(5, 2) == [1, 2, 2]
+    assert sizes_of(0, None) == []

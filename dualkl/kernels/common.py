@@ -1,4 +1,4 @@
-"""What both kernels share: logits from raw products, the gate, the mixed loss, and writing a gradient over its logits.
+"""What both kernels share: logits from raw products, the gate, the mixed loss and its gradient by outcome.
 
 A program owns one row and walks it in tiles of [LANES, 4] columns. Each lane keeps its own running maximum and sums, so
 that the walk has no step in which threads wait for each other; lanes meet once, at the end of the row. Four columns a
@@ -100,21 +100,3 @@ def outcome_gradient(p, q, centred, hit, reverse, forward, onehot, MC: tl.conste
     if MC:
         first = -onehot * p
     return first + forward * (p - target)
-
-
-@triton.jit
-def make_room(unread, start, width, HALVED: tl.constexpr):
-    """Wait until the gradient of the tile at `start` may be written over the row; returns the first column known read.
-
-    Tiles are walked from the end. A gradient of half the logits' size fills the row's upper half: column j lies over
-    the logit (width + j) / 2 >= j. So it never reaches a tile that is still to come, and reaches only logits that
-    all threads have read as long as (width + start) / 2 >= the first column read before the last barrier: log2 of the
-    number of tiles barriers are enough. A gradient of the logits' own size lies over its own tile.
-    """
-    wait = True
-    if HALVED:
-        wait = 2 * unread > width + start
-    if wait:
-        tl.debug_barrier()
-        unread = start
-    return unread

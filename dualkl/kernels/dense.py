@@ -19,7 +19,6 @@ from dualkl.kernels.common import (
     VECTOR,
     activate,
     at_least,
-    make_room,
     mix,
     outcome_gradient,
 )
@@ -37,7 +36,7 @@ def dense_kernel(
     tau, alpha, fixed, log_cap,
     LANES: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
-    GRADIENT: tl.constexpr, HALVED: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
     row = tl.program_id(0).to(tl.int64)
@@ -149,14 +148,12 @@ def dense_kernel(
         over_total_t = 1.0 / total_t
         centre = rkl - log_quotient  # l - R = d - centre
         num_tiles = tl.cdiv(width, TILE)
-        unread = width
         for i in range(num_tiles):
             start = (num_tiles - 1 - i) * TILE  # the end of the row may still be in the cache
             j = start + columns
             known = j < num_ids
             z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0, eviction_policy="evict_first")
             t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0, eviction_policy="evict_first")
-            unread = make_room(unread, start, width, HALVED)
             z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
             t, _t_slope = activate(
                 t_raw.to(tl.float32), teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED

@@ -1,7 +1,7 @@
 """Products, buffers and launches: what the loop over chunks calls on CUDA in place of `dualkl.steps.plain_steps`.
 
 Logits stay in the float32 rows that the matrix product wrote. Bias, scale, cap and temperature are applied in
-registers, and the gradient overwrites the student's row, in the dtype of the products that follow.
+registers; the gradient goes to rows of its own, in the dtype of the products that follow.
 
 Shape suffixes: N positions of the chunk, V vocabulary after the cut, W the rows' padded width, d width of the hidden
 states.
@@ -20,13 +20,15 @@ from dualkl.heads import PreparedHead, prepare_head, row_chunks
 from dualkl.kernels import common
 from dualkl.kernels.dense import dense_kernel
 from dualkl.kernels.sparse import sparse_kernel
-from dualkl.steps import Positions, Step, StepResult, sampled_columns
+from dualkl.steps import Positions, Step, StepResult, sampled_columns, select_sampled
 from dualkl.targets import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 
 PADDING = 64
-"""Columns that a row's width is a multiple of: each row, and the gradient in its upper half, starts at 128 bytes."""
-ROW_MULTIPLE = 128
-"""Rows that a default chunk is a multiple of: a matrix product's tile would otherwise be partly empty."""
+"""Columns that a row's width is a multiple of: each row of logits and of gradients starts at 128 bytes."""
+ROW_MULTIPLE = 256
+"""Rows that default chunks and groups are multiples of: a matrix product's tile would otherwise be partly empty."""
+BUFFER_BYTES = 2**30 * 3 // 10
+"""Of a chunk's logits, student's or teacher's: 512 rows of 151,936 ids. A group's gradients take 2 or 3 times that."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Launch:
 
 
 DENSE = Launch(lanes=1024, num_warps=16)
-SPARSE = Launch(lanes=2048, num_warps=16)
+SPARSE = Launch(lanes=512, num_warps=16)
 
 
 def steps(
@@ -50,64 +52,81 @@ def steps(
     differentiate: bool,
     chunk_rows: int | None,
 ) -> tuple[Step, Iterable[slice]]:
-    """The step over buffers that all chunks share, and the chunks."""
+    """The step of a group of positions, over buffers that all groups share, and the groups.
+
+    A group's logits are made, and turned into its gradients, a chunk at a time: float32 logits are large, gradients in
+    bfloat16 are not, and the products of the gradient want many rows (each adds to a head's gradient in float32).
+    """
     num_buffers = 2 if isinstance(teacher, HiddenTeacher) else 1
-    chunks = fused_chunks(hidden, chunk_rows, num_ids, num_buffers)
-    num_rows, width = max((rows.stop - rows.start for rows in chunks), default=0), padded(num_ids)
-    student_NW = torch.empty(num_rows, width, dtype=head.dtype, device=hidden.device)
+    groups, chunk_size = groups_of(hidden, chunk_rows, num_ids, num_buffers, head.weight_Vd.dtype)
+    group_size, width = max((rows.stop - rows.start for rows in groups), default=0), padded(num_ids)
+    student_NW = torch.empty(min(chunk_size, group_size), width, dtype=head.dtype, device=hidden.device)
+    gradient_NW = student_NW.new_empty(group_size if differentiate else 0, width, dtype=head.weight_Vd.dtype)
     teacher_head, teacher_NW = None, student_NW
     if isinstance(teacher, HiddenTeacher):
         teacher_head = prepare_head(teacher.lm_head, teacher.hidden, num_ids)
-        teacher_NW = torch.empty(num_rows, width, dtype=teacher_head.dtype, device=hidden.device)
+        teacher_NW = torch.empty_like(student_NW, dtype=teacher_head.dtype)
 
-    def step(rows: slice, chunk: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
-        num_rows = len(hidden_Nd)
-        logits_NW = student_NW[:num_rows]
-        head.products(hidden_Nd, logits_NW[:, :num_ids])
-        gradient_NV = gradient_view(logits_NW, num_ids, head.weight_Vd.dtype) if differentiate else None
+    def chunk_step(rows: slice, part: Positions, gradient_NV: Tensor | None, out_CN: Tensor) -> None:
+        logits_NW = student_NW[: len(part.hidden_Nd)]
+        head.products(part.hidden_Nd, logits_NW[:, :num_ids])
         if isinstance(teacher, TopKTeacher):
-            return topk_rows(logits_NW, head, teacher, rows, chunk, config, gradient_NV, num_ids), gradient_NV
+            return topk_rows(logits_NW, head, teacher, rows, part, config, gradient_NV, num_ids, out_CN)
         if teacher_head is not None:
             assert isinstance(teacher, HiddenTeacher)
-            target_NV = teacher_NW[:num_rows]
+            target_NV = teacher_NW[: len(logits_NW)]
             source_ND = teacher.hidden.detach()[rows].to(teacher_head.weight_Vd.dtype)
             teacher_head.products(source_ND, target_NV[:, :num_ids])
         else:
             assert isinstance(teacher, LogitsTeacher)
             target_NV = teacher.logits.detach()[rows, :num_ids]
-        return dense_rows(logits_NW, head, target_NV, teacher_head, chunk, config, gradient_NV, num_ids), gradient_NV
+        return dense_rows(logits_NW, head, target_NV, teacher_head, part, config, gradient_NV, num_ids, out_CN)
 
-    return step, chunks
+    def step(rows: slice, group: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
+        num_rows = len(hidden_Nd)
+        num_columns = (common.FLOORED if isinstance(teacher, TopKTeacher) else common.STUDENT_LOGPROB).value + 1
+        out_CN = torch.empty(num_columns, num_rows, device=hidden.device)
+        gradient_NV = gradient_NW[:num_rows, :num_ids] if differentiate else None
+        for start in range(0, num_rows, chunk_size):
+            own = slice(start, min(start + chunk_size, num_rows))
+            part = Positions(hidden_Nd[own], group.weights_N[own], None, select_sampled(group.sampled, own))
+            chunk = slice(rows.start + own.start, rows.start + own.stop)
+            chunk_step(chunk, part, None if gradient_NV is None else gradient_NV[own], out_CN[:, own])
+        return _result(out_CN, group), gradient_NV
+
+    return step, groups
 
 
-def fused_chunks(hidden: Tensor, chunk_rows: int | None, num_ids: int, num_buffers: int) -> list[slice]:
-    """Slices of at most `chunk_rows` positions, as `row_chunks`.
+def groups_of(
+    hidden: Tensor, chunk_rows: int | None, num_ids: int, num_buffers: int, dtype: torch.dtype
+) -> tuple[list[slice], int]:
+    """Slices of positions whose gradients (in `dtype`) are held at once, and how many of them make a chunk of logits.
 
-    Without it, multiples of ROW_MULTIPLE positions that keep the buffers within 0.94 GiB (student) or 1.4 GiB (student
-    and teacher), and within a sixteenth of the device's memory.
+    With `chunk_rows`, both have at most so many positions. Without, they are multiples of ROW_MULTIPLE that keep each of
+    `num_buffers` buffers of logits within BUFFER_BYTES and the gradients within (num_buffers + 1) times that, or less
+    on a small device: all of it within a sixteenth of its memory.
     """
     num_rows = hidden.shape[0]
     if chunk_rows is not None or num_rows == 0:
-        return list(row_chunks(num_rows, chunk_rows, num_ids, num_buffers, hidden))
-    budget = (num_buffers + 1) * 2**30 * 15 // 32
+        return list(row_chunks(num_rows, chunk_rows, num_ids, num_buffers, hidden)), chunk_rows or 1
+    unit = BUFFER_BYTES
     if hidden.is_cuda:
-        budget = min(budget, torch.cuda.get_device_properties(hidden.device).total_memory // 16)
-    limit = budget // (num_buffers * 4 * padded(num_ids))
-    limit = max(1, limit if limit < ROW_MULTIPLE else limit // ROW_MULTIPLE * ROW_MULTIPLE)
+        memory = torch.cuda.get_device_properties(hidden.device).total_memory
+        unit = min(unit, memory // 16 // (2 * num_buffers + 1))
+    chunk = _multiple(unit // (4 * padded(num_ids)))
+    limit = max(chunk, _multiple((num_buffers + 1) * unit // (dtype.itemsize * padded(num_ids))))
     even = -(-num_rows // -(-num_rows // limit))
     size = min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)], chunk
+
+
+def _multiple(num_rows: int) -> int:
+    return max(1, num_rows if num_rows < ROW_MULTIPLE else num_rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
 def padded(num_ids: int) -> int:
     """Columns of a row that holds `num_ids` logits."""
     return -(-num_ids // PADDING) * PADDING
-
-
-def gradient_view(logits_NW: Tensor, num_ids: int, dtype: torch.dtype) -> Tensor:
-    """Where in a chunk's logits their gradient goes: over them, or (half their size) over the upper half of each row."""
-    width = logits_NW.shape[1]
-    return logits_NW.view(dtype)[:, -width:][:, :num_ids]
 
 
 def dense_rows(
@@ -119,16 +138,16 @@ def dense_rows(
     config: DualKLConfig,
     gradient_NV: Tensor | None,
     num_ids: int,
-) -> StepResult:
+    out_CN: Tensor,
+) -> None:
     """`dualkl.steps.dense_step` on raw products. Teacher rows without a head are finished logits of any dtype.
 
-    The teacher is not changed; `gradient_NV` is a `gradient_view` of the student's logits.
+    Logits are not changed. Fills `gradient_NV`, of any floating dtype, and `out_CN`, by the columns of `common`.
     """
     if teacher_NV.stride(1) != 1:
         teacher_NV = teacher_NV.contiguous()
     bias_V, inner, outer = _activation(head, config.temperature)
     teacher_bias_V, teacher_inner, teacher_outer = _activation(teacher_head, config.temperature)
-    out_CN = torch.empty(common.STUDENT_LOGPROB.value + 1, len(logits_NW), device=logits_NW.device)
     if len(logits_NW):
         dense_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
@@ -137,11 +156,10 @@ def dense_rows(
             LANES=DENSE.lanes,
             STUDENT_CAPPED=head.softcap is not None,
             TEACHER_CAPPED=teacher_head is not None and teacher_head.softcap is not None,
-            **_common_constants(logits_NW, config, gradient_NV),
+            **_common_constants(config, gradient_NV),
             num_warps=DENSE.num_warps,
             enable_fp_fusion=True,
         )
-    return _result(out_CN, chunk)
 
 
 def topk_rows(
@@ -153,11 +171,11 @@ def topk_rows(
     config: DualKLConfig,
     gradient_NV: Tensor | None,
     num_ids: int,
-) -> StepResult:
-    """`dualkl.steps.topk_step` on raw products, which lose their kept logits even without a gradient."""
+    out_CN: Tensor,
+) -> None:
+    """`dualkl.steps.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
     ids_NK, logprobs_NK = teacher.ids[rows].contiguous(), teacher.logprobs.detach()[rows].contiguous()
     bias_V, inner, outer = _activation(head, config.temperature)
-    out_CN = torch.empty(common.FLOORED.value + 1, len(logits_NW), device=logits_NW.device)
     if len(logits_NW):
         sparse_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
@@ -167,11 +185,10 @@ def topk_rows(
             LANES=SPARSE.lanes,
             SLOTS=triton.next_power_of_2(ids_NK.shape[1]),
             STUDENT_CAPPED=head.softcap is not None,
-            **_common_constants(logits_NW, config, gradient_NV),
+            **_common_constants(config, gradient_NV),
             num_warps=SPARSE.num_warps,
             enable_fp_fusion=True,
         )
-    return _result(out_CN, chunk)
 
 
 def _activation(head: PreparedHead | None, temperature: float) -> tuple[Tensor | None, float, float]:
@@ -202,14 +219,13 @@ def _common_arguments(
     )
 
 
-def _common_constants(logits_NW: Tensor, config: DualKLConfig, gradient_NV: Tensor | None) -> dict[str, object]:
+def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[str, object]:
     gating = {"soft": common.SOFT, "hard": common.HARD, "fixed": common.FIXED}[config.gating]
     return {
         "GATING": gating.value,
         "MC": config.rkl == "mc",
         "ARGMAX": config.fkl == "argmax",
         "GRADIENT": gradient_NV is not None,
-        "HALVED": gradient_NV is not None and gradient_NV.dtype != logits_NW.dtype,
     }
 
 

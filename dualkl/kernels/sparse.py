@@ -20,7 +20,6 @@ from dualkl.kernels.common import (
     VECTOR,
     activate,
     at_least,
-    make_room,
     mix,
     outcome_gradient,
 )
@@ -40,7 +39,7 @@ def sparse_kernel(
     tau, alpha, fixed, log_cap,
     LANES: tl.constexpr, SLOTS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
-    GRADIENT: tl.constexpr, HALVED: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
     row = tl.program_id(0).to(tl.int64)
@@ -144,13 +143,11 @@ def sparse_kernel(
             g_kept += tl.where(ids == y, onehot, 0.0)
         share = tl.where(total_out == 0.0, 0.0, g_tail / total_out)
         num_tiles = tl.cdiv(width, TILE)
-        unread = width
         for i in range(num_tiles):
             start = (num_tiles - 1 - i) * TILE  # the end of the row may still be in the cache
             j = start + columns
             known = j < num_ids
             raw = tl.load(student_ptr + j, mask=j < width, other=0.0, eviction_policy="evict_first")
-            unread = make_room(unread, start, width, HALVED)
             z, slope = activate(raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
             g = share * tl.exp(z - max_out)
             if MC:

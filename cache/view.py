@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,28 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{run:<34}{step:>12,}  {name:<18}{refresh:>8,}{policy['rows']:>10,}"
     if len(policies) > _MOST_POLICIES:
         yield f"({len(policies) - _MOST_POLICIES} earlier policies are in --json)"
+
+
+def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]) -> Iterator[str]:
+    """The table that `python -m cache show` prints of several rows, one line each, called by `names`."""
+    width = max(map(len, names), default=0)
+    yield "sum: behaviour - teacher logprob over the tokens of a row, nats"
+    heads = f"{'refresh':>7}{'step':>9}{'tokens':>8}  {'finish':<7}{'sum':>10}"
+    yield f"{pad('row', width + 2)}{pad('prompt', 14)}{heads}  completion"
+    for position, name in zip(positions, names, strict=True):
+        record = snapshot[position]
+        gap = None
+        if record.teacher_logprobs is not None:
+            gap = float((record.behaviour_logprobs.astype(np.float64) - record.teacher_logprobs).sum())
+        numbers = f"{record.refresh_index:>7}{record.policy_step:>9,}{len(record.completion_ids):>8,}"
+        cells = f"{name}  {pad(record.prompt_id, 14)}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
+        yield fit(f"{cells}  {_one_line(record.completion_text)}", WIDTH)
+
+
+def _one_line(text: str) -> str:
+    """The beginning of a text, each run of white space as one space, what a terminal would obey as a dot."""
+    words = " ".join(text[: 10 * WIDTH].split())
+    return "".join(c if c.isprintable() else "·" for c in words[:WIDTH])
 
 
 def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:

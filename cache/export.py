@@ -125,8 +125,10 @@ def _write_files(
     while batch is not None or not paths:
         paths.append(path_of(len(paths)))
         with pa.OSFile(str(paths[-1]), "wb") as sink, open_file(sink) as writer:
-            while batch is not None and sink.tell() < FILE_BYTES:
+            is_full = False  # a file takes one batch at least
+            while batch is not None and not is_full:
                 writer.write_batch(batch)
+                is_full = sink.tell() >= FILE_BYTES
                 batch = next(source, None)
         _sync(paths[-1])
     return paths

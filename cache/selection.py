@@ -58,8 +58,8 @@ def longest(snapshot: Snapshot, count: int) -> list[int]:
 def worst(snapshot: Snapshot, count: int) -> list[int]:
     """The `count` rows of the largest sum over tokens of behaviour − teacher logprob, the largest first.
 
-    Ties by row id. Text that the student likes and the teacher does not. Reads two plain columns of all rows, 8 bytes
-    a scored token. CacheError if the rows are not scored.
+    Ties by row id. Text that the student likes and the teacher does not. Reads two plain columns of all rows into
+    memory: 8 bytes a scored token, twice while they are put in order. CacheError if the rows are not scored.
     """
     _check_count(snapshot, "--worst", count)
     if snapshot.fingerprint.rules.kind == "none":

@@ -23,6 +23,7 @@ from cache.decoded import decoded_batch, decoded_schema
 from cache.reader import Snapshot
 from cache.schema import CacheError
 
+_Writer: TypeAlias = Any  # a ParquetWriter or a RecordBatchStreamWriter
 FILE_BYTES = 500 * 10**6  # a file that has grown to this is closed; `datasets` cuts at the same size
 _DATASETS_NAMES = {"halffloat": "float16", "float": "float32"}  # where `datasets` does not say what Arrow says
 
@@ -76,7 +77,7 @@ def _to_parquet(snapshot: Snapshot, folder: Path) -> None:
 
     schema = decoded_schema(snapshot).with_metadata(_metadata(snapshot))
 
-    def open_file(sink: pa.NativeFile) -> Any:
+    def open_file(sink: pa.NativeFile) -> _Writer:
         return parquet.ParquetWriter(sink, schema, compression="zstd")
 
     _write_files(_batches(snapshot, schema), open_file, lambda number: folder / f"part-{number:05}.parquet")
@@ -108,9 +109,6 @@ def _to_datasets(snapshot: Snapshot, folder: Path) -> None:
 
 FORMS: dict[str, Callable[[Snapshot, Path], None]] = {"parquet": _to_parquet, "datasets": _to_datasets}
 
-# A ParquetWriter or a RecordBatchStreamWriter: `write_batch` and `close`.
-_Writer: TypeAlias = Any
-
 
 def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for place in snapshot.places():
@@ -127,8 +125,10 @@ def _write_files(
     while batch is not None or not paths:
         paths.append(path_of(len(paths)))
         with pa.OSFile(str(paths[-1]), "wb") as sink, open_file(sink) as writer:
-            while batch is not None and sink.tell() < FILE_BYTES:
+            is_full = False  # a file takes one batch at least
+            while batch is not None and not is_full:
                 writer.write_batch(batch)
+                is_full = sink.tell() >= FILE_BYTES
                 batch = next(source, None)
         _sync(paths[-1])
     return paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 
 import numpy as np
 import numpy.typing as npt
@@ -59,8 +58,8 @@ def longest(snapshot: Snapshot, count: int) -> list[int]:
 def worst(snapshot: Snapshot, count: int) -> list[int]:
     """The `count` rows of the largest sum over tokens of behaviour − teacher logprob, the largest first.
 
-    Ties by row id. Text that the student likes and the teacher does not. Reads two plain columns of all rows, 8 bytes
-    a scored token. CacheError if the rows are not scored.
+    Ties by row id. Text that the student likes and the teacher does not. Reads two plain columns of all rows into
+    memory: 8 bytes a scored token, twice while they are put in order. CacheError if the rows are not scored.
     """
     _check_count(snapshot, "--worst", count)
     if snapshot.fingerprint.rules.kind == "none":
@@ -73,8 +72,13 @@ def shortest_ids(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
     """Beginnings of these rows' ids, all of one length, that `show --row` takes: long enough to name one row each."""
     ids = snapshot.row_ids
     pairs = [(i, j) for i in positions for j in (i - 1, i + 1) if 0 <= j < len(ids)]  # ids are sorted
-    length = max([_SHORTEST_ID, *(len(commonprefix([ids[i], ids[j]])) + 1 for i, j in pairs)])  # noqa: RUF071  # of text
+    length = max([_SHORTEST_ID, *(_num_shared(ids[i], ids[j]) + 1 for i, j in pairs)])
     return [ids[i][:length] for i in positions]
+
+
+def _num_shared(left: str, right: str) -> int:
+    """How many characters two different ids of one length begin with alike."""
+    return next(n for n, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
 
 
 def _check_count(snapshot: Snapshot, option: str, count: int) -> None:

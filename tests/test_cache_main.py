@@ -102,6 +102,144 @@ def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabul
     assert top_ids(record(3, signal=cache.Hidden(states, "bfloat16")), lambda: None) is None
 
 
+def gap(row):
+    """Sum over tokens of behaviour - teacher logprob, token by token."""
+    return sum(float(b) - float(t) for b, t in zip(row.behaviour_logprobs, row.teacher_logprobs, strict=True))
+
+
+def listed(out):
+    """The beginnings of row ids in the table that `show` prints."""
+    lines = out.splitlines()
+    assert lines[0] == "sum: behaviour - teacher logprob over the tokens of a row, nats"
+    assert lines[1].split() == ["row", "prompt", "refresh", "step", "tokens", "finish", "sum", "completion"]
+    return [line.split()[0] for line in lines[2:]]
+
+
+def shortened(rows):
+    return [row.row_id[:8] for row in rows]
+
+
+def test_show_worst_lists_the_rows_of_the_largest_gap(tmp_path, run):
+    write(tmp_path, range(9), unit="a")
+    write(tmp_path, range(9, 13), unit="b")
+    rows = sorted((record(i) for i in range(13)), key=gap, reverse=True)
+    code, out, _ = run("show", tmp_path, "--worst", 4)
+    assert code == 0
+    assert listed(out) == shortened(rows[:4])
+    fields = [line.split(maxsplit=7) for line in out.splitlines()[2:]]
+    for row, (_, *cells) in zip(rows, fields, strict=False):
+        assert cells == [
+            row.prompt_id, str(row.refresh_index), str(row.policy_step), str(len(row.completion_ids)),
+            row.finish_reason, f"{gap(row):.3f}", " ".join(row.completion_text.split()),
+        ]  # fmt: skip
+    assert listed(run("show", tmp_path, "--worst", 99)[1]) == shortened(rows)
+
+
+def test_show_longest_lists_the_rows_of_the_most_tokens_ties_by_row_id(tmp_path, run):
+    write(tmp_path, range(13))
+    rows = sorted((record(i) for i in range(13)), key=lambda row: (-len(row.completion_ids), row.row_id))
+    assert len(rows[4].completion_ids) == len(rows[5].completion_ids)
+    assert listed(run("show", tmp_path, "--longest", 5)[1]) == shortened(rows[:5])
+
+
+def test_ties_in_the_gap_go_by_row_id(tmp_path, run):
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        for number in range(6):
+            writer.append(record(3, row_id=row_id(number)))
+        writer.commit("a")
+    ids = sorted(row_id(number) for number in range(6))
+    assert listed(run("show", tmp_path, "--worst", 4)[1]) == [name[:8] for name in ids[:4]]
+
+
+def test_show_prompt_lists_its_rows_by_refresh_then_row_id(tmp_path, run):
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        for number in range(12):
+            name = {0: "abc", 1: "abcd", 2: "xyz"}[number % 3]
+            writer.append(record(number, prompt_id=name, refresh_index=2 - number // 4))
+        writer.commit("a")
+
+    def of(prompt):
+        numbers = [n for n in range(12) if n % 3 == prompt]
+        return [row_id(n)[:8] for n in sorted(numbers, key=lambda n: (2 - n // 4, row_id(n)))]
+
+    assert listed(run("show", tmp_path, "--prompt", "abc")[1]) == of(0)  # the exact id, though abcd begins so too
+    assert listed(run("show", tmp_path, "--prompt", "abcd")[1]) == of(1)
+    assert listed(run("show", tmp_path, "--prompt", "x")[1]) == of(2)
+    code, out, err = run("show", tmp_path, "--prompt", "ab")
+    assert (code, out) == (2, "")
+    assert "2 prompt ids begin with 'ab' (abc, abcd); give one" in err
+
+
+def test_show_tokens_adds_each_row_in_full_and_one_row_is_always_full(tmp_path, run):
+    write(tmp_path, range(9))
+    full = {number: run("show", tmp_path, "--row", row_id(number))[1] for number in range(9)}
+    order = sorted(range(9), key=lambda n: gap(record(n)), reverse=True)
+    table = run("show", tmp_path, "--worst", 3)[1]
+    assert run("show", tmp_path, "--worst", 3, "--tokens")[1] == table + "".join("\n" + full[n] for n in order[:3])
+    assert run("show", tmp_path, "--worst", 1)[1] == full[order[0]]
+    assert run("show", tmp_path, "--row", row_id(3), "--tokens")[1] == full[3]
+
+
+def test_the_table_keeps_to_100_columns_and_one_line_a_row(tmp_path, run):
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        for number, text in enumerate(["語" * 90, "a b\r\nc\x1b[2Jd" * 40, ""]):
+            long = {"prompt_id": "p" * 40, "policy_step": 2**62, "refresh_index": 2**31 - 1}
+            writer.append(record(number, completion_text=text, **(long if number == 1 else {})))
+        writer.commit("a")
+    out = run("show", tmp_path, "--longest", 3)[1]
+    assert len(listed(out)) == 3
+    assert all(fit(line, 100) == line for line in out.splitlines())
+    assert "\x1b" not in out
+    assert "語語" in out
+
+
+def test_the_row_ids_of_the_table_are_long_enough_to_name_one_row(tmp_path, run):
+    ids = ["0123456789ab" + "0" * 20, "0123456789ac" + "0" * 20, "f" * 32]
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        for number, name in enumerate(ids):
+            writer.append(record(number, row_id=name))
+        writer.commit("a")
+    names = listed(run("show", tmp_path, "--longest", 3)[1])
+    assert names == [ids[2][:12], ids[1][:12], ids[0][:12]]
+    for name in names:
+        assert run("show", tmp_path, "--row", name)[0] == 0
+
+
+def test_an_unscored_cache_lists_the_longest_and_refuses_the_worst(tmp_path, run):
+    write(tmp_path, range(9), "none")
+    out = run("show", tmp_path, "--longest", 2)[1]
+    assert listed(out) == shortened([record(5), record(4)])
+    assert [line.split()[6] for line in out.splitlines()[2:]] == ["-", "-"]
+    code, out, err = run("show", tmp_path, "--worst", 2)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is not scored (signal kind none): it has no teacher logprobs for --worst" in err
+
+
+def test_neither_the_worst_nor_the_longest_decode_more_than_they_print(tmp_path, run, monkeypatch):
+    write(tmp_path, range(9))
+    decoded = []
+    decode = cache.reader.codec.decode
+    monkeypatch.setattr("cache.reader.codec.decode", lambda packed: decoded.append(1) or decode(packed))
+    run("show", tmp_path, "--worst", 2)
+    run("show", tmp_path, "--longest", 2)
+    assert len(decoded) == 4
+
+
+def test_an_empty_cache_has_nothing_to_show(tmp_path, run):
+    cache.Writer(tmp_path, fingerprint()).__enter__()
+    for selector in ("--worst", "--longest"):
+        code, out, err = run("show", tmp_path, selector, 1)
+        assert (code, out) == (2, "")
+        assert err == f"error: {tmp_path} has no committed rows yet.\n"
+    assert run("show", tmp_path)[0] == 2
+
+
+def test_selectors_exclude_each_other(tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main(["show", str(tmp_path), "--worst", "2", "--prompt", "p1"])
+    assert caught.value.code == 2
+
+
 def test_verify_says_sound_or_names_the_fault(tmp_path, run):
     write(tmp_path, range(4))
     assert run("verify", tmp_path) == (0, f"{tmp_path} is sound: 4 rows.\n", "")
@@ -125,6 +263,10 @@ def test_verify_says_sound_or_names_the_fault(tmp_path, run):
         (["show", "{root}", "--index", "4"], "has 4 committed rows; there is no row 4"),
         (["show", "{root}", "--row", "zz"], "0 rows begin with 'zz'"),
         (["show", "{root}", "--row", ""], "4 rows begin with ''"),
+        (["show", "{root}", "--prompt", "zz"], "no prompt id begins with 'zz'"),
+        (["show", "{root}", "--prompt", ""], "2 prompt ids begin with '' (p0, p1); give one"),
+        (["show", "{root}", "--worst", "0"], "--worst is 0; expected a number of rows, at least 1"),
+        (["show", "{root}", "--longest", "-3"], "--longest is -3; expected a number of rows, at least 1"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence_and_code_2(tmp_path, run, arguments, sentence):
@@ -153,50 +295,3 @@ def test_texts_are_cut_and_padded_by_terminal_columns():
     assert fit("abcdefg", 6) == "abcde…"
     assert fit("語語語語", 6) == "語語…"
     assert pad("語", 5) == "語   "
-
-
-def shown_rows(text: str) -> list[str]:
-    """First words of a table of rows, below its two lines of heads."""
-    return [line.split()[0] for line in text.splitlines()[2:]]
-
-
-def test_show_lists_the_rows_that_the_student_likes_and_the_teacher_does_not(tmp_path, capsys):
-    write(tmp_path, range(9))
-    sums = {n: float((record(n).behaviour_logprobs - record(n).teacher_logprobs).sum()) for n in range(9)}
-    worst = sorted(sums, key=lambda n: -sums[n])
-    assert main(["show", str(tmp_path), "--worst", "4"]) == 0
-    text = capsys.readouterr().out
-    assert shown_rows(text) == [row_id(n)[:8] for n in worst[:4]]
-    for line, number in zip(text.splitlines()[2:], worst, strict=False):
-        assert f"{sums[number]:.3f}" in line
-        assert f"It is {number + 1}." in line
-    assert all(len(line) <= 100 for line in text.splitlines())
-    assert main(["show", str(tmp_path), "--worst", "1"]) == 0
-    assert f"row {row_id(worst[0])}" in capsys.readouterr().out
-
-
-def test_show_lists_the_longest_rows_and_those_of_a_prompt(tmp_path, capsys):
-    write(tmp_path, range(9))
-    assert main(["show", str(tmp_path), "--longest", "3"]) == 0
-    by_length = sorted(range(9), key=lambda n: (-(1 + n % 6), row_id(n)))
-    assert shown_rows(capsys.readouterr().out) == [row_id(n)[:8] for n in by_length[:3]]
-    assert main(["show", str(tmp_path), "--prompt", "p1", "--tokens"]) == 0
-    text = capsys.readouterr().out
-    assert [
-        line.split()[1].rstrip(",") for line in text.splitlines() if line.startswith("row ") and "number" in line
-    ] == (sorted(row_id(n) for n in (2, 3)))
-
-
-def test_show_refuses_selections_in_a_sentence(tmp_path, capsys):
-    write(tmp_path / "scored", range(4))
-    write(tmp_path / "none", range(4), "none")
-    cases = {
-        ("scored", "--prompt", "x"): "no prompt id begins with 'x'",
-        ("scored", "--prompt", "p"): "2 prompt ids begin with 'p' (p0, p1); give one",
-        ("scored", "--worst", "0"): "--worst is 0; expected a number of rows, at least 1",
-        ("none", "--worst", "3"): "is not scored (signal kind none)",
-    }
-    for (name, *options), sentence in cases.items():
-        assert main(["show", str(tmp_path / name), *options]) == 2
-        assert sentence in capsys.readouterr().err
-    assert main(["show", str(tmp_path / "none"), "--longest", "2"]) == 0

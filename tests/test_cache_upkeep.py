@@ -127,7 +127,7 @@ def work_and_die(work: Callable[[Path], object], root: Path, count: int, when: s
 
 def die_everywhere(folder: Path) -> None:
     """A prune and a merge, killed before and after each step; what is left is sound, and a rerun completes it."""
-    whole = filled(folder / "whole", unit=8)
+    whole = filled(folder / "whole", unit=12)
     before = packed_signals(whole)
     works = {"prune": lambda root: prune(root, max_age=15, at_step=30), "merge": lambda root: merge(root, [whole])}
     for name, work in works.items():

@@ -186,8 +186,7 @@ def test_the_page_stands_alone_and_escapes_what_models_write(folder: Path, confi
 
 def test_tokens_show_their_gate(folder: Path, config: Config) -> None:
     (folder / "trace").mkdir()
-    (folder / "cache").mkdir()
-    (folder / "cache" / "tokenizer.json").write_text((ROOT / STUDENT / "tokenizer.json").read_text())
+    cache.Writer(folder / "cache", cache_samples.fingerprint(), (ROOT / STUDENT / "tokenizer.json").read_text())
     trace = pa.table({
         "row_id": ["a", "a"], "position": [0, 1], "token_id": [5, 6], "gate": [0.25, 0.875], "reverse_kl": [0.5, 0.0625],
         "forward_kl": [0.125, 0.03125],

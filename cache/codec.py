@@ -1,4 +1,4 @@
-"""The packed form of a row's signal, version 1: a header of 16 bytes, then byte planes, each a zstandard frame.
+"""The packed form of a row's signal: a header of 16 bytes, then byte planes, each a zstandard frame.
 
 Everything outside this file sees `encode` and `decode` only; FORMAT.md has the bytes. T tokens, K slots, n kept ids.
 """
@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from cache.grid import COARSEST_STEP_NATS, codes_of, gaps_of
+from cache.grid import codes_of, gaps_of, gaps_of_version_1
 from cache.schema import MASS_TOLERANCE, STATE_DTYPES, Array, CacheError, Full, Hidden, Signal, TopK
 
-CODEC_VERSION = 1
-ROUNDING_NATS = COARSEST_STEP_NATS / 2 + 2 * MASS_TOLERANCE  # bound on what packing changes in a top-1 logprob
+CODEC_VERSION = 2  # which is written; version 1 is read too
+ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # bound on what packing by any version changes in a top-1 logprob
 _HEADER = struct.Struct(
     "<BBBxIIf"
 )  # codec version, kind, dtype (bits of an id in top-k), T, width (K, D or V), temperature
@@ -26,7 +26,7 @@ _TOPK, _HIDDEN, _FULL = 1, 2, 3
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 1
-_WIDE, _NARROW = 0xFFFF, 0xFF  # escapes of the first code and of the others
+_ESCAPE = 0xFFFF  # a step that its two planes do not hold
 _LN_HALF = np.log(0.5)
 Bytes = npt.NDArray[np.uint8]
 
@@ -35,7 +35,7 @@ def encode(signal: Signal) -> bytes:
     """Packs a signal, states and logits bit for bit.
 
     A top-k signal is normalised over its kept ids and tail; its ids are exact, the gap of each logprob to that of slot
-    0 is within 1/32 nat (near slot 0 within 1/256), ln of the smaller of kept and tail mass within 2**-17 of itself.
+    0 is within 1/512 nat however large, ln of the smaller of kept and tail mass within 2**-17 of itself.
     """
     if isinstance(signal, TopK):
         num_bits = max(1, int(signal.ids.max(initial=0)).bit_length())
@@ -53,14 +53,14 @@ def decode(packed: bytes | memoryview) -> Signal:
     """Unpacks a signal; a top-k signal's kept ids and tail are normalised together. CacheError on damaged bytes."""
     try:
         version, kind, dtype, num_tokens, width, temperature = _HEADER.unpack_from(packed)
-        if version != CODEC_VERSION:
+        if not 1 <= version <= CODEC_VERSION:
             raise CacheError(
-                f"the signal has codec version {version}, this program reads version {CODEC_VERSION};"
+                f"the signal has codec version {version}, this program reads versions 1 to {CODEC_VERSION};"
                 " read the cache with the program that wrote it, or write it anew."
             )
         source = _Source(memoryview(packed)[_HEADER.size :])
         if kind == _TOPK:
-            signal: Signal = _decode_topk(source, num_tokens, width, dtype, temperature)
+            signal: Signal = _decode_topk(source, num_tokens, width, dtype, temperature, version)
         else:
             array = _decode_matrix(source, num_tokens * width, STATE_DTYPES[_DTYPES[dtype]])
             signal = _MATRICES[kind](array.reshape(num_tokens, width), _DTYPES[dtype])
@@ -73,35 +73,37 @@ def decode(packed: bytes | memoryview) -> Signal:
 
 
 def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
-    """Counts of kept ids, the ids, the mass word of each token, first codes, other codes, escapes."""
+    """Counts of kept ids, the ids, the mass word of each token, first steps, other steps, escapes."""
     kept = signal.ids >= 0
     first = np.where(kept[:, :1], signal.logprobs[:, :1], 0)
-    codes, shares = codes_of(np.where(kept, first - signal.logprobs, 0))
+    gaps = np.where(kept, first - signal.logprobs, 0)
     with np.errstate(divide="ignore"):
-        log_kept = np.log(np.where(kept, shares, 0).sum(1, dtype=np.float64)) + first[:, 0]
+        log_kept = np.log(np.where(kept, np.exp(-gaps), 0).sum(1, dtype=np.float64)) + first[:, 0]
     yield from _split(kept.sum(1).astype("<u4"), _bytes_for(kept.shape[1]))
     ids = (signal.ids if kept.all() else signal.ids[kept]).reshape(-1).view("<u4")
     *low, high = _split(ids, (num_bits + 7) // 8)
     yield from (*low, _crowd(high, _crowd_width(num_bits)))
     yield from _split(_mass_word(log_kept, signal.log_tail_mass.astype(np.float64)), 3)
-    steps = np.diff(codes, axis=1).astype("<u4")
-    wide, narrow = steps[:, :1][kept[:, 1:2]], steps[:, 1:][kept[:, 2:]]
-    yield from _split(np.minimum(wide, _WIDE).astype("<u4"), 2)
-    yield np.minimum(narrow, _NARROW).astype(np.uint8)
-    escapes = np.concatenate([wide[wide >= _WIDE], narrow[narrow >= _NARROW]])
-    yield escapes.view(np.uint8)
+    steps = np.diff(codes_of(gaps), axis=1).astype("<u4")
+    escapes = []
+    for own in (steps[:, :1][kept[:, 1:2]], steps[:, 1:][kept[:, 2:]]):
+        yield from _split(np.minimum(own, _ESCAPE).astype("<u4"), 2)
+        escapes.append(own[own >= _ESCAPE])
+    yield np.concatenate(escapes).view(np.uint8)
 
 
-def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float) -> TopK:
+def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float, version: int) -> TopK:
     counts = source.join(num_tokens, _bytes_for(width)).astype(np.int64)
     kept = np.arange(width) < counts[:, None]
     is_full = bool(kept.all())
     found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view("<i4")
     ids = found.reshape(kept.shape) if is_full else _in_slots(found, kept, np.int32, -1)
     log_kept, log_tail = _masses(source.join(num_tokens, 3))
-    gaps, shares = gaps_of(_read_codes(source, kept, is_full))
+    codes = _read_codes(source, kept, is_full, num_planes=version)
+    gaps = gaps_of_version_1(codes) if version == 1 else gaps_of(codes)
+    shares = np.exp(-gaps)
     if not is_full:
-        shares = shares * kept
+        shares *= kept
     with np.errstate(divide="ignore", invalid="ignore"):
         first = (log_kept - np.log(shares.sum(1, dtype=np.float64))).astype(np.float32)
         logprobs = first[:, None] - gaps
@@ -110,25 +112,21 @@ def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, te
     return TopK(ids, logprobs, log_tail.astype(np.float32), temperature)
 
 
-def _read_codes(source: _Source, kept: Array, is_full: bool) -> npt.NDArray[np.int64]:
-    """The grid codes [T, K] of all slots, those of slot 0 zero."""
-    num_wide, num_narrow = int(kept[:, 1:2].sum()), int(kept[:, 2:].sum())
-    wide = source.join(num_wide, 2)
-    narrow = source.read(num_narrow)
-    wide_escapes, narrow_escapes = wide == _WIDE, narrow == _NARROW
-    num_escapes = [int(escapes.sum()) for escapes in (wide_escapes, narrow_escapes)]
-    escapes = source.read(4 * sum(num_escapes)).view("<u4")
-    wide[wide_escapes] = escapes[: num_escapes[0]]
-    if num_escapes[1]:
-        narrow = narrow.astype(np.uint32)
-        narrow[narrow_escapes] = escapes[num_escapes[0] :]
+def _read_codes(source: _Source, kept: Array, is_full: bool, num_planes: int) -> npt.NDArray[np.int64]:
+    """The grid codes [T, K] of all slots, those of slot 0 zero; slots from 2 on have `num_planes` planes of steps."""
+    first = source.join(int(kept[:, 1:2].sum()), 2)
+    others = source.join(int(kept[:, 2:].sum()), num_planes)
+    missing = [first == _ESCAPE, others == (1 << 8 * num_planes) - 1]
+    counts = [int(own.sum()) for own in missing]
+    escapes = source.read(4 * sum(counts)).view("<u4")
+    first[missing[0]], others[missing[1]] = escapes[: counts[0]], escapes[counts[0] :]
     steps = np.zeros(kept.shape, np.int64)
     if is_full:
-        steps[:, 1:2] = wide.reshape(len(steps), -1)
-        steps[:, 2:] = narrow.reshape(len(steps), -1)
+        steps[:, 1:2] = first.reshape(len(steps), -1)
+        steps[:, 2:] = others.reshape(len(steps), -1)
     else:
-        steps[:, 1:2][kept[:, 1:2]] = wide
-        steps[:, 2:][kept[:, 2:]] = narrow
+        steps[:, 1:2][kept[:, 1:2]] = first
+        steps[:, 2:][kept[:, 2:]] = others
     return np.cumsum(steps, axis=1, out=steps)
 
 

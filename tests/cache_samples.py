@@ -107,7 +107,7 @@ def assert_same(actual: cache.Record, expected: cache.Record) -> None:
         if exact or name == "ids":
             np.testing.assert_array_equal(own, value, err_msg=name)
         else:
-            np.testing.assert_allclose(own, value, atol=1 / 16 if name == "logprobs" else 1e-4, err_msg=name)
+            np.testing.assert_allclose(own, value, atol=1 / 256 if name == "logprobs" else 1e-4, err_msg=name)
 
 
 def files(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The frozen caches of format version 1 in tests/data/cache_v1, and how they were made.
+"""The frozen caches in tests/data, and how they were made: a folder for each format and signal codec version.
 
     python -m tests.frozen_cache FOLDER    # makes such caches in FOLDER/<kind>, and their expected.json
 
@@ -14,8 +14,8 @@ import numpy as np
 import cache
 from tests.cache_samples import head, write
 
-FROZEN = Path(__file__).parent / "data" / "cache_v1"
-KINDS = ("topk", "nucleus", "hidden")
+FROZEN = Path(__file__).parent / "data"
+CACHES = ("cache_v1/topk", "cache_v1/nucleus", "cache_v1/hidden", "cache_v1_codec2/topk", "cache_v1_codec2/nucleus")
 NUMBERS = range(1, 5)
 
 
@@ -62,5 +62,5 @@ def _json(value: object) -> object:
 
 
 if __name__ == "__main__":
-    for kind in KINDS:
+    for kind in ("topk", "nucleus", "hidden"):
         make(Path(sys.argv[1]) / kind, kind)

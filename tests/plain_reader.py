@@ -9,7 +9,7 @@ import zstandard
 def read_signal(packed: bytes) -> dict[str, object]:
     """`ids`, `logprobs` (ragged lists) and `log_tail_mass` of a top-k signal; else the raw `bytes` of the matrix."""
     version, kind, dtype, zero, T, width, temperature = struct.unpack_from("<BBBBIIf", packed)
-    assert (version, zero) == (1, 0)
+    assert (version in (1, 2), zero) == (True, 0)
     planes = _planes(packed[16:])
     if kind != 1:
         size = (2, 2, 4)[dtype]
@@ -21,10 +21,11 @@ def read_signal(packed: bytes) -> dict[str, object]:
     *low, high = planes[num_count_planes : num_count_planes + num_id_planes]
     ids = _join([*low, _uncrowd(high, dtype - 8 * (num_id_planes - 1), sum(counts))])
     rest = planes[num_count_planes + num_id_planes :]
-    words, wide, narrow = _join(rest[0:3]), _join(rest[3:5]), list(rest[5])
-    escapes = list(struct.unpack(f"<{len(rest[6]) // 4}I", rest[6]))
-    wide = [escapes.pop(0) if step == 65535 else step for step in wide]
-    narrow = [escapes.pop(0) if step == 255 else step for step in narrow]
+    words, first, others = _join(rest[0:3]), _join(rest[3:5]), _join(rest[5 : 5 + version])
+    (last,) = rest[5 + version :]
+    escapes = list(struct.unpack(f"<{len(last) // 4}I", last))
+    first = [escapes.pop(0) if step == 65535 else step for step in first]
+    others = [escapes.pop(0) if step == 256**version - 1 else step for step in others]
     assert not escapes
     found = {
         "kind": kind,
@@ -35,15 +36,15 @@ def read_signal(packed: bytes) -> dict[str, object]:
         "log_tail_mass": [],
     }
     for t in range(T):
-        steps = ([0] + [wide.pop(0) for _ in range(counts[t] > 1)])[: counts[t]]
-        steps += [narrow.pop(0) for _ in range(counts[t] - 2)]
+        steps = ([0] + [first.pop(0) for _ in range(counts[t] > 1)])[: counts[t]]
+        steps += [others.pop(0) for _ in range(counts[t] - 2)]
         found["ids"].append([ids.pop(0) for _ in range(counts[t])])
-        logprobs, tail = _logprobs(steps, words[t])
+        logprobs, tail = _logprobs(steps, words[t], version)
         found["logprobs"].append(logprobs)
         found["log_tail_mass"].append(tail)
     assert not ids
-    assert not wide
-    assert not narrow
+    assert not first
+    assert not others
     return found
 
 
@@ -71,7 +72,7 @@ def _unrotate(planes: list[bytes], size: int) -> bytes:
     return b"".join(n.to_bytes(size, "little") for n in numbers)
 
 
-def _logprobs(steps: list[int], word: int) -> tuple[list[float], float]:
+def _logprobs(steps: list[int], word: int, version: int) -> tuple[list[float], float]:
     (mass,) = struct.unpack("<f", struct.pack("<I", word << 8))
     smaller = math.exp(-abs(mass))
     other = math.log1p(-smaller) if smaller < 1 else -math.inf
@@ -79,7 +80,8 @@ def _logprobs(steps: list[int], word: int) -> tuple[list[float], float]:
     gaps, code = [], 0
     for step in steps:
         code += step
-        gaps.append(-2 * math.log1p(-min(code, 224) / 256) + max(code - 224, 0) / 16)
+        curved = -2 * math.log1p(-min(code, 224) / 256) + max(code - 224, 0) / 16
+        gaps.append(curved if version == 1 else code / 256)
     if not gaps:
         return [], log_tail
     first = log_kept - math.log(sum(math.exp(-gap) for gap in gaps))

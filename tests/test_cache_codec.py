@@ -22,7 +22,7 @@ def test_a_signal_comes_back_as_it_was(kind, num_tokens):
     assert type(decoded) is type(signal)
     if kind in ("topk", "nucleus"):
         np.testing.assert_array_equal(decoded.ids, signal.ids)
-        np.testing.assert_allclose(decoded.logprobs, signal.logprobs, atol=1 / 32)
+        np.testing.assert_allclose(decoded.logprobs, signal.logprobs, atol=1 / 256)
         np.testing.assert_allclose(decoded.log_tail_mass, signal.log_tail_mass, rtol=2**-16)
         assert_reads_as(decoded, read_signal(packed))
     else:
@@ -74,18 +74,18 @@ def test_rows_of_a_large_vocabulary_are_small_and_true(mass):
     decoded = codec.decode(packed)
     np.testing.assert_array_equal(decoded.ids, signal.ids)
     assert len(packed) <= 2.6 * (signal.ids >= 0).sum() + 5 * len(signal.ids)
-    assert divergence(signal, decoded).mean() <= 2e-5
+    assert divergence(signal, decoded).mean() <= 1e-6
     total = np.exp(decoded.logprobs.astype(float)).sum(1) + np.exp(decoded.log_tail_mass.astype(float))
     np.testing.assert_allclose(total, 1, atol=1e-6)
     assert (np.diff(decoded.logprobs, axis=1)[decoded.ids[:, 1:] >= 0] <= 0).all()
 
 
-def test_ids_without_any_pattern_keep_within_the_target():
+def test_ids_without_any_pattern_take_at_most_three_bytes():
     likely = qwen_like(256, 64)
     ids = np.argsort(np.random.default_rng(1).random((*likely.ids.shape[:1], 10000)), axis=1)[:, :64] * 15 + 7
     signal = cache.TopK(ids, likely.logprobs, likely.log_tail_mass)
     packed = codec.encode(signal)
-    assert len(packed) <= 256 * (2.6 * 64 + 5)
+    assert len(packed) <= 256 * 3 * 64
     np.testing.assert_array_equal(codec.decode(packed).ids, ids)
 
 
@@ -108,11 +108,11 @@ def normalised(ids, logprobs, tail):
 
 
 def test_large_gaps_are_kept_whatever_their_size():
-    gaps = np.array([[0, 9.5, 9.5, 60, 1e4, 3e6], [0, 5000, 5000.5, 5001, 8e5, 7e7], [0, 0, 30, 31, 32, 33]])
+    gaps = np.array([[0, 9.5, 9.5, 60, 1e4, 3e6], [0, 5000, 5000.5, 5001, 8e5, 7e6], [0, 0, 30, 31, 32, 33]])
     signal = normalised(np.arange(18).reshape(3, 6), -gaps, np.array([-40.0, -1e-3, -np.inf]))
     decoded = codec.decode(codec.encode(signal))
     actual = decoded.logprobs[:, :1].astype(float) - decoded.logprobs
-    np.testing.assert_allclose(actual, gaps, atol=1 / 31, rtol=1e-7)
+    np.testing.assert_allclose(actual, gaps, atol=1 / 512 + 1e-6, rtol=1e-7)
     np.testing.assert_allclose(decoded.log_tail_mass, signal.log_tail_mass, rtol=2**-16)
     assert_reads_as(cache.TopK(decoded.ids, decoded.logprobs, decoded.log_tail_mass), read_signal(codec.encode(signal)))
 
@@ -148,7 +148,7 @@ def test_masses_are_normalised_over_kept_ids_and_tail_together():
     mass = np.exp(decoded.logprobs.astype(float)).sum(1) + np.exp(decoded.log_tail_mass.astype(float))
     np.testing.assert_allclose(mass, 1, atol=1e-6)
     np.testing.assert_allclose(np.exp(decoded.log_tail_mass), [0.2, 0.25], atol=1e-5)
-    np.testing.assert_allclose(decoded.logprobs, np.log([[0.6, 0.2], [0.5, 0.25]]), atol=1 / 128)
+    np.testing.assert_allclose(decoded.logprobs, np.log([[0.6, 0.2], [0.5, 0.25]]), atol=1 / 256)
 
 
 def test_empty_slots_and_a_missing_tail_stay_what_they_are():
@@ -166,7 +166,7 @@ def test_damaged_and_foreign_bytes_are_refused():
     for damaged in (packed[:10], packed[:-3], packed[:20] + b"\0\0\0" + packed[23:], packed[:1] + b"\x09" + packed[2:]):
         with pytest.raises(cache.CacheError, match="does not decode"):
             codec.decode(damaged)
-    with pytest.raises(cache.CacheError, match=r"codec version 9, this program reads version 1"):
+    with pytest.raises(cache.CacheError, match=r"codec version 9, this program reads versions 1 to 2"):
         codec.decode(b"\x09" + packed[1:])
 
 

@@ -135,7 +135,7 @@ def test_shards_are_arrow_files_that_say_what_they_are(tmp_path):
     with pa.ipc.open_file(tmp_path / "shards" / name) as reader:
         assert reader.read_all().num_rows == 4
         metadata = {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
-    assert metadata["cache.format_version"] == metadata["cache.signal_codec_version"] == "1"
+    assert (metadata["cache.format_version"], metadata["cache.signal_codec_version"]) == ("1", "2")
 
 
 def test_format_md_is_enough_to_read_a_row(tmp_path):

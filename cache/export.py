@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ import pyarrow.ipc as ipc
 from cache.decoded import decoded_batch, decoded_schema
 from cache.reader import Snapshot
 from cache.schema import CacheError
+from cache.store import sync
 
 _Writer: TypeAlias = Any  # a ParquetWriter or a RecordBatchStreamWriter
 FILE_BYTES = 500 * 10**6  # a file that has grown to this is closed; `datasets` cuts at the same size
@@ -50,9 +50,9 @@ def export(snapshot: Snapshot, form: str, out: str) -> Exported:
         partial.mkdir(parents=True)
         FORMS[form](snapshot, partial)
         sizes = [path.stat().st_size for path in partial.iterdir()]
-        _sync(partial)
+        sync(partial)
         partial.rename(target)  # refused by the system unless `target` is absent or empty
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise CacheError(f"{out} cannot be written ({error}); nothing was exported.") from error
     finally:
@@ -104,7 +104,7 @@ def _to_datasets(snapshot: Snapshot, folder: Path) -> None:
     about = {"citation": "", "description": description, "features": features, "homepage": "", "license": ""}
     for file_name, value in (("state.json", state), ("dataset_info.json", about)):
         (folder / file_name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-        _sync(folder / file_name)
+        sync(folder / file_name)
 
 
 FORMS: dict[str, Callable[[Snapshot, Path], None]] = {"parquet": _to_parquet, "datasets": _to_datasets}
@@ -130,7 +130,7 @@ def _write_files(
                 writer.write_batch(batch)
                 is_full = sink.tell() >= FILE_BYTES
                 batch = next(source, None)
-        _sync(paths[-1])
+        sync(paths[-1])
     return paths
 
 
@@ -163,12 +163,3 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(kind):
         return {"feature": _feature(kind.value_type), "_type": "List"}
     return {"dtype": _DATASETS_NAMES.get(str(kind), str(kind)), "_type": "Value"}
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pyarrow as pa
 
@@ -214,7 +214,7 @@ class LocalStore(Store):
         path = self._folder / folder
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
-            _sync_folder(path.parent)
+            sync(path.parent)
         return Draft(path, self._rename)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -228,7 +228,7 @@ class LocalStore(Store):
             return False
         finally:
             draft.discard()
-        _sync_folder(path.parent)
+        sync(path.parent)
         return True
 
     def remove(self, name: str) -> None:
@@ -240,11 +240,12 @@ class LocalStore(Store):
 
     def _rename(self, path: Path, name: str) -> None:
         path.rename(self._folder / name)
-        _sync_folder((self._folder / name).parent)
+        sync((self._folder / name).parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -264,9 +265,6 @@ class ObjectStore(Store):
             raise StoreError(f"{url} cannot be opened ({error}); install what its protocol needs.") from error
         self._copies: dict[str, Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectStore, (self.root,)
 
     def sizes(self, folder: str) -> dict[str, int]:
         with self._requests():

@@ -48,19 +48,20 @@ def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:
         if name in SIZES or name in POINTERS:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": num_warps})
+    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": num_warps, "enable_fp_fusion": True})
 
 
 @linux_only
-@pytest.mark.parametrize("everything", [False, True])
-def test_the_kernels_compile_for_sm_80_within_its_shared_memory(everything: bool) -> None:
+@pytest.mark.parametrize("objective", ["gated", "everything", "jsd"])
+def test_the_kernels_compile_for_sm_80_within_its_shared_memory(objective: str) -> None:
     """ptxas comes with Triton; without it this fails."""
     from dualkl.kernels import fused
     from dualkl.kernels.dense import dense_kernel
     from dualkl.kernels.sparse import sparse_kernel
 
-    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 0}
-    shared |= {"GRADIENT": True}
+    everything, jsd = objective == "everything", objective == "jsd"
+    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 2 if jsd else 0}
+    shared |= {"JSD": jsd, "GRADIENT": True}
     dense = compiled(dense_kernel, fused.DENSE.num_warps, LANES=fused.DENSE.lanes, TEACHER_CAPPED=everything, **shared)
     slots = kernels.MAX_SLOTS if everything else 64
     sparse = compiled(sparse_kernel, fused.SPARSE.num_warps, LANES=fused.SPARSE.lanes, SLOTS=slots, **shared)

@@ -225,6 +225,7 @@ def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[
         "GATING": gating.value,
         "MC": config.rkl == "mc",
         "ARGMAX": config.fkl == "argmax",
+        "JSD": config.objective == "jsd",
         "GRADIENT": gradient_NV is not None,
     }
 

@@ -92,6 +92,7 @@ class LossSection(Section):
     temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
+    objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
 
 
 class TrainSection(Section):
@@ -291,6 +292,10 @@ def _check(config: Config) -> None:
             f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
             f" {rollout.group_size}; change one of them."
         )
+    if loss.objective == "jsd" and (
+        (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
+    ):
+        raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"

@@ -113,7 +113,13 @@ class Store(ABC):
     def read(self, name: str) -> bytes: ...
 
     @abstractmethod
-    def read_many(self, names: list[str]) -> list[bytes]: ...
+    def read_many(self, names: list[str]) -> list[bytes | None]:
+        """Whole files; None for one that is not there (any more)."""
+
+    def read_or_none(self, name: str) -> bytes | None:
+        with suppress(FileNotFoundError):
+            return self.read(name)
+        return None
 
     @abstractmethod
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
@@ -204,8 +210,8 @@ class LocalStore(Store):
         with _reading(self._folder / name) as path:
             return path.read_bytes()
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        return [self.read(name) for name in names]
+    def read_many(self, names: list[str]) -> list[bytes | None]:
+        return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
         with _reading(self._folder / name) as path, pa.memory_map(str(path)) as source:
@@ -301,11 +307,11 @@ class ObjectStore(Store):
         with self._requests():
             return bytes(self._fs.cat_file(self._key(name)))
 
-    def read_many(self, names: list[str]) -> list[bytes]:
+    def read_many(self, names: list[str]) -> list[bytes | None]:
         if not names:
             return []
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.read, names))
+            return list(pool.map(self.read_or_none, names))
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
         with self._requests():

@@ -17,6 +17,7 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
 import argparse
 import json
+import logging
 import sys
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is one sentence, not one a retry
     own, rest = _own_arguments(sys.argv[1:])
     config = parse_arguments(rest, __doc__ or "")
     plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)

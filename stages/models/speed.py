@@ -13,7 +13,7 @@ DECODE_SHARE = 0.37  # 18,106 tokens/s of a floor of 48,500: 4B shape, 256 slots
 FORWARD_SHARE = 503 / 685  # a 32B-shaped teacher's forward, plain, 16 x 640 tokens, one H200
 TRAIN_SHARE = 0.40  # of the products' rate; with the next line it gives docs/results.md's 12,850 tokens/s
 TRAIN_SECONDS = 65e-6  # a scored token beside the products: host work of a step (docs/results.md)
-SCORE_SECONDS = 17e-6  # a scored token beside the forward: copies, encoding, writing (docs/results.md: 26,550 tokens/s)
+SCORE_SECONDS = 28e-6  # a scored token beside the forward: copies, encoding, writing (docs/results.md: 26,550 tokens/s)
 ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: 12 layers took 82.7 ms at least, one H200
 
 

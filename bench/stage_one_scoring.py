@@ -30,8 +30,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from dualkl.heads import as_head, prepare_head
-from dualkl.targets import Compressed, compress, compress_logits
+from dualkl.heads import as_head, prepare_head  # noqa: E402
+from dualkl.targets import Compressed, compress, compress_logits  # noqa: E402
 
 Record = dict[str, Any]
 PIECE_BYTES = 2 * 2**30

@@ -10,10 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from stages.data.prompts import encode
-from stages.models import checkpoints, generation
-from stages.models.generation import Completion, Sampling, draw, generate, sampling_logprobs
+from stages.models import checkpoints
+from stages.models.decoding import steps
+from stages.models.decoding.sampling import sampling_logits
+from stages.models.generation import Completion, Sampling, generate, rollout_engine
 from stages.runtime.errors import UserError
 from tests.helpers import ROOT, STUDENT
 
@@ -45,6 +57,53 @@ def forced_logits(model: Any, prompt: np.ndarray, completion: np.ndarray) -> tor
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
 
 
+SHAPE = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "num_hidden_layers": 4, "vocab_size": V, "max_position_embeddings": 256, "initializer_range": 0.4, "tie_word_embeddings": False}  # fmt: skip
+WINDOW = 12
+"""Places that a sliding layer sees: fewer than the prompts have."""
+CONFIGS = {
+    "qwen3": Qwen3Config(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "llama": LlamaConfig(**SHAPE, attention_bias=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "gemma2": Gemma2Config(
+        **SHAPE, sliding_window=WINDOW, attn_logit_softcapping=5.0, final_logit_softcapping=8.0, query_pre_attn_scalar=24
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2, query_pre_attn_scalar=24
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def shape(request: pytest.FixtureRequest) -> Any:
+    """A small random model of each architecture, peaked enough to have clear winners."""
+    return random_model(request.param)
+
+
+def random_model(name: str) -> Any:
+    torch.manual_seed(3)
+    attention = "eager" if name == "gemma2" else "sdpa"  # its cap is not for PyTorch's
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=attention).eval()
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0)
+    return model
+
+
+def theirs(model: Any, prompt: np.ndarray, num_tokens: int) -> list[int]:
+    """What transformers' `generate` writes greedily, one prompt at a time: without any padding."""
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    settings = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": EOS, "pad_token_id": 0}
+    return model.generate(input_ids=ids, **settings)[0, len(prompt) :].tolist()
+
+
+def check_logprobs(model: Any, prompt: np.ndarray, completion: Completion, temperature: float, atol: float) -> None:
+    """Those of a teacher-forced forward."""
+    logprobs = (forced_logits(model, prompt, completion.ids) / temperature).log_softmax(-1)
+    picked = logprobs.gather(1, torch.from_numpy(completion.ids.astype(np.int64))[:, None])[:, 0]
+    np.testing.assert_allclose(completion.logprobs, picked.numpy(), atol=atol)
+    np.testing.assert_allclose(completion.entropy, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=atol)
+
+
 def same(left: Completion, right: Completion) -> bool:
     return np.array_equal(left.ids, right.ids) and left.finish_reason == right.finish_reason
 
@@ -55,31 +114,41 @@ def test_a_bf16_model_gives_unrounded_logits(
     model = copy.deepcopy(student_model).to(torch.bfloat16)
     head = model.get_output_embeddings()
     states, scores = [], []
-    head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0][:, -1]))
-    original = generation.sampling_logprobs
-    monkeypatch.setattr(generation, "sampling_logprobs", lambda s, *rest: scores.append(s) or original(s, *rest))
+    model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output))
+    original = steps.choose
+    monkeypatch.setattr(steps, "choose", lambda s, *rest: scores.append(s) or original(s, *rest))
     run(model, prompts, Sampling(4))
-    exact = torch.cat(states).double() @ head.weight.detach().double().T
-    found = torch.cat(scores)
-    assert found.dtype == torch.float32
-    assert (found.double() - exact).abs().max() < 1e-4
-    assert "forward" not in vars(head)  # the model is as it was
+    for state, score in zip(states[1:], scores[1:], strict=True):  # the first is the prefill
+        exact = state[:, -1].double() @ head.weight.detach().double().T
+        assert score.dtype == torch.float32
+        assert (score.double() - exact).abs().max() < 1e-4
 
 
 # Tokens
 
 
 def test_greedy_tokens_are_those_of_transformers_generate(student_model: Any, prompts: list[np.ndarray]) -> None:
-    ours = run(student_model, prompts, Sampling(40, greedy=True))
-    for prompt, completion in zip(prompts, ours, strict=True):  # theirs one by one: without any padding
-        theirs = student_model.generate(
-            input_ids=torch.from_numpy(prompt.astype(np.int64))[None], do_sample=False, max_new_tokens=40,
-            eos_token_id=EOS, pad_token_id=0,
-        )[0, len(prompt) :]  # fmt: skip
-        assert completion.ids.tolist() == theirs.tolist()
+    for prompt, completion in zip(prompts, run(student_model, prompts, Sampling(40, greedy=True)), strict=True):
+        assert completion.ids.tolist() == theirs(student_model, prompt, 40)
 
 
-def test_left_padding_changes_nothing_but_rounding(student_model: Any, prompts: list[np.ndarray]) -> None:
+def test_greedy_tokens_of_every_architecture_are_those_of_generate(shape: Any, prompts: list[np.ndarray]) -> None:
+    """Through refills, shared prefills and windows shorter than the prompts."""
+    several = [*prompts, prompts[2], prompts[2]]
+    found = run(shape, several, Sampling(40, greedy=True), micro_batch=3)
+    for prompt, completion in zip(several, found, strict=True):
+        assert completion.ids.tolist() == theirs(shape, prompt, 40)
+    assert len({tuple(c.ids) for c in found}) == len(prompts)
+
+
+def test_sampled_logprobs_of_every_architecture_are_those_of_a_forced_forward(
+    shape: Any, prompts: list[np.ndarray]
+) -> None:
+    for prompt, completion in zip(prompts, run(shape, prompts, Sampling(30, 1.4), micro_batch=2), strict=True):
+        check_logprobs(shape, prompt, completion, 1.4, atol=1e-4)
+
+
+def test_the_batch_around_a_row_changes_nothing_but_rounding(student_model: Any, prompts: list[np.ndarray]) -> None:
     together = run(student_model, prompts, Sampling(30))
     alone = [run(student_model, [p], Sampling(30), seeds=[i + 1])[0] for i, p in enumerate(prompts)]
     for a, b in zip(together, alone, strict=True):
@@ -112,6 +181,119 @@ def test_repeating_a_call_repeats_it_bit_for_bit(student_model: Any, prompts: li
         assert np.array_equal(a.logprobs, b.logprobs)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 64])
+def test_any_number_of_slots_gives_the_same_completions(
+    student_model: Any, prompts: list[np.ndarray], slots: int
+) -> None:
+    """Groups of one prompt, in runs and scattered; more slots than rows, and fewer."""
+    several = [prompts[i] for i in (0, 0, 0, 0, 1, 2, 2, 3, 4, 4, 0, 1)]
+    seeds = [100 + i for i in range(len(several))]
+    for row, completion in enumerate(run(student_model, several, Sampling(50), seeds=seeds, micro_batch=slots)):
+        alone = run(student_model, [several[row]], Sampling(50), seeds=[seeds[row]])[0]
+        assert same(completion, alone)
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=3e-5)
+
+
+class Counted:
+    """How many rows each forward of a decoder had, prefills and steps apart."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prefills: list[tuple[int, int]] = []
+        self.steps: list[int] = []
+        original = model.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            rows, tokens = kwargs["input_ids"].shape
+            if "slots" in kwargs:
+                self.steps.append(rows)
+            else:
+                self.prefills.append((rows, tokens))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(model.model, "forward", forward)
+
+
+def test_completions_of_one_prompt_share_its_prefill(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(student_model, monkeypatch)
+    run(student_model, [prompts[0]] * 6 + [prompts[1]] * 6, Sampling(20), micro_batch=12)
+    assert counted.prefills == [(2, max(len(prompts[0]), len(prompts[1])))]
+
+
+def test_a_prefill_has_at_most_so_many_tokens(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(steps.PREFILL_TOKENS, "cpu", 60)
+    counted = Counted(student_model, monkeypatch)
+    found = run(student_model, prompts, Sampling(20))
+    assert len(counted.prefills) > 2
+    assert all(rows == 1 or rows * tokens <= 60 for rows, tokens in counted.prefills)
+    monkeypatch.undo()
+    assert all(same(a, b) for a, b in zip(found, run(student_model, prompts, Sampling(20)), strict=True))
+
+
+def test_rows_that_end_make_room_and_the_tail_is_narrow(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forced texts of known lengths: 40 rows in 8 slots, one of them long, at the end."""
+    counted = Counted(student_model, monkeypatch)
+    lengths = [*range(2, 41), 60]
+    texts = [np.full(length, 42) for length in lengths]
+    read = run(student_model, [prompts[0]] * 40, Sampling(1), forced=texts, micro_batch=8)
+    assert [len(c.ids) for c in read] == lengths
+    assert max(counted.steps) == 8
+    assert sum(counted.steps) < 1.2 * (sum(lengths) - 40)  # the first token of a row is its prefill's
+    assert counted.steps[-15:] == [1] * 15
+
+
+def test_an_open_engine_keeps_its_slots_and_writes_the_same(student_model: Any, prompts: list[np.ndarray]) -> None:
+    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
+    with rollout_engine(student_model) as engine:
+        for first, length in ((0, 30), (2, 10), (1, 45)):
+            some, seeds = prompts[first:], list(range(first, len(prompts)))
+            found = engine(some, seeds, Sampling(length), **common)
+            wanted = generate(student_model, some, seeds, Sampling(length), **common)
+            assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+        greedy = engine(prompts, [0] * len(prompts), Sampling(20, greedy=True), **common)
+    assert greedy[0].ids.tolist() == theirs(student_model, prompts[0], 20)
+
+
+def test_an_open_engine_notices_new_weights(adapted_model: Any, prompts: list[np.ndarray]) -> None:
+    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
+    seeds = list(range(len(prompts)))
+    optimizer = torch.optim.AdamW([p for p in adapted_model.parameters() if p.requires_grad], lr=0.05)
+    with rollout_engine(adapted_model) as engine:
+        before = engine(prompts, seeds, Sampling(20), **common)
+        adapted_model(input_ids=torch.arange(20, 30)[None]).logits.square().mean().backward()
+        optimizer.step()
+        after = engine(prompts, seeds, Sampling(20), **common)
+    wanted = generate(adapted_model, prompts, seeds, Sampling(20), **common)
+    assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(after, wanted, strict=True))
+    assert not all(same(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_an_interrupted_call_leaves_the_engine_usable(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 2}
+    seeds = list(range(len(prompts)))
+    wanted = generate(student_model, prompts, seeds, Sampling(30), **common)
+    with rollout_engine(student_model) as engine:
+        engine(prompts, seeds, Sampling(30), **common)
+        monkeypatch.setattr(steps.Decoder, "take", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine(prompts, seeds, Sampling(30), **common)
+        monkeypatch.undo()
+        assert all(same(a, b) for a, b in zip(engine(prompts, seeds, Sampling(30), **common), wanted, strict=True))
+
+
+def test_no_prompts_give_no_completions_and_no_room_an_empty_one(student_model: Any, prompts: list[np.ndarray]) -> None:
+    assert run(student_model, [], Sampling(5), micro_batch=4) == []
+    read = run(student_model, prompts[:2], Sampling(5), forced=[np.array([], np.int64), np.array([20, 21])])
+    assert [(c.ids.tolist(), c.finish_reason) for c in read] == [([], "length"), ([20, 21], "length")]
+
+
 # Log-probabilities
 
 
@@ -119,11 +301,8 @@ def test_repeating_a_call_repeats_it_bit_for_bit(student_model: Any, prompts: li
 def test_logprobs_and_entropies_are_those_of_a_teacher_forced_forward(
     student_model: Any, prompts: list[np.ndarray], temperature: float
 ) -> None:
-    for prompt, c in zip(prompts, run(student_model, prompts, Sampling(40, temperature)), strict=True):
-        logprobs = (forced_logits(student_model, prompt, c.ids) / temperature).log_softmax(-1)
-        picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
-        np.testing.assert_allclose(c.logprobs, picked.numpy(), atol=1e-5)
-        np.testing.assert_allclose(c.entropy, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-5)
+    for prompt, completion in zip(prompts, run(student_model, prompts, Sampling(40, temperature)), strict=True):
+        check_logprobs(student_model, prompt, completion, temperature, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(40, 1.2, top_p=0.8), Sampling(40, 1.2, top_k=3)])
@@ -131,7 +310,7 @@ def test_logprobs_are_of_the_distribution_that_was_cut(
     student_model: Any, prompts: list[np.ndarray], sampling: Sampling
 ) -> None:
     for prompt, c in zip(prompts, run(student_model, prompts, sampling), strict=True):
-        logprobs = sampling_logprobs(forced_logits(student_model, prompt, c.ids), sampling, V)
+        logprobs = sampling_logits(forced_logits(student_model, prompt, c.ids), sampling).log_softmax(-1)
         picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
         assert picked.isfinite().all()
         np.testing.assert_allclose(c.logprobs, picked.numpy(), atol=1e-4)
@@ -156,32 +335,6 @@ def test_a_forced_text_without_eos_keeps_its_own_length_in_a_longer_batch(
         np.testing.assert_allclose(c.logprobs[: len(text)], picked.numpy(), atol=1e-5)
 
 
-# The draw
-
-
-def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
-    p = torch.tensor([[0.2, 0.0, 0.5, 0.3]])
-    uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 0.9999999], dtype=torch.float64)
-    tokens = draw(p.log().expand(len(uniforms), 4), uniforms)
-    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
-
-
-def test_draw_never_gives_a_token_without_mass() -> None:
-    p = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]])
-    uniforms = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    assert set(draw(p.log().expand(1000, 5), uniforms).tolist()) == {1, 3}
-
-
-def test_drawn_frequencies_are_the_probabilities() -> None:
-    """A chi-square statistic below the 1 - 1e-6 quantile of 12 degrees of freedom (51.7)."""
-    num_draws, size = 20_000, 13
-    logprobs = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).mul(1.5).log_softmax(-1)
-    uniforms = torch.from_numpy(np.random.Generator(np.random.Philox(key=7)).random(num_draws))
-    counts = torch.bincount(draw(logprobs.expand(num_draws, size), uniforms), minlength=size)
-    expected = logprobs[0].double().exp() * num_draws
-    assert float(((counts - expected) ** 2 / expected).sum()) < 51.7
-
-
 def test_sampled_first_tokens_follow_the_models_distribution(student_model: Any, prompts: list[np.ndarray]) -> None:
     """The whole engine, seeds and all: 3,000 rows of one prompt, tokens of small mass taken together."""
     num_rows = 3000
@@ -195,41 +348,6 @@ def test_sampled_first_tokens_follow_the_models_distribution(student_model: Any,
     degrees = len(pairs) - 1
     assert degrees >= 2
     assert statistic < degrees + 6 * np.sqrt(2 * degrees) + 12
-
-
-# The sampling distribution
-
-
-def oracle(logits: list[float], sampling: Sampling, vocab_size: int) -> list[float]:
-    """Probabilities after cut, temperature, top-k and top-p, token by token in float64."""
-    z = [value / sampling.temperature for value in logits[:vocab_size]]
-    weights = [np.exp(value - max(z)) for value in z]
-    order = sorted(range(len(z)), key=lambda i: -weights[i])
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    total, kept, mass = sum(weights[i] for i in order), [], 0.0
-    for i in order:
-        if mass / total >= sampling.top_p:
-            break
-        kept.append(i)
-        mass += weights[i]
-    return [weights[i] / mass if i in kept else 0.0 for i in range(len(z))]
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(1), Sampling(1, 0.5), Sampling(1, top_k=1), Sampling(1, top_k=4), Sampling(1, top_p=0.01),
-        Sampling(1, top_p=0.6), Sampling(1, 1.7, 0.9, 6), Sampling(1, 0.8, 0.3, 3), Sampling(1, top_k=1000),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_the_sampling_distribution_agrees_with_the_loop(sampling: Sampling) -> None:
-    logits = torch.randn(7, 23, generator=torch.Generator().manual_seed(1)) * 2
-    found = sampling_logprobs(logits, sampling, 19)
-    assert found.shape == (7, 19)
-    for row in range(7):
-        np.testing.assert_allclose(found[row].exp().numpy(), oracle(logits[row].tolist(), sampling, 19), atol=1e-6)
 
 
 # Where a completion ends
@@ -333,16 +451,83 @@ def test_a_model_in_training_is_put_back_into_training(student_model: Any, promp
         student_model.eval()
 
 
-def test_an_adapter_takes_part_in_generation(student_model: Any, prompts: list[np.ndarray]) -> None:
+@pytest.fixture
+def adapted_model(student_model: Any) -> Any:
+    """The student with a LoRA adapter that does something, in training mode, with dropout."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        copy.deepcopy(student_model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    plain = run(student_model, prompts, Sampling(20))
-    assert all(same(a, b) for a, b in zip(plain, run(model, prompts, Sampling(20)), strict=True))  # B is zero
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(student_model), lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.3)
-    assert not all(same(a, b) for a, b in zip(plain, run(model, prompts, Sampling(20)), strict=True))
+                parameter.normal_(0, 0.1)
+    return model.train()
+
+
+def test_an_adapter_takes_part_in_generation(student_model: Any, adapted_model: Any, prompts: list[np.ndarray]) -> None:
+    found = run(adapted_model, prompts, Sampling(20))
+    assert not all(same(a, b) for a, b in zip(run(student_model, prompts, Sampling(20)), found, strict=True))
+    adapted_model.eval()
+    for prompt, completion in zip(prompts, found, strict=True):
+        check_logprobs(adapted_model, prompt, completion, 1.0, atol=1e-5)
+
+
+def test_a_merged_bf16_adapter_stays_within_the_probes_tolerance(adapted_model: Any, prompts: list[np.ndarray]) -> None:
+    """Base weights in bf16, adapter in fp32, both under autocast: generator against training forward."""
+    for name, parameter in adapted_model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    adapted_model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(adapted_model, prompts, Sampling(30))
+        gaps = []
+        for prompt, c in zip(prompts, found, strict=True):
+            logprobs = forced_logits(adapted_model, prompt, c.ids).log_softmax(-1)
+            picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
+            gaps.append(np.abs(c.logprobs - picked.numpy()))
+    assert np.concatenate(gaps).mean() < 0.02
+
+
+def test_full_fine_tuning_decodes_in_autocasts_dtype(student_model: Any, prompts: list[np.ndarray]) -> None:
+    """fp32 weights under bf16 autocast: the logprobs of the training forward under the same autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(student_model, prompts, Sampling(30))
+        for prompt, c in zip(prompts, found, strict=True):
+            logprobs = forced_logits(student_model, prompt, c.ids).log_softmax(-1)
+            picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
+            assert np.abs(c.logprobs - picked.numpy()).mean() < 0.02
+    exact = run(student_model, prompts, Sampling(30), forced=[c.ids for c in found])
+    assert not all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(found, exact, strict=True))
+
+
+def test_the_model_is_bit_for_bit_what_it_was(
+    adapted_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a call and after one that fails: weights, modules, attention, mode."""
+    base = adapted_model.get_base_model()
+    before = {name: tensor.clone() for name, tensor in adapted_model.state_dict().items()}
+    modules = [id(module) for module in adapted_model.modules()]
+    run(adapted_model, prompts, Sampling(5))
+    monkeypatch.setattr(steps, "choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(adapted_model, prompts, Sampling(5))
+    after = adapted_model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [id(module) for module in adapted_model.modules()] == modules
+    assert base.config._attn_implementation == "sdpa"
+    assert adapted_model.training
+
+
+def test_a_model_with_gradient_checkpointing_generates_and_still_trains(
+    adapted_model: Any, prompts: list[np.ndarray]
+) -> None:
+    base = adapted_model.get_base_model()
+    expected = run(adapted_model, prompts, Sampling(10))
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(same(a, b) for a, b in zip(run(adapted_model, prompts, Sampling(10)), expected, strict=True))
+    loss = adapted_model(input_ids=torch.arange(20, 30)[None], use_cache=False).logits.square().mean()
+    loss.backward()
+    assert all(p.grad is not None for name, p in adapted_model.named_parameters() if "lora_B" in name)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Conf
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
+from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
 from stages.models.generation import generate
 from stages.runtime.errors import UserError
@@ -206,6 +207,31 @@ def test_weights_come_back_after_an_exception(student_model: Any) -> None:
     with pytest.raises(KeyboardInterrupt), DecodingWeights(decoder, None).swapped():
         raise KeyboardInterrupt
     assert decoder.layers[0].mlp.up_proj is own
+
+
+# Slots
+
+
+@torch.no_grad()
+def test_steps_without_a_live_row_change_nothing_that_counts(student_model: Any) -> None:
+    """Capturing a step on a GPU takes a few, with rows in the slots."""
+    method = Method(Sampling(20), 230, (1,), 0)
+    requests = [Request(0, np.arange(10, 20), 5, 20), Request(1, np.arange(30, 37), 6, 20)]
+    decoders = [Decoder(student_model, method, 2, 64, 20, None) for _ in range(2)]
+    for disturbed, decoder in zip((False, True), decoders, strict=True):
+        decoder.clear(2)
+        decoder.fill(list(enumerate(requests)))
+        decoder.run(3, 13)
+        if disturbed:
+            live = decoder.progress.active.clone()
+            decoder.progress.active.zero_()
+            decoder.run(2, 15)
+            decoder.progress.active.copy_(live)
+        decoder.run(10, 23)
+    plain, disturbed = (decoder.take([0, 1]) for decoder in decoders)
+    for a, b in zip(plain, disturbed, strict=True):
+        assert len(a[0]) > 4
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # Which models

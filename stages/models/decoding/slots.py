@@ -130,9 +130,9 @@ class Progress:
         self.ids.scatter_(1, column, chosen.token[:, None])
         self.logprobs.scatter_(1, column, chosen.logprob[:, None])
         self.entropy.scatter_(1, column, chosen.entropy[:, None])
-        self.token.copy_(chosen.token)
+        self.token.copy_(torch.where(self.active, chosen.token, self.token))
         self.taken += self.active
-        self.active &= (self.taken < self.limit) & ~torch.isin(chosen.token, eos_ids)
+        self.active &= (self.taken < self.limit) & (chosen.token[:, None] != eos_ids).all(1)
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]

@@ -108,7 +108,7 @@ class Decoder:
             for _ in range(2):
                 self._step(width)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._step(width)
         self.progress.active.copy_(live)
         self._graphs[width] = graph

@@ -5,14 +5,16 @@ Not collected by itself: `test_decoding_kernels.py` runs it in a process of its 
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from stages.models.decoding import kernels
+from stages.models.decoding import attention, kernels, sampling
 from stages.models.decoding.attention import plain_attention
-from stages.models.decoding.sampling import block_statistics
+from stages.models.decoding.sampling import Blocks, Sampling, block_statistics
 from stages.models.decoding.slots import SlotCache
+from tests.small_models import CONFIGS, random_model, run, theirs
 
 CAPACITY = 150
 
@@ -115,3 +117,17 @@ def test_a_broken_logit_is_not_hidden() -> None:
         logits[1, 1500] = value
         mass = kernels.block_statistics(logits, 1024)[1]
         assert mass.isnan().tolist() == [[False, False], [False, True]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_completions_through_the_kernel_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def through_the_kernel(query, keys, values, slots, scale, window, softcap):  # type: ignore[no-untyped-def]
+        return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, 2)
+
+    monkeypatch.setattr(attention, "plain_attention", through_the_kernel)
+    monkeypatch.setattr(sampling, "block_statistics", lambda logits: Blocks(*kernels.block_statistics(logits, 64)))
+    monkeypatch.setattr(sampling, "BLOCK", 64)
+    model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 65)]
+    found = run(model, prompts, Sampling(12, greedy=True))
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert completion.ids.tolist() == theirs(model, prompt, 12)

@@ -57,7 +57,7 @@ class Decoder:
         self.progress = Progress.empty(num_slots, num_tokens, self.device)
         self.width = num_slots
         self._compute_dtype = compute_dtype
-        self._eos = torch.tensor(method.eos_ids, device=self.device)
+        self._eos = torch.tensor(method.eos_ids, dtype=torch.long, device=self.device)
         self._head: PreparedHead | None = None
         self._cache: SlotCache | None = None
         self._views: dict[int, tuple[Progress, SlotCache]] = {}

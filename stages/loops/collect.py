@@ -20,7 +20,7 @@ from dualkl.heads import prepare_head
 from dualkl.targets import compress
 from stages.data.alignment import align, at_scored
 from stages.data.prompts import Prompt
-from stages.models.generation import Completion, Sampling, generate
+from stages.models.generation import Completion, Generate, Sampling, rollout_engine
 from stages.models.teacher import Teacher
 from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
@@ -97,20 +97,22 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     num_rounds = -(-len(todo) // run.world.size)
     bar = tqdm(total=sum(len(u.rows) for u in todo), unit="rollout", desc="rollouts", leave=False,
                disable=not run.world.is_main)  # fmt: skip
-    with bar:
+    with bar, rollout_engine(author.model) as generate:
         for turn in range(num_rounds):
             unit = mine[turn] if turn < len(mine) else None
-            bar.update(sum(run.world.gather(_collect_unit(run, unit, author, get_teacher(), writer, signal))))
+            rows = _collect_unit(run, unit, author, generate, get_teacher(), writer, signal)
+            bar.update(sum(run.world.gather(rows)))
     run.world.barrier()
     return len(todo)
 
 
 def _collect_unit(
-    run: Run, unit: Unit | None, author: Author, teacher: Teacher, writer: cache.Writer, signal: SignalSection
-) -> int:
+    run: Run, unit: Unit | None, author: Author, generate: Generate, teacher: Teacher, writer: cache.Writer,
+    signal: SignalSection,
+) -> int:  # fmt: skip
     """Generates, scores and commits this rank's unit of a round; returns its rows."""
     with run.clock.phase("rollout"):
-        completions = _write(run.config, unit, author) if unit else []
+        completions = _write(run.config, unit, author, generate) if unit else []
     with run.clock.phase("score"):
         for record in _score(run, unit, completions, author, teacher, signal):
             writer.append(record)
@@ -123,11 +125,11 @@ def _row_id(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _write(config: Config, unit: Unit, author: Author) -> list[Completion]:
+def _write(config: Config, unit: Unit, author: Author, generate: Generate) -> list[Completion]:
     size = config.rollout.gen_micro_batch
     with author.autocast():
         completions = generate(
-            author.model, [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
+            [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
             vocab_size=author.vocab_size, eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id,
             micro_batch=AUTO_GEN_ROWS if size == "auto" else size,
         )  # fmt: skip

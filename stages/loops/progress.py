@@ -68,6 +68,11 @@ class Progress:
         self._bar.set_postfix_str(_rates(record), refresh=False)
         self._bar.update(int(sums[0]))
 
+    def shares(self) -> dict[str, float]:
+        """Of all time since the start, by phase and wait, on this process."""
+        total = self._clock.total()
+        return {name: seconds / total for name, seconds in self._clock.seconds.items()}
+
     def _record(self) -> dict[str, Any]:
         done, seconds, total = self._done, self._clock.seconds, self._clock.total()
         rate = done.rollouts / total
@@ -83,7 +88,7 @@ class Progress:
             "generated_tokens_per_second": _ratio(done.generated_tokens, seconds["generate"]),
             "scored_tokens_per_second": _ratio(done.scored_tokens, seconds["score"] + seconds["write"]),
             "padding_waste": 1 - done.scored_tokens / done.padded_tokens if done.padded_tokens else 0.0,
-            **{f"share_{name}": value / total for name, value in seconds.items()},
+            **{f"share_{name}": share for name, share in self.shares().items()},
             "memory_allocated_bytes": torch.cuda.memory_allocated(device) if on_gpu else 0,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
         }

@@ -45,7 +45,9 @@ class Completion:
 
 
 class Generate(Protocol):
-    """What an engine is to its callers. See `generate`."""
+    """What an engine is to its callers. See `generate`. `close` gives its memory back; the next call makes it anew."""
+
+    def close(self) -> None: ...
 
     def __call__(
         self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,

@@ -62,6 +62,11 @@ class Teacher:
         one = torch.ones((1, 1), dtype=torch.long, device=self.device)
         self.hidden(one, one)
 
+    def move(self, device: torch.device) -> None:
+        """Moves the weights of a plain teacher; those of a sharded one stay where DeepSpeed keeps them."""
+        if self.engine is None:
+            self.forward.to(device)
+
     def close(self) -> None:
         """Gives all memory back."""
         if self.engine is not None:
@@ -133,7 +138,6 @@ def plain_teacher(model: PreTrainedModel, world: World) -> Teacher:
 
 def _load_zero3(config: Config, world: World) -> Teacher:
     distributed.ensure_process_group(world)
-    import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     if world.device.type == "cpu":
@@ -148,6 +152,13 @@ def _load_zero3(config: Config, world: World) -> Teacher:
         models.attn_implementation,
     )
     del partition_while_loading  # while it lives, every from_pretrained partitions, the student's too
+    return sharded_teacher(model, settings, world)
+
+
+def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: World) -> Teacher:
+    """A model that is loaded already, whole or partitioned, as a ZeRO-3 teacher (collective)."""
+    import deepspeed
+
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()

@@ -72,7 +72,17 @@ class RolloutSection(Section):
     gen_micro_batch: int | Auto = Field("auto", description="rollouts in one generation call of a process")
     lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
     score_tokens: int | Auto = Field("auto", description="tokens, padding included, in one scoring forward")
-    rollouts_per_unit: int = Field(64, ge=1, description="rollouts committed together: what a crash can cost")
+    rollouts_per_unit: int = Field(
+        1024, ge=1, description="rollouts made and committed together: enough for full batches to the end, minutes of work"
+        " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly"
+    )  # fmt: skip
+    role: Literal["generate", "score", "both"] = Field(
+        "both", description="of stages.rollout: generate and score may run apart and meet at the cache"
+    )
+    score_patience: Finite = Field(60.0, gt=0, le=300, description="minutes that role score waits for the next unit")
+    offload_idle: bool = Field(
+        False, description="student in host memory while a teacher scores, a plain teacher while the student writes"
+    )
 
 
 class SignalSection(Section):
@@ -153,6 +163,11 @@ class Config(Section):
     @property
     def cache_root(self) -> str:
         return self.run.cache_dir or str(self.run_folder / "cache")
+
+    @property
+    def unscored_root(self) -> str:
+        """Where `role: generate` leaves what `role: score` takes."""
+        return self.cache_root.rstrip("/") + "-unscored"
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -184,8 +184,9 @@ def _score_batch(
 ) -> Iterator[cache.Record]:
     prompts = [unit.rows[i].prompt.ids for i in batch]
     written = [completions[i] for i in batch]
-    aligned = align(prompts, [c.ids for c in written], author.tokenizer.pad_token_id, teacher.device)
-    hidden_ND = at_scored(teacher.hidden(aligned.input_ids, aligned.attention_mask), aligned)
+    pad_id = author.tokenizer.pad_token_id
+    aligned = align(prompts, [c.ids for c in written], pad_id, teacher.device, packed=teacher.packs)
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
     columns = teacher_columns(hidden_ND, teacher.head, aligned.targets, signal, author.vocab_size)
     for name in ("teacher_logprobs", "teacher_entropy"):
         if not np.isfinite(columns[name]).all():

@@ -161,7 +161,7 @@ def states(num_heads: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("keywords", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=["softcap", "sinks"])
 def test_what_packed_attention_does_not_do_stops_the_forward(keywords: dict[str, Any]) -> None:
     packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32))
-    with pytest.raises(UserError, match="uses (softcap|s_aux); use --packing off"):
+    with pytest.raises(UserError, match=r"uses (softcap|s_aux); use --packing off"):
         packed_attention(torch.nn.Module(), states(4, 5), states(2, 5), states(2, 5), None, packing=packing, **keywords)
 
 

@@ -1,20 +1,20 @@
-"""Stage two: train the student from committed rows, refresh them on schedule, resume anywhere."""
+"""Stage two: one optimizer step on committed rows. Which rows, and when others: schedule.py."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cache
 from dualkl import DualKLConfig, DualKLOutput, Head, dual_kl
@@ -23,13 +23,14 @@ from stages.data.batches import (
     MicroBatch,
     Pool,
     batch_rows,
+    by_cache,
     dual_kl_head,
-    live_pool,
     micro_batches,
     read_ahead,
     to_tensors,
 )
-from stages.models.student import Student, policy_hash
+from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
+from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.config import Config, TrainSection, rows_per_micro_step
@@ -112,62 +113,6 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings.pop("fp16", None)
 
 
-def resume(run: Run, training: Training) -> Position | None:
-    """Loads the newest checkpoint of this run, if there is one."""
-    path = checkpoint.latest(run.folder / "checkpoints")
-    if path is None:
-        run.metrics.rewind(0, 0)
-        return None
-    position = checkpoint.load(
-        path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
-    )
-    training.step = position.step
-    run.metrics.rewind(position.step, position.refresh_index)
-    run.metrics.say(f"going on from {path}")
-    return position
-
-
-def due_refresh(config: Config, step: int) -> int:
-    """The refresh whose rows serve the update after `step` (0: what stage one wrote); the last one after the last step."""
-    every = config.refresh.refresh_every
-    return min(step, config.train.max_steps - 1) // every if every else 0
-
-
-def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) -> None:
-    """Trains from the current step to `max_steps`; `refresh(training, index)` writes the rows of refresh `index`.
-
-    A checkpoint stands before every refresh: a run that is killed comes back to weights that were saved, never to weights
-    computed again, so that the refresh's rows are the same rows.
-    """
-    config = run.config
-    position = resume(run, training) or Position(0, 0)
-    bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
-               disable=not run.world.is_main)  # fmt: skip
-    with bar:
-        while training.step < config.train.max_steps:
-            due = due_refresh(config, training.step)
-            if due > position.refresh_index:
-                save_checkpoint(run, training, position)
-                refresh(training, due)
-                position = Position(training.step, due, position.policies | {due: policy_hash(training.student)})
-            _fit_pool(run, training, position, bar)
-    save_checkpoint(run, training, position)
-
-
-def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm) -> None:
-    """Trains on the rows of refresh `position.refresh_index`, up to the next refresh or the end."""
-    train, every, version = run.config.train, run.config.refresh.refresh_every, position.refresh_index
-    pool, snapshot = open_pool(run, position)
-    last = min((version + 1) * every, train.max_steps) if every else train.max_steps
-    batches = global_batches(run, snapshot, pool, range(training.step - version * every, last - version * every))
-    while training.step < last:
-        with run.clock.phase("train"):
-            train_step(run, training, snapshot, pool, next(batches))
-        bar.update(1)
-        if training.step % train.checkpoint_every == 0 and training.step < last:
-            save_checkpoint(run, training, position)
-
-
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     """The state after `training.step` steps, on the rows that `position` names."""
     checkpoint.save(
@@ -176,32 +121,13 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     )  # fmt: skip
 
 
-def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
-    version = position.refresh_index
-    at_step = version * run.config.refresh.refresh_every
-    found: tuple[cache.Snapshot, Pool] | None = None
-    if run.world.is_main:
-        first = cache.open(run.config.cache_root)
-        found = first, live_pool(first, run.run_id, version, at_step, run.config.refresh.max_age, position.policies)
-    pool = run.world.gather(found[1] if found else None)[0]  # one view for all ranks, whoever else writes to the cache
-    snapshot = found[0] if found else cache.open(run.config.cache_root)
-    if not pool.row_ids:
-        raise UserError(
-            f"{run.config.cache_root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
-            " run `python -m stages.rollout` with the same configuration first."
-        )
-    if pool.num_off_policy:
-        run.metrics.say(f"{pool.num_off_policy} of {len(pool.row_ids)} rows were written by another run (off-policy)")
-    return pool, snapshot
-
-
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimizer step.
+    """The rows of one optimizer step, by their keys in the pool.
 
     Attributes:
         row_ids: of all ranks.
-        forwards: this rank's, cut into forwards.
+        forwards: this rank's, cut into forwards, each of rows of one cache.
         records: the rows of `forwards`, read ahead; whoever takes a batch takes all of them before the next batch.
     """
 
@@ -220,8 +146,9 @@ def global_batches(run: Run, snapshot: cache.Snapshot, pool: Pool, indices: Iter
         own = row_ids[world.rank * size // world.size : (world.rank + 1) * size // world.size]
         return row_ids, list(_forwards(run.config, pool, own, micro_rows))
 
-    def read(row_ids: list[str]) -> list[cache.Record]:
-        return [snapshot[snapshot.position(row_id)] for row_id in row_ids]
+    def read(keys: list[str]) -> list[cache.Record]:
+        places = [pool.locate(key, snapshot) for key in keys]
+        return [source[source.position(row_id)] for source, row_id in places]
 
     plans, coming = tee(map(plan, indices))
     records = read_ahead(read, (rows for _, forwards in coming for rows in forwards))
@@ -229,18 +156,18 @@ def global_batches(run: Run, snapshot: cache.Snapshot, pool: Pool, indices: Iter
         yield Batch(row_ids, forwards, records)
 
 
-def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch: Batch) -> None:
-    """One optimizer step (collective)."""
+def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch: Batch) -> Drift:
+    """One optimizer step (collective); returns how far the student was from the policies of its rows."""
     started = time.perf_counter()
     config, world, device = run.config, run.world, run.world.device
     scored = sum(pool.lengths[row_id][1] for rows in batch.forwards for row_id in rows)
     total_tokens = world.sum([float(scored)])[0]
     num_forwards = int(world.max([float(len(batch.forwards))])[0])
-    head = _teacher_head(snapshot, device)
     pad_id, vocab_size = training.student.tokenizer.pad_token_id, training.student.vocab_size
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
     outputs: list[DualKLOutput] = []
+    drifts: list[Tensor] = []
     first: list[cache.Record] = []
     waited = 0.0
     for index in range(num_forwards):
@@ -249,26 +176,32 @@ def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Poo
         rows = first[:1] if idle else next(batch.records)
         waited += time.perf_counter() - asked
         first = first or rows
+        head = _teacher_head(pool.locate(batch.forwards[0 if idle else index][0], snapshot)[0], device)
         inputs = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
         out = _backward(training, inputs, world.size, last=index == num_forwards - 1)
         if not idle:
             outputs.append(out)
+            drifts.append(
+                row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, [len(r.completion_ids) for r in rows])
+            )
     lr = training.scheduler.get_last_lr()[0]
     grad_norm = _update(training, config.train.max_grad_norm)
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    _report(run, training, pool, batch.row_ids, outputs, total_tokens, grad_norm, lr, times)
+    drift = _report(run, training, pool, batch, outputs, drifts, total_tokens, grad_norm, lr, times)
     _trace(run, training, first, outputs)
+    return drift
 
 
 def _forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int) -> Iterator[list[str]]:
     rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
     for start in range(0, len(row_ids), micro_rows):
-        yield from micro_batches(
-            row_ids[start : start + micro_rows],
-            lambda row_id: sum(pool.lengths[row_id]),
-            AUTO_TRAIN_ROWS if rows == "auto" else rows,
-            None if tokens == "auto" else tokens,
-        )
+        for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
+            yield from micro_batches(
+                of_one_cache,
+                lambda row_id: sum(pool.lengths[row_id]),
+                AUTO_TRAIN_ROWS if rows == "auto" else rows,
+                None if tokens == "auto" else tokens,
+            )
 
 
 def _teacher_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
@@ -325,25 +258,43 @@ def _update(training: Training, max_grad_norm: float) -> float:
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, row_ids: list[str], outputs: list[DualKLOutput], total_tokens: float,
-    grad_norm: float, lr: float, times: dict[str, float],
-) -> None:  # fmt: skip
-    """One `step` record: token means over the global batch."""
+    run: Run, training: Training, pool: Pool, batch: Batch, outputs: list[DualKLOutput], drifts: list[Tensor],
+    total_tokens: float, grad_norm: float, lr: float, times: dict[str, float],
+) -> Drift:  # fmt: skip
+    """One `step` record: token means over the global batch, and its drift, which is returned."""
     sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
     for out in outputs:
-        drift = torch.zeros_like(out.rkl) if out.student_logprobs is None else out.student_logprobs
-        values = (out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, drift)
+        values = (out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, out.student_logprobs)
         sums += torch.stack([value.double().sum() for value in values])
     losses = sum(float(out.loss.detach()) for out in outputs)
-    reduced = run.world.sum([losses, *sums.tolist()])
+    own_rows = _spread_rows(run, batch, torch.cat(drifts)).flatten().tolist()
+    reduced = run.world.sum([losses, *sums.tolist(), *own_rows])
+    row_sums_R3 = np.array(reduced[1 + len(sums) :]).reshape(-1, NUM_SUMS)
+    drift = drift_of(batch.row_ids, row_sums_R3, [pool.lengths[row_id][1] for row_id in batch.row_ids],
+                     [pool.ages[row_id] >= 0 for row_id in batch.row_ids])  # fmt: skip
     means = dict(zip(("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob"),
-                     (value / total_tokens for value in reduced[1:]), strict=True))  # fmt: skip
-    ages = [pool.ages[row_id] for row_id in row_ids if pool.ages[row_id] >= 0]
-    staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
+                     (value / total_tokens for value in reduced[1 : 1 + len(sums)]), strict=True))  # fmt: skip
+    ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
+    staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
         "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=int(total_tokens), staleness=staleness, **times,
+        lr=lr, tokens=int(total_tokens), staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
+        **times,
     )  # fmt: skip
+    return drift
+
+
+def _spread_rows(run: Run, batch: Batch, own_R3: Tensor) -> Tensor:
+    """This rank's rows, in the order of its forwards, at their places in the global batch; zeros elsewhere."""
+    size, world = len(batch.row_ids), run.world
+    first = world.rank * size // world.size
+    places: dict[str, list[int]] = {}
+    for place in range(first, (world.rank + 1) * size // world.size):
+        places.setdefault(batch.row_ids[place], []).append(place)
+    order = [places[key].pop(0) for keys in batch.forwards for key in keys]
+    spread_R3 = torch.zeros(size, own_R3.shape[1], dtype=own_R3.dtype, device=own_R3.device)
+    spread_R3[torch.tensor(order, device=own_R3.device)] = own_R3
+    return spread_R3
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:

@@ -17,6 +17,7 @@ from stages.loops.setup import Vocabulary
 from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import TeacherLoader
+from stages.runtime.config import rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
@@ -32,9 +33,10 @@ def write_rollouts(
     """Writes what is missing of refresh `refresh_index`; returns the number of units written (collective)."""
     config = run.config
     author = setup.student_author(run, student, step)
+    places = rollouts_of(config, refresh_index)
     units = plan(
         prompts, seed=config.run.seed, run_id=run.run_id, policy_hash=author.policy_hash, refresh_index=refresh_index,
-        num_rollouts=config.refresh.rollouts_per_refresh, group_size=config.rollout.group_size,
+        first_rollout=places.start, num_rollouts=len(places), group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
     )  # fmt: skip
     print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
@@ -58,8 +60,9 @@ def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 
 
 def refresh(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], refresh_index: int, step: int
-) -> None:
+    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], refresh_index: int, step: int,
+    reason: str,
+) -> None:  # fmt: skip
     """A refresh between two optimizer steps: new rows, the teacher's memory given back, the generator checked."""
     with TeacherLoader(run.config, run.world) as teacher:
         num_units = write_rollouts(
@@ -69,7 +72,7 @@ def refresh(
     allocated = torch.cuda.memory_allocated(run.world.device) if run.world.device.type == "cuda" else 0
     run.metrics.log(
         "refresh", step=step, refresh_index=refresh_index, units=num_units, policy_hash=policy_hash(student),
-        memory_allocated_bytes=allocated, **probe,
+        reason=reason, memory_allocated_bytes=allocated, **probe,
     )  # fmt: skip
 
 

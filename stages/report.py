@@ -144,6 +144,11 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
         "steps": len(steps),
         "max_steps": config.train.max_steps,
         "refreshes": sum(record["kind"] == "refresh" for record in records),
+        "refresh_reasons": [
+            {"step": record["step"], "reason": record["reason"]}
+            for record in records
+            if record["kind"] == "refresh" and "reason" in record
+        ],
         "trained_tokens": tokens,
         "trained_tokens_per_second": tokens / seconds if seconds else None,
         "first_step_share_forward": first.get("share_forward"),

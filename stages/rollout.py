@@ -6,6 +6,11 @@
 
 Run it again after anything went wrong: only the missing units are made. With checkpoints in the run's folder it writes the
 refresh that is due at the newest one.
+
+    python -m stages.rollout --follow runs/demo                (beside a training with refresh_mode external)
+
+takes the run's configuration and keeps writing rollouts from the newest student that the training has published, until the
+run is finished; flags change keys for this command, e.g. its device.
 """
 
 from __future__ import annotations
@@ -16,21 +21,26 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import sys
+
 import cache
-from stages.loops import progress, refresh, roles, setup
-from stages.loops.fit import due_refresh
+from stages.loops import follow, progress, refresh, roles, schedule, setup
 from stages.models.teacher import TeacherLoader
-from stages.runtime.errors import command
+from stages.runtime.errors import UserError, command
 from stages.runtime.run import Run, open_run
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    if "--follow" in arguments:
+        _follow(arguments)
+        return
     run = open_run(__doc__ or "")
     vocabulary = setup.shared_vocabulary(run.config)
     role = run.config.rollout.role
     position = setup.newest_position(run)
-    due = due_refresh(run.config, position.step)
-    if position.step > 0 and due == position.refresh_index:
+    due = 0 if position.step == 0 else position.newest + 1
+    if due and not schedule.due(run.config, position):
         run.metrics.say(f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own")
         return
     with TeacherLoader(run.config, run.world) as teacher:
@@ -48,6 +58,15 @@ def main() -> None:
                     run, student, vocabulary, prompts, refresh_index=due, step=position.step, teacher=teacher
                 )
     tell(run, num_units)
+
+
+def _follow(arguments: list[str]) -> None:
+    place = arguments.index("--follow")
+    folder, rest = arguments[place + 1 : place + 2], arguments[:place] + arguments[place + 2 :]
+    if not folder or folder[0].startswith("--"):
+        raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
+    run = open_run(__doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl")
+    follow.follow(run)
 
 
 def tell(run: Run, num_units: int) -> None:

@@ -89,7 +89,10 @@ def test_the_same_prompt_under_two_numbers_makes_different_rows() -> None:
 def test_refreshes_go_through_the_prompts_in_turn() -> None:
     prompts = [prompt(i) for i in range(9)]
     seen = [
-        row.prompt.prompt_id for r in range(3) for unit in planned(prompts, refresh_index=r) for row in unit.rows[::1]
+        row.prompt.prompt_id
+        for r in range(3)
+        for unit in planned(prompts, refresh_index=r, first_rollout=12 * r)
+        for row in unit.rows[::1]
     ]
     assert seen[::2] == [f"p{i % 9}" for i in range(18)]
 

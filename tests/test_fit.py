@@ -15,8 +15,8 @@ import cache
 from dualkl import Head
 from stages import train as stage_two
 from stages.data.alignment import Aligned
-from stages.data.batches import to_tensors
-from stages.loops import feed, fit, setup
+from stages.data.batches import Pool, to_tensors
+from stages.loops import feed, fit, schedule, setup
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
@@ -37,7 +37,7 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     student = student_of(run)
     stir(student)
     training = fit.prepare(run, student)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     found: dict[str, torch.Tensor] = {}
 
     def keep(now: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
@@ -53,8 +53,8 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     return found
 
 
-def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
-    return next(fit.global_batches(run, training.student, snapshot, pool, [index]))
+def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: Pool, index: int) -> feed.Batch:
+    return next(feed.global_batches(run, training.student, snapshot, pool, [index]))
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -161,7 +161,7 @@ def test_only_scored_positions_have_a_gradient(
 
     monkeypatch.setattr(Student, "hidden", noted)
     stir(student)
-    _, snapshot = fit.open_pool(run, Position(0, 0))
+    _, snapshot = schedule.open_pool(run, Position(0, 0))
     batch = to_tensors(snapshot[:], 1.0, None, 0, run.world.device, student.vocab_size)
     loss, _ = fit.prepare(run, student).module(batch)
     loss.backward()
@@ -179,7 +179,7 @@ def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[...,
     student = student_of(run)
     stir(student)
     module = fit.prepare(run, student).module
-    _, snapshot = fit.open_pool(run, Position(0, 0))
+    _, snapshot = schedule.open_pool(run, Position(0, 0))
     losses, gradients = [], []
     for pad_id in (0, 77):
         loss, _ = module(to_tensors(snapshot[:], 1.0, None, pad_id, run.world.device, student.vocab_size))
@@ -220,7 +220,7 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     run = step_run(tmp_path, caches(**stored), **(stored | keys))
     student = student_of(run)
     training = fit.prepare(run, student)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     step = records_of(run.folder, "step")[0]
     records = snapshot[:]
@@ -301,7 +301,7 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path
     run = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "dtype": "bf16", "batch_size": 16}))
     student = student_of(run)
     training = fit.prepare(run, student)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     for index in range(6):
         fit.train_step(run, training, pool, batch(run, training, snapshot, pool, index))
     assert {p.dtype for p in student.trainable.values()} == {torch.float32}
@@ -387,7 +387,7 @@ def test_rows_of_a_refresh_replace_those_before_it(tmp_path: Path) -> None:
 
 def test_rows_live_on_for_max_age_steps(tmp_path: Path) -> None:
     run = train(tmp_path, max_age=3)
-    pool, _ = fit.open_pool(run, Position(0, 1))
+    pool, _ = schedule.open_pool(run, Position(3, 1, opened_at=3))
     assert sorted(set(pool.ages.values())) == [0, 3]
     assert len(pool.row_ids) == 32
 
@@ -409,7 +409,7 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     run = step_run(tmp_path, caches())
     student = student_of(run)
     training = fit.prepare(run, student)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     fit.save_checkpoint(run, training, Position(0, 0))
     with torch.no_grad():

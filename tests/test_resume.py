@@ -25,10 +25,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     if place.startswith("step "):
         step, last = fit.train_step, int(place.split()[1])
 
-        def stopping(run: Run, training: fit.Training, *arguments: Any) -> None:
+        def stopping(run: Run, training: fit.Training, *arguments: Any) -> Any:
             if training.step == last:
                 raise Stop
-            step(run, training, *arguments)
+            return step(run, training, *arguments)
 
         monkeypatch.setattr(fit, "train_step", stopping)
     elif place == "between units":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
 CPU = torch.device("cpu")
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however far one counts
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,16 +36,54 @@ class Pool:
         version: counts refreshes.
         ages: of each row in optimizer steps, -1 for rows of other runs.
         lengths: prompt and completion tokens of each row.
+        opened_at: the optimizer step that `ages` are of.
+        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages`, `lengths` and `drifts` hold them too.
+        drifts: mean behaviour - student logprob of each row when it was last trained on, nats a token; 0 until then.
     """
 
     row_ids: list[str]
     version: int
     ages: dict[str, int]
     lengths: dict[str, tuple[int, int]]
+    opened_at: int = 0
+    extras: tuple[Extra, ...] = ()
+    drifts: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_off_policy(self) -> int:
         return sum(age < 0 for age in self.ages.values())
+
+    @property
+    def mean_age(self) -> float:
+        """Of the rows of this run, in steps, when the pool was opened; 0 without any."""
+        ages = [age for age in self.ages.values() if age >= 0]
+        return sum(ages) / max(len(ages), 1)
+
+    def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
+        """This pool and the rows of one more cache: `weight` of them for each row of the own cache."""
+        prefix = f"{len(self.extras)}:"
+        keys = [prefix + row_id for row_id in found.row_ids]
+        return replace(
+            self,
+            extras=(*self.extras, Extra(keys, weight, snapshot)),
+            ages=self.ages | {key: found.ages[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
+            lengths=self.lengths
+            | {key: found.lengths[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
+        )
+
+    def locate(self, key: str, own: cache.Snapshot) -> tuple[cache.Snapshot, str]:
+        """The snapshot that holds the row of `key`, and its id there; `own` is the snapshot of the own cache."""
+        number, found, row_id = key.rpartition(":")
+        return (self.extras[int(number)].snapshot if found else own), row_id
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The rows of a further cache in a pool: `weight` of them are drawn for each row of the own cache."""
+
+    keys: list[str]
+    weight: float
+    snapshot: cache.Snapshot
 
 
 @dataclass(frozen=True)
@@ -58,11 +97,13 @@ class MicroBatch:
 
 
 def live_pool(
-    snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int, policies: dict[int, str]
-) -> Pool:
-    """Rows of this run up to refresh `version` and no older than `max_age` steps, and all rows of other runs.
+    snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int, policies: dict[int, str],
+    kept: Collection[str] | None = None,
+) -> Pool:  # fmt: skip
+    """Rows of this run by refresh `version` and by earlier ones if no older than `max_age` steps; all rows of other runs.
 
     `policies`: the policy hash that wrote each refresh of this run; rows of a refresh by another one are left out.
+    `kept`: of the earlier rows only these; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
     ages: dict[str, int] = {}
@@ -71,29 +112,65 @@ def live_pool(
             ages[row["row_id"]] = -1
         elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
             continue  # of a trajectory that was given up
-        elif row["refresh_index"] <= version and at_step - row["policy_step"] <= max_age:
+        elif row["refresh_index"] == version or (
+            row["refresh_index"] < version
+            and at_step - row["policy_step"] <= max_age
+            and (kept is None or row["row_id"] in kept)
+        ):
             ages[row["row_id"]] = at_step - row["policy_step"]
     lengths = {
         row["row_id"]: (row["num_prompt_tokens"], row["num_completion_tokens"])
         for row in index
         if row["row_id"] in ages
     }
-    return Pool(sorted(ages), version, ages, lengths)
+    return Pool(sorted(ages), version, ages, lengths, at_step)
+
+
+def replayed(pool: Pool, step: int, max_age: int, count: int) -> list[str]:
+    """The `count` rows of this run that stay at a refresh after `step` steps: newest first, of those the least drifted."""
+    young = [row_id for row_id in pool.row_ids if 0 <= pool.ages[row_id] <= max_age - (step - pool.opened_at)]
+    return sorted(young, key=lambda row_id: (pool.ages[row_id], pool.drifts.get(row_id, 0.0), row_id))[:count]
 
 
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
-    """Row ids of global batch `batch_index` since the pool's version began.
+    """Keys of the rows of global batch `batch_index` since the pool was opened.
 
-    The stream is a fresh permutation of the pool each epoch, seeded by (seed, epoch, version), one after the other.
+    Each cache has a stream of its own: a fresh permutation of its rows each epoch, seeded by (seed, epoch, version), one
+    after the other. The places of the batches are dealt to the caches by weight, always the same way.
     """
-    size = len(pool.row_ids)
-    picked: list[str] = []
-    for position in range(batch_index * batch_size, (batch_index + 1) * batch_size):
-        epoch, offset = divmod(position, size)
-        if not picked or offset == 0:
-            order = np.random.default_rng([seed, epoch, pool.version]).permutation(size)
-        picked.append(pool.row_ids[order[offset]])
+    start, end = batch_index * batch_size, (batch_index + 1) * batch_size
+    owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
+    picked = [""] * batch_size
+    for number, keys in enumerate([pool.row_ids, *(extra.keys for extra in pool.extras)]):
+        places = np.flatnonzero(owner_of_place == number)
+        first = int(np.searchsorted(places, start))
+        seeds = [pool.version, number] if number else [pool.version]
+        stream = _stream(keys, seed, seeds, range(first, len(places)))
+        for place, key in zip(places[first:].tolist(), stream, strict=True):
+            picked[place - start] = key
     return picked
+
+
+def _owners(weights: list[float], num_places: int) -> np.ndarray:
+    """Which cache each place of the stream belongs to: any run of places holds the weights' shares to a row or two."""
+    bounds = np.cumsum(weights) / sum(weights)
+    return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
+
+
+def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iterator[str]:
+    for place in places:
+        epoch, offset = divmod(place, len(keys))
+        if place == places.start or offset == 0:
+            order = np.random.default_rng([seed, epoch, *seeds]).permutation(len(keys))
+        yield keys[order[offset]]
+
+
+def by_cache(keys: Iterable[str]) -> list[list[str]]:
+    """Keys of a pool grouped by the cache that holds the rows, the own cache first; the order stays inside a group."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.rpartition(":")[0], []).append(key)
+    return [groups[number] for number in sorted(groups)]
 
 
 def micro_batches(
@@ -181,7 +258,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if not is_dataclass(value):
         return value
-    parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    parts = {item.name: getattr(value, item.name) for item in fields(value)}
     return replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})  # type: ignore[type-var]
 
 

@@ -61,13 +61,15 @@ class Author:
 
 def plan(
     prompts: Sequence[Prompt], *, seed: int, run_id: str, policy_hash: str, refresh_index: int,
-    num_rollouts: int, group_size: int, rollouts_per_unit: int,
+    num_rollouts: int, group_size: int, rollouts_per_unit: int, first_rollout: int = 0,
 ) -> list[Unit]:  # fmt: skip
-    """The units of a refresh: the next `num_rollouts / group_size` prompts in turn, `group_size` completions each."""
-    num_prompts = num_rollouts // group_size
+    """The units of a refresh: the next `num_rollouts / group_size` prompts in turn, `group_size` completions each.
+
+    `first_rollout`: how many rollouts the refreshes before it plan.
+    """
     occurrences: Counter[str] = Counter()
     rows = []
-    for index in range(refresh_index * num_prompts, (refresh_index + 1) * num_prompts):
+    for index in range(first_rollout // group_size, (first_rollout + num_rollouts) // group_size):
         prompt = prompts[index % len(prompts)]
         for sample in range(group_size):
             row_id = _row_id(seed, policy_hash, prompt.prompt_id, occurrences[prompt.prompt_id], sample, refresh_index)

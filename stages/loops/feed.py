@@ -14,6 +14,7 @@ from stages.data.batches import (
     MicroBatch,
     Pool,
     batch_rows,
+    by_cache,
     dual_kl_head,
     micro_batches,
     pinned_tensors,
@@ -30,7 +31,7 @@ READ_AHEAD = 2  # forwards
 
 @dataclass(frozen=True)
 class Forward:
-    """The rows of one forward; an idle one has weight 0: it only joins the collectives of the other ranks."""
+    """Rows of one cache, by their keys in the pool; an idle forward has weight 0 and only joins the others' collectives."""
 
     row_ids: list[str]
     is_idle: bool
@@ -41,7 +42,7 @@ class Batch:
     """One optimizer step.
 
     Attributes:
-        row_ids: of all ranks.
+        row_ids: of all ranks, as keys of the pool.
         total_tokens: scored, of all ranks.
         forwards: this rank's; every rank has equally many.
         inputs: the rows and host tensors of `forwards`; whoever takes a batch takes all of them before the next batch.
@@ -57,12 +58,15 @@ def global_batches(
     run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int]
 ) -> Iterator[Batch]:
     """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile."""
-    device, head = run.world.device, teacher_head_of(snapshot, run.world.device)
+    device = run.world.device
+    heads = {own.root: teacher_head_of(own, device) for own in (snapshot, *(extra.snapshot for extra in pool.extras))}
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
 
     def make(step: tuple[int, Forward]) -> tuple[list[cache.Record], MicroBatch]:
         total_tokens, forward = step
-        records = [snapshot[snapshot.position(row_id)] for row_id in forward.row_ids]
+        places = [pool.locate(key, snapshot) for key in forward.row_ids]
+        records = [source[source.position(row_id)] for source, row_id in places]
+        head = heads[places[0][0].root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
         if device.type == "cuda":
             return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
@@ -94,16 +98,17 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool) -> tuple[list[str], in
 
 
 def cut_forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int, packed: bool) -> Iterator[list[str]]:
-    """A rank's rows of a step, cut by `grad_accum` and then by the caps on rows and tokens of a forward."""
+    """A rank's rows of a step, cut by `grad_accum`, then by cache, then by the caps on rows and tokens of a forward."""
     rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
     for start in range(0, len(row_ids), micro_rows):
-        yield from micro_batches(
-            row_ids[start : start + micro_rows],
-            lambda row_id: sum(pool.lengths[row_id]),
-            AUTO_TRAIN_ROWS if rows == "auto" else rows,
-            None if tokens == "auto" else tokens,
-            packed=packed,
-        )
+        for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
+            yield from micro_batches(
+                of_one_cache,
+                lambda row_id: sum(pool.lengths[row_id]),
+                AUTO_TRAIN_ROWS if rows == "auto" else rows,
+                None if tokens == "auto" else tokens,
+                packed=packed,
+            )
 
 
 _heads: dict[tuple[str, torch.device], Head | None] = {}

@@ -1,26 +1,26 @@
-"""Stage two: train the student from committed rows, refresh them on schedule, resume anywhere."""
+"""Stage two: one optimizer step on committed rows. Which rows, and when others: schedule.py."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from stages.data.alignment import at_scored
-from stages.data.batches import MicroBatch, Pool, live_pool, on_device
-from stages.loops.feed import Batch, global_batches
-from stages.models.student import Student, policy_hash
+from stages.data.batches import MicroBatch, Pool, on_device
+from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
+from stages.loops.feed import Batch
+from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.config import Config, TrainSection
@@ -28,8 +28,6 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
 MEANS = ("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob")
-Refresh = Callable[["Training", int], None]
-Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
@@ -105,92 +103,6 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings.pop("fp16", None)
 
 
-def resume(run: Run, training: Training) -> Position | None:
-    """Loads the newest checkpoint of this run, if there is one."""
-    path = checkpoint.latest(run.folder / "checkpoints")
-    if path is None:
-        if run.world.is_main:
-            checkpoint.forget_best(run.folder / "checkpoints")
-        run.metrics.rewind(0, 0)
-        return None
-    position = checkpoint.load(
-        path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
-    )
-    training.step = position.step
-    run.metrics.rewind(position.step, position.refresh_index)
-    run.metrics.say(f"going on from {path}")
-    return position
-
-
-def due_refresh(config: Config, step: int) -> int:
-    """The refresh whose rows serve the update after `step` (0: what stage one wrote); the last one after the last step."""
-    every = config.refresh.refresh_every
-    return min(step, config.train.max_steps - 1) // every if every else 0
-
-
-def fit(run: Run, training: Training, refresh: Refresh, evaluate: Evaluate | None = None) -> None:
-    """Trains from the current step to `max_steps`; `refresh(training, index)` writes the rows of refresh `index`.
-
-    `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
-    reverse KL are kept. A checkpoint stands before every refresh: a run that is killed comes back to weights that were
-    saved, never to weights computed again, so that the refresh's rows are the same rows.
-    """
-    config = run.config
-    position = resume(run, training) or Position(0, 0)
-    padded_because = training.student.padded_because
-    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
-    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
-    bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
-               disable=not run.world.is_main)  # fmt: skip
-    with bar:
-        while training.step < config.train.max_steps:
-            due = due_refresh(config, training.step)
-            if due > position.refresh_index:
-                save_checkpoint(run, training, position)
-                refresh(training, due)
-                position = Position(training.step, due, position.policies | {due: policy_hash(training.student)})
-            _fit_pool(run, training, position, bar, evaluate)
-    save_checkpoint(run, training, position)
-
-
-def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm, evaluate: Evaluate | None) -> None:
-    """Trains on the rows of refresh `position.refresh_index`, up to the next refresh or the end."""
-    train, every, version = run.config.train, run.config.refresh.refresh_every, position.refresh_index
-    pool, snapshot = open_pool(run, position)
-    last = min((version + 1) * every, train.max_steps) if every else train.max_steps
-    indices = range(training.step - version * every, last - version * every)
-    batches = global_batches(run, training.student, snapshot, pool, indices)
-    while training.step < last:
-        with run.clock.phase("train"):
-            train_step(run, training, pool, next(batches))
-        bar.update(1)
-        if evaluate is not None and is_evaluated(run.config, training.step):
-            _evaluate(run, training, evaluate)
-        if training.step % train.checkpoint_every == 0 and training.step < last:
-            save_checkpoint(run, training, position)
-
-
-def is_evaluated(config: Config, step: int) -> bool:
-    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
-    every = config.eval.eval_every
-    return bool(every) and (step % every == 0 or step == config.train.max_steps)
-
-
-def _evaluate(run: Run, training: Training, evaluate: Evaluate) -> None:
-    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
-    with run.clock.phase("evaluate"):
-        found = evaluate(training)
-    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
-    is_best = False
-    if run.world.is_main:
-        best = checkpoint.best(folder)
-        is_best = best is None or reverse_kl < best.reverse_kl
-        if is_best:
-            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
-    run.world.barrier()
-    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
-
-
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     """The state after `training.step` steps, on the rows that `position` names."""
     checkpoint.save(
@@ -199,27 +111,8 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     )  # fmt: skip
 
 
-def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
-    version = position.refresh_index
-    at_step = version * run.config.refresh.refresh_every
-    found: tuple[cache.Snapshot, Pool] | None = None
-    if run.world.is_main:
-        first = cache.open(run.config.cache_root)
-        found = first, live_pool(first, run.run_id, version, at_step, run.config.refresh.max_age, position.policies)
-    pool = run.world.gather(found[1] if found else None)[0]  # one view for all ranks, whoever else writes to the cache
-    snapshot = found[0] if found else cache.open(run.config.cache_root)
-    if not pool.row_ids:
-        raise UserError(
-            f"{run.config.cache_root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
-            " run `python -m stages.rollout` with the same configuration first."
-        )
-    if pool.num_off_policy:
-        run.metrics.say(f"{pool.num_off_policy} of {len(pool.row_ids)} rows were written by another run (off-policy)")
-    return pool, snapshot
-
-
-def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> None:
-    """One optimizer step (collective).
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
+    """One optimizer step (collective); returns how far the student was from the policies of its rows.
 
     The host waits for the device once: for the numbers of the step, before the weights are touched.
     """
@@ -228,6 +121,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> None:
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
     outputs: list[DualKLOutput] = []
+    drifts: list[Tensor] = []
     first: list[cache.Record] = []
     waited = 0.0
     for index, forward in enumerate(batch.forwards):
@@ -236,14 +130,18 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> None:
         waited += time.perf_counter() - asked
         first = first or rows
         last = index == len(batch.forwards) - 1
-        out = _backward(training, on_device(inputs, world.device), world.size, last)
+        inputs = on_device(inputs, world.device)
+        out = _backward(training, inputs, world.size, last)
         if not forward.is_idle:
             outputs.append(out)
+            lengths = [len(record.completion_ids) for record in rows]
+            drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
     lr = training.scheduler.get_last_lr()[0]
-    sums, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs))
+    values, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs, drifts))
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    _report(run, training, pool, batch, world.sum(sums), grad_norm, lr, times)
+    drift = _report(run, training, pool, batch, values, grad_norm, lr, times)
     _trace(run, training, first, outputs)
+    return drift
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
@@ -283,29 +181,52 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
     return values, grad_norm
 
 
-def _sums(outputs: list[DualKLOutput]) -> Tensor:
-    """Of this rank's forwards, on their device: the loss, then the sums over tokens of `MEANS`; float64."""
+def _sums(outputs: list[DualKLOutput], drifts: list[Tensor]) -> Tensor:
+    """Of this rank's forwards, on their device: the loss, the sums over tokens of `MEANS`, `drifts` row by row; float64."""
 
     def of(out: DualKLOutput) -> Tensor:
-        drift = torch.zeros_like(out.rkl) if out.student_logprobs is None else out.student_logprobs
-        values = (out.loss.detach(), out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, drift)
+        values = (out.loss.detach(), out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, out.student_logprobs)
         return torch.stack([value.double().sum() for value in values])
 
-    return torch.stack([of(out) for out in outputs]).sum(0)
+    return torch.cat([torch.stack([of(out) for out in outputs]).sum(0), torch.cat(drifts).flatten()])
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, batch: Batch, sums: list[float], grad_norm: float, lr: float,
+    run: Run, training: Training, pool: Pool, batch: Batch, values: list[float], grad_norm: float, lr: float,
     times: dict[str, float],
-) -> None:  # fmt: skip
-    """One `step` record: token means over the global batch."""
-    means = dict(zip(MEANS, (value / batch.total_tokens for value in sums[1:]), strict=True))
+) -> Drift:  # fmt: skip
+    """One `step` record: token means over the global batch, and its drift, which is returned (collective)."""
+    num_sums = 1 + len(MEANS)
+    spread_R3 = _spread_rows(run, batch, np.array(values[num_sums:]).reshape(-1, NUM_SUMS))
+    reduced = run.world.sum([*values[:num_sums], *spread_R3.flatten().tolist()])
+    drift = drift_of(
+        batch.row_ids,
+        np.array(reduced[num_sums:]).reshape(-1, NUM_SUMS),
+        [pool.lengths[key][1] for key in batch.row_ids],
+        [pool.ages[key] >= 0 for key in batch.row_ids],
+    )
+    means = dict(zip(MEANS, (value / batch.total_tokens for value in reduced[1:num_sums]), strict=True))
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
-    staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
+    staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
-        "step", step=training.step, loss=sums[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=batch.total_tokens, staleness=staleness, **times,
+        "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
+        lr=lr, tokens=batch.total_tokens, staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
+        **times,
     )  # fmt: skip
+    return drift
+
+
+def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
+    """This rank's rows, in the order of its forwards, at their places in the global batch; zeros elsewhere."""
+    size, world = len(batch.row_ids), run.world
+    first = world.rank * size // world.size
+    places: dict[str, list[int]] = {}
+    for place in range(first, (world.rank + 1) * size // world.size):
+        places.setdefault(batch.row_ids[place], []).append(place)
+    order = [places[key].pop(0) for forward in batch.forwards if not forward.is_idle for key in forward.row_ids]
+    spread_R3 = np.zeros((size, own_R3.shape[1]))
+    spread_R3[order] = own_R3
+    return spread_R3
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:

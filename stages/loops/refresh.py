@@ -19,7 +19,7 @@ from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import Teacher, TeacherLoader
 from stages.models.turns import Turns
-from stages.runtime.config import Config
+from stages.runtime.config import Config, rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
@@ -57,23 +57,24 @@ def refuse_role(config: Config) -> None:
     """UserError for a command that generates and scores, told to do one of them."""
     if config.rollout.role != "both":
         raise UserError(
-            f"role {config.rollout.role} is for stages.rollout alone: training and the pipeline both generate and score at"
-            " their refreshes. Use role both there, or refresh_every 0 to train on what stages.rollout wrote."
+            f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and a follower both"
+            " generate and score at each refresh. Use role both there, or refresh_mode off to train on what is there."
         )
 
 
 def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index: int) -> list[Unit]:
     """The plan of a refresh; says where it keeps processes idle."""
     config, size = run.config, run.world.size
+    places = rollouts_of(config, refresh_index)
     units = plan(
         prompts, seed=config.run.seed, run_id=run.run_id, policy_hash=author.policy_hash, refresh_index=refresh_index,
-        num_rollouts=config.refresh.rollouts_per_refresh, group_size=config.rollout.group_size,
+        first_rollout=places.start, num_rollouts=len(places), group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
     )  # fmt: skip
     num_rounds = -(-len(units) // size)
     idle = 1 - len(units) / (num_rounds * size)
     if idle > TOLERATED_IDLE:
-        even = -(-config.refresh.rollouts_per_refresh // (num_rounds * size))
+        even = -(-len(places) // (num_rounds * size))
         run.metrics.say(
             f"{len(units)} units over {size} processes leave {idle:.0%} of them idle; rollouts_per_unit {even} would not"
         )
@@ -98,8 +99,9 @@ def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 
 
 def refresh(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], refresh_index: int, step: int
-) -> None:
+    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], refresh_index: int, step: int,
+    reason: str,
+) -> None:  # fmt: skip
     """A refresh between two optimizer steps: new rows, the teacher's memory given back, the generator checked."""
     with TeacherLoader(run.config, run.world) as teacher:
         num_units = write_rollouts(
@@ -109,7 +111,7 @@ def refresh(
     allocated = torch.cuda.memory_allocated(run.world.device) if run.world.device.type == "cuda" else 0
     run.metrics.log(
         "refresh", step=step, refresh_index=refresh_index, units=num_units, policy_hash=policy_hash(student),
-        memory_allocated_bytes=allocated, **probe,
+        reason=reason, memory_allocated_bytes=allocated, **probe,
     )  # fmt: skip
 
 

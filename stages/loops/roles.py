@@ -22,6 +22,7 @@ from stages.loops.setup import Vocabulary
 from stages.loops.writing import UnitWriter
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
+from stages.runtime.config import rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
@@ -94,9 +95,12 @@ def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.Commit
 
 @dataclass(frozen=True)
 class Found:
-    """What is there of the planned rows: `there` counts those of each policy that were generated, scored ones included."""
+    """What is there of the planned rows: `there` counts those of each policy that were generated, scored ones included.
 
-    planned: int
+    `planned` counts the same rows as planned: of the first refresh wanted if no policy has written yet.
+    """
+
+    planned: dict[Policy, int]
     there: dict[Policy, int]
     num_unscored: int  # planned rows that the main cache lacks
     ready: list[cache.CommitRecord]
@@ -104,11 +108,11 @@ class Found:
     @property
     def num_missing(self) -> int:
         """Planned rows that nobody has generated yet."""
-        return sum(max(0, self.planned - count) for count in self.there.values()) if self.there else self.planned
+        return sum(max(0, planned - self.there.get(policy, 0)) for policy, planned in self.planned.items())
 
     def __str__(self) -> str:
         parts = [f"refresh {refresh} by policy {policy}: {count}" for (refresh, policy), count in self.there.items()]
-        return f"of {self.planned} planned rollouts there are {' and '.join(parts) or 'none'}"
+        return f"of {sum(self.planned.values())} planned rollouts there are {' and '.join(parts) or 'none'}"
 
 
 class Inbox:
@@ -141,17 +145,17 @@ class Inbox:
         """What the two caches hold now."""
         config = self._run.config
         unscored, scored = self._rows(config.unscored_root), self._rows(config.cache_root)
-        policies = unscored.keys() or scored.keys()  # without any unscored row there may be nothing left to do
-        planned = config.refresh.rollouts_per_refresh
-        there = {policy: len(unscored[policy].keys() | scored[policy].keys()) for policy in sorted(policies)}
-        num_scored = sum(min(planned, len(scored[policy])) for policy in policies)
+        policies = sorted(unscored or scored)  # without any unscored row there may be nothing left to do
+        planned = {policy: len(rollouts_of(config, policy[0])) for policy in policies or [(self._first, "")]}
+        there = {policy: len(unscored[policy].keys() | scored[policy].keys()) for policy in policies}
+        num_unscored = sum(max(0, count - len(scored[policy])) for policy, count in planned.items())
         waiting = {
             record.name: record
-            for policy in sorted(policies)
+            for policy in policies
             for row_id, record in unscored[policy].items()
             if row_id not in scored[policy] and record.name not in self.taken
         }
-        return Found(planned, there, planned * max(1, len(there)) - num_scored, list(waiting.values()))
+        return Found(planned, there, num_unscored, list(waiting.values()))
 
     def read(self, record: cache.CommitRecord) -> list[cache.Record]:
         """The rows of a unit, in the order in which they were committed."""

@@ -1,9 +1,9 @@
 """Checkpoints: all that a later process needs to go on as if it had never stopped.
 
-`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (step,
-refresh index and policies, from which the reader's position follows; sha256 of every other file, and of itself). A folder
-appears under its name only when it is complete. `checkpoints/best.safetensors` holds the weights with the lowest held-out
-reverse KL of the run so far.
+`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (the
+position, from which the order of rows follows; sha256 of every other file, and of itself). A folder appears under its name
+only when it is complete. `checkpoints/best.safetensors` holds the weights with the lowest held-out reverse KL of the run so
+far.
 """
 
 from __future__ import annotations
@@ -35,13 +35,51 @@ BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """Weights that write, or wrote, rollouts: their optimizer step, their policy hash, and why a refresh was due."""
+
+    step: int
+    policy_hash: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Position:
-    """Where training stands: optimizer steps done, the refresh whose rows are being trained on, and the policy hash that
-    wrote each refresh since (rows of this run by any other policy come from a trajectory that was given up)."""
+    """Where training stands, and all that decides when rows are next replaced and by which.
+
+    Attributes:
+        step: optimizer steps done.
+        refresh_index: the refresh whose rows are trained on; 0: what stage one wrote.
+        refreshes: each refresh since, by index; those after `refresh_index` are being written elsewhere.
+        opened_at: the step at which the rows of `refresh_index` were taken up.
+        pool_age: mean age of this run's rows then, steps.
+        recent: drift (nats a token) and effective share of the last steps on these rows, oldest first.
+        kept: ids of the earlier rows that stayed then (replay_share); None: all that max_age allows.
+        row_drifts: drift of each row when it was last trained on, by the pool's key; empty where nothing asks for it.
+    """
 
     step: int
     refresh_index: int
-    policies: dict[int, str] = field(default_factory=dict)
+    refreshes: dict[int, Refresh] = field(default_factory=dict)
+    opened_at: int = 0
+    pool_age: float = 0.0
+    recent: list[list[float]] = field(default_factory=list)
+    kept: list[str] | None = None
+    row_drifts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> int:
+        """The last refresh that was begun."""
+        return max(self.refreshes, default=self.refresh_index)
+
+    @property
+    def policies(self) -> dict[int, str]:
+        """The policy hash of each refresh: rows of this run by any other come from a trajectory that was given up."""
+        return {index: refresh.policy_hash for index, refresh in self.refreshes.items()}
+
+    def step_of(self, index: int) -> int:
+        """The step of the weights that wrote refresh `index`."""
+        return self.refreshes[index].step if index in self.refreshes else 0
 
 
 @dataclass(frozen=True)
@@ -115,9 +153,8 @@ def latest(folder: Path) -> Path | None:
 def read_position(path: Path) -> Position:
     with _explained(path):
         position = _read_state(path)["position"]
-        return Position(
-            position["step"], position["refresh_index"], {int(k): v for k, v in position["policies"].items()}
-        )
+        refreshes = {int(index): Refresh(**refresh) for index, refresh in position["refreshes"].items()}
+        return Position(**(position | {"refreshes": refreshes}))
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class RunSection(Section):
     run_name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="folder below runs_dir")
     runs_dir: str = Field("runs", description="where runs leave their folders")
     cache_dir: str = Field("", description="the teacher cache; empty: <run folder>/cache")
+    extra_caches: dict[str, Annotated[Finite, Field(ge=0)]] = Field(
+        {}, description="further caches to train on, root: rows drawn from it for each row of the run's own cache"
+    )
     seed: int = Field(0, ge=0, description="seeds prompts, rollouts, LoRA initialisation and batch order")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute and frozen weights; trained weights are fp32")
@@ -126,9 +129,29 @@ class TrainSection(Section):
 
 
 class RefreshSection(Section):
-    refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: never, train on what is there")
+    refresh_mode: Literal["inline", "external", "off"] = Field(
+        "inline",
+        description="by these processes, by `stages.rollout --follow` elsewhere, or never: train on what is there",
+    )
+    refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: not by steps")
+    refresh_drift: Finite = Field(
+        0.0, ge=0, description="refresh at this KL(behaviour || student), nats a token; 0: off"
+    )
+    refresh_ess: Finite = Field(0.0, ge=0, le=1, description="refresh at this effective share of the sample; 0: off")
+    refresh_age: Finite = Field(0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off")
+    refresh_min_steps: int = Field(1, ge=1, description="fewest steps between refreshes")
+    drift_window: int = Field(4, ge=1, description="steps that drift and effective share are averaged over")
     rollouts_per_refresh: int = Field(8192, ge=1, description="rollouts written by stage one and by each refresh")
+    replay_share: Finite = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of rollouts_per_refresh that stays, newest first, while the rest is written anew",
+    )
     max_age: int = Field(64, ge=0, description="steps after which a row of this run leaves the pool")
+    max_staleness: int = Field(
+        64, ge=0, description="external: training waits where the newest rows are older than this many steps"
+    )
 
 
 class EvalSection(Section):
@@ -165,6 +188,13 @@ class Config(Section):
     @property
     def run_folder(self) -> Path:
         return Path(self.run.runs_dir) / self.run.run_name
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether any refresh can become due."""
+        policy = self.refresh
+        policies = policy.refresh_every, policy.refresh_drift, policy.refresh_ess, policy.refresh_age
+        return policy.refresh_mode == "external" or (policy.refresh_mode == "inline" and any(policies))
 
     @property
     def cache_root(self) -> str:
@@ -319,6 +349,7 @@ def _check(config: Config) -> None:
         (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
     ):
         raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
+    _check_refresh(config)
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"
@@ -331,6 +362,37 @@ def _check(config: Config) -> None:
         )
     if loss.rkl == "mc" and loss.temperature != 1:
         raise UserError("rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact.")
+
+
+def _check_refresh(config: Config) -> None:
+    policy, rollout, loss = config.refresh, config.rollout, config.loss
+    if policy.replay_share and policy.max_age < max(1, policy.refresh_every):
+        raise UserError(
+            f"replay_share {policy.replay_share} keeps rows of earlier refreshes, but max_age {policy.max_age} drops them at"
+            f" the next one; raise max_age to at least {max(1, policy.refresh_every)}, or set replay_share 0."
+        )
+    if policy.replay_share and not len(rollouts_of(config, 1)):
+        raise UserError(
+            f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
+            f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
+        )
+    sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+    measured = [name for name in ("refresh_drift", "refresh_ess") if getattr(policy, name)]
+    if measured and sampled != (loss.temperature, 1.0, 0):
+        raise UserError(
+            f"{measured[0]} compares the student with the distribution that its rollouts were drawn from; set"
+            f" sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and sample_top_k 0."
+        )
+
+
+def rollouts_of(config: Config, refresh_index: int) -> range:
+    """The places of a refresh's rollouts among all that the run writes: whole groups, one refresh after the other."""
+    policy, group = config.refresh, config.rollout.group_size
+    anew = round(policy.rollouts_per_refresh * (1 - policy.replay_share) / group) * group
+    if refresh_index == 0:
+        return range(policy.rollouts_per_refresh)
+    start = policy.rollouts_per_refresh + (refresh_index - 1) * anew
+    return range(start, start + anew)
 
 
 def rows_per_micro_step(config: Config, world_size: int) -> int:

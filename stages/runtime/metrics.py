@@ -63,8 +63,8 @@ class Clock:
 class Metrics:
     """Appends records to `metrics.jsonl` (and to Weights & Biases) on the main process; silent on the others."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.path = config.run_folder / "metrics.jsonl"
+    def __init__(self, config: Config, world: World, notes: str = "metrics.jsonl") -> None:
+        self.path = config.run_folder / notes
         self.world = world
         self._wandb: Any = None
         if world.is_main:

@@ -46,8 +46,11 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
         ("Divergence from the teacher, nats a token", {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)}),
         ("Gate", {"gate": ("mean λ (weight of the reverse KL)", BLUE), "share_forward": ("share of tokens with λ < 0.5", ORANGE)}),
         ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
+        ("Drift from the policy of the rows, KL in nats a token", {"drift": ("drift", BLUE)}),
+        ("Effective sample size, share", {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)}),
     ]  # fmt: skip
-    return [_curve(steps, refreshes, title, lines) for title, lines in pictures]
+    noted = set.intersection(*(set(step) for step in steps))  # older runs noted less
+    return [_curve(steps, refreshes, title, lines) for title, lines in pictures if noted >= lines.keys()]
 
 
 def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:
@@ -66,7 +69,7 @@ def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines:
         )
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines)))
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)

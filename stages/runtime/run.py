@@ -53,16 +53,18 @@ class Run:
         self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
 
 
-def open_run(description: str, arguments: list[str] | None = None, *, only_looks: bool = False) -> Run:
+def open_run(
+    description: str, arguments: list[str] | None = None, *, only_looks: bool = False, notes: str = "metrics.jsonl"
+) -> Run:
     """Reads the command line, joins the other processes, and makes the run's folder with its configuration.
 
-    `only_looks`: the command is no part of the run, whose own configuration stays.
+    `only_looks`: the command is no part of the run, whose own configuration stays. `notes`: the file of its metrics.
     """
     config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)
-    metrics = Metrics(config, world)
+    metrics = Metrics(config, world, notes)
     if world.is_main and not only_looks and config.rollout.role != "score":  # a scorer leaves that to its generator
         _note_changes(config, metrics)
     return Run(config, world, metrics, clock)

@@ -1,0 +1,91 @@
+"""Stage one beside a training that runs elsewhere: rollouts from the newest published student, until the run is finished."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from stages.data.prompts import Prompt
+from stages.loops import refresh, setup, versions
+from stages.loops.setup import Vocabulary
+from stages.loops.versions import Version
+from stages.models.student import Student, load_student, policy_hash
+from stages.models.teacher import TeacherLoader
+from stages.runtime import checkpoint
+from stages.runtime.config import rollouts_of
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+
+def arguments_of(folder: str, rest: list[str]) -> list[str]:
+    """The command line of a follower of the run in `folder`: the run's own configuration, then what `rest` changes."""
+    path = Path(folder)
+    own = ["--config", str(path / "config.yaml")]
+    if not (path / "config.yaml").exists():
+        if "--config" not in rest:
+            raise UserError(
+                f"there is no run to follow at {folder} (no config.yaml); start `python -m stages.train` first, or give"
+                " its --config here too."
+            )
+        own = []
+    place = ["--runs_dir", str(path.parent), "--run_name", path.name, "--wandb_project", ""]
+    return [*own, *rest, *place]
+
+
+def follow(run: Run) -> None:
+    """Writes what is missing of the newest version's rollouts, again and again, until the run is finished (collective).
+
+    Before anything is published the student as it starts writes refresh 0. May be killed and started again at any time.
+    """
+    if run.config.refresh.refresh_mode != "external":
+        raise UserError(
+            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}: it would not take up rollouts that"
+            " are written beside it; set refresh_mode: external for both."
+        )
+    refresh.refuse_role(run.config)
+    vocabulary = setup.shared_vocabulary(run.config)
+    prompts = refresh.prompts_of(run, vocabulary)
+    with run.clock.phase("load"):
+        student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+    start = Version(0, 0, policy_hash(student), len(rollouts_of(run.config, 0)))
+    written: Version | None = None
+    with TeacherLoader(run.config, run.world) as teacher:
+        while True:
+            version, finished = run.world.gather((_wanted(run, start), versions.is_finished(run.folder)))[0]
+            if version is not None and version != written:
+                _write(run, student, vocabulary, prompts, version, teacher)
+                written = version
+            elif finished:
+                break
+            else:
+                time.sleep(versions.POLL_SECONDS)
+    run.metrics.say(f"{run.folder} is finished: nothing more to write")
+
+
+def _wanted(run: Run, start: Version) -> Version | None:
+    """The newest version; before any the student as it starts, unless training has left that behind."""
+    untrained = checkpoint.latest(run.folder / "checkpoints") is None
+    return versions.newest(run.folder) or (start if untrained else None)
+
+
+def _write(
+    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], version: Version, teacher: TeacherLoader
+) -> None:
+    wanted = len(rollouts_of(run.config, version.refresh_index))
+    if wanted != version.num_rollouts:
+        raise UserError(
+            f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would write {wanted};"
+            " leave rollouts_per_refresh, replay_share and group_size as they are in the run."
+        )
+    if version.refresh_index:
+        versions.load(run.folder, student, version)
+    num_units = refresh.write_rollouts(
+        run, student, vocabulary, prompts, refresh_index=version.refresh_index, step=version.step, teacher=teacher
+    )
+    probe = refresh.check_generator(run, student, version.refresh_index)
+    run.metrics.log(
+        "version", step=version.step, refresh_index=version.refresh_index, units=num_units,
+        policy_hash=version.policy_hash, **probe,
+    )  # fmt: skip
+    run.log_totals("rollout")
+    run.metrics.say(f"refresh {version.refresh_index} (step {version.step}): {num_units} units written")

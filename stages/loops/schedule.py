@@ -1,0 +1,299 @@
+"""Stage two as a whole: which rows are trained on, when a refresh is due and why, and going on after a crash.
+
+Every decision follows from what a checkpoint holds, so that a run that was killed takes it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+import cache
+from stages.data.batches import Pool, live_pool, replayed
+from stages.loops import fit as steps
+from stages.loops import versions
+from stages.loops.drift import Drift
+from stages.loops.feed import global_batches
+from stages.loops.fit import Training, save_checkpoint
+from stages.loops.versions import Version
+from stages.models.student import policy_hash
+from stages.runtime import checkpoint
+from stages.runtime.checkpoint import Position, Refresh
+from stages.runtime.config import Config, rollouts_of
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+Write = Callable[[Training, int, str], None]
+Evaluate = Callable[[Training], dict[str, Any]]
+
+
+def due(config: Config, position: Position) -> str:
+    """Why new rows are due before the next step, or "" if they are not; nothing is due after the last step."""
+    policy = config.refresh
+    since = position.step - position.step_of(position.newest)
+    if not config.refreshes or position.step >= config.train.max_steps or since < policy.refresh_min_steps:
+        return ""
+    if policy.refresh_every and since >= policy.refresh_every:
+        return f"every: {since} steps since the weights of the one before"
+    if position.newest > position.refresh_index:
+        return ""  # newer rows are on their way: what is measured on these asks for no more
+    return _measured(config, position)
+
+
+def _measured(config: Config, position: Position) -> str:
+    policy, window = config.refresh, config.refresh.drift_window
+    if len(position.recent) == window:
+        drift, ess = (sum(values) / window for values in zip(*position.recent, strict=True))
+        if policy.refresh_drift and drift >= policy.refresh_drift:
+            return f"drift: {drift:.4g} nats a token, the bound is {policy.refresh_drift:g}"
+        if policy.refresh_ess and ess <= policy.refresh_ess:
+            return f"ess: an effective share of {ess:.4g}, the bound is {policy.refresh_ess:g}"
+    age = position.pool_age + position.step - position.opened_at
+    if policy.refresh_age and age >= policy.refresh_age:
+        return f"age: {age:.4g} steps on average, the bound is {policy.refresh_age:g}"
+    if policy.refresh_mode == "external" and _too_old(config, position):
+        return f"staleness: rows of step {position.step_of(position.refresh_index)} at step {position.step}"
+    return ""
+
+
+def _too_old(config: Config, position: Position) -> bool:
+    return position.step - position.step_of(position.refresh_index) > config.refresh.max_staleness
+
+
+def resume(run: Run, training: Training) -> Position | None:
+    """Loads the newest checkpoint of this run, if there is one."""
+    path = checkpoint.latest(run.folder / "checkpoints")
+    if path is None:
+        if run.world.is_main:
+            checkpoint.forget_best(run.folder / "checkpoints")
+        run.metrics.rewind(0, 0)
+        return None
+    position = checkpoint.load(
+        path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
+    )
+    training.step = position.step
+    run.metrics.rewind(position.step, position.refresh_index)
+    run.metrics.say(f"going on from {path}")
+    return position
+
+
+def fit(run: Run, training: Training, refresh: Write, evaluate: Evaluate | None = None) -> None:
+    """Trains from the current step to `max_steps`; `refresh(training, index, reason)` writes the rows of refresh `index`.
+
+    `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
+    reverse KL are kept.
+
+    A checkpoint stands before every refresh and before every published version: a run that is killed comes back to weights
+    that were saved, never to weights computed again, so that the refresh's rows are the same rows. With `refresh_mode:
+    external` rows come from elsewhere, and are taken up when those of a version are complete.
+    """
+    config = run.config
+    position = resume(run, training) or Position(0, 0)
+    arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
+    if arrivals is not None:
+        versions.set_finished(run, training.step >= config.train.max_steps)
+    _tell_packing(run, training)
+    pool, snapshot = None, None
+    bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
+               disable=not run.world.is_main)  # fmt: skip
+    with bar:
+        while training.step < config.train.max_steps:
+            reason = due(config, position)
+            if reason:
+                save_checkpoint(run, training, position)
+                index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
+                if arrivals is None:
+                    refresh(training, index, reason)
+                    position = _taken_up(
+                        run, replace(position, refreshes=position.refreshes | {index: author}), index, pool
+                    )
+                else:
+                    _publish(run, training, index, author)
+                    position = replace(position, refreshes=position.refreshes | {index: author})
+            if arrivals is not None:
+                position = _take_up_arrivals(run, training, position, arrivals, pool)
+            if pool is None or pool.version != position.refresh_index:
+                pool, snapshot = open_pool(run, position)
+                position = replace(position, pool_age=pool.mean_age)
+            position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
+    save_checkpoint(run, training, position)
+    if arrivals is not None:
+        versions.set_finished(run, True)
+
+
+def _tell_packing(run: Run, training: Training) -> None:
+    padded_because = training.student.padded_because
+    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
+
+
+def _fit_pool(
+    run: Run, training: Training, position: Position, pool: Pool, snapshot: cache.Snapshot, arrivals: Arrivals | None,
+    bar: tqdm, evaluate: Evaluate | None,
+) -> Position:  # fmt: skip
+    """Trains on the rows of `pool` until new ones are due, or have arrived, or to the end."""
+    train, every = run.config.train, run.config.refresh.refresh_every
+    last = train.max_steps
+    if every and run.config.refreshes:
+        last = min(last, position.step_of(position.newest) + max(every, run.config.refresh.refresh_min_steps))
+    indices = range(training.step - pool.opened_at, last - pool.opened_at)
+    with closing(global_batches(run, training.student, snapshot, pool, indices)) as batches:
+        while training.step < last:
+            with run.clock.phase("train"):
+                drift = steps.train_step(run, training, pool, next(batches))
+            position = _after_step(run.config, position, training.step, pool, drift)
+            bar.update(1)
+            if evaluate is not None and is_evaluated(run.config, training.step):
+                _evaluate(run, training, evaluate)
+            if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
+                break
+            if training.step % train.checkpoint_every == 0 and training.step < last:
+                save_checkpoint(run, training, position)
+    return position
+
+
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
+    every = config.eval.eval_every
+    return bool(every) and (step % every == 0 or step == config.train.max_steps)
+
+
+def _evaluate(run: Run, training: Training, evaluate: Evaluate) -> None:
+    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
+    with run.clock.phase("evaluate"):
+        found = evaluate(training)
+    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
+    is_best = False
+    if run.world.is_main:
+        best = checkpoint.best(folder)
+        is_best = best is None or reverse_kl < best.reverse_kl
+        if is_best:
+            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
+    run.world.barrier()
+    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
+
+
+def _after_step(config: Config, position: Position, step: int, pool: Pool, drift: Drift) -> Position:
+    pool.drifts.update(drift.rows)
+    recent = position.recent if drift.own is None else [*position.recent, list(drift.own)]
+    return replace(
+        position,
+        step=step,
+        recent=recent[-config.refresh.drift_window :],
+        row_drifts=pool.drifts if config.refresh.replay_share else {},
+    )
+
+
+def _taken_up(run: Run, position: Position, index: int, pool: Pool | None) -> Position:
+    """The position from which the rows of refresh `index` are trained on; `pool` holds those before, if it is open."""
+    policy, kept = run.config.refresh, None
+    if policy.replay_share:
+        before = open_pool(run, position)[0] if pool is None else pool
+        count = policy.rollouts_per_refresh - len(rollouts_of(run.config, index))
+        kept = replayed(before, position.step, policy.max_age, count)
+    return replace(position, refresh_index=index, opened_at=position.step, recent=[], kept=kept)
+
+
+def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
+    """The rows to train on at `position`, the same for all ranks whoever else writes to the caches (collective)."""
+    config, version = run.config, position.refresh_index
+    roots = [config.cache_root, *(root for root, weight in config.run.extra_caches.items() if weight)]
+    snapshots = [cache.open(root) for root in roots]
+    found = [
+        live_pool(snapshot, run.run_id if snapshot is snapshots[0] else "", version, position.opened_at,
+                  config.refresh.max_age, position.policies, position.kept)
+        for snapshot in snapshots
+    ] if run.world.is_main else []  # fmt: skip
+    pool, *others = run.world.gather(found)[0]
+    snapshots = [snapshot.refresh() for snapshot in snapshots]  # at least what the main rank has seen
+    for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
+        if not one.row_ids:
+            raise UserError(
+                f"{root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
+                " run `python -m stages.rollout` with the same configuration first."
+            )
+    for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
+        pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
+    pool.drifts.update({key: drift for key, drift in position.row_drifts.items() if key in pool.ages})
+    if pool.num_off_policy:
+        run.metrics.say(f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run (off-policy)")
+    return pool, snapshots[0]
+
+
+def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
+    """Hands the student's weights to whoever follows this run (collective)."""
+    run.world.barrier()
+    if run.world.is_main:
+        num_rollouts = len(rollouts_of(run.config, index))
+        versions.publish(run.folder, training.student, Version(index, author.step, author.policy_hash, num_rollouts))
+    run.world.barrier()
+
+
+class Arrivals:
+    """Watches the cache for rows that were written elsewhere."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._snapshot = cache.open(run.config.cache_root) if run.world.is_main else None
+
+    def bring_newer(self, position: Position) -> bool:
+        """Whether rows that were on their way have arrived (collective)."""
+        return position.newest > position.refresh_index and self.newest(position) > position.refresh_index
+
+    def newest(self, position: Position) -> int:
+        """The newest refresh, of that in use and later ones, whose rows are all committed; -1: none (collective)."""
+        found = -1
+        if self._snapshot is not None:
+            self._snapshot = self._snapshot.refresh()
+            indices = range(position.refresh_index, position.newest + 1)
+            found = max((index for index in indices if self._is_complete(position, index)), default=-1)
+        return int(self._run.world.gather(found)[0])
+
+    def _is_complete(self, position: Position, index: int) -> bool:
+        assert self._snapshot is not None
+        if index and index == position.refresh_index:
+            return True  # it was, when it was taken up
+        wanted, rows = position.policies.get(index), set()
+        for record in self._snapshot.commit_records():
+            right = [
+                run_id == self._run.run_id and refresh == index and wanted in (None, policy)
+                for run_id, _, policy, refresh in record.policies
+            ]
+            if any(right):
+                rows |= {row for row, of in zip(record.row_ids, record.policy_of_row, strict=True) if right[of]}
+        return len(rows) >= len(rollouts_of(self._run.config, index))
+
+
+def _take_up_arrivals(
+    run: Run, training: Training, position: Position, arrivals: Arrivals, pool: Pool | None
+) -> Position:
+    """Goes over to the newest complete rows, after waiting for them where those in use are too old (collective)."""
+    told = False
+    while (index := arrivals.newest(position)) < 0 or (
+        index == position.refresh_index and _too_old(run.config, position)
+    ):
+        if run.world.is_main:
+            versions.point_to(run.folder, position)
+        if not told:
+            run.metrics.say(
+                f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)}); training is"
+                f" at step {position.step} and max_staleness {run.config.refresh.max_staleness}. They are written by"
+                f" `python -m stages.rollout --follow {run.folder}`"
+            )
+        told = True
+        time.sleep(versions.POLL_SECONDS)
+    if index == position.refresh_index:
+        return position
+    if pool is not None:
+        save_checkpoint(run, training, position)
+    author = position.refreshes[index]
+    run.metrics.log(
+        "refresh", step=position.step, refresh_index=index, policy_hash=author.policy_hash, policy_step=author.step,
+        reason=author.reason,
+    )  # fmt: skip
+    return _taken_up(run, position, index, pool)

@@ -1,0 +1,108 @@
+"""What stage two publishes for those who write its rollouts elsewhere: versions of the student in `runs/<name>/versions/`.
+
+`000003-1f2e3d4c/` is an exported student; `newest.json` names the one to write from, and is replaced as a whole once that
+is complete. `finished` says that no more will come.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from stages.models import student as students
+from stages.models.student import Student, policy_hash
+from stages.runtime.checkpoint import Position
+from stages.runtime.errors import UserError
+from stages.runtime.files import publish_folder, replace_text
+from stages.runtime.run import Run
+
+POLL_SECONDS = 0.5
+KEPT = 3  # versions on disk: a follower may still be reading the one before
+
+
+@dataclass(frozen=True)
+class Version:
+    """A student as published: the refresh it is for, its optimizer step and policy hash, the rollouts wanted of it."""
+
+    refresh_index: int
+    step: int
+    policy_hash: str
+    num_rollouts: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.refresh_index:06d}-{self.policy_hash[:8]}"
+
+
+def publish(run_folder: Path, student: Student, version: Version) -> None:
+    """Exports the student, then names it as the newest; a version that is there already is only named."""
+    folder = run_folder / "versions"
+    partial = folder / f".partial-{version.name}"
+    if not (folder / version.name).exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        students.export(student, partial)
+        (partial / "version.json").write_text(json.dumps(asdict(version)))
+        publish_folder(partial, folder / version.name)
+    replace_text(folder / "newest.json", json.dumps(asdict(version)))
+    for old in sorted(path for path in folder.iterdir() if path.is_dir() and path.name < version.name)[: -(KEPT - 1)]:
+        shutil.rmtree(old)
+
+
+def point_to(run_folder: Path, position: Position) -> None:
+    """Makes `newest.json` name the version that `position` waits for, where a trajectory that was given up left another."""
+    awaited, found = position.refreshes.get(position.newest), newest(run_folder)
+    if awaited is None or (found is not None and found.policy_hash == awaited.policy_hash):
+        return
+    folder = run_folder / "versions" / f"{position.newest:06d}-{awaited.policy_hash[:8]}"
+    if not folder.exists():
+        raise UserError(
+            f"the version that this run waits for, {folder}, is gone; remove the newest folder below"
+            f" {run_folder / 'checkpoints'} and rerun, so that it is published again."
+        )
+    replace_text(run_folder / "versions" / "newest.json", (folder / "version.json").read_text())
+
+
+def newest(run_folder: Path) -> Version | None:
+    """The version to write from, or None if none was published."""
+    path = run_folder / "versions" / "newest.json"
+    return Version(**json.loads(path.read_text())) if path.exists() else None
+
+
+def load(run_folder: Path, student: Student, version: Version) -> None:
+    """Copies a published version's weights into `student`; UserError if they are not what was published."""
+    folder = run_folder / "versions" / version.name
+    stored = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    with torch.no_grad():
+        if isinstance(student.model, PeftModel):
+            set_peft_model_state_dict(student.model, stored)
+        else:
+            for name, parameter in student.trainable.items():
+                parameter.copy_(stored[name])
+    found = policy_hash(student)
+    if found != version.policy_hash:
+        raise UserError(
+            f"{folder} holds a student of policy {found}, its version.json says {version.policy_hash}; it is damaged, or the"
+            " student's keys (student_model, use_lora, lora_r) differ from those of the run."
+        )
+
+
+def set_finished(run: Run, finished: bool) -> None:
+    """Tells followers whether more versions will come (collective)."""
+    folder = run.folder / "versions"
+    if run.world.is_main:
+        folder.mkdir(exist_ok=True)
+        if finished:
+            replace_text(folder / "finished", "")
+        else:
+            (folder / "finished").unlink(missing_ok=True)
+    run.world.barrier()
+
+
+def is_finished(run_folder: Path) -> bool:
+    return (run_folder / "versions" / "finished").exists()

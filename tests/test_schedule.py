@@ -1,0 +1,501 @@
+"""When a refresh is due and why, what stays of the pool, rollouts from elsewhere, and several caches at once."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+from stages import train as stage_two
+from stages.data.batches import Extra, Pool, batch_rows, by_cache, replayed
+from stages.loops import follow, refresh, schedule, setup, versions
+from stages.loops.drift import drift_of, row_sums
+from stages.loops.schedule import due
+from stages.models.student import policy_hash
+from stages.runtime.checkpoint import Position, Refresh
+from stages.runtime.config import Config, rollouts_of
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run, open_run
+from tests.helpers import Forker, assert_same_weights, make_config, make_run, records_of, refused, small, weights_in
+from tests.test_resume import assert_same_run, crash
+from tests.tiny_runs import TINY, student_of, train, train_from, write_rollouts
+
+# When a refresh is due
+
+
+def config_of(**values: Any) -> Config:
+    return make_config(Path("unused"), **(TINY | {"max_steps": 100, "refresh_every": 0} | values))
+
+
+def at(step: int, refresh_step: int = 0, **values: Any) -> Position:
+    """A position on the rows of refresh 1, which were written and taken up after `refresh_step` steps."""
+    refreshes = {1: Refresh(refresh_step, "h" * 16, "")}
+    return Position(step, 1, **({"refreshes": refreshes, "opened_at": refresh_step} | values))
+
+
+def test_by_steps_a_refresh_is_due_every_so_many() -> None:
+    config = config_of(refresh_every=10)
+    assert [step for step in range(30, 61) if due(config, at(step, 30))] == list(range(40, 61))
+    assert due(config, at(40, 30)).startswith("every: 10 steps")
+    assert not due(config, Position(0, 0))
+
+
+def test_nothing_is_due_after_the_last_step() -> None:
+    config = config_of(refresh_every=10)
+    assert due(config, at(99, 30))
+    assert not due(config, at(100, 30))
+
+
+def test_drift_is_due_when_its_mean_over_the_window_crosses_the_bound() -> None:
+    config = config_of(refresh_drift=0.1, drift_window=3)
+    assert not due(config, at(40, 30, recent=[[0.2, 1.0]] * 2)), "the window is not full"
+    assert not due(config, at(40, 30, recent=[[0.05, 1.0], [0.3, 1.0], [-0.1, 1.0]]))
+    assert due(config, at(40, 30, recent=[[0.05, 1.0], [0.2, 1.0], [0.11, 1.0]])) == (
+        "drift: 0.12 nats a token, the bound is 0.1"
+    )
+
+
+def test_a_small_effective_share_is_due_and_a_large_one_is_not() -> None:
+    config = config_of(refresh_ess=0.9, drift_window=2)
+    assert not due(config, at(40, 30, recent=[[5.0, 0.95], [5.0, 0.9]]))
+    assert due(config, at(40, 30, recent=[[0.0, 0.85], [0.0, 0.9]])).startswith("ess: an effective share of 0.875")
+
+
+def test_age_counts_from_the_mean_age_of_the_pool() -> None:
+    config = config_of(refresh_age=8)
+    assert not due(config, at(35, 30, pool_age=2.5))
+    assert due(config, at(36, 30, pool_age=2.5)) == "age: 8.5 steps on average, the bound is 8"
+
+
+def test_refreshes_keep_their_distance_whatever_is_measured() -> None:
+    config = config_of(refresh_drift=0.1, drift_window=1, refresh_every=3, refresh_min_steps=5)
+    assert [s for s in range(30, 40) if due(config, at(s, 30, recent=[[1.0, 1.0]]))] == list(range(35, 40))
+
+
+def test_off_means_never() -> None:
+    config = config_of(refresh_mode="off", refresh_every=10, refresh_drift=0.1, drift_window=1)
+    assert not due(config, at(90, 30, recent=[[1.0, 0.0]]))
+
+
+def test_while_newer_rows_are_on_their_way_only_the_calendar_asks_for_more() -> None:
+    config = config_of(refresh_mode="external", refresh_drift=0.1, drift_window=1, refresh_every=10)
+    waiting = at(45, 30, recent=[[1.0, 1.0]])
+    waiting = replace(waiting, refreshes=waiting.refreshes | {2: Refresh(40, "g" * 16, "drift")})
+    assert not due(config, waiting)
+    assert due(config, replace(waiting, step=50)).startswith("every")
+
+
+def test_with_rows_from_elsewhere_those_that_are_too_old_are_due() -> None:
+    config = config_of(refresh_mode="external", max_staleness=6)
+    assert not due(config, at(36, 30))
+    assert due(config, at(37, 30)) == "staleness: rows of step 30 at step 37"
+
+
+# Drift
+
+
+def test_drift_and_effective_share_are_the_loops_over_the_tokens() -> None:
+    random = np.random.default_rng(0)
+    lengths = [3, 1, 5]
+    student, behaviour = (-random.exponential(1, 9) for _ in range(2))
+    sums = row_sums(torch.from_numpy(student), torch.from_numpy(behaviour), lengths).numpy()
+    found = drift_of(["a", "b", "c"], sums, lengths, [True, False, True])
+
+    def share(weights: list[float]) -> float:
+        return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+
+    ratios = [math.exp(s - b) for s, b in zip(student, behaviour, strict=True)]
+    rows = [ratios[:3], ratios[3:4], ratios[4:]]
+    assert found.drift == pytest.approx(-sum(map(math.log, ratios)) / 9)
+    assert found.ess == pytest.approx(share(ratios))
+    assert found.ess_rows == pytest.approx(share([math.prod(row) for row in rows]))
+    assert found.rows == pytest.approx({k: -math.log(math.prod(r)) / len(r) for k, r in zip("abc", rows, strict=True)})
+    own = rows[0] + rows[2]
+    assert found.own == pytest.approx((-sum(map(math.log, own)) / 8, share(own)))
+    assert drift_of(["a"], sums[:1], lengths[:1], [False]).own is None
+
+
+def test_without_drift_every_sample_counts() -> None:
+    logprobs = torch.full((4,), -2.0)
+    found = drift_of(["a", "b"], row_sums(logprobs, logprobs, [2, 2]).numpy(), [2, 2], [True, True])
+    assert (found.drift, found.ess, found.ess_rows) == (0, 1, 1)
+
+
+def test_a_token_that_the_student_rules_out_leaves_a_share_and_no_error() -> None:
+    sums = row_sums(torch.tensor([-1e30, -1.0]), torch.tensor([-1.0, -1.0]), [1, 1]).numpy()
+    found = drift_of(["a", "b"], sums, [1, 1], [True, True])
+    assert found.ess == found.ess_rows == pytest.approx(0.5)
+
+
+def test_a_steps_drift_is_that_of_the_plain_logprobs(tmp_path: Path) -> None:
+    """At step 1 the student is the one that wrote the rows; later it is not."""
+    run = train(tmp_path, lora_dropout=0.0, refresh_every=0)
+    steps = records_of(run.folder, "step")
+    assert abs(steps[0]["drift"]) < 1e-5
+    assert steps[0]["ess"] == pytest.approx(1, abs=1e-5)
+    assert steps[-1]["drift"] > 1e-4
+    assert steps[-1]["ess_rows"] < steps[-1]["ess"] < 1
+
+
+DRIFT: dict[str, Any] = {"refresh_every": 0, "refresh_drift": 1e-3, "drift_window": 2, "refresh_min_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("drifted"), **DRIFT)
+
+
+def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
+    refreshes, steps = records_of(drifted.folder, "refresh"), records_of(drifted.folder, "step")
+    assert refreshes
+    for record in refreshes:
+        assert record["reason"].startswith("drift: ")
+        window = [s["drift"] for s in steps if record["step"] - 1 <= s["step"] <= record["step"]]
+        assert sum(window) / 2 >= 1e-3
+    assert len({s["refresh_index"] for s in steps}) == len(refreshes) + 1
+
+
+@pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
+def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
+    crash(tmp_path, place, **DRIFT)
+    run = train(tmp_path, **DRIFT)
+    assert_same_run(run, drifted)
+    found, expected = (
+        [(r["step"], r["reason"]) for r in records_of(which.folder, "refresh")] for which in (run, drifted)
+    )
+    assert found == expected
+
+
+def save_weights(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: both stages, and this rank's trained weights to folder/RANK.pt."""
+    run = open_run("", flags)
+    student = student_of(run)
+    write_rollouts(run, student)
+    stage_two.train(run, student, setup.shared_vocabulary(run.config))
+    torch.save({n: p.detach().clone() for n, p in student.trainable.items()}, folder / f"{run.world.rank}.pt")
+
+
+def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> None:
+    arguments = small(tmp_path, **(TINY | DRIFT | {"grad_accum": 2}))
+    forked.call(save_weights, tmp_path, arguments, processes=2).expect_success()
+    assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
+    assert records_of(tmp_path / "demo", "refresh")[0]["reason"].startswith("drift: ")
+
+
+# What stays of the pool
+
+
+def test_the_newest_rows_stay_and_of_those_the_least_drifted() -> None:
+    ages = {"a": 0, "b": 0, "c": 0, "d": 4, "e": 9, "f": -1}
+    pool = Pool(sorted(ages), 2, ages, dict.fromkeys(ages, (1, 1)), 10, drifts={"a": 0.3, "b": 0.1, "c": 0.2})
+    assert replayed(pool, 13, 100, 4) == ["b", "c", "a", "d"]
+    assert replayed(pool, 13, 7, 9) == ["b", "c", "a", "d"], "e would be 12 steps old, f is not this run's"
+
+
+def test_refreshes_write_whole_groups_one_after_the_other() -> None:
+    config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.55, max_age=9)
+    assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 60), range(60, 80)]
+    assert [rollouts_of(config_of(rollouts_per_refresh=40), i) for i in range(2)] == [range(40), range(40, 80)]
+
+
+REPLAY: dict[str, Any] = {"refresh_every": 2, "replay_share": 0.5, "max_age": 3, "rollouts_per_unit": 4}
+
+
+def test_a_share_of_the_rows_is_replaced_and_a_crash_does_not_change_which(tmp_path: Path) -> None:
+    expected = train(tmp_path / "whole", **REPLAY)
+    index = cache.open(expected.config.cache_root).index.to_pylist()
+    counts = [sum(row["refresh_index"] == i for row in index) for i in range(3)]
+    assert counts == [16, 8, 8]
+    newest = max((expected.folder / "checkpoints").iterdir())
+    position = schedule.checkpoint.read_position(newest)
+    assert position.kept is not None
+    pool, _ = schedule.open_pool(expected, position)
+    assert len(pool.row_ids) == 16
+    assert sorted(set(pool.ages.values())) == [0, 2], "rows of step 0 would be 4 steps old"
+    for place in ("step 3", "step 5", "between units"):
+        folder = tmp_path / place
+        crash(folder, place, **REPLAY)
+        assert_same_run(train(folder, **REPLAY), expected)
+
+
+# Rollouts from elsewhere
+
+
+EXTERNAL: dict[str, Any] = TINY | {"refresh_mode": "external", "max_staleness": 2, "lora_dropout": 0.1}
+
+
+def train_beside_a_follower(forked: Forker, folder: Path, *, kills: int = 0, processes: int = 1, **values: Any) -> Path:
+    """Stage two and its follower in processes of their own, each killed `kills` times; returns the run's folder."""
+    flags = small(folder, **(EXTERNAL | values))
+    commands = {
+        "stages.train": (flags, processes),
+        "stages.rollout": (["--follow", str(folder / "demo"), *flags], 1),
+    }
+    running = {m: forked.start(m, *arguments, processes=n) for m, (arguments, n) in commands.items()}
+    for turn in range(2 * kills):
+        module = list(commands)[turn % 2]
+        time.sleep(2.5)
+        for worker in running[module]:
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+        arguments, count = commands[module]
+        running[module] = forked.start(module, *arguments, processes=count)
+    for workers in running.values():
+        for worker in workers:
+            worker.join(200)
+            assert worker.exitcode == 0
+    return folder / "demo"
+
+
+@pytest.fixture(scope="module")
+def inline(forked: Forker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that refreshed its own rows, in a process of its own."""
+    folder = tmp_path_factory.mktemp("inline")
+    forked.call(save_weights, folder, small(folder, **(TINY | {"lora_dropout": 0.1}))).expect_success()
+    return folder / "demo"
+
+
+def test_rollouts_from_elsewhere_in_lock_step_are_the_training_with_inline_refreshes(
+    tmp_path: Path, forked: Forker, inline: Path
+) -> None:
+    run = train_beside_a_follower(forked, tmp_path)
+    assert_same_weights(weights_in(run / "student"), weights_in(inline / "student"))
+    found, expected = (cache.open(folder / "cache") for folder in (run, inline))
+    assert found.to_table().equals(expected.to_table())
+    records = records_of(run, "refresh")
+    assert [(r["step"], r["refresh_index"], r["reason"][:6]) for r in records] == [(3, 1, "every:")]
+
+
+def test_both_sides_may_be_killed_and_started_again(tmp_path: Path, forked: Forker, inline: Path) -> None:
+    run = train_beside_a_follower(forked, tmp_path, kills=2)
+    assert_same_weights(weights_in(run / "student"), weights_in(inline / "student"))
+    assert cache.open(run / "cache").verify() == []
+
+
+def test_training_goes_on_over_rows_within_the_bound(tmp_path: Path, forked: Forker) -> None:
+    values = {"max_steps": 9, "max_staleness": 6, "refresh_every": 2}
+    run = train_beside_a_follower(forked, tmp_path, **values)
+    steps = records_of(run, "step")
+    assert [step["step"] for step in steps] == list(range(1, 10))
+    assert all(step["staleness"] <= 6 for step in steps)
+    assert {record["refresh_index"] for record in records_of(run, "refresh")} <= set(range(1, 5))
+
+
+def test_two_processes_take_up_the_same_rows_together(tmp_path: Path, forked: Forker) -> None:
+    run = train_beside_a_follower(forked, tmp_path, processes=2)
+    assert [record["step"] for record in records_of(run, "refresh")] == [3]
+
+
+def test_off_is_the_training_on_the_rows_that_are_there(tmp_path: Path) -> None:
+    expected = train(tmp_path / "inline", max_steps=3)
+    root = expected.config.cache_root
+    found = train_from(tmp_path / "off", root, max_steps=3, refresh_mode="off", lora_dropout=0.1)
+    assert_same_weights(weights_in(found.folder / "student"), weights_in(expected.folder / "student"))
+    assert records_of(found.folder, "refresh") == []
+
+
+@pytest.mark.parametrize("use_lora", ["true", "false"])
+def test_a_published_version_is_read_back_bit_by_bit(tmp_path: Path, use_lora: str) -> None:
+    run = make_run(tmp_path, **(TINY | {"use_lora": use_lora}))
+    student = student_of(run)
+    with torch.no_grad():
+        for parameter in student.trainable.values():
+            parameter.add_(0.01)
+    version = versions.Version(3, 30, policy_hash(student), 16)
+    versions.publish(run.folder, student, version)
+    assert versions.newest(run.folder) == version
+    other = student_of(run)
+    versions.load(run.folder, other, version)
+    assert policy_hash(other) == version.policy_hash
+    assert_same_weights(
+        {n: p.detach() for n, p in other.trainable.items()}, {n: p.detach() for n, p in student.trainable.items()}
+    )
+    with pytest.raises(UserError, match=r"000003-.* holds a student of policy .*, its version.json says 0000"):
+        versions.load(run.folder, other, _renamed(run.folder, version))
+
+
+def _renamed(folder: Path, version: versions.Version) -> versions.Version:
+    other = replace(version, policy_hash=version.policy_hash[:8] + "0" * 8)
+    assert other.name == version.name
+    return replace(other, policy_hash=_zeros(folder, other))
+
+
+def _zeros(folder: Path, version: versions.Version) -> str:
+    """Gives the version's folder the name of a policy of zeros."""
+    (folder / "versions" / version.name).rename(folder / "versions" / f"{version.refresh_index:06d}-00000000")
+    return "0" * 16
+
+
+def test_old_versions_are_removed_and_the_newest_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    student = student_of(run)
+    for index in range(1, 6):
+        versions.publish(run.folder, student, versions.Version(index, index, policy_hash(student), 16))
+    names = sorted(path.name[:6] for path in (run.folder / "versions").iterdir() if path.is_dir())
+    assert names == ["000003", "000004", "000005"]
+
+
+def test_a_version_of_a_trajectory_that_was_given_up_is_not_waited_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    student = student_of(run)
+    awaited = versions.Version(1, 3, policy_hash(student), 16)
+    versions.publish(run.folder, student, awaited)
+    versions.replace_text(
+        run.folder / "versions" / "newest.json", json.dumps(replace(awaited, policy_hash="f" * 16).__dict__)
+    )
+    position = Position(3, 0, refreshes={1: Refresh(3, awaited.policy_hash, "every")})
+    versions.point_to(run.folder, position)
+    assert versions.newest(run.folder) == awaited
+    with pytest.raises(UserError, match=r"000001-eeeeeeee, is gone; remove the newest folder below .*checkpoints"):
+        versions.point_to(run.folder, replace(position, refreshes={1: Refresh(3, "e" * 16, "every")}))
+
+
+def test_following_wrong_things_is_a_sentence(tmp_path: Path, forked: Forker) -> None:
+    train_flags = small(tmp_path, **TINY)
+    forked.stage("stages.rollout", "--follow").expect_sentence("--follow needs the folder")
+    forked.stage("stages.rollout", "--follow", str(tmp_path / "none")).expect_sentence("no run to follow", "--config")
+    forked.stage("stages.rollout", "--follow", str(tmp_path / "demo"), *train_flags).expect_sentence(
+        "refresh_mode inline", "set refresh_mode: external"
+    )
+
+
+def test_a_follower_that_would_write_other_rows_is_a_sentence(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **EXTERNAL)
+    student = student_of(run)
+    versions.publish(run.folder, student, versions.Version(1, 3, policy_hash(student), 999))
+    with pytest.raises(UserError, match=r"wants 999 rollouts of version 000001-.*, this command would write 16"):
+        follow.follow(run)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"replay_share": 0.5, "max_age": 0}, "raise max_age to at least 2"),
+        ({"replay_share": 0.99, "max_age": 9}, "leaves less than one group"),
+        ({"refresh_drift": 0.1, "sample_top_p": 0.9}, "refresh_drift compares the student with the distribution"),
+        ({"refresh_ess": 0.5, "sample_temperature": 0.7}, "set sample_temperature to the loss's temperature (1.0)"),
+        ({"refresh_mode": "sometimes"}, "refresh_mode"),
+        ({"refresh_ess": 1.5}, "refresh_ess"),
+        ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_a_sentence(tmp_path: Path, values: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_config(tmp_path, **values)
+    assert part in str(caught.value)
+
+
+# Several caches at once
+
+
+def mixed(num_own: int, *others: tuple[int, float]) -> Pool:
+    def rows(count: int) -> list[str]:
+        return [f"{i:032x}" for i in range(count)]
+
+    def pool(count: int) -> Pool:
+        return Pool(rows(count), 0, dict.fromkeys(rows(count), -1), dict.fromkeys(rows(count), (1, 1)))
+
+    found = pool(num_own)
+    for count, weight in others:
+        found = found.with_extra(pool(count), None, weight)  # type: ignore[arg-type]
+    return found
+
+
+def test_batches_hold_each_caches_share_to_a_row_or_two() -> None:
+    pool = mixed(50, (20, 0.5), (7, 0.1))
+    drawn: list[str] = []
+    for index in range(40):
+        drawn += batch_rows(pool, 3, index, 16)
+        counts = [len(group) for group in by_cache(drawn)]
+        assert all(abs(n - len(drawn) * w / 1.6) <= 2 for n, w in zip(counts, (1, 0.5, 0.1), strict=False)), counts
+    second = [key for key in drawn if key.startswith("0:")]
+    assert sorted(second[:20]) == sorted(second[20:40]) == sorted(pool.extras[0].keys)
+
+
+def test_rows_of_one_id_in_two_caches_are_apart() -> None:
+    pool = mixed(3, (3, 1.0))
+    assert set(batch_rows(pool, 0, 0, 6)) == {*pool.row_ids, *(f"0:{row_id}" for row_id in pool.row_ids)}
+    groups = by_cache(["0:a", "b", "1:a", "0:c", "a"])
+    assert groups == [["b", "a"], ["0:a", "0:c"], ["1:a"]]
+    assert isinstance(pool.extras[0], Extra)
+
+
+def test_a_cache_of_weight_0_changes_nothing(tmp_path: Path, caches: Callable[..., str]) -> None:
+    values = {"batch_size": 16, "refresh_mode": "off"}
+    alone = train_from(tmp_path / "alone", caches(), **values)
+    extra = {"extra_caches": f"{{{caches(signal='hidden')}: 0}}"}
+    beside = train_from(tmp_path / "beside", caches(), **values, **extra)
+    assert_same_weights(weights_in(beside.folder / "student"), weights_in(alone.folder / "student"))
+
+
+def test_caches_of_different_teachers_train_together(tmp_path: Path, caches: Callable[..., str]) -> None:
+    """The other teacher is the student itself: its rows, seen alone, would leave the student where it is."""
+    other = caches(signal="hidden", teacher_model="examples/arithmetic/student")
+    values = {"batch_size": 16, "refresh_mode": "off", "max_steps": 8, "extra_caches": f"{{{other}: 1}}"}
+    run = train_from(tmp_path, caches(), **values)
+    steps = records_of(run.folder, "step")
+    alone = records_of(train_from(tmp_path / "alone", caches(), **(values | {"extra_caches": "{}"})).folder, "step")
+    assert steps[0]["rkl"] == pytest.approx(0.5 * alone[0]["rkl"], rel=0.5)
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+
+
+def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    values = {"extra_caches": f"{{{caches(signal='hidden')}: 0.5}}"}
+    expected = train(tmp_path / "whole", **values)
+    assert len(records_of(expected.folder, "refresh")) == 1
+    for place in ("step 1", "step 5"):
+        crash(tmp_path / place, place, **values)
+        assert_same_run(train(tmp_path / place, **values), expected)
+
+
+def test_two_processes_train_a_mixture_as_one_does(tmp_path: Path, forked: Forker, caches: Callable[..., str]) -> None:
+    values = {"max_steps": 2, "refresh_every": 0, "extra_caches": f"{{{caches(signal='hidden')}: 0.3}}"}
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        forked.call(save_weights, folder, small(folder, **(TINY | values)), processes=processes).expect_success()
+        found[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    assert_same_weights(*found[2])
+    difference = sum(float((found[1][0][n] - t).double().square().sum()) for n, t in found[2][0].items())
+    assert math.sqrt(difference / sum(float(t.double().square().sum()) for t in found[1][0].values())) < 1e-4
+
+
+def test_caches_that_cannot_be_mixed_are_a_sentence(tmp_path: Path, forked: Forker, caches: Callable[..., str]) -> None:
+    root = caches()
+    fingerprint = cache.open(root).fingerprint
+    other = tmp_path / "other"
+    changed = cache.Fingerprint(fingerprint.must_match | {"vocab_size": 17}, {})
+    cache.Writer(other, changed).__exit__(None, None, None)
+    values = TINY | {"cache_dir": root, "refresh_mode": "off"}
+    refused(forked, "train", tmp_path, "vocab_size of", "is 17", **values, extra_caches=f"{{{other}: 1}}")
+    refused(forked, "train", tmp_path, "no teacher cache at", **values, extra_caches=f"{{{tmp_path / 'none'}: 1}}")
+    empty = tmp_path / "empty"
+    cache.Writer(empty, fingerprint).__exit__(None, None, None)
+    refused(forked, "train", tmp_path, str(empty), "holds no rollouts", **values, extra_caches=f"{{{empty}: 1}}")
+
+
+def test_a_refresh_is_told_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, str]] = []
+    inner = refresh.refresh
+
+    def noted(*arguments: Any) -> None:
+        told.append((arguments[-3], arguments[-1]))
+        inner(*arguments)
+
+    monkeypatch.setattr(refresh, "refresh", noted)
+    run = train(tmp_path)
+    assert told == [(1, records_of(run.folder, "refresh")[0]["reason"])]

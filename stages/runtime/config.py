@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stages.runtime.errors import UserError
 
@@ -112,8 +112,13 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class RefreshSection(Section):
-    refresh_mode: Literal["inline", "external", "off"] = Field(
+    refresh_mode: Annotated[Literal["inline", "external", "off"], BeforeValidator(_off)] = Field(
         "inline",
         description="by these processes, by `stages.rollout --follow` elsewhere, or never: train on what is there",
     )

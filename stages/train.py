@@ -18,7 +18,7 @@ import time
 
 import cache
 from stages.data.prompts import Prompt
-from stages.loops import fit, refresh, schedule, setup, versions
+from stages.loops import fit, measure, refresh, schedule, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student
@@ -48,6 +48,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     check_caches(run.config)
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
     if inline:  # better now than at the first refresh
+        refresh.refuse_role(run.config)
         wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
         cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
     training = fit.prepare(run, student)
@@ -61,7 +62,12 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
         refresh.refresh(run, now.student, vocabulary, prompts, index, now.step, reason)
         run.log_totals("train")
 
-    schedule.fit(run, training, refresh_now)
+    evaluate = heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None
+    schedule.fit(run, training, refresh_now, evaluate)
+    if run.config.train.export_checkpoint == "best":
+        kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
+        assert kept is not None, "the last step is always evaluated"
+        run.metrics.say(f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text")
     if run.world.is_main:
         students.export(student, run.folder / "student")
     run.world.barrier()
@@ -96,6 +102,19 @@ def check_caches(config: Config) -> None:
                     f" {own.must_match[name]}; only caches of one tokenizer and vocabulary cut can be mixed."
                 )
         check_loss(config, root, other)
+
+
+def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
+    """Measures the student on the held-out teacher text, which the plain teacher writes now if it is not there."""
+    evaluation = measure.open_evaluation(run, vocabulary)
+    if not run.config.eval.eval_teacher_text:
+        measure.measure_teacher(evaluation)
+    if not cache.exists(evaluation.teacher_text):
+        raise UserError(
+            "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text, or a"
+            " teacher_model that fits whole on the device."
+        )
+    return lambda training: measure.on_teacher_text(evaluation, training.student)
 
 
 def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:

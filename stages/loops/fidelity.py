@@ -16,8 +16,8 @@ from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dua
 from dualkl.targets import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
 from stages.data.batches import AnyTeacher, MicroBatch, dual_kl_head, micro_batches, num_tokens, teacher_of, to_tensors
-from stages.loops.collect import to_numpy
 from stages.loops.fit import loss_config
+from stages.loops.writing import to_numpy
 from stages.models.student import Student
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -59,7 +59,7 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
     for records in micro_batches(_first_rows(snapshot), num_tokens, ROWS_PER_FORWARD, None):
         batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
         with torch.no_grad():
-            states = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
+            states = at_scored(student.hidden(batch.aligned), batch.aligned)
         wanted, gradient = _loss(student, states, batch, batch.teacher, config)
         for name in ("rkl", "fkl", "gate"):
             exact[name] += float(getattr(wanted, name).double().sum())

@@ -1,13 +1,12 @@
-"""Stage two: one optimizer step on committed rows. Which rows, and when others: schedule.py."""
+"""Stage two: one optimizer step on committed rows, and what is kept of it. Which rows, and when others: schedule.py."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import cache
-from dualkl import DualKLConfig, DualKLOutput, Head, dual_kl
+from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from stages.data.alignment import at_scored
-from stages.data.batches import (
-    MicroBatch,
-    Pool,
-    batch_rows,
-    by_cache,
-    dual_kl_head,
-    micro_batches,
-    read_ahead,
-    to_tensors,
-)
+from stages.data.batches import MicroBatch, Pool, on_device
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
+from stages.loops.feed import Batch
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
-from stages.runtime.config import Config, TrainSection, rows_per_micro_step
+from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-AUTO_TRAIN_ROWS = 64
+MEANS = ("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob")
+Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
@@ -49,9 +41,7 @@ class StudentLoss(nn.Module):
         self._student, self._config = student, config  # a dataclass, not a submodule
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, DualKLOutput]:
-        hidden_Nd = at_scored(
-            self._student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned
-        )
+        hidden_Nd = at_scored(self._student.hidden(batch.aligned), batch.aligned)
         out = dual_kl(hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights)
         return out.loss, out
 
@@ -80,7 +70,9 @@ def prepare(run: Run, student: Student) -> Training:
     """Wraps the student for this world and makes AdamW with warm-up and cosine decay."""
     train, world = run.config.train, run.world
     module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
-    optimizer = torch.optim.AdamW(student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=world.device.type == "cuda"
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
     if world.student_is_deepspeed:
         _fill_student_deepspeed(run.config, world.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -113,6 +105,27 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings.pop("fp16", None)
 
 
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
+    every = config.eval.eval_every
+    return bool(every) and (step % every == 0 or step == config.train.max_steps)
+
+
+def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
+    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
+    with run.clock.phase("evaluate"):
+        found = evaluate(training)
+    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
+    is_best = False
+    if run.world.is_main:
+        best = checkpoint.best(folder)
+        is_best = best is None or reverse_kl < best.reverse_kl
+        if is_best:
+            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
+    run.world.barrier()
+    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
+
+
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     """The state after `training.step` steps, on the rows that `position` names."""
     checkpoint.save(
@@ -121,104 +134,38 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one optimizer step, by their keys in the pool.
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
+    """One optimizer step (collective); returns how far the student was from the policies of its rows.
 
-    Attributes:
-        row_ids: of all ranks.
-        forwards: this rank's, cut into forwards, each of rows of one cache.
-        records: the rows of `forwards`, read ahead; whoever takes a batch takes all of them before the next batch.
+    The host waits for the device once: for the numbers of the step, before the weights are touched.
     """
-
-    row_ids: list[str]
-    forwards: list[list[str]]
-    records: Iterator[list[cache.Record]]
-
-
-def global_batches(run: Run, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int]) -> Iterator[Batch]:
-    """The pool's batches of these numbers, in order; a thread reads and decodes the next forward's rows meanwhile."""
-    world, size = run.world, run.config.train.batch_size
-    micro_rows = rows_per_micro_step(run.config, world.size)
-
-    def plan(index: int) -> tuple[list[str], list[list[str]]]:
-        row_ids = batch_rows(pool, run.config.run.seed, index, size)
-        own = row_ids[world.rank * size // world.size : (world.rank + 1) * size // world.size]
-        return row_ids, list(_forwards(run.config, pool, own, micro_rows))
-
-    def read(keys: list[str]) -> list[cache.Record]:
-        places = [pool.locate(key, snapshot) for key in keys]
-        return [source[source.position(row_id)] for source, row_id in places]
-
-    plans, coming = tee(map(plan, indices))
-    records = read_ahead(read, (rows for _, forwards in coming for rows in forwards))
-    for row_ids, forwards in plans:
-        yield Batch(row_ids, forwards, records)
-
-
-def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch: Batch) -> Drift:
-    """One optimizer step (collective); returns how far the student was from the policies of its rows."""
     started = time.perf_counter()
-    config, world, device = run.config, run.world, run.world.device
-    scored = sum(pool.lengths[row_id][1] for rows in batch.forwards for row_id in rows)
-    total_tokens = world.sum([float(scored)])[0]
-    num_forwards = int(world.max([float(len(batch.forwards))])[0])
-    pad_id, vocab_size = training.student.tokenizer.pad_token_id, training.student.vocab_size
+    config, world = run.config, run.world
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
     outputs: list[DualKLOutput] = []
     drifts: list[Tensor] = []
     first: list[cache.Record] = []
     waited = 0.0
-    for index in range(num_forwards):
-        idle = index >= len(batch.forwards)  # short of work: join the collectives with weight 0
+    for index, forward in enumerate(batch.forwards):
         asked = time.perf_counter()
-        rows = first[:1] if idle else next(batch.records)
+        rows, inputs = next(batch.inputs)
         waited += time.perf_counter() - asked
         first = first or rows
-        head = _teacher_head(pool.locate(batch.forwards[0 if idle else index][0], snapshot)[0], device)
-        inputs = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
-        out = _backward(training, inputs, world.size, last=index == num_forwards - 1)
-        if not idle:
+        last = index == len(batch.forwards) - 1
+        inputs = on_device(inputs, world.device)
+        out = _backward(training, inputs, world.size, last)
+        if not forward.is_idle:
             outputs.append(out)
             drifts.append(
                 row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, [len(r.completion_ids) for r in rows])
             )
     lr = training.scheduler.get_last_lr()[0]
-    grad_norm = _update(training, config.train.max_grad_norm)
+    sums, grad_norm = _update(training, config.train.max_grad_norm, _sums(run, batch, outputs, drifts))
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    drift = _report(run, training, pool, batch, outputs, drifts, total_tokens, grad_norm, lr, times)
+    drift = _report(run, training, pool, batch, world.sum(sums), grad_norm, lr, times)
     _trace(run, training, first, outputs)
     return drift
-
-
-def _forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int) -> Iterator[list[str]]:
-    rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
-    for start in range(0, len(row_ids), micro_rows):
-        for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
-            yield from micro_batches(
-                of_one_cache,
-                lambda row_id: sum(pool.lengths[row_id]),
-                AUTO_TRAIN_ROWS if rows == "auto" else rows,
-                None if tokens == "auto" else tokens,
-            )
-
-
-def _teacher_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
-    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
-        return None
-    return _cached_head(snapshot.root, device)
-
-
-_heads: dict[tuple[str, torch.device], Head | None] = {}
-
-
-def _cached_head(root: str, device: torch.device) -> Head | None:
-    """The head of a `hidden` cache, read once a process: it never changes (its hash is in the fingerprint)."""
-    key = (root, device)
-    if key not in _heads:
-        _heads[key] = dual_kl_head(cache.open(root).head(), device)
-    return _heads[key]
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
@@ -236,14 +183,15 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
     return out
 
 
-def _update(training: Training, max_grad_norm: float) -> float:
-    """Clips, steps, clears; returns the gradient norm before clipping."""
+def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[list[float], float]:
+    """Clips, steps, clears; returns `sums`, read from the device, and the gradient norm before clipping."""
     engine = training.engine
     if engine is not None:
         engine.step()
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        values, grad_norm = sums.tolist(), float(engine.get_global_grad_norm() or 0.0)
     else:
-        grad_norm = float(nn.utils.clip_grad_norm_(training.student.trainable.values(), max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(training.student.trainable.values(), max_grad_norm)
+        *values, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
         if math.isfinite(grad_norm):
             training.optimizer.step()
         training.optimizer.zero_grad()
@@ -254,47 +202,43 @@ def _update(training: Training, max_grad_norm: float) -> float:
         )
     training.scheduler.step()
     training.step += 1
-    return grad_norm
+    return values, grad_norm
+
+
+def _sums(run: Run, batch: Batch, outputs: list[DualKLOutput], drifts: list[Tensor]) -> Tensor:
+    """Of this rank's forwards, on their device, float64: the loss, the sums over tokens of `MEANS`, then for each row of
+    the global batch its `row_sums`, zeros for rows of other ranks."""
+
+    def of(out: DualKLOutput) -> Tensor:
+        values = (out.loss.detach(), out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, out.student_logprobs)
+        return torch.stack([value.double().sum() for value in values])
+
+    size, world, places = len(batch.row_ids), run.world, {}
+    for place in range(world.rank * size // world.size, (world.rank + 1) * size // world.size):
+        places.setdefault(batch.row_ids[place], []).append(place)  # a small pool may have a row in a batch twice
+    order = [places[key].pop(0) for forward in batch.forwards if not forward.is_idle for key in forward.row_ids]
+    rows_R3 = torch.zeros(size, NUM_SUMS, dtype=torch.float64, device=world.device)
+    rows_R3[torch.tensor(order, device=world.device)] = torch.cat(drifts)
+    return torch.cat([torch.stack([of(out) for out in outputs]).sum(0), rows_R3.flatten()])
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, batch: Batch, outputs: list[DualKLOutput], drifts: list[Tensor],
-    total_tokens: float, grad_norm: float, lr: float, times: dict[str, float],
+    run: Run, training: Training, pool: Pool, batch: Batch, sums: list[float], grad_norm: float, lr: float,
+    times: dict[str, float],
 ) -> Drift:  # fmt: skip
     """One `step` record: token means over the global batch, and its drift, which is returned."""
-    sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
-    for out in outputs:
-        values = (out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, out.student_logprobs)
-        sums += torch.stack([value.double().sum() for value in values])
-    losses = sum(float(out.loss.detach()) for out in outputs)
-    own_rows = _spread_rows(run, batch, torch.cat(drifts)).flatten().tolist()
-    reduced = run.world.sum([losses, *sums.tolist(), *own_rows])
-    row_sums_R3 = np.array(reduced[1 + len(sums) :]).reshape(-1, NUM_SUMS)
-    drift = drift_of(batch.row_ids, row_sums_R3, [pool.lengths[row_id][1] for row_id in batch.row_ids],
-                     [pool.ages[row_id] >= 0 for row_id in batch.row_ids])  # fmt: skip
-    means = dict(zip(("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob"),
-                     (value / total_tokens for value in reduced[1 : 1 + len(sums)]), strict=True))  # fmt: skip
+    means = {name: value / batch.total_tokens for name, value in zip(MEANS, sums[1:], strict=False)}
+    row_sums_R3 = np.array(sums[1 + len(MEANS) :]).reshape(-1, NUM_SUMS)
+    lengths = [pool.lengths[row_id][1] for row_id in batch.row_ids]
+    drift = drift_of(batch.row_ids, row_sums_R3, lengths, [pool.ages[row_id] >= 0 for row_id in batch.row_ids])
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
     staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
-        "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=int(total_tokens), staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
+        "step", step=training.step, loss=sums[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
+        lr=lr, tokens=batch.total_tokens, staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
         **times,
     )  # fmt: skip
     return drift
-
-
-def _spread_rows(run: Run, batch: Batch, own_R3: Tensor) -> Tensor:
-    """This rank's rows, in the order of its forwards, at their places in the global batch; zeros elsewhere."""
-    size, world = len(batch.row_ids), run.world
-    first = world.rank * size // world.size
-    places: dict[str, list[int]] = {}
-    for place in range(first, (world.rank + 1) * size // world.size):
-        places.setdefault(batch.row_ids[place], []).append(place)
-    order = [places[key].pop(0) for keys in batch.forwards for key in keys]
-    spread_R3 = torch.zeros(size, own_R3.shape[1], dtype=own_R3.dtype, device=own_R3.device)
-    spread_R3[torch.tensor(order, device=own_R3.device)] = own_R3
-    return spread_R3
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:

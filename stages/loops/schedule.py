@@ -17,6 +17,7 @@ from stages.data.batches import Pool, live_pool, replayed
 from stages.loops import fit as steps
 from stages.loops import versions
 from stages.loops.drift import Drift
+from stages.loops.feed import global_batches
 from stages.loops.fit import Training, save_checkpoint
 from stages.loops.versions import Version
 from stages.models.student import policy_hash
@@ -64,6 +65,8 @@ def resume(run: Run, training: Training) -> Position | None:
     """Loads the newest checkpoint of this run, if there is one."""
     path = checkpoint.latest(run.folder / "checkpoints")
     if path is None:
+        if run.world.is_main:
+            checkpoint.forget_best(run.folder / "checkpoints")
         run.metrics.rewind(0, 0)
         return None
     position = checkpoint.load(
@@ -75,10 +78,13 @@ def resume(run: Run, training: Training) -> Position | None:
     return position
 
 
-def fit(run: Run, training: Training, refresh: Callable[[Training, int, str], None]) -> None:
+def fit(
+    run: Run, training: Training, refresh: Callable[[Training, int, str], None], evaluate: steps.Evaluate | None = None
+) -> None:
     """Trains from the current step to `max_steps`; `refresh(training, index, reason)` writes the rows of refresh `index`.
 
-    A checkpoint stands before every refresh and before every published version: a run that is killed comes back to weights
+    `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
+    reverse KL are kept. A checkpoint stands before every refresh and before every published version: a run that is killed comes back to weights
     that were saved, never to weights computed again, so that the refresh's rows are the same rows. With `refresh_mode:
     external` rows come from elsewhere, and are taken up when those of a version are complete.
     """
@@ -87,6 +93,9 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int, str], No
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
     if arrivals is not None:
         versions.set_finished(run, training.step >= config.train.max_steps)
+    padded_because = training.student.padded_because
+    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
     pool, snapshot = None, None
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
@@ -109,7 +118,7 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int, str], No
             if pool is None or pool.version != position.refresh_index:
                 pool, snapshot = open_pool(run, position)
                 position = replace(position, pool_age=pool.mean_age)
-            position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar)
+            position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
     save_checkpoint(run, training, position)
     if arrivals is not None:
         versions.set_finished(run, True)
@@ -117,7 +126,7 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int, str], No
 
 def _fit_pool(
     run: Run, training: Training, position: Position, pool: Pool, snapshot: cache.Snapshot, arrivals: Arrivals | None,
-    bar: tqdm,
+    bar: tqdm, evaluate: steps.Evaluate | None,
 ) -> Position:  # fmt: skip
     """Trains on the rows of `pool` until new ones are due, or have arrived, or to the end."""
     train, every = run.config.train, run.config.refresh.refresh_every
@@ -125,12 +134,14 @@ def _fit_pool(
     if every and run.config.refreshes:
         last = min(last, position.step_of(position.newest) + max(every, run.config.refresh.refresh_min_steps))
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
-    with closing(steps.global_batches(run, snapshot, pool, indices)) as batches:
+    with closing(global_batches(run, training.student, snapshot, pool, indices)) as batches:
         while training.step < last:
             with run.clock.phase("train"):
-                drift = steps.train_step(run, training, snapshot, pool, next(batches))
+                drift = steps.train_step(run, training, pool, next(batches))
             position = _after_step(run.config, position, training.step, pool, drift)
             bar.update(1)
+            if evaluate is not None and steps.is_evaluated(run.config, training.step):
+                steps.evaluate_now(run, training, evaluate)
             if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
                 break
             if training.step % train.checkpoint_every == 0 and training.step < last:

@@ -65,7 +65,7 @@ def open_run(
     _quieten_libraries()
     world = distributed.start(config.run.device)
     metrics = Metrics(config, world, notes)
-    if world.is_main and not only_looks:
+    if world.is_main and not only_looks and config.rollout.role != "score":  # a scorer leaves that to its generator
         _note_changes(config, metrics)
     return Run(config, world, metrics, clock)
 

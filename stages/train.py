@@ -75,19 +75,6 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
 
 
-def heldout_divergences(run: Run, vocabulary: Vocabulary) -> schedule.Evaluate:
-    """Measures the student on the held-out teacher text, which the plain teacher writes now if it is not there."""
-    evaluation = measure.open_evaluation(run, vocabulary)
-    if not run.config.eval.eval_teacher_text:
-        measure.measure_teacher(evaluation)
-    if not cache.exists(evaluation.teacher_text):
-        raise UserError(
-            "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text, or a"
-            " teacher_model that fits whole on the device."
-        )
-    return lambda training: measure.on_teacher_text(evaluation, training.student)
-
-
 def _await_cache(run: Run) -> None:
     """Until the follower has begun the cache (collective)."""
     told = False
@@ -115,6 +102,19 @@ def check_caches(config: Config) -> None:
                     f" {own.must_match[name]}; only caches of one tokenizer and vocabulary cut can be mixed."
                 )
         check_loss(config, root, other)
+
+
+def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
+    """Measures the student on the held-out teacher text, which the plain teacher writes now if it is not there."""
+    evaluation = measure.open_evaluation(run, vocabulary)
+    if not run.config.eval.eval_teacher_text:
+        measure.measure_teacher(evaluation)
+    if not cache.exists(evaluation.teacher_text):
+        raise UserError(
+            "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text, or a"
+            " teacher_model that fits whole on the device."
+        )
+    return lambda training: measure.on_teacher_text(evaluation, training.student)
 
 
 def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:

@@ -15,7 +15,7 @@ import cache
 from dualkl import Head
 from stages import train as stage_two
 from stages.data.alignment import Aligned
-from stages.data.batches import Pool, to_tensors
+from stages.data.batches import to_tensors
 from stages.loops import feed, fit, schedule, setup
 from stages.models.student import Student
 from stages.runtime import checkpoint
@@ -53,7 +53,7 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     return found
 
 
-def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: Pool, index: int) -> feed.Batch:
+def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
     return next(feed.global_batches(run, training.student, snapshot, pool, [index]))
 
 

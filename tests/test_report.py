@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_the_files(folder: Path, config: Config) -> Non
 def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: Config) -> None:
     found = report.collect(folder, config)
     assert found["run"] == {
-        "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0,
+        "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
         "first_step_share_forward": 0.12, "first_step_gate": 0.9, "last_step_gate": 0.95,
     }  # fmt: skip
     assert found["config"]["loss"]["tau"] == config.loss.tau

@@ -202,7 +202,7 @@ def test_the_newest_rows_stay_and_of_those_the_least_drifted() -> None:
 
 
 def test_refreshes_write_whole_groups_one_after_the_other() -> None:
-    config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.55, max_age=9)
+    config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.5, max_age=9)
     assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 60), range(60, 80)]
     assert [rollouts_of(config_of(rollouts_per_refresh=40), i) for i in range(2)] == [range(40), range(40, 80)]
 
@@ -425,7 +425,7 @@ def test_batches_hold_each_caches_share_to_a_row_or_two() -> None:
 
 def test_rows_of_one_id_in_two_caches_are_apart() -> None:
     pool = mixed(3, (3, 1.0))
-    assert set(batch_rows(pool, 0, 0, 6)) == {*pool.row_ids, *(f"0:{row_id}" for row_id in pool.row_ids)}
+    assert set(batch_rows(pool, 0, 0, 12)) == {*pool.row_ids, *(f"0:{row_id}" for row_id in pool.row_ids)}
     groups = by_cache(["0:a", "b", "1:a", "0:c", "a"])
     assert groups == [["b", "a"], ["0:a", "0:c"], ["1:a"]]
     assert isinstance(pool.extras[0], Extra)

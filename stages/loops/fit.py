@@ -1,9 +1,10 @@
-"""Stage two: one optimizer step on committed rows. Which rows, and when others: schedule.py."""
+"""Stage two: one optimizer step on committed rows, and what is kept of it. Which rows, and when others: schedule.py."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
 MEANS = ("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob")
+Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
@@ -101,6 +103,27 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings["bf16"] = {"enabled": False}  # trained weights stay fp32 as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
+
+
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
+    every = config.eval.eval_every
+    return bool(every) and (step % every == 0 or step == config.train.max_steps)
+
+
+def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
+    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
+    with run.clock.phase("evaluate"):
+        found = evaluate(training)
+    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
+    is_best = False
+    if run.world.is_main:
+        best = checkpoint.best(folder)
+        is_best = best is None or reverse_kl < best.reverse_kl
+        if is_best:
+            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
+    run.world.barrier()
+    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
 
 
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:

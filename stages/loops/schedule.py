@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -27,9 +26,6 @@ from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-
-Write = Callable[[Training, int, str], None]
-Evaluate = Callable[[Training], dict[str, Any]]
 
 
 def due(config: Config, position: Position) -> str:
@@ -82,22 +78,24 @@ def resume(run: Run, training: Training) -> Position | None:
     return position
 
 
-def fit(run: Run, training: Training, refresh: Write, evaluate: Evaluate | None = None) -> None:
+def fit(
+    run: Run, training: Training, refresh: Callable[[Training, int, str], None], evaluate: steps.Evaluate | None = None
+) -> None:
     """Trains from the current step to `max_steps`; `refresh(training, index, reason)` writes the rows of refresh `index`.
 
     `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
-    reverse KL are kept.
-
-    A checkpoint stands before every refresh and before every published version: a run that is killed comes back to weights
-    that were saved, never to weights computed again, so that the refresh's rows are the same rows. With `refresh_mode:
-    external` rows come from elsewhere, and are taken up when those of a version are complete.
+    reverse KL are kept. A checkpoint stands before every refresh and before every published version: a run that is killed
+    comes back to weights that were saved, never to weights computed again, so that the refresh's rows are the same rows.
+    With `refresh_mode: external` rows come from elsewhere, and are taken up when those of a version are complete.
     """
     config = run.config
     position = resume(run, training) or Position(0, 0)
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
     if arrivals is not None:
         versions.set_finished(run, training.step >= config.train.max_steps)
-    _tell_packing(run, training)
+    padded_because = training.student.padded_because
+    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
     pool, snapshot = None, None
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
@@ -126,15 +124,9 @@ def fit(run: Run, training: Training, refresh: Write, evaluate: Evaluate | None 
         versions.set_finished(run, True)
 
 
-def _tell_packing(run: Run, training: Training) -> None:
-    padded_because = training.student.padded_because
-    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
-    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
-
-
 def _fit_pool(
     run: Run, training: Training, position: Position, pool: Pool, snapshot: cache.Snapshot, arrivals: Arrivals | None,
-    bar: tqdm, evaluate: Evaluate | None,
+    bar: tqdm, evaluate: steps.Evaluate | None,
 ) -> Position:  # fmt: skip
     """Trains on the rows of `pool` until new ones are due, or have arrived, or to the end."""
     train, every = run.config.train, run.config.refresh.refresh_every
@@ -148,34 +140,13 @@ def _fit_pool(
                 drift = steps.train_step(run, training, pool, next(batches))
             position = _after_step(run.config, position, training.step, pool, drift)
             bar.update(1)
-            if evaluate is not None and is_evaluated(run.config, training.step):
-                _evaluate(run, training, evaluate)
+            if evaluate is not None and steps.is_evaluated(run.config, training.step):
+                steps.evaluate_now(run, training, evaluate)
             if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
                 break
             if training.step % train.checkpoint_every == 0 and training.step < last:
                 save_checkpoint(run, training, position)
     return position
-
-
-def is_evaluated(config: Config, step: int) -> bool:
-    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
-    every = config.eval.eval_every
-    return bool(every) and (step % every == 0 or step == config.train.max_steps)
-
-
-def _evaluate(run: Run, training: Training, evaluate: Evaluate) -> None:
-    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
-    with run.clock.phase("evaluate"):
-        found = evaluate(training)
-    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
-    is_best = False
-    if run.world.is_main:
-        best = checkpoint.best(folder)
-        is_best = best is None or reverse_kl < best.reverse_kl
-        if is_best:
-            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
-    run.world.barrier()
-    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
 
 
 def _after_step(config: Config, position: Position, step: int, pool: Pool, drift: Drift) -> Position:

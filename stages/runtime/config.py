@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stages.runtime.errors import UserError
 
@@ -128,8 +128,13 @@ class TrainSection(Section):
     )
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class RefreshSection(Section):
-    refresh_mode: Literal["inline", "external", "off"] = Field(
+    refresh_mode: Annotated[Literal["inline", "external", "off"], BeforeValidator(_off)] = Field(
         "inline",
         description="by these processes, by `stages.rollout --follow` elsewhere, or never: train on what is there",
     )
@@ -345,11 +350,11 @@ def _check(config: Config) -> None:
             f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
             f" {rollout.group_size}; change one of them."
         )
+    _check_refresh(config)
     if loss.objective == "jsd" and (
         (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
     ):
         raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
-    _check_refresh(config)
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"

@@ -161,7 +161,7 @@ def states(num_heads: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("keywords", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=["softcap", "sinks"])
 def test_what_packed_attention_does_not_do_stops_the_forward(keywords: dict[str, Any]) -> None:
     packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32))
-    with pytest.raises(UserError, match="uses (softcap|s_aux); use --packing off"):
+    with pytest.raises(UserError, match=r"uses (softcap|s_aux); use --packing off"):
         packed_attention(torch.nn.Module(), states(4, 5), states(2, 5), states(2, 5), None, packing=packing, **keywords)
 
 
@@ -189,13 +189,13 @@ def test_flash_attention_gets_the_boundaries_that_transformers_knows() -> None:
 
 
 def test_the_variable_length_kernel_has_what_is_needed() -> None:
-    """Without it a GPU falls back to one SDPA call a sequence."""
+    """Without it a GPU falls back to SDPA by groups."""
     assert attention._varlen_attn is not None
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
-def test_the_variable_length_kernel_is_sdpa_sequence_by_sequence(window: int | None) -> None:
+def test_the_variable_length_kernel_is_sdpa_by_groups(window: int | None) -> None:
     lengths = (700, 1, 33, 512, 90)
     bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
     random = torch.Generator(device="cuda").manual_seed(0)
@@ -205,7 +205,7 @@ def test_the_variable_length_kernel_is_sdpa_sequence_by_sequence(window: int | N
     ]
     upstream = torch.randn(sum(lengths), 8, 128, device="cuda", dtype=torch.bfloat16, generator=random)
     found = []
-    for function in (attention._varlen, lambda *a: attention._each_alone(*a, 0.0)):
+    for function in (attention._varlen, lambda *a: attention._by_groups(*a, 0.0)):
         out = function(*leaves, Packing(lengths, bounds), 0.1, window)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for varlen, alone in zip(*found, strict=True):

@@ -8,11 +8,27 @@ up to the token before the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+MOST_PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Packed sequences laid out again as padded rows, a grid for each group.
+
+    Attributes:
+        grids: [b, t], the packed position that each slot holds; slots after a sequence's end repeat its last token.
+        places: of each packed position, its slot among those of all grids, one grid after the other.
+    """
+
+    grids: list[Int[Tensor, "b t"]]
+    places: Int[Tensor, " T"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,34 @@ class Packing:
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Sequences of like lengths, longest first, with at most `MOST_PADDING` slots for each of their tokens."""
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        groups: list[list[int]] = []
+        tokens = 0
+        for i in order:
+            if groups and (len(groups[-1]) + 1) * self.lengths[groups[-1][0]] <= MOST_PADDING * (
+                tokens + self.lengths[i]
+            ):
+                groups[-1].append(i)
+                tokens += self.lengths[i]
+            else:
+                groups.append([i])
+                tokens = self.lengths[i]
+        starts = np.cumsum([0, *self.lengths])
+        places = np.empty(starts[-1], dtype=np.int64)
+        grids, slot = [], 0
+        for group in groups:
+            width = self.lengths[group[0]]
+            offsets = np.arange(width)
+            grids.append(np.stack([starts[i] + np.minimum(offsets, self.lengths[i] - 1) for i in group]))
+            for row, i in enumerate(group):
+                places[starts[i] : starts[i + 1]] = slot + row * width + np.arange(self.lengths[i])
+            slot += len(group) * width
+        device = self.bounds.device
+        return Groups([torch.from_numpy(grid).to(device) for grid in grids], torch.from_numpy(places).to(device))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_random_batches_agree_with_the_loop(seed: int) -> None:
 
 @pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (1, 50, 2, 49, 7, 8, 30), (100, 1, 1, 1)])
 def test_groups_hold_every_packed_position_once_among_few_others(lengths: tuple[int, ...]) -> None:
-    packing = Packing(lengths, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32))
+    packing = Packing(lengths, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths))
     held = torch.cat([grid.flatten() for grid in packing.groups.grids])
     assert held[packing.groups.places].tolist() == list(range(sum(lengths)))
     assert len(packing.groups.places.unique()) == sum(lengths) <= len(held) <= MOST_PADDING * sum(lengths)

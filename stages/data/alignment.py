@@ -38,14 +38,12 @@ class Packing:
     Attributes:
         lengths: tokens of each, known to the host.
         bounds: their cumulative sum from 0, where the kernels read it.
+        longest: of `lengths`; a number of its own, so that compiled code need not look at each of them.
     """
 
     lengths: tuple[int, ...]
     bounds: Int[Tensor, " B+1"]  # int32
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    longest: int
 
     @cached_property
     def groups(self) -> Groups:
@@ -108,7 +106,7 @@ def align(
 
     if packed:
         positions = np.concatenate([np.arange(length) for length in lengths])
-        packing = Packing(tuple(lengths), tensor(starts.astype(np.int32)))
+        packing = Packing(tuple(lengths), tensor(starts.astype(np.int32)), max(lengths))
         ids = np.concatenate(sequences)[None]
         return Aligned(tensor(ids), None, tensor(scored), tensor(targets), tensor(positions[None]), packing)
     ids = np.full((len(lengths), max(lengths)), pad_id, dtype=np.int64)

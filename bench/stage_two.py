@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,11 +46,13 @@ from bench import loss
 from stages.loops import feed, fit
 from stages.models import student as students
 from stages.models.student import Student
+from stages.runtime import metrics
 from stages.runtime.checkpoint import Position
 from stages.runtime.run import Run, open_run
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "flash-attn")
 SOURCES = ("dualkl/**/*.py", "stages/loops/f*.py", "stages/data/*.py", "stages/models/*.py", "bench/stage_two.py")
+WARM_UP = 2  # steps
 Record = dict[str, Any]
 
 
@@ -160,13 +163,19 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
     weights = reset_peak(device)
+    clocks = [time.perf_counter()]
     for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps)):
         fit.train_step(run, training, pool, batch)
         loss.synchronize(device)
-    records = [json.loads(line) for line in run.metrics.path.read_text().splitlines()]
-    steps = [record for record in records if record["kind"] == "step"][-setting.num_steps + 2 :]
-    seconds, waited = ([step[name] for step in steps] for name in ("seconds", "read_wait_seconds"))
-    return Steps(seconds, waited, peak(device), weights, student.padded_because)
+        clocks.append(time.perf_counter())
+    steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
+    waited = [step["read_wait_seconds"] for step in steps]
+    return Steps(between(clocks), waited, peak(device), weights, student.padded_because)
+
+
+def between(clocks: list[float]) -> list[float]:
+    """Seconds of each step, from the clock before the first and after every step, without those to warm up."""
+    return [after - before for before, after in pairwise(clocks)][WARM_UP:]
 
 
 # --- TRL -----------------------------------------------------------------------------------------------------------
@@ -216,8 +225,7 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
     # Packs are nearly full, not full: a step is the time of as many tokens as ours has.
     packed = sum(len(row) for row in trainer.train_dataset["input_ids"]) / len(trainer.train_dataset)
     scale = setting.rows_per_step * mean_tokens / (accumulation * packed)
-    clocks = [started, *clocks]
-    seconds = [scale * (clocks[i + 1] - clocks[i]) for i in range(2, len(clocks) - 1)]
+    seconds = [scale * step for step in between([started, *clocks])]
     return Steps(seconds, [], peak(device), weights, f"attention {flash}")
 
 

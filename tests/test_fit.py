@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import cache
 from dualkl import Head
 from stages import train as stage_two
-from stages.data.alignment import Aligned
+from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
 from stages.loops import feed, fit, setup
 from stages.models.student import Student
@@ -367,6 +367,26 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path
     assert {value.dtype for value in states} == {torch.float32}
     losses = [step["loss"] for step in records_of(run.folder, "step")]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_adapters_that_take_bf16_as_it_is_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT would turn its inputs to fp32, and autocast back to bf16."""
+    random = np.random.default_rng(0)
+    tokens = [random.integers(4, V, length) for length in (9, 5, 20, 30)]
+    aligned = align(tokens[:2], tokens[2:], 0, torch.device("cpu"), packed=True)
+    found = []
+    for detour in (False, True):
+        if detour:
+            monkeypatch.setattr("stages.models.student._cast_once", lambda _: None)
+        student = student_of(make_run(tmp_path, **(TINY | {"dtype": "bf16"})))
+        stir(student)
+        hidden = student.hidden(aligned)
+        hidden.float().square().sum().backward()
+        found.append(
+            {"hidden": hidden.detach(), **{n: p.grad for n, p in student.trainable.items() if p.grad is not None}}
+        )
+    assert len(found[0]) > 50
+    assert_same_weights(*found)
 
 
 def test_the_learning_rate_of_a_record_is_the_one_of_its_step(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
@@ -159,9 +159,11 @@ def _by_groups(
         q, k, v = taken[0].split(heads, dim=1) if one_width else taken
         length = grid.shape[1]
         mask = None if window is None or length <= window else _window_mask(length, window, grid.device)
+        if mask is not None:  # no fused kernel takes a mask and groups heads
+            k, v = (repeat_kv(states, heads[0] // heads[1]) for states in (k, v))
         out = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
-            enable_gqa=heads[0] != heads[1],
+            enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packing.groups.places)

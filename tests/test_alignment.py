@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.data.alignment import align, at_scored
+from stages.data.alignment import MOST_PADDING, Packing, align, at_scored
 
 CPU = torch.device("cpu")
 
@@ -29,8 +29,25 @@ def check(prompts: list[list[int]], completions: list[list[int]]) -> None:
         assert aligned.attention_mask[row].tolist() == [1] * length + [0] * (width - length)
 
 
+def check_packed(prompts: list[list[int]], completions: list[list[int]]) -> None:
+    aligned = align([np.array(p) for p in prompts], [np.array(c) for c in completions], 0, CPU, packed=True)
+    sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
+    starts = np.cumsum([0, *map(len, sequences)])
+    assert aligned.input_ids.tolist() == [[token for sequence in sequences for token in sequence]]
+    assert aligned.position_ids is not None
+    assert aligned.position_ids.tolist() == [[i for sequence in sequences for i in range(len(sequence))]]
+    assert aligned.attention_mask is None
+    assert aligned.packing is not None
+    assert aligned.packing.bounds.tolist() == starts.tolist()
+    assert aligned.packing.bounds.dtype == torch.int32
+    assert aligned.packing.lengths == tuple(map(len, sequences))
+    expected = [(int(starts[row]) + i, y) for row, i, y in loop_positions(prompts, completions)]
+    assert list(zip(aligned.scored.tolist(), aligned.targets.tolist(), strict=True)) == expected
+
+
 def test_scored_positions_are_those_whose_next_token_is_of_the_completion() -> None:
     check([[5, 6, 7], [8, 9], [4, 4, 4, 4]], [[1, 2, 3, 4], [5, 6, 7], [8]])
+    check_packed([[5, 6, 7], [8, 9], [4, 4, 4, 4]], [[1, 2, 3, 4], [5, 6, 7], [8]])
 
 
 def test_a_prompt_of_one_token_scores_from_its_only_position() -> None:
@@ -50,6 +67,18 @@ def test_random_batches_agree_with_the_loop(seed: int) -> None:
     sizes = [(int(random.integers(1, 9)), int(random.integers(1, 9))) for _ in range(7)]
     prompts, completions = ([random.integers(1, 50, n).tolist() for n in column] for column in zip(*sizes, strict=True))
     check(prompts, completions)
+    check_packed(prompts, completions)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (1, 50, 2, 49, 7, 8, 30), (100, 1, 1, 1)])
+def test_groups_hold_every_packed_position_once_among_few_others(lengths: tuple[int, ...]) -> None:
+    packing = Packing(lengths, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths))
+    held = torch.cat([grid.flatten() for grid in packing.groups.grids])
+    assert held[packing.groups.places].tolist() == list(range(sum(lengths)))
+    assert len(packing.groups.places.unique()) == sum(lengths) <= len(held) <= MOST_PADDING * sum(lengths)
+    for grid in packing.groups.grids:
+        assert torch.equal(grid[:, 0], grid.min(dim=1).values)
+        assert (grid.diff(dim=1) <= 1).all()
 
 
 def test_hidden_states_are_picked_at_the_scored_positions_in_order() -> None:

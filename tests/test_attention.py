@@ -24,6 +24,7 @@ from stages.data.alignment import Packing, align, at_scored
 from stages.models import attention
 from stages.models.attention import PACKED, enable_packing, model_inputs, packed_attention
 from stages.models.checkpoints import head_of
+from stages.models.student import compile_layers
 from stages.runtime.errors import UserError
 from tests.helpers import make_run
 from tests.tiny_runs import TINY, student_of
@@ -160,7 +161,7 @@ def states(num_heads: int, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("keywords", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}], ids=["softcap", "sinks"])
 def test_what_packed_attention_does_not_do_stops_the_forward(keywords: dict[str, Any]) -> None:
-    packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32))
+    packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
     with pytest.raises(UserError, match=r"uses (softcap|s_aux); use --packing off"):
         packed_attention(torch.nn.Module(), states(4, 5), states(2, 5), states(2, 5), None, packing=packing, **keywords)
 
@@ -168,7 +169,7 @@ def test_what_packed_attention_does_not_do_stops_the_forward(keywords: dict[str,
 def test_a_window_that_only_the_mask_knows_stops_the_forward() -> None:
     model = tiny(SERVED["qwen3 with windows"])
     module = model.get_decoder().layers[0].self_attn
-    packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32))
+    packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
     with pytest.raises(UserError, match="keeps its attention window to itself"):
         packed_attention(module, states(4, 5), states(2, 5), states(2, 5), None, packing=packing)
 
@@ -189,13 +190,84 @@ def test_flash_attention_gets_the_boundaries_that_transformers_knows() -> None:
 
 
 def test_the_variable_length_kernel_has_what_is_needed() -> None:
-    """Without it a GPU falls back to one SDPA call a sequence."""
+    """Without it a GPU falls back to SDPA by groups."""
     assert attention._varlen_attn is not None
+
+
+def stand_in(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """What `varlen_attn` documents, by a mask over the whole row."""
+    assert (cu_seq_q.dtype, max_q, window_size[1]) == (torch.int32, max_k, 0)
+    position = torch.arange(query.shape[0])
+    sequence = torch.bucketize(position, cu_seq_q, right=True)
+    behind = position[:, None] - position
+    mask = (sequence[:, None] == sequence) & (behind >= 0)
+    if window_size[0] >= 0:
+        mask &= behind <= window_size[0]
+    states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return out[0].transpose(0, 1)
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, with a stand-in for the kernel."""
+    monkeypatch.setattr(attention, "_varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "varlen_usable", lambda *_: True)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 with windows", "mistral with a window", "gemma 3"])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.usefixtures("varlen")
+def test_the_kernel_is_asked_for_causal_attention_in_each_sequence(
+    name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_varlen_groups", grouped)
+    model = tiny(SERVED[name])
+    enable_packing(model, True)
+    assert_packed_is_padded(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("varlen")
+def test_compiled_layers_take_batches_of_any_shape_without_compiling_anew(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    graphs = [0]
+
+    def count(graph: Any, example: Any) -> Any:
+        graphs[0] += 1
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: torch._dynamo.optimize(count, dynamic=dynamic)(function)
+    )
+    model = tiny(SERVED["qwen3"]).train()
+    enable_packing(model, True)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected = forward(model, packed=True)
+    compile_layers(model)
+    found = forward(model, packed=True)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(found[2][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+    once = graphs[0]
+    assert once > 0
+    prompts, completions = sequences()
+    for count_ in (4, 3, 2):
+        aligned = align(prompts[:count_], completions[:count_], 0, CPU, packed=True)
+        hidden = model.get_decoder()(**model_inputs(aligned, PACKED), use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    assert graphs[0] == once
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
-def test_the_variable_length_kernel_is_sdpa_sequence_by_sequence(window: int | None) -> None:
+def test_the_variable_length_kernel_is_sdpa_by_groups(window: int | None) -> None:
     lengths = (700, 1, 33, 512, 90)
     bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
     random = torch.Generator(device="cuda").manual_seed(0)
@@ -205,8 +277,8 @@ def test_the_variable_length_kernel_is_sdpa_sequence_by_sequence(window: int | N
     ]
     upstream = torch.randn(sum(lengths), 8, 128, device="cuda", dtype=torch.bfloat16, generator=random)
     found = []
-    for function in (attention._varlen, lambda *a: attention._each_alone(*a, 0.0)):
-        out = function(*leaves, Packing(lengths, bounds), 0.1, window)
+    for function in (attention._varlen, lambda *a: attention._by_groups(*a, 0.0)):
+        out = function(*leaves, Packing(lengths, bounds, max(lengths)), 0.1, window)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for varlen, alone in zip(*found, strict=True):
         torch.testing.assert_close(varlen.float(), alone.float(), atol=2e-2, rtol=2e-2)

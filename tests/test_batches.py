@@ -15,8 +15,10 @@ from stages.data.batches import (
     batch_rows,
     dual_kl_head,
     live_pool,
+    map_tensors,
     micro_batches,
     num_tokens,
+    on_device,
     read_ahead,
     teacher_of,
     to_tensors,
@@ -195,6 +197,12 @@ def test_rows_of_a_trajectory_that_was_given_up_are_left_out(aged: cache.Snapsho
     assert left.row_ids == ids(4, 5, 8, 9, 20, 21)
 
 
+def test_packed_micro_batches_count_no_padding() -> None:
+    lengths = [5, 9, 3, 12, 4, 4, 4, 20, 2]
+    batches = list(micro_batches(rows_of(lengths), num_tokens, None, 24, packed=True))
+    assert [[num_tokens(r) for r in batch] for batch in batches] == [[5, 9, 3], [12, 4, 4, 4], [20, 2]]
+
+
 def test_no_rows_make_no_micro_batches() -> None:
     assert list(micro_batches([], num_tokens, 4, 10)) == []
 
@@ -278,6 +286,30 @@ def test_all_parts_of_a_micro_batch_speak_of_the_same_tokens() -> None:
     assert isinstance(batch.teacher, TopKTeacher)
     assert len(batch.teacher.ids) == num_tokens
     assert torch.equal(batch.weights, torch.full((num_tokens,), 0.25))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_moving_a_micro_batch_keeps_every_tensor(packed: bool) -> None:
+    records = [make_record(i, prompt=2 + i, completion=4 - i, signal=topk(4 - i, 5, i)) for i in range(3)]
+    batch = to_tensors(records, 0.25, None, 0, CPU, V, packed=packed)
+    moved = on_device(batch, torch.device("meta"))
+    shapes: list[list[tuple[int, ...]]] = [[], []]
+    for seen, value in zip(shapes, (batch, moved), strict=True):
+        map_tensors(lambda tensor, seen=seen: seen.append(tuple(tensor.shape)) or tensor, value)
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == (12 if packed else 11)
+    assert moved.weights.device.type == moved.teacher.ids.device.type == moved.aligned.scored.device.type == "meta"  # type: ignore[union-attr]
+
+
+def test_rows_are_read_ahead_by_so_many_and_no_further() -> None:
+    events: list[int] = []
+    ahead = read_ahead(lambda item: events.append(item) or item, range(6), 2)  # type: ignore[func-returns-value]
+    assert next(ahead) == 0
+    while 2 not in events:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert 3 not in events
+    assert list(ahead) == [1, 2, 3, 4, 5]
 
 
 def test_rows_are_read_ahead_by_one_and_no_further() -> None:

@@ -1,7 +1,9 @@
 """Stage two: the gradient and the loss of a step however it is cut, training, and what stops a run."""
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import cache
 from dualkl import Head
 from stages import train as stage_two
-from stages.data.alignment import Aligned
+from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
 from stages.loops import feed, fit, schedule, setup
 from stages.models.student import Student
@@ -66,8 +68,8 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def whole_gradient(caches: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Of a step of 16 rows in one forward."""
-    return gradient(step_run(tmp_path_factory.mktemp("whole"), caches()))
+    """Of a step of 16 rows in one padded forward."""
+    return gradient(step_run(tmp_path_factory.mktemp("whole"), caches(), packing="off"))
 
 
 SPLITS: list[dict[str, Any]] = [
@@ -76,11 +78,13 @@ SPLITS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("split", [{}, *SPLITS], ids=str)
 def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
-    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor], split: dict[str, Any]
-) -> None:
-    found = gradient(step_run(tmp_path, caches(), **split))
+    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor], split: dict[str, Any],
+    packing: str,
+) -> None:  # fmt: skip
+    found = gradient(step_run(tmp_path, caches(), packing=packing, **split))
     assert len(found) > 50
     assert relative_error(found, whole_gradient) < 1e-5
 
@@ -91,16 +95,23 @@ def save_gradient(folder: Path, flags: list[str]) -> None:
     torch.save(gradient(run), folder / f"{run.world.rank}.pt")
 
 
-@pytest.mark.parametrize("split", [{}, {"grad_accum": 4}, {"micro_batch_tokens": 100}], ids=str)
-def test_two_processes_have_the_gradient_of_one(
+RANKS: list[tuple[int, dict[str, Any]]] = [
+    (2, {}), (2, {"grad_accum": 4}), (2, {"micro_batch_tokens": 100}), (2, {"packing": "off", "micro_batch_tokens": 200}),
+    (4, {"micro_batch_tokens": 100}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("processes", "split"), RANKS, ids=str)
+def test_several_processes_have_the_gradient_of_one(
     tmp_path: Path, forked: Forker, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor],
-    split: dict[str, Any],
+    processes: int, split: dict[str, Any],
 ) -> None:  # fmt: skip
     """Under micro_batch_tokens the ranks need different numbers of forwards; the one short of work runs idle ones."""
     arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16} | split))
-    forked.call(save_gradient, tmp_path, arguments, processes=2).expect_success()
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert_same_weights(*ranks)
+    forked.call(save_gradient, tmp_path, arguments, processes=processes).expect_success()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for other in ranks[1:]:
+        assert_same_weights(other, ranks[0])
     assert relative_error(ranks[0], whole_gradient) < 1e-5
 
 
@@ -139,6 +150,27 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) 
     assert relative_error(found[2][0], found[1][0]) < 1e-4
 
 
+def test_every_rank_knows_how_many_forwards_the_longest_has(tmp_path: Path, caches: Callable[..., str]) -> None:
+    """And all tokens of the step, with no word from the others; a rank short of work ends with idle forwards."""
+    run = step_run(tmp_path, caches(), micro_batch_tokens=100)
+    student = student_of(run)
+    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    lengths = {row_id: (10, 80 if i % 5 == 0 else 10) for i, row_id in enumerate(pool.row_ids)}
+    pool = replace(pool, lengths=lengths)
+    batches = []
+    for rank in range(4):
+        here = replace(run, world=replace(run.world, rank=rank, size=4))
+        batches.append(next(feed.global_batches(here, student, snapshot, pool, [0])))
+    assert len({len(b.forwards) for b in batches}) == 1
+    assert {b.total_tokens for b in batches} == {sum(completion for _, completion in lengths.values())}
+    rows = [row for b in batches for forward in b.forwards if not forward.is_idle for row in forward.row_ids]
+    assert rows == batches[0].row_ids
+    assert any(forward.is_idle for b in batches for forward in b.forwards)
+    for b in batches:
+        weights = [inputs.weights for _, inputs in b.inputs]
+        assert [bool(w.any()) for w in weights] == [not forward.is_idle for forward in b.forwards]
+
+
 def test_two_processes_hold_the_same_student_after_a_refresh(tmp_path: Path, forked: Forker) -> None:
     """With the ZeRO-3 teacher, dropout, and two micro-steps."""
     keys = {"teacher_ds_zero3": "true", "lora_dropout": 0.1, "grad_accum": 2, "max_steps": 4, "refresh_every": 2}
@@ -174,8 +206,33 @@ def test_only_scored_positions_have_a_gradient(
     assert gradients[scored].any(dim=1).all()
 
 
+def test_compiled_layers_have_the_gradient_of_plain_ones(
+    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamo and autograd but no code generation: the machine may have no C++ compiler."""
+    compiled: list[int] = []
+
+    def plain_graphs(function: Any, **keywords: Any) -> Any:
+        compiled.append(1)
+        return torch._dynamo.optimize("aot_eager", dynamic=keywords["dynamic"])(function)
+
+    monkeypatch.setattr(torch, "compile", plain_graphs)
+    found = gradient(step_run(tmp_path, caches(), compile="true", gradient_checkpointing="true"))
+    assert len(compiled) == 4, "one a layer"
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_really_compiled_layers_have_the_gradient_of_plain_ones(
+    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor]
+) -> None:
+    found = gradient(step_run(tmp_path, caches(), compile="true"))
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
 def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches())
+    run = step_run(tmp_path, caches(), packing="off")
     student = student_of(run)
     stir(student)
     module = fit.prepare(run, student).module
@@ -312,6 +369,26 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_adapters_that_take_bf16_as_it_is_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT would turn its inputs to fp32, and autocast back to bf16."""
+    random = np.random.default_rng(0)
+    tokens = [random.integers(4, V, length) for length in (9, 5, 20, 30)]
+    aligned = align(tokens[:2], tokens[2:], 0, torch.device("cpu"), packed=True)
+    found = []
+    for detour in (False, True):
+        if detour:
+            monkeypatch.setattr("stages.models.student._cast_once", lambda _: None)
+        student = student_of(make_run(tmp_path, **(TINY | {"dtype": "bf16"})))
+        stir(student)
+        hidden = student.hidden(aligned)
+        hidden.float().square().sum().backward()
+        found.append(
+            {"hidden": hidden.detach(), **{n: p.grad for n, p in student.trainable.items() if p.grad is not None}}
+        )
+    assert len(found[0]) > 50
+    assert_same_weights(*found)
+
+
 def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
     tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +475,72 @@ def test_training_starts_from_a_given_adapter(tmp_path: Path, caches: Callable[.
     run = make_run(tmp_path / "second", **(TINY | {"student_adapter": exported}))
     found = {name.replace(".default", ""): p.detach() for name, p in student_of(run).trainable.items()}
     assert_same_weights(found, weights_in(exported))
+
+
+# Held-out text while training
+
+
+def test_held_out_divergences_are_logged_and_the_best_weights_kept(tmp_path: Path) -> None:
+    run = train(tmp_path, eval_every=2, eval_prompts=4, max_steps=5, refresh_every=0, lr=5e-3, warmup_steps=1)
+    evals = records_of(run.folder, "eval")
+    assert [record["step"] for record in evals] == [2, 4, 5]
+    assert all(record["reverse_kl"] > 0 and record["forward_kl"] > 0 for record in evals)
+    lowest = min(evals, key=lambda record: record["reverse_kl"])
+    assert next(record["is_best"] for record in evals if record["step"] == lowest["step"])
+    kept = checkpoint.best(run.folder / "checkpoints")
+    assert kept == checkpoint.Best(lowest["step"], lowest["reverse_kl"])
+
+
+def test_held_out_divergences_do_not_change_the_training(tmp_path: Path) -> None:
+    runs = [
+        train(tmp_path / str(every), eval_every=every, eval_prompts=4, max_steps=3, refresh_every=0) for every in (0, 1)
+    ]
+    assert_same_weights(*(weights_in(run.folder / "student") for run in runs))
+
+
+def test_the_best_student_is_exported_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three students that are said to have 0.3, 0.1 and 0.2 nats, the second."""
+    seen: list[dict[str, torch.Tensor]] = []
+    said = iter([0.3, 0.1, 0.2])
+
+    def measured(evaluation: Any, student: Student) -> dict[str, float]:
+        seen.append({name: p.detach().clone() for name, p in student.trainable.items()})
+        return {"reverse_kl": next(said)}
+
+    monkeypatch.setattr(stage_two.measure, "on_teacher_text", measured)
+    values = {"eval_every": 1, "eval_prompts": 4, "max_steps": 3, "refresh_every": 0, "export_checkpoint": "best"}
+    run = train(tmp_path, **values)
+    exported = weights_in(run.folder / "student")
+    assert_same_weights({name.replace(".default", ""): tensor for name, tensor in seen[1].items()}, exported)
+    newest = checkpoint.latest(run.folder / "checkpoints")
+    assert newest is not None
+    assert_same_weights(weights_in(newest), seen[2])
+
+
+def test_a_flipped_bit_of_the_best_weights_is_noticed(tmp_path: Path, caches: Callable[..., str]) -> None:
+    student = student_of(step_run(tmp_path, caches()))
+    checkpoint.save_best(tmp_path, student.trainable, checkpoint.Best(3, 0.5))
+    assert checkpoint.load_best(tmp_path, student.trainable) == checkpoint.Best(3, 0.5)
+    path = tmp_path / checkpoint.BEST
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"best\.safetensors is damaged \(its tensors are not what was written"):
+        checkpoint.load_best(tmp_path, student.trainable)
+
+
+def test_a_run_that_begins_anew_has_no_best_yet(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches())
+    student = student_of(run)
+    checkpoint.save_best(run.folder / "checkpoints", student.trainable, checkpoint.Best(3, 0.0))
+    fit.resume(run, fit.prepare(run, student))
+    assert checkpoint.best(run.folder / "checkpoints") is None
+
+
+def test_held_out_text_that_cannot_be_had_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_two.measure, "plain_model_fits", lambda *_: False)
+    with pytest.raises(UserError, match=r"eval_every needs teacher text on held-out prompts.*give eval_teacher_text"):
+        train(tmp_path, eval_every=1, eval_prompts=4)
 
 
 # What stops a run

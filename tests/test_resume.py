@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cache
 from stages import train as stage_two
@@ -31,6 +32,16 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
             return step(run, training, *arguments)
 
         monkeypatch.setattr(fit, "train_step", stopping)
+    elif place.startswith("micro-step "):
+        backward, count = fit._backward, [0]
+
+        def counted(*arguments: Any) -> Any:
+            count[0] += 1
+            if count[0] == int(place.split()[1]):
+                raise Stop
+            return backward(*arguments)
+
+        monkeypatch.setattr(fit, "_backward", counted)
     elif place == "between units":
         commit, count = cache.Writer.commit, [0]
 
@@ -134,6 +145,27 @@ def test_two_processes_resume_bit_by_bit(tmp_path: Path, forked: Forker) -> None
         found.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
     for rank in range(2):
         assert_same_weights(found[1][rank], found[0][0])
+
+
+def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> None:
+    """Killed after an evaluation and before the next checkpoint: it is measured once more and recorded once."""
+    values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "max_steps": 5, "refresh_every": 0}
+    expected = train(tmp_path / "whole", **values)
+    crash(tmp_path / "cut", "step 3", **values)
+    run = train(tmp_path / "cut", **values)
+    evals = [[(e["step"], e["reverse_kl"]) for e in records_of(r.folder, "eval")] for r in (run, expected)]
+    assert evals[0] == evals[1]
+    assert [step for step, _ in evals[0]] == [1, 2, 3, 4, 5]
+    folders = [r.folder / "checkpoints" for r in (run, expected)]
+    assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
+    assert_same_weights(*(load_file(folder / checkpoint.BEST) for folder in folders))
+
+
+def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"micro_batch_tokens": 120, "grad_accum": 2}
+    expected = train(tmp_path / "whole", **values)
+    crash(tmp_path / "cut", "micro-step 9", **values)
+    assert_same_run(train(tmp_path / "cut", **values), expected)
 
 
 def test_full_fine_tuning_resumes_bit_by_bit(tmp_path: Path) -> None:

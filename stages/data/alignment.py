@@ -8,11 +8,27 @@ up to the token before the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+MOST_PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Packed sequences laid out again as padded rows, a grid for each group.
+
+    Attributes:
+        grids: [b, t], the packed position that each slot holds; slots after a sequence's end repeat its last token.
+        places: of each packed position, its slot among those of all grids, one grid after the other.
+    """
+
+    grids: list[Int[Tensor, "b t"]]
+    places: Int[Tensor, " T"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +38,40 @@ class Packing:
     Attributes:
         lengths: tokens of each, known to the host.
         bounds: their cumulative sum from 0, where the kernels read it.
+        longest: of `lengths`; a number of its own, so that compiled code need not look at each of them.
     """
 
     lengths: tuple[int, ...]
     bounds: Int[Tensor, " B+1"]  # int32
+    longest: int
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    @cached_property
+    def groups(self) -> Groups:
+        """Sequences of like lengths, longest first, with at most `MOST_PADDING` slots for each of their tokens."""
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        groups: list[list[int]] = []
+        tokens = 0
+        for i in order:
+            if groups and (len(groups[-1]) + 1) * self.lengths[groups[-1][0]] <= MOST_PADDING * (
+                tokens + self.lengths[i]
+            ):
+                groups[-1].append(i)
+                tokens += self.lengths[i]
+            else:
+                groups.append([i])
+                tokens = self.lengths[i]
+        starts = np.cumsum([0, *self.lengths])
+        places = np.empty(starts[-1], dtype=np.int64)
+        grids, slot = [], 0
+        for group in groups:
+            width = self.lengths[group[0]]
+            offsets = np.arange(width)
+            grids.append(np.stack([starts[i] + np.minimum(offsets, self.lengths[i] - 1) for i in group]))
+            for row, i in enumerate(group):
+                places[starts[i] : starts[i + 1]] = slot + row * width + np.arange(self.lengths[i])
+            slot += len(group) * width
+        device = self.bounds.device
+        return Groups([torch.from_numpy(grid).to(device) for grid in grids], torch.from_numpy(places).to(device))
 
 
 @dataclass(frozen=True)
@@ -64,7 +106,7 @@ def align(
 
     if packed:
         positions = np.concatenate([np.arange(length) for length in lengths])
-        packing = Packing(tuple(lengths), tensor(starts.astype(np.int32)))
+        packing = Packing(tuple(lengths), tensor(starts.astype(np.int32)), max(lengths))
         ids = np.concatenate(sequences)[None]
         return Aligned(tensor(ids), None, tensor(scored), tensor(targets), tensor(positions[None]), packing)
     ids = np.full((len(lengths), max(lengths)), pad_id, dtype=np.int64)

@@ -69,7 +69,8 @@ def global_batches(
         head = heads[places[0][0].root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
         if device.type == "cuda":
-            return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
+            with torch.cuda.device(device):  # a thread begins on the first card
+                return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
         return records, to_tensors(records, weight, head, pad_id, device, vocab_size, packed=packed)
 
     plans, coming = tee(_plan(run, pool, index, packed) for index in indices)

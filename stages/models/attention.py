@@ -2,7 +2,7 @@
 
 `PACKED` is an attention function registered with transformers. Where a model is called with the boundaries of packed
 sequences (`model_inputs`) it computes causal attention sequence by sequence: with PyTorch's variable-length flash kernel on
-CUDA, else with one SDPA call a sequence. In every other call (generation, padded rows) it is transformers' own SDPA, so
+CUDA, else with one SDPA call for sequences of like lengths. In every other call (generation, padded rows) it is transformers' own SDPA, so
 that one model object serves both without being switched. transformers' flash attention packs by itself.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
@@ -97,7 +97,7 @@ def packed_attention(
     if dropout == 0 and varlen_usable(query, value):
         out = _varlen(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window)
     else:
-        out = _each_alone(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window, dropout)
+        out = _by_groups(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window, dropout)
     return out[None], None
 
 
@@ -145,21 +145,28 @@ def _varlen(
 
 
 @torch.compiler.disable  # lengths differ from batch to batch: tracing would never end
-def _each_alone(
+def _by_groups(
     q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, packing: Packing, scaling: float | None, window: int | None,
     dropout: float,
 ) -> Tensor:  # fmt: skip
-    """One SDPA call a sequence."""
-    grouped = q_THh.shape[1] != k_TGh.shape[1]
-    cut = (states.transpose(0, 1)[None].split(packing.lengths, dim=2) for states in (q_THh, k_TGh, v_TGh))
+    """One SDPA call for sequences of like lengths, padded on the right, where causal attention never looks."""
+    heads = [states.shape[1] for states in (q_THh, k_TGh, v_TGh)]
+    one_width = q_THh.shape[-1] == v_TGh.shape[-1]
+    together = [torch.cat([q_THh, k_TGh, v_TGh], dim=1)] if one_width else [q_THh, k_TGh, v_TGh]
     parts = []
-    for q, k, v in zip(*cut, strict=True):
-        mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
-        causal = mask is None and q.shape[2] > 1
-        parts.append(scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-        ))  # fmt: skip
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+    for grid in packing.groups.grids:
+        taken = [states.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2) for states in together]
+        q, k, v = taken[0].split(heads, dim=1) if one_width else taken
+        length = grid.shape[1]
+        mask = None if window is None or length <= window else _window_mask(length, window, grid.device)
+        if mask is not None:  # no fused kernel takes a mask and groups heads
+            k, v = (repeat_kv(states, heads[0] // heads[1]) for states in (k, v))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, packing.groups.places)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

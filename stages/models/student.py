@@ -71,23 +71,32 @@ class Student:
 def load_student(config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Student:
     """The student as stage two trains it: frozen weights in `dtype`, trained weights in fp32."""
     models = config.models
-    compute_dtype = checkpoints.DTYPES[config.run.dtype]
-    load_dtype = compute_dtype if config.lora.use_lora else torch.float32
+    load_dtype = checkpoints.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
     base = checkpoints.load_model(models.student_model, models.student_revision, load_dtype, models.attn_implementation)
-    padded_because = enable_packing(base, config.train.packing)
     eos = checkpoints.eos_ids(base, tokenizer)
-    torch.manual_seed(config.run.seed)
-    model = _with_lora(config, base) if config.lora.use_lora else base
     if not config.lora.use_lora and models.student_adapter:
         raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
-    model.to(device)
+    source = checkpoints.identity(models.student_model, models.student_revision)
+    student = assemble(config, base, tokenizer, source, vocab_size, eos)
+    student.model.to(device)
+    return student
+
+
+def assemble(
+    config: Config, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int,
+    eos: tuple[int, ...],
+) -> Student:  # fmt: skip
+    """Makes a student of a loaded model: adapters, packed rows, checkpointing, compilation, as the configuration says."""
+    compute_dtype = checkpoints.DTYPES[config.run.dtype]
+    padded_because = enable_packing(base, config.train.packing)
+    torch.manual_seed(config.run.seed)
+    model = _with_lora(config, base) if config.lora.use_lora else base
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compute_dtype == torch.bfloat16:
         _cast_once(model)
     if config.train.compile:
         compile_layers(base)
-    source = checkpoints.identity(models.student_model, models.student_revision)
     return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because)
 
 

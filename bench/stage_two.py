@@ -1,0 +1,372 @@
+"""Stage two at fine-tuning speed: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer on the same rows.
+
+    python bench/stage_two.py                        every cell, < 10 minutes on one H100 or H200
+    python bench/stage_two.py --only packed 'trl*'   some of them; calls add up
+    python bench/stage_two.py --table                a Markdown table of bench/results/stage_two.json
+
+Seeded random weights in place of downloads, LoRA r 64 on all linear layers, gradient checkpointing, prompts of 64 to 192
+tokens with 512-token completions, a cache of synthetic top-64 rows on disk, forwards of 16,384 tokens. Ours is the run's
+own `train_step`, fed by the run's own reader. A cell's figures are from the steps after the first two:
+  tokens_per_second   prompt and completion, without padding;
+  mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the head), over the rate
+                      of a large bf16 product measured in the same cell; attention and recomputation are not counted;
+  wait_share          of the time, waiting for the reader;
+  gib_above_weights   peak memory beyond base and adapter weights.
+Results are written after every cell. A cell that is there for the same device, versions and sources is kept; --again
+measures it anew. No new cell is begun after --minutes. A cell whose library is missing, or that fails, says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import hashlib
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.modeling_utils import PreTrainedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cache
+from bench import loss
+from stages.loops import feed, fit
+from stages.models import student as students
+from stages.models.student import Student
+from stages.runtime import metrics
+from stages.runtime.checkpoint import Position
+from stages.runtime.run import Run, open_run
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "flash-attn")
+SOURCES = ("dualkl/**/*.py", "stages/loops/f*.py", "stages/data/*.py", "stages/models/*.py", "bench/stage_two.py")
+WARM_UP = 2  # steps
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, the rows and the step that all cells share."""
+
+    model: Qwen3Config
+    dtype: str
+    prompt_tokens: tuple[int, int]
+    completion_tokens: int
+    k: int
+    forward_tokens: int
+    rows_per_step: int
+    num_steps: int
+    lora_r: int
+
+    @property
+    def num_rows(self) -> int:
+        return 2 * self.rows_per_step
+
+
+REAL = Setting(
+    Qwen3Config(vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=True),
+    "bf16", (64, 193), 512, 64, 16_384, 96, 6, 64,
+)  # fmt: skip
+TINY = Setting(
+    Qwen3Config(vocab_size=503, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True),
+    "fp32", (2, 7), 12, 8, 64, 8, 4, 4,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a cell's run yields: seconds and waiting of each step after the first two, and its peak memory in bytes."""
+
+    seconds: list[float]
+    waited: list[float]
+    peak: int
+    weights: int
+    note: str = ""
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def write_rows(setting: Setting, root: Path) -> None:
+    """A cache of synthetic rows: random tokens, and at each of them a random distribution over k ids and a tail."""
+    random = np.random.default_rng(0)
+    must_match = {
+        "vocab_size": setting.model.vocab_size,
+        "signal": {"kind": "topk", "k": setting.k, "temperature": 1.0},
+    }
+    with cache.Writer(root, cache.Fingerprint(must_match, {})) as writer:
+        for number in range(setting.num_rows):
+            writer.append(_row(setting, number, random))
+        writer.commit("synthetic")
+
+
+def _row(setting: Setting, number: int, random: np.random.Generator) -> cache.Record:
+    tokens, k, size = setting.completion_tokens, setting.k, setting.model.vocab_size
+    masses = random.exponential(size=(tokens, k + 1))
+    masses = -np.sort(-masses / masses.sum(1, keepdims=True), axis=1)
+    logprobs = np.log(masses).astype(np.float32)
+    first = random.integers(0, size - k * 7, tokens)
+    ids = first[:, None] + 7 * np.arange(k)  # distinct
+    signal = cache.TopK(ids, logprobs[:, :k], logprobs[:, k], 1.0)
+    return cache.Record(
+        row_id=f"{number:032x}", prompt_id=f"p{number}", occurrence=0, sample_index=0, refresh_index=0, run_id="bench",
+        policy_step=0, policy_hash="0" * 16, finish_reason="length", prompt_text="", completion_text="",
+        prompt_ids=random.integers(2, size, random.integers(*setting.prompt_tokens)),
+        completion_ids=ids[:, 0].astype(np.int32), behaviour_logprobs=logprobs[:, 0],
+        behaviour_entropy=np.ones(tokens, np.float32), teacher_logprobs=logprobs[:, 0],
+        teacher_entropy=np.ones(tokens, np.float32), log_tail_mass=logprobs[:, k],
+        top1_id=ids[:, 0].astype(np.int32), top1_logprob=logprobs[:, 0], signal=signal,
+    )  # fmt: skip
+
+
+# --- ours ----------------------------------------------------------------------------------------------------------
+
+
+def base_model(setting: Setting, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(setting.model, dtype=dtype, attn_implementation="sdpa")
+
+
+def make_student(run: Run, setting: Setting) -> Student:
+    """A student as `load_student` makes it, of weights that are drawn on the device."""
+    base = base_model(setting, run.world.device.type)
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    return students.assemble(run.config, base, tokenizer, "bench", setting.model.vocab_size, (1,))
+
+
+def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
+    """The run's own steps over the synthetic cache."""
+    flags = {
+        "runs_dir": folder, "cache_dir": folder / "cache", "device": device, "dtype": setting.dtype, "lora_r": setting.lora_r,
+        "batch_size": setting.rows_per_step, "grad_accum": 1, "micro_batch_tokens": setting.forward_tokens,
+        "lp_micro_batch": setting.rows_per_step, "max_steps": setting.num_steps, "refresh_every": 0, "trace_every": 0,
+    }  # fmt: skip
+    arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
+    run = open_run("", arguments)
+    student = make_student(run, setting)
+    training = fit.prepare(run, student)
+    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    weights = reset_peak(device)
+    clocks = [time.perf_counter()]
+    for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps)):
+        fit.train_step(run, training, pool, batch)
+        loss.synchronize(device)
+        clocks.append(time.perf_counter())
+    steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
+    waited = [step["read_wait_seconds"] for step in steps]
+    return Steps(between(clocks), waited, peak(device), weights, student.padded_because)
+
+
+def between(clocks: list[float]) -> list[float]:
+    """Seconds of each step, from the clock before the first and after every step, without those to warm up."""
+    return [after - before for before, after in pairwise(clocks)][WARM_UP:]
+
+
+# --- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
+    """Plain cross-entropy on the same completions: TRL's SFTTrainer with packing, Liger and the same adapters."""
+    import datasets
+    import trl
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
+    flash = "flash_attention_2" if _version("flash-attn") else "sdpa"
+    model = base_model(setting, device)
+    model.set_attn_implementation(flash)
+    records = cache.open(folder / "cache")[:]
+    columns = {
+        "input_ids": [[*r.prompt_ids.tolist(), *r.completion_ids.tolist()] for r in records],
+        "completion_mask": [[0] * len(r.prompt_ids) + [1] * len(r.completion_ids) for r in records],
+    }
+    clocks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            loss.synchronize(device)
+            clocks.append(time.perf_counter())
+
+    mean_tokens = sum(map(len, columns["input_ids"])) / len(records)
+    accumulation = max(1, round(setting.rows_per_step * mean_tokens / setting.forward_tokens))
+    arguments = trl.SFTConfig(
+        output_dir=str(folder / "trl"), max_steps=setting.num_steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation, max_length=setting.forward_tokens, packing=True, use_liger_kernel=True,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=setting.dtype == "bf16",
+        use_cpu=device == "cpu", learning_rate=1e-4, optim="adamw_torch_fused", logging_steps=1, save_strategy="no",
+        report_to="none", completion_only_loss=True, num_train_epochs=100,
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=setting.lora_r, lora_alpha=2 * setting.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(columns), processing_class=_tokenizer(),
+        peft_config=lora, callbacks=[Clock()],
+    )  # fmt: skip
+    weights = reset_peak(device)
+    started = time.perf_counter()
+    trainer.train()
+    # Packs are nearly full, not full: a step is the time of as many tokens as ours has.
+    packed = sum(len(row) for row in trainer.train_dataset["input_ids"]) / len(trainer.train_dataset)
+    scale = setting.rows_per_step * mean_tokens / (accumulation * packed)
+    seconds = [scale * step for step in between([started, *clocks])]
+    return Steps(seconds, [], peak(device), weights, f"attention {flash}")
+
+
+def _tokenizer() -> Any:
+    """Rows are tokens already; the trainer only wants to know its pad and EOS ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+Contender = Callable[[Setting, str, Path, dict[str, str]], Steps]
+CELLS: dict[str, tuple[Contender, dict[str, str]]] = {
+    "packed": (ours, {}),
+    "packed_compiled": (ours, {"compile": "true"}),
+    "padded": (ours, {"packing": "off"}),
+    "trl_sft": (trl_sft, {}),
+}
+
+
+def reset_peak(device: str) -> int:
+    """Bytes that the weights hold; from here on the peak is counted."""
+    loss.release(device)
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def flops_per_step(setting: Setting, num_tokens: float) -> float:
+    """Of the frozen weights' forward and backward by inputs, and of the head at the scored positions."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(setting.model)
+    frozen = sum(
+        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name
+    )
+    scored = setting.rows_per_step * setting.completion_tokens
+    return 4 * frozen * num_tokens + 4 * setting.model.vocab_size * setting.model.hidden_size * scored
+
+
+def measure(name: str, setting: Setting, device: str, folder: Path) -> Record:
+    """The figures of a cell; `status` says why there are none."""
+    contender, keys = CELLS[name]
+    rate = loss.ceilings(device, 1.0)["product_tflops"] * 1e12
+    lengths = cache.open(folder / "cache").index.to_pylist()
+    num_tokens = sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in lengths) / 2
+    try:
+        steps = contender(setting, device, folder, keys | {"run_name": name})
+    except ImportError as error:
+        return {"status": f"not installed: {error.name}"}
+    except torch.OutOfMemoryError:
+        return {"status": "out of memory"}
+    except Exception as error:
+        return {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+    seconds = sum(steps.seconds) / len(steps.seconds)
+    return {
+        "status": "ok", "seconds_per_step": seconds, "tokens_per_second": num_tokens / seconds,
+        "product_tflops": rate / 1e12, "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
+        "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
+        "gib_above_weights": (steps.peak - steps.weights) / 2**30 if device == "cuda" else None,
+        "tokens_per_step": num_tokens, "note": steps.note,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def subject() -> Record:
+    """What a kept figure must have been measured with: versions, and a digest of the sources."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return {"versions": {name: _version(name) for name in PACKAGES}, "sources": digest.hexdigest()[:16]}
+
+
+def table(results: Record) -> str:
+    """Markdown: a line a cell, and tokens a second over TRL's on the same device."""
+    lines = [
+        "| device | cell | tokens/s | × TRL SFT | MFU | waiting | GiB above weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for device, cells in results.items():
+        trl = cells.get("trl_sft", {}).get("tokens_per_second")
+        for name, found in cells.items():
+            if found["status"] != "ok":
+                lines.append(f"| {device} | {name} | {found['status']} | | | | |")
+                continue
+            ratio = f"{found['tokens_per_second'] / trl:.2f}" if trl else ""
+            wait = "" if found["wait_share"] is None else f"{found['wait_share']:.2%}"
+            memory = "" if found["gib_above_weights"] is None else f"{found['gib_above_weights']:.1f}"
+            lines.append(
+                f"| {device} | {name} | {found['tokens_per_second']:,.0f} | {ratio} | {found['mfu']:.1%} | {wait} | {memory} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="CELL", help=f"of {', '.join(CELLS)}; patterns")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no cell after so many")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the bench itself")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
+    parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
+    options = parser.parse_args(arguments)
+    path = options.out / "stage_two.json"
+    results: Record = json.loads(path.read_text()) if path.exists() else {}
+    if options.table:
+        print(table(results))
+        return
+    setting, now, started = TINY if options.tiny else REAL, subject(), time.monotonic()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    cells = results.setdefault(name, {})
+    wanted = [c for c in CELLS if not options.only or any(fnmatch.fnmatch(c, pattern) for pattern in options.only)]
+    todo = [c for c in wanted if options.again or cells.get(c, {}).get("of") != now or cells[c]["status"] != "ok"]
+    print(f"{len(todo)} cells to measure, {len(wanted) - len(todo)} kept")
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(setting, Path(folder) / "cache")
+        for cell in todo:
+            if time.monotonic() - started > 60 * options.minutes:
+                print(f"{cell}: not begun, {options.minutes:g} minutes are over; run the same command again")
+                continue
+            cells[cell] = measure(cell, setting, options.device, Path(folder)) | {"of": now}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{cell}: {cells[cell]}", flush=True)
+            gc.collect()
+    print(table({name: cells}))
+
+
+if __name__ == "__main__":
+    main()

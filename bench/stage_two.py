@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cache
 from bench import loss
-from stages.loops import feed, fit
+from stages.loops import feed, fit, schedule
 from stages.models import student as students
 from stages.models.student import Student
 from stages.runtime import metrics
@@ -161,7 +161,7 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     run = open_run("", arguments)
     student = make_student(run, setting)
     training = fit.prepare(run, student)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     weights = reset_peak(device)
     clocks = [time.perf_counter()]
     for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps)):

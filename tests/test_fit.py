@@ -154,7 +154,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(tmp_path: Path, cach
     """And all tokens of the step, with no word from the others; a rank short of work ends with idle forwards."""
     run = step_run(tmp_path, caches(), micro_batch_tokens=100)
     student = student_of(run)
-    pool, snapshot = fit.open_pool(run, Position(0, 0))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
     lengths = {row_id: (10, 80 if i % 5 == 0 else 10) for i, row_id in enumerate(pool.row_ids)}
     pool = replace(pool, lengths=lengths)
     batches = []
@@ -533,7 +533,7 @@ def test_a_run_that_begins_anew_has_no_best_yet(tmp_path: Path, caches: Callable
     run = step_run(tmp_path, caches())
     student = student_of(run)
     checkpoint.save_best(run.folder / "checkpoints", student.trainable, checkpoint.Best(3, 0.0))
-    fit.resume(run, fit.prepare(run, student))
+    schedule.resume(run, fit.prepare(run, student))
     assert checkpoint.best(run.folder / "checkpoints") is None
 
 

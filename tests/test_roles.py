@@ -35,16 +35,18 @@ def role(folder: Path, name: str, **values: Any) -> Run:
     return make_run(folder, **(VALUES | {"role": name} | values))
 
 
-def generate(folder: Path, **values: Any) -> int:
+def generate(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "generate", **values)
     vocabulary = setup.shared_vocabulary(run.config)
-    return roles.generate_rollouts(run, student_of(run), vocabulary, prompts_of(run.config), refresh_index=0, step=0)
+    return roles.generate_rollouts(
+        run, student_of(run), vocabulary, prompts_of(run.config), refresh_index=index, step=0
+    )
 
 
-def score(folder: Path, **values: Any) -> int:
+def score(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "score", **values)
     with TeacherLoader(run.config, run.world) as teacher:
-        return roles.score_rollouts(run, setup.shared_vocabulary(run.config), refresh_index=0, teacher=teacher)
+        return roles.score_rollouts(run, setup.shared_vocabulary(run.config), refresh_index=index, teacher=teacher)
 
 
 def both(folder: Path, **values: Any) -> Path:
@@ -151,6 +153,14 @@ def test_a_scorer_without_a_generator_says_what_is_missing(tmp_path: Path, capsy
     assert len(cache.open(cache_of(tmp_path))) == 8  # what was there is scored
 
 
+def test_a_refresh_that_replaces_a_share_is_scored_to_its_end(tmp_path: Path) -> None:
+    """A third of the rows stays: the refresh has two units of the three that stage one had."""
+    values = {"replay_share": 0.33, "max_age": 64}
+    assert generate(tmp_path, **values) == score(tmp_path, **values) == 3
+    assert generate(tmp_path, index=1, **values) == score(tmp_path, index=1, **values) == 2
+    assert len(cache.open(cache_of(tmp_path))) == 24 + 16
+
+
 def test_another_runs_rows_are_not_scored(tmp_path: Path) -> None:
     root = tmp_path / "shared"
     generate(tmp_path, cache_dir=root, run_name="other", seed=5)
@@ -170,7 +180,7 @@ def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_training_and_the_pipeline_take_both_roles_only(tmp_path: Path, forked: Forker) -> None:
     run = role(tmp_path, "generate")
     both(tmp_path)
-    with pytest.raises(UserError, match=r"role generate is for stages\.rollout alone"):
+    with pytest.raises(UserError, match=r"role generate is for stages\.rollout without --follow"):
         stage_two.train(run, student_of(run), setup.shared_vocabulary(run.config))
     forked.stage("stages.pipeline", *small(tmp_path, role="score")).expect_sentence("role score is for stages.rollout")
 

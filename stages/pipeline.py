@@ -24,6 +24,7 @@ from stages.train import train
 
 def main() -> None:
     run = open_run(__doc__ or "")
+    refresh.refuse_role(run.config)
     rows_per_micro_step(run.config, run.world.size)
     vocabulary = setup.shared_vocabulary(run.config)
     evaluation = measure.open_evaluation(run, vocabulary)

@@ -42,6 +42,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     rows_per_micro_step(run.config, run.world.size)
     check_loss(run.config, cache.open(run.config.cache_root).fingerprint)
     if run.config.refresh.refresh_every:  # better now than at the first refresh
+        refresh.refuse_role(run.config)
         wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
         cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
     training = fit.prepare(run, student)

@@ -11,27 +11,17 @@ import pytest
 import torch
 
 import cache
-from dualkl import Head
 from stages.data.prompts import Prompt
 from stages.loops import refresh, setup
-from stages.loops.collect import (
-    Completion,
-    Unit,
-    full_logits,
-    missing_units,
-    plan,
-    scoring_batches,
-    teacher_columns,
-    to_numpy,
-)
+from stages.loops.collect import Unit, missing_units, plan
 from stages.models import teacher as teachers
 from stages.models.student import Student, load_student
 from stages.models.teacher import TeacherLoader
-from stages.runtime.config import Config, SignalSection
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests import reference
-from tests.helpers import Forker, make_config, make_run, prompts_of, small
+from tests.helpers import Forker, make_run, prompts_of, small
 
 V = 230
 
@@ -117,86 +107,6 @@ def test_a_unit_is_missing_unless_all_its_rows_are_committed() -> None:
     assert missing_units(units, everything) == []
     assert missing_units(units, set()) == units
     assert missing_units(units, everything - {units[1].rows[3].row_id}) == [units[1]]
-
-
-# Scoring batches
-
-
-def batches_of(lengths: list[int], folder: Path, **values: Any) -> list[list[int]]:
-    unit = planned([prompt(i, length=3) for i in range(len(lengths))], num_rollouts=len(lengths), group_size=1,
-                   rollouts_per_unit=len(lengths))[0]  # fmt: skip
-    zeros = np.zeros(max(lengths), np.float32)
-    completions = [Completion(np.zeros(n - 3, np.int32), zeros, zeros, "eos") for n in lengths]
-    return list(scoring_batches(make_config(folder, **values), unit, completions))
-
-
-@pytest.mark.parametrize(("rows", "tokens"), [(4, "auto"), ("auto", 40), (3, 40), (1, 1), ("auto", "auto")])
-def test_scoring_batches_cover_every_row_once_within_their_caps(tmp_path: Path, rows: Any, tokens: Any) -> None:
-    lengths = np.random.default_rng(0).integers(4, 30, 50).tolist()
-    batches = batches_of(lengths, tmp_path, lp_micro_batch=rows, score_tokens=tokens)
-    assert sorted(i for batch in batches for i in batch) == list(range(50))
-    for batch in batches:
-        assert rows == "auto" or len(batch) <= rows
-        assert tokens == "auto" or len(batch) * max(lengths[i] for i in batch) <= tokens or len(batch) == 1
-
-
-def test_scoring_batches_put_like_lengths_together(tmp_path: Path) -> None:
-    batches = batches_of([10, 30, 10, 30, 10, 30], tmp_path, lp_micro_batch=3)
-    assert [sorted(batch) for batch in batches] == [[1, 3, 5], [0, 2, 4]]
-
-
-# Columns
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "signal",
-    [
-        SignalSection(signal="topk", signal_k=5), SignalSection(signal="nucleus", signal_k=9, signal_p=0.7, signal_floor=2),
-        SignalSection(signal="topk", signal_k=1000), SignalSection(signal="hidden"), SignalSection(signal="full"),
-    ],
-    ids=lambda signal: f"{signal.signal}-{signal.signal_k}",
-)  # fmt: skip
-def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, dtype: torch.dtype) -> None:
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(7, 16, generator=random).to(dtype)
-    head = {"weight": (torch.randn(47, 16, generator=random) * 0.8).to(dtype), "scale": 0.9, "softcap": 8.0}
-    targets = torch.randint(0, 41, (7,), generator=random)
-    columns = teacher_columns(hidden, Head(**head), targets, signal, vocab_size=41)
-    logits = reference.head_logits(hidden, head, 41)
-    logprobs = logits.log_softmax(-1)
-    close = {"atol": 2e-5, "rtol": 1e-4}
-    np.testing.assert_allclose(columns["teacher_logprobs"], logprobs.gather(1, targets[:, None])[:, 0], **close)
-    np.testing.assert_allclose(columns["teacher_entropy"], [reference.entropy(row) for row in logprobs], **close)
-    assert columns["top1_id"].tolist() == logprobs.argmax(-1).tolist()
-    np.testing.assert_allclose(columns["top1_logprob"], logprobs.max(-1).values, **close)
-    if signal.signal in ("hidden", "full"):
-        assert np.isneginf(columns["log_tail_mass"]).all()  # nothing is left out
-        assert np.array_equal(columns["signal_hidden"], to_numpy(hidden))
-        return
-    p = signal.signal_p if signal.signal == "nucleus" else 1.0
-    ids, kept, tails = reference.compress(logits, signal.signal_k, p, signal.signal_floor)
-    assert [[i for i in row if i >= 0] for row in columns["signal_ids"].tolist()] == ids
-    for row in range(7):
-        np.testing.assert_allclose(columns["signal_logprobs"][row, : len(kept[row])], kept[row], **close)
-    np.testing.assert_allclose(columns["log_tail_mass"], tails, **close)
-
-
-def test_bfloat16_travels_as_its_bits() -> None:
-    tensor = torch.randn(3, 4).to(torch.bfloat16)
-    array = to_numpy(tensor)
-    assert array.dtype == np.uint16
-    assert torch.equal(torch.from_numpy(array).view(torch.bfloat16), tensor)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_logits_are_those_of_the_head(dtype: torch.dtype) -> None:
-    hidden, weight = torch.randn(5, 8).to(dtype), torch.randn(31, 8).to(dtype)
-    found = full_logits(to_numpy(hidden), Head(weight, softcap=3.0), 29)
-    expected = reference.head_logits(hidden, {"weight": weight, "softcap": 3.0}, 29).to(dtype)
-    stored = torch.from_numpy(found).view(torch.bfloat16) if dtype == torch.bfloat16 else torch.from_numpy(found)
-    assert stored.shape == (5, 29)
-    torch.testing.assert_close(stored, expected)
 
 
 # Committed rows

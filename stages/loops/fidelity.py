@@ -16,8 +16,8 @@ from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dua
 from dualkl.targets import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
 from stages.data.batches import AnyTeacher, MicroBatch, dual_kl_head, micro_batches, num_tokens, teacher_of, to_tensors
-from stages.loops.collect import to_numpy
 from stages.loops.fit import loss_config
+from stages.loops.writing import to_numpy
 from stages.models.student import Student
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run

@@ -17,8 +17,9 @@ from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.prompts import Prompt, heldout_prompts, load_checker
 from stages.loops import setup
-from stages.loops.collect import AUTO_GEN_ROWS, AUTO_SCORE_ROWS, Author, collect, plan, teacher_head
+from stages.loops.collect import AUTO_GEN_ROWS, Author, collect, plan
 from stages.loops.feed import teacher_head_of
+from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
 from stages.models import checkpoints
 from stages.models.generation import Completion, Sampling, generate
@@ -30,6 +31,8 @@ from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
+AUTO_ROWS = 64
+UNIT_ROWS = 256  # of evaluation texts, at most: few prompts, which several processes share
 HIDDEN = SignalSection(signal="hidden")
 Result = dict[str, Any]
 
@@ -145,7 +148,8 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: 
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts, seed=run.config.run.seed, run_id=author.run_id, policy_hash=author.policy_hash, refresh_index=0,
-        num_rollouts=len(evaluation.prompts), group_size=1, rollouts_per_unit=run.config.rollout.rollouts_per_unit,
+        num_rollouts=len(evaluation.prompts), group_size=1,
+        rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )  # fmt: skip
     print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
     head = teacher_head(get_teacher().head, vocabulary.size)
@@ -187,7 +191,7 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
         return _nothing()
     own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
     pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
-    for records in micro_batches(own, num_tokens, AUTO_SCORE_ROWS if rows == "auto" else rows, None):
+    for records in micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None):
         batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
         hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)

@@ -12,17 +12,21 @@ from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
-from stages.loops.collect import collect, missing_units, plan, teacher_head
+from stages.loops.collect import Author, Unit, collect, missing_units, plan
+from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
 from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
-from stages.models.teacher import TeacherLoader
+from stages.models.teacher import Teacher, TeacherLoader
+from stages.models.turns import Turns
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 PROBE_ROWS = 8
 PROBE_TOLERANCE = 0.02  # nats, mean |generator - trainer|
+TOLERATED_IDLE = 0.2  # of the processes' time
 
 
 def write_rollouts(
@@ -31,23 +35,59 @@ def write_rollouts(
 ) -> int:  # fmt: skip
     """Writes what is missing of refresh `refresh_index`; returns the number of units written (collective)."""
     config = run.config
+    refuse_role(config)
     author = setup.student_author(run, student, step)
+    units = planned_units(run, author, prompts, refresh_index)
+
+    def load() -> Teacher:
+        with run.clock.phase("load"):
+            turns = Turns(run, student.model)
+            loaded = turns.to_teacher(teacher.get)
+            turns.to_student(loaded)
+            return loaded
+
+    head = teacher_head(load().head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
+    with scored_writer(config, vocabulary, head) as writer:
+        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[0]:  # loading is collective: one answer
+            load()
+        return collect(run, units, author, teacher.get, writer, config.teacher_signal)
+
+
+def refuse_role(config: Config) -> None:
+    """UserError for a command that generates and scores, told to do one of them."""
+    if config.rollout.role != "both":
+        raise UserError(
+            f"role {config.rollout.role} is for stages.rollout alone: training and the pipeline both generate and score at"
+            " their refreshes. Use role both there, or refresh_every 0 to train on what stages.rollout wrote."
+        )
+
+
+def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index: int) -> list[Unit]:
+    """The plan of a refresh; says where it keeps processes idle."""
+    config, size = run.config, run.world.size
     units = plan(
         prompts, seed=config.run.seed, run_id=run.run_id, policy_hash=author.policy_hash, refresh_index=refresh_index,
         num_rollouts=config.refresh.rollouts_per_refresh, group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
     )  # fmt: skip
+    num_rounds = -(-len(units) // size)
+    idle = 1 - len(units) / (num_rounds * size)
+    if idle > TOLERATED_IDLE:
+        even = -(-config.refresh.rollouts_per_refresh // (num_rounds * size))
+        run.metrics.say(
+            f"{len(units)} units over {size} processes leave {idle:.0%} of them idle; rollouts_per_unit {even} would not"
+        )
+    return units
+
+
+def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
+    """A writer of the run's teacher cache; `head` is the teacher's, for signal hidden."""
     print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
-    head = None
-    if config.teacher_signal.signal == "hidden":
-        with run.clock.phase("load"):
-            head = teacher_head(teacher.get().head, vocabulary.size)
-    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    with cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
-        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[0]:  # loading is collective: one answer
-            with run.clock.phase("load"):
-                teacher.get()
-        return collect(run, units, author, teacher.get, writer, config.teacher_signal)
+    return cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json(vocabulary), head=head)
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> str:
+    return vocabulary.tokenizer.backend_tokenizer.to_str()
 
 
 def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +66,7 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
 
 def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
     """What decides the meaning of a row (`must_match`), and what is only noted."""
-    models, rollout = config.models, config.rollout
+    models = config.models
     kept = {"kind": signal.signal, "temperature": 1.0}
     if signal.signal in ("topk", "nucleus"):
         kept["k"] = min(signal.signal_k, vocabulary.size)
@@ -74,22 +75,42 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     must_match = {
         "teacher": checkpoints.identity(models.teacher_model, models.teacher_revision),
         "teacher_dtype": models.teacher_dtype,
+        **_prompting(config, vocabulary),
+        "signal": kept,
+    }
+    return cache.Fingerprint(must_match, {"teacher_model": models.teacher_model, **_sampling(config)})
+
+
+def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Fingerprint:
+    """The same for rows that no teacher has seen."""
+    return cache.Fingerprint({**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config))
+
+
+def _prompting(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
         "tokenizer": vocabulary_fingerprint(vocabulary.tokenizer, vocabulary.size),
         "chat_template": template_fingerprint(vocabulary.tokenizer),
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "vocab_size": vocabulary.size,
-        "signal": kept,
     }
-    recorded = {
-        "teacher_model": models.teacher_model,
-        "student_model": models.student_model,
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    rollout = config.rollout
+    return {
+        "student_model": config.models.student_model,
         "dataset": config.data.dataset,
         "sample_temperature": rollout.sample_temperature,
         "sample_top_p": rollout.sample_top_p,
         "sample_top_k": rollout.sample_top_k,
         "max_new_tokens": rollout.max_new_tokens,
     }
-    return cache.Fingerprint(must_match, recorded)
+
+
+def newest_position(run: Run) -> checkpoint.Position:
+    """Where the run's newest checkpoint stands; the beginning if it has none."""
+    newest = checkpoint.latest(run.folder / "checkpoints")
+    return checkpoint.Position(0, 0) if newest is None else checkpoint.read_position(newest)
 
 
 def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
@@ -97,10 +118,9 @@ def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoi
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
         newest = checkpoint.latest(run.folder / "checkpoints")
-        if newest is None:
-            return student, checkpoint.Position(0, 0)
-        checkpoint.load_weights(newest, student.trainable)
-        return student, checkpoint.read_position(newest)
+        if newest is not None:
+            checkpoint.load_weights(newest, student.trainable)
+        return student, newest_position(run)
 
 
 def student_author(run: Run, student: Student, step: int, greedy: bool = False) -> Author:

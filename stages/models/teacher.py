@@ -66,6 +66,11 @@ class Teacher:
         one = np.zeros(1, dtype=np.int64)
         self.hidden(align([one], [one], 0, self.device))
 
+    def move(self, device: torch.device) -> None:
+        """Moves the weights of a plain teacher; those of a sharded one stay where DeepSpeed keeps them."""
+        if self.engine is None:
+            self.forward.to(device)
+
     def close(self) -> None:
         """Gives all memory back."""
         if self.engine is not None:
@@ -130,7 +135,7 @@ def _load_plain(config: Config, world: World) -> Teacher:
     return plain_teacher(load_plain_model(config, world), world, config.train.packing)
 
 
-def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:
+def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str = "auto") -> Teacher:
     """A model that is loaded already, as a scoring teacher; no second copy. `packing`: as in the configuration."""
     packs = not enable_packing(model, packing)
     return Teacher(_Backbone(model), checkpoints.head_of(model), world.device, packs=packs)
@@ -138,7 +143,6 @@ def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> 
 
 def _load_zero3(config: Config, world: World) -> Teacher:
     distributed.ensure_process_group(world)
-    import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     if world.device.type == "cpu":
@@ -153,8 +157,17 @@ def _load_zero3(config: Config, world: World) -> Teacher:
         models.attn_implementation,
     )
     del partition_while_loading  # while it lives, every from_pretrained partitions, the student's too
+    return sharded_teacher(model, settings, world, config.train.packing)
+
+
+def sharded_teacher(
+    model: PreTrainedModel, settings: dict[str, Any], world: World, packing: bool | str = "auto"
+) -> Teacher:
+    """A model that is loaded already, whole or partitioned, as a ZeRO-3 teacher (collective)."""
+    import deepspeed
+
     model.requires_grad_(False)
-    packs = not enable_packing(model, config.train.packing)
+    packs = not enable_packing(model, packing)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()
     restore_rotary(model)

@@ -72,7 +72,17 @@ class RolloutSection(Section):
     gen_micro_batch: int | Auto = Field("auto", description="rollouts in one generation call of a process")
     lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
     score_tokens: int | Auto = Field("auto", description="tokens, padding included, in one scoring forward")
-    rollouts_per_unit: int = Field(64, ge=1, description="rollouts committed together: what a crash can cost")
+    rollouts_per_unit: int = Field(
+        1024, ge=1, description="rollouts made and committed together: enough for full batches to the end, minutes of work"
+        " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly"
+    )  # fmt: skip
+    role: Literal["generate", "score", "both"] = Field(
+        "both", description="of stages.rollout: generate and score may run apart and meet at the cache"
+    )
+    score_patience: Finite = Field(60.0, gt=0, le=300, description="minutes that role score waits for the next unit")
+    offload_idle: bool = Field(
+        False, description="student in host memory while a teacher scores, a plain teacher while the student writes"
+    )
 
 
 class SignalSection(Section):
@@ -92,6 +102,7 @@ class LossSection(Section):
     temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
+    objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
 
 
 class TrainSection(Section):
@@ -158,6 +169,11 @@ class Config(Section):
     @property
     def cache_root(self) -> str:
         return self.run.cache_dir or str(self.run_folder / "cache")
+
+    @property
+    def unscored_root(self) -> str:
+        """Where `role: generate` leaves what `role: score` takes."""
+        return self.cache_root.rstrip("/") + "-unscored"
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -299,6 +315,10 @@ def _check(config: Config) -> None:
             f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
             f" {rollout.group_size}; change one of them."
         )
+    if loss.objective == "jsd" and (
+        (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
+    ):
+        raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"

@@ -20,10 +20,10 @@ PHASES = ("load", "rollout", "score", "train", "evaluate")
 class Clock:
     """Seconds of this process by phase. A phase inside `evaluate` counts as evaluate, else the inner phase counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, phases: tuple[str, ...] = PHASES) -> None:
         self.started = round(time.time(), 3)  # names this process among those of a resumed run
         self._start = time.perf_counter()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(phases, 0.0)
         self._open: list[tuple[str, float]] = []
 
     @contextmanager
@@ -47,11 +47,16 @@ class Clock:
             self.seconds[name] += now - since
             self._open[-1] = (name, now)
 
+    def total(self) -> float:
+        """Seconds since the start; `seconds` is up to date then."""
+        self._pause()
+        return time.perf_counter() - self._start
+
     def totals(self, world: World) -> dict[str, float]:
         """Seconds by phase and in total, of the slowest rank (collective)."""
-        self._pause()
-        names = [*PHASES, "total"]
-        own = [*self.seconds.values(), time.perf_counter() - self._start]
+        names = [*self.seconds, "total"]
+        total = self.total()
+        own = [*self.seconds.values(), total]
         return dict(zip(names, world.max(own), strict=True))
 
 
@@ -119,12 +124,13 @@ def _end_last_line(path: Path) -> None:
 def _start_wandb(config: Config) -> Any:
     import wandb
 
-    path = config.run_folder / "wandb_id"  # one run on the site for all starts of this run's folder
+    own = "-score" if config.rollout.role == "score" else ""  # it runs at the same time as its generator
+    path = config.run_folder / f"wandb_id{own}"  # one run on the site for all starts of this run's folder
     if not path.exists():
         replace_text(path, secrets.token_hex(4))
     return wandb.init(
         project=config.log.wandb_project,
-        name=config.log.wandb_name or config.run.run_name,
+        name=(config.log.wandb_name or config.run.run_name) + own,
         mode=config.log.wandb_mode,
         dir=str(config.run_folder),
         config=config.model_dump(),

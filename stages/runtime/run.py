@@ -63,7 +63,7 @@ def open_run(description: str, arguments: list[str] | None = None, *, only_looks
     _quieten_libraries()
     world = distributed.start(config.run.device)
     metrics = Metrics(config, world)
-    if world.is_main and not only_looks:
+    if world.is_main and not only_looks and config.rollout.role != "score":  # a scorer leaves that to its generator
         _note_changes(config, metrics)
     return Run(config, world, metrics, clock)
 

@@ -1,0 +1,264 @@
+"""The scoring half of stage one on one GPU: what selection, copies, encoding and writing cost beside the bare forward.
+
+    python bench/stage_one_teacher.py                           all cells; each is kept for the same device and sources
+    python bench/stage_one_teacher.py --only scoring            one of them; --again measures it anew
+
+scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored positions
+          (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a cache (`scored`).
+zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a forward; at
+          4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
+
+Weights are seeded and drawn on the device from the configuration; nothing is read from disk or left there. The rates
+are medians of repeats of the same rows in one process: 128 prompt and 512 completion tokens, 80 % of positions scored.
+Results: bench/results/stage_one_teacher.json, device -> cell -> figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cache
+from bench.loss import release, sources_digest, synchronize
+from dualkl.divergences import gather_logprobs
+from stages.data.alignment import Aligned, align, at_scored
+from stages.loops.progress import Counts, Progress
+from stages.loops.scoring import Scoring, score_rows
+from stages.loops.writing import UnitWriter
+from stages.models import teacher as teachers
+from stages.models.teacher import Teacher
+from stages.runtime import distributed
+from stages.runtime.config import SignalSection
+from stages.runtime.run import Run, open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+Figures = dict[str, Any]
+VOCABULARY = 151_936
+SHAPES: dict[str, dict[str, int]] = {
+    "32B": {"hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64},
+    "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+SOURCES = ["bench/stage_one_teacher.py", "stages/**/*.py", "cache/*.py", "dualkl/**/*.py"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times."""
+
+    prompt: int = 128
+    completion: int = 512
+    rows: int = 150
+    tokens: int = 16_384
+    repeats: int = 3
+    equality_tokens: int = 4096
+    vocabulary: int = VOCABULARY
+    k: int = 64
+
+
+FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 48, 503, 8)
+
+
+def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A Qwen3 model of that shape with seeded weights, drawn on the device in bf16 whatever its dtype."""
+    tiny = shape == "tiny"
+    model_config = Qwen3Config(
+        vocab_size=size.vocabulary, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
+        max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=False, initializer_range=0.03,
+        **SHAPES[shape],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if dtype != torch.bfloat16:
+        model.to(dtype)
+    teachers.restore_rotary(model)  # drawn in bf16 with the rest; loading keeps them in fp32
+    return model.eval().requires_grad_(False)
+
+
+def unscored_rows(size: Size) -> list[cache.Record]:
+    """A unit of random tokens, as if generated."""
+    dice = np.random.default_rng(0)
+    noise = -dice.random(size.completion)
+    return [
+        cache.Record(
+            row_id=f"{i:032x}", prompt_id=f"p{i}", occurrence=0, sample_index=0, refresh_index=0, run_id="bench",
+            policy_step=0, policy_hash="0" * 16, finish_reason="length", prompt_text="", completion_text="",
+            prompt_ids=dice.integers(0, size.vocabulary, size.prompt),
+            completion_ids=dice.integers(0, size.vocabulary, size.completion),
+            behaviour_logprobs=noise, behaviour_entropy=-noise,
+        )
+        for i in range(size.rows)
+    ]  # fmt: skip
+
+
+def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
+    arguments = ["--runs_dir", str(folder), "--device", device, "--score_tokens", str(size.tokens), *flags]
+    return open_run("", arguments)
+
+
+def median_rate(step: Callable[[], int], device: str, repeats: int) -> float:
+    """Tokens a second; `step` returns its tokens. One run before those that count."""
+    step()
+    rates = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        tokens = step()
+        synchronize(device)
+        rates.append(tokens / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def forward_batches(teacher: Teacher, size: Size, with_head: bool) -> int:
+    """The forwards of `unscored_rows` alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
+    rows = max(1, size.tokens // (size.prompt + size.completion))
+    done = 0
+    for start in range(0, size.rows, rows):
+        num_rows = min(rows, size.rows - start)
+        ids = torch.ones((num_rows, size.prompt + size.completion), dtype=torch.long)
+        hidden_BTD = teacher.hidden(whole_rows(ids, teacher.device))
+        if with_head:
+            scored_ND = hidden_BTD[:, size.prompt - 1 : -1].flatten(0, 1)
+            for chunk in scored_ND.split(2048):
+                chunk @ teacher.head.weight.T
+        done += ids.numel()
+    return done
+
+
+def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], size: Size, shares: list[float]) -> int:
+    """A unit by the path of stage one, into a new cache; notes the share of time that waited for the writer."""
+    signal = {"kind": "topk", "k": size.k, "temperature": 1.0}
+    print_ = cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal})
+    scoring = Scoring(SignalSection(signal="topk", signal_k=size.k), size.vocabulary, 0)
+    counts = Counts(len(rows))
+    with tempfile.TemporaryDirectory() as root:
+        with cache.Writer(root, print_) as writer, UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
+            with progress.phase("score"):
+                score_rows(run, rows, scoring, teacher, writing, progress, counts)
+            writing.commit("unit")
+            with progress.waiting("write"):
+                writing.drain()
+            shares.append(progress.shares()["write"])
+        assert len(cache.open(root)) == len(rows)
+    return counts.scored_tokens
+
+
+def measure_scoring(device: str, size: Size = FULL, shape: str = "32B") -> Figures:
+    """Tokens/s of the backbone, with the head, and scored and written; the latter as a share of `bare`."""
+    reset_peak(device)
+    rows = unscored_rows(size)
+    with tempfile.TemporaryDirectory() as folder:
+        run = bench_run(Path(folder), size, device, "--teacher_ds_zero3", "false")
+        teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world)
+        shares: list[float] = []
+        backbone = median_rate(lambda: forward_batches(teacher, size, False), device, size.repeats)
+        bare = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats)
+        scored = median_rate(lambda: score_and_write(run, teacher, rows, size, shares), device, size.repeats)
+        teacher.close()
+    return {
+        "backbone_tokens_per_second": backbone, "bare_tokens_per_second": bare, "scored_tokens_per_second": scored,
+        "scored_share_of_bare": scored / bare, "scored_share_of_backbone": scored / backbone,
+        "share_waiting_for_writer": statistics.median(shares[1:]), "peak_gib": peak_gib(device),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def logprobs_of(teacher: Teacher, ids_BT: Tensor) -> Tensor:
+    """Logprobs of each next token."""
+    aligned = whole_rows(ids_BT, ids_BT.device)
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
+    return gather_logprobs(hidden_ND, teacher.head, aligned.targets)
+
+
+def whole_rows(ids_BT: Tensor, device: torch.device) -> Aligned:
+    """Rows of equal length, of which every token but the first is scored."""
+    rows = ids_BT.cpu().numpy()
+    return align(list(rows[:, :1]), list(rows[:, 1:]), 0, device)
+
+
+def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
+    """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at `equality_tokens` tokens."""
+    reset_peak(device)
+    dice = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, size.vocabulary, (1, size.equality_tokens), generator=dice).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = bench_run(Path(folder), size, device)
+
+        def measure(teacher: Teacher, timed: bool) -> tuple[float, Tensor]:
+            rate = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats) if timed else 0.0
+            found = logprobs_of(teacher, ids)
+            teacher.close()
+            release(device)
+            return rate, found
+
+        def plain(dtype: torch.dtype) -> Teacher:
+            return teachers.plain_teacher(make_teacher_model(shape, size, device, dtype), run.world)
+
+        _, exact = measure(plain(torch.float32), timed=False)
+        plain_rate, plain_logprobs = measure(plain(torch.bfloat16), timed=True)
+        distributed.ensure_process_group(run.world)
+        settings = teachers.zero3_settings(run.config)
+        sharded = teachers.sharded_teacher(make_teacher_model(shape, size, device), settings, run.world)
+        zero3_rate, zero3_logprobs = measure(sharded, timed=True)
+    return {
+        "plain_tokens_per_second": plain_rate, "zero3_tokens_per_second": zero3_rate,
+        "zero3_share_of_plain": zero3_rate / plain_rate, "equality_tokens": size.equality_tokens,
+        "max_logprob_gap_zero3_plain": float((zero3_logprobs - plain_logprobs).abs().max()),
+        "max_logprob_gap_plain_fp32": float((plain_logprobs - exact).abs().max()), "peak_gib": peak_gib(device),
+    }  # fmt: skip
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+# zero3 last: it sets this process up for DeepSpeed
+CELLS: dict[str, Callable[..., Figures]] = {"scoring": measure_scoring, "zero3": measure_zero3}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape: does everything run?")
+    options = parser.parse_args(arguments)
+    path = options.out / "stage_one_teacher.json"
+    found: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
+    here = found.setdefault(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", {})
+    identity = {"torch": torch.__version__, "tiny": options.tiny, "sources": sources_digest(SOURCES)}
+    for name in options.only:
+        before = here.get(name, {})
+        if options.again or any(before.get(key) != value for key, value in identity.items()):
+            sizes = (TINY, "tiny") if options.tiny else ()
+            here[name] = {**CELLS[name](options.device, *sizes), **identity}
+            options.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            gc.collect()
+        print(name, json.dumps(here[name], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()

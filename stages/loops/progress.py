@@ -1,0 +1,127 @@
+"""How stage one is getting on: the bar, and `rollout_progress` records in metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from stages.runtime import metrics
+from stages.runtime.metrics import Clock
+from stages.runtime.run import Run
+
+KIND = "rollout_progress"
+PHASES = {"generate": "rollout", "score": "score"}  # and the name of each in the run's clock
+WAITS = ("write", "rows")  # for the thread that writes, for a generator
+
+
+_SHARES = {
+    "generate": "generating", "score": "scoring", "write": "waiting for the writer", "rows": "waiting for rollouts",
+}  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """Work done: rollouts, tokens drawn, tokens that the teacher read, and those with padding."""
+
+    rollouts: int = 0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
+    padded_tokens: int = 0
+
+
+class Progress:
+    """Rates, time left, GPU memory and shares of time, of all processes together; a context manager.
+
+    Rates of tokens are over the main process' time of their own phase, the others over all time since the start.
+    """
+
+    def __init__(self, run: Run, num_rollouts: int) -> None:
+        self._run = run
+        self._clock = Clock((*PHASES, *WAITS))
+        self._total, self._done = num_rollouts, Counts()
+        self._bar = tqdm(
+            total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._run.clock.phase(PHASES[name]), self._clock.phase(name):
+            yield
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Time that waits for one of `WAITS`, in a phase or outside."""
+        with self._clock.phase(what):
+            yield
+
+    def add(self, counts: Counts) -> None:
+        """Notes what this process did in a round (collective), and where stage one stands."""
+        sums = self._run.world.sum([float(value) for value in vars(counts).values()])
+        self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
+        record = self._record()
+        self._run.metrics.log(KIND, **record)
+        self._bar.set_postfix_str(_rates(record), refresh=False)
+        self._bar.update(int(sums[0]))
+
+    def shares(self) -> dict[str, float]:
+        """Of all time since the start, by phase and wait, on this process."""
+        total = self._clock.total()
+        return {name: seconds / total for name, seconds in self._clock.seconds.items()}
+
+    def _record(self) -> dict[str, Any]:
+        done, seconds, total = self._done, self._clock.seconds, self._clock.total()
+        rate = done.rollouts / total
+        device = self._run.world.device
+        on_gpu = device.type == "cuda"
+        return {
+            "start": self._run.clock.started,
+            "rollouts": done.rollouts,
+            "rollouts_left": self._total - done.rollouts,
+            "seconds": total,
+            "rollouts_per_second": rate,
+            "eta_seconds": (self._total - done.rollouts) / rate if rate else None,
+            "generated_tokens_per_second": _ratio(done.generated_tokens, seconds["generate"]),
+            "scored_tokens_per_second": _ratio(done.scored_tokens, seconds["score"] + seconds["write"]),
+            "padding_waste": 1 - done.scored_tokens / done.padded_tokens if done.padded_tokens else 0.0,
+            **{f"share_{name}": share for name, share in self.shares().items()},
+            "memory_allocated_bytes": torch.cuda.memory_allocated(device) if on_gpu else 0,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _ratio(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0
+
+
+def _rates(record: dict[str, Any]) -> str:
+    generated, scored = record["generated_tokens_per_second"], record["scored_tokens_per_second"]
+    parts = [f"{generated:,.0f} tokens/s generated"] * bool(generated) + [f"{scored:,.0f} scored"] * bool(scored)
+    if record["peak_memory_bytes"]:
+        parts.append(
+            f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB, peak {record['peak_memory_bytes'] / 2**30:.1f}"
+        )
+    return ", ".join(parts)
+
+
+def last_line(run: Run) -> str:
+    """What the last record of this start of the run says, for people; empty if there is none (main process)."""
+    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == KIND and r["start"] == run.clock.started]
+    if not found:
+        return ""
+    last = found[-1]
+    shares = ", ".join(f"{last[f'share_{name}']:.1%} {text}" for name, text in _SHARES.items() if last[f"share_{name}"])
+    return (
+        f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a second: {_rates(last)};"
+        f" time: {shares}; padding {last['padding_waste']:.1%}"
+    )

@@ -1,0 +1,188 @@
+"""Stage one in two: processes that only generate and processes that only score, on GPUs of their own, meeting at the cache.
+
+The generator commits rows with signal `none` to a cache beside the main one (`Config.unscored_root`). The scorer follows
+it, scores whole committed units, and commits them to the main cache under the same unit names and row ids. Neither talks
+to the other: each can be stopped at any time and run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import cache
+from stages.data.prompts import Prompt
+from stages.loops import setup
+from stages.loops.collect import collect
+from stages.loops.progress import Counts, Progress
+from stages.loops.refresh import planned_units, scored_writer, tokenizer_json
+from stages.loops.scoring import Scoring, score_rows, teacher_head
+from stages.loops.setup import Vocabulary
+from stages.loops.writing import UnitWriter
+from stages.models.student import Student
+from stages.models.teacher import TeacherLoader
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+POLL_SECONDS = 1.0
+Policy = tuple[int, str]  # refresh index and policy hash: what one plan is for
+
+
+def generate_rollouts(
+    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], *, refresh_index: int, step: int
+) -> int:
+    """Writes, unscored, what neither cache has of refresh `refresh_index`; returns the number of units (collective)."""
+    config = run.config
+    author = setup.student_author(run, student, step)
+    units = planned_units(run, author, prompts, refresh_index)
+    scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
+    print_ = setup.unscored_fingerprint(config, vocabulary)
+    with cache.Writer(config.unscored_root, print_, tokenizer_json=tokenizer_json(vocabulary)) as writer:
+        return collect(run, units, author, None, writer, config.teacher_signal, elsewhere=scored)
+
+
+def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
+    """Scores the units of the run's refreshes from `refresh_index` on as they appear; returns how many (collective).
+
+    Ends when all planned rows of every policy that has written there are scored. UserError if no unit appears for
+    `score_patience` minutes.
+    """
+    config, world = run.config, run.world
+    inbox = Inbox(run, vocabulary, refresh_index)
+    num_left = world.gather(inbox.look().num_unscored if world.is_main else 0)[0]
+    if not num_left:
+        return 0
+    with run.clock.phase("load"):
+        loaded = teacher.get()
+        head = teacher_head(loaded.head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
+    scoring = Scoring(config.teacher_signal, vocabulary.size, vocabulary.tokenizer.pad_token_id)
+    num_units = 0
+    with (
+        scored_writer(config, vocabulary, head) as writer,
+        UnitWriter(writer) as writing,
+        Progress(run, num_left) as progress,
+    ):
+        while units := _next_units(run, inbox, progress):
+            own = units[world.rank] if world.rank < len(units) else None
+            rows = inbox.read(own) if own else []
+            counts = Counts(len(rows))
+            with progress.phase("score"):
+                score_rows(run, rows, scoring, loaded, writing, progress, counts)
+            if own:
+                writing.commit(own.unit)
+            num_units += len(units)
+            progress.add(counts)
+        with progress.waiting("write"):
+            writing.drain()
+    world.barrier()
+    return num_units
+
+
+def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.CommitRecord]:
+    """The main process' answer for all: at most one unit a rank; none when everything is scored."""
+    answer: list[cache.CommitRecord] | str = []
+    if run.world.is_main:
+        with progress.waiting("rows"):
+            answer = inbox.wait(run.world.size)
+    answer = run.world.gather(answer)[0]
+    if isinstance(answer, str):
+        raise UserError(answer)
+    inbox.taken.update(record.name for record in answer)
+    return answer
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there of the planned rows: `there` counts those of each policy that were generated, scored ones included."""
+
+    planned: int
+    there: dict[Policy, int]
+    num_unscored: int  # planned rows that the main cache lacks
+    ready: list[cache.CommitRecord]
+
+    @property
+    def num_missing(self) -> int:
+        """Planned rows that nobody has generated yet."""
+        return sum(max(0, self.planned - count) for count in self.there.values()) if self.there else self.planned
+
+    def __str__(self) -> str:
+        parts = [f"refresh {refresh} by policy {policy}: {count}" for (refresh, policy), count in self.there.items()]
+        return f"of {self.planned} planned rollouts there are {' and '.join(parts) or 'none'}"
+
+
+class Inbox:
+    """The unscored units of a run's refreshes from `first_refresh` on, as they are committed."""
+
+    def __init__(self, run: Run, vocabulary: Vocabulary, first_refresh: int) -> None:
+        self._run, self._first = run, first_refresh
+        self._fingerprint = setup.unscored_fingerprint(run.config, vocabulary)
+        self._snapshots: dict[str, cache.Snapshot] = {}
+        self.taken: set[str] = set()  # commit records that the processes of this world have scored, or are at
+
+    def wait(self, most: int) -> list[cache.CommitRecord] | str:
+        """At most `most` units that are ready; none if all planned rows are scored; a sentence if patience runs out."""
+        patience, since, told = 60 * self._run.config.rollout.score_patience, time.monotonic(), False
+        while True:
+            found = self.look()
+            if found.ready or not found.num_missing:
+                return found.ready[:most]
+            if time.monotonic() - since > patience:
+                return (
+                    f"no unit to score appeared at {self._run.config.unscored_root} for {patience / 60:g} minutes:"
+                    f" {found}. Is stages.rollout --role generate running with the same configuration? What is scored is kept."
+                )
+            if not told:
+                self._run.metrics.say(f"waiting for rollouts at {self._run.config.unscored_root}: {found}")
+                told = True
+            time.sleep(POLL_SECONDS)
+
+    def look(self) -> Found:
+        """What the two caches hold now."""
+        config = self._run.config
+        unscored, scored = self._rows(config.unscored_root), self._rows(config.cache_root)
+        policies = unscored.keys() or scored.keys()  # without any unscored row there may be nothing left to do
+        planned = config.refresh.rollouts_per_refresh
+        there = {policy: len(unscored[policy].keys() | scored[policy].keys()) for policy in sorted(policies)}
+        num_scored = sum(min(planned, len(scored[policy])) for policy in policies)
+        waiting = {
+            record.name: record
+            for policy in sorted(policies)
+            for row_id, record in unscored[policy].items()
+            if row_id not in scored[policy] and record.name not in self.taken
+        }
+        return Found(planned, there, planned * max(1, len(there)) - num_scored, list(waiting.values()))
+
+    def read(self, record: cache.CommitRecord) -> list[cache.Record]:
+        """The rows of a unit, in the order in which they were committed."""
+        root, end = self._run.config.unscored_root, time.monotonic() + 60 * self._run.config.rollout.score_patience
+        while (snapshot := self._open(root)) is None or record.name not in {r.name for r in snapshot.commit_records()}:
+            if time.monotonic() > end:  # a shared file system shows it to one node before the other
+                raise UserError(f"{root} does not show commits/{record.name} on this machine; is it the same folder?")
+            time.sleep(POLL_SECONDS)
+        return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
+
+    def _rows(self, root: str) -> dict[Policy, dict[str, cache.CommitRecord]]:
+        """The run's row ids in the cache at `root`, by policy, and the commit record of each."""
+        found: dict[Policy, dict[str, cache.CommitRecord]] = defaultdict(dict)
+        snapshot = self._open(root)
+        for record in snapshot.commit_records() if snapshot else []:
+            own = {
+                number: (refresh, policy)
+                for number, (run_id, _, policy, refresh) in enumerate(record.policies)
+                if run_id == self._run.run_id and refresh >= self._first
+            }
+            for row_id, number in zip(record.row_ids, record.policy_of_row, strict=True) if own else []:
+                if number in own:
+                    found[own[number]].setdefault(row_id, record)
+        return found
+
+    def _open(self, root: str) -> cache.Snapshot | None:
+        """The cache as it is now; None if nobody has written there yet."""
+        if root in self._snapshots:
+            self._snapshots[root] = self._snapshots[root].refresh()
+        elif cache.exists(root):
+            self._snapshots[root] = cache.open(root)
+            if root == self._run.config.unscored_root:
+                self._snapshots[root].fingerprint.compare(self._fingerprint, root)
+        return self._snapshots.get(root)

@@ -1,0 +1,219 @@
+"""Scoring: unscored rows -> teacher forwards of like lengths -> scored rows, one unit at a time.
+
+Shapes: N scored positions, D teacher width, V vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cache
+from dualkl import Head
+from dualkl.heads import prepare_head
+from dualkl.targets import compress
+from stages.data.alignment import align, at_scored
+from stages.data.batches import micro_batches, num_tokens
+from stages.loops.progress import Counts, Progress
+from stages.loops.writing import Landing, UnitWriter, to_numpy
+from stages.models.teacher import Teacher
+from stages.runtime.config import SignalSection
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+
+AUTO_SCORE_TOKENS = 16_384
+FORWARD_COST = 1 / 32  # of the budget: what a forward costs beside its tokens
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is kept of the teacher; `pad_id` and `vocab_size` are those of the rows' student."""
+
+    signal: SignalSection
+    vocab_size: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Rows, in order, and the teacher's columns of all their tokens, which are still on their way to the host."""
+
+    rows: list[cache.Record]
+    landing: Landing
+    hidden_dtype: str
+
+    def records(self) -> Iterator[cache.Record]:
+        """The scored rows. UserError if the teacher gave what is no number."""
+        columns = self.landing.arrays()
+        for name in ("teacher_logprobs", "teacher_entropy"):
+            if not np.isfinite(columns[name]).all():
+                raise UserError(
+                    f"the teacher gave NaN or infinite values ({name}) in the unit of row {self.rows[0].row_id}; nothing of"
+                    " it was kept. Check its weights and teacher_dtype."
+                )
+        start = 0
+        for row in self.rows:
+            part = slice(start, start + len(row.completion_ids))
+            own = {name: array[part] for name, array in columns.items()}
+            plain = {name: array for name, array in own.items() if not name.startswith("signal_")}
+            yield replace(row, signal=self._signal(own), **plain)
+            start = part.stop
+
+    def _signal(self, own: dict[str, np.ndarray]) -> cache.Signal:
+        if "signal_ids" in own:
+            return cache.TopK(own["signal_ids"], own["signal_logprobs"], own["log_tail_mass"], temperature=1.0)
+        if "signal_hidden" in own:
+            return cache.Hidden(own["signal_hidden"], self.hidden_dtype)
+        return cache.Full(own["signal_logits"], self.hidden_dtype)
+
+
+def score_rows(run: Run, rows: list[cache.Record], scoring: Scoring, teacher: Teacher, writing: UnitWriter,
+               progress: Progress, counts: Counts) -> None:  # fmt: skip
+    """Scores a unit's rows (none: a rank without a unit), hands them to the writer and counts them (collective under ZeRO-3).
+
+    The host is one forward behind the device, which so has always one more to do.
+    """
+    lengths = [num_tokens(row) for row in rows]
+    cut = packed_batches if teacher.packs else scoring_batches
+    batches = cut(lengths, _max_rows(run), score_budget(run))
+    for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
+        with progress.waiting("write"):
+            writing.append(scored.records())
+    counts.scored_tokens = sum(lengths)
+    padded = 0 if teacher.packs else sum(len(batch) * lengths[batch[0]] for batch in batches)
+    counts.padded_tokens = padded or counts.scored_tokens
+
+
+def score_budget(run: Run) -> int:
+    """Tokens, padding included, of one scoring forward: `score_tokens`, or what `auto` stands for."""
+    tokens = run.config.rollout.score_tokens
+    return AUTO_SCORE_TOKENS if tokens == "auto" else tokens
+
+
+def _max_rows(run: Run) -> int | None:
+    rows = run.config.rollout.lp_micro_batch
+    return None if rows == "auto" else rows
+
+
+def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """Row indices of each scoring forward, the longest rows first: like lengths together, every row once.
+
+    A forward holds at most `max_rows` rows and `max_tokens` tokens with padding, or one row. Of all cuts of the sorted
+    rows this is the one with the least padded tokens, each forward counted as `FORWARD_COST` of the budget more.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    num_rows = len(order)
+    least = np.zeros(num_rows + 1)  # cost of all rows from here to the shortest
+    end = np.zeros(num_rows, int)  # of the batch that begins here
+    for first in reversed(range(num_rows)):
+        longest = lengths[order[first]]
+        most = max(1, min(max_tokens // longest, max_rows or num_rows, num_rows - first))
+        costs = np.arange(1, most + 1) * longest + FORWARD_COST * max_tokens + least[first + 1 : first + most + 1]
+        end[first] = first + 1 + int(costs.argmin())
+        least[first] = costs.min()
+    batches, first = [], 0
+    while first < num_rows:
+        batches.append(order[first : end[first]])
+        first = int(end[first])
+    return batches
+
+
+def packed_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """The same for rows that lie one after the other without padding: in order, each forward as full as it gets."""
+    return list(micro_batches(range(len(lengths)), lengths.__getitem__, max_rows, max_tokens, packed=True))
+
+
+def _forwards(
+    run: Run, rows: list[cache.Record], batches: list[list[int]], scoring: Scoring, teacher: Teacher
+) -> Iterator[ScoredBatch]:
+    """The scored batches of this rank; ranks with fewer join the others' forwards with dummies."""
+    num_forwards = int(run.world.max([len(batches)])[0]) if teacher.is_collective else len(batches)
+    for index in range(num_forwards):
+        if index >= len(batches):
+            teacher.dummy()
+            continue
+        yield from _forward([rows[i] for i in batches[index]], scoring, teacher)
+
+
+def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
+    """One batch; of signal `full` one for each row, whose logits alone are large."""
+    hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
+    columns = teacher_columns(hidden_ND, teacher.head, targets_N, scoring.signal, scoring.vocab_size)
+    dtype = "bfloat16" if hidden_ND.dtype == torch.bfloat16 else "float32"
+    if scoring.signal.signal != "full":
+        yield ScoredBatch(rows, Landing(columns), dtype)
+        return
+    start = 0
+    for row in rows:
+        part = slice(start, start + len(row.completion_ids))
+        own = {name: column[part] for name, column in columns.items()}
+        own["signal_logits"] = full_logits(hidden_ND[part], teacher.head, scoring.vocab_size)
+        yield ScoredBatch([row], Landing(own), dtype)
+        start = part.stop
+
+
+def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """The teacher's hidden states [N, D] at the scored positions of `rows`, and the tokens [N] that they predict."""
+    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
+
+
+def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
+    """The same batches, each when it is on the host: by then the device has the next forward to do."""
+    before: ScoredBatch | None = None
+    for batch in batches:
+        if before is not None:
+            before.landing.wait()
+            yield before
+        before = batch
+    if before is not None:
+        before.landing.wait()
+        yield before
+
+
+def teacher_columns(
+    hidden_ND: Tensor, head: Head, targets_N: Tensor, signal: SignalSection, vocab_size: int
+) -> dict[str, Tensor]:
+    """Per scored token what every row stores, and under `signal_*` what only its signal needs."""
+    kind = signal.signal
+    keeps_ids = kind in ("topk", "nucleus")
+    k = min(signal.signal_k, vocab_size) if keeps_ids else 1
+    kept = compress(
+        hidden_ND,
+        head,
+        targets_N,
+        k=k,
+        p=signal.signal_p if kind == "nucleus" else 1.0,
+        floor=min(signal.signal_floor, k) if kind == "nucleus" else 1,
+        vocab_size=vocab_size,
+    )
+    columns = {
+        "teacher_logprobs": kept.sampled_logprobs,
+        "teacher_entropy": kept.entropy,
+        "log_tail_mass": kept.log_tail_mass if keeps_ids else torch.full_like(kept.entropy, -torch.inf),
+        "top1_id": kept.ids[:, 0],
+        "top1_logprob": kept.logprobs[:, 0],
+    }
+    if keeps_ids:
+        return columns | {"signal_ids": kept.ids, "signal_logprobs": kept.logprobs}
+    return columns | ({"signal_hidden": hidden_ND} if kind == "hidden" else {})
+
+
+def full_logits(hidden_TD: Tensor, head: Head, vocab_size: int) -> Tensor:
+    """The logits [T, V] of one rollout in the teacher's dtype."""
+    prepared = prepare_head(head, hidden_TD, vocab_size)
+    return prepared.logits(hidden_TD.to(prepared.weight_Vd.dtype)).to(hidden_TD.dtype)
+
+
+def teacher_head(head: Head, vocab_size: int) -> cache.TeacherHead:
+    """The head as a `hidden` cache stores it, cut to the shared vocabulary."""
+    dtype = "bfloat16" if head.weight.dtype == torch.bfloat16 else "float32"
+    bias = None if head.bias is None else to_numpy(head.bias[:vocab_size].float())
+    return cache.TeacherHead(
+        to_numpy(head.weight[:vocab_size]), dtype, bias=bias, scale=head.scale, softcap=head.softcap or 0.0
+    )

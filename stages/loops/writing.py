@@ -1,0 +1,112 @@
+"""From the device to the shards beside the next forward: copies that nobody waits for, and a thread that writes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from queue import Queue
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cache
+
+JOBS_AHEAD = 2  # scored batches that may wait for the thread: what bounds its memory
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A CPU copy; bfloat16, which numpy lacks, as uint16 bit patterns."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+class Landing:
+    """Tensors on their way to host memory: on CUDA through pinned buffers, with one event for all of them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._host = {name: _start_copy(tensor.detach()) for name, tensor in tensors.items()}
+        self._event: torch.cuda.Event | None = None
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Returns when everything has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What arrived, as `to_numpy` gives it."""
+        self.wait()
+        return {name: to_numpy(tensor) for name, tensor in self._host.items()}
+
+
+def _start_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class UnitWriter:
+    """Encodes, appends and commits in a thread of its own, in the order of the calls and at most `JOBS_AHEAD` of them behind.
+
+    A context manager. What goes wrong in the thread is raised by the next call, or at the end of the block; nothing is
+    written after it. An exception in the block gives up what was not begun, and leaving waits for the thread either way.
+    The `cache.Writer` belongs to the thread until then.
+    """
+
+    def __init__(self, writer: cache.Writer) -> None:
+        self._writer = writer
+        self._jobs: Queue[Callable[[], object] | None] = Queue(JOBS_AHEAD)
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._work, name="unit-writer", daemon=True)
+
+    def append(self, rows: Iterable[cache.Record]) -> None:
+        """Appends rows, which the thread takes one after the other."""
+        self._put(lambda: [self._writer.append(row) for row in rows])
+
+    def commit(self, unit: str) -> None:
+        """Commits, under this name, the rows appended since the commit before."""
+        self._put(lambda: self._writer.commit(unit))
+
+    def drain(self) -> None:
+        """Waits until everything so far is done."""
+        self._jobs.join()
+        self._raise()
+
+    def _put(self, job: Callable[[], object]) -> None:
+        self._raise()
+        self._jobs.put(job)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._error is None and not self._given_up:
+                    job()
+            except BaseException as error:  # the caller raises it
+                self._error = error
+            finally:
+                self._jobs.task_done()
+                del job  # and with it the batch
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._given_up = kind is not None
+        self._jobs.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise()

@@ -1,0 +1,47 @@
+"""`bench/stage_one_teacher.py` at a tiny shape on the CPU: its figures, and resuming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import stage_one_teacher
+from tests.helpers import Forker
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    stage_one_teacher.main(["--device", "cpu", "--tiny", "--out", str(folder), *arguments])
+    return json.loads((folder / "stage_one_teacher.json").read_text())["cpu"]
+
+
+def test_scoring_has_its_rates_and_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bench(tmp_path, "--only", "scoring")["scoring"]
+    assert found["scored_share_of_bare"] == pytest.approx(
+        found["scored_tokens_per_second"] / found["bare_tokens_per_second"]
+    )
+    assert found["backbone_tokens_per_second"] > 0
+    assert 0 <= found["share_waiting_for_writer"] < 1
+    monkeypatch.setattr(stage_one_teacher, "CELLS", {"scoring": lambda *_: pytest.fail("measured again")})
+    assert bench(tmp_path, "--only", "scoring")["scoring"] == found
+
+
+def test_zero3_says_what_plain_says(tmp_path: Path, forked: Forker) -> None:
+    forked.call(bench, tmp_path, "--only", "zero3").expect_success()  # in a process of its own: it sets DeepSpeed up
+    found = json.loads((tmp_path / "stage_one_teacher.json").read_text())["cpu"]["zero3"]
+    assert found["max_logprob_gap_zero3_plain"] <= found["max_logprob_gap_plain_fp32"]
+    assert found["zero3_share_of_plain"] > 0
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    for name, billions in (("32B", 32.8), ("8B", 8.2)):
+        config = Qwen3Config(
+            vocab_size=stage_one_teacher.VOCABULARY, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+            **stage_one_teacher.SHAPES[name],
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.1)

@@ -18,6 +18,7 @@ import json
 
 from stages.loops import measure, setup
 from stages.models.teacher import TeacherLoader
+from stages.runtime import checkpoint
 from stages.runtime.errors import command
 from stages.runtime.run import open_run
 
@@ -28,6 +29,8 @@ def main() -> None:
     vocabulary = setup.shared_vocabulary(run.config) if has_teacher else setup.cached_vocabulary(run.config)
     evaluation = measure.open_evaluation(run, vocabulary)
     student, position = setup.current_student(run, vocabulary)
+    if run.config.train.export_checkpoint == "best":  # what was exported is what is measured
+        checkpoint.load_best(run.folder / "checkpoints", student.trainable)
     label = "after" if position.step else "before"
     with TeacherLoader(run.config, run.world) as teacher:
         found = {

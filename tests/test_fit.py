@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import cache
 from dualkl import Head
+from stages import evaluate
 from stages import train as stage_two
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
@@ -515,6 +517,12 @@ def test_the_best_student_is_exported_on_request(tmp_path: Path, monkeypatch: py
     newest = checkpoint.latest(run.folder / "checkpoints")
     assert newest is not None
     assert_same_weights(weights_in(newest), seen[2])
+    said = iter([0.4])
+    monkeypatch.setattr("sys.argv", ["evaluate", *small(tmp_path, **(TINY | {"lora_dropout": 0.1} | values))])
+    monkeypatch.setattr(evaluate, "TeacherLoader", lambda *_: nullcontext())
+    monkeypatch.setattr(evaluate.measure, "measure", lambda _, student, *rest: measured(None, student))
+    evaluate.main()
+    assert_same_weights(seen[3], seen[1])
 
 
 def test_a_flipped_bit_of_the_best_weights_is_noticed(tmp_path: Path, caches: Callable[..., str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from stages import train as stage_two
 from stages.loops import fit
+from stages.loops.drift import Drift
 from stages.runtime.errors import UserError, command
 from tests.helpers import Forker, small, torchrun
 from tests.tiny_runs import TINY
@@ -37,10 +38,10 @@ def refuse_on_one_rank(arguments: list[str]) -> None:
     """In a process of its own: stage two, in which rank 1 refuses its second step."""
     step = fit.train_step
 
-    def refusing(run: object, training: fit.Training, *rest: object) -> None:
+    def refusing(run: object, training: fit.Training, *rest: object) -> Drift:
         if training.step == 1 and run.world.rank == 1:  # type: ignore[attr-defined]
             raise UserError("rank 1 cannot go on.")
-        step(run, training, *rest)  # type: ignore[arg-type]
+        return step(run, training, *rest)  # type: ignore[arg-type]
 
     fit.train_step = refusing  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:

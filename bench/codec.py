@@ -16,7 +16,9 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -358,6 +360,25 @@ def matrices(states: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[str, ca
     yield "full, bf16", cache.Full(bits(states[:rows] @ head.T), "bfloat16")
 
 
+def disk_speed(folder: Path, megabytes: int = 512) -> dict[str, float]:
+    """What the disk below `folder` takes and gives: a file of random bytes, written to the platter and read past the page cache."""
+    block = np.random.default_rng(0).bytes(10**6)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        for _ in range(megabytes):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        writing = time.perf_counter() - started
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        file.seek(0)
+        while file.read(10**7):
+            pass
+        reading = time.perf_counter() - started
+    return {"write_mb_per_second": megabytes / writing, "read_mb_per_second": megabytes / reading}
+
+
 def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
@@ -387,8 +408,9 @@ def measure(options: argparse.Namespace) -> None:
         found[form.name] = measure_format(form, top_k(states, head, k, 1.0), student_states, student_head)
     for name, signal in matrices(states, head):
         found[name] = measure_matrix(signal)
-    found["machine"] = {"torch": torch.__version__, "device": options.device}
     options.out.mkdir(parents=True, exist_ok=True)
+    found["disk"] = disk_speed(options.out)
+    found["machine"] = {"torch": torch.__version__, "device": options.device}
     path = options.out / "codec.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(everything | {options.name: found}, indent=1))
@@ -407,7 +429,8 @@ def table(found: dict[str, Any]) -> str:
         elif isinstance(row, dict) and "share_of_raw" in row:
             lines.append(
                 f"{name:<48}{row['bytes_per_token']:>8.1f} B {100 * row['share_of_raw']:.1f} % of raw,"
-                f" {row['encode_mb_per_second']:.0f} / {row['decode_mb_per_second']:.0f} MB/s"
+                f" {row['encode_mb_per_second']:.0f} / {row['decode_mb_per_second']:.0f} MB/s, of raw bytes;"
+                f" the disk {found['disk']['write_mb_per_second']:.0f} / {found['disk']['read_mb_per_second']:.0f} MB/s"
             )
     return "\n".join(lines)
 

@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from dualkl.divergences import gather_logprobs
+from stages.data.alignment import align, at_scored
 from stages.models import teacher
 from stages.runtime import config as configuration
 from stages.runtime import distributed, metrics
@@ -77,13 +79,13 @@ def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, 
     """Distances of the plain bf16 and the ZeRO-3 bf16 teacher from the fp32 model, on the same random tokens."""
     world = distributed.start(device)
     arguments = ["--teacher_model", str(models / "teacher"), "--device", device]
-    ids = torch.randint(100, 151_000, (2, num_tokens), generator=torch.Generator().manual_seed(0)).to(world.device)
-    mask = torch.ones_like(ids)
+    rows = np.random.default_rng(0).integers(100, 151_000, (2, num_tokens))
+    aligned = align(list(rows[:, :1]), list(rows[:, 1:]), 0, world.device)
 
     def score(extra: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         loaded = teacher.load_teacher(configuration.parse_arguments([*arguments, *extra], ""), world)
-        hidden = loaded.hidden(ids, mask)[:, :-1].flatten(0, 1)
-        logprobs = gather_logprobs(hidden, loaded.head, ids[:, 1:].flatten())
+        hidden = at_scored(loaded.hidden(aligned), aligned)
+        logprobs = gather_logprobs(hidden, loaded.head, aligned.targets)
         hidden = hidden.float()
         loaded.close()
         return hidden, logprobs

@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # a pager or `head` that has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a root that is a file, a folder that may not be changed
+        print(f"error: {error.filename or args.root}: {error.strerror or error}; mend that and rerun.", file=sys.stderr)
+        return WRONG_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:

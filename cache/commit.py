@@ -62,9 +62,10 @@ def unseal(path: str, data: bytes, advice: str) -> dict[str, Any]:
     try:
         body = json.loads(data)
         digest = body.pop("sha256")
+        sealed = seal(body)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is not a sealed JSON file ({len(data)} bytes). {advice}") from error
-    if seal(body) != data:
+    if sealed != data:
         actual = hashlib.sha256(canonical_json(body)).hexdigest()
         raise CacheError(f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}")
     assert isinstance(body, dict)
@@ -154,11 +155,18 @@ def _parse(path: str, data: bytes) -> CommitRecord:
 
 
 def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """All commit records by file name, in its order; those in `known` are not read again."""
+    """All commit records by file name, in its order; those in `known` are not read again while their shard is there.
+
+    Rows that were withdrawn and written again have the record's name of before and another shard.
+    """
     found = record_names(store)
-    paths = [record_path(name) for name in found if name not in known]
-    read = {name: _parse(store.path(name), data) for name, data in zip(paths, store.read_many(paths), strict=True)}
-    return {name: known.get(name) or read[record_path(name)] for name in found}
+    shards = store.sizes(SHARDS) if known else {}
+    kept = {name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards}
+    missing = [name for name in found if name not in kept]
+    for name, data in zip(missing, store.read_many([record_path(name) for name in missing]), strict=True):
+        if data is not None:
+            kept[name] = _parse(store.path(record_path(name)), data)
+    return {name: kept[name] for name in found if name in kept}
 
 
 def record_names(store: Store) -> list[str]:

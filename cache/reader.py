@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from cache import codec, commit
 from cache.commit import CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
 from cache.heads import load_head
 from cache.schema import SCALAR_COLUMNS, SCHEMA, TOKEN_COLUMNS, Array, CacheError, Record, TeacherHead
 from cache.shard import advice, read_batch
@@ -167,8 +168,21 @@ class Snapshot(Sequence[Record]):
         return load_head(self.store)
 
     def tokenizer_file(self) -> Path | None:
-        """A local tokenizer.json, to be opened by `tokenizers`; None in a cache that was begun without."""
-        return None if self.store.size(commit.TOKENIZER) is None else self.store.local_copy(commit.TOKENIZER)
+        """A local tokenizer.json, to be opened by `tokenizers`; None in a cache that was begun without, or has lost it.
+
+        CacheError if it is not the one that the cache was begun with.
+        """
+        expected = tokenizer_digest(self.store)
+        if expected is None or self.store.size(commit.TOKENIZER) is None:
+            return None
+        path = self.store.local_copy(commit.TOKENIZER)
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        if actual != expected:
+            raise CacheError(
+                f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says {expected[:8]}…."
+                " Put the tokenizer's tokenizer.json there; rows do not depend on it."
+            )
+        return path
 
     def refresh(self) -> Snapshot:
         """A newer snapshot; what this one has read and checked is shared with it."""

@@ -40,8 +40,8 @@ class Finding:
 def verify(root: Root) -> list[Finding]:
     """All faults of the cache at `root`, empty if it is sound; damage never raises.
 
-    CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards without a commit record are no faults:
-    readers ignore them.
+    CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards
+    without a commit record are no faults: readers ignore them.
     """
     store = open_store(root)
     record_names = commit.record_names(store)

@@ -113,7 +113,13 @@ class Store(ABC):
     def read(self, name: str) -> bytes: ...
 
     @abstractmethod
-    def read_many(self, names: list[str]) -> list[bytes]: ...
+    def read_many(self, names: list[str]) -> list[bytes | None]:
+        """Whole files; None for one that is not there (any more)."""
+
+    def read_or_none(self, name: str) -> bytes | None:
+        with suppress(FileNotFoundError):
+            return self.read(name)
+        return None
 
     @abstractmethod
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
@@ -163,6 +169,17 @@ def open_store(root: Root) -> Store:
     return ObjectStore(text)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """A file that this user may not read says nothing of its content: StoreError, which is no damage."""
+    try:
+        yield path
+    except PermissionError as error:
+        raise StoreError(
+            f"{path}: no permission to read it; nothing was changed: look at its owner and mode, and rerun."
+        ) from error
+
+
 class LocalStore(Store):
     """A directory on a file system with hard links and atomic rename."""
 
@@ -175,36 +192,36 @@ class LocalStore(Store):
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        with suppress(FileNotFoundError), os.scandir(self._folder / folder) as entries:
+        with _reading(self._folder / folder) as path, suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # a temporary file that was published since
                     found[entry.name] = entry.stat().st_size
         return found
 
     def size(self, name: str) -> int | None:
-        try:
-            return (self._folder / name).stat().st_size
-        except FileNotFoundError:
-            return None
+        with _reading(self._folder / name) as path, suppress(FileNotFoundError):
+            return path.stat().st_size
+        return None
 
     def modified(self, name: str) -> float:
         return (self._folder / name).stat().st_mtime
 
     def read(self, name: str) -> bytes:
-        return (self._folder / name).read_bytes()
+        with _reading(self._folder / name) as path:
+            return path.read_bytes()
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        return [self.read(name) for name in names]
+    def read_many(self, names: list[str]) -> list[bytes | None]:
+        return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
-        with pa.memory_map(self.path(name)) as source:
+        with _reading(self._folder / name) as path, pa.memory_map(str(path)) as source:
             if offset >= source.size():
                 return pa.py_buffer(b"")
             source.seek(offset)
             return source.read_buffer(num_bytes)
 
     def hash(self, name: str) -> str:
-        with (self._folder / name).open("rb") as file:
+        with _reading(self._folder / name) as path, path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def local_copy(self, name: str) -> Path:
@@ -290,11 +307,11 @@ class ObjectStore(Store):
         with self._requests():
             return bytes(self._fs.cat_file(self._key(name)))
 
-    def read_many(self, names: list[str]) -> list[bytes]:
+    def read_many(self, names: list[str]) -> list[bytes | None]:
         if not names:
             return []
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.read, names))
+            return list(pool.map(self.read_or_none, names))
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
         with self._requests():

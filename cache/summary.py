@@ -20,12 +20,16 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     """Plain JSON: counts, sizes in bytes, policies, and quantiles over tokens (entropies in nats, tail mass a share).
 
     `bytes` are all bytes of the cache that count: shards, commit records, fingerprint, tokenizer and teacher head;
-    `signal_bytes` those that packed signals take in the shards. Both per scored token are None without rows.
+    `signal_bytes` those that packed signals take in the shards. Both per scored token are None without rows. The `age`
+    of a policy is in optimizer steps, counted at the newest policy of its run.
     """
     records, index = snapshot.commit_records(), snapshot.index
     totals = merge(record.statistics for record in records)
     tokens = sum(index["num_completion_tokens"].to_pylist())
     policies = Counter(zip(*(index[name].to_pylist() for name in _POLICY), strict=True))
+    newest: dict[str, int] = {}
+    for run, step, *_ in policies:
+        newest[run] = max(step, newest.get(run, step))
     sizes = _sizes(snapshot)
     return {
         "root": snapshot.root,
@@ -38,7 +42,10 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
         **sizes,
         "bytes_per_token": sizes["bytes"] / tokens if tokens else None,
         "signal_bytes_per_token": totals.signal_bytes / totals.scored_tokens if tokens else None,
-        "policies": [dict(zip(_POLICY, key, strict=True), rows=n) for key, n in sorted(policies.items())],
+        "policies": [
+            {**dict(zip(_POLICY, key, strict=True)), "age": newest[key[0]] - key[1], "rows": n}
+            for key, n in sorted(policies.items())
+        ],
         "refresh_indices": _count(index["refresh_index"].to_pylist()),
         "finish_reasons": dict(totals.finish_reasons),
         "quantiles": {name: quantiles(histogram, QUANTILES) for name, histogram in totals.histograms.items()},

@@ -63,6 +63,10 @@ def prune(
     snapshot = open_cache(root)
     if [max_age is not None, bool(policies), max_bytes is not None].count(True) != 1:
         raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
+    if max_age is None and (at_step, run_id) != (None, None):
+        raise CacheError(
+            "at_step and run_id belong to an age; policies and sizes are of all runs. Nothing was removed."
+        )
     if max_age is not None:
         plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
     elif policies:
@@ -201,7 +205,9 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
     ):
         store.check_create()
         tokenizer = first.tokenizer_file()
-        stored = store_fingerprint(store, first.fingerprint, tokenizer.read_text() if tokenizer else None, None)
+        text = tokenizer.read_bytes().decode() if tokenizer else None
+        committed_as = next((record.fingerprint for record in commit.read_records(store, {}).values()), None)
+        stored = store_fingerprint(store, first.fingerprint, text, committed_as)
         for snapshot in snapshots:
             if head_digest(store) is None and (head := snapshot.head()):
                 store_head(store, head)

@@ -69,11 +69,11 @@ def _quantile_lines(quantiles: dict[str, dict[str, float] | None]) -> Iterator[s
 
 def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
-    yield f"{'run':<34}{'policy step':>12}  {'policy':<18}{'refresh':>8}{'rows':>10}"
+    yield f"{'run':<34}{'policy step':>12}{'age':>8}  {'policy':<18}{'refresh':>8}{'rows':>10}"
     for policy in policies[-_MOST_POLICIES:]:
         run, name = fit(policy["run_id"], 33), fit(policy["policy_hash"], 17)
-        step, refresh = policy["policy_step"], policy["refresh_index"]
-        yield f"{run:<34}{step:>12,}  {name:<18}{refresh:>8,}{policy['rows']:>10,}"
+        step, age, refresh = policy["policy_step"], policy["age"], policy["refresh_index"]
+        yield f"{run:<34}{step:>12,}{age:>8,}  {name:<18}{refresh:>8,}{policy['rows']:>10,}"
     if len(policies) > _MOST_POLICIES:
         yield f"({len(policies) - _MOST_POLICIES} earlier policies are in --json)"
 

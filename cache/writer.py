@@ -127,12 +127,14 @@ class Writer:
         if self.fingerprint.rules.kind == "hidden" and self._head is None:
             raise CacheError(f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun.")
         record = shard.publish(unit, stem, self.fingerprint.digest, self._head)
-        is_first = None
         try:
             is_first = commit.write_record(self.store, record)
-        finally:
-            if is_first is False or (is_first is None and self.store.size(commit.record_path(record.name)) is None):
+        except OSError:  # of a directory; a put to an object store that failed here may still arrive: its shard stays
+            if self.store.size(commit.record_path(record.name)) is None:
                 self.store.remove(record.shard)
+            raise
+        if not is_first:
+            self.store.remove(record.shard)
         return record if is_first else None
 
     @property

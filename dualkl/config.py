@@ -1,4 +1,4 @@
-"""The settings of the gated dual KL, checked when they are made."""
+"""The settings of the loss, checked when they are made."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,12 @@ from typing import Literal
 TAIL_FLOOR = 1e-8
 """Smallest probability that the teacher's tail bucket is taken to hold."""
 
-_CHOICES = {"gating": ("soft", "hard", "fixed"), "rkl": ("exact", "mc"), "fkl": ("full", "argmax")}
+_CHOICES = {
+    "gating": ("soft", "hard", "fixed"),
+    "rkl": ("exact", "mc"),
+    "fkl": ("full", "argmax"),
+    "objective": ("gated", "jsd"),
+}
 
 
 @dataclass(frozen=True)
@@ -17,16 +22,19 @@ class DualKLConfig:
         tau: reverse KL at which the gate is one half (soft) or closes (hard).
         alpha: steepness of the soft gate per nat. With alpha * tau < 4 the gate is close to a constant mix.
         gating: "soft" λ = sigmoid(alpha (tau - R)); "hard" λ = 1[R <= tau]; "fixed" λ = mix.
-        mix: weight of the reverse KL under gating="fixed".
+        mix: weight of the reverse KL under gating="fixed"; β under objective="jsd".
         rkl: "exact" sums over the vocabulary; "mc" is the score-function estimate at the sampled token.
         fkl: "full" forward KL; "argmax" cross-entropy on the teacher's most likely token (lowers entropy).
         temperature: divides both logits. No T² factor, so the gradient by the logits is g / T.
         importance_cap: upper bound of the importance ratio of rkl="mc"; inf leaves it unbiased.
         tail_floor: least mass of the teacher's tail bucket; rows below it are reported as floored.
         vocab_size: both vocabularies are cut to this many ids before every softmax; None cuts nothing.
+        objective: "gated" mixes the two divergences; "jsd" is the generalised Jensen-Shannon divergence of
+            arXiv 2306.13649, β KL(teacher || m) + (1 - β) KL(student || m) with m = β teacher + (1 - β) student and
+            β = mix in (0, 1). It has no gate and no sampled form: gating="fixed", rkl="exact" and fkl="full".
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: an unknown name, a number out of its range, or an objective that the other settings do not fit.
     """
 
     tau: float = 1.0
@@ -39,6 +47,7 @@ class DualKLConfig:
     importance_cap: float = 5.0
     tail_floor: float = TAIL_FLOOR
     vocab_size: int | None = None
+    objective: Literal["gated", "jsd"] = "gated"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -53,6 +62,12 @@ class DualKLConfig:
         _check_range("tail_floor", self.tail_floor, 0 <= self.tail_floor < 1, "a probability in [0, 1)")
         if self.vocab_size is not None:
             _check_range("vocab_size", self.vocab_size, self.vocab_size >= 1, "a number of ids >= 1, or None")
+        if self.objective == "jsd":
+            _check_range("mix", self.mix, 0 < self.mix < 1, "β in (0, 1) under objective 'jsd', which is 0 at 0 and 1")
+            for name, needed in (("gating", "fixed"), ("rkl", "exact"), ("fkl", "full")):
+                value = getattr(self, name)
+                if value != needed:
+                    raise ValueError(f"{name} is {value!r}; objective 'jsd' knows only {needed!r}.")
 
 
 def check_temperature(temperature: float) -> None:

@@ -150,6 +150,18 @@ def divergences_(logp_NC: Tensor, logq_NC: Tensor) -> tuple[Tensor, Tensor, Tens
     return product_NC.sum(1).clamp_(min=0), fkl_N, product_NC
 
 
+def over_mixture(ratio_NC: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(ln p/m, ln q/m) of the mixture m = β q + (1 - β) p, given ln p/q. Exact to rounding however near p and q are.
+
+    The larger side's is -ln(1 + w (e^-|ln p/q| - 1)), with w the other side's weight in m; the two differ by ln p/q.
+    """
+    student_larger_NC = ratio_NC >= 0
+    weight_NC = torch.full_like(ratio_NC, 1 - beta).masked_fill_(student_larger_NC, beta)
+    larger_NC = ratio_NC.abs().neg_().expm1_().mul_(weight_NC).log1p_().neg_()
+    student_NC = torch.where(student_larger_NC, larger_NC, larger_NC + ratio_NC)
+    return student_NC, torch.where(student_larger_NC, larger_NC - ratio_NC, larger_NC)
+
+
 @dataclass(frozen=True, eq=False)
 class Bucket:
     """A top-k teacher as K + 1 outcomes. `index_NK` is `ids` with slot 0's id (or 0) in empty slots."""

@@ -36,10 +36,10 @@ class DualKLOutput:
     float32, or float64 for float64 hidden states. Positions of weight 0 hold 0.
 
     Attributes:
-        loss: Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n), a scalar.
+        loss: Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n), or of the Jensen-Shannon divergences; a scalar.
         rkl: R = KL(student || teacher), whatever the estimator; bucketed for a top-k teacher.
         fkl: F = KL(teacher || student), likewise.
-        gate: λ, the weight of the reverse KL.
+        gate: λ, the weight of the reverse KL; β under objective="jsd".
         floored: where a top-k teacher's tail was below `tail_floor`; False for dense teachers.
         student_logprobs: ln p(y) of the sampled tokens, or None without `sampled`.
         student_log_tail_mass: ln of the student's mass outside a top-k teacher's kept ids (-1e30 for none), or None.
@@ -72,7 +72,8 @@ def dual_kl(
         R = KL(p || q) = Σ_j p_j l_j,  F = KL(q || p) = -Σ_j q_j l_j,  λ = gate(R), detached (`dualkl.gates`),
         loss = Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n).
     r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
-    cross-entropy on the teacher's most likely token (fkl="argmax"). Forward and reverse KL for distillation on the
+    cross-entropy on the teacher's most likely token (fkl="argmax"). objective="jsd" has the generalised Jensen-Shannon
+    divergence in place of the bracket (`DualKLConfig`), R and F being reported as ever. Forward and reverse KL for distillation on the
     student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.steps`).
 
     Logits exist for a chunk of positions at a time, and the gradient is computed together with the loss: backward
@@ -201,6 +202,7 @@ def _step_for(
 
         return fused.steps(teacher, head, hidden, num_ids, config, differentiate, chunk_rows)
     num_buffers = (2 if isinstance(teacher, TopKTeacher) else 4) + (head.softcap is not None)
+    num_buffers += 3 * (config.objective == "jsd" and not isinstance(teacher, TopKTeacher))
     chunks = row_chunks(hidden.shape[0], chunk_rows, num_ids, num_buffers, hidden)
     return plain_steps(teacher, head, hidden, num_ids, config, differentiate), chunks
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dualkl.config import DualKLConfig
-from dualkl.divergences import Bucket, Split, bucket_teacher, divergences_, split_student_
+from dualkl.divergences import Bucket, Split, bucket_teacher, divergences_, over_mixture, split_student_
 from dualkl.estimators import sampled_reverse_kl
 from dualkl.gates import gate
 from dualkl.heads import PreparedHead
@@ -175,6 +175,8 @@ def _mix_outcomes_(
     config: DualKLConfig,
 ) -> _Mix:
     """Divergences, gate, loss and scaled gradient over C outcomes; the gradient ends in `logp_NC`'s storage."""
+    if config.objective == "jsd":
+        return _jensen_shannon_(logp_NC, logq_NC, scale_N, config)
     cross_entropy_N = None if top_N1 is None else -logp_NC.gather(1, top_N1)[:, 0]
     rkl_N, fkl_N, product_NC = divergences_(logp_NC, logq_NC)
     gate_N = gate(rkl_N, config)
@@ -192,6 +194,24 @@ def _mix_outcomes_(
         onehot_N = None if advantage_N is None else reverse_N1[:, 0] * advantage_N
         _outcome_gradient_(logp_NC, logq_NC, product_NC, rkl_N, reverse_N1, forward_N1, onehot_N, top_N1)
     return _Mix(rkl_N, fkl_N, gate_N, loss_N, logp_NC, onehot_N)
+
+
+def _jensen_shannon_(logp_NC: Tensor, logq_NC: Tensor, scale_N: Tensor | None, config: DualKLConfig) -> _Mix:
+    """`_mix_outcomes_` for objective="jsd": the gradient is (1 - β) p_c [ln(p_c / m_c) - KL(p || m)].
+
+    The divergence is summed as Σ_c β q_c ln(q_c / m_c) + (1 - β) p_c ln(p_c / m_c): no term of it is negative, so that
+    it keeps its digits near 0, where the two KL alone cancel.
+    """
+    beta, ratio_NC = config.mix, logp_NC - logq_NC
+    rkl_N, fkl_N, _ = divergences_(logp_NC, logq_NC)
+    p_NC, q_NC = logp_NC, logq_NC
+    student_NC, teacher_NC = over_mixture(ratio_NC, beta)
+    student_NC.mul_(p_NC)
+    loss_N = teacher_NC.mul_(q_NC).mul_(beta).add_(student_NC, alpha=1 - beta).sum(1).clamp_(min=0)
+    if scale_N is not None:
+        centre_N1 = student_NC.sum(1, keepdim=True)
+        p_NC.mul_(-centre_N1).add_(student_NC).mul_((1 - beta) * scale_N[:, None])
+    return _Mix(rkl_N, fkl_N, gate(rkl_N, config), loss_N, p_NC, None)
 
 
 def _outcome_gradient_(

@@ -163,8 +163,8 @@ def compress(
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in row_chunks(hidden.shape[0], chunk_rows, num_ids, 3, hidden):
-            logits_NV = prepared.logits(hidden[rows].to(prepared.weight_Vd.dtype)).div_(temperature)
-            parts.append(_compress_chunk(logits_NV, sampled_ids[rows], min(k, num_ids), p, floor))
+            source_ND = hidden[rows].to(prepared.weight_Vd.dtype)
+            parts.append(_compress_rows(source_ND, prepared, temperature, sampled_ids[rows], min(k, num_ids), p, floor))
     if not parts:
         return _nothing_compressed(min(k, num_ids), hidden)
     return Compressed(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -181,8 +181,62 @@ def compress_logits(
     """
     check_shape("logits", logits, (sampled_ids.shape[0], None))
     _check_kept(k, p, floor)
+    k = min(k, logits.shape[1])
+    if kernels_select(logits, k):
+        return Compressed(*_compress_on_cuda(logits, logits.shape[1], None, 1.0, sampled_ids, k, p, floor))
     copied_NV = logits.to(statistics_dtype(logits), copy=True)
-    return Compressed(*_compress_chunk(copied_NV, sampled_ids, min(k, logits.shape[1]), p, floor))
+    return Compressed(*_compress_chunk(copied_NV, sampled_ids, k, p, floor))
+
+
+def kernels_select(values: Tensor, k: int) -> bool:
+    """Whether the selection of these rows runs in `dualkl.kernels`, which import the teachers of this file."""
+    from dualkl import kernels
+
+    return kernels.selectable(values, k)
+
+
+def _compress_rows(
+    source_ND: Tensor, head: PreparedHead, temperature: float, sampled_N: Tensor, k: int, p: float, floor: int
+) -> tuple[Tensor, ...]:
+    """The fields of `Compressed` for some positions, their hidden states in the head's product dtype."""
+    if not kernels_select(source_ND, k):
+        return _compress_chunk(head.logits(source_ND).div_(temperature), sampled_N, k, p, floor)
+    from dualkl.kernels.fused import padded  # triton is imported only where the kernels run
+
+    num_ids = len(head.weight_Vd)
+    products_NW = torch.empty(len(source_ND), padded(num_ids), dtype=head.dtype, device=source_ND.device)
+    head.products(source_ND, products_NW[:, :num_ids])
+    return _compress_on_cuda(products_NW, num_ids, head, temperature, sampled_N, k, p, floor)
+
+
+def _compress_on_cuda(
+    logits_NW: Tensor,
+    num_ids: int,
+    head: PreparedHead | None,
+    temperature: float,
+    sampled_N: Tensor,
+    k: int,
+    p: float,
+    floor: int,
+) -> tuple[Tensor, ...]:
+    """`_compress_chunk` by the kernels, of raw products (of finished logits if `head` is None), which are not changed."""
+    from dualkl.kernels.selection import largest
+
+    ids_NK, logprobs_NK, log_tail_N, entropy_N, sampled_N = largest(logits_NW, num_ids, head, temperature, sampled_N, k)
+    kept_NK = logprobs_NK > LEAST_LOGPROB
+    if p < 1.0:
+        inside_NK = _in_nucleus(logprobs_NK, p, floor)
+        dropped_NK = logprobs_NK.masked_fill(~kept_NK | inside_NK, -torch.inf)
+        log_tail_N, kept_NK = torch.logaddexp(log_tail_N, dropped_NK.logsumexp(1)), kept_NK & inside_NK
+    ids_NK = ids_NK.masked_fill(~kept_NK, -1).int()
+    return ids_NK, logprobs_NK.masked_fill(~kept_NK, -torch.inf), log_tail_N, entropy_N, sampled_N
+
+
+def _in_nucleus(logprobs_NK: Tensor, p: float, floor: int) -> Tensor:
+    """Which of the ids, by falling probability, make up the smallest set with mass >= p, `floor` of them at least."""
+    mass_NK = logprobs_NK.double().exp()
+    before_NK = mass_NK.cumsum(1) - mass_NK
+    return (before_NK < p) | (torch.arange(mass_NK.shape[1], device=mass_NK.device) < floor)
 
 
 def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floor: int) -> tuple[Tensor, ...]:
@@ -193,9 +247,7 @@ def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floo
     logprobs_NK, ids_NK = logprobs_NV.topk(k, dim=1)
     kept_NK = logprobs_NK > LEAST_LOGPROB
     if p < 1.0:
-        mass_NK = logprobs_NK.double().exp()
-        before_NK = mass_NK.cumsum(1) - mass_NK
-        kept_NK &= (before_NK < p) | (torch.arange(k, device=before_NK.device) < floor)
+        kept_NK &= _in_nucleus(logprobs_NK, p, floor)
     # An empty slot takes slot 0's id, so that it removes nothing else from the tail.
     logprobs_NV.scatter_(1, torch.where(kept_NK, ids_NK, ids_NK[:, :1]), -torch.inf)
     log_tail_N = logprobs_NV.masked_fill_(logprobs_NV <= LEAST_LOGPROB, -torch.inf).logsumexp(1)

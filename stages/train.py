@@ -15,7 +15,7 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
 import cache
 from stages.data.prompts import Prompt
-from stages.loops import fit, refresh, setup
+from stages.loops import fit, measure, refresh, setup
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student
@@ -55,12 +55,29 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
         refresh.refresh(run, now.student, vocabulary, prompts, index, now.step)
         run.log_totals("train")
 
-    fit.fit(run, training, refresh_now)
+    fit.fit(run, training, refresh_now, heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None)
+    if run.config.train.export_checkpoint == "best":
+        kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
+        assert kept is not None, "the last step is always evaluated"
+        run.metrics.say(f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text")
     if run.world.is_main:
         students.export(student, run.folder / "student")
     run.world.barrier()
     run.log_totals("train")
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+
+
+def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
+    """Measures the student on the held-out teacher text, which the plain teacher writes now if it is not there."""
+    evaluation = measure.open_evaluation(run, vocabulary)
+    if not run.config.eval.eval_teacher_text:
+        measure.measure_teacher(evaluation)
+    if not cache.exists(evaluation.teacher_text):
+        raise UserError(
+            "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text, or a"
+            " teacher_model that fits whole on the device."
+        )
+    return lambda training: measure.on_teacher_text(evaluation, training.student)
 
 
 def check_loss(config: Config, stored: cache.Fingerprint) -> None:

@@ -19,6 +19,7 @@ from dualkl.steps import Positions, StepResult
 from tests.test_dualkl_losses import METHODS, Case, N, V, gradients, relative_error
 from tests.test_dualkl_steps import (
     CONFIGS,
+    JSD,
     K,
     anchored,
     doubles,
@@ -94,14 +95,14 @@ def check(result: StepResult, found: Tensor, rows: list[dict[str, Any]], gradien
 def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool) -> None:
     """All methods; ragged and empty top-k rows; an upstream gradient other than 1."""
     case = Case(full_head, 1.7 if full_head else 1.0, 491 if full_head else None, torch.float32)
-    for gating, rkl, fkl in METHODS if full_head and kind != "hidden" else [METHODS[0], METHODS[3], METHODS[6]]:
-        config = case.config(gating=gating, rkl=rkl, fkl=fkl, mix=0.3)
+    for method in METHODS if full_head and kind != "hidden" else [METHODS[i] for i in (0, 3, 6, -1)]:
+        config = case.config(**method, mix=0.3)
         found, wanted = case.run(kind, config, chunk_rows=3), case.oracle(kind, config)
         torch.testing.assert_close(found.loss.double(), wanted["loss"], rtol=1e-5, atol=3e-6)
         for column in ("rkl", "fkl", "gate"):
             torch.testing.assert_close(getattr(found, column).double(), wanted[column], rtol=1e-5, atol=2e-6)
         pairs = zip(gradients(found.loss * -2.5, case.leaves), gradients(wanted["loss"], case.leaves), strict=True)
-        assert max(relative_error(f, -2.5 * w) for f, w in pairs) < 1e-5, (gating, rkl, fkl)
+        assert max(relative_error(f, -2.5 * w) for f, w in pairs) < 1e-5, method
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
@@ -155,7 +156,7 @@ def test_what_it_reports_besides_the_loss_is_the_plain_paths() -> None:
         torch.testing.assert_close(getattr(found, column).double(), getattr(wanted, column), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS[4:8], ids=name)
+@pytest.mark.parametrize("config", [*CONFIGS[4:8], *JSD], ids=name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_gradient_is_the_oracles(kind: str, config: DualKLConfig) -> None:
     """The interpreter cuts a float32 off to bfloat16, where a GPU rounds it: its bound is twice as wide."""
@@ -225,10 +226,35 @@ def test_a_students_tiny_tail_keeps_its_gradient(tail: float, mix: float) -> Non
         assert float((found.double() - gradient)[0, ids].norm()) <= 2e-5 * scale + 1e-9 * float(mix > 0)
 
 
-@pytest.mark.parametrize("gating", ["soft", "hard", "fixed"])
+@pytest.mark.parametrize("tail", [1e-6, 1e-14, 1e-30, 1e-52])
+def test_a_students_tiny_tail_keeps_its_jensen_shannon_gradient(tail: float) -> None:
+    logits, teacher = peaked(math.log(tail)).float().double(), anchored(math.log(1e-3))
+    rows, gradient = expected(logits, teacher, JSD[0])
+    result, found = run(logits, teacher, JSD[0], torch.float32)
+    assert math.isclose(result.loss[0], float(doubles(rows, "loss")), rel_tol=1e-4)
+    for ids in (slice(0, K), slice(K, V)):
+        difference = (found.double() - gradient)[0, ids].norm()
+        assert float(difference) <= 2e-5 * float(gradient[0, ids].norm()) + 1e-45
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jensen_shannon_keeps_its_digits_near_0(kind: str) -> None:
+    z = random_logits(1).float().double()
+    t = (z + 1e-2 * random_logits(2, 1.0)).float().double()
+    rows, gradient = expected(z, teacher_of(kind, t), JSD[0])
+    result, found = run(z, teacher_of(kind, t), JSD[0], torch.float32)
+    torch.testing.assert_close(result.loss.double(), doubles(rows, "loss"), rtol=1e-3, atol=1e-7)
+    assert relative_error(found, gradient) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DualKLConfig(), DualKLConfig(gating="hard"), DualKLConfig(gating="fixed"), JSD[0]],
+    ids=["soft", "hard", "fixed", "jsd"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, gating: str) -> None:
+def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, config: DualKLConfig) -> None:
     from tests.test_dualkl_steps import run as run_plain
 
     logits, dense = random_logits(1), random_logits(2)
@@ -237,7 +263,6 @@ def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, ga
     if side != "student":
         dense[:, 100:350] = -math.inf
     teacher = teacher_of(kind, dense)
-    config = DualKLConfig(gating=gating)  # type: ignore[arg-type]
     result, found = run(logits, teacher, config, torch.float32)
     plain, wanted = run_plain(logits, teacher, config)
     assert found.isfinite().all()
@@ -268,7 +293,7 @@ def test_a_tail_below_the_floor_is_floored_and_reported_and_a_full_row_is_not() 
 def test_a_row_without_kept_ids_contributes_nothing() -> None:
     teacher = topk_of(random_logits(2))
     teacher["ids"][2], teacher["logprobs"][2], teacher["log_tail_mass"][2] = -1, math.nan, math.nan
-    for config in CONFIGS[4:8]:
+    for config in [*CONFIGS[4:8], *JSD]:
         result, found = run(random_logits(1), teacher, config)
         assert result.rkl[2] == result.fkl[2] == result.loss[2] == 0
         assert (found[2] == 0).all()

@@ -34,6 +34,12 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
     return total
 
 
+def jensen_shannon(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """β KL(q || m) + (1 - β) KL(p || m), m = β q + (1 - β) p, of one position: the definition of arXiv 2306.13649."""
+    log_mixture = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
+    return beta * kl(logq, log_mixture) + (1 - beta) * kl(logp, log_mixture)
+
+
 def log_softmax(z: Tensor) -> Tensor:
     """z - max z - ln Σ exp(z - max z) of one position."""
     centred = z - z.max().detach()
@@ -95,6 +101,8 @@ def position_loss(
         reverse = ratio * log_ratio + advantage * (logp_y - logp_y.detach())
     forward = -logp[top] if config.fkl == "argmax" else fkl
     loss = weight * reverse + (1 - weight) * forward
+    if config.objective == "jsd":
+        loss = jensen_shannon(logp, logq, config.mix)
     return {"loss": loss, "rkl": float(rkl.detach()), "fkl": float(fkl.detach()), "gate": weight}
 
 

@@ -13,8 +13,9 @@ import pytest
 
 import cache
 from cache import commit
-from cache.store import STALE_SECONDS
-from tests.cache_samples import files, fingerprint, record, row_id, write
+from cache.repair import withdraw
+from cache.store import STALE_SECONDS, Store, StoreError
+from tests.cache_samples import assert_same, files, fingerprint, record, row_id, write
 from tests.cache_writers import STEPS, UNITS, assert_holds, drive, write_missing
 
 
@@ -145,3 +146,60 @@ def test_a_sealed_file_notices_every_change_of_a_byte():
             commit.unseal("x.json", flipped, "Do this.")
     with pytest.raises(cache.CacheError, match=r"Do this\."):
         commit.unseal("x.json", sealed[:-1] + b" \n", "Do this.")
+    with pytest.raises(cache.CacheError, match=r"x\.json is not a sealed JSON file .* Do this\."):
+        commit.unseal("x.json", b'{"a":NaN,"sha256":"00"}\n', "Do this.")
+
+
+def test_rows_that_were_withdrawn_and_written_again_are_read_after_a_refresh(tmp_path):
+    write(tmp_path, range(4), unit="a")
+    write(tmp_path, range(4, 8), unit="b")
+    before = cache.open(tmp_path)
+    damaged = before.commit_records()[0]
+    (tmp_path / damaged.shard).write_bytes(b"")
+    assert withdraw(tmp_path, cache.verify(tmp_path)) == [damaged.name]
+    write(tmp_path, range(4), unit="a")
+    after = before.refresh()
+    assert after.commit_records()[0].name == damaged.name
+    for number in range(8):
+        assert_same(after[after.position(row_id(number))], record(number))
+
+
+def test_a_record_that_is_withdrawn_while_records_are_read_is_none_of_the_snapshot(tmp_path, monkeypatch):
+    write(tmp_path, range(4), unit="a")
+    write(tmp_path, range(4, 8), unit="b")
+    names = commit.record_names
+
+    def list_and_withdraw(store: Store) -> list[str]:
+        found = names(store)
+        store.remove(commit.record_path(found[0]))
+        return found
+
+    monkeypatch.setattr(commit, "record_names", list_and_withdraw)
+    assert cache.open(tmp_path).row_ids == sorted(row_id(n) for n in range(4, 8))
+
+
+def test_a_shard_stays_while_its_record_may_still_arrive(tmp_path, monkeypatch):
+    """A put to an object store whose answer did not come: removing the shard could leave a record without one."""
+
+    def lose_the_answer(*_: object) -> bool:
+        raise StoreError("no answer")
+
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        writer.append(record(0))
+        monkeypatch.setattr(commit, "write_record", lose_the_answer)
+        with pytest.raises(StoreError, match="no answer"):
+            writer.commit("g0")
+    assert len(files(tmp_path / "shards")) == 1
+    assert (len(cache.open(tmp_path)), cache.open(tmp_path).summary()["leftover_files"]) == (0, 1)
+
+
+def test_a_shard_whose_record_a_directory_refused_is_removed(tmp_path, monkeypatch):
+    def refuse(*_: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        writer.append(record(0))
+        monkeypatch.setattr(commit, "write_record", refuse)
+        with pytest.raises(cache.CacheError, match="No space left on"):
+            writer.commit("g0")
+    assert files(tmp_path / "shards") == []

@@ -276,6 +276,28 @@ def test_wrong_input_ends_in_one_sentence_and_code_2(tmp_path, run, arguments, s
     assert sentence in err
 
 
+@pytest.mark.parametrize(
+    "command", ["summary", "show", "verify", "prune --max_bytes 9", "export --to parquet", "merge"]
+)
+def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, command):
+    write(tmp_path / "sound", range(4))
+    (tmp_path / "file").write_text("no cache")
+    (tmp_path / "odd" / "fingerprint.json").mkdir(parents=True)
+    more = {"export": [tmp_path / "out"], "merge": [tmp_path / "sound"]}.get(command.split()[0], [])
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, out, err = run(*command.split(), root, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: {root}/")
+        assert err.endswith(": Not a directory; mend that and rerun.\n")
+    if command != "verify":  # which finds that fault
+        code, out, err = run(*command.split(), tmp_path / "odd", *more)
+        assert (code, out, err) == (
+            2,
+            "",
+            f"error: {tmp_path}/odd/fingerprint.json: Is a directory; mend that and rerun.\n",
+        )
+
+
 def test_unknown_commands_end_with_code_2():
     with pytest.raises(SystemExit) as caught:
         main(["polish", "x"])

@@ -78,6 +78,7 @@ def test_the_summary_counts_what_is_there(tmp_path):
     assert summary["refresh_indices"] == {"0": 4, "1": 4, "2": 2}
     assert [policy["rows"] for policy in summary["policies"]] == [4, 4, 2]
     assert summary["policies"][1]["policy_step"] == 10
+    assert [policy["age"] for policy in summary["policies"]] == [20, 10, 0]
     assert (summary["duplicate_rows"], summary["leftover_files"]) == (0, 0)
     json.dumps(summary)
 

@@ -105,6 +105,15 @@ def test_a_prune_needs_one_whole_rule(tmp_path: Path, rules: dict[str, int]) -> 
     assert len(cache.open(tmp_path)) == 16
 
 
+@pytest.mark.parametrize("more", [{"run_id": "demo"}, {"at_step": 30}])
+@pytest.mark.parametrize("rule", [{"policies": [f"{1:016x}"]}, {"max_bytes": 20_000}])
+def test_a_prune_ignores_no_option(tmp_path: Path, rule: dict[str, object], more: dict[str, object]) -> None:
+    filled(tmp_path)
+    with pytest.raises(cache.CacheError, match=r"at_step and run_id belong to an age.* Nothing was removed"):
+        prune(tmp_path, **rule, **more)
+    assert len(cache.open(tmp_path)) == 16
+
+
 def test_stage_one_writes_pruned_rows_again(tmp_path: Path) -> None:
     filled(tmp_path)
     prune(tmp_path, max_age=0, at_step=30)
@@ -193,6 +202,42 @@ def test_caches_that_mean_different_things_are_not_merged(tmp_path: Path) -> Non
     assert_holds(tmp_path / "one", list(range(4)))
     with pytest.raises(cache.CacheError, match="from one or more caches into another one"):
         merge(tmp_path / "one", [tmp_path / "one"])
+
+
+def test_a_merge_gives_no_foreign_fingerprint_to_rows_that_lost_theirs(tmp_path: Path) -> None:
+    write(tmp_path / "one", range(4))
+    with cache.Writer(tmp_path / "two", fingerprint(teacher="another")) as writer:
+        writer.append(record(5))
+        writer.commit("x")
+    (tmp_path / "two" / "fingerprint.json").unlink()
+    with pytest.raises(cache.CacheError, match=r"the committed rows were written under another fingerprint"):
+        merge(tmp_path / "two", [tmp_path / "one"])
+    assert not cache.exists(tmp_path / "two")
+
+
+def test_a_damaged_tokenizer_is_neither_shown_nor_merged(tmp_path: Path) -> None:
+    with cache.Writer(tmp_path / "one", fingerprint(), tokenizer_json='{"a":\r\n"é"}') as writer:
+        writer.append(record(5))
+        writer.commit("x")
+    merge(tmp_path / "two", [tmp_path / "one"])
+    path = tmp_path / "one" / "tokenizer.json"
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == path.read_bytes()
+    path.write_text('{"a":"e"}')
+    for use in (
+        lambda: cache.open(tmp_path / "one").tokenizer_file(),
+        lambda: merge(tmp_path / "3", [tmp_path / "one"]),
+    ):
+        with pytest.raises(cache.CacheError, match=r"tokenizer\.json: sha256 is [0-9a-f]{8}…, fingerprint\.json says"):
+            use()
+    assert not cache.exists(tmp_path / "3")
+    path.unlink()
+    assert cache.open(tmp_path / "one").tokenizer_file() is None
+
+
+def test_a_tokenizer_that_no_fingerprint_names_is_not_the_caches(tmp_path: Path) -> None:
+    write(tmp_path, range(4))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert cache.open(tmp_path).tokenizer_file() is None
 
 
 def test_caches_with_different_heads_are_not_merged(tmp_path: Path) -> None:

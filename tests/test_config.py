@@ -237,7 +237,15 @@ def test_a_cap_below_one_is_refused(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--tau", "-0.5"), ("--tau", ".nan"), ("--temperature", ".inf", "--signal", "full")]
+    "arguments",
+    [
+        ("--tau", "-0.5"),
+        ("--tau", ".nan"),
+        ("--temperature", ".inf", "--signal", "full"),
+        ("--objective", "jsd"),
+        ("--objective", "jsd", "--gating", "fixed", "--rkl", "mc"),
+        ("--objective", "jsd", "--gating", "fixed", "--mix", "1.0"),
+    ],
 )
 def test_numbers_that_the_loss_refuses_are_refused_with_the_configuration(arguments: tuple[str, ...]) -> None:
     assert arguments[0].lstrip("-") in sentence(*arguments)

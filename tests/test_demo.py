@@ -12,15 +12,15 @@ import pytest
 from dualkl import TopKTeacher
 from stages import pipeline
 from stages.data.batches import to_tensors
-from stages.loops import fit
+from stages.loops import feed
 from tests.helpers import run_python
 
 pytestmark = pytest.mark.slow
 
 
-def shuffled(*arguments: Any) -> Any:
+def shuffled(*arguments: Any, **keywords: Any) -> Any:
     """A training batch whose teacher rows are those of other rollouts: half a batch further on."""
-    batch = to_tensors(*arguments)
+    batch = to_tensors(*arguments, **keywords)
     teacher, shift = batch.teacher, len(batch.weights) // 2
     assert isinstance(teacher, TopKTeacher)
     rolled = [t.roll(shift, dims=0) for t in (teacher.ids, teacher.logprobs, teacher.log_tail_mass)]
@@ -42,7 +42,7 @@ def test_the_student_gains_35_points_and_its_divergences_fall_to_two_fifths(tmp_
 
 
 def test_a_student_that_is_taught_the_wrong_rows_gains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "to_tensors", shuffled)
+    monkeypatch.setattr(feed, "to_tensors", shuffled)
     monkeypatch.setattr("sys.argv", ["pipeline", "--config", "pipeline.yaml", "--runs_dir", str(tmp_path)])
     pipeline.main()
     report = json.loads((tmp_path / "demo" / "report.json").read_text())

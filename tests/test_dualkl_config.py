@@ -12,6 +12,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert (config.tau, config.alpha, config.gating, config.mix) == (1.0, 5.0, "soft", 0.5)
     assert (config.rkl, config.fkl, config.temperature) == ("exact", "full", 1.0)
     assert (config.importance_cap, config.tail_floor, config.vocab_size) == (5.0, 1e-8, None)
+    assert config.objective == "gated"
 
 
 @pytest.mark.parametrize(
@@ -28,9 +29,25 @@ def test_the_defaults_are_the_published_ones() -> None:
         ("temperature", float("inf"), "temperature is inf; expected a finite number > 0."),
         ("importance_cap", 0.0, r"importance_cap is 0.0; expected a number > 0 \(inf is allowed\)."),
         ("tail_floor", 1.0, r"tail_floor is 1.0; expected a probability in \[0, 1\)."),
+        ("objective", "kl", "objective is 'kl'; expected one of 'gated', 'jsd'."),
         ("vocab_size", 0, "vocab_size is 0; expected a number of ids >= 1, or None."),
     ],
 )
 def test_a_bad_setting_is_named_with_what_was_expected(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DualKLConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mix": 0.0}, r"mix is 0.0; expected β in \(0, 1\) under objective 'jsd', which is 0 at 0 and 1."),
+        ({"mix": 1.0}, r"mix is 1.0; expected β in \(0, 1\)"),
+        ({"gating": "soft"}, "gating is 'soft'; objective 'jsd' knows only 'fixed'."),
+        ({"rkl": "mc"}, "rkl is 'mc'; objective 'jsd' knows only 'exact'."),
+        ({"fkl": "argmax"}, "fkl is 'argmax'; objective 'jsd' knows only 'full'."),
+    ],
+)
+def test_settings_that_jensen_shannon_does_not_have_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DualKLConfig(**({"objective": "jsd", "gating": "fixed"} | changes))

@@ -68,13 +68,13 @@ def test_value_and_gradient_are_the_oracles(
         torch.float32: (1e-5, 2e-5),
         torch.bfloat16: (1e-3, 2**-8 + 1e-3),
     }[dtype]
-    for gating, rkl, fkl in METHODS:
-        config = cpu.config(gating=gating, rkl=rkl, fkl=fkl)
+    for method in METHODS:
+        config = cpu.config(**method)
         wanted, found = cpu.oracle(kind, config), gpu.run(kind, config, chunk_rows=3, check=True)
         for name in ("rkl", "fkl"):
             torch.testing.assert_close(getattr(found, name).cpu().double(), wanted[name], rtol=value, atol=3e-6)
         pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
-        assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope, (gating, rkl, fkl)
+        assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope, method
     assert launches[kernel_of(kind)] == (0 if dtype == torch.float64 else 3 * len(METHODS))
 
 
@@ -159,6 +159,19 @@ def test_a_real_vocabulary_in_bfloat16_stays_near_float64(kind: str, pair: str, 
     config = DualKLConfig(tau=median, alpha=min(500.0, 2 / median))
     wanted, wanted_gradients = case.exact(exact_teacher, config)
     assert 0.05 < wanted.gate.mean() < 0.95
+    launches.clear()
+    found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
+    assert launches == {kernel_of(kind): 2}
+    assert_near(found, wanted, gradients(found.loss, [case.hidden, case.weight]), wanted_gradients)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_jensen_shannon_stays_near_float64(kind: str, pair: str, launches: Counter[str]) -> None:
+    case = RealCase(pair, 96)
+    teacher, exact_teacher = case.teachers(kind)
+    config = DualKLConfig(objective="jsd", gating="fixed", mix=0.3)
+    wanted, wanted_gradients = case.exact(exact_teacher, config)
     launches.clear()
     found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
     assert launches == {kernel_of(kind): 2}

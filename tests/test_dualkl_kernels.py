@@ -24,14 +24,18 @@ POINTERS = {
     **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "logprobs_ptr", "log_tail_ptr"), "*fp32"),
     **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr"), "*fp32"),
     **{"gradient_ptr": "*bf16", "ids_ptr": "*i32", "sampled_ptr": "*i64"},
+    **dict.fromkeys(("logits_ptr", "bias_ptr", "maxima_ptr", "sums_ptr", "parts_ptr"), "*fp32"),
+    **{"hits_ptr": "*i32", "packed_ptr": "*i64"},
 }
-SIZES = ("student_stride", "teacher_stride", "gradient_stride", "width", "num_ids", "teacher_width")
+SIZES = ("student_stride", "teacher_stride", "gradient_stride", "width", "num_ids", "teacher_width", "stride")
+COUNTS = ("num_slots", "out_stride", "num_segments", "num_hits", "k")
 
 
 @linux_only
-def test_the_kernels_give_the_oracles_numbers_under_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_selection.py"])
+def test_the_kernels_give_the_oracles_numbers_under_the_interpreter(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "tests/interpreted_kernels.py", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", f"tests/{name}", "-p", "no:cacheprovider", "-W", "ignore"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -43,28 +47,45 @@ def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:
 
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        integer = name in SIZES or name in ("num_slots", "out_stride")
+        integer = name in SIZES or name in COUNTS
         signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32" if integer else "fp32")
         if name in SIZES or name in POINTERS:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": num_warps})
+    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": num_warps, "enable_fp_fusion": True})
 
 
 @linux_only
-@pytest.mark.parametrize("everything", [False, True])
-def test_the_kernels_compile_for_sm_80_within_its_shared_memory(everything: bool) -> None:
+@pytest.mark.parametrize("objective", ["gated", "everything", "jsd"])
+def test_the_kernels_compile_for_sm_80_within_its_shared_memory(objective: str) -> None:
     """ptxas comes with Triton; without it this fails."""
     from dualkl.kernels import fused
     from dualkl.kernels.dense import dense_kernel
     from dualkl.kernels.sparse import sparse_kernel
 
-    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 0}
-    shared |= {"GRADIENT": True}
+    everything, jsd = objective == "everything", objective == "jsd"
+    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 2 if jsd else 0}
+    shared |= {"JSD": jsd, "GRADIENT": True}
     dense = compiled(dense_kernel, fused.DENSE.num_warps, LANES=fused.DENSE.lanes, TEACHER_CAPPED=everything, **shared)
     slots = kernels.MAX_SLOTS if everything else 64
     sparse = compiled(sparse_kernel, fused.SPARSE.num_warps, LANES=fused.SPARSE.lanes, SLOTS=slots, **shared)
     for kernel in (dense, sparse):
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 163 * 1024
+
+
+@linux_only
+@pytest.mark.parametrize("k", [1, 64, 256, kernels.MAX_SELECTED])
+def test_the_selection_compiles_for_sm_80_within_its_shared_memory(k: int) -> None:
+    from dualkl.kernels import selection
+
+    shape = {"LANES": selection.LANES, "STEPS": selection.STEPS, "CAPPED": False}
+    warps = selection.warps_for(k * selection.STEPS * 4)
+    for kernel in (
+        compiled(selection.groups_kernel, 4, **shape),
+        compiled(selection.choose_kernel, 16, SEGMENTS=16, **shape),
+        compiled(selection.pick_kernel, warps, HITS=k, **shape),
+    ):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 163 * 1024
 
@@ -88,6 +109,22 @@ def test_a_cpu_and_a_machine_without_triton_take_the_plain_path(monkeypatch: pyt
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
     assert not usable(OnGpu, teacher)  # type: ignore[arg-type]
     assert importlib.util.find_spec("dualkl.kernels.fused") is not None
+
+
+def test_the_selection_runs_in_kernels_on_cuda_up_to_so_many_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    class Exact(OnGpu):
+        dtype = torch.float64
+
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    assert kernels.selectable(OnGpu, kernels.MAX_SELECTED)  # type: ignore[arg-type]
+    assert not kernels.selectable(OnGpu, kernels.MAX_SELECTED + 1)  # type: ignore[arg-type]
+    assert not kernels.selectable(Exact, 5)  # type: ignore[arg-type]
+    assert not kernels.selectable(torch.empty(1, 3), 5)
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    assert not kernels.selectable(OnGpu, 5)  # type: ignore[arg-type]
 
 
 @linux_only

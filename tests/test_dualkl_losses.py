@@ -131,7 +131,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-METHODS = list(itertools.product(("soft", "hard", "fixed"), ("exact", "mc"), ("full", "argmax")))
+METHODS: list[dict[str, Any]] = [
+    {"gating": gating, "rkl": rkl, "fkl": fkl}
+    for gating, rkl, fkl in itertools.product(("soft", "hard", "fixed"), ("exact", "mc"), ("full", "argmax"))
+]
+METHODS.append({"gating": "fixed", "objective": "jsd"})
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
@@ -143,17 +147,17 @@ def test_value_and_gradient_are_the_oracles(
 ) -> None:
     case = Case(full_head, temperature, vocab_size)
     median = float(case.run(kind, case.config(gating="fixed")).rkl.median())
-    for gating, rkl, fkl in METHODS:
-        config = case.config(gating=gating, rkl=rkl, fkl=fkl, mix=0.3, tau=1.01 * median)
+    for method in METHODS:
+        config = case.config(**method, mix=0.3, tau=1.01 * median)
         wanted = case.oracle(kind, config)
-        assert gating != "hard" or wanted["gate"].unique().tolist() == [0, 1]
+        assert config.gating != "hard" or wanted["gate"].unique().tolist() == [0, 1]
         found = case.run(kind, config, chunk_rows=3)
         torch.testing.assert_close(found.loss, wanted["loss"], rtol=1e-9, atol=1e-12)
         for name in ("rkl", "fkl", "gate"):
             torch.testing.assert_close(getattr(found, name), wanted[name], rtol=1e-8, atol=1e-12)
             assert not getattr(found, name).requires_grad
         pairs = zip(gradients(found.loss, case.leaves), gradients(wanted["loss"], case.leaves), strict=True)
-        assert max(relative_error(f, w) for f, w in pairs) < 1e-9, (gating, rkl, fkl)
+        assert max(relative_error(f, w) for f, w in pairs) < 1e-9, method
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
@@ -176,8 +180,8 @@ def test_lower_precision_stays_near_the_oracle_on_the_same_inputs(kind: str, dty
 @pytest.mark.parametrize("kind", ["logits", "topk"])
 def test_finite_differences_agree_with_the_gradient(kind: str) -> None:
     case = Case(full_head=True)
-    for rkl, fkl in (("exact", "full"), ("exact", "argmax")):
-        config = case.config(gating="fixed", mix=0.4, rkl=rkl, fkl=fkl)
+    for method in ({}, {"fkl": "argmax"}, {"objective": "jsd"}):
+        config = case.config(gating="fixed", mix=0.4, **method)
 
         def loss(hidden: Tensor, bias: Tensor, config: DualKLConfig = config) -> Tensor:
             head = Head(case.weight, bias, 0.8, 6.0)
@@ -213,11 +217,23 @@ def test_the_gate_at_0_and_1_leaves_pure_forward_and_pure_reverse_kl(kind: str) 
     assert torch.equal(gradients(always.loss, [case.hidden])[0], gradients(pure.loss, [case.hidden])[0])
 
 
+@pytest.mark.parametrize("kind", ["logits", "topk"])
+def test_jensen_shannon_tends_to_the_two_divergences(kind: str) -> None:
+    """JSD / β tends to the forward KL and JSD / (1 - β) to the reverse KL; the gate column is β."""
+    case = Case()
+    for beta, name in ((1e-7, "fkl"), (1 - 1e-7, "rkl")):
+        out = case.run(kind, case.config(gating="fixed", objective="jsd", mix=beta))
+        loss = float(out.loss.detach()) / min(beta, 1 - beta)
+        assert math.isclose(loss, float((case.weights * getattr(out, name)).sum()), rel_tol=1e-5)
+        assert (out.gate == beta).all()
+        assert torch.equal(out.rkl, case.run(kind, case.config()).rkl)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_student_equal_to_its_teacher_has_loss_0(dtype: torch.dtype) -> None:
     case = Case(dtype=dtype)
-    for gating in ("soft", "hard", "fixed"):
-        out = dual_kl(case.hidden, case.weight, HiddenTeacher(case.hidden, case.weight), case.config(gating=gating))
+    for method in ({"gating": "soft"}, {"gating": "hard"}, {"gating": "fixed"}, METHODS[-1]):
+        out = dual_kl(case.hidden, case.weight, HiddenTeacher(case.hidden, case.weight), case.config(**method))
         assert out.loss.item() == 0
         assert gradients(out.loss, [case.hidden])[0].abs().max() < 1e-8
 
@@ -226,8 +242,8 @@ def test_topk_with_all_ids_equals_the_dense_teacher() -> None:
     case = Case()
     ids, logprobs, tails = reference.compress(case.teacher_logits, V)
     teacher = TopKTeacher(torch.tensor(ids), torch.tensor(logprobs).double(), torch.tensor(tails).double())
-    for gating, rkl, fkl in METHODS:
-        config = case.config(gating=gating, rkl=rkl, fkl=fkl)
+    for method in METHODS:
+        config = case.config(**method)
         kept = dual_kl(case.hidden, case.head, teacher, config, case.sampled, case.weights)
         dense = case.run("logits", config)
         torch.testing.assert_close(kept.loss, dense.loss)

@@ -19,10 +19,12 @@ CONFIGS = [
     for rkl in ("exact", "mc")
     for fkl in ("full", "argmax")
 ]
+JSD = [DualKLConfig(gating="fixed", mix=mix, objective="jsd") for mix in (0.1, 0.5)]
+CONFIGS += JSD
 
 
 def name(config: DualKLConfig) -> str:
-    return f"{config.mix}-{config.rkl}-{config.fkl}"
+    return f"{config.objective}-{config.mix}-{config.rkl}-{config.fkl}"
 
 
 def random_logits(seed: int, spread: float = 2.0, rows: int = N) -> Tensor:
@@ -63,7 +65,7 @@ def expected(logits: Tensor, teacher: dict[str, Tensor], config: DualKLConfig) -
 
 
 def doubles(rows: list[dict[str, Any]], column: str) -> Tensor:
-    return torch.tensor([row[column] for row in rows], dtype=torch.float64)
+    return torch.stack([torch.as_tensor(row[column], dtype=torch.float64).detach() for row in rows])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -108,6 +110,45 @@ def test_a_students_tiny_tail_keeps_its_gradient_in_float32(tail: float, mix: fl
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("tail", [1e-6, 1e-14, 1e-30, 1e-52])
+@pytest.mark.parametrize("config", JSD, ids=name)
+def test_a_students_tiny_tail_keeps_its_jensen_shannon_gradient(tail: float, config: DualKLConfig) -> None:
+    """The gradient outside is of the order of the student's tail: 0 in float32 for the last one."""
+    logits, teacher = peaked(math.log(tail)).float().double(), anchored(math.log(1e-3))
+    rows, gradient = expected(logits, teacher, config)
+    result, found = run(logits, teacher, config)
+    assert math.isclose(result.loss[0], float(doubles(rows, "loss")), rel_tol=1e-4)
+    for ids in (slice(0, K), slice(K, V)):
+        difference = (found.double() - gradient)[0, ids].norm()
+        assert float(difference) <= 2e-5 * float(gradient[0, ids].norm()) + 1e-45
+
+
+@pytest.mark.parametrize("config", JSD, ids=name)
+@pytest.mark.parametrize("kind", ["dense", "topk"])
+def test_jensen_shannon_without_a_shared_id_is_the_entropy_of_beta(kind: str, config: DualKLConfig) -> None:
+    logits, dense = random_logits(1), random_logits(2)
+    logits[:, :250] = -math.inf
+    dense[:, 250:] = -math.inf
+    teacher = {"logits": dense} if kind == "dense" else topk_of(dense, 250)
+    result, found = run(logits, teacher, config)
+    bound = -config.mix * math.log(config.mix) - (1 - config.mix) * math.log(1 - config.mix)
+    torch.testing.assert_close(result.loss, torch.full((N,), bound), rtol=1e-5, atol=1e-6)
+    assert found.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk"])
+@pytest.mark.parametrize("distance", [1e-2, 1e-3])
+def test_jensen_shannon_keeps_its_digits_near_0(kind: str, distance: float) -> None:
+    """At 1e-3 the divergence is 1e-7 nats: the difference of two rounded KL would be noise."""
+    z = random_logits(1).float().double()
+    t = (z + distance * random_logits(2, 1.0)).float().double()
+    teacher = {"logits": t} if kind == "dense" else topk_of(t)
+    rows, gradient = expected(z, teacher, JSD[0])
+    result, found = run(z, teacher, JSD[0])
+    torch.testing.assert_close(result.loss.double(), doubles(rows, "loss"), rtol=3e-3, atol=1e-12)
+    assert (found.double() - gradient).norm() < 3e-3 * gradient.norm()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
 @pytest.mark.parametrize("kind", ["dense", "topk"])
 @pytest.mark.parametrize("size", [80.0, 1e4])
@@ -120,25 +161,30 @@ def test_extreme_logits_give_the_oracles_numbers(kind: str, config: DualKLConfig
     rows, gradient = expected(logits, teacher, config)
     result, found = run(logits, teacher, config)
     torch.testing.assert_close(result.rkl.double(), doubles(rows, "rkl"), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result.loss.double(), doubles(rows, "loss"), rtol=1e-3, atol=1e-3)
     # R is of the order of `size`, so p (l - R) is known to float32's epsilon times that.
     atol = 1e-3 * float(gradient.abs().max()) + 4e-7 * size
     torch.testing.assert_close(found.double(), gradient, rtol=2e-3, atol=atol)
 
 
-@pytest.mark.parametrize("gating", ["soft", "hard"])
+@pytest.mark.parametrize("config", [DualKLConfig(), DualKLConfig(gating="hard"), JSD[0]], ids=["soft", "hard", "jsd"])
 @pytest.mark.parametrize("kind", ["dense", "topk"])
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-def test_impossible_tokens_give_finite_losses_and_gradients(kind: str, side: str, gating: str) -> None:
+def test_impossible_tokens_give_finite_losses_and_gradients(kind: str, side: str, config: DualKLConfig) -> None:
     logits, dense = random_logits(1), random_logits(2)
     if side != "teacher":
         logits[:, 100:200] = -math.inf
     if side != "student":
         dense[:, 100:250] = -math.inf
     teacher = {"logits": dense} if kind == "dense" else topk_of(dense)
-    result, found = run(logits, teacher, DualKLConfig(gating=gating))  # type: ignore[arg-type]
+    result, found = run(logits, teacher, config)
     assert found.isfinite().all()
     assert result.loss.isfinite().all()
-    assert (result.gate == 0).all() if kind == "dense" and side == "teacher" else result.gate.isfinite().all()
+    assert result.gate.isfinite().all()
+    if config in JSD:
+        assert (result.loss < 0.4).all()
+    elif kind == "dense" and side == "teacher":
+        assert (result.gate == 0).all()
 
 
 def test_a_dense_teachers_impossible_tokens_close_the_gate_and_leave_forward_kl() -> None:
@@ -150,11 +196,12 @@ def test_a_dense_teachers_impossible_tokens_close_the_gate_and_leave_forward_kl(
     assert (result.rkl > 1e20).all()
 
 
+@pytest.mark.parametrize("config", [DualKLConfig(), JSD[0]], ids=["gated", "jsd"])
 @pytest.mark.parametrize("k", [1, K, V - 1, V])
-def test_any_number_of_kept_ids_gives_the_oracles_gradient(k: int) -> None:
+def test_any_number_of_kept_ids_gives_the_oracles_gradient(k: int, config: DualKLConfig) -> None:
     logits, teacher = random_logits(1), topk_of(random_logits(2), k)
-    rows, gradient = expected(logits, teacher, DualKLConfig())
-    result, found = run(logits, teacher, DualKLConfig(), torch.float64)
+    rows, gradient = expected(logits, teacher, config)
+    result, found = run(logits, teacher, config, torch.float64)
     torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(result.rkl, doubles(rows, "rkl"), rtol=1e-9, atol=1e-12)
 

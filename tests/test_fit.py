@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 import cache
 from dualkl import Head
 from stages import train as stage_two
+from stages.data.alignment import Aligned
 from stages.data.batches import to_tensors
-from stages.loops import fit, setup
+from stages.loops import feed, fit, setup
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
@@ -39,21 +40,21 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     pool, snapshot = fit.open_pool(run, Position(0, 0))
     found: dict[str, torch.Tensor] = {}
 
-    def keep(now: fit.Training, max_grad_norm: float) -> float:
+    def keep(now: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
         found.update({name: p.grad.clone() for name, p in now.student.trainable.items() if p.grad is not None})
         now.step += 1
-        return 1.0
+        return sums.tolist(), 1.0
 
     original, fit._update = fit._update, keep
     try:
-        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
+        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     finally:
         fit._update = original
     return found
 
 
-def batch(run: Run, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
-    return next(fit.global_batches(run, snapshot, pool, [index]))
+def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
+    return next(fit.global_batches(run, training.student, snapshot, pool, [index]))
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -153,8 +154,8 @@ def test_only_scored_positions_have_a_gradient(
     states: list[torch.Tensor] = []
     hidden = Student.hidden
 
-    def noted(self: Student, *arguments: torch.Tensor) -> torch.Tensor:
-        states.append(hidden(self, *arguments))
+    def noted(self: Student, aligned: Aligned) -> torch.Tensor:
+        states.append(hidden(self, aligned))
         states[-1].retain_grad()
         return states[-1]
 
@@ -220,7 +221,7 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     student = student_of(run)
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
+    fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     step = records_of(run.folder, "step")[0]
     records = snapshot[:]
     config = fit.loss_config(run.config, V)
@@ -302,7 +303,7 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(tmp_path: Path
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
     for index in range(6):
-        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, index))
+        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, index))
     assert {p.dtype for p in student.trainable.values()} == {torch.float32}
     assert {p.dtype for p in student.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     states = [value for state in training.optimizer.state.values() for value in state.values() if value.ndim]
@@ -353,7 +354,7 @@ def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str
     training.optimizer.step = lambda: norms.append(
         math.sqrt(sum(float(p.grad.square().sum()) for p in training.student.trainable.values() if p.grad is not None))
     )
-    assert fit._update(training, 1e-4) > 1
+    assert fit._update(training, 1e-4, torch.zeros(1))[1] > 1
     assert norms[0] == pytest.approx(1e-4, rel=1e-3)
 
 
@@ -409,7 +410,7 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     student = student_of(run)
     training = fit.prepare(run, student)
     pool, snapshot = fit.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 0))
+    fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     fit.save_checkpoint(run, training, Position(0, 0))
     with torch.no_grad():
         student.base.get_decoder().norm.weight[0] = math.nan
@@ -417,7 +418,7 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
     with pytest.raises(
         UserError, match=r"gradient of step 2 is not finite .* weights were not updated.*is kept.*Lower lr"
     ):
-        fit.train_step(run, training, snapshot, pool, batch(run, snapshot, pool, 1))
+        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 1))
     assert_same_weights({n: p.detach() for n, p in student.trainable.items()}, before)
     newest = checkpoint.latest(run.folder / "checkpoints")
     assert newest is not None
@@ -435,6 +436,6 @@ def test_a_cache_without_live_rows_is_a_sentence(tmp_path: Path, caches: Callabl
 def test_a_cached_head_is_read_once(tmp_path: Path, caches: Callable[..., str]) -> None:
     root = caches(signal="hidden")
     snapshot = cache.open(root)
-    head = fit._teacher_head(snapshot, torch.device("cpu"))
+    head = feed.teacher_head_of(snapshot, torch.device("cpu"))
     assert isinstance(head, Head)
-    assert fit._teacher_head(cache.open(root), torch.device("cpu")) is head
+    assert feed.teacher_head_of(cache.open(root), torch.device("cpu")) is head

@@ -11,42 +11,35 @@ import numpy as np
 import pytest
 import torch
 
-from stages.data.prompts import encode
-from stages.models import checkpoints, generation
-from stages.models.generation import Completion, Sampling, draw, generate, sampling_logprobs
+from stages.models import checkpoints
+from stages.models.decoding import steps
+from stages.models.decoding.sampling import sampling_logits
+from stages.models.generation import Sampling
 from stages.runtime.errors import UserError
 from tests.helpers import ROOT, STUDENT
-
-QUESTIONS = [
-    "Eva has 23 pens. A friend has 2 times as many. How many pens do they have together?",
-    "Sam had 9 cups but lost 4 of them. How many cups are left?",
-    "Leo buys 3 bags of 4 eggs and 5 bags of 6 eggs. How many eggs does Leo buy?",
-    "Mia has 4 pens and buys 7 more. How many pens does Mia have now?",
-    "How many?",
-]
-V, EOS = 230, 1
+from tests.small_models import (
+    CONFIGS,
+    EOS,
+    V,
+    check_logprobs,
+    forced_logits,
+    question_prompts,
+    random_model,
+    run,
+    same,
+    theirs,
+)
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[np.ndarray]:
-    return [encode([{"role": "user", "content": question}], {}, tokenizer, {}).ids for question in QUESTIONS]
+    return question_prompts(tokenizer)
 
 
-def run(model: Any, prompts: list[np.ndarray], sampling: Sampling, **values: Any) -> list[Completion]:
-    defaults = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": len(prompts)}
-    seeds = values.pop("seeds", list(range(1, len(prompts) + 1)))
-    return generate(model, prompts, seeds, sampling, **(defaults | values))
-
-
-@torch.no_grad()
-def forced_logits(model: Any, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """The logits [T, V] that predict a completion, from one forward over prompt + completion without padding."""
-    ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
-    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-
-
-def same(left: Completion, right: Completion) -> bool:
-    return np.array_equal(left.ids, right.ids) and left.finish_reason == right.finish_reason
+@pytest.fixture(scope="module", params=CONFIGS)
+def shape(request: pytest.FixtureRequest) -> Any:
+    """A small random model of each architecture, peaked enough to have clear winners."""
+    return random_model(request.param)
 
 
 def test_a_bf16_model_gives_unrounded_logits(
@@ -55,31 +48,41 @@ def test_a_bf16_model_gives_unrounded_logits(
     model = copy.deepcopy(student_model).to(torch.bfloat16)
     head = model.get_output_embeddings()
     states, scores = [], []
-    head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0][:, -1]))
-    original = generation.sampling_logprobs
-    monkeypatch.setattr(generation, "sampling_logprobs", lambda s, *rest: scores.append(s) or original(s, *rest))
+    model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output))
+    original = steps.choose
+    monkeypatch.setattr(steps, "choose", lambda s, *rest: scores.append(s) or original(s, *rest))
     run(model, prompts, Sampling(4))
-    exact = torch.cat(states).double() @ head.weight.detach().double().T
-    found = torch.cat(scores)
-    assert found.dtype == torch.float32
-    assert (found.double() - exact).abs().max() < 1e-4
-    assert "forward" not in vars(head)  # the model is as it was
+    for state, score in zip(states[1:], scores[1:], strict=True):  # the first is the prefill
+        exact = state[:, -1].double() @ head.weight.detach().double().T
+        assert score.dtype == torch.float32
+        assert (score.double() - exact).abs().max() < 1e-4
 
 
 # Tokens
 
 
 def test_greedy_tokens_are_those_of_transformers_generate(student_model: Any, prompts: list[np.ndarray]) -> None:
-    ours = run(student_model, prompts, Sampling(40, greedy=True))
-    for prompt, completion in zip(prompts, ours, strict=True):  # theirs one by one: without any padding
-        theirs = student_model.generate(
-            input_ids=torch.from_numpy(prompt.astype(np.int64))[None], do_sample=False, max_new_tokens=40,
-            eos_token_id=EOS, pad_token_id=0,
-        )[0, len(prompt) :]  # fmt: skip
-        assert completion.ids.tolist() == theirs.tolist()
+    for prompt, completion in zip(prompts, run(student_model, prompts, Sampling(40, greedy=True)), strict=True):
+        assert completion.ids.tolist() == theirs(student_model, prompt, 40)
 
 
-def test_left_padding_changes_nothing_but_rounding(student_model: Any, prompts: list[np.ndarray]) -> None:
+def test_greedy_tokens_of_every_architecture_are_those_of_generate(shape: Any, prompts: list[np.ndarray]) -> None:
+    """Through refills, shared prefills and windows shorter than the prompts."""
+    several = [*prompts, prompts[2], prompts[2]]
+    found = run(shape, several, Sampling(40, greedy=True), micro_batch=3)
+    for prompt, completion in zip(several, found, strict=True):
+        assert completion.ids.tolist() == theirs(shape, prompt, 40)
+    assert len({tuple(c.ids) for c in found}) == len(prompts)
+
+
+def test_sampled_logprobs_of_every_architecture_are_those_of_a_forced_forward(
+    shape: Any, prompts: list[np.ndarray]
+) -> None:
+    for prompt, completion in zip(prompts, run(shape, prompts, Sampling(30, 1.4), micro_batch=2), strict=True):
+        check_logprobs(shape, prompt, completion, 1.4, atol=1e-4)
+
+
+def test_the_batch_around_a_row_changes_nothing_but_rounding(student_model: Any, prompts: list[np.ndarray]) -> None:
     together = run(student_model, prompts, Sampling(30))
     alone = [run(student_model, [p], Sampling(30), seeds=[i + 1])[0] for i, p in enumerate(prompts)]
     for a, b in zip(together, alone, strict=True):
@@ -119,11 +122,8 @@ def test_repeating_a_call_repeats_it_bit_for_bit(student_model: Any, prompts: li
 def test_logprobs_and_entropies_are_those_of_a_teacher_forced_forward(
     student_model: Any, prompts: list[np.ndarray], temperature: float
 ) -> None:
-    for prompt, c in zip(prompts, run(student_model, prompts, Sampling(40, temperature)), strict=True):
-        logprobs = (forced_logits(student_model, prompt, c.ids) / temperature).log_softmax(-1)
-        picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
-        np.testing.assert_allclose(c.logprobs, picked.numpy(), atol=1e-5)
-        np.testing.assert_allclose(c.entropy, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-5)
+    for prompt, completion in zip(prompts, run(student_model, prompts, Sampling(40, temperature)), strict=True):
+        check_logprobs(student_model, prompt, completion, temperature, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(40, 1.2, top_p=0.8), Sampling(40, 1.2, top_k=3)])
@@ -131,7 +131,7 @@ def test_logprobs_are_of_the_distribution_that_was_cut(
     student_model: Any, prompts: list[np.ndarray], sampling: Sampling
 ) -> None:
     for prompt, c in zip(prompts, run(student_model, prompts, sampling), strict=True):
-        logprobs = sampling_logprobs(forced_logits(student_model, prompt, c.ids), sampling, V)
+        logprobs = sampling_logits(forced_logits(student_model, prompt, c.ids), sampling).log_softmax(-1)
         picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
         assert picked.isfinite().all()
         np.testing.assert_allclose(c.logprobs, picked.numpy(), atol=1e-4)
@@ -156,32 +156,6 @@ def test_a_forced_text_without_eos_keeps_its_own_length_in_a_longer_batch(
         np.testing.assert_allclose(c.logprobs[: len(text)], picked.numpy(), atol=1e-5)
 
 
-# The draw
-
-
-def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
-    p = torch.tensor([[0.2, 0.0, 0.5, 0.3]])
-    uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 0.9999999], dtype=torch.float64)
-    tokens = draw(p.log().expand(len(uniforms), 4), uniforms)
-    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
-
-
-def test_draw_never_gives_a_token_without_mass() -> None:
-    p = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]])
-    uniforms = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    assert set(draw(p.log().expand(1000, 5), uniforms).tolist()) == {1, 3}
-
-
-def test_drawn_frequencies_are_the_probabilities() -> None:
-    """A chi-square statistic below the 1 - 1e-6 quantile of 12 degrees of freedom (51.7)."""
-    num_draws, size = 20_000, 13
-    logprobs = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).mul(1.5).log_softmax(-1)
-    uniforms = torch.from_numpy(np.random.Generator(np.random.Philox(key=7)).random(num_draws))
-    counts = torch.bincount(draw(logprobs.expand(num_draws, size), uniforms), minlength=size)
-    expected = logprobs[0].double().exp() * num_draws
-    assert float(((counts - expected) ** 2 / expected).sum()) < 51.7
-
-
 def test_sampled_first_tokens_follow_the_models_distribution(student_model: Any, prompts: list[np.ndarray]) -> None:
     """The whole engine, seeds and all: 3,000 rows of one prompt, tokens of small mass taken together."""
     num_rows = 3000
@@ -195,41 +169,6 @@ def test_sampled_first_tokens_follow_the_models_distribution(student_model: Any,
     degrees = len(pairs) - 1
     assert degrees >= 2
     assert statistic < degrees + 6 * np.sqrt(2 * degrees) + 12
-
-
-# The sampling distribution
-
-
-def oracle(logits: list[float], sampling: Sampling, vocab_size: int) -> list[float]:
-    """Probabilities after cut, temperature, top-k and top-p, token by token in float64."""
-    z = [value / sampling.temperature for value in logits[:vocab_size]]
-    weights = [np.exp(value - max(z)) for value in z]
-    order = sorted(range(len(z)), key=lambda i: -weights[i])
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    total, kept, mass = sum(weights[i] for i in order), [], 0.0
-    for i in order:
-        if mass / total >= sampling.top_p:
-            break
-        kept.append(i)
-        mass += weights[i]
-    return [weights[i] / mass if i in kept else 0.0 for i in range(len(z))]
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(1), Sampling(1, 0.5), Sampling(1, top_k=1), Sampling(1, top_k=4), Sampling(1, top_p=0.01),
-        Sampling(1, top_p=0.6), Sampling(1, 1.7, 0.9, 6), Sampling(1, 0.8, 0.3, 3), Sampling(1, top_k=1000),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_the_sampling_distribution_agrees_with_the_loop(sampling: Sampling) -> None:
-    logits = torch.randn(7, 23, generator=torch.Generator().manual_seed(1)) * 2
-    found = sampling_logprobs(logits, sampling, 19)
-    assert found.shape == (7, 19)
-    for row in range(7):
-        np.testing.assert_allclose(found[row].exp().numpy(), oracle(logits[row].tolist(), sampling, 19), atol=1e-6)
 
 
 # Where a completion ends
@@ -331,18 +270,3 @@ def test_a_model_in_training_is_put_back_into_training(student_model: Any, promp
         assert student_model.training
     finally:
         student_model.eval()
-
-
-def test_an_adapter_takes_part_in_generation(student_model: Any, prompts: list[np.ndarray]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        copy.deepcopy(student_model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    plain = run(student_model, prompts, Sampling(20))
-    assert all(same(a, b) for a, b in zip(plain, run(model, prompts, Sampling(20)), strict=True))  # B is zero
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
-    assert not all(same(a, b) for a, b in zip(plain, run(model, prompts, Sampling(20)), strict=True))

@@ -7,9 +7,11 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from stages.data.alignment import Aligned, align, at_scored
 from stages.models import checkpoints
 from stages.models.student import load_student
 from stages.models.teacher import TeacherLoader, load_teacher, restore_rotary, zero3_settings
@@ -21,12 +23,11 @@ from tests.helpers import ROOT, STUDENT, Forker, make_config, make_run, run_pyth
 LENGTHS = (7, 300, 41, 1)
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded random ids and their mask."""
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 230, (len(LENGTHS), max(LENGTHS)), generator=random)
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    return ids * mask, mask.long()
+def batch(packed: bool = False) -> Aligned:
+    """Sequences of random ids of these lengths, padded or packed; all their tokens but the first are scored."""
+    random = np.random.default_rng(0)
+    sequences = [random.integers(4, 230, length + 1) for length in LENGTHS]
+    return align([s[:1] for s in sequences], [s[1:] for s in sequences], 0, torch.device("cpu"), packed=packed)
 
 
 def score(folder: Path, flags: list[str]) -> None:
@@ -34,10 +35,12 @@ def score(folder: Path, flags: list[str]) -> None:
     config = configuration.parse_arguments(flags, "")
     world = distributed.start("cpu")
     teacher = load_teacher(config, world)
-    ids, mask = batch()
-    found: dict[str, Any] = {"hidden": teacher.hidden(ids, mask), "collective": teacher.is_collective}
+    found: dict[str, Any] = {"hidden": teacher.hidden(batch()), "collective": teacher.is_collective}
     teacher.dummy()
-    found["again"] = teacher.hidden(ids, mask)
+    found["again"] = teacher.hidden(batch())
+    found["packs"] = teacher.packs
+    if teacher.packs:
+        found["packed"] = at_scored(teacher.hidden(batch(packed=True)), batch(packed=True))
     found["head"] = teacher.head.weight
     if teacher.engine is not None:
         parameters = list(teacher.engine.module.model.named_parameters())
@@ -78,7 +81,8 @@ def plain(scored: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(scored: Any, plain: Any, dtype: str, processes: int) -> None:
-    _, mask = batch()
+    mask = batch().attention_mask
+    assert mask is not None
     for seen in scored(processes, teacher_dtype=dtype):
         assert seen["collective"]
         assert seen["hidden"].dtype == checkpoints.DTYPES[dtype]
@@ -87,15 +91,26 @@ def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(scored: Any, plain: Any
 
 
 def test_the_plain_teacher_is_transformers_own_forward(plain: Any, teacher_model: Any) -> None:
-    ids, mask = batch()
+    rows = batch()
     with torch.no_grad():
-        output = teacher_model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        output = teacher_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, output_hidden_states=True)
     seen = plain("fp32")
     assert not seen["collective"]
     for row, length in enumerate(LENGTHS):
         torch.testing.assert_close(seen["hidden"][row, :length], output.hidden_states[-1][row, :length])
         logits = seen["hidden"][row, :length] @ seen["head"].T
         torch.testing.assert_close(logits, output.logits[row, :length], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("values", [{"teacher_ds_zero3": "false"}, {}], ids=["plain", "zero3"])
+def test_packed_rows_are_scored_as_padded_ones(scored: Any, values: dict[str, Any]) -> None:
+    seen = scored(1, teacher_dtype="fp32", **values)[0]
+    assert seen["packs"]
+    torch.testing.assert_close(seen["packed"], at_scored(seen["hidden"], batch()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_that_may_not_pack_says_so(scored: Any) -> None:
+    assert not scored(1, teacher_ds_zero3="false", packing="off")[0]["packs"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -154,7 +169,8 @@ def test_ones_own_deepspeed_settings_with_autos_and_offload_score_the_same(
     scored: Any, plain: Any, tmp_path: Path
 ) -> None:
     path = write_settings(tmp_path, OWN_SETTINGS)
-    _, mask = batch()
+    mask = batch().attention_mask
+    assert mask is not None
     for seen in scored(2, teacher_dtype="fp32", teacher_ds_config=path):
         assert torch.equal(seen["hidden"][mask.bool()], plain("fp32")["hidden"][mask.bool()])
 
@@ -254,8 +270,7 @@ def test_a_closed_teacher_leaves_nothing_in_memory(tmp_path: Path) -> None:
     """DeepSpeed keeps the root module of its last forward; between refreshes no teacher may stay."""
     run = make_run(tmp_path)
     loaded = load_teacher(run.config, run.world)
-    ones = torch.ones((1, 4), dtype=torch.long)
-    loaded.hidden(ones, ones)
+    loaded.hidden(batch())
     partitions = [weakref.ref(parameter.ds_tensor) for parameter in loaded.engine.module.parameters()]
     assert all(partition() is not None for partition in partitions)
     loaded.close()

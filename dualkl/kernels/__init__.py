@@ -1,7 +1,9 @@
-"""The loss on CUDA: one Triton kernel for each kind of teacher, reading float32 logits as the matrix product left them.
+"""The loss and the selection on CUDA, in Triton, reading float32 logits as the matrix product left them.
 
-`fused` holds the buffers and launches, `dense` and `sparse` the kernels, `common` what they share. Triton is imported
-on first use: a machine without it (or without a GPU) runs `dualkl.steps` instead, which is also the kernels' oracle.
+The loss: `fused` holds the buffers and launches, `dense` and `sparse` the kernels, one for each kind of teacher.
+`selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.targets.compress`. `common`
+is what they share. Triton is imported on first use: a machine without it (or without a GPU) runs the plain PyTorch of
+`dualkl.steps` and `dualkl.targets` instead, which is also the kernels' oracle.
 """
 
 import functools
@@ -15,11 +17,19 @@ from dualkl.targets import Teacher, TopKTeacher
 MAX_SLOTS = 4096
 """Most kept ids of a top-k teacher that the sparse kernel holds in registers; more run in plain PyTorch."""
 
+MAX_SELECTED = 1024
+"""Most ids per position that the selection keeps in registers; more run in plain PyTorch."""
+
 
 def usable(hidden: Tensor, teacher: Teacher) -> bool:
     """Whether the kernels compute this loss: bfloat16 or float32 hidden states on CUDA, at most MAX_SLOTS kept ids."""
     slots = teacher.ids.shape[1] if isinstance(teacher, TopKTeacher) else 0
     return hidden.is_cuda and hidden.dtype != torch.float64 and slots <= MAX_SLOTS and _has_triton()
+
+
+def selectable(values: Tensor, k: int) -> bool:
+    """Whether the kernels select these rows' `k` most likely ids: on CUDA, not float64, at most MAX_SELECTED ids."""
+    return values.is_cuda and values.dtype != torch.float64 and k <= MAX_SELECTED and _has_triton()
 
 
 @functools.cache

@@ -88,6 +88,14 @@ def mix(
 
 
 @triton.jit
+def over_mixture(ratio, beta):
+    """(ln p/m, ln q/m) of m = β q + (1 - β) p, given ln p/q: `dualkl.divergences.over_mixture`."""
+    weight = tl.where(ratio >= 0, beta, 1.0 - beta)
+    larger = -tl.log(1.0 + weight * (tl.exp(-tl.abs(ratio)) - 1.0))
+    return tl.where(ratio >= 0, larger, larger + ratio), tl.where(ratio >= 0, larger - ratio, larger)
+
+
+@triton.jit
 def outcome_gradient(p, q, centred, hit, reverse, forward, onehot, MC: tl.constexpr, ARGMAX: tl.constexpr):
     """reverse p (l - R) + forward (p - q), with l - R in `centred`, all by outcome.
 

@@ -3,7 +3,8 @@
 With the shifted logits u = z - max z, v = t - max t, d = u - v, S_z = Σ e^u, S_t = Σ e^v:
     R = (Σ e^u d) / S_z + ln (S_t / S_z),  F = -(Σ e^v d) / S_t - ln (S_t / S_z).
 One read of both rows is enough: no large numbers cancel, because both sides are shifted by their own maxima and only
-the quotient of the sums enters a logarithm. When a running maximum moves, the sums of d move with it.
+the quotient of the sums enters a logarithm. When a running maximum moves, the sums of d move with it. The Jensen-Shannon
+divergence needs ln p_j / q_j, and so the finished sums: it reads both rows once more.
 """
 
 import triton
@@ -21,6 +22,7 @@ from dualkl.kernels.common import (
     at_least,
     mix,
     outcome_gradient,
+    over_mixture,
 )
 
 
@@ -35,7 +37,7 @@ def dense_kernel(
     out_ptr, out_stride,
     tau, alpha, fixed, log_cap,
     LANES: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
+    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
@@ -133,6 +135,26 @@ def dense_kernel(
         rkl, fkl, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
         GATING, MC, ARGMAX,
     )  # fmt: skip
+    student_to_mixture = 0.0
+    if JSD:
+        lanes_student = tl.zeros([LANES], tl.float32)  # Σ p ln (p / m)
+        lanes_loss = tl.zeros([LANES], tl.float32)
+        for start in range(0, width, TILE):
+            j = start + columns
+            known = j < num_ids
+            z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
+            t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
+            z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
+            t, _t_slope = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
+            u = at_least(z, LEAST) - row_max_z
+            v = at_least(t, LEAST) - row_max_t
+            student_ratio, teacher_ratio = over_mixture((u - v) + log_quotient, fixed)
+            student_term = (tl.exp(u) / total_z) * student_ratio
+            term = fixed * ((tl.exp(v) / total_t) * teacher_ratio) + (1.0 - fixed) * student_term
+            lanes_student += tl.sum(tl.where(j < num_live, student_term, 0.0), 1)
+            lanes_loss += tl.sum(tl.where(j < num_live, term, 0.0), 1)
+        student_to_mixture = tl.sum(lanes_student.to(tl.float64), 0).to(tl.float32)
+        loss = at_least(tl.sum(lanes_loss.to(tl.float64), 0).to(tl.float32), 0.0)
     tl.store(out_ptr + RKL * out_stride + row, rkl)
     tl.store(out_ptr + FKL * out_stride + row, fkl)
     tl.store(out_ptr + GATE * out_stride + row, gate)
@@ -162,7 +184,11 @@ def dense_kernel(
             v = at_least(t, LEAST) - row_max_t
             p = tl.exp(u) * over_total_z
             q = tl.exp(v) * over_total_t
-            g = outcome_gradient(p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX)
+            if JSD:
+                student_ratio, _teacher_ratio = over_mixture((u - v) + log_quotient, fixed)
+                g = forward * (p * (student_ratio - student_to_mixture))
+            else:
+                g = outcome_gradient(p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX)
             if MC:
                 g += tl.where(j == y, onehot, 0.0)
             g = tl.where(j < num_live, g * slope, 0.0)

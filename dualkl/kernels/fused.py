@@ -146,8 +146,8 @@ def dense_rows(
     """
     if teacher_NV.stride(1) != 1:
         teacher_NV = teacher_NV.contiguous()
-    bias_V, inner, outer = _activation(head, config.temperature)
-    teacher_bias_V, teacher_inner, teacher_outer = _activation(teacher_head, config.temperature)
+    bias_V, inner, outer = activation(head, config.temperature)
+    teacher_bias_V, teacher_inner, teacher_outer = activation(teacher_head, config.temperature)
     if len(logits_NW):
         dense_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
@@ -175,7 +175,7 @@ def topk_rows(
 ) -> None:
     """`dualkl.steps.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
     ids_NK, logprobs_NK = teacher.ids[rows].contiguous(), teacher.logprobs.detach()[rows].contiguous()
-    bias_V, inner, outer = _activation(head, config.temperature)
+    bias_V, inner, outer = activation(head, config.temperature)
     if len(logits_NW):
         sparse_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
@@ -191,7 +191,7 @@ def topk_rows(
         )
 
 
-def _activation(head: PreparedHead | None, temperature: float) -> tuple[Tensor | None, float, float]:
+def activation(head: PreparedHead | None, temperature: float) -> tuple[Tensor | None, float, float]:
     """(bias, inner, outer) of `common.activate`; no head is the identity."""
     if head is None:
         return None, 1 / temperature, 1.0
@@ -225,6 +225,7 @@ def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[
         "GATING": gating.value,
         "MC": config.rkl == "mc",
         "ARGMAX": config.fkl == "argmax",
+        "JSD": config.objective == "jsd",
         "GRADIENT": gradient_NV is not None,
     }
 

@@ -22,6 +22,7 @@ from dualkl.kernels.common import (
     at_least,
     mix,
     outcome_gradient,
+    over_mixture,
 )
 
 MARK = tl.constexpr(-3.4028234663852886e38)
@@ -38,7 +39,7 @@ def sparse_kernel(
     out_ptr, out_stride,
     tau, alpha, fixed, log_cap,
     LANES: tl.constexpr, SLOTS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
+    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
@@ -124,6 +125,16 @@ def sparse_kernel(
         rkl, fkl, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
         GATING, MC, ARGMAX,
     )  # fmt: skip
+    student_ratio = l
+    tail_ratio = l_tail
+    student_to_mixture = 0.0
+    if JSD:
+        student_ratio, teacher_ratio = over_mixture(l, fixed)
+        tail_ratio, teacher_tail_ratio = over_mixture(l_tail, fixed)
+        tail_term = fixed * (q_tail * teacher_tail_ratio) + (1.0 - fixed) * (p_tail * tail_ratio)
+        terms = fixed * (q * teacher_ratio) + (1.0 - fixed) * (p * student_ratio)
+        loss = at_least(tl.sum(terms, 0) + tail_term, 0.0)
+        student_to_mixture = tl.sum(p * student_ratio, 0) + p_tail * tail_ratio
     tl.store(out_ptr + RKL * out_stride + row, rkl)
     tl.store(out_ptr + FKL * out_stride + row, fkl)
     tl.store(out_ptr + GATE * out_stride + row, gate)
@@ -137,8 +148,12 @@ def sparse_kernel(
         reverse = scale * gate
         forward = scale * (1.0 - gate)
         onehot = reverse * advantage
-        g_kept = outcome_gradient(p, q, l - rkl, slot == 0, reverse, forward, onehot, MC, ARGMAX)
-        g_tail = outcome_gradient(p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX)
+        if JSD:
+            g_kept = forward * (p * (student_ratio - student_to_mixture))
+            g_tail = forward * (p_tail * (tail_ratio - student_to_mixture))
+        else:
+            g_kept = outcome_gradient(p, q, l - rkl, slot == 0, reverse, forward, onehot, MC, ARGMAX)
+            g_tail = outcome_gradient(p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX)
         if MC:
             g_kept += tl.where(ids == y, onehot, 0.0)
         share = tl.where(total_out == 0.0, 0.0, g_tail / total_out)

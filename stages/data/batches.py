@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -97,20 +97,28 @@ def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list
 
 
 def micro_batches(
-    rows: Iterable[T], length_of: Callable[[T], int], max_rows: int | None, max_tokens: int | None
+    rows: Iterable[T],
+    length_of: Callable[[T], int],
+    max_rows: int | None,
+    max_tokens: int | None,
+    *,
+    packed: bool = False,
 ) -> Iterator[list[T]]:
-    """Cuts rows, in order, into forwards of at most `max_rows` rows and `max_tokens` padded tokens (None: no cap)."""
+    """Cuts rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens (None: no cap).
+
+    A longer row is a forward of its own. Padded forwards count their padding, packed ones have none.
+    """
     batch: list[T] = []
-    width = 0
+    longest = total = 0
     for row in rows:
         length = length_of(row)
-        wider = max(width, length)
+        tokens = total + length if packed else max(longest, length) * (len(batch) + 1)
         full = max_rows is not None and len(batch) >= max_rows
-        if batch and (full or (max_tokens is not None and wider * (len(batch) + 1) > max_tokens)):
+        if batch and (full or (max_tokens is not None and tokens > max_tokens)):
             yield batch
-            batch, wider = [], length
+            batch, longest, total = [], 0, 0
         batch.append(row)
-        width = wider
+        longest, total = max(longest, length), total + length
     if batch:
         yield batch
 
@@ -120,30 +128,61 @@ def num_tokens(record: cache.Record) -> int:
     return len(record.prompt_ids) + len(record.completion_ids)
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`read` of each item, in order; a thread reads the next one while the caller works on the one before."""
+def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int = 1) -> Iterator[R]:
+    """`read` of each item, in order; a thread is up to `depth` items ahead of the one that the caller works on."""
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(thread.submit(read, item))
-            if len(waiting) > 1:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
 def to_tensors(
-    records: list[cache.Record], weight: float, head: Head | None, pad_id: int, device: torch.device, vocab_size: int
+    records: list[cache.Record],
+    weight: float,
+    head: Head | None,
+    pad_id: int,
+    device: torch.device,
+    vocab_size: int,
+    *,
+    packed: bool = False,
 ) -> MicroBatch:
     """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
-    aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device)
+    aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed)
     sampled = Sampled(
         aligned.targets,
-        _cat([r.teacher_logprobs for r in records], device),
-        _cat([r.behaviour_logprobs for r in records], device),
+        _cat([r.teacher_logprobs for r in records]).to(device),
+        _cat([r.behaviour_logprobs for r in records]).to(device),
     )
     weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
     return MicroBatch(aligned, teacher_of(records, head, device, vocab_size), sampled, weights)
+
+
+def pinned_tensors(records: list[cache.Record], weight: float, head: Head | None, pad_id: int, vocab_size: int,
+                   *, packed: bool) -> MicroBatch:  # fmt: skip
+    """As `to_tensors`, in page-locked host memory and checked there: `on_device` copies it without waiting."""
+    batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
+    if isinstance(batch.teacher, TopKTeacher):
+        check_topk_values(batch.teacher, vocab_size)
+    return map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The batch on `device`; a copy from page-locked memory is queued behind what the device does now."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A data class whose tensors, however deep, are replaced by `function` of them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not is_dataclass(value):
+        return value
+    parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})  # type: ignore[type-var]
 
 
 def teacher_of(records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int) -> AnyTeacher:
@@ -155,20 +194,19 @@ def teacher_of(records: list[cache.Record], head: Head | None, device: torch.dev
     first = signals[0]
     if isinstance(first, cache.TopK):
         width = max(signal.ids.shape[1] for signal in signals)
-        ids = _cat([_widen(signal.ids, width, -1) for signal in signals], CPU).long()
-        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals], CPU)
-        tail = _cat([signal.log_tail_mass for signal in signals], CPU)
+        ids = _cat([_widen(signal.ids, width, -1) for signal in signals]).long()
+        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals])
+        tail = _cat([signal.log_tail_mass for signal in signals])
         teacher = TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
-        if device.type == "cpu":
-            return teacher
-        check_topk_values(teacher, vocab_size)
+        if device.type != "cpu":
+            check_topk_values(teacher, vocab_size)
         return TopKTeacher(ids.to(device), logprobs.to(device), tail.to(device), temperature=first.temperature)
     if isinstance(first, cache.Hidden):
         if head is None:
             raise UserError("the cache holds hidden states but no teacher head; run `python -m cache verify` on it.")
-        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in signals], device), head)
+        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in signals]).to(device), head)
     if isinstance(first, cache.Full):
-        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in signals], device).float())
+        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in signals]).to(device).float())
     raise UserError(f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it.")
 
 
@@ -195,6 +233,5 @@ def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else array
 
 
-def _cat(parts: list[np.ndarray] | list[Tensor], device: torch.device) -> Tensor:
-    tensors = [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts]
-    return torch.cat(tensors).to(device)
+def _cat(parts: list[np.ndarray] | list[Tensor]) -> Tensor:
+    return torch.cat([part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts])

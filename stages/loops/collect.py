@@ -17,7 +17,7 @@ from stages.data.prompts import Prompt
 from stages.loops.progress import Counts, Progress
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
-from stages.models.generation import Completion, Sampling, generate
+from stages.models.generation import Completion, Generate, Sampling, rollout_engine
 from stages.models.teacher import Teacher
 from stages.models.turns import Turns
 from stages.runtime.config import Config, SignalSection
@@ -93,13 +93,17 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
     mine = todo[run.world.rank :: run.world.size]
     scoring = Scoring(signal, author.vocab_size, author.tokenizer.pad_token_id)
-    turns, teacher = Turns(run, author.model), None
-    with UnitWriter(writer) as writing, Progress(run, sum(len(u.rows) for u in todo)) as progress:
+    with (
+        rollout_engine(author.model) as generate,
+        UnitWriter(writer) as writing,
+        Progress(run, sum(len(u.rows) for u in todo)) as progress,
+    ):
+        turns, teacher = Turns(run, author.model, generate), None
         for turn in range(-(-len(todo) // run.world.size)):
             unit = mine[turn] if turn < len(mine) else None
             with progress.phase("generate"):
                 turns.to_student(teacher)
-                rows = write_unit(run.config, unit, author) if unit else []
+                rows = write_unit(run.config, unit, author, generate) if unit else []
             counts = Counts(len(rows), generated_tokens=sum(len(row.completion_ids) for row in rows))
             if get_teacher is None:
                 writing.append(rows)
@@ -117,20 +121,21 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     return len(todo)
 
 
-def write_unit(config: Config, unit: Unit, author: Author) -> list[cache.Record]:
+def write_unit(config: Config, unit: Unit, author: Author, generate: Generate) -> list[cache.Record]:
     """The unit's rows, not scored yet."""
-    return [_record(row, done, author) for row, done in zip(unit.rows, _write(config, unit, author), strict=True)]
+    completions = _write(config, unit, author, generate)
+    return [_record(row, done, author) for row, done in zip(unit.rows, completions, strict=True)]
 
 
 def _row_id(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _write(config: Config, unit: Unit, author: Author) -> list[Completion]:
+def _write(config: Config, unit: Unit, author: Author, generate: Generate) -> list[Completion]:
     size = config.rollout.gen_micro_batch
     with author.autocast():
         completions = generate(
-            author.model, [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
+            [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
             vocab_size=author.vocab_size, eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id,
             micro_batch=AUTO_GEN_ROWS if size == "auto" else size,
         )  # fmt: skip

@@ -59,7 +59,7 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
     for records in micro_batches(_first_rows(snapshot), num_tokens, ROWS_PER_FORWARD, None):
         batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
         with torch.no_grad():
-            states = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
+            states = at_scored(student.hidden(batch.aligned), batch.aligned)
         wanted, gradient = _loss(student, states, batch, batch.teacher, config)
         for name in ("rkl", "fkl", "gate"):
             exact[name] += float(getattr(wanted, name).double().sum())

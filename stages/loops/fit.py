@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cache
-from dualkl import DualKLConfig, DualKLOutput, Head, dual_kl
+from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from stages.data.alignment import at_scored
-from stages.data.batches import (
-    MicroBatch,
-    Pool,
-    batch_rows,
-    dual_kl_head,
-    live_pool,
-    micro_batches,
-    read_ahead,
-    to_tensors,
-)
+from stages.data.batches import MicroBatch, Pool, live_pool, on_device
+from stages.loops.feed import Batch, global_batches
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
-from stages.runtime.config import Config, TrainSection, rows_per_micro_step
+from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-AUTO_TRAIN_ROWS = 64
+MEANS = ("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob")
+Refresh = Callable[["Training", int], None]
+Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
@@ -48,9 +41,7 @@ class StudentLoss(nn.Module):
         self._student, self._config = student, config  # a dataclass, not a submodule
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, DualKLOutput]:
-        hidden_Nd = at_scored(
-            self._student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned
-        )
+        hidden_Nd = at_scored(self._student.hidden(batch.aligned), batch.aligned)
         out = dual_kl(hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights)
         return out.loss, out
 
@@ -79,7 +70,9 @@ def prepare(run: Run, student: Student) -> Training:
     """Wraps the student for this world and makes AdamW with warm-up and cosine decay."""
     train, world = run.config.train, run.world
     module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
-    optimizer = torch.optim.AdamW(student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=world.device.type == "cuda"
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
     if world.student_is_deepspeed:
         _fill_student_deepspeed(run.config, world.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -116,6 +109,8 @@ def resume(run: Run, training: Training) -> Position | None:
     """Loads the newest checkpoint of this run, if there is one."""
     path = checkpoint.latest(run.folder / "checkpoints")
     if path is None:
+        if run.world.is_main:
+            checkpoint.forget_best(run.folder / "checkpoints")
         run.metrics.rewind(0, 0)
         return None
     position = checkpoint.load(
@@ -133,14 +128,18 @@ def due_refresh(config: Config, step: int) -> int:
     return min(step, config.train.max_steps - 1) // every if every else 0
 
 
-def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) -> None:
+def fit(run: Run, training: Training, refresh: Refresh, evaluate: Evaluate | None = None) -> None:
     """Trains from the current step to `max_steps`; `refresh(training, index)` writes the rows of refresh `index`.
 
-    A checkpoint stands before every refresh: a run that is killed comes back to weights that were saved, never to weights
-    computed again, so that the refresh's rows are the same rows.
+    `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
+    reverse KL are kept. A checkpoint stands before every refresh: a run that is killed comes back to weights that were
+    saved, never to weights computed again, so that the refresh's rows are the same rows.
     """
     config = run.config
     position = resume(run, training) or Position(0, 0)
+    padded_because = training.student.padded_because
+    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
     with bar:
@@ -150,22 +149,46 @@ def fit(run: Run, training: Training, refresh: Callable[[Training, int], None]) 
                 save_checkpoint(run, training, position)
                 refresh(training, due)
                 position = Position(training.step, due, position.policies | {due: policy_hash(training.student)})
-            _fit_pool(run, training, position, bar)
+            _fit_pool(run, training, position, bar, evaluate)
     save_checkpoint(run, training, position)
 
 
-def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm) -> None:
+def _fit_pool(run: Run, training: Training, position: Position, bar: tqdm, evaluate: Evaluate | None) -> None:
     """Trains on the rows of refresh `position.refresh_index`, up to the next refresh or the end."""
     train, every, version = run.config.train, run.config.refresh.refresh_every, position.refresh_index
     pool, snapshot = open_pool(run, position)
     last = min((version + 1) * every, train.max_steps) if every else train.max_steps
-    batches = global_batches(run, snapshot, pool, range(training.step - version * every, last - version * every))
+    indices = range(training.step - version * every, last - version * every)
+    batches = global_batches(run, training.student, snapshot, pool, indices)
     while training.step < last:
         with run.clock.phase("train"):
-            train_step(run, training, snapshot, pool, next(batches))
+            train_step(run, training, pool, next(batches))
         bar.update(1)
+        if evaluate is not None and is_evaluated(run.config, training.step):
+            _evaluate(run, training, evaluate)
         if training.step % train.checkpoint_every == 0 and training.step < last:
             save_checkpoint(run, training, position)
+
+
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
+    every = config.eval.eval_every
+    return bool(every) and (step % every == 0 or step == config.train.max_steps)
+
+
+def _evaluate(run: Run, training: Training, evaluate: Evaluate) -> None:
+    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
+    with run.clock.phase("evaluate"):
+        found = evaluate(training)
+    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
+    is_best = False
+    if run.world.is_main:
+        best = checkpoint.best(folder)
+        is_best = best is None or reverse_kl < best.reverse_kl
+        if is_best:
+            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
+    run.world.barrier()
+    run.metrics.log("eval", step=training.step, **found, is_best=is_best)
 
 
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:
@@ -195,97 +218,32 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     return pool, snapshot
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one optimizer step.
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> None:
+    """One optimizer step (collective).
 
-    Attributes:
-        row_ids: of all ranks.
-        forwards: this rank's, cut into forwards.
-        records: the rows of `forwards`, read ahead; whoever takes a batch takes all of them before the next batch.
+    The host waits for the device once: for the numbers of the step, before the weights are touched.
     """
-
-    row_ids: list[str]
-    forwards: list[list[str]]
-    records: Iterator[list[cache.Record]]
-
-
-def global_batches(run: Run, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int]) -> Iterator[Batch]:
-    """The pool's batches of these numbers, in order; a thread reads and decodes the next forward's rows meanwhile."""
-    world, size = run.world, run.config.train.batch_size
-    micro_rows = rows_per_micro_step(run.config, world.size)
-
-    def plan(index: int) -> tuple[list[str], list[list[str]]]:
-        row_ids = batch_rows(pool, run.config.run.seed, index, size)
-        own = row_ids[world.rank * size // world.size : (world.rank + 1) * size // world.size]
-        return row_ids, list(_forwards(run.config, pool, own, micro_rows))
-
-    def read(row_ids: list[str]) -> list[cache.Record]:
-        return [snapshot[snapshot.position(row_id)] for row_id in row_ids]
-
-    plans, coming = tee(map(plan, indices))
-    records = read_ahead(read, (rows for _, forwards in coming for rows in forwards))
-    for row_ids, forwards in plans:
-        yield Batch(row_ids, forwards, records)
-
-
-def train_step(run: Run, training: Training, snapshot: cache.Snapshot, pool: Pool, batch: Batch) -> None:
-    """One optimizer step (collective)."""
     started = time.perf_counter()
-    config, world, device = run.config, run.world, run.world.device
-    scored = sum(pool.lengths[row_id][1] for rows in batch.forwards for row_id in rows)
-    total_tokens = world.sum([float(scored)])[0]
-    num_forwards = int(world.max([float(len(batch.forwards))])[0])
-    head = _teacher_head(snapshot, device)
-    pad_id, vocab_size = training.student.tokenizer.pad_token_id, training.student.vocab_size
+    config, world = run.config, run.world
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
     outputs: list[DualKLOutput] = []
     first: list[cache.Record] = []
     waited = 0.0
-    for index in range(num_forwards):
-        idle = index >= len(batch.forwards)  # short of work: join the collectives with weight 0
+    for index, forward in enumerate(batch.forwards):
         asked = time.perf_counter()
-        rows = first[:1] if idle else next(batch.records)
+        rows, inputs = next(batch.inputs)
         waited += time.perf_counter() - asked
         first = first or rows
-        inputs = to_tensors(rows, 0.0 if idle else 1.0 / total_tokens, head, pad_id, device, vocab_size)
-        out = _backward(training, inputs, world.size, last=index == num_forwards - 1)
-        if not idle:
+        last = index == len(batch.forwards) - 1
+        out = _backward(training, on_device(inputs, world.device), world.size, last)
+        if not forward.is_idle:
             outputs.append(out)
     lr = training.scheduler.get_last_lr()[0]
-    grad_norm = _update(training, config.train.max_grad_norm)
+    sums, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs))
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    _report(run, training, pool, batch.row_ids, outputs, total_tokens, grad_norm, lr, times)
+    _report(run, training, pool, batch, world.sum(sums), grad_norm, lr, times)
     _trace(run, training, first, outputs)
-
-
-def _forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int) -> Iterator[list[str]]:
-    rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
-    for start in range(0, len(row_ids), micro_rows):
-        yield from micro_batches(
-            row_ids[start : start + micro_rows],
-            lambda row_id: sum(pool.lengths[row_id]),
-            AUTO_TRAIN_ROWS if rows == "auto" else rows,
-            None if tokens == "auto" else tokens,
-        )
-
-
-def _teacher_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
-    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
-        return None
-    return _cached_head(snapshot.root, device)
-
-
-_heads: dict[tuple[str, torch.device], Head | None] = {}
-
-
-def _cached_head(root: str, device: torch.device) -> Head | None:
-    """The head of a `hidden` cache, read once a process: it never changes (its hash is in the fingerprint)."""
-    key = (root, device)
-    if key not in _heads:
-        _heads[key] = dual_kl_head(cache.open(root).head(), device)
-    return _heads[key]
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
@@ -303,14 +261,15 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
     return out
 
 
-def _update(training: Training, max_grad_norm: float) -> float:
-    """Clips, steps, clears; returns the gradient norm before clipping."""
+def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[list[float], float]:
+    """Clips, steps, clears; returns `sums`, read from the device, and the gradient norm before clipping."""
     engine = training.engine
     if engine is not None:
         engine.step()
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        values, grad_norm = sums.tolist(), float(engine.get_global_grad_norm() or 0.0)
     else:
-        grad_norm = float(nn.utils.clip_grad_norm_(training.student.trainable.values(), max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(training.student.trainable.values(), max_grad_norm)
+        *values, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
         if math.isfinite(grad_norm):
             training.optimizer.step()
         training.optimizer.zero_grad()
@@ -321,28 +280,31 @@ def _update(training: Training, max_grad_norm: float) -> float:
         )
     training.scheduler.step()
     training.step += 1
-    return grad_norm
+    return values, grad_norm
+
+
+def _sums(outputs: list[DualKLOutput]) -> Tensor:
+    """Of this rank's forwards, on their device: the loss, then the sums over tokens of `MEANS`; float64."""
+
+    def of(out: DualKLOutput) -> Tensor:
+        drift = torch.zeros_like(out.rkl) if out.student_logprobs is None else out.student_logprobs
+        values = (out.loss.detach(), out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, drift)
+        return torch.stack([value.double().sum() for value in values])
+
+    return torch.stack([of(out) for out in outputs]).sum(0)
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, row_ids: list[str], outputs: list[DualKLOutput], total_tokens: float,
-    grad_norm: float, lr: float, times: dict[str, float],
+    run: Run, training: Training, pool: Pool, batch: Batch, sums: list[float], grad_norm: float, lr: float,
+    times: dict[str, float],
 ) -> None:  # fmt: skip
     """One `step` record: token means over the global batch."""
-    sums = torch.zeros(6, dtype=torch.float64, device=run.world.device)
-    for out in outputs:
-        drift = torch.zeros_like(out.rkl) if out.student_logprobs is None else out.student_logprobs
-        values = (out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, drift)
-        sums += torch.stack([value.double().sum() for value in values])
-    losses = sum(float(out.loss.detach()) for out in outputs)
-    reduced = run.world.sum([losses, *sums.tolist()])
-    means = dict(zip(("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob"),
-                     (value / total_tokens for value in reduced[1:]), strict=True))  # fmt: skip
-    ages = [pool.ages[row_id] for row_id in row_ids if pool.ages[row_id] >= 0]
+    means = dict(zip(MEANS, (value / batch.total_tokens for value in sums[1:]), strict=True))
+    ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
     staleness = (training.step - 1 - pool.version * run.config.refresh.refresh_every) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
-        "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=int(total_tokens), staleness=staleness, **times,
+        "step", step=training.step, loss=sums[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
+        lr=lr, tokens=batch.total_tokens, staleness=staleness, **times,
     )  # fmt: skip
 
 

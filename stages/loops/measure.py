@@ -14,10 +14,11 @@ import torch
 import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
-from stages.data.batches import dual_kl_head, micro_batches, num_tokens, to_tensors
+from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.prompts import Prompt, heldout_prompts, load_checker
 from stages.loops import setup
 from stages.loops.collect import AUTO_GEN_ROWS, Author, collect, plan
+from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
 from stages.models import checkpoints
@@ -91,7 +92,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
         return found
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
-        result = _teacher_text_result(evaluation, student)
+        result = on_teacher_text(evaluation, student)
         result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
         result["on_student"] = _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
     return _keep(run, path, result | {"of": subject})
@@ -133,7 +134,7 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
 
     result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
     if not run.config.eval.eval_teacher_text:
-        scorer = plain_teacher(model, run.world)
+        scorer = plain_teacher(model, run.world, run.config.train.packing)
         written = _write_text(
             evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, lambda: scorer
         )
@@ -158,7 +159,8 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: 
     return [row.row_id for unit in units for row in unit.rows]
 
 
-def _teacher_text_result(evaluation: Evaluation, student: Student) -> Result:
+def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
+    """`divergences` on the held-out teacher text; nulls where there is none (collective)."""
     if not cache.exists(evaluation.teacher_text):
         return _nothing()
     snapshot = cache.open(evaluation.teacher_text)
@@ -180,7 +182,7 @@ def _nothing() -> Result:
 @torch.no_grad()
 def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
     """Token means of exact forward and reverse KL and of top-1 agreement over rows of a `hidden` cache (collective)."""
-    head = dual_kl_head(snapshot.head(), run.world.device)
+    head = teacher_head_of(snapshot, run.world.device)
     rows = run.config.rollout.lp_micro_batch
     was_training = student.model.training
     student.model.eval()
@@ -188,9 +190,10 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     if not row_ids:
         return _nothing()
     own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
+    pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
     for records in micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None):
-        batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
-        hidden_Nd = at_scored(student.hidden(batch.aligned.input_ids, batch.aligned.attention_mask), batch.aligned)
+        batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
+        hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
         agree = found.student_top1 == found.teacher_top1
         sums += torch.stack([found.fkl.double().sum(), found.rkl.double().sum(), agree.double().sum(),

@@ -169,8 +169,9 @@ def trainer_logprobs(student: Student, records: list[cache.Record]) -> np.ndarra
         [r.completion_ids for r in records],
         student.tokenizer.pad_token_id,
         student.device,
+        packed=student.packs,
     )
-    hidden_Nd = at_scored(student.hidden(aligned.input_ids, aligned.attention_mask), aligned)
+    hidden_Nd = at_scored(student.hidden(aligned), aligned)
     student.model.train(was_training)
     return gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
 

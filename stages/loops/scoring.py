@@ -17,7 +17,7 @@ from dualkl import Head
 from dualkl.heads import prepare_head
 from dualkl.targets import compress
 from stages.data.alignment import align, at_scored
-from stages.data.batches import num_tokens
+from stages.data.batches import micro_batches, num_tokens
 from stages.loops.progress import Counts, Progress
 from stages.loops.writing import Landing, UnitWriter, to_numpy
 from stages.models.teacher import Teacher
@@ -78,12 +78,14 @@ def score_rows(run: Run, rows: list[cache.Record], scoring: Scoring, teacher: Te
     The host is one forward behind the device, which so has always one more to do.
     """
     lengths = [num_tokens(row) for row in rows]
-    batches = scoring_batches(lengths, _max_rows(run), score_budget(run))
+    cut = packed_batches if teacher.packs else scoring_batches
+    batches = cut(lengths, _max_rows(run), score_budget(run))
     for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
     counts.scored_tokens = sum(lengths)
-    counts.padded_tokens = sum(len(batch) * lengths[batch[0]] for batch in batches)
+    padded = 0 if teacher.packs else sum(len(batch) * lengths[batch[0]] for batch in batches)
+    counts.padded_tokens = padded or counts.scored_tokens
 
 
 def score_budget(run: Run) -> int:
@@ -120,6 +122,11 @@ def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: in
     return batches
 
 
+def packed_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+    """The same for rows that lie one after the other without padding: in order, each forward as full as it gets."""
+    return list(micro_batches(range(len(lengths)), lengths.__getitem__, max_rows, max_tokens, packed=True))
+
+
 def _forwards(
     run: Run, rows: list[cache.Record], batches: list[list[int]], scoring: Scoring, teacher: Teacher
 ) -> Iterator[ScoredBatch]:
@@ -152,8 +159,8 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
 def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
     """The teacher's hidden states [N, D] at the scored positions of `rows`, and the tokens [N] that they predict."""
     prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device)
-    return at_scored(teacher.hidden(aligned.input_ids, aligned.attention_mask), aligned), aligned.targets
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:

@@ -1,36 +1,37 @@
-"""The rollout engine: completions of a batch of prompts with the log-probabilities under which they were drawn.
+"""The rollout engine: completions of prompts with the log-probabilities under which they were drawn.
 
-transformers' `generate` runs the model; a logits processor draws the token, so that each row has a random stream of its
-own. Token t of a row is the inverse CDF of the sampling distribution at the t-th uniform of that stream: what a row
-samples depends on its seed and its logits, not on the batch around it.
+A fixed number of slots is decoded together; a row that ends makes room for a waiting prompt, so that no batch waits for
+its longest row. Completions of one prompt share its prefill. Token t of a row is the inverse CDF of the sampling
+distribution at the t-th uniform of the row's own stream: what a row samples depends on its seed and its logits alone.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from peft import PeftModel
 from transformers.modeling_utils import PreTrainedModel
 
-from dualkl import Head
-from dualkl.heads import prepare_head
+from stages.models.decoding.attention import check_served
+from stages.models.decoding.sampling import Sampling
+from stages.models.decoding.steps import Decoder, Method, Request
+from stages.models.decoding.weights import DecodingWeights
 
+__all__ = ["Completion", "Generate", "Sampling", "generate", "rollout_engine"]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: top_p 1 and top_k 0 are off; `greedy` takes the most likely token."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between two looks at which rows have ended; on a GPU each look waits for the device."""
+REFILL_SHARE = 16
+"""A prefill waits until one in so many slots is free: it costs about one step, however few its prompts."""
+PLACES = 64
+"""Slots hold a multiple of this many K/V places, so that later calls find them large enough."""
 
 
 @dataclass(frozen=True)
@@ -43,151 +44,210 @@ class Completion:
     finish_reason: str  # "eos" or "length"
 
 
-@torch.no_grad()
+class Generate(Protocol):
+    """What an engine is to its callers. See `generate`. `close` gives its memory back; the next call makes it anew."""
+
+    def close(self) -> None: ...
+
+    def __call__(
+        self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,
+        eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
+    ) -> list[Completion]: ...  # fmt: skip
+
+
 def generate(
-    model: PreTrainedModel,
-    prompts: list[np.ndarray],
-    seeds: list[int],
-    sampling: Sampling,
-    *,
-    vocab_size: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    micro_batch: int,
-    forced: list[np.ndarray] | None = None,
-) -> list[Completion]:
+    model: PreTrainedModel | PeftModel, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *,
+    vocab_size: int, eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
+) -> list[Completion]:  # fmt: skip
     """One completion for each prompt; `seeds` are integers below 2**128, one a row.
 
-    `forced`: token ids to take instead of drawing, so that the engine's own logprobs of a given text can be read.
+    `micro_batch`: most rows decoded together. `forced`: token ids to take instead of drawing, each row's own number, so
+    that the engine's own logprobs of a given text can be read. Under autocast products are in its dtype. Errors:
+    `UserError` for a model whose attention the engine does not serve.
     """
-    was_training = model.training
-    model.eval()
-    done: list[Completion] = []
-    with _float32_logits(model):
-        for start in range(0, len(prompts), micro_batch):
-            part = slice(start, start + micro_batch)
-            given = forced[part] if forced is not None else None
-            done += _generate_batch(model, prompts[part], seeds[part], sampling, vocab_size, eos_ids, pad_id, given)
-    model.train(was_training)
-    return done
+    with rollout_engine(model) as engine:
+        return engine(
+            prompts, seeds, sampling, vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, micro_batch=micro_batch,
+            forced=forced,
+        )  # fmt: skip
 
 
 @contextmanager
-def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
-    """The lm_head with float32 results, as in the loss: rounded to bfloat16, logits near 25 move by up to 1/16 nat."""
-    output = model.get_output_embeddings()
-    head = Head(output.weight.detach(), bias=getattr(output, "bias", None))
-    prepared = None
+def rollout_engine(model: PreTrainedModel | PeftModel) -> Iterator[Generate]:
+    """`generate` for several calls, between which merged weights, slots and captured steps are kept.
 
-    def logits(hidden: Tensor) -> Tensor:
-        nonlocal prepared
-        with torch.autocast(hidden.device.type, enabled=False):
-            if prepared is None:  # the dtype of its products is that of the hidden states
-                prepared = prepare_head(head, hidden, len(head.weight))
-            flat = hidden.reshape(-1, hidden.shape[-1]).to(prepared.weight_Vd.dtype)
-            return prepared.logits(flat).unflatten(0, hidden.shape[:-1])
-
-    output.forward = logits
+    Outside its calls the model is as it was; its memory is given back at the end. Weights that an optimizer changes or
+    that move to another device between two calls are read anew; changes through `.data` go unnoticed.
+    """
+    engine = _Engine(model)
     try:
-        yield
+        yield engine
     finally:
-        del output.forward
+        engine.close()
 
 
-def sampling_logprobs(logits: Float[Tensor, "B V"], sampling: Sampling, vocab_size: int) -> Float[Tensor, "B V"]:
-    """Log of the sampling distribution: vocabulary cut, temperature, top-k, then top-p; -inf outside, fp32."""
-    logits = logits[:, :vocab_size].float() / sampling.temperature
-    if sampling.top_k > 0:
-        kth = logits.topk(min(sampling.top_k, vocab_size)).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill(
-            torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= sampling.top_p), -torch.inf
-        )
-    return logits.log_softmax(-1)
+class _Engine:
+    """Keeps between calls what is expensive to make: it is made for the weights and the autocast of the first call."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._weights: DecodingWeights | None = None
+        self._decoder: Decoder | None = None
+        self._dtype: torch.dtype | None = None
+        self._made_for: list[object] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def __call__(
+        self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,
+        eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        limits = [sampling.max_new_tokens if forced is None else len(forced[row]) for row in range(len(prompts))]
+        requests = [
+            Request(row, prompts[row], seeds[row], limits[row], None if forced is None else forced[row])
+            for row in range(len(prompts))
+        ]
+        return self.write(requests, Method(sampling, vocab_size, eos_ids, pad_id), micro_batch)
+
+    def write(self, requests: list[Request], method: Method, num_slots: int) -> list[Completion]:
+        """One completion for each request, in the order of their indices, each up to its own limit."""
+        nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), "length")
+        done = {request.index: nothing for request in requests if request.limit == 0}
+        requests_left = [request for request in requests if request.limit > 0]
+        if requests_left:
+            with self._ready():
+                done |= _write(self._decoder_for(requests_left, method, num_slots), requests_left, num_slots)
+        return [done[request.index] for request in requests]
+
+    def close(self) -> None:
+        self._decoder = self._weights = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """No gradients, eval mode, the engine's weights, and autocast without its memory of casts, which graphs outlive."""
+        kind, was_training = self.device.type, self.model.training
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        now = [dtype, *((p.data_ptr(), p._version) for p in self.base.parameters())]
+        if self._weights is None or now != self._made_for:
+            check_served(self.base, self.base.get_decoder())
+            self._weights = self._decoder = None  # their memory first
+            self._weights = DecodingWeights(self.base.get_decoder(), dtype)
+            self._dtype, self._made_for = dtype, now
+        self.model.eval()
+        try:
+            autocast = torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
+            with torch.no_grad(), autocast, self._weights.swapped():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _decoder_for(self, requests: list[Request], method: Method, num_slots: int) -> Decoder:
+        """The decoder of the calls before where it is large enough and of the same method, else a new one."""
+        places = max(len(request.prompt) + request.limit for request in requests)
+        tokens = max(request.limit for request in requests)
+        wanted = min(num_slots, len(requests))
+        old = self._decoder
+        if old is not None and old.method == method:
+            if old.num_slots >= wanted and old.num_places >= places and old.num_tokens >= tokens:
+                return old
+            wanted, places, tokens = (
+                max(wanted, old.num_slots), max(places, old.num_places), max(tokens, old.num_tokens)
+            )  # fmt: skip
+        del old
+        self._decoder = None  # its memory first
+        places += -places % PLACES
+        self._decoder = Decoder(self.base, method, wanted, places, tokens, self._dtype)
+        return self._decoder
 
 
-def draw(logprobs: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Inverse CDF in float64: the first token whose cumulative probability exceeds the uniform."""
-    cumulative = logprobs.double().exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    return token.squeeze(1).clamp(max=logprobs.shape[1] - 1)
+def _write(decoder: Decoder, requests: list[Request], num_slots: int) -> Iterator[tuple[int, Completion]]:
+    """Fills, steps and empties slots until every request is written: (index, completion) as they end."""
+    decoder.clear(_width(decoder.num_slots, min(num_slots, len(requests))))
+    rows: dict[int, _Row] = {}  # slot -> its row
+    waiting = _groups(requests, min(num_slots, decoder.num_slots))
+    look_every = LOOK_EVERY[decoder.device.type]
+    while waiting or rows:
+        free = [slot for slot in range(min(decoder.width, num_slots)) if slot not in rows]
+        placed = _place(waiting, free, rows)
+        if placed:
+            decoder.fill(placed)
+            rows |= {slot: _Row(request) for slot, request in placed}
+        num_steps = min(look_every, *(row.remaining for row in rows.values()))
+        for row in rows.values():
+            row.taken += num_steps
+        decoder.run(num_steps, max(row.places for row in rows.values()))
+        yield from _ended(decoder, rows)
+        if rows and not waiting:
+            _narrow(decoder, rows)
 
 
-class _Draw(LogitsProcessor):
-    """Draws each row's token, notes its logprob and the entropy, and leaves `generate` no other choice."""
+@dataclass
+class _Row:
+    """What the host knows of a slot without asking the device: an upper bound of its row's tokens."""
 
-    def __init__(
-        self, sampling: Sampling, prompt_tokens: int, vocab_size: int, uniforms: Tensor, forced: Tensor | None
-    ):
-        self.sampling, self.prompt_tokens, self.vocab_size = sampling, prompt_tokens, vocab_size
-        self.uniforms, self.forced = uniforms, forced
-        self.logprobs = torch.zeros_like(uniforms, dtype=torch.float32)
-        self.entropy = torch.zeros_like(uniforms, dtype=torch.float32)
+    request: Request
+    taken: int = 1
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        t = input_ids.shape[1] - self.prompt_tokens
-        logprobs = sampling_logprobs(scores, self.sampling, self.vocab_size)
-        if self.forced is not None:
-            token = self.forced[:, t]
-        elif self.sampling.greedy:
-            token = logprobs.argmax(-1)
-        else:
-            token = draw(logprobs, self.uniforms[:, t])
-        self.logprobs[:, t] = logprobs.gather(1, token[:, None]).squeeze(1)
-        self.entropy[:, t] = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+    @property
+    def remaining(self) -> int:
+        return self.request.limit - self.taken
+
+    @property
+    def places(self) -> int:
+        return len(self.request.prompt) + self.taken - 1
 
 
-def _generate_batch(
-    model: PreTrainedModel,
-    prompts: list[np.ndarray],
-    seeds: list[int],
-    sampling: Sampling,
-    vocab_size: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    forced: list[np.ndarray] | None,
-) -> list[Completion]:
-    device = next(model.parameters()).device
-    input_ids, mask = _left_padded(prompts, pad_id, device)
-    steps = sampling.max_new_tokens if forced is None else max(len(ids) for ids in forced)
-    uniforms = np.stack([np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds])
-    processor = _Draw(
-        sampling, input_ids.shape[1], vocab_size, torch.from_numpy(uniforms).to(device),
-        None if forced is None else _right_padded(forced, steps, pad_id, device),
-    )  # fmt: skip
-    sequences = model.generate(
-        input_ids=input_ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, use_cache=True,
-        eos_token_id=list(eos_ids), pad_token_id=pad_id, logits_processor=LogitsProcessorList([processor]),
-    )  # fmt: skip
-    drawn = sequences[:, input_ids.shape[1] :].cpu().numpy()
-    logprobs, entropy = processor.logprobs.cpu().numpy(), processor.entropy.cpu().numpy()
-    return [_cut(drawn[row], logprobs[row], entropy[row], eos_ids) for row in range(len(prompts))]
+def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
+    """Requests in turn, neighbours of one prompt together, at most `num_slots` in a group."""
+    groups: deque[list[Request]] = deque()
+    for _, same in groupby(requests, key=lambda request: request.prompt.tobytes()):
+        group = list(same)
+        groups.extend(group[start : start + num_slots] for start in range(0, len(group), num_slots))
+    return groups
 
 
-def _cut(ids: np.ndarray, logprobs: np.ndarray, entropy: np.ndarray, eos_ids: tuple[int, ...]) -> Completion:
-    """Ends a row at its first EOS (kept: it was sampled)."""
-    ends = np.flatnonzero(np.isin(ids, eos_ids))
-    length = int(ends[0]) + 1 if len(ends) else len(ids)
-    reason = "eos" if len(ends) else "length"
-    return Completion(ids[:length].astype(np.int32), logprobs[:length].copy(), entropy[:length].copy(), reason)
+def _place(waiting: deque[list[Request]], free: list[int], rows: dict[int, _Row]) -> list[tuple[int, Request]]:
+    """Whole groups for the free slots, once they are worth a prefill."""
+    num_slots = len(free) + len(rows)
+    if rows and len(free) * REFILL_SHARE < num_slots:
+        return []
+    placed: list[tuple[int, Request]] = []
+    while waiting and len(waiting[0]) <= len(free) - len(placed):
+        group = waiting.popleft()
+        placed += zip(free[len(placed) :], group, strict=False)
+    return placed
 
 
-def _left_padded(rows: list[np.ndarray], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.from_numpy(row.astype(np.int64))
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+def _ended(decoder: Decoder, rows: dict[int, _Row]) -> Iterator[tuple[int, Completion]]:
+    live = decoder.live()
+    slots = [slot for slot in rows if not live[slot]]
+    if not slots:
+        return
+    for slot, (ids, logprobs, entropy) in zip(slots, decoder.take(slots), strict=True):
+        reason = "eos" if ids[-1] in decoder.method.eos_ids else "length"
+        yield rows.pop(slot).request.index, Completion(ids, logprobs, entropy, reason)
 
 
-def _right_padded(rows: list[np.ndarray], width: int, pad_id: int, device: torch.device) -> Tensor:
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return ids.to(device)
+def _width(num_slots: int, num_rows: int) -> int:
+    """The least of num_slots, num_slots / 2, / 4 ... that holds so many rows."""
+    width = num_slots
+    while -(-width // 2) >= num_rows and width > 1:
+        width = -(-width // 2)
+    return width
+
+
+def _narrow(decoder: Decoder, rows: dict[int, _Row]) -> None:
+    """Halves the batch, as often as the live rows allow."""
+    width = _width(decoder.num_slots, len(rows))
+    if width >= decoder.width:
+        return
+    free = [slot for slot in range(width) if slot not in rows]
+    moves = dict(zip([slot for slot in rows if slot >= width], free, strict=False))
+    decoder.narrow(width, moves, max(row.places for row in rows.values()))
+    for source, target in moves.items():
+        rows[target] = rows.pop(source)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
+from stages.data.alignment import Aligned
 from stages.models import checkpoints
+from stages.models.attention import enable_packing, model_inputs
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
@@ -30,6 +35,11 @@ class Student:
     vocab_size: int
     eos_ids: tuple[int, ...]
     compute_dtype: torch.dtype
+    padded_because: str = "packing is off"  # why rows must be padded; empty: they are packed
+
+    @property
+    def packs(self) -> bool:
+        return not self.padded_because
 
     @property
     def base(self) -> PreTrainedModel:
@@ -50,10 +60,11 @@ class Student:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "B T d"]:
+    def hidden(self, aligned: Aligned) -> Float[Tensor, "B T d"]:
         """Last hidden states (after the final norm) in the compute dtype; the head is not applied."""
+        inputs = model_inputs(aligned, self.base.config._attn_implementation)
         with self.autocast():
-            output = self.base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.base.get_decoder()(**inputs, use_cache=False)
         return output.last_hidden_state.to(self.compute_dtype)
 
 
@@ -63,6 +74,7 @@ def load_student(config: Config, device: torch.device, vocab_size: int, tokenize
     compute_dtype = checkpoints.DTYPES[config.run.dtype]
     load_dtype = compute_dtype if config.lora.use_lora else torch.float32
     base = checkpoints.load_model(models.student_model, models.student_revision, load_dtype, models.attn_implementation)
+    padded_because = enable_packing(base, config.train.packing)
     eos = checkpoints.eos_ids(base, tokenizer)
     torch.manual_seed(config.run.seed)
     model = _with_lora(config, base) if config.lora.use_lora else base
@@ -71,8 +83,34 @@ def load_student(config: Config, device: torch.device, vocab_size: int, tokenize
     model.to(device)
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compute_dtype == torch.bfloat16:
+        _cast_once(model)
+    if config.train.compile:
+        compile_layers(base)
     source = checkpoints.identity(models.student_model, models.student_revision)
-    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype)
+    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because)
+
+
+def _cast_once(model: nn.Module) -> None:
+    """Adapters take their bfloat16 inputs as they are: autocast rounds the weights, a detour over fp32 changes no bit."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def compile_layers(base: PreTrainedModel) -> None:
+    """Compiles each decoder layer for training; evaluation and generation, with their other shapes, run it as it is."""
+    for layer in base.get_decoder().layers:
+        layer.forward = _compiled_in_training(layer, layer.forward)
+
+
+def _compiled_in_training(layer: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        return (compiled if layer.training else plain)(*arguments, **keywords)
+
+    return forward
 
 
 def policy_hash(student: Student) -> str:

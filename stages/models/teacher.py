@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
+from stages.data.alignment import Aligned, align
 from stages.models import checkpoints
+from stages.models.attention import enable_packing, model_inputs
 from stages.runtime import distributed
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
@@ -28,39 +31,40 @@ from stages.runtime.errors import UserError
 
 
 class _Backbone(nn.Module):
-    """Root module for DeepSpeed, whose hooks need `forward` to be the root's own: ids to last hidden states."""
+    """Root module for DeepSpeed, whose hooks need `forward` to be the root's own: a batch to last hidden states."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        decoder = self.model.get_decoder()
-        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def forward(self, aligned: Aligned) -> Tensor:
+        inputs = model_inputs(aligned, self.model.config._attn_implementation)
+        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 @dataclass
 class Teacher:
-    """`forward` maps (input_ids [B, T], attention_mask [B, T]) to hidden states; `engine` is DeepSpeed's, if any."""
+    """`forward` maps a batch to hidden states; `packs`: it takes packed rows too; `engine` is DeepSpeed's, if any."""
 
     forward: Any
     head: Head
     device: torch.device
     engine: Any = None
+    packs: bool = False
 
     @property
     def is_collective(self) -> bool:
         return self.engine is not None
 
     @torch.no_grad()
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "B T D"]:
+    def hidden(self, aligned: Aligned) -> Float[Tensor, "B T D"]:
         """Last hidden states after the final norm, in the teacher's dtype."""
-        return self.forward(input_ids, attention_mask)
+        return self.forward(aligned)
 
     def dummy(self) -> None:
         """A forward without meaning, for a rank that has no work while others do."""
-        one = torch.ones((1, 1), dtype=torch.long, device=self.device)
-        self.hidden(one, one)
+        one = np.zeros(1, dtype=np.int64)
+        self.hidden(align([one], [one], 0, self.device))
 
     def move(self, device: torch.device) -> None:
         """Moves the weights of a plain teacher; those of a sharded one stay where DeepSpeed keeps them."""
@@ -128,12 +132,13 @@ def plain_model_fits(config: Config, world: World) -> bool:
 
 
 def _load_plain(config: Config, world: World) -> Teacher:
-    return plain_teacher(load_plain_model(config, world), world)
+    return plain_teacher(load_plain_model(config, world), world, config.train.packing)
 
 
-def plain_teacher(model: PreTrainedModel, world: World) -> Teacher:
-    """A model that is loaded already, as a scoring teacher; no second copy."""
-    return Teacher(_Backbone(model), checkpoints.head_of(model), world.device)
+def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:
+    """A model that is loaded already, as a scoring teacher; no second copy. `packing`: as in the configuration."""
+    packs = not enable_packing(model, packing)
+    return Teacher(_Backbone(model), checkpoints.head_of(model), world.device, packs=packs)
 
 
 def _load_zero3(config: Config, world: World) -> Teacher:
@@ -160,12 +165,13 @@ def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: Wor
     import deepspeed
 
     model.requires_grad_(False)
+    packs = not enable_packing(model, config.train.packing)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()
     restore_rotary(model)
     for name, parameter in model.named_parameters():
         assert hasattr(parameter, "ds_tensor"), f"ZeRO-3 left {name} unpartitioned"
-    return Teacher(engine, _gathered_head(model), world.device, engine)
+    return Teacher(engine, _gathered_head(model), world.device, engine, packs)
 
 
 def _gathered_head(model: PreTrainedModel) -> Head:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from stages.models.generation import Generate
 from stages.models.teacher import Teacher
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -17,19 +18,21 @@ HOST = torch.device("cpu")
 class Turns:
     """Moves the student, and a plain teacher, between the device and host memory; does nothing without `offload_idle`.
 
-    Weights come back bit by bit, in the same parameters at other addresses. A ZeRO-3 teacher stays where its DeepSpeed
+    Weights come back bit by bit, in the same parameters at other addresses; what the rollout engine made of them is dropped. A ZeRO-3 teacher stays where its DeepSpeed
     settings put it. UserError where the student's weights are views of DeepSpeed's buffers and may not move.
     """
 
-    def __init__(self, run: Run, student: nn.Module) -> None:
+    def __init__(self, run: Run, student: nn.Module, generate: Generate | None = None) -> None:
         self._enabled, self._device = run.config.rollout.offload_idle, run.world.device
-        self._student = student
+        self._student, self._generate = student, generate
         if self._enabled and run.world.student_is_deepspeed:
             raise UserError("offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off.")
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
         """The teacher on the device, loaded there if it is the first time."""
         if self._enabled:
+            if self._generate is not None:
+                self._generate.close()
             self._student.to(HOST)
             _give_back(self._device)
         teacher = get_teacher()

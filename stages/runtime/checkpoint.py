@@ -2,7 +2,8 @@
 
 `checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (step,
 refresh index and policies, from which the reader's position follows; sha256 of every other file, and of itself). A folder
-appears under its name only when it is complete.
+appears under its name only when it is complete. `checkpoints/best.safetensors` holds the weights with the lowest held-out
+reverse KL of the run so far.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,6 +31,9 @@ from stages.runtime.errors import UserError
 DAMAGE = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
+BEST = "best.safetensors"
+
+
 @dataclass(frozen=True)
 class Position:
     """Where training stands: optimizer steps done, the refresh whose rows are being trained on, and the policy hash that
@@ -38,6 +42,68 @@ class Position:
     step: int
     refresh_index: int
     policies: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which student of a run was nearest to the teacher, by held-out reverse KL, nats a token."""
+
+    step: int
+    reverse_kl: float
+
+
+def best(folder: Path) -> Best | None:
+    """What `folder`'s best weights are, or None if none were kept."""
+    path = folder / BEST
+    if not path.is_file():
+        return None
+    with _explained(path), safe_open(path, "pt") as file:
+        found = file.metadata()
+        return Best(int(found["step"]), float(found["reverse_kl"]))
+
+
+def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> None:
+    """Replaces the best weights in one step: they are there under their name at every moment (main process)."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
+    metadata = {"step": str(kept.step), "reverse_kl": repr(kept.reverse_kl), "sha256": _tensor_digest(tensors)}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".partial-{BEST}"
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(folder / BEST)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{folder / BEST} could not be written ({error}). Free space and rerun.") from error
+
+
+@torch.no_grad()
+def load_best(folder: Path, trainable: dict[str, nn.Parameter]) -> Best | None:
+    """Puts the best weights into a student's parameters; None, and nothing changed, if there are none."""
+    kept = best(folder)
+    if kept is None:
+        return None
+    with _explained(folder / BEST):
+        stored = load_file(folder / BEST)
+        with safe_open(folder / BEST, "pt") as file:
+            if file.metadata()["sha256"] != _tensor_digest(stored):
+                raise ValueError("its tensors are not what was written")
+    _copy(folder / BEST, stored, trainable)
+    return kept
+
+
+def forget_best(folder: Path) -> None:
+    """For a run that begins anew: what an earlier one kept is not its own."""
+    (folder / BEST).unlink(missing_ok=True)
+
+
+def _tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def latest(folder: Path) -> Path | None:
@@ -136,6 +202,10 @@ def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
             if _file_digest(path / name) != digest:
                 raise ValueError(f"{name} is not what was written")
         stored = load_file(path / "student.safetensors")
+    _copy(path, stored, trainable)
+
+
+def _copy(path: Path, stored: dict[str, torch.Tensor], trainable: dict[str, nn.Parameter]) -> None:
     if stored.keys() != trainable.keys():
         raise UserError(
             f"checkpoint {path} holds {len(stored)} trained tensors that do not match the student's {len(trainable)}:"

@@ -102,12 +102,15 @@ class LossSection(Section):
     temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
+    objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
 
 
 class TrainSection(Section):
     batch_size: int = Field(256, ge=1, description="rollouts in an optimizer step, over all processes")
     grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
     micro_batch_tokens: int | Auto = Field("auto", description="cap on tokens of a training forward; auto: no cap")
+    packing: bool | Auto = Field("auto", description="on | off: rows without padding; auto: where that is exact")
+    compile: bool = Field(False, description="torch.compile the student's layers for training (needs a compiler)")
     max_steps: int = Field(256, ge=1, description="optimizer steps")
     lr: Finite = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
@@ -117,6 +120,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one precedes every refresh)")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    export_checkpoint: Literal["last", "best"] = Field(
+        "last", description="what becomes the student (best: eval_every)"
+    )
 
 
 class RefreshSection(Section):
@@ -129,6 +135,7 @@ class EvalSection(Section):
     eval_dataset: str = Field("", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts")
     eval_split: str = Field("test", description="split of a hub data set")
     eval_prompts: int = Field(256, ge=1, description="held-out prompts measured")
+    eval_every: int = Field(0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none")
     answer_checker: str = Field(
         "", description="gsm8k, or path/to/file.py:function(row, completion) -> bool; empty: none"
     )
@@ -297,6 +304,8 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config key micro_batch_tokens must be at least 1 or auto, got {config.train.micro_batch_tokens}."
         )
+    if config.train.export_checkpoint == "best" and not config.eval.eval_every:
+        raise UserError("export_checkpoint: best needs held-out KLs to choose by; set eval_every above 0.")
     if signal.signal == "nucleus" and signal.signal_floor > signal.signal_k:
         raise UserError(
             f"signal_floor {signal.signal_floor} is above signal_k {signal.signal_k}, the most ids kept; lower it."
@@ -306,6 +315,10 @@ def _check(config: Config) -> None:
             f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
             f" {rollout.group_size}; change one of them."
         )
+    if loss.objective == "jsd" and (
+        (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
+    ):
+        raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"

@@ -88,7 +88,7 @@ class Metrics:
         if not (self.world.is_main and self.path.exists()):
             return
         last = {"step": step, "refresh_index": refresh_index}
-        counted = {"step": "step", "refresh": "refresh_index"}
+        counted = {"step": "step", "eval": "step", "refresh": "refresh_index"}
         kept = [
             r for r in read(self.path) if r["kind"] not in counted or r[counted[r["kind"]]] <= last[counted[r["kind"]]]
         ]

@@ -1,0 +1,251 @@
+"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student writes completions, against the memory floor and generate.
+
+    decode/steps/B          steps alone: B live slots from 128 places on, 256 steps, in captured steps
+    decode/whole/B          the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each, logprobs on the host
+    decode/groups/B         the same with four completions a prompt
+    decode/spread/B         4 B requests whose lengths are spread over 16..512, in useful tokens
+    decode/generate/B       transformers' generate as it comes (dynamic cache), sampling at temperature 1
+    decode/generate-static/B    the same with its static cache, compiled; the compiling call is not counted
+    decode/parts/B          milliseconds of a step's parts alone, each captured, at 256 places a row
+
+The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed / copy
+rate, with 256 places a row on the average; the head counts as weights once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+
+from bench.loss import measure, synchronize
+from bench.stage_one import Bench, Cell, Record
+from stages.models.decoding.sampling import Sampling, choose
+from stages.models.decoding.slots import SlotCache
+from stages.models.decoding.steps import Decoder, Method, Request
+from stages.models.generation import rollout_engine
+
+SOURCES = (
+    "bench/stage_one.py",
+    "bench/stage_one_decode.py",
+    "stages/models/generation.py",
+    "stages/models/decoding/*.py",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The student, and the text that it writes."""
+
+    config: dict[str, int]
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    shortest: int
+    longest: int
+
+
+STUDENT = Shape(
+    {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
+    batches=(64, 256), prompt=128, new=256, shortest=16, longest=512,
+)  # fmt: skip
+TINY = Shape(
+    {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300},
+    batches=(4,), prompt=8, new=12, shortest=2, longest=20,
+)  # fmt: skip
+
+
+def cells(tiny: bool) -> list[Cell]:
+    shape = TINY if tiny else STUDENT
+    kinds = {
+        "steps": steps, "whole": partial(whole, group=1), "groups": partial(whole, group=4), "spread": spread,
+        "generate": partial(theirs, cache="dynamic"), "generate-static": partial(theirs, cache="static"), "parts": parts,
+    }  # fmt: skip
+    return [
+        Cell(f"decode/{kind}/{batch}", partial(_measured, function, shape, batch), SOURCES)
+        for kind, function in kinds.items()
+        for batch in shape.batches
+    ]
+
+
+def _measured(function: Callable[..., Record], shape: Shape, batch: int, bench: Bench) -> Record:
+    model = bench.make("student", lambda: make_model(shape, bench.device))
+    with torch.no_grad():
+        return function(bench, model, shape, batch)
+
+
+def make_model(shape: Shape, device: str) -> Any:
+    config = Qwen3Config(
+        **shape.config, max_position_embeddings=40_960, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.eval()
+
+
+def prompts_of(shape: Shape, count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(10, shape.config["vocab_size"] - 10, (count, shape.prompt)))
+
+
+def floor_ms(bench: Bench, model: Any, shape: Shape, batch: int) -> float:
+    """Milliseconds of a step that only reads its weights (or multiplies by them) and its keys and values."""
+    weights = sum(p.numel() for p in model.parameters())
+    places = shape.prompt + shape.new / 2
+    kv_bytes = 4 * shape.config["num_hidden_layers"] * shape.config["num_key_value_heads"] * shape.config["head_dim"]
+    copy, product = bench.ceilings["copy_tb_per_second"] * 1e9, bench.ceilings["product_tflops"] * 1e9
+    return max(2 * weights / copy, 2 * weights * batch / product) + batch * places * kv_bytes / copy
+
+
+def against_floor(bench: Bench, model: Any, shape: Shape, batch: int, ms: float) -> Record:
+    floor = floor_ms(bench, model, shape, batch)
+    return {
+        "tokens_per_second": 1e3 * batch / ms, "floor_tokens_per_second": 1e3 * batch / floor, "share_of_floor": floor / ms,
+        "step_ms": ms, "floor_ms": floor,
+    }  # fmt: skip
+
+
+def method_of(shape: Shape, new: int) -> Method:
+    return Method(Sampling(new), shape.config["vocab_size"], (), 0)
+
+
+def seconds_of(call: Callable[[], Any], device: str) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
+    decoder = Decoder(model, method_of(shape, shape.new), batch, shape.prompt + shape.new, shape.new, None)
+    requests = [Request(i, prompt, i, shape.new) for i, prompt in enumerate(prompts_of(shape, batch))]
+
+    def fill() -> None:
+        decoder.clear(batch)
+        decoder.fill(list(enumerate(requests)))
+
+    num_steps, last = shape.new - 1, shape.prompt + shape.new - 1
+    fill()
+    decoder.run(num_steps, last)
+    prefill = seconds_of(fill, bench.device)
+    seconds = seconds_of(lambda: decoder.run(num_steps, last), bench.device)
+    found = against_floor(bench, model, shape, batch, 1e3 * seconds / num_steps)
+    return found | {"prefill_ms": 1e3 * prefill, "num_graphs": decoder.num_graphs}
+
+
+def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Record:
+    prompts = [prompt for prompt in prompts_of(shape, batch // group) for _ in range(group)]
+    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    with rollout_engine(model) as engine:
+
+        def call() -> None:
+            engine(prompts, list(range(batch)), Sampling(shape.new), **arguments)
+
+        first = seconds_of(call, bench.device)
+        second = seconds_of(call, bench.device)
+    found = against_floor(bench, model, shape, batch, 1e3 * second / shape.new)
+    return found | {"seconds": second, "first_call_seconds": first} | _peak(bench)
+
+
+def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
+    """Useful tokens: those of the completions. Lengths are a seeded permutation of an even spread."""
+    lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
+    lengths = np.random.default_rng(1).permutation(lengths)
+    requests = [
+        Request(i, prompt, i, int(n)) for i, (prompt, n) in enumerate(zip(prompts_of(shape, 4 * batch), lengths, strict=True))
+    ]  # fmt: skip
+    with rollout_engine(model) as engine:
+        method = method_of(shape, shape.longest)
+        engine.write(requests[:batch], method, batch)  # captures
+        seconds = seconds_of(lambda: engine.write(requests, method, batch), bench.device)
+    return {
+        "tokens_per_second": float(lengths.sum() / seconds),
+        "seconds": seconds,
+        "mean_length": float(lengths.mean()),
+    }
+
+
+def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Record:
+    """transformers' own, sampling from the whole distribution."""
+    ids = torch.from_numpy(np.stack(prompts_of(shape, batch))).to(bench.device)
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+
+    def call() -> None:
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=shape.new, **settings)
+        assert found.shape[1] == shape.prompt + shape.new
+
+    first = seconds_of(call, bench.device)
+    second = seconds_of(call, bench.device)
+    found = against_floor(bench, model, shape, batch, 1e3 * second / shape.new)
+    return found | {"seconds": second, "first_call_seconds": first} | _peak(bench)
+
+
+def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
+    """Each part as often as a step has it, at the mean number of places; what is missing to a step is elementwise."""
+    device = torch.device(bench.device)
+    places = shape.prompt + shape.new // 2
+    config, dtype = model.config, torch.bfloat16
+    size = (batch, config.num_key_value_heads, places, config.head_dim)
+    slots = SlotCache([torch.randn(size, device=device, dtype=dtype)], [torch.randn(size, device=device, dtype=dtype)])
+    slots.longest = places
+    slots.begin_step(
+        torch.full((batch,), places - 1, device=device), torch.ones(batch, dtype=torch.bool, device=device)
+    )
+    new = torch.randn(batch, config.num_key_value_heads, 1, config.head_dim, device=device, dtype=dtype)
+    query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, device=device, dtype=dtype)
+    linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {n: torch.randn(batch, n, device=device, dtype=dtype) for n in {layer.in_features for layer in linears}}
+    hidden = inputs[config.hidden_size]
+    decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
+    logits = decoder._logits(hidden)
+    uniforms, forced = torch.rand(batch, dtype=torch.float64, device=device), torch.full((batch,), -1, device=device)
+    attention = model.model.layers[0].self_attn
+    layers = range(config.num_hidden_layers)
+    from stages.models.decoding.attention import attend
+
+    functions: dict[str, Callable[[], Any]] = {
+        "linear_ms": lambda: [layer(inputs[layer.in_features]) for layer in linears],
+        "attention_ms": lambda: [
+            attend(attention, query, slots.keys[0], slots.values[0], None, slots=slots) for _ in layers
+        ],
+        "store_ms": lambda: [slots.update(new, new, 0) for _ in layers],
+        "head_ms": lambda: decoder._logits(hidden),
+        "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),
+    }
+    return {name: measure(replayable(function, device), bench.device, bench.seconds).median for name, function in functions.items()}  # fmt: skip
+
+
+def replayable(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The function captured, so that a part is not timed by its launches; on a CPU the function itself."""
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _peak(bench: Bench) -> Record:
+    if bench.device != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return {"peak_gib": peak}

@@ -1,0 +1,173 @@
+"""Attention over packed rows: each sequence attends to itself alone, exactly as if it were in a row of its own.
+
+`PACKED` is an attention function registered with transformers. Where a model is called with the boundaries of packed
+sequences (`model_inputs`) it computes causal attention sequence by sequence: with PyTorch's variable-length flash kernel on
+CUDA, else with one SDPA call a sequence. In every other call (generation, padded rows) it is transformers' own SDPA, so
+that one model object serves both without being switched. transformers' flash attention packs by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.data.alignment import Aligned, Packing
+from stages.runtime.errors import UserError
+
+PACKED = "dualkl_packed"
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+VARLEN_WIDEST_HEAD = 256
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+UNSERVED = ("softcap", "s_aux", "position_bias", "cache")  # what attention functions may be asked for besides
+
+
+def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
+    """Makes `model` ready for packed rows; returns why it must be given padded ones instead, or "" if it is ready.
+
+    `wanted`: the config key `packing`, on (True), off (False) or `auto`, which packs where that is exact.
+    Errors: `UserError` under `on` where the model cannot be packed.
+    """
+    reason = "packing is off" if wanted is False else refusal(model)
+    if reason and wanted is True:
+        raise UserError(f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto.")
+    if not reason and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(PACKED)
+    return reason
+
+
+def refusal(model: PreTrainedModel) -> str:
+    """Why packed rows would not be exact for this model; empty where they are."""
+    config = model.config.get_text_config()
+    implementation = model.config._attn_implementation
+    other_layers = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if implementation not in ("sdpa", PACKED) and "flash" not in implementation:
+        return f"attn_implementation {implementation} does not keep packed sequences apart"
+    if other_layers:
+        return f"it has layers of type {', '.join(sorted(other_layers))}"
+    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+        return "its attention is its own, or it keeps a state along the row"
+    if "flash" not in implementation and getattr(config, "attn_logit_softcapping", None):
+        return "its attention logits are soft-capped"
+    return ""
+
+
+def model_inputs(aligned: Aligned, implementation: str) -> dict[str, Any]:
+    """What a decoder takes for `aligned`, as keyword arguments; `implementation` is the decoder's attention."""
+    packing = aligned.packing
+    if packing is None:
+        return {"input_ids": aligned.input_ids, "attention_mask": aligned.attention_mask}
+    shared = {"input_ids": aligned.input_ids, "position_ids": aligned.position_ids}
+    if implementation == PACKED:
+        # A mask without elements: transformers hands it on as it is, and no other attention function can take it.
+        nothing = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=aligned.input_ids.device)
+        return shared | {"attention_mask": nothing, "packing": packing}
+    bounds = {"cu_seq_lens_q": packing.bounds, "cu_seq_lens_k": packing.bounds}
+    return shared | bounds | {"max_length_q": packing.longest, "max_length_k": packing.longest}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, H, T, h], key and value [B, G, T, h] to ([B, T, H, h], None)."""
+    if packing is None:
+        assert attention_mask is None or attention_mask.numel(), "the model does not hand `packing` to its attention"
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    for name in UNSERVED:
+        if kwargs.get(name) is not None:
+            raise UserError(f"packed rows cannot be served: the model's attention uses {name}; use --packing off.")
+    _check_window(module, sliding_window)
+    q_THh, k_TGh, v_TGh = (states[0].transpose(0, 1) for states in (query, key, value))
+    if dropout == 0 and varlen_usable(query, value):
+        out = _varlen(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window)
+    else:
+        out = _each_alone(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window, dropout)
+    return out[None], None
+
+
+def _check_window(module: nn.Module, sliding_window: int | None) -> None:
+    """A window that the model knows only from its masks would be lost here."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    if types and types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise UserError(
+            "packed rows cannot be served: the model keeps its attention window to itself; use --packing off."
+        )
+
+
+def _find_varlen() -> tuple[Any, bool]:
+    """PyTorch's variable-length attention if it has a window and a scale, and whether it groups heads itself."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    known = inspect.signature(varlen_attn).parameters
+    return (varlen_attn if {"scale", "window_size"} <= known.keys() else None), "enable_gqa" in known
+
+
+_varlen_attn, _varlen_groups = _find_varlen()
+
+
+def varlen_usable(query: Tensor, value: Tensor) -> bool:
+    """Whether the flash kernel serves these: on CUDA, two bytes a number, one head width that it knows."""
+    width = query.shape[-1]
+    served = width == value.shape[-1] and width <= VARLEN_WIDEST_HEAD and width % 8 == 0
+    return _varlen_attn is not None and query.is_cuda and query.dtype in VARLEN_DTYPES and served
+
+
+def _varlen(
+    q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    num_groups = q_THh.shape[1] // k_TGh.shape[1]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if num_groups > 1 and _varlen_groups:
+        options["enable_gqa"] = True
+    elif num_groups > 1:
+        k_TGh, v_TGh = (states.repeat_interleave(num_groups, dim=1) for states in (k_TGh, v_TGh))
+    q, k, v = (states.contiguous() for states in (q_THh, k_TGh, v_TGh))
+    bounds, longest = packing.bounds, packing.longest
+    return _varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+
+
+@torch.compiler.disable  # lengths differ from batch to batch: tracing would never end
+def _each_alone(
+    q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, packing: Packing, scaling: float | None, window: int | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """One SDPA call a sequence."""
+    grouped = q_THh.shape[1] != k_TGh.shape[1]
+    cut = (states.transpose(0, 1)[None].split(packing.lengths, dim=2) for states in (q_THh, k_TGh, v_TGh))
+    parts = []
+    for q, k, v in zip(*cut, strict=True):
+        mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
+        causal = mask is None and q.shape[2] > 1
+        parts.append(scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        ))  # fmt: skip
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """[T, T], True where a position sees another: itself and the `window` - 1 before it."""
+    position = torch.arange(length, device=device)
+    behind = position[:, None] - position
+    return (behind >= 0) & (behind < window)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

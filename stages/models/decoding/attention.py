@@ -1,0 +1,127 @@
+"""Attention of one new token a row over its slot: no expansion of K and V for grouped queries, no keys of other rows.
+
+Registered with transformers as an attention implementation without a mask function, so that models hand it no mask.
+On CUDA it is a kernel that reads only the places that a row has filled; elsewhere PyTorch's, under a mask over the
+slots cut to the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from stages.models.decoding.slots import SlotCache
+from stages.runtime.errors import UserError
+
+NAME = "dualkl_slots"
+_SERVED_LAYERS = {"full_attention", "sliding_attention"}
+_REFUSED = ("s_aux", "position_bias", "indices")
+_REFUSED_ROPE = ("dynamic", "longrope")
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    slots: SlotCache | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """softmax(cap(scaling q k)) v of each row's one query [B, heads, 1, D] over `slots.attended` keys.
+
+    `key` and `value` are all of the slots [B, H, S, D]. Returns [B, 1, heads, D]; softmax and sums are fp32.
+    """
+    unserved = [name for name in _REFUSED if others.get(name) is not None]
+    if slots is None or attention_mask is not None or unserved:
+        reason = f"its attention has {', '.join(unserved)}" if unserved else "its layers do not pass their inputs on"
+        raise UserError(_sentence(module.config.model_type, reason))
+    slots.num_attended_layers += 1
+    query = query.squeeze(2).to(key.dtype)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if key.is_cuda:
+        from stages.models.decoding import kernels
+
+        out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap)
+    else:
+        out = plain_attention(query, key, value, slots, scale, sliding_window, softcap)
+    return out.unsqueeze(1), None
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The same in PyTorch: the queries of a group are the query positions of their one K/V head. [B, heads, D]."""
+    num_rows, num_heads, width = query.shape
+    query = query.reshape(num_rows, key.shape[1], -1, width)
+    key, value = key[:, :, : slots.longest], value[:, :, : slots.longest]
+    mask = _mask(slots, window)
+    if softcap is None:
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    else:
+        scores = (query @ key.transpose(2, 3)).float() * scale
+        scores = (scores / softcap).tanh() * softcap
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
+    return out.reshape(num_rows, num_heads, -1)
+
+
+def _mask(slots: SlotCache, window: int | None) -> Tensor:
+    """[B, 1, 1, longest]: the keys that each row sees; made once a step for each kind of layer."""
+    if window not in slots.masks:
+        assert slots.attended is not None
+        place, attended = torch.arange(slots.longest), slots.attended[:, None]
+        seen = place < attended
+        if window is not None:
+            seen &= place >= attended - window
+        slots.masks[window] = seen[:, None, None]
+    return slots.masks[window]
+
+
+@contextmanager
+def slot_attention(config: PretrainedConfig) -> Iterator[None]:
+    """The models that share `config` attend by `attend`; their own implementation is back afterwards."""
+    own = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """`UserError`, naming the model type, for attention that slots do not hold."""
+    config = decoder.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reason = ""
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it attends to an encoder"
+    elif kinds - _SERVED_LAYERS:
+        reason = f"it has layers of {', '.join(sorted(kinds - _SERVED_LAYERS))}"
+    elif getattr(config, "attention_chunk_size", None):
+        reason = "it attends in chunks"
+    elif not getattr(decoder, "_supports_attention_backend", False):
+        reason = "its attention cannot be exchanged through transformers' AttentionInterface"
+    elif ropes := [name for name in _REFUSED_ROPE if f"'{name}'" in str(getattr(config, "rope_parameters", ""))]:
+        reason = f"its {ropes[0]} rotary embedding depends on the longest row of a batch"
+    if reason:
+        raise UserError(_sentence(config.model_type, reason))
+
+
+def check_attended(decoder: PreTrainedModel, slots: SlotCache) -> None:
+    """After a step: every layer's attention must have come through `attend`."""
+    num_layers = decoder.config.num_hidden_layers
+    if slots.num_attended_layers != num_layers:
+        found = f"only {slots.num_attended_layers} of its {num_layers} layers use transformers' AttentionInterface"
+        raise UserError(_sentence(decoder.config.model_type, found))
+
+
+def _sentence(model_type: str, reason: str) -> str:
+    return (
+        f"the rollout engine cannot write with a model of type {model_type}: {reason}. It serves decoders with full or"
+        " sliding-window attention (Qwen3, Llama, Mistral, Gemma and their like)."
+    )
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

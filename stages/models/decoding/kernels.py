@@ -1,0 +1,231 @@
+"""The engine's kernels on CUDA, in Triton: attention of one query a row over its slot, storing K and V, reading logits.
+
+Grid of the attention: rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to the 16 rows
+of a tensor-core tile, so that K and V are read once for the group. Works on sm_80 and newer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST = tl.constexpr(-3.4028234663852886e38)
+TILE_BYTES = 16_384
+"""Of one block of keys: with K and V in three stages within the shared memory of an sm_86."""
+PROGRAMS_PER_PROCESSOR = 4
+MAX_SPLITS = 16
+
+
+@triton.jit
+def decode_kernel(
+    query_ptr, query_row, query_head, keys_ptr, keys_row, keys_head, keys_place, values_ptr, values_row, values_head,
+    values_place, attended_ptr, out_ptr, partial_ptr, log_mass_ptr, scale, cap, window,
+    GROUP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap, else of 1.
+
+    One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    attended = tl.load(attended_ptr + row)
+    start = 0
+    if WINDOWED:
+        start = tl.maximum(attended - window, 0)
+    share = tl.cdiv(tl.cdiv(attended - start, BLOCK), SPLITS) * BLOCK
+    first = start + split * share
+    last = tl.minimum(first + share, attended)
+
+    lane = tl.arange(0, LANES)
+    column = tl.arange(0, WIDTH_PADDED)
+    value_column = tl.arange(0, VALUE_PADDED)
+    in_group = lane < GROUP
+    query_ptr += row * query_row + (head * GROUP + lane[:, None]) * query_head + column[None, :]
+    query = tl.load(query_ptr, mask=in_group[:, None] & (column < WIDTH)[None, :], other=0.0)
+    keys_ptr += row * keys_row + head * keys_head
+    values_ptr += row * values_row + head * values_head
+
+    peak = tl.full([LANES], LEAST, tl.float32)
+    mass = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES, VALUE_PADDED], tl.float32)
+    for at in range(first, last, BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        seen = place < last
+        keys = tl.load(
+            keys_ptr + place[None, :] * keys_place + column[:, None],
+            mask=seen[None, :] & (column < WIDTH)[:, None], other=0.0,
+        )  # fmt: skip
+        values = tl.load(
+            values_ptr + place[:, None] * values_place + value_column[None, :],
+            mask=seen[:, None] & (value_column < VALUE_WIDTH)[None, :], other=0.0,
+        )  # fmt: skip
+        scores = tl.dot(query, keys, input_precision=PRECISION) * scale
+        if CAPPED:
+            decay = tl.exp(-2.0 * tl.abs(scores))
+            bent = (1.0 - decay) / (1.0 + decay)
+            scores = cap * tl.where(scores < 0, -bent, bent)
+        scores = tl.where(seen[None, :], scores, LEAST)
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        fade = tl.exp2(peak - higher)
+        p = tl.exp2(scores - higher[:, None])
+        mass = mass * fade + tl.sum(p, 1)
+        total = total * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+        peak = higher
+
+    average = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    at = (row * tl.num_programs(1) + head) * GROUP + lane
+    kept = in_group[:, None] & (value_column < VALUE_WIDTH)[None, :]
+    if SPLITS == 1:
+        target = out_ptr + at[:, None] * VALUE_WIDTH + value_column[None, :]
+        tl.store(target, average.to(out_ptr.dtype.element_ty), mask=kept)
+    else:
+        at = at * SPLITS + split
+        tl.store(partial_ptr + at[:, None] * VALUE_WIDTH + value_column[None, :], average, mask=kept)
+        tl.store(log_mass_ptr + at, tl.where(mass > 0, peak + tl.log2(mass), LEAST), mask=in_group)
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr, log_mass_ptr, out_ptr,
+    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The splits' averages, weighted by their masses; one program a query head."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS_PADDED)
+    column = tl.arange(0, WIDTH_PADDED)
+    log_mass = tl.load(log_mass_ptr + head * SPLITS + split, mask=split < SPLITS, other=LEAST)
+    mass = tl.exp2(log_mass - tl.max(log_mass, 0))
+    partial = tl.load(
+        partial_ptr + (head * SPLITS + split)[:, None] * WIDTH + column[None, :],
+        mask=(split < SPLITS)[:, None] & (column < WIDTH)[None, :], other=0.0,
+    )  # fmt: skip
+    out = tl.sum(partial * mass[:, None], 0) / tl.sum(mass, 0)
+    tl.store(out_ptr + head * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def store_kernel(
+    key_ptr, key_row, key_head, value_ptr, value_row, value_head, keys_ptr, keys_row, keys_head, keys_place,
+    values_ptr, values_row, values_head, values_place, places_ptr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """The new K and V of one row and head, cast, into the row's place."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    place = tl.load(places_ptr + row)
+    column = tl.arange(0, PADDED)
+    key = tl.load(key_ptr + row * key_row + head * key_head + column, mask=column < WIDTH)
+    value = tl.load(value_ptr + row * value_row + head * value_head + column, mask=column < VALUE_WIDTH)
+    keys_ptr += row * keys_row + head * keys_head + place * keys_place
+    values_ptr += row * values_row + head * values_head + place * values_place
+    tl.store(keys_ptr + column, key.to(keys_ptr.dtype.element_ty), mask=column < WIDTH)
+    tl.store(values_ptr + column, value.to(values_ptr.dtype.element_ty), mask=column < VALUE_WIDTH)
+
+
+@triton.jit
+def blocks_kernel(
+    logits_ptr, logits_row, num_ids, num_blocks, peak_ptr, mass_ptr, moment_ptr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """`sampling.block_statistics` of one block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    lane = tl.arange(0, PADDED)
+    ids = block * SIZE + lane
+    inside = (lane < SIZE) & (ids < num_ids)
+    logits = tl.load(logits_ptr + row * logits_row + ids, mask=inside, other=float("-inf"))
+    broken = tl.max((logits != logits).to(tl.int32), 0) > 0
+    peak = tl.maximum(tl.max(logits, 0), LEAST)
+    peak = tl.where(broken, float("nan"), peak)
+    gap = logits - peak
+    gap = tl.where(gap < LEAST, LEAST, gap)
+    p = tl.exp(gap)
+    at = row * num_blocks + block
+    tl.store(peak_ptr + at, peak.to(tl.float64))
+    tl.store(mass_ptr + at, tl.sum(p.to(tl.float64), 0))
+    tl.store(moment_ptr + at, tl.sum((p * gap).to(tl.float64), 0))
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, attended: Tensor, scale: float, window: int | None,
+    softcap: float | None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S, D].
+
+    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by the device.
+    """
+    query = _dense(query)
+    num_rows, num_heads, width = query.shape
+    kv_heads, value_width = keys.shape[1], values.shape[3]
+    padded, value_padded = (triton.next_power_of_2(max(16, size)) for size in (width, value_width))
+    block = max(16, min(128, TILE_BYTES // (max(padded, value_padded) * keys.element_size())))
+    if splits is None:
+        splits = _splits(query.device, num_rows * kv_heads, triton.cdiv(keys.shape[2], block))
+    group = num_heads // kv_heads
+    out = torch.empty((num_rows, num_heads, value_width), dtype=keys.dtype, device=keys.device)
+    partial, log_mass = out, out
+    if splits > 1:
+        partial = torch.empty((num_rows, num_heads, splits, value_width), dtype=torch.float32, device=keys.device)
+        log_mass = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=keys.device)
+    log2e = 1.4426950408889634
+    decode_kernel[(num_rows, kv_heads, splits)](
+        query, query.stride(0), query.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3], attended, out,
+        partial, log_mass, scale * log2e if softcap is None else scale / softcap, (softcap or 0.0) * log2e, window or 0,
+        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_PADDED=padded,
+        VALUE_WIDTH=value_width, VALUE_PADDED=value_padded, BLOCK=block, SPLITS=splits, CAPPED=softcap is not None,
+        WINDOWED=window is not None, PRECISION="ieee", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(num_rows * num_heads,)](
+            partial, log_mass, out, WIDTH=value_width, WIDTH_PADDED=value_padded, SPLITS=splits,
+            SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
+    """Writes key and value [B, H, 1, D] to place `places` [B] of each row of keys and values [B, H, S, D]."""
+    key, value, width, value_width = _dense(key), _dense(value), keys.shape[3], values.shape[3]
+    store_kernel[(keys.shape[0], keys.shape[1])](
+        key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), keys, *keys.stride()[:3],
+        values, *values.stride()[:3], places,
+        WIDTH=width, VALUE_WIDTH=value_width, PADDED=triton.next_power_of_2(max(width, value_width)), num_warps=1,
+    )  # fmt: skip
+
+
+def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(peak, mass, moment) of each block of `size` ids of float32 logits [B, V], float64 [B, V / size]."""
+    num_rows, num_ids = logits.shape
+    size = min(size, num_ids)
+    num_blocks = triton.cdiv(num_ids, size)
+    peak, mass, moment = (
+        torch.empty((num_rows, num_blocks), dtype=torch.float64, device=logits.device) for _ in range(3)
+    )
+    blocks_kernel[(num_rows, num_blocks)](
+        logits, logits.stride(0), num_ids, num_blocks, peak, mass, moment,
+        SIZE=size, PADDED=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    return peak, mass, moment
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """With neighbours in the last dimension, as the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _splits(device: torch.device, num_programs: int, num_blocks: int) -> int:
+    """Programs a row and K/V head, so that few rows still fill the device; one where the rows alone do."""
+    wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
+    return max(1, min(MAX_SPLITS, num_blocks, wanted // num_programs))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

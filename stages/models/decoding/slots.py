@@ -1,0 +1,138 @@
+"""Slots: the rows that are decoded together, their K/V and their place in their completions, all on the device.
+
+A slot that is free or whose row has ended goes through the steps like any other, with one attended key; what it gives
+goes to a scratch column. Nothing here waits for the device.
+
+Shape suffixes: B slots, H K/V heads, S places of a slot, D width of a head, T longest completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from stages.models.decoding.sampling import Chosen
+
+
+class SlotCache(Cache):
+    """K and V of every layer, [B, H, S, D], written at a place of each row's own.
+
+    `attended` is how many keys each row sees in this step; `longest` bounds it (host), for the CPU's slices.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        super().__init__(layers=[])
+        self.keys, self.values = keys, values
+        self.places: Int[Tensor, " B"] | None = None
+        self.attended: Int[Tensor, " B"] | None = None
+        self.longest = keys[0].shape[2]
+        self.num_attended_layers = 0
+        self.masks: dict[int | None, Tensor] = {}
+
+    def first(self, width: int) -> SlotCache:
+        """The first `width` slots, sharing memory."""
+        return SlotCache([k[:width] for k in self.keys], [v[:width] for v in self.values])
+
+    def begin_step(self, places: Int[Tensor, " B"], active: Bool[Tensor, " B"]) -> None:
+        """Where the step's K and V go, and how many keys each row then sees: itself included, or one in a dead slot."""
+        self.places = places
+        self.attended = torch.where(active, places + 1, 1).to(torch.int32)
+        self.num_attended_layers = 0
+        self.masks.clear()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Stores [B, H, 1, D] and returns all places of all slots, as transformers' attention modules expect it."""
+        assert self.places is not None
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if keys.is_cuda:
+            from stages.models.decoding import kernels
+
+            kernels.store(key_states, value_states, keys, values, self.places)
+        else:
+            rows = torch.arange(len(keys))
+            keys[rows, :, self.places] = key_states.squeeze(2).to(keys.dtype)
+            values[rows, :, self.places] = value_states.squeeze(2).to(values.dtype)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.longest
+
+    def fill(self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]) -> None:  # fmt: skip
+        """Copies rows `source` of a prefill's K and V [U, H, P, D], layer by layer, to the start of `slots`."""
+        for own, new in zip([*self.keys, *self.values], [*keys, *values], strict=True):
+            own[:, :, : new.shape[2]].index_copy_(0, slots, new.index_select(0, source).to(own.dtype))
+
+    def move(self, source: Int[Tensor, " R"], target: Int[Tensor, " R"]) -> None:
+        for own in (*self.keys, *self.values):
+            used = own[:, :, : self.longest]
+            used.index_copy_(0, target, used.index_select(0, source))
+
+
+@dataclass
+class Progress:
+    """Where each slot's row stands. The last column of what is written is scratch, for slots without a live row."""
+
+    token: Int[Tensor, " B"]  # drawn last, fed next
+    length: Int[Tensor, " B"]  # places filled, which is the position of `token`
+    taken: Int[Tensor, " B"]  # tokens of the completion so far
+    limit: Int[Tensor, " B"]
+    active: Bool[Tensor, " B"]
+    uniforms: Float[Tensor, "B T"]  # float64
+    forced: Int[Tensor, "B T"]  # -1: draw
+    ids: Int[Tensor, "B T+1"]
+    logprobs: Float[Tensor, "B T+1"]
+    entropy: Float[Tensor, "B T+1"]
+
+    @classmethod
+    def empty(cls, slots: int, tokens: int, device: torch.device) -> Progress:
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        def real(dtype: torch.dtype, width: int) -> Tensor:
+            return torch.zeros((slots, width), dtype=dtype, device=device)
+
+        return cls(
+            token=whole(slots), length=whole(slots), taken=whole(slots), limit=whole(slots),
+            active=torch.zeros(slots, dtype=torch.bool, device=device),
+            uniforms=real(torch.float64, tokens), forced=whole(slots, tokens) - 1,
+            ids=whole(slots, tokens + 1), logprobs=real(torch.float32, tokens + 1),
+            entropy=real(torch.float32, tokens + 1),
+        )  # fmt: skip
+
+    def first(self, width: int) -> Progress:
+        """The first `width` slots, sharing memory."""
+        return Progress(*(tensor[:width] for tensor in self._tensors()))
+
+    def to(self, device: torch.device) -> Progress:
+        return Progress(*(tensor.to(device) for tensor in self._tensors()))
+
+    def put(self, slots: Int[Tensor, " R"], rows: Progress) -> None:
+        for own, new in zip(self._tensors(), rows._tensors(), strict=True):
+            own.index_copy_(0, slots, new)
+
+    def move(self, source: Int[Tensor, " R"], target: Int[Tensor, " R"]) -> None:
+        for own in self._tensors():
+            own.index_copy_(0, target, own.index_select(0, source))
+        self.active[source] = False
+
+    def next_inputs(self) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
+        """The uniform and the forced id of each row's next token."""
+        column = self.taken.clamp(max=self.forced.shape[1] - 1)[:, None]
+        return self.uniforms.gather(1, column).squeeze(1), self.forced.gather(1, column).squeeze(1)
+
+    def record(self, chosen: Chosen, eos_ids: Int[Tensor, " E"]) -> None:
+        """Writes each live row's token and ends rows at an EOS (kept: it was sampled) or at their limit."""
+        column = torch.where(self.active, self.taken, self.ids.shape[1] - 1)[:, None]
+        self.ids.scatter_(1, column, chosen.token[:, None])
+        self.logprobs.scatter_(1, column, chosen.logprob[:, None])
+        self.entropy.scatter_(1, column, chosen.entropy[:, None])
+        self.token.copy_(torch.where(self.active, chosen.token, self.token))
+        self.taken += self.active
+        self.active &= (self.taken < self.limit) & (chosen.token[:, None] != eos_ids).all(1)
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]

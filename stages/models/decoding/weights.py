@@ -1,0 +1,78 @@
+"""The weights that the engine reads: adapters merged, casts made once; beside the model's own, which stay untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+
+@dataclass(frozen=True)
+class _Swap:
+    parent: nn.Module
+    name: str
+    own: nn.Module
+    fast: nn.Linear
+
+
+class DecodingWeights:
+    """Plain linear layers in place of a decoder's adapted or fp32-under-autocast ones, for as long as `swapped` lasts.
+
+    W + s B A is summed in fp32 and rounded once. LoRA layers of another kind than plain LoRA on a linear layer (DoRA,
+    LoRA with a bias) stay as they are: they decode right, through their adapter.
+    """
+
+    def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        """`autocast_dtype`: the dtype in which autocast multiplies, None without autocast."""
+        self._swaps: list[_Swap] = []
+        adapted = ""
+        for name, module in decoder.named_modules():
+            if adapted and name.startswith(adapted):
+                continue
+            fast = None
+            if isinstance(module, LoraLinear):
+                adapted = f"{name}."
+                fast = _merged(module, autocast_dtype)
+            elif type(module) is nn.Linear and autocast_dtype not in (None, module.weight.dtype):
+                fast = _linear(module.weight.detach().to(autocast_dtype), module.bias)
+            if fast is not None:
+                parent, _, leaf = name.rpartition(".")
+                self._swaps.append(_Swap(decoder.get_submodule(parent), leaf, module, fast))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The decoder with these weights; its own modules are back afterwards, whatever happens."""
+        try:
+            for swap in self._swaps:
+                setattr(swap.parent, swap.name, swap.fast)
+            yield
+        finally:
+            for swap in self._swaps:
+                setattr(swap.parent, swap.name, swap.own)
+
+
+def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None) -> nn.Linear | None:
+    """The adapted layer as one linear layer, or None where that is not W + s B A."""
+    base = module.get_base_layer()
+    adapters = [name for name in module.active_adapters if name in module.lora_A]
+    plain = all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapters)
+    if type(base) is not nn.Linear or not plain or module.disable_adapters or module.merged or module.fan_in_fan_out:
+        return None
+    weight = base.weight.detach().float()
+    with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
+        for name in adapters:
+            a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+            weight = torch.addmm(weight, b, a, alpha=module.scaling[name])
+    return _linear(weight.to(autocast_dtype or base.weight.dtype), base.bias)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return layer.eval()

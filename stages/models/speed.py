@@ -1,0 +1,84 @@
+"""Seconds that a model's work takes: floors from a card's rates, and the measured share of them that is reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.models.memory import Shape, kv_bytes_per_token
+from stages.runtime.errors import UserError
+
+MATMUL_SHARE = 685 / 989  # docs/performance.md: products on an H200 run at 685 TFLOP/s; its data sheet says 989
+COPY_SHARE = 4.24 / 4.8  # docs/performance.md: a copy at 4.24 TB/s of 4.8
+DECODE_SHARE = 0.37  # 18,106 tokens/s of a floor of 48,500: 4B shape, 256 slots, static cache, CUDA graph, one H200
+FORWARD_SHARE = 503 / 685  # a 32B-shaped teacher's forward, plain, 16 x 640 tokens, one H200
+TRAIN_SHARE = 0.40  # of the products' rate; with the next line it gives docs/results.md's 12,850 tokens/s
+TRAIN_SECONDS = 65e-6  # a scored token beside the products: host work of a step (docs/results.md)
+SCORE_SECONDS = 28e-6  # a scored token beside the forward: copies, encoding, writing (docs/results.md: 26,550 tokens/s)
+ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: 12 layers took 82.7 ms at least, one H200
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet figures of one card: GiB that it reports, dense bf16 FLOP/s, memory bytes/s, bytes/s to its peers."""
+
+    name: str
+    gib: float
+    peak_flops: float
+    peak_bandwidth: float
+    link: float
+
+    @property
+    def flops(self) -> float:
+        return self.peak_flops * MATMUL_SHARE
+
+    @property
+    def bandwidth(self) -> float:
+        return self.peak_bandwidth * COPY_SHARE
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 79.1, 312e12, 2.04e12, 300e9),
+        Gpu("a100-40", 39.4, 312e12, 1.56e12, 300e9),
+        Gpu("a800", 79.1, 312e12, 2.04e12, 200e9),
+        Gpu("h100", 79.1, 989e12, 3.35e12, 450e9),
+        Gpu("h200", 139.8, 989e12, 4.8e12, 450e9),
+    )
+}
+
+
+def gpu_for(name: str, gib: float | None) -> Gpu:
+    """The card of this name, or for a memory size alone the slowest card that has it; UserError for an unknown name."""
+    if name:
+        if name not in GPUS:
+            raise UserError(f"gpu {name} is not known here; choose one of {', '.join(GPUS)}, or give gpu_memory alone.")
+        return GPUS[name]
+    assert gib is not None
+    fitting = [gpu for gpu in GPUS.values() if gpu.gib >= 0.95 * gib]
+    return min(fitting or [GPUS["h200"]], key=lambda gpu: (gpu.peak_flops, gpu.gib, gpu.link))
+
+
+def decode_rate(shape: Shape, itemsize: int, gpu: Gpu, slots: int, mean_tokens: float) -> float:
+    """Tokens/s of one card: DECODE_SHARE of the floor max(P b / bandwidth, 2 P B / flops) + B KV bytes / bandwidth a step."""
+    weights = max(shape.parameters * itemsize / gpu.bandwidth, 2 * (shape.body + shape.head) * slots / gpu.flops)
+    cached = slots * mean_tokens * kv_bytes_per_token(shape, itemsize) / gpu.bandwidth
+    return slots / (weights + cached) * DECODE_SHARE
+
+
+def forward_seconds(
+    shape: Shape, itemsize: int, gpu: Gpu, tokens: float, scored: float, zero3: bool, num_gpus: int
+) -> float:
+    """One scoring forward: the slowest of products, gathering the weights from the other ranks, and DeepSpeed's hooks."""
+    products = 2 * (shape.body * tokens + shape.head * scored) / gpu.flops / FORWARD_SHARE
+    if zero3:
+        gather = shape.parameters * itemsize * (num_gpus - 1) / num_gpus / gpu.link
+        products = max(products, gather, ZERO3_LAYER_SECONDS * shape.layers)
+    return products + SCORE_SECONDS * scored
+
+
+def train_seconds(shape: Shape, gpu: Gpu, tokens: float, scored: float, *, frozen: bool, checkpointing: bool) -> float:
+    """Forward and backward: 4 P FLOP a token with frozen weights, else 6; 2 more for recomputation; the head on scored ones."""
+    each = (4 if frozen else 6) + (2 if checkpointing else 0)
+    flops = each * shape.body * tokens + (4 if frozen else 6) * shape.head * scored
+    return flops / gpu.flops / TRAIN_SHARE + TRAIN_SECONDS * scored

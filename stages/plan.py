@@ -1,0 +1,137 @@
+"""Whether a run fits, how long it takes and how large its cache gets, from the model configurations alone.
+
+    python -m stages.plan --config recipes/qwen3-4b.yaml --gpus 2 --gpu_memory 80     (any key of the configuration)
+
+Nothing is loaded: a folder with config.json, or a hub name, is enough for each model. Exit code 0 if it fits, 1 if it does not.
+Of its own: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB of a card; --mean_completion_tokens and
+--mean_prompt_tokens (else their upper bounds); --zero2 (recipes/accelerate_zero2.yaml); --json.
+"""
+
+from __future__ import annotations
+
+if not __package__:  # run as a file: the repository's root is importable, not stages/
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import logging
+import sys
+from typing import Any, NoReturn
+
+import torch
+
+from stages.loops.planning import Machine, Plan, make_plan
+from stages.models.memory import GIB
+from stages.models.speed import GPUS, gpu_for
+from stages.runtime.config import parse_arguments
+from stages.runtime.errors import UserError, command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python -m stages.plan --help` lists what it takes.")
+
+
+def main() -> None:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is one sentence, not one a retry
+    own, rest = _own_arguments(sys.argv[1:])
+    config = parse_arguments(rest, __doc__ or "")
+    plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
+    print(json.dumps(as_json(plan), indent=1) if own.json else table(plan))
+    if not plan.fits:
+        raise SystemExit(1)
+
+
+def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--gpu", default="")
+    parser.add_argument("--gpu_memory", type=float, default=None)
+    parser.add_argument("--mean_completion_tokens", type=float, default=0.0)
+    parser.add_argument("--mean_prompt_tokens", type=float, default=0.0)
+    parser.add_argument("--zero2", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    own, rest = parser.parse_known_args(arguments)
+    for name in ("gpus", "gpu_memory", "mean_completion_tokens", "mean_prompt_tokens"):
+        value = getattr(own, name)
+        if f"--{name}" in {a.split("=")[0] for a in arguments} and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be above 0, got {value}.")
+    return own, rest
+
+
+def machine_of(own: argparse.Namespace) -> Machine:
+    """The machine that was described, the rest of it from the GPUs that are here; UserError where neither says enough."""
+    here = torch.cuda.device_count()
+    gib = own.gpu_memory
+    if gib is None and not own.gpu:
+        if not here:
+            raise UserError(
+                f"no GPU here to plan for: give --gpu ({', '.join(GPUS)}) or --gpu_memory (GB of one card), and --gpus."
+            )
+        gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    gpu = gpu_for(own.gpu, gib)
+    # a card sold as 80 GB reports 79.1 GiB, one sold as 141 GB 139.8
+    reported = gpu.gib if gib is None else min(gib, gpu.gib) if gib <= 1.02 * gpu.gib else gib
+    return Machine(gpu, own.gpus or max(1, here), reported, own.zero2)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All figures; bytes, tokens/s and hours."""
+    return {
+        "fits": plan.fits,
+        "spare_bytes": round(plan.spare),
+        "usable_bytes": round(plan.machine.usable),
+        "gpus": plan.machine.num_gpus,
+        "gpu": plan.machine.gpu.name,
+        "student_parameters": plan.student.parameters,
+        "teacher_parameters": plan.teacher.parameters,
+        "trained_parameters": plan.trained,
+        "phases": {p.name: {"peak": round(p.peak), **{k: round(v) for k, v in p.parts.items()}} for p in plan.phases},
+        "tokens_per_second": plan.rates,
+        "hours": plan.hours,
+        "rollouts": plan.rollouts,
+        "mean_completion_tokens": plan.mean_completion,
+        "mean_prompt_tokens": plan.mean_prompt,
+        "cache_bytes": round(plan.cache_bytes),
+        "cache_bytes_per_token": plan.bytes_per_token,
+        "host_bytes_while_loading": round(plan.host_bytes),
+        "lower": plan.advice,
+    }
+
+
+def table(plan: Plan) -> str:
+    """The verdict, a line for each phase with its largest parts, speeds and sizes."""
+    machine, worst = plan.machine, plan.worst
+    cards = f"{machine.num_gpus} × {machine.gpu.name.upper()}, {machine.usable / GIB:.1f} GiB usable each"
+    if plan.fits:
+        verdict = f"It fits: {cards}; {plan.spare / GIB:.1f} GiB spare in the fullest phase ({worst.name})."
+    else:
+        verdict = f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
+    lines = [
+        f"{verdict} A plan, not a measurement.",
+        f"student {plan.student.parameters / 1e9:.2f}B ({plan.trained / 1e9:.3f}B trained), teacher"
+        f" {plan.teacher.parameters / 1e9:.2f}B; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory",
+        "",
+        f"{'phase':<10}{'GiB/card':>9}{'tokens/s':>10}{'hours':>7}  largest parts, GiB",
+    ]
+    for phase in plan.phases:
+        parts = sorted(((v, k) for k, v in phase.parts.items() if v >= 0.05 * GIB), reverse=True)[:5]
+        rate, hours = plan.rates.get(phase.name), plan.hours.get(phase.name)
+        lines.append(
+            f"{phase.name:<10}{phase.peak / GIB:>9.1f}{f'{rate:,.0f}' if rate else '–':>10}"
+            f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
+        )
+    return "\n".join([
+        *lines, "",
+        f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,} rollouts with refreshes",
+        f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
+        f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
+        " (--mean_completion_tokens, --mean_prompt_tokens)",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,284 @@
+"""The parts of the rollout engine: the draw, the sampling distribution, merged weights, which models are served."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
+
+from stages.models.decoding import sampling as sampling_module
+from stages.models.decoding.attention import check_served
+from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
+from stages.models.decoding.steps import Decoder, Method, Request
+from stages.models.decoding.weights import DecodingWeights
+from stages.models.generation import generate
+from stages.runtime.errors import UserError
+
+# The draw
+
+
+SAMPLED = Sampling(1)
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling = SAMPLED) -> torch.Tensor:
+    return choose(logits, uniforms, torch.full((len(uniforms),), -1), sampling).token
+
+
+@pytest.fixture(params=[1024, 2, 3], ids=lambda size: f"blocks of {size}")
+def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("_block_size")
+def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
+    p = torch.tensor([[0.2, 0.0, 0.5, 0.3]])
+    uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 0.9999999], dtype=torch.float64)
+    assert draw(p.log().expand(len(uniforms), 4), uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@pytest.mark.usefixtures("_block_size")
+def test_draw_never_gives_a_token_without_mass() -> None:
+    p = torch.tensor([[0.0, 0.4, 0.0, 0.0, 0.6, 0.0, 0.0]])
+    uniforms = torch.cat([torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1], torch.tensor([1 - 2.0**-53])])
+    assert set(draw(p.log().expand(1001, 7), uniforms).tolist()) == {1, 4}
+
+
+@pytest.mark.usefixtures("_block_size")
+def test_drawn_frequencies_are_the_probabilities() -> None:
+    """A chi-square statistic below the 1 - 1e-6 quantile of 12 degrees of freedom (51.7)."""
+    num_draws, size = 20_000, 13
+    logprobs = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).mul(1.5).log_softmax(-1)
+    uniforms = torch.from_numpy(np.random.Generator(np.random.Philox(key=7)).random(num_draws))
+    counts = torch.bincount(draw(logprobs.expand(num_draws, size) + 30.0, uniforms), minlength=size)
+    expected = logprobs[0].double().exp() * num_draws
+    assert float(((counts - expected) ** 2 / expected).sum()) < 51.7
+
+
+def test_a_draw_over_many_blocks_is_the_search_in_one_cumulative_sum() -> None:
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    uniforms = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    wanted = torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
+    assert torch.equal(draw(logits, uniforms), wanted)
+    assert torch.equal(draw(logits, uniforms, Sampling(1, greedy=True)), logits.argmax(-1))
+
+
+@pytest.mark.usefixtures("_block_size")
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.7), Sampling(1, top_k=5), Sampling(1, 1.3, top_p=0.6)])
+def test_logprob_and_entropy_are_those_of_the_distribution_that_is_drawn_from(sampling: Sampling) -> None:
+    logits = torch.randn(20, 4099, generator=torch.Generator().manual_seed(3)) * 2 + 40
+    uniforms = torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = choose(logits, uniforms, torch.full((20,), -1), sampling)
+    logprobs = sampling_logits(logits, sampling).double().log_softmax(-1)
+    wanted = logprobs.gather(1, found.token[:, None])[:, 0]
+    torch.testing.assert_close(found.logprob.double(), wanted, rtol=1e-6, atol=1e-5)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forced_token_is_taken_and_the_others_are_drawn() -> None:
+    logits = torch.zeros(2, 10)
+    logits[:, 3] = 50.0
+    found = choose(logits, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([7, -1]), Sampling(1))
+    assert found.token.tolist() == [7, 3]
+    assert found.logprob.tolist() == pytest.approx([-50.0, 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_broken_logit_gives_a_nan_logprob_and_a_token_of_the_vocabulary(value: float, greedy: bool) -> None:
+    logits = torch.zeros(2, 3000)
+    logits[1, 1500] = value
+    found = choose(
+        logits, torch.full((2,), 0.9, dtype=torch.float64), torch.tensor([-1, -1]), Sampling(1, greedy=greedy)
+    )
+    assert found.logprob.isnan().tolist() == [False, True]
+    assert 0 <= int(found.token.min()) <= int(found.token.max()) < 3000
+
+
+def test_a_block_without_mass_counts_nothing() -> None:
+    logits = torch.full((1, 2048), -torch.inf)
+    logits[0, 5] = -1e30
+    blocks = block_statistics(logits)
+    assert blocks.mass.tolist() == [[1.0, 0.0]]
+    assert blocks.moment.abs().max() == 0
+
+
+# The sampling distribution
+
+
+def oracle(logits: list[float], sampling: Sampling) -> list[float]:
+    """Probabilities after temperature, top-k and top-p, token by token in float64."""
+    z = [value / sampling.temperature for value in logits]
+    weights = [np.exp(value - max(z)) for value in z]
+    order = sorted(range(len(z)), key=lambda i: -weights[i])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    for i in order:
+        if mass / total >= sampling.top_p:
+            break
+        kept.append(i)
+        mass += weights[i]
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(z))]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1), Sampling(1, 0.5), Sampling(1, top_k=1), Sampling(1, top_k=4), Sampling(1, top_p=0.01),
+        Sampling(1, top_p=0.6), Sampling(1, 1.7, 0.9, 6), Sampling(1, 0.8, 0.3, 3), Sampling(1, top_k=1000),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_sampling_distribution_agrees_with_the_loop(sampling: Sampling) -> None:
+    logits = torch.randn(7, 19, generator=torch.Generator().manual_seed(1)) * 2
+    found = sampling_logits(logits, sampling).softmax(-1)
+    for row in range(7):
+        np.testing.assert_allclose(found[row].numpy(), oracle(logits[row].tolist(), sampling), atol=1e-6)
+
+
+# The weights
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    """A copy of the model with a LoRA adapter that does something."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    changed = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return changed.eval()
+
+
+def test_merged_weights_are_the_adapters_rounded_once(student_model: Any) -> None:
+    model = adapted(student_model)
+    base = model.get_base_model()
+    layer = base.model.layers[1].self_attn.q_proj
+    base.to(torch.bfloat16)
+    lora = [getattr(layer, name)["default"].float() for name in ("lora_B", "lora_A")]
+    wanted = layer.base_layer.weight.double() + 3.0 * lora[0].weight.double() @ lora[1].weight.double()
+    with DecodingWeights(base.get_decoder(), None).swapped():
+        found = base.model.layers[1].self_attn.q_proj
+        assert type(found) is torch.nn.Linear
+        assert found.weight.dtype == torch.bfloat16
+        torch.testing.assert_close(found.weight.double(), wanted, rtol=2**-8, atol=1e-7)
+    assert base.model.layers[1].self_attn.q_proj is layer
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_an_adapter_that_is_not_plain_lora_decodes_through_its_own_layers(student_model: Any, options: Any) -> None:
+    model = adapted(student_model, **options)
+    decoder = model.get_base_model().get_decoder()
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        wanted = decoder(input_ids=ids).last_hidden_state
+        with DecodingWeights(decoder, None).swapped():
+            assert torch.equal(decoder(input_ids=ids).last_hidden_state, wanted)
+
+
+def test_a_switched_off_adapter_stays_off(student_model: Any) -> None:
+    model = adapted(student_model)
+    decoder, ids = model.get_base_model().get_decoder(), torch.arange(20, 30)[None]
+    with torch.no_grad(), model.disable_adapter(), DecodingWeights(decoder, None).swapped():
+        found = decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(found, student_model.model(input_ids=ids).last_hidden_state)
+
+
+def test_full_fine_tuning_under_autocast_reads_casts_made_once(student_model: Any) -> None:
+    decoder = copy.deepcopy(student_model).get_decoder()
+    own = decoder.layers[0].mlp.up_proj
+    with DecodingWeights(decoder, torch.bfloat16).swapped():
+        fast = decoder.layers[0].mlp.up_proj
+        assert torch.equal(fast.weight, own.weight.to(torch.bfloat16))
+        assert decoder.embed_tokens.weight.dtype == torch.float32  # autocast would not cast it
+        assert decoder.norm.weight.dtype == torch.float32
+    assert decoder.layers[0].mlp.up_proj is own
+
+
+def test_weights_come_back_after_an_exception(student_model: Any) -> None:
+    decoder = adapted(student_model).get_base_model().get_decoder()
+    own = decoder.layers[0].mlp.up_proj
+    with pytest.raises(KeyboardInterrupt), DecodingWeights(decoder, None).swapped():
+        raise KeyboardInterrupt
+    assert decoder.layers[0].mlp.up_proj is own
+
+
+# Slots
+
+
+@torch.no_grad()
+def test_steps_without_a_live_row_change_nothing_that_counts(student_model: Any) -> None:
+    """Capturing a step on a GPU takes a few, with rows in the slots."""
+    method = Method(Sampling(20), 230, (1,), 0)
+    requests = [Request(0, np.arange(10, 20), 5, 20), Request(1, np.arange(30, 37), 6, 20)]
+    decoders = [Decoder(student_model, method, 2, 64, 20, None) for _ in range(2)]
+    for disturbed, decoder in zip((False, True), decoders, strict=True):
+        decoder.clear(2)
+        decoder.fill(list(enumerate(requests)))
+        decoder.run(3, 13)
+        if disturbed:
+            live = decoder.progress.active.clone()
+            decoder.progress.active.zero_()
+            decoder.run(2, 15)
+            decoder.progress.active.copy_(live)
+        decoder.run(10, 23)
+    plain, disturbed = (decoder.take([0, 1]) for decoder in decoders)
+    for a, b in zip(plain, disturbed, strict=True):
+        assert len(a[0]) > 4
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Which models
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "num_hidden_layers": 2, "vocab_size": 60, "head_dim": 8}  # fmt: skip
+
+
+def refused(model: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=f"of type {model.config.model_type}: .*{reason}"):
+        generate(
+            model, [np.arange(5)], [1], Sampling(3), vocab_size=60, eos_ids=(1,), pad_id=0, micro_batch=2
+        )  # fmt: skip
+
+
+def test_attention_with_sinks_is_a_sentence() -> None:
+    config = GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    refused(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), "s_aux")
+
+
+def test_linear_attention_is_a_sentence() -> None:
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(
+        **SMALL, layer_types=["linear_attention", "full_attention"], num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    refused(AutoModelForCausalLM.from_config(config).eval(), "linear_attention")
+
+
+def test_a_rotary_embedding_that_depends_on_the_batch_is_a_sentence() -> None:
+    config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    refused(AutoModelForCausalLM.from_config(config).eval(), "longest row")
+
+
+def test_an_encoder_is_a_sentence() -> None:
+    model = type("Model", (), {"config": T5Config()})()
+    with pytest.raises(UserError, match="of type t5: it attends to an encoder"):
+        check_served(model, model)
+
+
+def test_attention_outside_the_interface_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
+    monkeypatch.setattr(type(model.model), "_supports_attention_backend", False)
+    refused(model, "AttentionInterface")
+    monkeypatch.undo()
+    attention = model.model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
+    refused(model, "only 1 of its 2 layers")

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from bench.loss import release, sources_digest, synchronize
 from dualkl.divergences import gather_logprobs
+from stages.data.alignment import align, at_scored
 from stages.loops.progress import Counts, Progress
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
@@ -130,13 +131,13 @@ def forward_batches(teacher: Teacher, size: Size, with_head: bool) -> int:
     done = 0
     for start in range(0, size.rows, rows):
         num_rows = min(rows, size.rows - start)
-        ids = torch.ones((num_rows, size.prompt + size.completion), dtype=torch.long, device=teacher.device)
-        hidden_BTD = teacher.hidden(ids, ids)
+        prompts, completions = ([np.ones(n, np.int64)] * num_rows for n in (size.prompt, size.completion))
+        aligned = align(prompts, completions, 0, teacher.device, packed=teacher.packs)
+        hidden_BTD = teacher.hidden(aligned)
         if with_head:
-            scored_ND = hidden_BTD[:, size.prompt - 1 : -1].flatten(0, 1)
-            for chunk in scored_ND.split(2048):
+            for chunk in at_scored(hidden_BTD, aligned).split(2048):
                 chunk @ teacher.head.weight.T
-        done += ids.numel()
+        done += aligned.input_ids.numel()
     return done
 
 
@@ -164,7 +165,7 @@ def measure_scoring(device: str, size: Size = FULL, shape: str = "32B") -> Figur
     rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
         run = bench_run(Path(folder), size, device, "--teacher_ds_zero3", "false")
-        teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world)
+        teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world, run.config.train.packing)
         shares: list[float] = []
         backbone = median_rate(lambda: forward_batches(teacher, size, False), device, size.repeats)
         bare = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats)
@@ -178,17 +179,16 @@ def measure_scoring(device: str, size: Size = FULL, shape: str = "32B") -> Figur
 
 
 @torch.no_grad()
-def logprobs_of(teacher: Teacher, ids_BT: Tensor) -> Tensor:
-    """Logprobs of each next token."""
-    hidden_ND = teacher.hidden(ids_BT, torch.ones_like(ids_BT))[:, :-1].flatten(0, 1)
-    return gather_logprobs(hidden_ND, teacher.head, ids_BT[:, 1:].flatten())
+def logprobs_of(teacher: Teacher, ids: np.ndarray) -> Tensor:
+    """Logprobs of each token after the first of one sequence."""
+    aligned = align([ids[:1]], [ids[1:]], 0, teacher.device, packed=teacher.packs)
+    return gather_logprobs(at_scored(teacher.hidden(aligned), aligned), teacher.head, aligned.targets)
 
 
 def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
     """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at `equality_tokens` tokens."""
     reset_peak(device)
-    dice = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, size.vocabulary, (1, size.equality_tokens), generator=dice).to(device)
+    ids = np.random.default_rng(0).integers(0, size.vocabulary, size.equality_tokens)
     with tempfile.TemporaryDirectory() as folder:
         run = bench_run(Path(folder), size, device)
 
@@ -200,13 +200,15 @@ def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
             return rate, found
 
         def plain(dtype: torch.dtype) -> Teacher:
-            return teachers.plain_teacher(make_teacher_model(shape, size, device, dtype), run.world)
+            model = make_teacher_model(shape, size, device, dtype)
+            return teachers.plain_teacher(model, run.world, run.config.train.packing)
 
         _, exact = measure(plain(torch.float32), timed=False)
         plain_rate, plain_logprobs = measure(plain(torch.bfloat16), timed=True)
         distributed.ensure_process_group(run.world)
         settings = teachers.zero3_settings(run.config)
-        sharded = teachers.sharded_teacher(make_teacher_model(shape, size, device), settings, run.world)
+        model = make_teacher_model(shape, size, device)
+        sharded = teachers.sharded_teacher(model, settings, run.world, run.config.train.packing)
         zero3_rate, zero3_logprobs = measure(sharded, timed=True)
     return {
         "plain_tokens_per_second": plain_rate, "zero3_tokens_per_second": zero3_rate,

@@ -141,6 +141,6 @@ def test_weights_come_back_bit_by_bit_in_the_same_parameters(tmp_path: Path) -> 
 
 def test_the_head_moves_with_a_plain_teacher(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    teacher = plain_teacher(load_plain_model(run.config, run.world), run.world)
+    teacher = plain_teacher(load_plain_model(run.config, run.world), run.world, "auto")
     teacher.move(torch.device("cpu"))
     assert teacher.head.weight is teacher.forward.model.get_output_embeddings().weight

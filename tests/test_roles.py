@@ -16,6 +16,7 @@ from stages.loops.writing import UnitWriter
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+from tests import helpers
 from tests.helpers import Forker, make_run, prompts_of, records_of, small
 from tests.test_survival import assert_same_rows
 from tests.tiny_runs import student_of
@@ -195,7 +196,7 @@ def join(workers: list[Any]) -> None:
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
 
 
-@pytest.mark.parametrize(("generators", "scorers"), [(1, 1), (2, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("generators", "scorers"), [(1, 1), (2, 2), (4, 4)])
 def test_several_generators_and_several_zero3_scorers_at_the_same_time(
     tmp_path: Path, forked: Forker, expected: Path, generators: int, scorers: int
 ) -> None:
@@ -227,6 +228,27 @@ def test_a_side_that_is_killed_and_started_again_loses_and_doubles_nothing(
     assert_same_rows(cache_of(tmp_path), expected)
     rows = [row for record in cache.open(cache_of(tmp_path)).commit_records() for row in record.row_ids]
     assert len(rows) == len(set(rows)) == 24
+
+
+@pytest.mark.parametrize("name", ["both", "score"])
+def test_an_interrupt_is_one_line_and_what_is_committed_is_kept(
+    tmp_path: Path, forked: Forker, expected: Path, name: str
+) -> None:
+    arguments = small(tmp_path, **(VALUES | {"score_patience": 2, "rollouts_per_unit": 4}), role=name)
+    if name == "score":
+        generate(tmp_path, rollouts_per_unit=4, rollouts_per_refresh=20)  # it ends by waiting
+    workers, where = forked._start(helpers._run_module, ("stages.rollout", tuple(arguments)), 1, {})
+    while workers[0].is_alive() and not list((cache_of(tmp_path) / "commits").glob("*.json")):
+        time.sleep(0.01)
+    os.kill(workers[0].pid, signal.SIGINT)
+    workers[0].join(60)
+    assert workers[0].exitcode == 130
+    assert (where / "err-0").read_text().strip().splitlines()[-1].startswith("interrupted; run the same command again")
+    assert "Traceback" not in (where / "err-0").read_text()
+    kept = cache.open(cache_of(tmp_path))
+    assert kept.verify() == []
+    assert set(kept.row_ids) <= set(cache.open(expected).row_ids)
+    assert len(kept) in range(4, 25, 4)
 
 
 def test_a_scorer_does_not_touch_the_runs_configuration(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ HOST = torch.device("cpu")
 class Turns:
     """Moves the student, and a plain teacher, between the device and host memory; does nothing without `offload_idle`.
 
-    Weights come back bit by bit, in the same parameters at other addresses; what the rollout engine made of them is dropped. A ZeRO-3 teacher stays where its DeepSpeed
-    settings put it. UserError where the student's weights are views of DeepSpeed's buffers and may not move.
+    Weights come back bit by bit, in the same parameters at other addresses; what the rollout engine made of them is
+    dropped. A ZeRO-3 teacher stays where its DeepSpeed settings put it. UserError where the student's weights are views of
+    DeepSpeed's buffers and may not move.
     """
 
     def __init__(self, run: Run, student: nn.Module, generate: Generate | None = None) -> None:

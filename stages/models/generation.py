@@ -176,9 +176,9 @@ def _write(decoder: Decoder, requests: list[Request], num_slots: int) -> Iterato
         if placed:
             decoder.fill(placed)
             rows |= {slot: _Row(request) for slot, request in placed}
-        num_steps = min(look_every, *(row.remaining for row in rows.values()))
+        num_steps = min(look_every, _steps_to_use(rows, waiting, decoder.width))
         for row in rows.values():
-            row.taken += num_steps
+            row.taken = min(row.taken + num_steps, row.request.limit)
         decoder.run(num_steps, max(row.places for row in rows.values()))
         yield from _ended(decoder, rows)
         if rows and not waiting:
@@ -212,14 +212,27 @@ def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
 
 def _place(waiting: deque[list[Request]], free: list[int], rows: dict[int, _Row]) -> list[tuple[int, Request]]:
     """Whole groups for the free slots, once they are worth a prefill."""
-    num_slots = len(free) + len(rows)
-    if rows and len(free) * REFILL_SHARE < num_slots:
+    if rows and len(free) < _worth_a_prefill(len(free) + len(rows)):
         return []
     placed: list[tuple[int, Request]] = []
     while waiting and len(waiting[0]) <= len(free) - len(placed):
         group = waiting.popleft()
         placed += zip(free[len(placed) :], group, strict=False)
     return placed
+
+
+def _worth_a_prefill(num_slots: int) -> int:
+    return -(-num_slots // REFILL_SHARE)
+
+
+def _steps_to_use(rows: dict[int, _Row], waiting: deque[list[Request]], width: int) -> int:
+    """Steps after which, by their limits alone, enough rows have ended for a refill, or for half as many slots."""
+    if waiting:
+        wanted = max(len(waiting[0]), _worth_a_prefill(width)) - (width - len(rows))
+    else:
+        wanted = len(rows) - -(-width // 2)
+    remaining = sorted(row.remaining for row in rows.values())
+    return remaining[max(1, min(wanted, len(rows))) - 1]
 
 
 def _ended(decoder: Decoder, rows: dict[int, _Row]) -> Iterator[tuple[int, Completion]]:

@@ -29,6 +29,7 @@ from bench.stage_one import Bench, Cell, Record
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import SlotCache
 from stages.models.decoding.steps import Decoder, Method, Request
+from stages.models.decoding.weights import DecodingWeights
 from stages.models.generation import rollout_engine
 
 SOURCES = (
@@ -136,10 +137,11 @@ def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         decoder.fill(list(enumerate(requests)))
 
     num_steps, last = shape.new - 1, shape.prompt + shape.new - 1
-    fill()
-    decoder.run(num_steps, last)
-    prefill = seconds_of(fill, bench.device)
-    seconds = seconds_of(lambda: decoder.run(num_steps, last), bench.device)
+    with DecodingWeights(model.get_decoder(), None).swapped():
+        fill()
+        decoder.run(num_steps, last)
+        prefill = seconds_of(fill, bench.device)
+        seconds = seconds_of(lambda: decoder.run(num_steps, last), bench.device)
     found = against_floor(bench, model, shape, batch, 1e3 * seconds / num_steps)
     return found | {"prefill_ms": 1e3 * prefill, "num_graphs": decoder.num_graphs}
 
@@ -194,7 +196,7 @@ def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Re
 
 
 def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    """Each part as often as a step has it, at the mean number of places; what is missing to a step is elementwise."""
+    """Each part as often as a step has it, at the mean number of places; what is missing to a step is rotary, MLP and residual sums."""
     device = torch.device(bench.device)
     places = shape.prompt + shape.new // 2
     config, dtype = model.config, torch.bfloat16
@@ -209,9 +211,12 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {n: torch.randn(batch, n, device=device, dtype=dtype) for n in {layer.in_features for layer in linears}}
     hidden = inputs[config.hidden_size]
+    normed = {len(hidden[0]): hidden, config.head_dim: query.squeeze(2)}
     decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
     logits = decoder._logits(hidden)
     uniforms, forced = torch.rand(batch, dtype=torch.float64, device=device), torch.full((batch,), -1, device=device)
+    with DecodingWeights(model.get_decoder(), None).swapped():
+        norms = [module for module in model.model.modules() if "Norm" in type(module).__name__]
     attention = model.model.layers[0].self_attn
     layers = range(config.num_hidden_layers)
     from stages.models.decoding.attention import attend
@@ -221,6 +226,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         "attention_ms": lambda: [
             attend(attention, query, slots.keys[0], slots.values[0], None, slots=slots) for _ in layers
         ],
+        "norms_ms": lambda: [norm(normed[len(norm.weight)]) for norm in norms],
         "store_ms": lambda: [slots.update(new, new, 0) for _ in layers],
         "head_ms": lambda: decoder._logits(hidden),
         "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.models.decoding import attention, kernels, sampling
+from stages.models.decoding import attention, fused, kernels, sampling, weights
 from stages.models.decoding.attention import plain_attention
 from stages.models.decoding.sampling import Blocks, Sampling, block_statistics
 from stages.models.decoding.slots import SlotCache
@@ -119,11 +119,41 @@ def test_a_broken_logit_is_not_hidden() -> None:
         assert mass.isnan().tolist() == [[False, False], [False, True]]
 
 
+@pytest.mark.parametrize("one_centred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_is_the_formula(one_centred: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 24).to(dtype), torch.randn(24)
+    wanted = fused.rms_norm(x, weight, 1e-6, one_centred)
+    found = kernels.rms_norm(x, weight, 1e-6, one_centred)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_a_rotary_embedding_is_the_formula(width: int) -> None:
+    torch.manual_seed(0)
+    query, key = (torch.randn(5, 1, heads, width).transpose(1, 2) for heads in (3, 2))
+    cos, sin = torch.randn(5, 1, width).cos(), torch.randn(5, 1, width).sin()
+    for found, wanted in zip(kernels.rotary(query, key, cos, sin), fused.rotary(query, key, cos, sin), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_whole_completions_through_the_kernel_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_completions_through_the_kernels_are_those_of_generate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[str] = []
+
     def through_the_kernel(query, keys, values, slots, scale, window, softcap):  # type: ignore[no-untyped-def]
         return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, 2)
 
+    for part in ("rms_norm", "rotary"):
+        function = getattr(kernels, part)
+        monkeypatch.setattr(
+            kernels, part, lambda *a, part=part, function=function: launches.append(part) or function(*a)
+        )
+    monkeypatch.setattr(weights, "_on_cuda", lambda module: True)
     monkeypatch.setattr(attention, "plain_attention", through_the_kernel)
     monkeypatch.setattr(sampling, "block_statistics", lambda logits: Blocks(*kernels.block_statistics(logits, 64)))
     monkeypatch.setattr(sampling, "BLOCK", 64)
@@ -131,3 +161,4 @@ def test_whole_completions_through_the_kernel_are_those_of_generate(name: str, m
     found = run(model, prompts, Sampling(12, greedy=True))
     for prompt, completion in zip(prompts, found, strict=True):
         assert completion.ids.tolist() == theirs(model, prompt, 12)
+    assert set(launches) == {"rms_norm", "rotary"}

@@ -1,6 +1,7 @@
 """The parts of the rollout engine: the draw, the sampling distribution, merged weights, which models are served."""
 
 import copy
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
 
+from stages.models.decoding import fused
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
@@ -16,6 +18,7 @@ from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
 from stages.models.generation import generate
 from stages.runtime.errors import UserError
+from tests.small_models import CONFIGS, random_model
 
 # The draw
 
@@ -207,6 +210,44 @@ def test_weights_come_back_after_an_exception(student_model: Any) -> None:
     with pytest.raises(KeyboardInterrupt), DecodingWeights(decoder, None).swapped():
         raise KeyboardInterrupt
     assert decoder.layers[0].mlp.up_proj is own
+
+
+# What takes one launch on a GPU
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_and_rotary_embeddings_of_every_architecture_are_recognised(name: str) -> None:
+    decoder = random_model(name).model
+    norms = [module for module in decoder.modules() if "RMSNorm" in type(module).__name__]
+    assert norms
+    for norm in norms:
+        norm.weight.data.uniform_(-1, 2)
+        found = fused.fused_norm(norm.bfloat16())
+        assert found is not None
+        assert found.one_centred == name.startswith("gemma")
+    modeling = sys.modules[type(decoder).__module__]
+    assert fused.fused_rotary(modeling.apply_rotary_pos_emb, norms[0].weight) is not None
+
+
+def test_what_is_another_formula_stays() -> None:
+    others = [torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False), torch.nn.Linear(8, 8), torch.nn.Embedding(8, 8)]
+    assert [fused.fused_norm(module) for module in others] == [None] * 4
+    from transformers.models.cohere import modeling_cohere  # turns neighbours, not halves
+
+    like = torch.ones(1)
+    assert fused.fused_rotary(modeling_cohere.apply_rotary_pos_emb, like) is None
+    assert fused.fused_rotary(lambda query, positions: query, like) is None
+
+
+def test_rotary_functions_come_back(student_model: Any) -> None:
+    modeling = sys.modules[type(student_model).__module__]
+    own = modeling.apply_rotary_pos_emb
+    with fused.fused_rotaries(student_model.model):
+        assert modeling.apply_rotary_pos_emb is not own
+    assert modeling.apply_rotary_pos_emb is own
+    with pytest.raises(KeyboardInterrupt), fused.fused_rotaries(student_model.model):
+        raise KeyboardInterrupt
+    assert modeling.apply_rotary_pos_emb is own
 
 
 # Slots

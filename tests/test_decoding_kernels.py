@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists f
 INTEGERS = (
     "window", "num_ids", "num_blocks", "query_row", "query_head", "keys_row", "keys_head", "keys_place", "values_row",
     "values_head", "values_place", "key_row", "key_head", "value_row", "value_head", "logits_row",
+    "size", "cos_row", "sin_row",
 )  # fmt: skip
 POINTERS = {"attended_ptr": "*i32", "places_ptr": "*i64", "partial_ptr": "*fp32", "log_mass_ptr": "*fp32",
             "logits_ptr": "*fp32", "peak_ptr": "*fp64", "mass_ptr": "*fp64", "moment_ptr": "*fp64"}  # fmt: skip
@@ -80,12 +81,14 @@ def test_attention_compiles_within_the_shared_memory_of_an_sm_86(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_compile(capability: int) -> None:
-    from stages.models.decoding.kernels import blocks_kernel, store_kernel
+    from stages.models.decoding.kernels import blocks_kernel, norm_kernel, rotary_kernel, store_kernel
 
     store = compiled(store_kernel, "bf16", capability, num_warps=1, WIDTH=128, VALUE_WIDTH=128, PADDED=128)
     blocks = compiled(blocks_kernel, "fp32", capability, SIZE=1024, PADDED=1024)
-    assert store.asm["cubin"]
-    assert blocks.asm["cubin"]
+    norm = compiled(norm_kernel, "bf16", capability, num_warps=8, PADDED=4096, ONE_CENTRED=False)
+    rotary = compiled(rotary_kernel, "bf16", capability, num_warps=1, HEADS=32, KV_HEADS=8, HALF=64, PADDED=64)
+    for kernel in (store, blocks, norm, rotary):
+        assert kernel.asm["cubin"]
 
 
 def test_a_cpu_engine_does_not_import_triton() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from stages.models.decoding import attention, kernels, steps
+from stages.models.decoding import attention, fused, kernels, steps
 from stages.models.decoding.sampling import Sampling, block_statistics
 from stages.models.decoding.slots import SlotCache
 from stages.models.generation import Completion, rollout_engine
@@ -89,6 +89,24 @@ def test_block_statistics_are_those_of_the_cpu(num_ids: int) -> None:
     found = block_statistics(logits.cuda()[:, :num_ids])
     for a, b in zip(found, block_statistics(logits[:, :num_ids]), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_and_rotary_embeddings_round_as_the_formulas(dtype: torch.dtype) -> None:
+    """Bit for bit but for the order of a sum and fused multiplications: 1 in 1,000 elements may round the other way."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 40, 128, device="cuda").to(dtype), torch.randn(128, device="cuda").to(dtype)
+    pairs = [
+        (kernels.rms_norm(x, weight, 1e-6, centred), fused.rms_norm(x, weight, 1e-6, centred))
+        for centred in (False, True)
+    ]
+    query, key = (torch.randn(64, 1, n, 128, device="cuda").to(dtype).transpose(1, 2) for n in (32, 8))
+    cos, sin = (f(100 * torch.rand(64, 1, 128, device="cuda")).to(dtype) for f in (torch.cos, torch.sin))
+    pairs += zip(kernels.rotary(query, key, cos, sin), fused.rotary(query, key, cos, sin), strict=True)
+    for found, wanted in pairs:
+        if dtype == torch.bfloat16:
+            assert (found != wanted).float().mean() < 1e-3
+        torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 # Tokens and logprobs

@@ -167,23 +167,24 @@ class _Engine:
 
 def _write(decoder: Decoder, requests: list[Request], num_slots: int) -> Iterator[tuple[int, Completion]]:
     """Fills, steps and empties slots until every request is written: (index, completion) as they end."""
-    decoder.clear(_width(decoder.num_slots, min(num_slots, len(requests))))
+    widest = min(num_slots, len(requests))  # by this call alone: what an open engine did before changes no rounding
+    decoder.clear(widest)
     rows: dict[int, _Row] = {}  # slot -> its row
-    waiting = _groups(requests, min(num_slots, decoder.num_slots))
+    waiting = _groups(requests, widest)
     look_every = LOOK_EVERY[decoder.device.type]
     while waiting or rows:
-        free = [slot for slot in range(min(decoder.width, num_slots)) if slot not in rows]
+        free = [slot for slot in range(decoder.width) if slot not in rows]
         placed = _place(waiting, free, rows)
         if placed:
             decoder.fill(placed)
             rows |= {slot: _Row(request) for slot, request in placed}
-        num_steps = min(look_every, *(row.remaining for row in rows.values()))
+        num_steps = min(look_every, _steps_to_use(rows, waiting, decoder.width))
         for row in rows.values():
-            row.taken += num_steps
+            row.taken = min(row.taken + num_steps, row.request.limit)
         decoder.run(num_steps, max(row.places for row in rows.values()))
         yield from _ended(decoder, rows)
         if rows and not waiting:
-            _narrow(decoder, rows)
+            _narrow(decoder, rows, widest)
 
 
 @dataclass
@@ -213,14 +214,27 @@ def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
 
 def _place(waiting: deque[list[Request]], free: list[int], rows: dict[int, _Row]) -> list[tuple[int, Request]]:
     """Whole groups for the free slots, once they are worth a prefill."""
-    num_slots = len(free) + len(rows)
-    if rows and len(free) * REFILL_SHARE < num_slots:
+    if rows and len(free) < _worth_a_prefill(len(free) + len(rows)):
         return []
     placed: list[tuple[int, Request]] = []
     while waiting and len(waiting[0]) <= len(free) - len(placed):
         group = waiting.popleft()
         placed += zip(free[len(placed) :], group, strict=False)
     return placed
+
+
+def _worth_a_prefill(num_slots: int) -> int:
+    return -(-num_slots // REFILL_SHARE)
+
+
+def _steps_to_use(rows: dict[int, _Row], waiting: deque[list[Request]], width: int) -> int:
+    """Steps after which, by their limits alone, enough rows have ended for a refill, or for half as many slots."""
+    if waiting:
+        wanted = max(len(waiting[0]), _worth_a_prefill(width)) - (width - len(rows))
+    else:
+        wanted = len(rows) - -(-width // 2)
+    remaining = sorted(row.remaining for row in rows.values())
+    return remaining[max(1, min(wanted, len(rows))) - 1]
 
 
 def _ended(decoder: Decoder, rows: dict[int, _Row]) -> Iterator[tuple[int, Completion]]:
@@ -233,17 +247,11 @@ def _ended(decoder: Decoder, rows: dict[int, _Row]) -> Iterator[tuple[int, Compl
         yield rows.pop(slot).request.index, Completion(ids, logprobs, entropy, reason)
 
 
-def _width(num_slots: int, num_rows: int) -> int:
-    """The least of num_slots, num_slots / 2, / 4 ... that holds so many rows."""
-    width = num_slots
-    while -(-width // 2) >= num_rows and width > 1:
+def _narrow(decoder: Decoder, rows: dict[int, _Row], widest: int) -> None:
+    """The least of widest, widest / 2, / 4 ... slots that holds the live rows."""
+    width = widest
+    while width > 1 and -(-width // 2) >= len(rows):
         width = -(-width // 2)
-    return width
-
-
-def _narrow(decoder: Decoder, rows: dict[int, _Row]) -> None:
-    """Halves the batch, as often as the live rows allow."""
-    width = _width(decoder.num_slots, len(rows))
     if width >= decoder.width:
         return
     free = [slot for slot in range(width) if slot not in rows]

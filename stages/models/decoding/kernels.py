@@ -153,6 +153,78 @@ def blocks_kernel(
     tl.store(moment_ptr + at, tl.sum((p * gap).to(tl.float64), 0))
 
 
+@triton.jit
+def norm_kernel(
+    x_ptr, weight_ptr, out_ptr, size, eps, PADDED: tl.constexpr, ONE_CENTRED: tl.constexpr
+):  # fmt: skip
+    """RMS norm of one row with the roundings of the modules that it replaces (`fused.rms_norm`)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, PADDED)
+    x = tl.load(x_ptr + row * size + column, mask=column < size, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    if ONE_CENTRED:
+        x *= 1.0 + weight
+    else:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32) * weight
+    tl.store(out_ptr + row * size + column, x.to(out_ptr.dtype.element_ty), mask=column < size)
+
+
+@triton.jit
+def rotary_kernel(
+    query_ptr, query_row, query_head, key_ptr, key_row, key_head, cos_ptr, cos_row, sin_ptr, sin_row,
+    query_out_ptr, key_out_ptr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """One head of one row turned, in halves: x cos + (−x₂, x₁) sin, each product rounded as PyTorch rounds it."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, PADDED)
+    inside = column < HALF
+    source = query_ptr + row * query_row + head * query_head
+    target = query_out_ptr + (row * HEADS + head) * 2 * HALF
+    if head >= HEADS:
+        source = key_ptr + row * key_row + (head - HEADS) * key_head
+        target = key_out_ptr + (row * KV_HEADS + head - HEADS) * 2 * HALF
+    kind = query_out_ptr.dtype.element_ty
+    first = tl.load(source + column, mask=inside).to(tl.float32)
+    second = tl.load(source + HALF + column, mask=inside).to(tl.float32)
+    cos_ptr += row * cos_row + column
+    sin_ptr += row * sin_row + column
+    low = (first * tl.load(cos_ptr, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
+    high = (second * tl.load(cos_ptr + HALF, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
+    low -= (second * tl.load(sin_ptr, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
+    high += (first * tl.load(sin_ptr + HALF, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
+    tl.store(target + column, low.to(kind), mask=inside)
+    tl.store(target + HALF + column, high.to(kind), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
+    """`fused.rms_norm` in one launch."""
+    rows = x.contiguous().view(-1, x.shape[-1])
+    dtype = x.dtype if one_centred else torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    padded = triton.next_power_of_2(rows.shape[1])
+    norm_kernel[(len(rows),)](
+        rows, weight, out, rows.shape[1], eps, PADDED=padded, ONE_CENTRED=one_centred,
+        num_warps=max(1, min(8, padded // 256)),
+    )  # fmt: skip
+    return out
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H, 1, D] turned by cos and sin [B, 1, D], in halves; dtypes as PyTorch promotes them."""
+    query, key, cos, sin = _dense(query), _dense(key), _dense(cos), _dense(sin)
+    (num_rows, heads, _, width), kv_heads = query.shape, key.shape[1]
+    dtype = torch.promote_types(query.dtype, cos.dtype)
+    turned = [torch.empty((num_rows, n, 1, width), dtype=dtype, device=query.device) for n in (heads, kv_heads)]
+    rotary_kernel[(num_rows, heads + kv_heads)](
+        query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1), cos, cos.stride(0), sin,
+        sin.stride(0), *turned, HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2,
+        PADDED=triton.next_power_of_2(width // 2), num_warps=1,
+    )  # fmt: skip
+    return turned[0], turned[1]
+
+
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, attended: Tensor, scale: float, window: int | None,
     softcap: float | None, splits: int | None = None,

@@ -1,14 +1,16 @@
-"""The weights that the engine reads: adapters merged, casts made once; beside the model's own, which stay untouched."""
+"""What the engine reads in place of a model's own layers, which stay untouched: merged, cast once, fused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+
+from stages.models.decoding.fused import fused_norm, fused_rotaries
 
 
 @dataclass(frozen=True)
@@ -16,29 +18,33 @@ class _Swap:
     parent: nn.Module
     name: str
     own: nn.Module
-    fast: nn.Linear
+    fast: nn.Module
 
 
 class DecodingWeights:
     """Plain linear layers in place of a decoder's adapted or fp32-under-autocast ones, for as long as `swapped` lasts.
 
+    On CUDA norms and rotary embeddings of one launch as well (`fused`).
     W + s B A is summed in fp32 and rounded once. LoRA layers of another kind than plain LoRA on a linear layer (DoRA,
     LoRA with a bias) stay as they are: they decode right, through their adapter.
     """
 
     def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         """`autocast_dtype`: the dtype in which autocast multiplies, None without autocast."""
-        self._swaps: list[_Swap] = []
+        self._decoder, self._swaps = decoder, list[_Swap]()
+        self._fused = _on_cuda(decoder)
         adapted = ""
         for name, module in decoder.named_modules():
             if adapted and name.startswith(adapted):
                 continue
-            fast = None
+            fast: nn.Module | None = None
             if isinstance(module, LoraLinear):
                 adapted = f"{name}."
                 fast = _merged(module, autocast_dtype)
             elif type(module) is nn.Linear and autocast_dtype not in (None, module.weight.dtype):
                 fast = _linear(module.weight.detach().to(autocast_dtype), module.bias)
+            elif self._fused:
+                fast = fused_norm(module)
             if fast is not None:
                 parent, _, leaf = name.rpartition(".")
                 self._swaps.append(_Swap(decoder.get_submodule(parent), leaf, module, fast))
@@ -46,13 +52,17 @@ class DecodingWeights:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The decoder with these weights; its own modules are back afterwards, whatever happens."""
-        try:
+        with ExitStack() as stack:
             for swap in self._swaps:
+                stack.callback(setattr, swap.parent, swap.name, swap.own)
                 setattr(swap.parent, swap.name, swap.fast)
+            if self._fused:
+                stack.enter_context(fused_rotaries(self._decoder))
             yield
-        finally:
-            for swap in self._swaps:
-                setattr(swap.parent, swap.name, swap.own)
+
+
+def _on_cuda(module: nn.Module) -> bool:
+    return next(module.parameters()).is_cuda
 
 
 def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None) -> nn.Linear | None:

@@ -1,0 +1,110 @@
+"""One launch in place of many on CUDA: RMS norms and rotary embeddings, the bulk of a decode step's small kernels.
+
+Nothing is known of models by name: a norm or a rotary function is replaced only if it gives the formula here, bit for
+bit, on a probe; otherwise it stays as it is. The kernels round where the formula does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
+    """x / rms(x) times the weight in x's dtype (Llama, Qwen, Mistral), or times 1 + weight in fp32 (Gemma)."""
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if one_centred else weight * normed.to(x.dtype)
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x cos + (−x₂, x₁) sin with x = (x₁, x₂): queries and keys [B, H, T, D], cos and sin [B, T, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    return turn(query), turn(key)
+
+
+class FusedNorm(nn.Module):
+    """A module's norm by one kernel."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, one_centred: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.one_centred = weight, eps, one_centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        from stages.models.decoding import kernels
+
+        return kernels.rms_norm(x, self.weight, self.eps, self.one_centred)
+
+
+@torch.no_grad()
+def fused_norm(module: nn.Module) -> FusedNorm | None:
+    """The same norm in one launch, or None for what is not one."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    lone = len(list(module.parameters())) == 1 and not list(module.buffers())
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or not lone:
+        return None
+    x = _probe(3, len(weight), like=weight)
+    found = module(x)
+    for one_centred in (False, True):
+        wanted = rms_norm(x, weight, eps, one_centred)
+        if found.dtype == wanted.dtype and torch.equal(found, wanted):
+            return FusedNorm(weight, eps, one_centred)
+    return None
+
+
+@torch.no_grad()
+def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., Any] | None:
+    """`original`, one launch where there is one query a row; None if it turns in another way."""
+    query, key = _probe(2, 3, 1, 8, like=like), _probe(2, 1, 1, 8, like=like)
+    cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
+    try:
+        found, wanted = original(query, key, cos, sin), rotary(query, key, cos, sin)
+    except (TypeError, RuntimeError, ValueError):  # takes other inputs: not this function
+        return None
+    if not isinstance(found, tuple) or not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+        return None
+
+    def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        from stages.models.decoding import kernels
+
+        one_a_row = (
+            query.shape[2] == 1 and cos.ndim == 3 and len(cos) == len(query) and cos.shape[-1] == query.shape[-1]
+        )
+        if unsqueeze_dim == 1 and one_a_row:
+            return kernels.rotary(query, key, cos, sin)
+        return original(query, key, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    return turn
+
+
+@contextmanager
+def fused_rotaries(decoder: nn.Module) -> Iterator[None]:
+    """The rotary functions of the modeling files that the decoder's modules are from; theirs are back afterwards."""
+    files = {sys.modules[type(module).__module__] for module in decoder.modules()}
+    own = {file: getattr(file, ROTARY) for file in files if hasattr(file, ROTARY)}
+    like = next(decoder.parameters())
+    try:
+        for file, original in own.items():
+            setattr(file, ROTARY, fused_rotary(original, like) or original)
+        yield
+    finally:
+        for file, original in own.items():
+            setattr(file, ROTARY, original)
+
+
+def _probe(*shape: int, like: Tensor) -> Tensor:
+    """Numbers of both signs in no simple pattern, in the dtype and on the device of `like`."""
+    count = torch.arange(torch.Size(shape).numel(), device=like.device, dtype=torch.float32)
+    return (3 * torch.sin(count * count + 0.7 * count)).view(shape).to(like.dtype)

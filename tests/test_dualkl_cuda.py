@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dualkl import DualKLConfig, Head, HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher, dual_kl
 from dualkl.divergences import compare, gather_logprobs
+from dualkl.gate_statistics import divergence_counts, gate_statistics
 from dualkl.targets import compress
+from dualkl.thresholds import AdaptiveTau, adapt
 from tests.test_dualkl_losses import METHODS, Case, N, d, gate_inputs, gradients, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -328,3 +330,30 @@ def test_measuring_and_compressing_agree_with_the_cpu() -> None:
         torch.testing.assert_close(a, b)
     assert len(found[0][0]) == N
     assert math.isfinite(found[0][-1].sum())
+
+
+def test_statistics_and_the_adaptive_threshold_do_not_wait_for_the_device() -> None:
+    cpu = Case(dtype=torch.float32)
+    gpu = on_gpu(cpu)
+    states, found = [], []
+    for case, device in ((cpu, "cpu"), (gpu, "cuda")):
+        out, state = case.run("topk", case.config()), AdaptiveTau.starting_at(0.3, device)
+        tail, weights = case.topk["log_tail_mass"], case.weights
+
+        def step(out: Any = out, tail: Tensor = tail, weights: Tensor = weights, state: Any = state) -> tuple[Any, Any]:
+            statistics = gate_statistics(out, state.tau, weights, teacher_log_tail_mass=tail)
+            counts = divergence_counts(statistics)
+            state = adapt(state, counts, share=0.6, gating="soft", alpha=5.0)
+            return statistics, adapt(state, counts, share=0.6, gating="hard", alpha=5.0)
+
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            statistics, state = step()
+            case.run("topk", case.config(), tau=state.tau).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        states.append(state.state()["tau"])
+        found.append(statistics.cpu())
+    assert math.isclose(*states, rel_tol=1e-4)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -36,7 +36,8 @@ class DualKLConfig:
         gate_on: the gate's D: "rkl" R, "fkl" F, or "teacher_entropy", the entropy of the (smoothed) teacher; of a top-k
             teacher's kept ids and tail bucket, a lower bound, unless `dual_kl` is given the full one.
         teacher_smoothing: ε in [0, 1): the teacher becomes (1 - ε) q + ε / V, V the vocabulary after the cut. Exact for
-            dense teachers; a top-k teacher's tail bucket gets the uniform part of all ids outside, before its floor.
+            dense teachers; a top-k teacher's tail bucket gets the uniform part of all ids outside, before its floor. R and F
+            are of the smoothed teacher; sampled tokens' teacher logprobs are given without it and get it too.
 
     Raises:
         ValueError: an unknown name, a number out of its range, or an objective or a signal of the gate that the other

@@ -116,9 +116,9 @@ def dual_kl(
     head = as_head(lm_head)
     num_ids = shared_vocabulary(head, teacher, config.vocab_size)
     _check_inputs(student_hidden, head, teacher, config, sampled, weights)
+    _check_gate_inputs(student_hidden, config, tau, teacher_entropy)
     if isinstance(tau, (int, float)):
         config, tau = replace(config, tau=float(tau)), None
-    _check_gate_inputs(student_hidden, config, tau, teacher_entropy)
     needs = _needs_gradient(student_hidden, head)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         if check or not student_hidden.is_cuda:
@@ -307,13 +307,12 @@ def _check_inputs(
 
 
 def _check_gate_inputs(
-    hidden: Tensor, config: DualKLConfig, tau: Tensor | None, teacher_entropy: Tensor | None
+    hidden: Tensor, config: DualKLConfig, tau: float | Tensor | None, teacher_entropy: Tensor | None
 ) -> None:
-    if tau is not None:
-        if config.gating == "fixed":
-            raise ValueError("tau was given, but gating is 'fixed', which has no threshold; leave tau out.")
-        if tau.ndim:
-            check_shape("tau", tau, (hidden.shape[0],))
+    if tau is not None and config.gating == "fixed":
+        raise ValueError("tau was given, but gating is 'fixed', which has no threshold; leave tau out.")
+    if isinstance(tau, Tensor):
+        check_shape("tau", tau, (hidden.shape[0],) if tau.ndim else ())
         check_device("tau", tau, hidden)
     if teacher_entropy is not None:
         check_shape("teacher_entropy", teacher_entropy, (hidden.shape[0],))

@@ -232,6 +232,7 @@ def test_a_smoothed_teacher_bounds_the_reverse_kl(kind: str) -> None:
     ("method", "options", "message"),
     [
         ({"gating": "fixed"}, {"tau": torch.tensor(1.0)}, "tau was given, but gating is 'fixed'"),
+        ({"gating": "fixed"}, {"tau": 1.0}, "tau was given, but gating is 'fixed'"),
         ({}, {"tau": torch.ones(N + 1)}, "tau has shape [8]; expected [7]."),
         ({}, {"tau": -1.0}, "tau is -1.0; expected a number of nats >= 0."),
         ({}, {"tau": torch.ones((), device="meta")}, "tau is on meta, the hidden states are on cpu"),

@@ -106,6 +106,8 @@ class LossSection(Section):
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
     objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
+    gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field("rkl", description="what the gate compares with tau")
+    teacher_smoothing: Finite = Field(0.0, ge=0, lt=1, description="uniform part mixed into the teacher")
 
 
 class TrainSection(Section):
@@ -351,6 +353,8 @@ def _check(config: Config) -> None:
             f" {rollout.group_size}; change one of them."
         )
     _check_refresh(config)
+    if loss.gate_on != "rkl" and loss.gating == "fixed":
+        raise UserError(f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard.")
     if loss.objective == "jsd" and (
         (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
     ):

@@ -1,0 +1,93 @@
+"""What a run logs of its gate: histograms of λ and D, divergences on both sides of τ, mass on the kept ids.
+
+`gate_statistics` makes one flat tensor of counts and sums on the device, without waiting for it; tensors of micro-batches
+and processes are added. `figures` reads the total on the host.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dualkl.losses import DualKLOutput
+from dualkl.thresholds import NUM_BINS, divergence_histogram
+
+NUM_GATE_BINS = 20
+SUMS = ("positions", "above_tau", "gate", "rkl_below", "rkl_above", "fkl_below", "fkl_above", "floored")
+SUPPORT_SUMS = ("bucketed", "student_mass", "teacher_mass")
+LENGTH = NUM_GATE_BINS + NUM_BINS + len(SUMS) + len(SUPPORT_SUMS)
+
+
+@torch.no_grad()
+def gate_statistics(
+    out: DualKLOutput,
+    tau: float | Float[Tensor, ""] | Float[Tensor, " N"],
+    counted: Float[Tensor, " N"] | None = None,
+    *,
+    divergence: Float[Tensor, " N"] | None = None,
+    teacher_log_tail_mass: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " length"]:
+    """Counts and sums over positions, float64, LENGTH of them; `figures` reads them.
+
+    Args:
+        out: what `dual_kl` returned.
+        tau: the threshold that it used.
+        counted: positions where this is 0 are left out (the loss's weights, or those times a mask of ages or places).
+        divergence: the gate's D; by default R, as gate_on="rkl" has it.
+        teacher_log_tail_mass: a top-k teacher's, for the mass on its kept ids; without it that mass is not reported.
+    """
+    divergence_N = out.rkl if divergence is None else divergence
+    include_N = torch.ones_like(out.rkl, dtype=torch.bool) if counted is None else counted != 0
+    above_N = include_N & (divergence_N > tau)
+    below_N = include_N & ~above_N
+    bins_N = (out.gate * NUM_GATE_BINS).nan_to_num().long().clamp_(0, NUM_GATE_BINS - 1)
+    gates = torch.zeros(NUM_GATE_BINS, dtype=torch.int64, device=out.rkl.device).scatter_add_(
+        0, bins_N, include_N.long()
+    )
+    columns = [(include_N, include_N), (above_N, above_N), (out.gate, include_N)]
+    columns += [(out.rkl, below_N), (out.rkl, above_N), (out.fkl, below_N), (out.fkl, above_N)]
+    columns += [(out.floored, include_N)]
+    if out.student_log_tail_mass is not None and teacher_log_tail_mass is not None:
+        masses = (-torch.expm1(out.student_log_tail_mass), -torch.expm1(teacher_log_tail_mass))
+        columns += [(include_N, include_N), *((mass_N, include_N) for mass_N in masses)]
+    else:
+        columns += [(include_N, torch.zeros_like(include_N))] * len(SUPPORT_SUMS)
+    sums = torch.stack([torch.where(mask_N, column_N, 0).sum(dtype=torch.float64) for column_N, mask_N in columns])
+    return torch.cat([gates.double(), divergence_histogram(divergence_N, include_N.double()).double(), sums])
+
+
+def divergence_counts(statistics: Float[Tensor, " length"]) -> Float[Tensor, " B"]:
+    """The histogram of D that is part of the statistics: what `dualkl.thresholds.adapt` works from."""
+    return statistics[NUM_GATE_BINS : NUM_GATE_BINS + NUM_BINS]
+
+
+def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]]:
+    """The statistics as means for a log. Waits for the device. {} without positions.
+
+    Keys: `gate_mean`, `share_above` (positions with D > τ), `rkl` and `fkl` and their means at positions with D <= τ
+    (`*_below`) and D > τ (`*_above`; nats, left out where there are none), `floored_share`, `student_support_mass` and
+    `teacher_support_mass` (probability on the kept ids), `gate_histogram` (equal bins of [0, 1]) and
+    `divergence_histogram` (edges: `dualkl.thresholds.bin_edges`).
+    """
+    values = statistics.tolist()
+    counts, sums = values[: NUM_GATE_BINS + NUM_BINS], values[NUM_GATE_BINS + NUM_BINS :]
+    total = dict(zip((*SUMS, *SUPPORT_SUMS), sums, strict=True))
+    num_all, num_above = total["positions"], total["above_tau"]
+    if num_all == 0:
+        return {}
+    found: dict[str, float | list[int]] = {
+        "gate_mean": total["gate"] / num_all,
+        "share_above": num_above / num_all,
+        "floored_share": total["floored"] / num_all,
+    }
+    for name in ("rkl", "fkl"):
+        found[name] = (total[f"{name}_below"] + total[f"{name}_above"]) / num_all
+        if num_above < num_all:
+            found[f"{name}_below"] = total[f"{name}_below"] / (num_all - num_above)
+        if num_above:
+            found[f"{name}_above"] = total[f"{name}_above"] / num_above
+    if total["bucketed"]:
+        found["student_support_mass"] = total["student_mass"] / total["bucketed"]
+        found["teacher_support_mass"] = total["teacher_mass"] / total["bucketed"]
+    found["gate_histogram"] = [int(x) for x in counts[:NUM_GATE_BINS]]
+    found["divergence_histogram"] = [int(x) for x in counts[NUM_GATE_BINS:]]
+    return found

@@ -1,6 +1,7 @@
 """A cache from the command line: what it holds, single rollouts, whether it is sound, copies for other tools, upkeep.
 
 python -m cache summary ROOT                            rows, tokens, bytes, policies, quantiles
+python -m cache view ROOT [--first N] [--count N]       the rows in row-id order, one line each
 python -m cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
 python -m cache verify ROOT [--repair]                  every digest and every row; withdraws what is damaged
 python -m cache export --to parquet|datasets ROOT OUT   all rows, decoded
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     summary = commands.add_parser("summary", help="rows, tokens, bytes, policies, quantiles; reads no shard")
     summary.add_argument("--json", action="store_true", help="the same figures for a program")
+    page = commands.add_parser("view", help="the rows in row-id order, one line each")
+    page.add_argument("--first", type=int, default=0, metavar="N", help="number of the first row (default 0)")
+    page.add_argument("--count", type=int, default=20, metavar="N", help="at most so many rows (default 20)")
     show = commands.add_parser("show", help="one rollout token by token, or several as a table")
     which = show.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     old.add_argument("--run_id", help="the run whose steps these are, where the cache has rows of several")
     old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
     union = commands.add_parser("merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT")
-    for command in (summary, show, check, copy, old, union):
+    for command in (summary, page, show, check, copy, old, union):
         command.add_argument("root", metavar="ROOT", help="directory or URL of the cache")
     copy.add_argument("out", metavar="OUT", help="a new or empty folder, which appears when it is complete")
     union.add_argument("sources", nargs="+", metavar="SOURCE", help="caches to copy from; they stay as they are")
@@ -89,12 +93,27 @@ def _summary(args: argparse.Namespace) -> int:
     return 0
 
 
+def _view(args: argparse.Namespace) -> int:
+    snapshot = open_cache(args.root)
+    positions = selection.page(snapshot, args.first, args.count)
+    _print_table(snapshot, positions)
+    if positions[-1] + 1 < len(snapshot):
+        print(
+            f"rows {positions[0]:,} to {positions[-1]:,} of {len(snapshot):,}; go on with --first {positions[-1] + 1}"
+        )
+    return 0
+
+
+def _print_table(snapshot: Snapshot, positions: list[int]) -> None:
+    for line in rows_text(snapshot, positions, selection.shortest_ids(snapshot, positions)):
+        print(line)
+
+
 def _show(args: argparse.Namespace) -> int:
     snapshot = open_cache(args.root)
     positions = _selected(snapshot, args)
     if len(positions) > 1:
-        for line in rows_text(snapshot, positions, selection.shortest_ids(snapshot, positions)):
-            print(line)
+        _print_table(snapshot, positions)
     for position in positions if args.tokens or len(positions) == 1 else []:
         if len(positions) > 1:
             print()
@@ -159,7 +178,10 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"summary": _summary, "show": _show, "verify": _verify, "export": _export, "prune": _prune, "merge": _merge}
+_COMMANDS = {
+    "summary": _summary, "view": _view, "show": _show, "verify": _verify, "export": _export, "prune": _prune,
+    "merge": _merge,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

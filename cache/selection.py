@@ -1,4 +1,4 @@
-"""Which rows `python -m cache show` prints: row numbers in row-id order, as `Snapshot.__getitem__` counts them."""
+"""Which rows `python -m cache view` and `show` print: row numbers in row-id order, as `Snapshot.__getitem__` counts them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def by_index(snapshot: Snapshot, index: int) -> list[int]:
     if not -len(snapshot) <= index < len(snapshot):
         raise CacheError(f"{snapshot.root} has {len(snapshot)} committed rows; there is no row {index}.")
     return [index % len(snapshot)]
+
+
+def page(snapshot: Snapshot, first: int, count: int) -> list[int]:
+    """At most `count` rows from number `first` on, which counts from the end if negative; CacheError if there is no such row."""
+    _check_count(snapshot, "--count", count)
+    (first,) = by_index(snapshot, first)
+    return list(range(first, min(first + count, len(snapshot))))
 
 
 def by_row(snapshot: Snapshot, beginning: str) -> list[int]:

@@ -79,7 +79,7 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]) -> Iterator[str]:
-    """The table that `python -m cache show` prints of several rows, one line each, called by `names`."""
+    """The table that `python -m cache view` and `show` print of several rows, one line each, called by `names`."""
     width = max(map(len, names), default=0)
     yield "sum: behaviour - teacher logprob over the tokens of a row, nats"
     heads = f"{'refresh':>7}{'step':>9}{'tokens':>8}  {'finish':<7}{'sum':>10}"

@@ -215,6 +215,16 @@ def test_an_unscored_cache_lists_the_longest_and_refuses_the_worst(tmp_path, run
     assert "is not scored (signal kind none): it has no teacher logprobs for --worst" in err
 
 
+def test_view_lists_the_rows_in_order_a_page_at_a_time(tmp_path, run):
+    write(tmp_path, range(9))
+    ordered = sorted((record(i) for i in range(9)), key=lambda row: row.row_id)
+    out = run("view", tmp_path, "--count", 4)[1]
+    assert listed(out.rsplit("rows 0", 1)[0]) == shortened(ordered[:4])
+    assert out.endswith("rows 0 to 3 of 9; go on with --first 4\n")
+    assert listed(run("view", tmp_path, "--first", 4)[1]) == shortened(ordered[4:])
+    assert listed(run("view", tmp_path, "--first", -2)[1]) == shortened(ordered[-2:])
+
+
 def test_neither_the_worst_nor_the_longest_decode_more_than_they_print(tmp_path, run, monkeypatch):
     write(tmp_path, range(9))
     decoded = []
@@ -261,6 +271,8 @@ def test_verify_says_sound_or_names_the_fault(tmp_path, run):
         (["summary", "nowhere"], "nowhere holds no cache (no fingerprint.json)"),
         (["verify", "nowhere"], "nowhere holds no cache (no fingerprint.json)"),
         (["show", "{root}", "--index", "4"], "has 4 committed rows; there is no row 4"),
+        (["view", "{root}", "--first", "4"], "has 4 committed rows; there is no row 4"),
+        (["view", "{root}", "--count", "0"], "--count is 0; expected a number of rows, at least 1"),
         (["show", "{root}", "--row", "zz"], "0 rows begin with 'zz'"),
         (["show", "{root}", "--row", ""], "4 rows begin with ''"),
         (["show", "{root}", "--prompt", "zz"], "no prompt id begins with 'zz'"),

@@ -14,17 +14,16 @@ from transformers.modeling_utils import PreTrainedModel
 
 import cache
 from stages.data.prompts import Prompt
+from stages.loops.planning import auto_gen_micro_batch, free_bytes
 from stages.loops.progress import Counts, Progress
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
 from stages.models.generation import Completion, Generate, Sampling, rollout_engine
 from stages.models.teacher import Teacher
 from stages.models.turns import Turns
-from stages.runtime.config import Config, SignalSection
+from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-
-AUTO_GEN_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
     mine = todo[run.world.rank :: run.world.size]
     scoring = Scoring(signal, author.vocab_size, author.tokenizer.pad_token_id)
+    num_slots = slots_for(run, author)
     with (
         rollout_engine(author.model) as generate,
         UnitWriter(writer) as writing,
@@ -105,7 +105,7 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
             unit = mine[turn] if turn < len(mine) else None
             with progress.phase("generate"):
                 turns.to_student(teacher)
-                rows = write_unit(run.config, unit, author, generate) if unit else []
+                rows = write_unit(unit, author, generate, num_slots) if unit else []
             counts = Counts(len(rows), generated_tokens=sum(len(row.completion_ids) for row in rows))
             if get_teacher is None:
                 writing.append(rows)
@@ -123,9 +123,15 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     return len(todo)
 
 
-def write_unit(config: Config, unit: Unit, author: Author, generate: Generate) -> list[cache.Record]:
+def slots_for(run: Run, author: Author) -> int:
+    """Rows decoded together: `gen_micro_batch`, or as many as the free memory holds (collective)."""
+    size = run.config.rollout.gen_micro_batch
+    return auto_gen_micro_batch(run.config, author.model.config, free_bytes(run.world)) if size == "auto" else size
+
+
+def write_unit(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[cache.Record]:
     """The unit's rows, not scored yet."""
-    completions = _write(config, unit, author, generate)
+    completions = _write(unit, author, generate, num_slots)
     return [_record(row, done, author) for row, done in zip(unit.rows, completions, strict=True)]
 
 
@@ -133,13 +139,12 @@ def _row_id(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _write(config: Config, unit: Unit, author: Author, generate: Generate) -> list[Completion]:
-    size = config.rollout.gen_micro_batch
+def _write(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[Completion]:
     with author.autocast():
         completions = generate(
             [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
             vocab_size=author.vocab_size, eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id,
-            micro_batch=AUTO_GEN_ROWS if size == "auto" else size,
+            micro_batch=num_slots,
         )  # fmt: skip
     for row, completion in zip(unit.rows, completions, strict=True):
         if not np.isfinite(completion.logprobs).all():

@@ -17,7 +17,7 @@ from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.prompts import Prompt, heldout_prompts, load_checker
 from stages.loops import setup
-from stages.loops.collect import AUTO_GEN_ROWS, Author, collect, plan
+from stages.loops.collect import Author, collect, plan, slots_for
 from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
@@ -213,7 +213,9 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
     run = evaluation.run
     checker = load_checker(run.config.eval.answer_checker)
     own = evaluation.prompts[run.world.rank :: run.world.size]
-    texts = [author.tokenizer.decode(c.ids, skip_special_tokens=True) for c in _greedy(run, author, own)] if own else []
+    num_slots = slots_for(run, author)
+    written = _greedy(author, own, num_slots) if own else []
+    texts = [author.tokenizer.decode(c.ids, skip_special_tokens=True) for c in written]
     verdicts = [checker(p.row, text) if checker else None for p, text in zip(own, texts, strict=True)]
     found = [
         {"prompt": p.text, "completion": text, "solved": verdict}
@@ -224,12 +226,11 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
     return {"accuracy": accuracy, "samples": everything[:NUM_SAMPLES]}
 
 
-def _greedy(run: Run, author: Author, prompts: list[Prompt]) -> list[Completion]:
-    size = run.config.rollout.gen_micro_batch
+def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Completion]:
     with author.autocast():
         return generate(
             author.model, [p.ids for p in prompts], [0] * len(prompts), author.sampling, vocab_size=author.vocab_size,
-            eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id, micro_batch=AUTO_GEN_ROWS if size == "auto" else size,
+            eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id, micro_batch=num_slots,
         )  # fmt: skip
 
 

@@ -72,7 +72,9 @@ class RolloutSection(Section):
     sample_temperature: Finite = Field(1.0, gt=0, description="sampling temperature of rollouts")
     sample_top_p: Finite = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     sample_top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
-    gen_micro_batch: int | Auto = Field("auto", description="rollouts in one generation call of a process")
+    gen_micro_batch: int | Auto = Field(
+        "auto", description="rollouts that a process decodes together; auto: what the free GPU memory holds"
+    )
     lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
     score_tokens: int | Auto = Field("auto", description="tokens, padding included, in one scoring forward")
     rollouts_per_unit: int = Field(

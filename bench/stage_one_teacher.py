@@ -206,7 +206,9 @@ def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
         plain_rate, plain_logprobs = measure(plain(torch.bfloat16), timed=True)
         distributed.ensure_process_group(run.world)
         settings = teachers.zero3_settings(run.config)
-        sharded = teachers.sharded_teacher(make_teacher_model(shape, size, device), settings, run.world)
+        sharded = teachers.sharded_teacher(
+            make_teacher_model(shape, size, device), settings, run.world, run.config.train.packing
+        )
         zero3_rate, zero3_logprobs = measure(sharded, timed=True)
     return {
         "plain_tokens_per_second": plain_rate, "zero3_tokens_per_second": zero3_rate,

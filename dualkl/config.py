@@ -11,6 +11,7 @@ _CHOICES = {
     "rkl": ("exact", "mc"),
     "fkl": ("full", "argmax"),
     "objective": ("gated", "jsd"),
+    "gate_on": ("rkl", "fkl", "teacher_entropy"),
 }
 
 
@@ -19,9 +20,9 @@ class DualKLConfig:
     """Settings of `dual_kl`. Divergences are in nats.
 
     Attributes:
-        tau: reverse KL at which the gate is one half (soft) or closes (hard).
+        tau: reverse KL at which the gate is one half (soft) or closes (hard); `dual_kl` takes others per call.
         alpha: steepness of the soft gate per nat. With alpha * tau < 4 the gate is close to a constant mix.
-        gating: "soft" λ = sigmoid(alpha (tau - R)); "hard" λ = 1[R <= tau]; "fixed" λ = mix.
+        gating: "soft" λ = sigmoid(alpha (tau - D)); "hard" λ = 1[D <= tau]; "fixed" λ = mix.
         mix: weight of the reverse KL under gating="fixed"; β under objective="jsd".
         rkl: "exact" sums over the vocabulary; "mc" is the score-function estimate at the sampled token.
         fkl: "full" forward KL; "argmax" cross-entropy on the teacher's most likely token (lowers entropy).
@@ -32,9 +33,14 @@ class DualKLConfig:
         objective: "gated" mixes the two divergences; "jsd" is the generalised Jensen-Shannon divergence of
             arXiv 2306.13649, β KL(teacher || m) + (1 - β) KL(student || m) with m = β teacher + (1 - β) student and
             β = mix in (0, 1). It has no gate and no sampled form: gating="fixed", rkl="exact" and fkl="full".
+        gate_on: the gate's D: "rkl" R, "fkl" F, or "teacher_entropy", the entropy of the (smoothed) teacher; of a top-k
+            teacher's kept ids and tail bucket, a lower bound, unless `dual_kl` is given the full one.
+        teacher_smoothing: ε in [0, 1): the teacher becomes (1 - ε) q + ε / V, V the vocabulary after the cut. Exact for
+            dense teachers; a top-k teacher's tail bucket gets the uniform part of all ids outside, before its floor.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, or an objective that the other settings do not fit.
+        ValueError: an unknown name, a number out of its range, or an objective or a signal of the gate that the other
+            settings do not fit.
     """
 
     tau: float = 1.0
@@ -48,6 +54,8 @@ class DualKLConfig:
     tail_floor: float = TAIL_FLOOR
     vocab_size: int | None = None
     objective: Literal["gated", "jsd"] = "gated"
+    gate_on: Literal["rkl", "fkl", "teacher_entropy"] = "rkl"
+    teacher_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -62,6 +70,11 @@ class DualKLConfig:
         _check_range("tail_floor", self.tail_floor, 0 <= self.tail_floor < 1, "a probability in [0, 1)")
         if self.vocab_size is not None:
             _check_range("vocab_size", self.vocab_size, self.vocab_size >= 1, "a number of ids >= 1, or None")
+        _check_range(
+            "teacher_smoothing", self.teacher_smoothing, 0 <= self.teacher_smoothing < 1, "a probability in [0, 1)"
+        )
+        if self.gating == "fixed" and self.gate_on != "rkl":
+            raise ValueError(f"gate_on is {self.gate_on!r}, but gating 'fixed' has no gate that could look at it.")
         if self.objective == "jsd":
             _check_range("mix", self.mix, 0 < self.mix < 1, "β in (0, 1) under objective 'jsd', which is 0 at 0 and 1")
             for name, needed in (("gating", "fixed"), ("rkl", "exact"), ("fkl", "full")):

@@ -1,24 +1,55 @@
 """The gate λ in [0, 1]: how much of each position's loss is reverse KL; the rest is forward KL."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dualkl.config import DualKLConfig
+from dualkl.logprobs import entropy
 
 
-def gate(divergence: Float[Tensor, " N"], config: DualKLConfig) -> Float[Tensor, " N"]:
-    """Weight of the reverse KL at each position, given D = KL(student || teacher) in nats.
+@dataclass(frozen=True, eq=False)
+class GateInputs:
+    """What a caller tells the gate, per position; None leaves `config.tau` and the entropy of the teacher's outcomes."""
 
-    soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <= tau]. fixed: λ = mix.
+    tau_N: Tensor | None = None
+    teacher_entropy_N: Tensor | None = None
+
+    def select(self, rows: slice) -> "GateInputs":
+        """Those of some of the positions."""
+        return GateInputs(*(None if x is None else x[rows] for x in (self.tau_N, self.teacher_entropy_N)))
+
+
+NO_INPUTS = GateInputs()
+
+
+def gate(
+    divergence: Float[Tensor, " N"], config: DualKLConfig, tau: Float[Tensor, "*N"] | None = None
+) -> Float[Tensor, " N"]:
+    """Weight of the reverse KL at each position, given D (by default KL(student || teacher)) in nats.
+
+    soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <= tau]. fixed: λ = mix. `tau`, of any shape that goes with D,
+    takes the place of `config.tau`.
 
     The result carries no gradient. Through an undetached soft gate the reverse KL's own gradient is multiplied by
     λ - alpha λ (1 - λ) (R - F) + ..., which is negative once alpha (1 - λ) (R - F) > 1: it would raise the reverse KL.
     D = inf gives λ = 0; D = NaN gives NaN under the soft and 0 under the hard gate.
     """
     divergence = divergence.detach()
+    threshold = config.tau if tau is None else tau.detach()
     if config.gating == "soft":
-        return torch.sigmoid(config.alpha * (config.tau - divergence))
+        return torch.sigmoid(config.alpha * (threshold - divergence))
     if config.gating == "hard":
-        return (divergence <= config.tau).to(divergence.dtype)
+        return (divergence <= threshold).to(divergence.dtype)
     return torch.full_like(divergence, config.mix)
+
+
+def teacher_signal(
+    logq_NC: Float[Tensor, "N C"], config: DualKLConfig, inputs: GateInputs
+) -> Float[Tensor, " N"] | None:
+    """The gate's D where it is known from the teacher alone: the entropy that was given, or that of C outcomes."""
+    if config.gate_on != "teacher_entropy":
+        return None
+    return entropy(logq_NC) if inputs.teacher_entropy_N is None else inputs.teacher_entropy_N

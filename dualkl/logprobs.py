@@ -3,6 +3,9 @@
 Shape suffixes: N positions, V vocabulary.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 LEAST_LOGPROB = -1e30
@@ -21,6 +24,12 @@ def log_normalise_(logits_NV: Tensor) -> Tensor:
     """Turn logits into logprobs in place, with ln 0 = LEAST_LOGPROB. NaN and +inf give NaN for their whole row."""
     centre_(logits_NV)
     return logits_NV.sub_(logits_NV.exp().sum(1, keepdim=True).log_()).clamp_(min=LEAST_LOGPROB)
+
+
+def smooth(logprobs: Tensor, epsilon: float, share: float | Tensor) -> Tensor:
+    """ln((1 - epsilon) p + epsilon share): mixed with a uniform distribution that gives each outcome its `share`."""
+    uniform = logprobs.new_full((), epsilon) * share
+    return torch.logaddexp(logprobs + math.log1p(-epsilon), uniform.log())
 
 
 def entropy(logprobs_NV: Tensor) -> Tensor:

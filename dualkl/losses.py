@@ -14,7 +14,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from dualkl import kernels
 from dualkl.checks import check_device, check_ids, check_integers, check_shape
 from dualkl.config import DualKLConfig
+from dualkl.gates import GateInputs
 from dualkl.heads import Head, HeadGradient, PreparedHead, as_head, prepare_head, row_chunks, statistics_dtype
+from dualkl.logprobs import smooth
 from dualkl.steps import Positions, Step, StepResult, plain_steps, sampled_columns
 from dualkl.targets import (
     Sampled,
@@ -23,6 +25,7 @@ from dualkl.targets import (
     check_teacher,
     check_topk_values,
     shared_vocabulary,
+    smooth_topk,
     support_tensor,
 )
 
@@ -63,15 +66,17 @@ def dual_kl(
     sampled: Sampled | None = None,
     weights: Float[Tensor, " N"] | None = None,
     *,
+    tau: float | Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+    teacher_entropy: Float[Tensor, " N"] | None = None,
     chunk_rows: int | None = None,
     check: bool = False,
 ) -> DualKLOutput:
     """Forward and reverse KL mixed at each position by a gate on the reverse KL, with the output head inside.
 
     With student p, teacher q and l_j = ln p_j - ln q_j, in nats:
-        R = KL(p || q) = Σ_j p_j l_j,  F = KL(q || p) = -Σ_j q_j l_j,  λ = gate(R), detached (`dualkl.gates`),
+        R = KL(p || q) = Σ_j p_j l_j,  F = KL(q || p) = -Σ_j q_j l_j,  λ = gate(D), detached (`dualkl.gates`),
         loss = Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n).
-    r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
+    D is R unless `config.gate_on` says otherwise. r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
     cross-entropy on the teacher's most likely token (fkl="argmax"). objective="jsd" has the generalised Jensen-Shannon
     divergence in place of the bracket (`DualKLConfig`), R and F being reported as ever. Forward and reverse KL for distillation on the
     student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.steps`).
@@ -89,6 +94,11 @@ def dual_kl(
         sampled: the sampled tokens; required by rkl="mc", else only reported on (`student_logprobs`).
         weights: constants, not differentiated; by default 1 / N. Positions of weight 0 are skipped: they give exactly
             zero loss and gradient, whatever they hold, NaN included. Weights must be finite.
+        tau: in place of config.tau for this call: a number, or a tensor of none or of one threshold a position, on the
+            device of the hidden states, which is not waited for (schedules, adaptive thresholds: `dualkl.thresholds`).
+            A position's gate is moved toward forward KL by s nats with tau - s.
+        teacher_entropy: of the teacher's full distribution, nats; what gate_on="teacher_entropy" looks at instead of
+            the entropy of the teacher as given. Read by no other setting.
         chunk_rows: positions per chunk; by default what fits a memory budget. Changes rounding only.
         check: look for invalid values on CUDA too, which waits for the device. CPU tensors are always checked.
 
@@ -100,17 +110,22 @@ def dual_kl(
 
     Raises:
         ValueError: shapes, devices, dtypes or vocabularies that do not fit together; rkl="mc" without `sampled`; a
-            top-k teacher at another temperature; where values are checked: weights that are not finite, ids outside
+            top-k teacher at another temperature; a tau for gating="fixed"; where values are checked: weights that are not finite, ids outside
             the vocabulary or kept twice, top-k masses that miss 1 by more than 1e-4.
     """
     head = as_head(lm_head)
     num_ids = shared_vocabulary(head, teacher, config.vocab_size)
     _check_inputs(student_hidden, head, teacher, config, sampled, weights)
+    if isinstance(tau, (int, float)):
+        config, tau = replace(config, tau=float(tau)), None
+    _check_gate_inputs(student_hidden, config, tau, teacher_entropy)
     needs = _needs_gradient(student_hidden, head)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         if check or not student_hidden.is_cuda:
             _check_values(teacher, sampled, weights, num_ids)
-        positions = _positions(student_hidden, sampled, weights)
+        if config.teacher_smoothing:
+            teacher, sampled = _smoothed(teacher, sampled, num_ids, config, statistics_dtype(student_hidden))
+        positions = _positions(student_hidden, sampled, weights, tau, teacher_entropy)
         output, gradients = _forward(positions, head, teacher, config, num_ids, needs, chunk_rows)
     if not any(needs):
         return output
@@ -146,8 +161,27 @@ def _needs_gradient(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
     return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad
 
 
-def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) -> Positions:
-    """All positions, their numbers in the statistics dtype, the samples of weight 0 harmless."""
+def _smoothed(
+    teacher: Teacher, sampled: Sampled | None, num_ids: int, config: DualKLConfig, dtype: torch.dtype
+) -> tuple[Teacher, Sampled | None]:
+    """Top-k teacher and teacher logprobs of the samples with their uniform part; dense teachers get theirs by chunk."""
+    epsilon = config.teacher_smoothing
+    if isinstance(teacher, TopKTeacher):
+        teacher = smooth_topk(teacher, num_ids, epsilon, dtype)
+    if sampled is not None:
+        logprobs_N = smooth(sampled.teacher_logprobs.to(dtype), epsilon, 1 / num_ids)
+        sampled = Sampled(sampled.ids, logprobs_N, sampled.behaviour_logprobs)
+    return teacher, sampled
+
+
+def _positions(
+    hidden: Tensor,
+    sampled: Sampled | None,
+    weights: Tensor | None,
+    tau: Tensor | None,
+    teacher_entropy: Tensor | None,
+) -> Positions:
+    """All positions, their numbers in the statistics dtype; samples and gate inputs of weight 0 harmless."""
     dtype, num_rows = statistics_dtype(hidden), hidden.shape[0]
     active_N = None if weights is None else weights != 0
     if weights is None:
@@ -157,7 +191,22 @@ def _positions(hidden: Tensor, sampled: Sampled | None, weights: Tensor | None) 
         sampled = Sampled(ids_N.long(), teacher_N.to(dtype), behaviour_N.to(dtype))
         if active_N is not None:
             sampled = Sampled(*(torch.where(active_N, column, 0) for column in sampled_columns(sampled)))
-    return Positions(hidden, weights.to(dtype), None if active_N is None else active_N[:, None], sampled)
+    active_N1 = None if active_N is None else active_N[:, None]
+    return Positions(
+        hidden, weights.to(dtype), active_N1, sampled, _gate_inputs(hidden, active_N, tau, teacher_entropy)
+    )
+
+
+def _gate_inputs(
+    hidden: Tensor, active_N: Tensor | None, tau: Tensor | None, teacher_entropy: Tensor | None
+) -> GateInputs:
+    def column(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        values_N = values.detach().to(statistics_dtype(hidden)).expand(hidden.shape[0])
+        return values_N if active_N is None else torch.where(active_N, values_N, 0)
+
+    return GateInputs(column(tau), column(teacher_entropy))
 
 
 def _forward(
@@ -202,7 +251,8 @@ def _step_for(
 
         return fused.steps(teacher, head, hidden, num_ids, config, differentiate, chunk_rows)
     num_buffers = (2 if isinstance(teacher, TopKTeacher) else 4) + (head.softcap is not None)
-    num_buffers += 3 * (config.objective == "jsd" and not isinstance(teacher, TopKTeacher))
+    if not isinstance(teacher, TopKTeacher):
+        num_buffers += 3 * (config.objective == "jsd") + 2 * (config.teacher_smoothing > 0)
     chunks = row_chunks(hidden.shape[0], chunk_rows, num_ids, num_buffers, hidden)
     return plain_steps(teacher, head, hidden, num_ids, config, differentiate), chunks
 
@@ -254,6 +304,20 @@ def _check_inputs(
             check_shape(f"sampled.{name}", column, (num_rows,))
             check_device(f"sampled.{name}", column, hidden)
         check_integers("sampled.ids", sampled.ids)
+
+
+def _check_gate_inputs(
+    hidden: Tensor, config: DualKLConfig, tau: Tensor | None, teacher_entropy: Tensor | None
+) -> None:
+    if tau is not None:
+        if config.gating == "fixed":
+            raise ValueError("tau was given, but gating is 'fixed', which has no threshold; leave tau out.")
+        if tau.ndim:
+            check_shape("tau", tau, (hidden.shape[0],))
+        check_device("tau", tau, hidden)
+    if teacher_entropy is not None:
+        check_shape("teacher_entropy", teacher_entropy, (hidden.shape[0],))
+        check_device("teacher_entropy", teacher_entropy, hidden)
 
 
 def _check_values(teacher: Teacher, sampled: Sampled | None, weights: Tensor | None, num_ids: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dualkl.config import DualKLConfig
 from dualkl.divergences import Bucket, Split, bucket_teacher, divergences_, over_mixture, split_student_
 from dualkl.estimators import sampled_reverse_kl
-from dualkl.gates import gate
+from dualkl.gates import NO_INPUTS, GateInputs, gate, teacher_signal
 from dualkl.heads import PreparedHead
 from dualkl.logprobs import LEAST_LOGPROB, centre_, log_normalise_
 from dualkl.targets import DenseTarget, Sampled, Teacher, TopKTeacher, select_rows
@@ -43,6 +43,7 @@ class Positions:
     weights_N: Tensor
     active_N1: Tensor | None
     sampled: Sampled | None
+    gate_inputs: GateInputs = NO_INPUTS
 
     def select(self, rows: slice) -> "Positions":
         """Some of the positions; hidden states of weight 0 become zeros."""
@@ -50,7 +51,8 @@ class Positions:
         if active_N1 is not None:
             active_N1 = active_N1[rows]
             hidden_Nd = torch.where(active_N1, hidden_Nd, 0)
-        return Positions(hidden_Nd, self.weights_N[rows], active_N1, select_sampled(self.sampled, rows))
+        sampled, gate_inputs = select_sampled(self.sampled, rows), self.gate_inputs.select(rows)
+        return Positions(hidden_Nd, self.weights_N[rows], active_N1, sampled, gate_inputs)
 
 
 def select_sampled(sampled: Sampled | None, rows: slice) -> Sampled | None:
@@ -72,7 +74,9 @@ def plain_steps(
     teacher: Teacher, head: PreparedHead, hidden: Tensor, num_ids: int, config: DualKLConfig, differentiate: bool
 ) -> Step:
     """The step in plain PyTorch: any device, any dtype."""
-    dense = None if isinstance(teacher, TopKTeacher) else DenseTarget(teacher, num_ids, config.temperature, hidden)
+    dense = None
+    if not isinstance(teacher, TopKTeacher):
+        dense = DenseTarget(teacher, num_ids, config.temperature, hidden, config.teacher_smoothing)
 
     def step(rows: slice, chunk: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
         logits_NV = head.logits(hidden_Nd)
@@ -82,11 +86,11 @@ def plain_steps(
         scale_N = chunk.weights_N * (head.scale / config.temperature) if differentiate else None
         if dense is not None:
             target_NV = dense.logits(rows, chunk.active_N1)
-            result = dense_step(logits_NV, target_NV, chunk.sampled, scale_N, config)
+            result = dense_step(logits_NV, target_NV, chunk.sampled, scale_N, config, chunk.gate_inputs)
         else:
             assert isinstance(teacher, TopKTeacher)
             target = select_rows(teacher, rows, chunk.active_N1)
-            result = topk_step(logits_NV, target, chunk.sampled, scale_N, config)
+            result = topk_step(logits_NV, target, chunk.sampled, scale_N, config, chunk.gate_inputs)
         if slope_NV is not None:
             logits_NV.mul_(slope_NV)
         return result, logits_NV if differentiate else None
@@ -112,6 +116,7 @@ def dense_step(
     sampled: Sampled | None,
     gradient_scale_N: Tensor | None,
     config: DualKLConfig,
+    gate_inputs: GateInputs = NO_INPUTS,
 ) -> StepResult:
     """The gated dual KL against a teacher whose logits are all known.
 
@@ -124,7 +129,7 @@ def dense_step(
     logp_NV, logq_NV = log_normalise_(logits_NV), log_normalise_(teacher_NV)
     top_N1 = logq_NV.argmax(1, keepdim=True) if config.fkl == "argmax" else None
     sampled_logp_N = None if sampled is None else _at(logp_NV, sampled.ids)
-    mix = _mix_outcomes_(logp_NV, logq_NV, top_N1, sampled_logp_N, sampled, gradient_scale_N, config)
+    mix = _mix_outcomes_(logp_NV, logq_NV, top_N1, sampled_logp_N, sampled, gradient_scale_N, config, gate_inputs)
     _add_onehot_(mix.gradient_NC, mix.onehot_N, sampled)
     return StepResult(mix.rkl_N, mix.fkl_N, mix.gate_N, mix.loss_N, sampled_logp_N)
 
@@ -135,6 +140,7 @@ def topk_step(
     sampled: Sampled | None,
     gradient_scale_N: Tensor | None,
     config: DualKLConfig,
+    gate_inputs: GateInputs = NO_INPUTS,
 ) -> StepResult:
     """The gated dual KL against a teacher known by its K most likely ids and the mass of the rest.
 
@@ -157,7 +163,7 @@ def topk_step(
     top_N1 = torch.zeros_like(bucket.index_NK[:, :1]) if config.fkl == "argmax" else None
     log_tail_N = split.logp_NC[:, -1].clone()
     scale_N = None if gradient_scale_N is None else torch.where(bucket.filled_N, gradient_scale_N, 0)
-    mix = _mix_outcomes_(split.logp_NC, bucket.logq_NC, top_N1, sampled_logp_N, sampled, scale_N, config)
+    mix = _mix_outcomes_(split.logp_NC, bucket.logq_NC, top_N1, sampled_logp_N, sampled, scale_N, config, gate_inputs)
     if scale_N is not None:
         _spread_(split, bucket, mix.gradient_NC)
         _add_onehot_(split.outside_NV, mix.onehot_N, sampled)
@@ -173,13 +179,17 @@ def _mix_outcomes_(
     sampled: Sampled | None,
     scale_N: Tensor | None,
     config: DualKLConfig,
+    gate_inputs: GateInputs,
 ) -> _Mix:
     """Divergences, gate, loss and scaled gradient over C outcomes; the gradient ends in `logp_NC`'s storage."""
     if config.objective == "jsd":
         return _jensen_shannon_(logp_NC, logq_NC, scale_N, config)
     cross_entropy_N = None if top_N1 is None else -logp_NC.gather(1, top_N1)[:, 0]
+    signal_N = teacher_signal(logq_NC, config, gate_inputs)
     rkl_N, fkl_N, product_NC = divergences_(logp_NC, logq_NC)
-    gate_N = gate(rkl_N, config)
+    if signal_N is None:
+        signal_N = fkl_N if config.gate_on == "fkl" else rkl_N
+    gate_N = gate(signal_N, config, gate_inputs.tau_N)
     reverse_kl_N, advantage_N, onehot_N = rkl_N, None, None
     if config.rkl == "mc":
         assert sampled is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from dualkl.checks import check_ids, check_integers, check_shape, cut_vocabulary
 from dualkl.config import check_temperature
 from dualkl.heads import Head, PreparedHead, as_head, prepare_head, row_chunks, statistics_dtype
-from dualkl.logprobs import LEAST_LOGPROB, entropy, log_normalise_
+from dualkl.logprobs import LEAST_LOGPROB, entropy, log_normalise_, smooth
 
 __all__ = [
     "Compressed",
@@ -77,9 +77,19 @@ class Sampled:
 
 
 class DenseTarget:
-    """Serves a dense teacher's logits, a few positions at a time, in the statistics dtype and at a temperature."""
+    """Serves a dense teacher's logits, a few positions at a time, in the statistics dtype and at a temperature.
 
-    def __init__(self, teacher: LogitsTeacher | HiddenTeacher, num_ids: int, temperature: float, like: Tensor) -> None:
+    With `smoothing` they are the logprobs of (1 - smoothing) q + smoothing / V.
+    """
+
+    def __init__(
+        self,
+        teacher: LogitsTeacher | HiddenTeacher,
+        num_ids: int,
+        temperature: float,
+        like: Tensor,
+        smoothing: float = 0.0,
+    ) -> None:
         self._head: PreparedHead | None = None
         if isinstance(teacher, HiddenTeacher):
             self._source = teacher.hidden.detach()
@@ -87,6 +97,7 @@ class DenseTarget:
         else:
             self._source = teacher.logits.detach()[:, :num_ids]
         self._temperature = temperature
+        self._smoothing, self._num_ids = smoothing, num_ids
         self._dtype = statistics_dtype(like)
 
     def logits(self, rows: slice, active_N1: Tensor | None) -> Tensor:
@@ -98,7 +109,9 @@ class DenseTarget:
             logits_NV = source.to(self._dtype, copy=True)
         else:
             logits_NV = self._head.logits(source.to(self._head.weight_Vd.dtype)).to(self._dtype)
-        return logits_NV if self._temperature == 1.0 else logits_NV.div_(self._temperature)
+        if self._temperature != 1.0:
+            logits_NV.div_(self._temperature)
+        return smooth(log_normalise_(logits_NV), self._smoothing, 1 / self._num_ids) if self._smoothing else logits_NV
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,6 +365,17 @@ def _refuse(bad_N: Tensor, what: str, value_N: Tensor | None = None) -> None:
     row = int(bad_N.nonzero()[0])
     value = 0.0 if value_N is None else float(value_N[row])
     raise ValueError(f"Row {row} of the top-k teacher {what.format(value=value)}.")
+
+
+def smooth_topk(teacher: TopKTeacher, num_ids: int, epsilon: float, dtype: torch.dtype) -> TopKTeacher:
+    """The teacher mixed with the uniform distribution over `num_ids`: its share of all ids outside goes to the tail."""
+    num_outside_N = (num_ids - (teacher.ids >= 0).sum(1)).to(dtype)
+    return TopKTeacher(
+        teacher.ids,
+        smooth(teacher.logprobs.detach().to(dtype), epsilon, 1 / num_ids),
+        smooth(teacher.log_tail_mass.detach().to(dtype), epsilon, num_outside_N / num_ids),
+        teacher.temperature,
+    )
 
 
 def select_rows(teacher: TopKTeacher, rows: slice, active_N1: Tensor | None) -> TopKTeacher:

@@ -16,7 +16,7 @@ from dualkl import DualKLConfig, LogitsTeacher, TopKTeacher, dual_kl, kernels
 from dualkl.heads import PreparedHead
 from dualkl.kernels import fused
 from dualkl.steps import Positions, StepResult
-from tests.test_dualkl_losses import METHODS, Case, N, V, gradients, relative_error
+from tests.test_dualkl_losses import METHODS, Case, N, V, gate_inputs, gradients, relative_error
 from tests.test_dualkl_steps import (
     CONFIGS,
     JSD,
@@ -105,11 +105,22 @@ def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool) -> None:
         assert max(relative_error(f, -2.5 * w) for f, w in pairs) < 1e-5, method
 
 
+@pytest.mark.parametrize("kind", ["logits", "topk"])
+def test_thresholds_and_entropies_are_taken_per_position(kind: str) -> None:
+    case, inputs = Case(dtype=torch.float32), gate_inputs(torch.float32)
+    for method in ({"gate_on": "fkl"}, {"gate_on": "teacher_entropy"}):
+        config = case.config(**method)
+        found, wanted = case.run(kind, config, chunk_rows=3, **inputs), case.oracle(kind, config, **inputs)
+        torch.testing.assert_close(found.gate.double(), wanted["gate"], rtol=1e-5, atol=2e-6)
+        pairs = zip(gradients(found.loss, case.leaves), gradients(wanted["loss"], case.leaves), strict=True)
+        assert max(relative_error(f, w) for f, w in pairs) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 def test_positions_of_weight_0_have_no_gradient_even_when_broken(kind: str) -> None:
     case = Case(full_head=True, dtype=torch.float32)
     case.weights[1] = case.weights[5] = 0
-    config = case.config(rkl="mc")
+    config = case.config(rkl="mc", teacher_smoothing=0.1)
     wanted = case.run(kind, config)
     wanted_gradients = gradients(wanted.loss, case.leaves)
     with torch.no_grad():

@@ -46,28 +46,37 @@ def log_softmax(z: Tensor) -> Tensor:
     return centred - centred.exp().sum().log()
 
 
-def topk_outcomes(z: Tensor, teacher: dict[str, Any], row: int, tail_floor: float) -> tuple[Tensor, Tensor]:
+def smooth(logprob: Tensor, epsilon: float, num_ids: int, num_shares: int = 1) -> Tensor:
+    """ln((1 - ε) q + ε num_shares / V)."""
+    return ((1 - epsilon) * logprob.exp() + epsilon * num_shares / num_ids).log() if epsilon else logprob
+
+
+def topk_outcomes(
+    z: Tensor, teacher: dict[str, Any], row: int, tail_floor: float, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(student, teacher) logprobs of the kept ids and, unless all ids are kept, of the tail bucket (last)."""
     kept = [int(i) for i in teacher["ids"][row] if i >= 0]
     outside = [j for j in range(len(z)) if j not in set(kept)]
-    logq = [teacher["logprobs"][row, slot].double() for slot in range(len(kept))]
+    logq = [smooth(teacher["logprobs"][row, slot].double(), smoothing, len(z)) for slot in range(len(kept))]
     lse = torch.logsumexp(z, 0)
     logp = [z[i] - lse for i in kept]
     if outside:
         floor = math.log(tail_floor) if tail_floor > 0 else -math.inf
-        logq.append(teacher["log_tail_mass"][row].double().clamp(min=floor))
+        tail = smooth(teacher["log_tail_mass"][row].double(), smoothing, len(z), len(outside))
+        logq.append(tail.clamp(min=floor))
         logp.append(torch.logsumexp(z[torch.tensor(outside)], 0) - lse)
     stacked = torch.stack(logq)
     return torch.stack(logp), stacked - torch.logsumexp(stacked, 0)
 
 
-def gate(divergence: float, config: Any) -> float:
+def gate(divergence: float, config: Any, tau: float | None = None) -> float:
     """λ of one position, a plain number."""
+    tau = config.tau if tau is None else tau
     if config.gating == "fixed":
         return float(config.mix)
     if config.gating == "hard":
-        return 1.0 if divergence <= config.tau else 0.0
-    x = config.alpha * (config.tau - divergence)
+        return 1.0 if divergence <= tau else 0.0
+    x = config.alpha * (tau - divergence)
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
@@ -77,25 +86,39 @@ def importance(student_logprob: float, behaviour_logprob: float, cap: float) -> 
 
 
 def position_loss(
-    z: Tensor, teacher: dict[str, Any], row: int, config: Any, sampled: dict[str, Tensor] | None
+    z: Tensor,
+    teacher: dict[str, Any],
+    row: int,
+    config: Any,
+    sampled: dict[str, Tensor] | None,
+    tau: Tensor | None = None,
+    teacher_entropy: Tensor | None = None,
 ) -> dict[str, Any]:
-    """loss (differentiable in z), rkl, fkl and gate of one position. `z` and teacher logits are at temperature."""
+    """loss (differentiable in z), rkl, fkl and gate of one position. `z` and teacher logits are at temperature.
+
+    `tau` and `teacher_entropy` are of all positions.
+    """
+    threshold, epsilon = None if tau is None else float(tau[row]), config.teacher_smoothing
     logp_all = log_softmax(z)
     if "ids" not in teacher:
-        logp, logq = logp_all, log_softmax(teacher["logits"][row])
+        logp, logq = logp_all, smooth(log_softmax(teacher["logits"][row]), epsilon, len(z))
         top = int(logq.argmax())
     elif not (teacher["ids"][row] >= 0).any():
-        return {"loss": z.sum() * 0, "rkl": 0.0, "fkl": 0.0, "gate": gate(0.0, config)}
+        given = config.gate_on == "teacher_entropy" and teacher_entropy is not None
+        weight = gate(float(teacher_entropy[row]) if given else 0.0, config, threshold)
+        return {"loss": z.sum() * 0, "rkl": 0.0, "fkl": 0.0, "gate": weight}
     else:
-        logp, logq = topk_outcomes(z, teacher, row, config.tail_floor)
+        logp, logq = topk_outcomes(z, teacher, row, config.tail_floor, epsilon)
         top = 0
     rkl, fkl = kl(logp, logq), kl(logq, logp)
-    weight = gate(float(rkl.detach()), config)
+    known = entropy(logq) if teacher_entropy is None else float(teacher_entropy[row])
+    signals = {"rkl": float(rkl.detach()), "fkl": float(fkl.detach()), "teacher_entropy": known}
+    weight = gate(signals[config.gate_on], config, threshold)
     reverse = rkl
     if config.rkl == "mc":
         assert sampled is not None
         logp_y = logp_all[int(sampled["ids"][row])]
-        log_ratio = float(logp_y.detach() - sampled["teacher_logprobs"][row])
+        log_ratio = float(logp_y.detach() - smooth(sampled["teacher_logprobs"][row].double(), epsilon, len(z)))
         ratio = importance(float(logp_y.detach()), float(sampled["behaviour_logprobs"][row]), config.importance_cap)
         advantage = ratio * (log_ratio - float(rkl.detach()))
         reverse = ratio * log_ratio + advantage * (logp_y - logp_y.detach())
@@ -113,6 +136,8 @@ def dual_kl(
     config: Any,
     sampled: dict[str, Tensor] | None = None,
     weights: Tensor | None = None,
+    tau: Tensor | None = None,
+    teacher_entropy: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The whole loss, differentiable in hidden, head["weight"] and head["bias"]; rkl, fkl and gate per position."""
     num_rows = hidden.shape[0]
@@ -127,7 +152,7 @@ def dual_kl(
     loss = torch.zeros((), dtype=torch.float64)
     rows: list[dict[str, Any]] = []
     for row in range(num_rows):
-        rows.append(position_loss(logits[row], teacher, row, config, sampled))
+        rows.append(position_loss(logits[row], teacher, row, config, sampled, tau, teacher_entropy))
         loss = loss + float(weights[row]) * rows[-1]["loss"]
     columns = {name: torch.tensor([r[name] for r in rows], dtype=torch.float64) for name in ("rkl", "fkl", "gate")}
     return {"loss": loss, **columns}

@@ -242,6 +242,8 @@ def test_a_cap_below_one_is_refused(flag: str) -> None:
         ("--tau", "-0.5"),
         ("--tau", ".nan"),
         ("--temperature", ".inf", "--signal", "full"),
+        ("--gate_on", "fkl", "--gating", "fixed"),
+        ("--teacher_smoothing", "1.0"),
         ("--objective", "jsd"),
         ("--objective", "jsd", "--gating", "fixed", "--rkl", "mc"),
         ("--objective", "jsd", "--gating", "fixed", "--mix", "1.0"),

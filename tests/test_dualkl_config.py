@@ -12,7 +12,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert (config.tau, config.alpha, config.gating, config.mix) == (1.0, 5.0, "soft", 0.5)
     assert (config.rkl, config.fkl, config.temperature) == ("exact", "full", 1.0)
     assert (config.importance_cap, config.tail_floor, config.vocab_size) == (5.0, 1e-8, None)
-    assert config.objective == "gated"
+    assert (config.objective, config.gate_on, config.teacher_smoothing) == ("gated", "rkl", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_the_defaults_are_the_published_ones() -> None:
         ("importance_cap", 0.0, r"importance_cap is 0.0; expected a number > 0 \(inf is allowed\)."),
         ("tail_floor", 1.0, r"tail_floor is 1.0; expected a probability in \[0, 1\)."),
         ("objective", "kl", "objective is 'kl'; expected one of 'gated', 'jsd'."),
+        ("gate_on", "age", "gate_on is 'age'; expected one of 'rkl', 'fkl', 'teacher_entropy'."),
+        ("teacher_smoothing", 1.0, r"teacher_smoothing is 1.0; expected a probability in \[0, 1\)."),
         ("vocab_size", 0, "vocab_size is 0; expected a number of ids >= 1, or None."),
     ],
 )
@@ -51,3 +53,8 @@ def test_a_bad_setting_is_named_with_what_was_expected(field: str, value: Any, m
 def test_settings_that_jensen_shannon_does_not_have_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DualKLConfig(**({"objective": "jsd", "gating": "fixed"} | changes))
+
+
+def test_a_signal_for_a_gate_that_looks_at_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate_on is 'fkl', but gating 'fixed' has no gate that could look at it\."):
+        DualKLConfig(gating="fixed", gate_on="fkl")

@@ -11,7 +11,7 @@ from torch import Tensor
 from dualkl import DualKLConfig, Head, HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher, dual_kl
 from dualkl.divergences import compare, gather_logprobs
 from dualkl.targets import compress
-from tests.test_dualkl_losses import METHODS, Case, N, d, gradients, relative_error
+from tests.test_dualkl_losses import METHODS, Case, N, d, gate_inputs, gradients, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +76,18 @@ def test_value_and_gradient_are_the_oracles(
         pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
         assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope, method
     assert launches[kernel_of(kind)] == (0 if dtype == torch.float64 else 3 * len(METHODS))
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+def test_thresholds_and_entropies_are_taken_per_position(kind: str) -> None:
+    cpu, inputs = Case(True, 1.3, 491, torch.float32), gate_inputs(torch.float32)
+    gpu, on_device = on_gpu(cpu), moved(gate_inputs(torch.float32))
+    for gate_on in ("rkl", "fkl", "teacher_entropy"):
+        config = cpu.config(gate_on=gate_on)
+        wanted, found = cpu.oracle(kind, config, **inputs), gpu.run(kind, config, chunk_rows=3, **on_device)
+        torch.testing.assert_close(found.gate.cpu().double(), wanted["gate"], rtol=1e-4, atol=1e-5)
+        pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
+        assert max(relative_error(f.cpu(), w) for f, w in pairs) < 2e-5
 
 
 V_REAL, CUT_REAL, WIDTH, TEACHER_WIDTH = 151_936, 151_669, 1024, 1536
@@ -159,6 +171,19 @@ def test_a_real_vocabulary_in_bfloat16_stays_near_float64(kind: str, pair: str, 
     config = DualKLConfig(tau=median, alpha=min(500.0, 2 / median))
     wanted, wanted_gradients = case.exact(exact_teacher, config)
     assert 0.05 < wanted.gate.mean() < 0.95
+    launches.clear()
+    found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
+    assert launches == {kernel_of(kind): 2}
+    assert_near(found, wanted, gradients(found.loss, [case.hidden, case.weight]), wanted_gradients)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_a_smoothed_teacher_and_its_entropy_stay_near_float64(kind: str, pair: str, launches: Counter[str]) -> None:
+    case = RealCase(pair, 96)
+    teacher, exact_teacher = case.teachers(kind)
+    config = DualKLConfig(gate_on="teacher_entropy", teacher_smoothing=0.05, tau=5.0, alpha=0.5)
+    wanted, wanted_gradients = case.exact(exact_teacher, config)
     launches.clear()
     found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
     assert launches == {kernel_of(kind): 2}
@@ -258,11 +283,13 @@ def test_memory_beyond_the_inputs_and_their_gradients_is_bounded(kind: str, trai
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 def test_nothing_waits_for_the_device(kind: str) -> None:
-    gpu = on_gpu(Case(True, dtype=torch.bfloat16))
-    gpu.run(kind, gpu.config(rkl="mc")).loss.backward()
+    gpu, inputs = on_gpu(Case(True, dtype=torch.bfloat16)), moved(gate_inputs())
+    inputs["tau"] = inputs["tau"].sum()
+    config = gpu.config(rkl="mc", gate_on="teacher_entropy", teacher_smoothing=0.1)
+    gpu.run(kind, config, **inputs).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        gpu.run(kind, gpu.config(rkl="mc")).loss.backward()
+        gpu.run(kind, config, **inputs).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -22,7 +22,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists f
 POINTERS = {
     **dict.fromkeys(("student_ptr", "teacher_ptr", "weights_ptr", "out_ptr"), "*fp32"),
     **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "logprobs_ptr", "log_tail_ptr"), "*fp32"),
-    **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr"), "*fp32"),
+    **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr", "tau_ptr", "entropy_ptr"), "*fp32"),
     **{"gradient_ptr": "*bf16", "ids_ptr": "*i32", "sampled_ptr": "*i64"},
     **dict.fromkeys(("logits_ptr", "bias_ptr", "maxima_ptr", "sums_ptr", "parts_ptr"), "*fp32"),
     **{"hits_ptr": "*i32", "packed_ptr": "*i64"},
@@ -56,17 +56,28 @@ def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:
 
 
 @linux_only
-@pytest.mark.parametrize("objective", ["gated", "everything", "jsd"])
+@pytest.mark.parametrize("objective", ["gated", "everything", "jsd", "entropy"])
 def test_the_kernels_compile_for_sm_80_within_its_shared_memory(objective: str) -> None:
     """ptxas comes with Triton; without it this fails."""
     from dualkl.kernels import fused
     from dualkl.kernels.dense import dense_kernel
     from dualkl.kernels.sparse import sparse_kernel
 
-    everything, jsd = objective == "everything", objective == "jsd"
+    everything, jsd, entropy = (objective == name for name in ("everything", "jsd", "entropy"))
     shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 2 if jsd else 0}
-    shared |= {"JSD": jsd, "GRADIENT": True}
-    dense = compiled(dense_kernel, fused.DENSE.num_warps, LANES=fused.DENSE.lanes, TEACHER_CAPPED=everything, **shared)
+    shared |= {"JSD": jsd, "GRADIENT": True, "GATE_ON": 2 if entropy else 0}
+    if objective == "gated":
+        shared |= {"tau_ptr": None}
+    if not everything:
+        shared |= {"entropy_ptr": None}
+    dense = compiled(
+        dense_kernel,
+        fused.DENSE.num_warps,
+        LANES=fused.DENSE.lanes,
+        TEACHER_CAPPED=everything,
+        SMOOTHED=everything or entropy,
+        **shared,
+    )
     slots = kernels.MAX_SLOTS if everything else 64
     sparse = compiled(sparse_kernel, fused.SPARSE.num_warps, LANES=fused.SPARSE.lanes, SLOTS=slots, **shared)
     for kernel in (dense, sparse):

@@ -113,14 +113,14 @@ class Case:
         options = {"sampled": self.sampled, "weights": self.weights} | options
         return dual_kl(self.hidden, self.head, self.teacher(kind), config, **options)
 
-    def oracle(self, kind: str, config: DualKLConfig) -> dict[str, Tensor]:
+    def oracle(self, kind: str, config: DualKLConfig, **gate_inputs: Tensor) -> dict[str, Tensor]:
         forms: dict[str, dict[str, Any]] = {
             "logits": {"logits": self.teacher_logits},
             "hidden": {"hidden": self.teacher_hidden, "head": self.teacher_head},
             "topk": self.topk,
         }
         head = {"weight": self.weight, "bias": self.bias} | self.shape
-        return reference.dual_kl(self.hidden, head, forms[kind], config, self.samples, self.weights)
+        return reference.dual_kl(self.hidden, head, forms[kind], config, self.samples, self.weights, **gate_inputs)
 
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -135,7 +135,15 @@ METHODS: list[dict[str, Any]] = [
     {"gating": gating, "rkl": rkl, "fkl": fkl}
     for gating, rkl, fkl in itertools.product(("soft", "hard", "fixed"), ("exact", "mc"), ("full", "argmax"))
 ]
-METHODS.append({"gating": "fixed", "objective": "jsd"})
+METHODS += [
+    {"gating": "soft", "gate_on": "fkl"},
+    {"gating": "soft", "gate_on": "teacher_entropy", "alpha": 0.7},
+    {"gating": "soft", "gate_on": "teacher_entropy", "alpha": 0.7, "teacher_smoothing": 0.3},
+    {"gating": "hard", "rkl": "mc", "teacher_smoothing": 0.01},
+    {"gating": "fixed", "fkl": "argmax", "teacher_smoothing": 0.01},
+    {"gating": "fixed", "objective": "jsd", "teacher_smoothing": 0.05},
+    {"gating": "fixed", "objective": "jsd"},
+]
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
@@ -150,7 +158,9 @@ def test_value_and_gradient_are_the_oracles(
     for method in METHODS:
         config = case.config(**method, mix=0.3, tau=1.01 * median)
         wanted = case.oracle(kind, config)
-        assert config.gating != "hard" or wanted["gate"].unique().tolist() == [0, 1]
+        smoothed = config.teacher_smoothing > 0
+        assert config.gating != "hard" or smoothed or wanted["gate"].unique().tolist() == [0, 1]
+        assert config.gate_on == "rkl" or wanted["gate"].unique().numel() >= N - 2
         found = case.run(kind, config, chunk_rows=3)
         torch.testing.assert_close(found.loss, wanted["loss"], rtol=1e-9, atol=1e-12)
         for name in ("rkl", "fkl", "gate"):
@@ -158,6 +168,82 @@ def test_value_and_gradient_are_the_oracles(
             assert not getattr(found, name).requires_grad
         pairs = zip(gradients(found.loss, case.leaves), gradients(wanted["loss"], case.leaves), strict=True)
         assert max(relative_error(f, w) for f, w in pairs) < 1e-9, method
+
+
+def gate_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """A threshold and an entropy for each position."""
+    return {
+        "tau": torch.linspace(-0.5, 3, N, dtype=dtype),
+        "teacher_entropy": torch.linspace(2, 0.1, N, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+@pytest.mark.parametrize("method", [{"gate_on": "rkl"}, {"gate_on": "teacher_entropy"}, {"gating": "hard"}])
+def test_thresholds_and_entropies_are_taken_per_position(kind: str, method: dict[str, str]) -> None:
+    case, inputs = Case(full_head=True), gate_inputs()
+    config = case.config(**method)
+    found, wanted = case.run(kind, config, chunk_rows=3, **inputs), case.oracle(kind, config, **inputs)
+    torch.testing.assert_close(found.gate, wanted["gate"], rtol=1e-9, atol=1e-12)
+    pairs = zip(gradients(found.loss, case.leaves), gradients(wanted["loss"], case.leaves), strict=True)
+    assert max(relative_error(f, w) for f, w in pairs) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["logits", "topk"])
+@pytest.mark.parametrize("gating", ["soft", "hard"])
+def test_one_threshold_for_all_is_the_same_however_it_is_given(kind: str, gating: str) -> None:
+    case = Case()
+    wanted = case.run(kind, case.config(gating=gating, tau=0.9))
+    for tau in (0.9, torch.tensor(0.9, dtype=torch.float64), torch.full((N,), 0.9, dtype=torch.float64)):
+        found = case.run(kind, case.config(gating=gating, tau=7.0), tau=tau)
+        assert torch.equal(found.loss, wanted.loss)
+        assert torch.equal(found.gate, wanted.gate)
+
+
+def test_a_threshold_is_not_differentiated_and_may_be_anything_where_the_weight_is_0() -> None:
+    case, inputs = Case(), gate_inputs()
+    case.weights[2] = 0
+    config = case.config(gate_on="teacher_entropy")
+    wanted = gradients(case.run("topk", config, **inputs).loss, case.leaves)
+    for column in inputs.values():
+        column[2] = math.nan
+        column.requires_grad_()
+    out = case.run("topk", config, **inputs)
+    out.loss.backward()
+    assert out.gate[2] == 0
+    assert inputs["tau"].grad is None
+    for leaf, gradient in zip(case.leaves, wanted, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", ["logits", "topk"])
+def test_a_smoothed_teacher_bounds_the_reverse_kl(kind: str) -> None:
+    """q >= ε / V makes R <= ln V - ln ε - H(p); ε = 0 changes nothing."""
+    case = Case(distance=30.0)
+    sharp = case.run(kind, case.config())
+    smooth = case.run(kind, case.config(teacher_smoothing=0.1))
+    assert torch.equal(sharp.loss, case.run(kind, case.config(teacher_smoothing=0.0)).loss)
+    assert (smooth.rkl < math.log(V / 0.1)).all()
+    assert (smooth.rkl <= sharp.rkl + 0.1 * math.log(V)).all()
+    assert smooth.floored.sum() <= sharp.floored.sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ({"gating": "fixed"}, {"tau": torch.tensor(1.0)}, "tau was given, but gating is 'fixed'"),
+        ({}, {"tau": torch.ones(N + 1)}, "tau has shape [8]; expected [7]."),
+        ({}, {"tau": -1.0}, "tau is -1.0; expected a number of nats >= 0."),
+        ({}, {"tau": torch.ones((), device="meta")}, "tau is on meta, the hidden states are on cpu"),
+        ({}, {"teacher_entropy": torch.ones(())}, "teacher_entropy has shape []; expected [7]."),
+    ],
+)
+def test_a_gate_input_that_does_not_fit_is_refused(
+    method: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        case.run("logits", case.config(**method), **options)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])

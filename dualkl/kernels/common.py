@@ -14,6 +14,9 @@ VECTOR = tl.constexpr(4)
 SOFT = tl.constexpr(0)
 HARD = tl.constexpr(1)
 FIXED = tl.constexpr(2)
+ON_RKL = tl.constexpr(0)
+ON_FKL = tl.constexpr(1)
+ON_ENTROPY = tl.constexpr(2)
 RKL = tl.constexpr(0)
 FKL = tl.constexpr(1)
 GATE = tl.constexpr(2)
@@ -63,14 +66,14 @@ def activate(raw, bias_ptr, offsets, valid, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def mix(
-    rkl, fkl, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
+    rkl, fkl, signal, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
     """(λ, loss, advantage) of one row: `dualkl.gates` and `dualkl.estimators` on scalars."""
     if GATING == SOFT:
-        gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - rkl)))
+        gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - signal)))
     elif GATING == HARD:
-        gate = tl.where(rkl <= tau, 1.0, 0.0)
+        gate = tl.where(signal <= tau, 1.0, 0.0)
     else:
         gate = rkl * 0.0 + fixed
     reverse = rkl
@@ -85,6 +88,12 @@ def mix(
     if ARGMAX:
         forward = cross_entropy
     return gate, gate * reverse + (1.0 - gate) * forward, advantage
+
+
+@triton.jit
+def smooth(t, max_t, log_total, epsilon, num_ids):
+    """ln((1 - ε) q + ε / V) of a teacher's logit, given its row's maximum and ln Σ exp(t - maximum)."""
+    return tl.log((1.0 - epsilon) * tl.exp(at_least(t, LEAST) - max_t - log_total) + epsilon / num_ids)
 
 
 @triton.jit

@@ -89,7 +89,8 @@ def steps(
         gradient_NV = gradient_NW[:num_rows, :num_ids] if differentiate else None
         for start in range(0, num_rows, chunk_size):
             own = slice(start, min(start + chunk_size, num_rows))
-            part = Positions(hidden_Nd[own], group.weights_N[own], None, select_sampled(group.sampled, own))
+            sampled, gate_inputs = select_sampled(group.sampled, own), group.gate_inputs.select(own)
+            part = Positions(hidden_Nd[own], group.weights_N[own], None, sampled, gate_inputs)
             chunk = slice(rows.start + own.start, rows.start + own.stop)
             chunk_step(chunk, part, None if gradient_NV is None else gradient_NV[own], out_CN[:, own])
         return _result(out_CN, group), gradient_NV
@@ -153,7 +154,9 @@ def dense_rows(
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
             *(teacher_NV, teacher_NV.stride(0), teacher_NV.shape[1], teacher_bias_V, teacher_inner, teacher_outer),
             *_common_arguments(logits_NW, head, chunk, config, gradient_NV, out_CN),
+            config.teacher_smoothing,
             LANES=DENSE.lanes,
+            SMOOTHED=config.teacher_smoothing > 0,
             STUDENT_CAPPED=head.softcap is not None,
             TEACHER_CAPPED=teacher_head is not None and teacher_head.softcap is not None,
             **_common_constants(config, gradient_NV),
@@ -209,23 +212,27 @@ def _common_arguments(
     out_CN: Tensor,
 ) -> tuple[object, ...]:
     gradient = logits_NW if gradient_NV is None else gradient_NV
-    sampled = chunk.sampled
+    sampled, inputs = chunk.sampled, chunk.gate_inputs
     columns = (None, None, None) if sampled is None else [x.contiguous() for x in sampled_columns(sampled)]
     return (
         *(gradient, gradient.stride(0), head.scale / config.temperature, chunk.weights_N.contiguous()),
         *columns,
         *(out_CN, out_CN.stride(0)),
-        *(config.tau, config.alpha, config.mix, math.log(config.importance_cap)),
+        *(config.tau, None if inputs.tau_N is None else inputs.tau_N.contiguous()),
+        None if inputs.teacher_entropy_N is None else inputs.teacher_entropy_N.contiguous(),
+        *(config.alpha, config.mix, math.log(config.importance_cap)),
     )
 
 
 def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[str, object]:
     gating = {"soft": common.SOFT, "hard": common.HARD, "fixed": common.FIXED}[config.gating]
+    gate_on = {"rkl": common.ON_RKL, "fkl": common.ON_FKL, "teacher_entropy": common.ON_ENTROPY}[config.gate_on]
     return {
         "GATING": gating.value,
         "MC": config.rkl == "mc",
         "ARGMAX": config.fkl == "argmax",
         "JSD": config.objective == "jsd",
+        "GATE_ON": gate_on.value,
         "GRADIENT": gradient_NV is not None,
     }
 

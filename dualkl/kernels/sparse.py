@@ -14,6 +14,8 @@ from dualkl.kernels.common import (
     GATE,
     LEAST,
     LOSS,
+    ON_ENTROPY,
+    ON_FKL,
     RKL,
     STUDENT_LOG_TAIL,
     STUDENT_LOGPROB,
@@ -37,10 +39,10 @@ def sparse_kernel(
     gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
     sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
     out_ptr, out_stride,
-    tau, alpha, fixed, log_cap,
+    tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap,
     LANES: tl.constexpr, SLOTS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    GATE_ON: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
     row = tl.program_id(0).to(tl.int64)
@@ -121,8 +123,17 @@ def sparse_kernel(
         teacher_logp_y = tl.load(teacher_logprobs_ptr + row)
         behaviour_logp_y = tl.load(behaviour_logprobs_ptr + row)
         tl.store(out_ptr + STUDENT_LOGPROB * out_stride + row, logp_y)
+    signal = rkl
+    if GATE_ON == ON_FKL:
+        signal = fkl
+    if GATE_ON == ON_ENTROPY:
+        signal = -(tl.sum(q * logq, 0) + q_tail * logq_tail)
+        if entropy_ptr is not None:
+            signal = tl.load(entropy_ptr + row)
+    if tau_ptr is not None:
+        tau = tl.load(tau_ptr + row)
     gate, loss, advantage = mix(
-        rkl, fkl, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
+        rkl, fkl, signal, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
         GATING, MC, ARGMAX,
     )  # fmt: skip
     student_ratio = l

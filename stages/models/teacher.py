@@ -157,15 +157,15 @@ def _load_zero3(config: Config, world: World) -> Teacher:
         models.attn_implementation,
     )
     del partition_while_loading  # while it lives, every from_pretrained partitions, the student's too
-    return sharded_teacher(model, settings, world)
+    return sharded_teacher(model, settings, world, config.train.packing)
 
 
-def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: World) -> Teacher:
+def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: World, packing: str) -> Teacher:
     """A model that is loaded already, whole or partitioned, as a ZeRO-3 teacher (collective)."""
     import deepspeed
 
     model.requires_grad_(False)
-    packs = not enable_packing(model, config.train.packing)
+    packs = not enable_packing(model, packing)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()
     restore_rotary(model)

@@ -106,6 +106,8 @@ class LossSection(Section):
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
     objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
+    gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field("rkl", description="what the gate compares with tau")
+    teacher_smoothing: Finite = Field(0.0, ge=0, lt=1, description="uniform part mixed into the teacher")
 
 
 class TrainSection(Section):
@@ -146,6 +148,9 @@ class RefreshSection(Section):
     refresh_age: Finite = Field(0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off")
     refresh_min_steps: int = Field(1, ge=1, description="fewest steps between refreshes")
     drift_window: int = Field(4, ge=1, description="steps that drift and effective share are averaged over")
+    drift_to_forward: Finite = Field(
+        0.0, ge=0, description="nats that tau is lowered by for each nat of a row's drift, towards forward KL; 0: off"
+    )
     rollouts_per_refresh: int = Field(8192, ge=1, description="rollouts written by stage one and by each refresh")
     replay_share: Finite = Field(
         0.0,
@@ -351,6 +356,8 @@ def _check(config: Config) -> None:
             f" {rollout.group_size}; change one of them."
         )
     _check_refresh(config)
+    if loss.gate_on != "rkl" and loss.gating == "fixed":
+        raise UserError(f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard.")
     if loss.objective == "jsd" and (
         (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
     ):
@@ -381,8 +388,15 @@ def _check_refresh(config: Config) -> None:
             f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
             f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
         )
+    if policy.replay_share and rollout.role != "both":
+        raise UserError(
+            f"role {rollout.role} counts on rollouts_per_refresh new rows at every refresh, but replay_share"
+            f" {policy.replay_share} writes fewer; use role both or replay_share 0."
+        )
+    if policy.drift_to_forward and loss.gating == "fixed":
+        raise UserError("drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard.")
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
-    measured = [name for name in ("refresh_drift", "refresh_ess") if getattr(policy, name)]
+    measured = [name for name in ("refresh_drift", "refresh_ess", "drift_to_forward") if getattr(policy, name)]
     if measured and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
             f"{measured[0]} compares the student with the distribution that its rollouts were drawn from; set"

@@ -17,7 +17,7 @@ import torch
 import cache
 from stages import train as stage_two
 from stages.data.batches import Extra, Pool, batch_rows, by_cache, replayed
-from stages.loops import follow, refresh, schedule, setup, versions
+from stages.loops import feed, fit, follow, refresh, schedule, setup, versions
 from stages.loops.drift import drift_of, row_sums
 from stages.loops.schedule import due
 from stages.models.student import policy_hash
@@ -27,7 +27,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
 from tests.helpers import Forker, assert_same_weights, make_config, make_run, records_of, refused, small, weights_in
 from tests.test_resume import assert_same_run, crash
-from tests.tiny_runs import TINY, student_of, train, train_from, write_rollouts
+from tests.tiny_runs import TINY, step_run, student_of, train, train_from, write_rollouts
 
 # When a refresh is due
 
@@ -189,6 +189,43 @@ def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> 
     forked.call(save_weights, tmp_path, arguments, processes=2).expect_success()
     assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
     assert records_of(tmp_path / "demo", "refresh")[0]["reason"].startswith("drift: ")
+
+
+# A gate that knows how far each row has drifted
+
+
+def test_the_gate_of_a_drifted_row_leans_to_forward_kl(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches(), drift_to_forward=2.0, tau=0.5, alpha=10.0)
+    student = student_of(run)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    drifted = pool.row_ids[::2]
+    pool.drifts.update(dict.fromkeys(drifted, 0.3) | {pool.row_ids[1]: -1.0})
+    seen: list[torch.Tensor] = []
+    training = fit.prepare(run, student)
+    forward = training.module.forward
+
+    def noted(batch: Any) -> Any:
+        seen.append(batch.tau)
+        return forward(batch)
+
+    training.module.forward = noted  # type: ignore[method-assign]
+    step = next(feed.global_batches(run, student, snapshot, pool, [0]))
+    found = fit.train_step(run, training, pool, step)
+    order = [key for one in step.forwards for key in one.row_ids]
+    expected = [0.5 - 2.0 * 0.3 * (key in drifted) for key in order for _ in range(pool.lengths[key][1])]
+    assert torch.cat(seen).tolist() == pytest.approx(expected, abs=1e-6)
+    assert records_of(run.folder, "step")[0]["gate"] < 0.75
+    assert set(found.rows) == set(pool.row_ids)
+
+
+def test_a_run_whose_gate_follows_drift_resumes_bit_by_bit(tmp_path: Path) -> None:
+    values = {"drift_to_forward": 50.0, "batch_size": 8}
+    expected = train(tmp_path / "whole", **values)
+    plain = train(tmp_path / "plain")
+    assert records_of(expected.folder, "step")[-1]["gate"] < records_of(plain.folder, "step")[-1]["gate"]
+    for place in ("step 3", "step 5"):
+        crash(tmp_path / place, place, **values)
+        assert_same_run(train(tmp_path / place, **values), expected)
 
 
 # What stays of the pool
@@ -389,6 +426,8 @@ def test_a_follower_that_would_write_other_rows_is_a_sentence(tmp_path: Path) ->
         ({"replay_share": 0.99, "max_age": 9}, "leaves less than one group"),
         ({"refresh_drift": 0.1, "sample_top_p": 0.9}, "refresh_drift compares the student with the distribution"),
         ({"refresh_ess": 0.5, "sample_temperature": 0.7}, "set sample_temperature to the loss's temperature (1.0)"),
+        ({"drift_to_forward": 1.0, "gating": "fixed"}, "gating: fixed has none"),
+        ({"replay_share": 0.5, "max_age": 9, "role": "generate"}, "use role both or replay_share 0"),
         ({"refresh_mode": "sometimes"}, "refresh_mode"),
         ({"refresh_ess": 1.5}, "refresh_ess"),
         ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),

@@ -88,12 +88,16 @@ class Extra:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one training forward takes; `weights` are constants of the loss, one a scored position."""
+    """What one training forward takes; `weights` are constants of the loss, one a scored position.
+
+    `tau`: the gate's threshold at each position, nats; None: the configured one everywhere.
+    """
 
     aligned: Aligned
     teacher: AnyTeacher
     sampled: Sampled
     weights: Float[Tensor, " N"]
+    tau: Float[Tensor, " N"] | None = None
 
 
 def live_pool(

@@ -42,7 +42,9 @@ class StudentLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, DualKLOutput]:
         hidden_Nd = at_scored(self._student.hidden(batch.aligned), batch.aligned)
-        out = dual_kl(hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights)
+        out = dual_kl(
+            hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights, tau=batch.tau
+        )
         return out.loss, out
 
 
@@ -153,7 +155,9 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
         waited += time.perf_counter() - asked
         first = first or rows
         last = index == len(batch.forwards) - 1
-        inputs = on_device(inputs, world.device)
+        inputs = replace(
+            on_device(inputs, world.device), tau=_thresholds(config, pool, forward.row_ids, rows, world.device)
+        )
         out = _backward(training, inputs, world.size, last)
         if not forward.is_idle:
             outputs.append(out)
@@ -165,6 +169,17 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     drift = _report(run, training, pool, batch, values, grad_norm, lr, times)
     _trace(run, training, first, outputs)
     return drift
+
+
+def _thresholds(
+    config: Config, pool: Pool, keys: list[str], rows: list[cache.Record], device: torch.device
+) -> Tensor | None:
+    """The gate's threshold of each scored token: lower, so nearer to forward KL, the more its row has drifted."""
+    if not config.refresh.drift_to_forward:
+        return None
+    drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
+    tau_N = np.repeat(config.loss.tau - config.refresh.drift_to_forward * drifts, [len(r.completion_ids) for r in rows])
+    return torch.from_numpy(tau_N.astype(np.float32)).to(device)
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:

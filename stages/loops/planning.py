@@ -15,7 +15,7 @@ from stages.models import checkpoints, memory, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
-from stages.runtime.config import Config, rows_per_micro_step
+from stages.runtime.config import Config, rollouts_of, rows_per_micro_step
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
@@ -298,7 +298,7 @@ def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
 
 def num_refreshes(config: Config) -> int:
     """Times that rollouts are written: stage one, and each refresh up to the last step."""
-    every = config.refresh.refresh_every
+    every = config.refresh.refresh_every if config.refresh.refresh_mode != "off" else 0
     return 1 + ((config.train.max_steps - 1) // every if every else 0)
 
 
@@ -319,7 +319,7 @@ def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, 
         "score": num_gpus * scored / score,
         "train": num_gpus * completion / step,
     }
-    rollouts = config.refresh.rollouts_per_refresh * num_refreshes(config)
+    rollouts = sum(len(rollouts_of(config, index)) for index in range(num_refreshes(config)))
     tokens = {
         "generate": rollouts * completion,
         "score": rollouts * completion,

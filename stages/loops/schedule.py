@@ -156,7 +156,7 @@ def _after_step(config: Config, position: Position, step: int, pool: Pool, drift
         position,
         step=step,
         recent=recent[-config.refresh.drift_window :],
-        row_drifts=pool.drifts if config.refresh.replay_share else {},
+        row_drifts=pool.drifts if config.refresh.replay_share or config.refresh.drift_to_forward else {},
     )
 
 

@@ -150,6 +150,9 @@ class RefreshSection(Section):
     refresh_age: Finite = Field(0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off")
     refresh_min_steps: int = Field(1, ge=1, description="fewest steps between refreshes")
     drift_window: int = Field(4, ge=1, description="steps that drift and effective share are averaged over")
+    drift_to_forward: Finite = Field(
+        0.0, ge=0, description="nats that tau is lowered by for each nat of a row's drift, towards forward KL; 0: off"
+    )
     rollouts_per_refresh: int = Field(8192, ge=1, description="rollouts written by stage one and by each refresh")
     replay_share: Finite = Field(
         0.0,
@@ -387,8 +390,15 @@ def _check_refresh(config: Config) -> None:
             f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
             f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
         )
+    if policy.replay_share and rollout.role != "both":
+        raise UserError(
+            f"role {rollout.role} counts on rollouts_per_refresh new rows at every refresh, but replay_share"
+            f" {policy.replay_share} writes fewer; use role both or replay_share 0."
+        )
+    if policy.drift_to_forward and loss.gating == "fixed":
+        raise UserError("drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard.")
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
-    measured = [name for name in ("refresh_drift", "refresh_ess") if getattr(policy, name)]
+    measured = [name for name in ("refresh_drift", "refresh_ess", "drift_to_forward") if getattr(policy, name)]
     if measured and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
             f"{measured[0]} compares the student with the distribution that its rollouts were drawn from; set"

@@ -427,7 +427,6 @@ def test_a_follower_that_would_write_other_rows_is_a_sentence(tmp_path: Path) ->
         ({"refresh_drift": 0.1, "sample_top_p": 0.9}, "refresh_drift compares the student with the distribution"),
         ({"refresh_ess": 0.5, "sample_temperature": 0.7}, "set sample_temperature to the loss's temperature (1.0)"),
         ({"drift_to_forward": 1.0, "gating": "fixed"}, "gating: fixed has none"),
-        ({"replay_share": 0.5, "max_age": 9, "role": "generate"}, "use role both or replay_share 0"),
         ({"refresh_mode": "sometimes"}, "refresh_mode"),
         ({"refresh_ess": 1.5}, "refresh_ess"),
         ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),

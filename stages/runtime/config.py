@@ -390,11 +390,6 @@ def _check_refresh(config: Config) -> None:
             f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
             f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
         )
-    if policy.replay_share and rollout.role != "both":
-        raise UserError(
-            f"role {rollout.role} counts on rollouts_per_refresh new rows at every refresh, but replay_share"
-            f" {policy.replay_share} writes fewer; use role both or replay_share 0."
-        )
     if policy.drift_to_forward and loss.gating == "fixed":
         raise UserError("drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard.")
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k

@@ -233,3 +233,18 @@ def test_the_summary_shows_before_after_and_teacher(folder: Path, config: Config
     assert re.search(r"held-out problems solved\s+30.0%\s+80.0%\s+95.0%", text)
     assert "12.0% of tokens had λ < 0.5" in text
     assert "time    40 s: load 2 s (5%)" in text
+
+
+def test_the_page_shows_drift_held_out_divergence_and_why_rows_were_refreshed(folder: Path, config: Config) -> None:
+    drift = {"drift": 0.02, "ess": 0.97, "ess_rows": 0.6}
+    reason = "drift: 0.03 nats a token, the bound is 0.02"
+    records = [
+        STEP | drift | {"step": 1}, {"kind": "refresh", "step": 1, "refresh_index": 1, "reason": reason},
+        STEP | drift | {"step": 2, "drift": -0.001}, {"kind": "eval", "step": 2, "reverse_kl": 0.3, "forward_kl": 0.1},
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert report.write_report(folder, config)["run"]["refresh_reasons"] == [{"step": 1, "reason": reason}]
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 7
+    for text in ("Drift from the policy of the rows", "Effective sample size", "held-out teacher text", reason):
+        assert text in page

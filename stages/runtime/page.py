@@ -50,7 +50,12 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
         ("Effective sample size, share", {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)}),
     ]  # fmt: skip
     noted = set.intersection(*(set(step) for step in steps))  # older runs noted less
-    return [_curve(steps, refreshes, title, lines) for title, lines in pictures if noted >= lines.keys()]
+    found = [_curve(steps, refreshes, title, lines) for title, lines in pictures if noted >= lines.keys()]
+    heldout = [record for record in records if record["kind"] == "eval"]
+    if heldout:
+        lines = {"reverse_kl": ("reverse KL", BLUE), "forward_kl": ("forward KL", ORANGE)}
+        found.append(_curve(heldout, refreshes, "Divergence on held-out teacher text, nats a token", lines))
+    return found
 
 
 def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:

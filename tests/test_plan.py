@@ -323,20 +323,12 @@ def test_without_a_gpu_it_asks_for_one(folders: Path, monkeypatch: pytest.Monkey
 
 def test_auto_is_fixed_on_a_cpu_and_follows_the_memory_of_a_gpu(folders: Path) -> None:
     config = configured(folders, "Qwen3-4B", "Qwen3-32B", "--rollouts_per_unit", "1024")
-    student, teacher = qwen3("Qwen3-4B"), qwen3("Qwen3-32B")
+    student = qwen3("Qwen3-4B")
     assert planning.auto_gen_micro_batch(config, student, None) == 128
-    assert planning.auto_score_tokens(config, teacher, None) == 16_384
-    assert planning.auto_train_tokens(config, student, None) is None
     rows = [planning.auto_gen_micro_batch(config, student, gib * GIB) for gib in (10, 30, 60, 200)]
     assert rows == sorted(rows)
     assert rows[1] < rows[2]
     assert rows[-1] == planning.MOST_GEN_ROWS
-    tokens = [planning.auto_score_tokens(config, teacher, gib * GIB) for gib in (1, 10, 20)]
-    assert tokens == sorted(tokens)
-    assert tokens[0] == 1536
-    steps = [planning.auto_train_tokens(config, student, gib * GIB) for gib in (5, 10, 100)]
-    assert steps == sorted(steps)
-    assert steps[-1] == planning.MOST_TRAIN_TOKENS
     taken = rows[1] * memory.slot_bytes(memory.shape_of(student), 2, 1536)
     assert taken < 30 * GIB
 

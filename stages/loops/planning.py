@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from stages.loops.feed import AUTO_TRAIN_ROWS
+from stages.loops.scoring import AUTO_SCORE_TOKENS
 from stages.models import checkpoints, memory, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
@@ -22,8 +24,8 @@ from stages.runtime.errors import UserError
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
 PREFILL_TOKENS = 16_384  # prompts are read in parts of about so many tokens
 AUTO_MARGIN = 0.8  # of the free memory that `auto` hands out
-CPU_GEN_ROWS, CPU_SCORE_TOKENS = 128, 16_384  # fixed, so that a run on a CPU is the same on every machine
-MOST_GEN_ROWS, MOST_SCORE_TOKENS, MOST_TRAIN_TOKENS = 512, 65_536, 32_768
+CPU_GEN_ROWS = 128  # fixed, so that a run on a CPU is the same on every machine
+MOST_GEN_ROWS = 512
 PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
 HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: of the raw states and of the raw logits
 PLAIN_COLUMN_BYTES = 33  # docs/results.md: 447 - 414 bytes a token; the demo's are 26
@@ -236,15 +238,15 @@ def _scoring_parts(sizes: _Sizes) -> dict[str, float]:
 def _scoring_tokens(sizes: _Sizes) -> int:
     """The padded tokens of a full scoring forward."""
     rollout = sizes.config.rollout
-    rows = 64 if rollout.lp_micro_batch == "auto" else rollout.lp_micro_batch
-    cap = CPU_SCORE_TOKENS if rollout.score_tokens == "auto" else rollout.score_tokens
-    return min(max(cap, sizes.longest), rows * sizes.longest)
+    cap = AUTO_SCORE_TOKENS if rollout.score_tokens == "auto" else rollout.score_tokens
+    most = max(cap, sizes.longest)
+    return most if rollout.lp_micro_batch == "auto" else min(most, rollout.lp_micro_batch * sizes.longest)
 
 
 def _step_tokens(sizes: _Sizes) -> int:
     """The padded tokens of the largest training forward."""
     config, longest = sizes.config, sizes.longest
-    rows = 64 if config.rollout.lp_micro_batch == "auto" else config.rollout.lp_micro_batch
+    rows = AUTO_TRAIN_ROWS if config.rollout.lp_micro_batch == "auto" else config.rollout.lp_micro_batch
     rows = min(rows, rows_per_micro_step(config, sizes.machine.num_gpus))
     cap = config.train.micro_batch_tokens
     return rows * longest if cap == "auto" else min(max(cap, longest), rows * longest)
@@ -367,37 +369,6 @@ def auto_gen_micro_batch(config: Config, student_config: Any, device_free_bytes:
     shape, itemsize = memory.shape_of(student_config), checkpoints.DTYPES[config.run.dtype].itemsize
     sizes = _Sizes(config, _anywhere(device_free_bytes), shape, shape, 0)
     return gen_rows(config, shape, itemsize, device_free_bytes - _merged(sizes))
-
-
-def auto_score_tokens(config: Config, teacher_config: Any, device_free_bytes: float | None, num_gpus: int = 1) -> int:
-    """score_tokens: auto. Tokens of a scoring forward with the teacher loaded; 16,384 on a CPU (None)."""
-    if device_free_bytes is None:
-        return CPU_SCORE_TOKENS
-    shape, itemsize = memory.shape_of(teacher_config), checkpoints.DTYPES[config.models.teacher_dtype].itemsize
-    gather = memory.gather_bytes(shape, itemsize, num_gpus) if config.models.teacher_ds_zero3 else 0
-    room = device_free_bytes * AUTO_MARGIN - gather - memory.COMPRESS_BUDGET
-    return _token_budget(config, room / memory.forward_bytes_per_token(shape, itemsize), MOST_SCORE_TOKENS)
-
-
-def auto_train_tokens(config: Config, student_config: Any, device_free_bytes: float | None) -> int | None:
-    """micro_batch_tokens: auto. Tokens of a training forward with optimizer and gradients in place; no cap on a CPU (None)."""
-    if device_free_bytes is None:
-        return None
-    shape, itemsize = memory.shape_of(student_config), checkpoints.DTYPES[config.run.dtype].itemsize
-    lora = config.lora.use_lora
-    each = memory.activation_bytes_per_token(
-        shape, itemsize, checkpointing=config.train.gradient_checkpointing, lora_rank=config.lora.lora_r if lora else 0
-    )
-    room = device_free_bytes * AUTO_MARGIN - memory.loss_bytes(
-        MOST_TRAIN_TOKENS, shape, config.teacher_signal.signal, device_free_bytes, trains_head=not lora
-    )
-    return _token_budget(config, room / each, MOST_TRAIN_TOKENS)
-
-
-def _token_budget(config: Config, tokens: float, most: int) -> int:
-    """A multiple of 1,024, at least the longest sequence."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    return max(longest, min(most, int(tokens) // 1024 * 1024))
 
 
 def _anywhere(free: float) -> Machine:

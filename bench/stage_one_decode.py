@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
+from bench.cells import Bench, Cell, Record
 from bench.loss import measure, synchronize
-from bench.stage_one import Bench, Cell, Record
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import SlotCache
 from stages.models.decoding.steps import Decoder, Method, Request
@@ -33,7 +33,7 @@ from stages.models.decoding.weights import DecodingWeights
 from stages.models.generation import rollout_engine
 
 SOURCES = (
-    "bench/stage_one.py",
+    "bench/cells.py",
     "bench/stage_one_decode.py",
     "stages/models/generation.py",
     "stages/models/decoding/*.py",

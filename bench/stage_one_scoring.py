@@ -1,8 +1,4 @@
-"""The teacher's selection: `compress` against its own head's product and against torch.topk.
-
-    python bench/stage_one_scoring.py                              all cells, < 2 minutes on one H100 or H200
-    python bench/stage_one_scoring.py --only 'selection/*'         some of them
-    python bench/stage_one_scoring.py --tiny --device cpu          the same code at a tiny shape
+"""`bench/stage_one.py`, part selection: `compress` against its own head's product and against torch.topk.
 
 `selection/K` and `selection/nucleus` time, on the same float32 logits of 8,192 positions x 151,936 ids (in pieces of at
 most 2 GiB, as scoring has them): torch.topk alone; everything that `compress` does after the head's product; the same in
@@ -12,28 +8,21 @@ figure is a median; `floor_ms` is one read of the logits at the rate of a sum ov
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from dualkl.heads import as_head, prepare_head  # noqa: E402
-from dualkl.targets import Compressed, compress, compress_logits  # noqa: E402
+from bench.cells import Bench, Cell, Record
+from bench.loss import measure
+from dualkl.heads import as_head, prepare_head
+from dualkl.targets import Compressed, compress, compress_logits
 
-Record = dict[str, Any]
+SOURCES = ("bench/cells.py", "bench/stage_one_scoring.py", "dualkl/**/*.py")
 PIECE_BYTES = 2 * 2**30
 
 
@@ -80,28 +69,13 @@ class Scoring:
         return compress_logits(self.logits_NV, self.sampled_N[: self.piece_rows], **options)
 
 
-def milliseconds(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call, after one that is not counted."""
-    function()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - begun) * 1e3)
-    return statistics.median(times)
-
-
-def selection_cell(scoring: Scoring, repeats: int, **options: Any) -> Record:
+def measure_selection(options: dict[str, Any], shape: Shape, bench: Bench) -> Record:
     """Times in ms of all positions (pieces scaled up), and the ratios that the targets are about."""
-    measured = partial(milliseconds, device=scoring.device, repeats=repeats)
+    scoring: Scoring = bench.make("selection", lambda: Scoring(shape, bench.device))
+
+    def measured(function: Callable[[], object]) -> float:
+        return measure(function, bench.device, bench.seconds).median
+
     scale = scoring.shape.num_rows / scoring.piece_rows
     logits_NV: Tensor = scoring.logits_NV
     k = min(options["k"], scoring.shape.num_ids)
@@ -120,31 +94,11 @@ def selection_cell(scoring: Scoring, repeats: int, **options: Any) -> Record:
     return record
 
 
-Cell = Callable[[Scoring, int], Record]
-CELLS: dict[str, Cell] = {f"selection/{k}": partial(selection_cell, k=k) for k in (16, 64, 256)}
-CELLS["selection/nucleus"] = partial(selection_cell, k=64, p=0.99, floor=4)
-"""Name to measurement; a cell takes the inputs and the number of repeats."""
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Record]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of cell names")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="24 positions x 503 ids")
-    parser.add_argument("--repeats", type=int, default=10)
-    chosen = parser.parse_args(arguments)
-    names = [name for name in CELLS if any(fnmatch.fnmatch(name, pattern) for pattern in chosen.only)]
-    if not names:
-        parser.error(f"no cell matches {' '.join(chosen.only)}; there are {', '.join(CELLS)}.")
-    scoring = Scoring(TINY if chosen.tiny else Shape(), chosen.device)
-    card = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu"
-    found = {}
-    for name in names:
-        found[name] = CELLS[name](scoring, chosen.repeats)
-        rounded = {key: round(value, 3) for key, value in found[name].items()}
-        print(json.dumps({"cell": name, "device": card, **rounded}), flush=True)
-    return found
-
-
-if __name__ == "__main__":
-    main()
+def cells(tiny: bool) -> list[Cell]:
+    shape = TINY if tiny else Shape()
+    kinds: dict[str, dict[str, Any]] = {str(k): {"k": k} for k in (16, 64, 256)}
+    kinds["nucleus"] = {"k": 64, "p": 0.99, "floor": 4}
+    return [
+        Cell(f"selection/{kind}", partial(measure_selection, options, shape), SOURCES)
+        for kind, options in kinds.items()
+    ]

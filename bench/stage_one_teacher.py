@@ -1,40 +1,32 @@
-"""The scoring half of stage one on one GPU: what selection, copies, encoding and writing cost beside the bare forward.
-
-    python bench/stage_one_teacher.py                           all cells; each is kept for the same device and sources
-    python bench/stage_one_teacher.py --only scoring            one of them; --again measures it anew
+"""`bench/stage_one.py`, the scoring half on one GPU: what selection, copies, encoding and writing cost beside the bare forward.
 
 scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored positions
           (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a cache (`scored`).
 zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a forward; at
           4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
 
-Weights are seeded and drawn on the device from the configuration; nothing is read from disk or left there. The rates
-are medians of repeats of the same rows in one process: 128 prompt and 512 completion tokens, 80 % of positions scored.
-Results: bench/results/stage_one_teacher.json, device -> cell -> figures.
+Nothing is read from disk or left there. The rates are medians of repeats of the same rows in one process: 128 prompt and
+512 completion tokens, 80 % of positions scored.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
-from bench.loss import release, sources_digest, synchronize
+from bench.cells import Bench, Cell, Record, peak_gib, reset_peak
+from bench.loss import release, synchronize
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.loops.progress import Counts, Progress
@@ -46,15 +38,13 @@ from stages.runtime import distributed
 from stages.runtime.config import SignalSection
 from stages.runtime.run import Run, open_run
 
-ROOT = Path(__file__).resolve().parent.parent
-Figures = dict[str, Any]
 VOCABULARY = 151_936
 SHAPES: dict[str, dict[str, int]] = {
     "32B": {"hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64},
     "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-SOURCES = ["bench/stage_one_teacher.py", "stages/**/*.py", "cache/*.py", "dualkl/**/*.py"]
+SOURCES = ("bench/cells.py", "bench/stage_one_teacher.py", "stages/**/*.py", "cache/*.py", "dualkl/**/*.py")
 
 
 @dataclass(frozen=True)
@@ -159,8 +149,10 @@ def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], size: 
     return counts.scored_tokens
 
 
-def measure_scoring(device: str, size: Size = FULL, shape: str = "32B") -> Figures:
+def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
     """Tokens/s of the backbone, with the head, and scored and written; the latter as a share of `bare`."""
+    device = bench.device
+    bench.clear()
     reset_peak(device)
     rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,8 +177,10 @@ def logprobs_of(teacher: Teacher, ids: np.ndarray) -> Tensor:
     return gather_logprobs(at_scored(teacher.hidden(aligned), aligned), teacher.head, aligned.targets)
 
 
-def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
+def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
     """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at `equality_tokens` tokens."""
+    device = bench.device
+    bench.clear()
     reset_peak(device)
     ids = np.random.default_rng(0).integers(0, size.vocabulary, size.equality_tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -218,41 +212,10 @@ def measure_zero3(device: str, size: Size = FULL, shape: str = "8B") -> Figures:
     }  # fmt: skip
 
 
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: str) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-
-
-# zero3 last: it sets this process up for DeepSpeed
-CELLS: dict[str, Callable[..., Figures]] = {"scoring": measure_scoring, "zero3": measure_zero3}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS))
-    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape: does everything run?")
-    options = parser.parse_args(arguments)
-    path = options.out / "stage_one_teacher.json"
-    found: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
-    here = found.setdefault(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", {})
-    identity = {"torch": torch.__version__, "tiny": options.tiny, "sources": sources_digest(SOURCES)}
-    for name in options.only:
-        before = here.get(name, {})
-        if options.again or any(before.get(key) != value for key, value in identity.items()):
-            sizes = (TINY, "tiny") if options.tiny else ()
-            here[name] = {**CELLS[name](options.device, *sizes), **identity}
-            options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            gc.collect()
-        print(name, json.dumps(here[name], indent=1), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def cells(tiny: bool) -> list[Cell]:
+    """`zero3` last: it sets this process up for DeepSpeed."""
+    parts = {"scoring": (measure_scoring, "32B"), "zero3": (measure_zero3, "8B")}
+    return [
+        Cell(name, partial(function, TINY if tiny else FULL, "tiny" if tiny else shape), SOURCES)
+        for name, (function, shape) in parts.items()
+    ]

@@ -1,4 +1,4 @@
-"""`bench/stage_one_teacher.py` at a tiny shape on the CPU: its figures, and resuming."""
+"""`bench/stage_one.py`, part scoring (`stage_one_teacher.py`), at a tiny shape on the CPU."""
 
 import json
 from pathlib import Path
@@ -6,29 +6,27 @@ from typing import Any
 
 import pytest
 
-from bench import stage_one_teacher
+from bench import stage_one, stage_one_teacher
 from tests.helpers import Forker
 
 
 def bench(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    stage_one_teacher.main(["--device", "cpu", "--tiny", "--out", str(folder), *arguments])
-    return json.loads((folder / "stage_one_teacher.json").read_text())["cpu"]
+    stage_one.PROGRAM.main(["--device", "cpu", "--tiny", "--out", str(folder), *arguments])
+    return json.loads((folder / "stage_one.json").read_text())["cpu"]
 
 
-def test_scoring_has_its_rates_and_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_has_its_rates(tmp_path: Path) -> None:
     found = bench(tmp_path, "--only", "scoring")["scoring"]
     assert found["scored_share_of_bare"] == pytest.approx(
         found["scored_tokens_per_second"] / found["bare_tokens_per_second"]
     )
     assert found["backbone_tokens_per_second"] > 0
     assert 0 <= found["share_waiting_for_writer"] < 1
-    monkeypatch.setattr(stage_one_teacher, "CELLS", {"scoring": lambda *_: pytest.fail("measured again")})
-    assert bench(tmp_path, "--only", "scoring")["scoring"] == found
 
 
 def test_zero3_says_what_plain_says(tmp_path: Path, forked: Forker) -> None:
     forked.call(bench, tmp_path, "--only", "zero3").expect_success()  # in a process of its own: it sets DeepSpeed up
-    found = json.loads((tmp_path / "stage_one_teacher.json").read_text())["cpu"]["zero3"]
+    found = json.loads((tmp_path / "stage_one.json").read_text())["cpu"]["zero3"]
     assert found["max_logprob_gap_zero3_plain"] <= found["max_logprob_gap_plain_fp32"]
     assert found["zero3_share_of_plain"] > 0
 

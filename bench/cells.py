@@ -1,0 +1,202 @@
+"""Cells that are measured one by one on one device, their results file and its command line; `stage_one.py` and `online.py` use it.
+
+Results are written after every cell. A cell that is there already for the same device, versions and sources is kept, one
+that went wrong (other than by memory) is tried again. Every call that measures first measures the device's ceilings: the
+rate of a large copy (bytes read and written) and of a large bf16 product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.loss import ROOT, _message, _triton_version, ceilings, markdown, number, release, sources_digest
+
+Record = dict[str, Any]
+Found = dict[str, dict[str, Record]]  # device -> cell -> record
+
+
+@dataclass
+class Bench:
+    """What the cells of one call share: the device, its ceilings, and the newest thing that one of them made."""
+
+    device: str
+    seconds: float
+    ceilings: Record
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, name: str, function: Callable[[], Any]) -> Any:
+        """`function()`, once; only the newest thing is kept, since models fill the device."""
+        if name not in self.made:
+            self.clear()
+            self.made[name] = function()
+        return self.made[name]
+
+    def clear(self) -> None:
+        """Gives the device's memory back."""
+        self.made.clear()
+        release(self.device)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. `sources`, `packages`: the files, and versions beside torch's, whose change makes it out of date."""
+
+    name: str
+    measure: Callable[[Bench], Record]
+    sources: tuple[str, ...]
+    packages: tuple[str, ...] = ("transformers",)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command: its help, its results file's name, its cells (tiny or not), and its table of a results file."""
+
+    description: str
+    file: str
+    cells: Callable[[bool], list[Cell]]
+    table: Callable[[Found], str]
+    minutes: float
+
+    def main(self, arguments: list[str] | None = None) -> None:
+        options = self.parse(arguments)
+        if options.list:
+            print("\n".join(cell.name for cell in self.select(options)))
+        elif options.table:
+            print(self.table(json.loads((options.out / self.file).read_text())))
+        else:
+            run(options, self.select(options), options.out / self.file)
+
+    def select(self, options: argparse.Namespace) -> list[Cell]:
+        cells = [c for c in self.cells(options.tiny) if any(fnmatch.fnmatch(c.name, p) for p in options.only)]
+        if not cells:
+            raise SystemExit(f"no cell matches {' '.join(options.only)}; --list names them all.")
+        return cells
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="cells by name")
+        parser.add_argument("--again", action="store_true", help="measure cells that are there already")
+        parser.add_argument("--list", action="store_true", help="print the names of the cells")
+        parser.add_argument("--table", action="store_true", help="print a Markdown table of the results")
+        parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
+        parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
+        parser.add_argument("--tiny", action="store_true", help="tiny shapes: does everything run?")
+        parser.add_argument("--minutes", type=float, default=self.minutes, help="begin no cell after this time")
+        parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs of one small part")
+        return parser.parse_args(arguments)
+
+
+def identity(cell: Cell, tiny: bool) -> Record:
+    """Versions, sources and sizes that a result depends on."""
+    versions = {"tiny": tiny, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()}
+    return versions | {name: version(name) for name in cell.packages} | {"sources": sources_digest(cell.sources)}
+
+
+def version(package: str) -> str:
+    """Of an installed package; empty if it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def is_done(record: Record | None, cell: Cell, tiny: bool) -> bool:
+    """Whether the cell was measured, or did not fit, with the same versions and sources."""
+    if record is None or record["status"] not in ("ok", "OOM"):
+        return False
+    return all(record.get(key) == value for key, value in identity(cell, tiny).items())
+
+
+class Results:
+    """The file: device -> cell -> record. Records of other devices are kept."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
+        self.all: Found = json.loads(path.read_text()) if path.exists() else {}
+        self.here = self.all.setdefault(torch.cuda.get_device_name() if device == "cuda" else "cpu", {})
+
+    def put(self, name: str, record: Record) -> None:
+        self.here[name] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.all, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def try_cell(cell: Cell, bench: Bench) -> Record:
+    """The cell's figures, or what went wrong."""
+    try:
+        return {"status": "ok", **cell.measure(bench)}
+    except torch.OutOfMemoryError as error:
+        return {"status": "OOM", "message": _message(error)}
+    except ModuleNotFoundError as error:
+        return {"status": "not installed", "message": str(error)}
+    except Exception as error:
+        return {"status": "error", "message": _message(error)}
+
+
+def run(options: argparse.Namespace, selected: list[Cell], path: Path) -> None:
+    """Measures what is missing, cell by cell."""
+    started, results = time.monotonic(), Results(path, options.device)
+    todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c, options.tiny)]
+    print(f"{len(todo)} cells to measure, {len(selected) - len(todo)} kept", flush=True)
+    if not todo:
+        return
+    bench = Bench(options.device, options.seconds, ceilings(options.device, options.seconds))
+    results.put("ceilings", {"status": "ok", **bench.ceilings})
+    print(line("ceilings", results.here["ceilings"]), flush=True)
+    for index, cell in enumerate(todo):
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"stopped after {options.minutes} minutes; left: {' '.join(c.name for c in todo[index:])}")
+            break
+        print(f"{time.monotonic() - started:5.0f} s  {cell.name} begins", flush=True)
+        record = try_cell(cell, bench) | {"ceilings": bench.ceilings} | identity(cell, options.tiny)
+        results.put(cell.name, record)
+        print(f"{time.monotonic() - started:5.0f} s  {line(cell.name, record)}", flush=True)
+        release(options.device)
+
+
+def figures(record: Record) -> dict[str, float]:
+    """The numbers of a record that a person reads."""
+    return {key: value for key, value in record.items() if isinstance(value, float)}
+
+
+def line(name: str, record: Record) -> str:
+    if record["status"] != "ok":
+        return f"{name:<34} {record['status']}: {record['message'][:200]}"
+    return f"{name:<34} " + "  ".join(f"{key} {value:,.4g}" for key, value in figures(record).items())
+
+
+def table(found: Found) -> str:
+    """A Markdown table of each device's cells."""
+    texts = []
+    for device, cells in found.items():
+        rows = [
+            [name, record["status"], "; ".join(f"{key} {number(value, 3)}" for key, value in figures(record).items())]
+            for name, record in cells.items()
+        ]
+        texts.append(f"## {device}\n\n" + markdown(["cell", "status", "figures"], rows))
+    return "\n\n".join(texts)
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float | None:
+    """Peak memory since `reset_peak`, GiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None

@@ -219,16 +219,18 @@ def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
     """docs/results.md: rollout 34.8, training with its refresh 35.8 GiB, by `generate` with a dynamic cache of 512 rows.
 
     That cache holds the padded prompt and what is written; the longest of the 512 prompts drawn there has 165 tokens, not
-    max_prompt_tokens (512), which the plan would reserve.
+    max_prompt_tokens (512), which the plan would reserve. It was freed before the teacher scored; the engine's slots stay.
     """
     config = configured(
         folders, "Qwen3-0.6B", "Qwen3-4B", "--max_new_tokens", "256", "--max_prompt_tokens", "165",
         "--gen_micro_batch", "512", "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
         "--grad_accum", "4", "--group_size", "4", "--rollouts_per_refresh", "2048",
     )  # fmt: skip
-    peaks = {p.name: p.peak / GIB for p in make_plan(config, Machine(speed.GPUS["h200"], 1, 139.8)).phases}
-    assert max(peaks["generate"], peaks["score"]) == pytest.approx(34.8, rel=0.15)
-    assert max(peaks["train"], peaks["refresh"]) == pytest.approx(35.8, rel=0.15)
+    phases = {p.name: p for p in make_plan(config, Machine(speed.GPUS["h200"], 1, 139.8)).phases}
+    rollout = phases["generate"].peak / GIB
+    state = sum(phases["train"].parts[name] for name in ("optimizer", "gradients")) / GIB
+    assert rollout == pytest.approx(34.8, rel=0.15)
+    assert rollout + state == pytest.approx(35.8, rel=0.15)
 
 
 def test_a_larger_run_never_takes_less(folders: Path) -> None:
@@ -319,18 +321,6 @@ def test_wrong_input_is_one_sentence(
 def test_without_a_gpu_it_asks_for_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no GPU here to plan for"):
         run_command(monkeypatch, "--student_model", str(folders / "Qwen3-4B"))
-
-
-def test_auto_is_fixed_on_a_cpu_and_follows_the_memory_of_a_gpu(folders: Path) -> None:
-    config = configured(folders, "Qwen3-4B", "Qwen3-32B", "--rollouts_per_unit", "1024")
-    student = qwen3("Qwen3-4B")
-    assert planning.auto_gen_micro_batch(config, student, None) == 128
-    rows = [planning.auto_gen_micro_batch(config, student, gib * GIB) for gib in (10, 30, 60, 200)]
-    assert rows == sorted(rows)
-    assert rows[1] < rows[2]
-    assert rows[-1] == planning.MOST_GEN_ROWS
-    taken = rows[1] * memory.slot_bytes(memory.shape_of(student), 2, 1536)
-    assert taken < 30 * GIB
 
 
 class CannedPeak:

@@ -224,8 +224,8 @@ def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
     if cap == "auto":
         free = sizes.machine.usable - total(resident)
         cap = budgets.score_tokens(config, sizes.teacher, gathered, free, sizes.card)
-    most, rows = max(cap, sizes.longest), config.rollout.lp_micro_batch
-    return most if rows == "auto" else min(most, rows * sizes.longest)
+    unit, rows = config.rollout.rollouts_per_unit, config.rollout.lp_micro_batch
+    return min(max(cap, sizes.longest), (unit if rows == "auto" else min(rows, unit)) * sizes.longest)
 
 
 def _step_tokens(sizes: _Sizes) -> int:

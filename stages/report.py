@@ -21,7 +21,7 @@ from typing import Any
 
 import cache
 from stages.runtime import config as configuration
-from stages.runtime import metrics, page
+from stages.runtime import metrics, page, rounds
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
@@ -49,6 +49,7 @@ def collect(folder: Path, config: Config) -> Report:
         "teacher": {"accuracy": evaluations["teacher"].get("accuracy")},
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
+        "stage_one": rounds.summary(rounds.rounds_of(records)),
         "run": _run(records, config),
         "config": _spelled(config.model_dump()),
     }

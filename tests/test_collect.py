@@ -12,7 +12,7 @@ import torch
 
 import cache
 from stages.data.prompts import Prompt
-from stages.loops import collect, refresh, setup
+from stages.loops import refresh, setup
 from stages.loops.collect import Unit, missing_units, plan
 from stages.models import teacher as teachers
 from stages.models.student import Student, load_student
@@ -22,7 +22,6 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests import reference
 from tests.helpers import Forker, make_run, prompts_of, small
-from tests.tiny_runs import student_of
 
 V = 230
 
@@ -326,15 +325,3 @@ def test_more_rollouts_for_the_same_refresh_add_only_what_is_missing(tmp_path: P
     assert len(snapshot) == 20
     assert num_units == 2
     assert snapshot.verify() == []
-
-
-def test_auto_decodes_as_many_rows_as_the_free_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, gen_micro_batch="auto", rollouts_per_unit=256)
-    author = setup.student_author(run, student_of(run), 0)
-    assert collect.slots_for(run, author) == 128  # on a CPU the same on every machine
-    found = []
-    for gib in (0.1, 0.2, 80):
-        monkeypatch.setattr(collect, "free_bytes", lambda world, gib=gib: gib * 2**30)
-        found.append(collect.slots_for(run, author))
-    assert found[0] < found[1] < found[2] == 256
-    assert all(rows % 8 == 0 for rows in found if rows > 8)

@@ -1,5 +1,6 @@
 """The parts of the rollout engine: the draw, the sampling distribution, merged weights, which models are served."""
 
+import contextlib
 import copy
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
 
-from stages.models.decoding import fused
+from stages.models.decoding import fused, steps
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
@@ -323,3 +324,59 @@ def test_attention_outside_the_interface_is_a_sentence(monkeypatch: pytest.Monke
     attention = model.model.layers[1].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
     refused(model, "only 1 of its 2 layers")
+
+
+# A step that cannot be captured
+
+
+class _Capture:
+    """Stands for CUDA's: `refuses` while it is open, and its end fails after a failure, as torch's does."""
+
+    is_open = False
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> None:
+        _Capture.is_open = True
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        _Capture.is_open = False
+        if error is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_a_step_that_cannot_be_captured_is_one_sentence(
+    student_model: Any, monkeypatch: pytest.MonkeyPatch, out_of_memory: bool
+) -> None:
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+
+    for name, fake in {"graph": _Capture, "CUDAGraph": Stream, "current_stream": Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(steps, "_capture_stream", Stream)
+    method = Method(Sampling(4), 230, (1,), 0)
+    decoder = Decoder(student_model, method, 2, 64, 4, None)
+    refusal = torch.OutOfMemoryError("no room") if out_of_memory else RuntimeError("capture forbids this.\nMore lines")
+
+    def draw(*_: Any) -> None:
+        if _Capture.is_open:
+            raise refusal
+
+    with torch.no_grad():
+        decoder.fill([(0, Request(0, np.arange(3, 9), 0, 4))])
+        monkeypatch.setattr(decoder, "_draw", draw)
+        if out_of_memory:
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                decoder._graph(2)
+            return
+        with pytest.raises(UserError) as refused:
+            decoder._graph(2)
+    sentence = str(refused.value)
+    assert sentence.startswith(
+        "a decode step of Qwen3ForCausalLM cannot be captured in a CUDA graph (capture forbids this)"
+    )
+    assert "--role generate --device cpu" in sentence
+    assert "\n" not in sentence

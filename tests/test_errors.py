@@ -2,11 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 
 from stages.runtime import errors
+from tests.helpers import ROOT, environment
 
 
 def ends(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -47,3 +51,41 @@ def test_a_mistake_of_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str
     code, text = ends(AssertionError("ours"), capsys)
     assert code == 1
     assert "Traceback" in text
+
+
+def with_output_that_nobody_reads(*arguments: str, stream: str = "stdout") -> tuple[int, str]:
+    """Exit code of `python ARGUMENTS`, whose `stream` is a pipe closed at its other end, and what the other one holds."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = "stderr" if stream == "stdout" else "stdout"
+    pipes: dict[str, Any] = {stream: writer, kept: subprocess.PIPE}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, check=False, **pipes)
+    os.close(writer)
+    return done.returncode, getattr(done, kept)
+
+
+@pytest.mark.parametrize(
+    ("body", "stream"),
+    [
+        ("print('a line')", "stdout"),  # found when the last of it is flushed
+        ("print('a line', flush=True)", "stdout"),
+        ("print('x' * 100_000)", "stdout"),
+        ("(print('It does NOT fit'), sys.exit(1))", "stdout"),
+        ("print('bar', file=sys.stderr)", "stderr"),
+    ],
+)
+def test_output_that_nobody_reads_ends_the_command_without_a_word(body: str, stream: str) -> None:
+    program = f"import sys; from stages.runtime.errors import command; command(lambda: {body})"
+    assert with_output_that_nobody_reads("-c", program, stream=stream) == (141, "")
+
+
+def test_a_stage_into_a_closed_pipe_leaves_no_traceback() -> None:
+    models = [part for role in ("student", "teacher") for part in (f"--{role}_model", f"examples/arithmetic/{role}")]
+    plan = ["-m", "stages.plan", "--gpu", "h100", "--gpus", "1", "--json", *models]
+    assert with_output_that_nobody_reads(*plan) == (141, "")
+
+
+def test_a_broken_socket_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = ends(BrokenPipeError(errno.EPIPE, "Broken pipe"), capsys)
+    assert code == 1
+    assert "BrokenPipeError" in text

@@ -219,16 +219,18 @@ def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
     """docs/results.md: rollout 34.8, training with its refresh 35.8 GiB, by `generate` with a dynamic cache of 512 rows.
 
     That cache holds the padded prompt and what is written; the longest of the 512 prompts drawn there has 165 tokens, not
-    max_prompt_tokens (512), which the plan would reserve.
+    max_prompt_tokens (512), which the plan would reserve. It was freed before the teacher scored; the engine's slots stay.
     """
     config = configured(
         folders, "Qwen3-0.6B", "Qwen3-4B", "--max_new_tokens", "256", "--max_prompt_tokens", "165",
         "--gen_micro_batch", "512", "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
         "--grad_accum", "4", "--group_size", "4", "--rollouts_per_refresh", "2048",
     )  # fmt: skip
-    peaks = {p.name: p.peak / GIB for p in make_plan(config, Machine(speed.GPUS["h200"], 1, 139.8)).phases}
-    assert max(peaks["generate"], peaks["score"]) == pytest.approx(34.8, rel=0.15)
-    assert max(peaks["train"], peaks["refresh"]) == pytest.approx(35.8, rel=0.15)
+    phases = {p.name: p for p in make_plan(config, Machine(speed.GPUS["h200"], 1, 139.8)).phases}
+    rollout = phases["generate"].peak / GIB
+    state = sum(phases["train"].parts[name] for name in ("optimizer", "gradients")) / GIB
+    assert rollout == pytest.approx(34.8, rel=0.15)
+    assert rollout + state == pytest.approx(35.8, rel=0.15)
 
 
 def test_a_larger_run_never_takes_less(folders: Path) -> None:
@@ -321,18 +323,6 @@ def test_without_a_gpu_it_asks_for_one(folders: Path, monkeypatch: pytest.Monkey
         run_command(monkeypatch, "--student_model", str(folders / "Qwen3-4B"))
 
 
-def test_auto_is_fixed_on_a_cpu_and_follows_the_memory_of_a_gpu(folders: Path) -> None:
-    config = configured(folders, "Qwen3-4B", "Qwen3-32B", "--rollouts_per_unit", "1024")
-    student = qwen3("Qwen3-4B")
-    assert planning.auto_gen_micro_batch(config, student, None) == 128
-    rows = [planning.auto_gen_micro_batch(config, student, gib * GIB) for gib in (10, 30, 60, 200)]
-    assert rows == sorted(rows)
-    assert rows[1] < rows[2]
-    assert rows[-1] == planning.MOST_GEN_ROWS
-    taken = rows[1] * memory.slot_bytes(memory.shape_of(student), 2, 1536)
-    assert taken < 30 * GIB
-
-
 class CannedPeak:
     """Gives the next of some peaks, and notes how often a phase began."""
 
@@ -349,14 +339,15 @@ class CannedPeak:
 def test_plan_check_runs_each_phase_and_compares_it(tmp_path: Path) -> None:
     """The bench's own work at a tiny size on the CPU; only the meter, which needs a GPU, is canned."""
     options = plan_check.Options(folder=tmp_path, device="cpu", tiny=True)
-    peak = CannedPeak(3 * GIB, 2 * GIB, 4 * GIB)
-    measured = plan_check.measure(options, peak)
-    assert measured == {"generate": 3 * GIB, "score": 2 * GIB, "train": 4 * GIB}
-    assert peak.num_resets == 3
-    planned = plan_check.planned_peaks(plan_check.configuration(options), 80)
-    assert set(plan_check.PHASES) <= set(planned)
-    rows = plan_check.compare(planned | {"generate": 3.3 * GIB, "score": 2.0 * GIB, "train": 5.0 * GIB}, measured)
+    planned = plan_check.planned_peaks(options, 80)
+    factors = {"generate": 1.1, "score": 1.0, "train": 1.25}
+    peak = CannedPeak(*(round(planned[phase] / factor) for phase, factor in factors.items()))
+    rows = plan_check.compare(options, 80, peak)
+    first = next(rows)
+    assert (first.phase, peak.num_resets) == ("generate", 1)  # known before the next phase begins
+    rows = [first, *rows]
     assert [(row.phase, round(row.ratio, 2), row.is_within) for row in rows] == [
         ("generate", 1.1, True), ("score", 1.0, True), ("train", 1.25, False),
     ]  # fmt: skip
-    assert [line.endswith("beyond 15 %") for line in plan_check.table(rows).splitlines()[1:]] == [False, False, True]
+    assert [str(row).endswith("beyond 15 %") for row in rows] == [False, False, True]
+    assert peak.num_resets == 4  # both steps begin anew, the second counts

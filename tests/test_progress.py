@@ -21,6 +21,10 @@ def test_each_round_is_recorded_with_rates_shares_and_what_is_left(tmp_path: Pat
     write_rollouts(run, student_of(run))
     records = records_of(run.folder, "rollout_progress")
     assert [(r["rollouts"], r["rollouts_left"]) for r in records] == [(8, 8), (16, 0)]
+    assert len({r["began"] for r in records}) == 1
+    with run.clock.phase("evaluate"), Progress(run, 1) as measuring:
+        measuring.add(Counts(1))
+    assert [r["evaluation"] for r in records_of(run.folder, "rollout_progress")] == [False, False, True]
     for record in records:
         assert record["start"] == run.clock.started
         for name in ("rollouts_per_second", "generated_tokens_per_second", "scored_tokens_per_second"):

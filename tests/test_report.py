@@ -13,7 +13,9 @@ import pytest
 
 import cache
 from stages import report
+from stages.runtime import metrics
 from stages.runtime.config import Config, to_yaml
+from stages.runtime.rounds import rounds_of
 from tests import cache_samples
 from tests.helpers import ROOT, STUDENT, make_config
 
@@ -248,3 +250,67 @@ def test_the_page_shows_drift_held_out_divergence_and_why_rows_were_refreshed(fo
     assert page.count("<svg") == 7
     for text in ("Drift from the policy of the rows", "Effective sample size", "held-out teacher text", reason):
         assert text in page
+
+
+# Stage one
+
+
+def progress(began: float, units: int, **values: Any) -> dict[str, Any]:
+    """After `units` units of 10 rollouts: 2 s of generation, 1 s of scoring, 0.5 s for the writer and 0.5 s of the rest each."""
+    return {
+        "kind": "rollout_progress", "began": began, "evaluation": False, "rollouts": 10 * units, "seconds": 4.0 * units,
+        "generated_tokens": 400 * units, "scored_tokens": 600 * units, "padded_tokens": 800 * units,
+        "share_generate": 0.5, "share_score": 0.25, "share_write": 0.125, "share_rows": 0.0,
+        "peak_memory_bytes": units * 2**30, **values,
+    }  # fmt: skip
+
+
+def noted(folder: Path, *records: dict[str, Any]) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_rounds_add_up_without_those_of_evaluations(folder: Path, config: Config) -> None:
+    noted(
+        folder, progress(0.5, 1, evaluation=True), progress(1.5, 1), progress(1.5, 2), progress(2.5, 1),
+        {"kind": "rollout_progress", "rollouts": 7},  # an older run's
+    )  # fmt: skip
+    found = report.collect(folder, config)["stage_one"]
+    assert found == {
+        "rounds": 3, "rollouts": 30, "seconds": 12.0,
+        "shares": {"generate": 0.5, "score": 0.25, "write": 0.125, "rows": 0.0, "other": 0.125},
+        "generated_tokens_per_second": 200.0, "scored_tokens_per_second": 400.0, "padding_waste": 0.25,
+        "peak_memory_bytes": 2 * 2**30,
+    }  # fmt: skip
+    rounds = rounds_of(metrics.read(folder / "metrics.jsonl"))
+    assert [(r.is_first, r.total, r.peak // 2**30) for r in rounds] == [(True, 4, 1), (False, 4, 2), (True, 4, 1)]
+    assert all(r.seconds["write"] == 0.5 and r.work["scored_tokens"] == 600 for r in rounds)
+
+
+def test_a_scorer_alone_has_no_rate_of_generation(folder: Path, config: Config) -> None:
+    alone = {"generated_tokens": 0, "share_generate": 0.0, "share_rows": 0.5, "peak_memory_bytes": 0}
+    noted(folder, progress(1.5, 1, **alone), progress(1.5, 2, **alone))
+    found = report.write_report(folder, config)["stage_one"]
+    assert found["generated_tokens_per_second"] is None
+    assert found["peak_memory_bytes"] is None
+    assert found["shares"]["rows"] == 0.5
+    page = (folder / "report.html").read_text()
+    assert "waiting for rollouts 50.0 %" in page
+    assert "Peak GPU memory" not in page
+
+
+def test_the_page_shows_where_the_time_of_stage_one_went(folder: Path, config: Config) -> None:
+    before = report.write_report(folder, config)["stage_one"]
+    assert before["rounds"] == 0
+    page = (folder / "report.html").read_text()
+    assert "<h2>Stage one</h2>" not in page
+    num_pictures = page.count("<svg")
+    noted(folder, progress(1.5, 1), progress(1.5, 2), progress(2.5, 1))
+    report.write_report(folder, config)
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == num_pictures + 3
+    for text in (
+        "30 rollouts in 3 rounds", "200 tokens a second drawn", "25.0% padding", "peak GPU memory 2.0 GiB",
+        "generating 50.0 %", "waiting for the writer 12.5 %", "Seconds of each round", "Tokens a second", "round (grey lines: refreshes)",
+    ):  # fmt: skip
+        assert text in page, text

@@ -1,17 +1,15 @@
 """Scoring: the cut into forwards, the columns against dense logits, and equal forwards on all ranks."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from dualkl import Head
-from stages.loops.scoring import AUTO_SCORE_TOKENS, full_logits, score_budget, scoring_batches, teacher_columns
+from stages.loops.budgets import CPU_SCORE_TOKENS
+from stages.loops.scoring import full_logits, scoring_batches, teacher_columns
 from stages.loops.writing import to_numpy
 from stages.runtime.config import RolloutSection, SignalSection
 from tests import reference
-from tests.helpers import make_run
 
 # Batches
 
@@ -51,17 +49,12 @@ SPREADS = {
 def test_padding_of_a_default_unit_is_below_five_percent_in_few_forwards(spread: str, seed: int) -> None:
     num_rows = RolloutSection().rollouts_per_unit
     lengths = [int(n) for n in SPREADS[spread](np.random.default_rng(seed), num_rows)]
-    batches = scoring_batches(lengths, None, AUTO_SCORE_TOKENS)
+    batches = scoring_batches(lengths, None, CPU_SCORE_TOKENS)
     padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
     assert 1 - sum(lengths) / padded < 0.05
-    assert len(batches) <= 2 * -(-sum(lengths) // AUTO_SCORE_TOKENS)
+    assert len(batches) <= 2 * -(-sum(lengths) // CPU_SCORE_TOKENS)
     filled = sorted(len(batch) * lengths[batch[0]] for batch in batches)
-    assert filled[len(filled) // 2] > 0.5 * AUTO_SCORE_TOKENS
-
-
-def test_the_budget_is_the_configured_one_or_the_automatic(tmp_path: Path) -> None:
-    assert score_budget(make_run(tmp_path, score_tokens=123)) == 123
-    assert score_budget(make_run(tmp_path)) == AUTO_SCORE_TOKENS
+    assert filled[len(filled) // 2] > 0.5 * CPU_SCORE_TOKENS
 
 
 # Columns

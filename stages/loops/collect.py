@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import cache
 from stages.data.prompts import Prompt
-from stages.loops.planning import auto_gen_micro_batch, free_bytes
+from stages.loops.budgets import slots_of_run
 from stages.loops.progress import Counts, Progress
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
@@ -94,7 +94,7 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
     mine = todo[run.world.rank :: run.world.size]
     scoring = Scoring(signal, author.vocab_size, author.tokenizer.pad_token_id)
-    num_slots = slots_for(run, author)
+    num_slots = slots_for(run, author, scores_too=get_teacher is not None)
     with (
         rollout_engine(author.model) as generate,
         UnitWriter(writer) as writing,
@@ -123,10 +123,10 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
     return len(todo)
 
 
-def slots_for(run: Run, author: Author) -> int:
+def slots_for(run: Run, author: Author, *, scores_too: bool) -> int:
     """Rows decoded together: `gen_micro_batch`, or as many as the free memory holds (collective)."""
-    size = run.config.rollout.gen_micro_batch
-    return auto_gen_micro_batch(run.config, author.model.config, free_bytes(run.world)) if size == "auto" else size
+    is_teacher = not any(parameter.requires_grad for parameter in author.model.parameters())
+    return slots_of_run(run.config, run.world, author.model.config, is_teacher=is_teacher, scores_too=scores_too)
 
 
 def write_unit(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[cache.Record]:

@@ -21,11 +21,11 @@ from stages.data.batches import (
     read_ahead,
     to_tensors,
 )
+from stages.loops.budgets import Caps, train_caps
 from stages.models.student import Student
-from stages.runtime.config import Config, rows_per_micro_step
+from stages.runtime.config import rows_per_micro_step
 from stages.runtime.run import Run
 
-AUTO_TRAIN_ROWS = 64
 READ_AHEAD = 2  # forwards
 
 
@@ -55,9 +55,13 @@ class Batch:
 
 
 def global_batches(
-    run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int]
+    run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps | None = None
 ) -> Iterator[Batch]:
-    """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile."""
+    """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile.
+
+    `caps` of a forward must be the same on all ranks; None: as on a CPU.
+    """
+    caps = train_caps(run.config, None) if caps is None else caps
     device = run.world.device
     heads = {own.root: teacher_head_of(own, device) for own in (snapshot, *(extra.snapshot for extra in pool.extras))}
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
@@ -73,13 +77,13 @@ def global_batches(
                 return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
         return records, to_tensors(records, weight, head, pad_id, device, vocab_size, packed=packed)
 
-    plans, coming = tee(_plan(run, pool, index, packed) for index in indices)
+    plans, coming = tee(_plan(run, pool, index, packed, caps) for index in indices)
     inputs = read_ahead(make, ((total, forward) for _, total, own in coming for forward in own), READ_AHEAD)
     for row_ids, total_tokens, forwards in plans:
         yield Batch(row_ids, total_tokens, forwards, inputs)
 
 
-def _plan(run: Run, pool: Pool, index: int, packed: bool) -> tuple[list[str], int, list[Forward]]:
+def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[list[str], int, list[Forward]]:
     """All rows of global batch `index`, their scored tokens, and this rank's forwards.
 
     Every rank cuts the rows of all ranks, so that all know without asking how many forwards the longest has.
@@ -89,7 +93,7 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool) -> tuple[list[str], in
     micro_rows = rows_per_micro_step(run.config, world.size)
     bounds = [rank * size // world.size for rank in range(world.size + 1)]
     cuts = [
-        list(cut_forwards(run.config, pool, row_ids[bounds[rank] : bounds[rank + 1]], micro_rows, packed))
+        list(cut_forwards(pool, row_ids[bounds[rank] : bounds[rank + 1]], micro_rows, caps, packed))
         for rank in range(world.size)
     ]
     own = cuts[world.rank]
@@ -98,17 +102,12 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool) -> tuple[list[str], in
     return row_ids, sum(pool.lengths[row_id][1] for row_id in row_ids), forwards
 
 
-def cut_forwards(config: Config, pool: Pool, row_ids: list[str], micro_rows: int, packed: bool) -> Iterator[list[str]]:
+def cut_forwards(pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool) -> Iterator[list[str]]:
     """A rank's rows of a step, cut by `grad_accum`, then by cache, then by the caps on rows and tokens of a forward."""
-    rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
     for start in range(0, len(row_ids), micro_rows):
         for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
             yield from micro_batches(
-                of_one_cache,
-                lambda row_id: sum(pool.lengths[row_id]),
-                AUTO_TRAIN_ROWS if rows == "auto" else rows,
-                None if tokens == "auto" else tokens,
-                packed=packed,
+                of_one_cache, lambda row_id: sum(pool.lengths[row_id]), caps.rows, caps.tokens, packed=packed
             )
 
 

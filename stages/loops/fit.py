@@ -19,6 +19,7 @@ import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from stages.data.alignment import at_scored
 from stages.data.batches import MicroBatch, Pool, on_device
+from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
 from stages.models.student import Student
@@ -50,12 +51,13 @@ class StudentLoss(nn.Module):
 
 @dataclass
 class Training:
-    """The student with what updates it; `module` is StudentLoss as wrapped by DDP or DeepSpeed."""
+    """The student with what updates it; `module` is StudentLoss as wrapped by DDP or DeepSpeed; `caps` of a forward."""
 
     student: Student
     module: nn.Module
     optimizer: Any
     scheduler: Any
+    caps: Caps
     step: int = 0
 
     @property
@@ -69,8 +71,9 @@ def loss_config(config: Config, vocab_size: int) -> DualKLConfig:
 
 
 def prepare(run: Run, student: Student) -> Training:
-    """Wraps the student for this world and makes AdamW with warm-up and cosine decay."""
+    """Wraps the student for this world and makes AdamW with warm-up and cosine decay (collective)."""
     train, world = run.config.train, run.world
+    caps = train_caps_of_run(run.config, world, student.base.config)
     module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
     optimizer = torch.optim.AdamW(
         student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=world.device.type == "cuda"
@@ -82,7 +85,7 @@ def prepare(run: Run, student: Student) -> Training:
     elif world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
-    return Training(student, module, optimizer, scheduler)
+    return Training(student, module, optimizer, scheduler, caps)
 
 
 def lr_factor(train: TrainSection, step: int) -> float:

@@ -213,7 +213,7 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
     run = evaluation.run
     checker = load_checker(run.config.eval.answer_checker)
     own = evaluation.prompts[run.world.rank :: run.world.size]
-    num_slots = slots_for(run, author)
+    num_slots = slots_for(run, author, scores_too=False)
     written = _greedy(author, own, num_slots) if own else []
     texts = [author.tokenizer.decode(c.ids, skip_special_tokens=True) for c in written]
     verdicts = [checker(p.row, text) if checker else None for p, text in zip(own, texts, strict=True)]

@@ -7,25 +7,17 @@ of the fullest card; beside it a card needs RESERVE for the CUDA context, NCCL a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-
-from stages.loops.feed import AUTO_TRAIN_ROWS
-from stages.loops.scoring import AUTO_SCORE_TOKENS
+from stages.loops import budgets
+from stages.loops.budgets import Parts, total
 from stages.models import checkpoints, memory, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
 from stages.runtime.config import Config, rollouts_of, rows_per_micro_step
-from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
-PREFILL_TOKENS = 16_384  # prompts are read in parts of about so many tokens
-AUTO_MARGIN = 0.8  # of the free memory that `auto` hands out
-CPU_GEN_ROWS = 128  # fixed, so that a run on a CPU is the same on every machine
-MOST_GEN_ROWS = 512
 PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
 HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: of the raw states and of the raw logits
 PLAIN_COLUMN_BYTES = 33  # docs/results.md: 447 - 414 bytes a token; the demo's are 26
@@ -113,6 +105,11 @@ class _Sizes:
         return checkpoints.DTYPES[self.config.models.teacher_dtype].itemsize
 
     @property
+    def card(self) -> float:
+        """Bytes of a whole card."""
+        return self.machine.gib * GIB
+
+    @property
     def longest(self) -> int:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
 
@@ -128,7 +125,7 @@ def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, me
     rows_per_micro_step(config, machine.num_gpus)
     student = memory.shape_of(checkpoints.load_config(models.student_model, models.student_revision))
     teacher = memory.shape_of(checkpoints.load_config(models.teacher_model, models.teacher_revision))
-    sizes = _Sizes(config, machine, student, teacher, trained_parameters(config, student))
+    sizes = _Sizes(config, machine, student, teacher, budgets.trained_parameters(config, student))
     completion = mean_completion or float(config.rollout.max_new_tokens)
     prompt = mean_prompt or float(config.data.max_prompt_tokens)
     phases = plan_phases(sizes)
@@ -143,149 +140,151 @@ def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, me
     return plan
 
 
-def trained_parameters(config: Config, student: Shape) -> int:
-    lora = config.lora
-    return memory.lora_parameters(student, lora.lora_r, lora.lora_targets) if lora.use_lora else student.parameters
+@dataclass(frozen=True)
+class _Writing:
+    """Stage one beside `resident` bytes: slots and tokens of a scoring forward, and what each half takes at its fullest.
+
+    The engine keeps its weights and slots while the teacher scores, unless the models take turns on the card.
+    """
+
+    slots: int
+    score_tokens: int
+    generate: Parts
+    score: Parts
 
 
 def plan_phases(sizes: _Sizes) -> list[Phase]:
     """evaluate, generate, score, train, refresh, in the order of a pipeline."""
-    student, teacher = _student_parts(sizes), _teacher_parts(sizes)
-    training = _training_state(sizes)
-    generate = _generation_parts(sizes, sizes.student, sizes.student_b)
-    generate["merged LoRA copy" if sizes.config.lora.use_lora else "weights in dtype"] = _merged(sizes)
-    score = _scoring_parts(sizes)
-    refresh = generate if sum(generate.values()) > sum(score.values()) else score
+    student, state = _student_parts(sizes), _state_parts(sizes)
+    first, later = _writing(sizes, {}), _writing(sizes, state)
     return [
         Phase("evaluate", _evaluation_parts(sizes, student)),
-        Phase("generate", student | teacher | generate),
-        Phase("score", student | teacher | score),
-        Phase("train", student | training | _step_parts(sizes)),
-        Phase("refresh", student | training | teacher | refresh),
+        Phase("generate", first.generate),
+        Phase("score", first.score),
+        Phase("train", student | state | _step_parts(sizes)),
+        Phase("refresh", max(later.generate, later.score, key=total)),
     ]
 
 
-def _student_parts(sizes: _Sizes) -> dict[str, float]:
+def _student_parts(sizes: _Sizes) -> Parts:
     if not sizes.config.lora.use_lora:
         return {"student": 4.0 * sizes.student.parameters}
     return {"student": float(sizes.student.parameters * sizes.student_b), "adapters": 4.0 * sizes.trained}
 
 
-def _teacher_parts(sizes: _Sizes) -> dict[str, float]:
+def _teacher_parts(sizes: _Sizes) -> Parts:
     """Shard and whole head under ZeRO-3; all weights where plain; the head alone where the shard is offloaded."""
     if not sizes.config.models.teacher_ds_zero3:
         return {"teacher": float(sizes.teacher.parameters * sizes.teacher_b)}
     shard = memory.zero3_shard_bytes(sizes.teacher, sizes.teacher_b, sizes.machine.num_gpus)
-    offload = _zero(sizes.config).get("offload_param", {}).get("device", "none") != "none"
+    zero = zero3_settings(sizes.config)["zero_optimization"]
+    offload = zero.get("offload_param", {}).get("device", "none") != "none"
     head = float(memory.head_bytes(sizes.teacher, sizes.teacher_b))
     return {"teacher shard": 0.0 if offload else float(shard), "teacher head": head}
 
 
-def _zero(config: Config) -> dict[str, Any]:
-    return zero3_settings(config)["zero_optimization"]
+def _state_parts(sizes: _Sizes) -> Parts:
+    return budgets.state_parts(sizes.config, sizes.student, sizes.machine.num_gpus, sizes.machine.zero2)
 
 
-def _merged(sizes: _Sizes) -> float:
-    """The adapted layers once more with LoRA added; in full fine-tuning all fp32 weights once more in dtype."""
-    if not sizes.config.lora.use_lora:
-        return float(sizes.student.parameters * sizes.student_b) if sizes.student_b < 4 else 0.0
-    layers = memory.adapted(sizes.student, sizes.config.lora.lora_targets)
-    return float(sum(inputs * outputs for _, inputs, outputs in layers) * sizes.student_b)
+def _writing(sizes: _Sizes, state: Parts) -> _Writing:
+    """Stage one, or a refresh where training's `state` is on the card too."""
+    config, shape, takes_turns = sizes.config, sizes.student, sizes.config.rollout.offload_idle
+    student, teacher, gathered = state | _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
+    moves = takes_turns and not config.models.teacher_ds_zero3
+    copied = {"merged LoRA copy" if config.lora.use_lora else "weights in dtype": budgets.copied_bytes(config, shape)}
+    writing = student | copied | ({} if moves else teacher)
+    beside = 0.0 if takes_turns else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
+    slots = _slots(sizes, shape, sizes.student_b, writing, beside)
+    kept = budgets.slot_parts(config, shape, sizes.student_b, slots)
+    prefill = budgets.prefill_bytes(config, shape, sizes.student_b, slots)
+    scoring = state | teacher if takes_turns else writing | kept
+    tokens = _scoring_tokens(sizes, gathered, scoring)
+    forward = budgets.scoring_parts(config, sizes.teacher, gathered, tokens, sizes.card)
+    return _Writing(slots, tokens, writing | kept | {"activations": prefill}, scoring | forward)
 
 
-def _training_state(sizes: _Sizes) -> dict[str, float]:
-    num_gpus, zero2 = sizes.machine.num_gpus, sizes.machine.zero2
-    return {
-        "optimizer": float(memory.optimizer_bytes(sizes.trained, num_gpus, zero2)),
-        "gradients": float(memory.gradient_bytes(sizes.trained, num_gpus, zero2)),
-    }
+def _gathered(sizes: _Sizes) -> float:
+    if not sizes.config.models.teacher_ds_zero3:
+        return 0.0
+    return budgets.gathered_bytes(sizes.config, sizes.teacher, sizes.machine.num_gpus)
 
 
-def _generation_parts(sizes: _Sizes, shape: Shape, itemsize: int) -> dict[str, float]:
-    """Slots whose keys and values reach to the longest sequence, their logits, and a part of the prompts being read."""
-    slots = _slots(sizes, shape, itemsize)
-    prefill = min(PREFILL_TOKENS, slots * sizes.config.data.max_prompt_tokens)
-    return {
-        "keys and values": float(slots * sizes.longest * memory.kv_bytes_per_token(shape, itemsize)),
-        "logits": float(slots * memory.LOGIT_BYTES * shape.vocab_size),
-        "activations": float(prefill * memory.forward_bytes_per_token(shape, itemsize)),
-    }
-
-
-def _slots(sizes: _Sizes, shape: Shape, itemsize: int) -> int:
+def _slots(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, beside: float) -> int:
     """gen_micro_batch as given; `auto` as it would be chosen on this machine, at most a unit's rollouts."""
     given = sizes.config.rollout.gen_micro_batch
     if given != "auto":
         return min(given, sizes.config.rollout.rollouts_per_unit)
-    weights = sum(_student_parts(sizes).values()) + sum(_teacher_parts(sizes).values()) + _merged(sizes)
-    free = sizes.machine.usable - weights - sum(_training_state(sizes).values())
-    return gen_rows(sizes.config, shape, itemsize, free)
+    return budgets.gen_rows(sizes.config, shape, itemsize, sizes.machine.usable - total(resident), beside)
 
 
-def _scoring_parts(sizes: _Sizes) -> dict[str, float]:
-    tokens = _scoring_tokens(sizes)
-    scored = min(tokens, tokens * sizes.config.rollout.max_new_tokens // sizes.longest + 1)
-    models, num_gpus = sizes.config.models, sizes.machine.num_gpus
-    prefetch = _zero(sizes.config).get("stage3_prefetch_bucket_size", memory.PREFETCH_ELEMENTS)
-    gather = memory.gather_bytes(sizes.teacher, sizes.teacher_b, num_gpus, int(prefetch))
-    return {
-        "gathered weights": float(gather) if models.teacher_ds_zero3 else 0.0,
-        "activations": float(tokens * memory.forward_bytes_per_token(sizes.teacher, sizes.teacher_b)),
-        "logits": memory.compress_bytes(scored, sizes.teacher, sizes.machine.gib * GIB),
-    }
-
-
-def _scoring_tokens(sizes: _Sizes) -> int:
+def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
     """The padded tokens of a full scoring forward."""
-    rollout = sizes.config.rollout
-    cap = AUTO_SCORE_TOKENS if rollout.score_tokens == "auto" else rollout.score_tokens
-    most = max(cap, sizes.longest)
-    return most if rollout.lp_micro_batch == "auto" else min(most, rollout.lp_micro_batch * sizes.longest)
+    config, cap = sizes.config, sizes.config.rollout.score_tokens
+    if cap == "auto":
+        free = sizes.machine.usable - total(resident)
+        cap = budgets.score_tokens(config, sizes.teacher, gathered, free, sizes.card)
+    unit, rows = config.rollout.rollouts_per_unit, config.rollout.lp_micro_batch
+    return min(max(cap, sizes.longest), (unit if rows == "auto" else min(rows, unit)) * sizes.longest)
 
 
 def _step_tokens(sizes: _Sizes) -> int:
     """The padded tokens of the largest training forward."""
     config, longest = sizes.config, sizes.longest
-    rows = AUTO_TRAIN_ROWS if config.rollout.lp_micro_batch == "auto" else config.rollout.lp_micro_batch
-    rows = min(rows, rows_per_micro_step(config, sizes.machine.num_gpus))
-    cap = config.train.micro_batch_tokens
-    return rows * longest if cap == "auto" else min(max(cap, longest), rows * longest)
+    free = sizes.machine.usable - total(_student_parts(sizes)) - total(_state_parts(sizes)) - _kept_head(sizes)
+    fitting = budgets.train_tokens(config, sizes.student, free, sizes.card)
+    caps = budgets.train_caps(config, fitting)
+    rows = rows_per_micro_step(config, sizes.machine.num_gpus)
+    tokens = min(rows, caps.rows or rows) * longest
+    return min(tokens, max(caps.tokens or tokens, longest))
 
 
-def _step_parts(sizes: _Sizes) -> dict[str, float]:
-    """Forward and backward of the largest micro-batch; the loss's chunks live before the backward's own moment."""
-    config, student, tokens = sizes.config, sizes.student, _step_tokens(sizes)
-    lora = config.lora.use_lora
-    each = memory.activation_bytes_per_token(
-        student, sizes.student_b, checkpointing=config.train.gradient_checkpointing, lora_rank=config.lora.lora_r if lora else 0
-    )  # fmt: skip
-    signal = config.teacher_signal.signal
-    scored = -(-tokens * config.rollout.max_new_tokens // sizes.longest)
-    loss = memory.loss_bytes(scored, student, signal, sizes.machine.gib * GIB, trains_head=not lora)
-    copies = float(sizes.trained * sizes.student_b) if sizes.student_b < 4 else 0.0
-    return {
-        "activations": tokens * each,
-        "loss": loss + (memory.head_bytes(sizes.teacher, sizes.teacher_b) if signal == "hidden" else 0),
-        "autocast copies": copies,
-    }
+def _kept_head(sizes: _Sizes) -> int:
+    """The teacher's head that training on a `hidden` cache holds."""
+    is_hidden = sizes.config.teacher_signal.signal == "hidden"
+    return memory.head_bytes(sizes.teacher, sizes.teacher_b) if is_hidden else 0
 
 
-def _evaluation_parts(sizes: _Sizes, student: dict[str, float]) -> dict[str, float]:
-    """The plain teacher writing held-out text beside the student, where its weights and a tenth fit; else it is skipped."""
-    weights = float(sizes.teacher.parameters * sizes.teacher_b)
-    if weights * 1.1 > sizes.machine.usable - sum(student.values()):
-        own = _generation_parts(sizes, sizes.student, sizes.student_b)
-        return student | own | {"merged copy": _merged(sizes)}
-    return student | {"plain teacher": weights} | _generation_parts(sizes, sizes.teacher, sizes.teacher_b)
+def _step_parts(sizes: _Sizes) -> Parts:
+    """Forward and backward of the largest micro-batch, of sequences of the greatest length."""
+    tokens = _step_tokens(sizes)
+    scored = -(-tokens * sizes.config.rollout.max_new_tokens // sizes.longest)
+    parts = budgets.step_parts(sizes.config, sizes.student, tokens, scored, sizes.card)
+    return parts | {"loss": parts["loss"] + _kept_head(sizes)}
+
+
+def _evaluation_parts(sizes: _Sizes, student: Parts) -> Parts:
+    """The plain teacher writing and scoring held-out text beside the student, where its weights and a tenth fit.
+
+    Else it is skipped, and only the student writes.
+    """
+    config, weights = sizes.config, float(sizes.teacher.parameters * sizes.teacher_b)
+    if weights * 1.1 > sizes.machine.usable - total(student):
+        resident = student | {"merged copy": budgets.copied_bytes(config, sizes.student)}
+        return resident | _writer_parts(sizes, sizes.student, sizes.student_b, resident, 0.0)
+    resident = student | {"plain teacher": weights}
+    beside = budgets.beside_slots(config, sizes.teacher, 0.0, sizes.card)
+    writing = resident | _writer_parts(sizes, sizes.teacher, sizes.teacher_b, resident, beside)
+    scoring = {name: size for name, size in writing.items() if name != "activations"}
+    tokens = _scoring_tokens(sizes, 0.0, scoring)
+    scoring |= budgets.scoring_parts(config, sizes.teacher, 0.0, tokens, sizes.card)
+    return max(writing, scoring, key=total)
+
+
+def _writer_parts(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, beside: float) -> Parts:
+    slots = _slots(sizes, shape, itemsize, resident, beside)
+    prefill = budgets.prefill_bytes(sizes.config, shape, itemsize, slots)
+    return budgets.slot_parts(sizes.config, shape, itemsize, slots) | {"activations": prefill}
 
 
 def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
     """What to lower, the largest part that a key moves first."""
     whole = {
         "keys and values": "gen_micro_batch (fewer slots), max_new_tokens or max_prompt_tokens",
-        "logits": "gen_micro_batch" if phase.name in ("evaluate", "generate") else "score_tokens",
+        "logits": "gen_micro_batch",
+        "selection": "score_tokens",
         "activations": {"train": "micro_batch_tokens or lp_micro_batch, or set gradient_checkpointing"}.get(
-            phase.name, "score_tokens or lp_micro_batch" if phase.name in ("score", "refresh") else "max_prompt_tokens"
+            phase.name, "score_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens"
         ),
         "loss": "signal hidden or full to topk",
         "optimizer": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2 (recipes/accelerate_zero2.yaml)",
@@ -308,14 +307,14 @@ def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, 
     """Rates in completion tokens/s of all cards, hours by phase, rollouts written in all."""
     config, machine = sizes.config, sizes.machine
     gpu, num_gpus = machine.gpu, machine.num_gpus
-    per_forward = _scoring_tokens(sizes)
+    writing = _writing(sizes, _state_parts(sizes))  # as in refreshes, which are most of it
+    per_forward = writing.score_tokens
     scored = per_forward * completion / (completion + prompt)
     zero3 = config.models.teacher_ds_zero3
-    slots = _slots(sizes, sizes.student, sizes.student_b)
     step = speed.train_seconds(sizes.student, gpu, completion + prompt, completion,
                                frozen=config.lora.use_lora, checkpointing=config.train.gradient_checkpointing)  # fmt: skip
     score = speed.forward_seconds(sizes.teacher, sizes.teacher_b, gpu, per_forward, scored, zero3, num_gpus)
-    decode = speed.decode_rate(sizes.student, sizes.student_b, gpu, slots, prompt + completion / 2)
+    decode = speed.decode_rate(sizes.student, sizes.student_b, gpu, writing.slots, prompt + completion / 2)
     rates = {
         "generate": num_gpus * decode,
         "score": num_gpus * scored / score,
@@ -342,34 +341,3 @@ def bytes_per_token(config: Config, teacher: Shape) -> float:
         "full": FULL_SHARE * itemsize * teacher.vocab_size,
     }
     return by_kind[signal.signal] + PLAIN_COLUMN_BYTES
-
-
-def free_bytes(world: World) -> int | None:
-    """Free memory of the fullest rank's GPU, what torch holds in reserve included; None on a CPU (collective)."""
-    if world.device.type == "cpu":
-        return None
-    free, _ = torch.cuda.mem_get_info(world.device)
-    idle = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    return min(world.gather(free + idle))
-
-
-def gen_rows(config: Config, shape: Shape, itemsize: int, free: float) -> int:
-    """Slots that fit into `free` bytes beside the prompts being read: a multiple of 8, at most a unit's rollouts and 512."""
-    most = min(MOST_GEN_ROWS, config.rollout.rollouts_per_unit)
-    tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    prefill = PREFILL_TOKENS * memory.forward_bytes_per_token(shape, itemsize)
-    rows = int((free * AUTO_MARGIN - prefill) // memory.slot_bytes(shape, itemsize, tokens))
-    return max(1, min(most, rows // 8 * 8 if rows >= 8 else rows))
-
-
-def auto_gen_micro_batch(config: Config, student_config: Any, device_free_bytes: float | None) -> int:
-    """gen_micro_batch: auto. Rows of one generation call with the models loaded; 128 on a CPU (None)."""
-    if device_free_bytes is None:
-        return CPU_GEN_ROWS
-    shape, itemsize = memory.shape_of(student_config), checkpoints.DTYPES[config.run.dtype].itemsize
-    sizes = _Sizes(config, _anywhere(device_free_bytes), shape, shape, 0)
-    return gen_rows(config, shape, itemsize, device_free_bytes - _merged(sizes))
-
-
-def _anywhere(free: float) -> Machine:
-    return Machine(speed.GPUS["h100"], 1, free / GIB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from tqdm import tqdm
 
 from stages.runtime import metrics
 from stages.runtime.metrics import Clock
+from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
 
-KIND = "rollout_progress"
 PHASES = {"generate": "rollout", "score": "score"}  # and the name of each in the run's clock
 WAITS = ("write", "rows")  # for the thread that writes, for a generator
 
@@ -44,6 +45,7 @@ class Progress:
         self._run = run
         self._clock = Clock((*PHASES, *WAITS))
         self._total, self._done = num_rollouts, Counts()
+        self._of = {"began": round(time.time(), 3), "evaluation": run.clock.is_evaluating}  # tells records apart
         self._bar = tqdm(
             total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
         )
@@ -64,7 +66,7 @@ class Progress:
         sums = self._run.world.sum([float(value) for value in vars(counts).values()])
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
-        self._run.metrics.log(KIND, **record)
+        self._run.metrics.log(PROGRESS, **record)
         self._bar.set_postfix_str(_rates(record), refresh=False)
         self._bar.update(int(sums[0]))
 
@@ -80,7 +82,8 @@ class Progress:
         on_gpu = device.type == "cuda"
         return {
             "start": self._run.clock.started,
-            "rollouts": done.rollouts,
+            **self._of,
+            **vars(done),
             "rollouts_left": self._total - done.rollouts,
             "seconds": total,
             "rollouts_per_second": rate,
@@ -116,7 +119,7 @@ def _rates(record: dict[str, Any]) -> str:
 
 def last_line(run: Run) -> str:
     """What the last record of this start of the run says, for people; empty if there is none (main process)."""
-    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == KIND and r["start"] == run.clock.started]
+    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == PROGRESS and r["start"] == run.clock.started]
     if not found:
         return ""
     last = found[-1]

@@ -134,7 +134,7 @@ def _fit_pool(
     if every and run.config.refreshes:
         last = min(last, position.step_of(position.newest) + max(every, run.config.refresh.refresh_min_steps))
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
-    with closing(global_batches(run, training.student, snapshot, pool, indices)) as batches:
+    with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
             with run.clock.phase("train"):
                 drift = steps.train_step(run, training, pool, next(batches))

@@ -18,6 +18,7 @@ from dualkl.heads import prepare_head
 from dualkl.targets import compress
 from stages.data.alignment import align, at_scored
 from stages.data.batches import micro_batches, num_tokens
+from stages.loops.budgets import score_tokens_of_run
 from stages.loops.progress import Counts, Progress
 from stages.loops.writing import Landing, UnitWriter, to_numpy
 from stages.models.teacher import Teacher
@@ -25,7 +26,6 @@ from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-AUTO_SCORE_TOKENS = 16_384
 FORWARD_COST = 1 / 32  # of the budget: what a forward costs beside its tokens
 
 
@@ -73,25 +73,19 @@ class ScoredBatch:
 
 def score_rows(run: Run, rows: list[cache.Record], scoring: Scoring, teacher: Teacher, writing: UnitWriter,
                progress: Progress, counts: Counts) -> None:  # fmt: skip
-    """Scores a unit's rows (none: a rank without a unit), hands them to the writer and counts them (collective under ZeRO-3).
+    """Scores a unit's rows (none: a rank without a unit), hands them to the writer and counts them (collective).
 
     The host is one forward behind the device, which so has always one more to do.
     """
     lengths = [num_tokens(row) for row in rows]
     cut = packed_batches if teacher.packs else scoring_batches
-    batches = cut(lengths, _max_rows(run), score_budget(run))
+    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run.config, run.world, teacher))
     for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
     counts.scored_tokens = sum(lengths)
     padded = 0 if teacher.packs else sum(len(batch) * lengths[batch[0]] for batch in batches)
     counts.padded_tokens = padded or counts.scored_tokens
-
-
-def score_budget(run: Run) -> int:
-    """Tokens, padding included, of one scoring forward: `score_tokens`, or what `auto` stands for."""
-    tokens = run.config.rollout.score_tokens
-    return AUTO_SCORE_TOKENS if tokens == "auto" else tokens
 
 
 def _max_rows(run: Run) -> int | None:

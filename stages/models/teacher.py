@@ -56,6 +56,12 @@ class Teacher:
     def is_collective(self) -> bool:
         return self.engine is not None
 
+    @property
+    def config(self) -> Any:
+        """The model's own (transformers)."""
+        backbone = self.forward if self.engine is None else self.engine.module
+        return backbone.model.config
+
     @torch.no_grad()
     def hidden(self, aligned: Aligned) -> Float[Tensor, "B T D"]:
         """Last hidden states after the final norm, in the teacher's dtype."""

@@ -75,8 +75,13 @@ class RolloutSection(Section):
     gen_micro_batch: int | Auto = Field(
         "auto", description="rollouts that a process decodes together; auto: what the free GPU memory holds"
     )
-    lp_micro_batch: int | Auto = Field("auto", description="most rows in one scoring or training forward")
-    score_tokens: int | Auto = Field("auto", description="tokens, padding included, in one scoring forward")
+    lp_micro_batch: int | Auto = Field(
+        "auto",
+        description="most rows in one scoring or training forward; auto: no cap but tokens, 64 in training on a CPU",
+    )
+    score_tokens: int | Auto = Field(
+        "auto", description="tokens, padding included, in one scoring forward; auto: what the free GPU memory holds"
+    )
     rollouts_per_unit: int = Field(
         1024, ge=1, description="rollouts made and committed together: enough for full batches to the end, minutes of work"
         " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly"
@@ -115,7 +120,9 @@ class LossSection(Section):
 class TrainSection(Section):
     batch_size: int = Field(256, ge=1, description="rollouts in an optimizer step, over all processes")
     grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
-    micro_batch_tokens: int | Auto = Field("auto", description="cap on tokens of a training forward; auto: no cap")
+    micro_batch_tokens: int | Auto = Field(
+        "auto", description="cap on tokens of a training forward; auto: what the GPU's memory holds, no cap on a CPU"
+    )
     packing: bool | Auto = Field("auto", description="on | off: rows without padding; auto: where that is exact")
     compile: bool = Field(False, description="torch.compile the student's layers for training (needs a compiler)")
     max_steps: int = Field(256, ge=1, description="optimizer steps")

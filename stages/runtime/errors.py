@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,18 +22,29 @@ DISK_ERRORS = {
 }  # fmt: skip
 
 
+CLOSED_PIPE = 128 + 13  # as shells report a program that SIGPIPE ended
+
+
 class UserError(ValueError):
     """A mistake or a condition outside the code; its message is all that the user needs."""
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3."""
+    """Runs a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3.
+
+    Where nobody reads its output any more (`| head`) it ends without a word, with exit code 141.
+    """
     try:
-        main()
+        _flushed(main)
     except (UserError, cache.CacheError) as error:
         _leave(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
+    except BrokenPipeError as error:
+        if _drop_unread():
+            _leave("", CLOSED_PIPE)
+        traceback.print_exception(error)  # a socket
+        _leave("", 1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             traceback.print_exc()
@@ -44,6 +56,30 @@ def command(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         _leave("", 1)
+
+
+def _flushed(main: Callable[[], None]) -> None:
+    """`main`, and what it printed on its way: left to the interpreter's exit, a closed pipe would be noted there."""
+    try:
+        main()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _drop_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads; what is left for it goes nowhere from now on."""
+    unread = [descriptor for descriptor in (1, 2) if _is_unread(descriptor)]
+    for descriptor in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(unread)
+
+
+def _is_unread(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _leave(message: str, code: int) -> None:

@@ -28,7 +28,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if any(outer == "evaluate" for outer, _ in self._open):
+        if self.is_evaluating:
             name = "evaluate"
         self._pause()
         self._open.append((name, time.perf_counter()))
@@ -39,6 +39,10 @@ class Clock:
             self._open.pop()
             if self._open:
                 self._open[-1] = (self._open[-1][0], time.perf_counter())
+
+    @property
+    def is_evaluating(self) -> bool:
+        return any(name == "evaluate" for name, _ in self._open)
 
     def _pause(self) -> None:
         if self._open:

@@ -12,12 +12,17 @@ import pyarrow as pa
 from markupsafe import Markup
 
 import cache
-from stages.runtime import metrics
+from stages.runtime import metrics, rounds
 from stages.runtime.config import Config, to_yaml
+from stages.runtime.rounds import Round
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report_template.html"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # apart for colour-blind readers
 TRACED_ROWS = 2
+USES = {
+    "generate": ("generating", BLUE), "score": ("scoring", "#56b4e9"), "write": ("waiting for the writer", "#e69f00"),
+    "rows": ("waiting for rollouts", "#cc79a7"), "other": ("other", "#dfe3e8"),
+}  # fmt: skip
 
 
 def render(report: dict[str, Any], folder: Path, config: Config) -> str:
@@ -28,6 +33,8 @@ def render(report: dict[str, Any], folder: Path, config: Config) -> str:
         report=report,
         pictures=[Markup(svg) for svg in _pictures(records)],
         phases=_phases(report["seconds"]),
+        uses=[(*USES[name], share) for name, share in report["stage_one"]["shares"].items() if share],
+        round_pictures=[Markup(svg) for svg in _round_pictures(rounds.rounds_of(records))],
         samples=_samples(folder),
         traces=_traces(folder, config),
         config_text=to_yaml(config),
@@ -59,12 +66,7 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 2.9), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes(title)
     for step in refreshes:
         axes.axvline(step, color="#c9cdd3", linewidth=0.8, zorder=0)
     for key, (label, colour) in lines.items():
@@ -72,13 +74,74 @@ def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines:
         axes.plot(
             [s["step"] for s in steps], [s[key] for s in steps], color=colour, linewidth=1.5, label=label, marker=marker
         )
-    axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
     axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines)))
-    axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _round_pictures(found: list[Round]) -> list[str]:
+    """SVGs over the rounds of stage one: where each one's time went, tokens a second, and on a GPU its memory."""
+    if not found:
+        return []
+    starts = [number for number, one in enumerate(found, 1) if one.is_first]
+    rates = {
+        "drawn": (BLUE, [one.generated_rate for one in found]),
+        "read by the teacher": (ORANGE, [one.scored_rate for one in found]),
+    }
+    pictures = [_time_of_rounds(found, starts)]
+    if any(rate for _, of_kind in rates.values() for rate in of_kind):
+        pictures.append(_lines_of_rounds("Tokens a second, each of its own time", rates, starts))
+    if any(one.peak for one in found):
+        memory = {"peak": (GREY, [one.peak / 2**30 for one in found])}
+        pictures.append(_lines_of_rounds("Peak GPU memory so far, GiB", memory, starts))
+    return pictures
+
+
+def _time_of_rounds(found: list[Round], starts: list[int]) -> str:
+    figure, axes = _round_axes("Seconds of each round, by use as above", starts)
+    bottoms = [0.0] * len(found)
+    for name, (_, colour) in USES.items():
+        heights = [one.seconds[name] for one in found]
+        axes.bar(range(1, len(found) + 1), heights, 0.8, bottom=bottoms, color=colour)
+        bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+    return _svg(figure)
+
+
+def _lines_of_rounds(title: str, lines: dict[str, tuple[str, list[float | None]]], starts: list[int]) -> str:
+    figure, axes = _round_axes(title, starts)
+    for label, (colour, values) in lines.items():
+        places = [(number, value) for number, value in enumerate(values, 1) if value is not None]
+        if places:
+            axes.plot(*zip(*places, strict=True), color=colour, linewidth=1.5, marker=".", label=label)
+    axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _round_axes(title: str, starts: list[int]) -> tuple[Any, Any]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(title)
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="#c9cdd3", linewidth=0.8, zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("round (grey lines: refreshes)" if len(starts) > 1 else "round")
+    return figure, axes
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _svg(figure: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from stages.models import checkpoints
 from stages.models.decoding.attention import check_attended, slot_attention
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import Progress, SlotCache
+from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
@@ -108,7 +111,10 @@ class Decoder:
             for _ in range(2):
                 self._step(width)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _refusals_explained(self.model),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._step(width)
         self.progress.active.copy_(live)
         self._graphs[width] = graph
@@ -206,6 +212,23 @@ class Decoder:
             self._cache.longest = longest
             self._cache.move(source, target)
             self.progress.move(source, target)
+
+
+@contextmanager
+def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
+    """A capture that CUDA refuses, after warm-up steps that went well, is the model's doing: `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__context__ or error  # ending a capture that failed raises once more
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
+        raise UserError(
+            f"a decode step of {type(model).__name__} cannot be captured in a CUDA graph ({reason}): its forward waits for the"
+            " GPU, or copies from the host. On a CPU steps run without capture: write its rollouts with `python -m"
+            " stages.rollout --role generate --device cpu`, or choose a student_model of another class."
+        ) from error
 
 
 @functools.cache

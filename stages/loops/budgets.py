@@ -1,0 +1,254 @@
+"""What the phases of a run take on a card, and how much work at a time `auto` gives them there.
+
+The run measures the memory that is free and the plan computes it; from there both go through the functions of this file.
+On a CPU `auto` stands for fixed numbers, so that a run is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from stages.models import checkpoints, memory
+from stages.models.memory import Shape
+from stages.models.teacher import Teacher, zero3_settings
+from stages.runtime.config import Config
+from stages.runtime.distributed import World
+from stages.runtime.errors import UserError
+
+MARGIN = 0.8  # of the free memory that `auto` hands out
+PREFILL_TOKENS = 16_384  # prompts are read in parts of about so many tokens
+CPU_GEN_ROWS, MOST_GEN_ROWS = 128, 512
+CPU_SCORE_TOKENS, CPU_TRAIN_ROWS = 16_384, 64
+LEAST_TOKENS, MOST_TOKENS = 2_048, 32_768  # of a forward: fewer leave the card idle, more bring nothing
+TOKENS_BESIDE_SLOTS = 16_384  # the scoring forward that slots leave room for
+STEP_TOKENS = 1_024
+
+Parts = dict[str, float]
+
+
+def total(parts: Parts) -> float:
+    return sum(parts.values())
+
+
+# --- what a phase takes, bytes by part
+
+
+def slot_parts(config: Config, shape: Shape, itemsize: int, slots: int) -> Parts:
+    """What the rollout engine keeps while it is open: slots that reach to the longest sequence, and logits to draw from."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return {
+        "keys and values": float(slots * longest * memory.kv_bytes_per_token(shape, itemsize)),
+        "logits": float(slots * memory.LOGIT_BYTES * shape.vocab_size),
+    }
+
+
+def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> float:
+    """Activations of the prompts that are read at once."""
+    tokens = min(PREFILL_TOKENS, slots * config.data.max_prompt_tokens)
+    return float(tokens * memory.forward_bytes_per_token(shape, itemsize))
+
+
+def copied_bytes(config: Config, student: Shape) -> float:
+    """The engine's own weights: the adapted layers with LoRA added; in full fine-tuning all fp32 weights in dtype."""
+    itemsize = checkpoints.DTYPES[config.run.dtype].itemsize
+    if not config.lora.use_lora:
+        return float(student.parameters * itemsize) if itemsize < 4 else 0.0
+    layers = memory.adapted(student, config.lora.lora_targets)
+    return float(sum(inputs * outputs for _, inputs, outputs in layers) * itemsize)
+
+
+def gathered_bytes(config: Config, teacher: Shape, num_gpus: int) -> float:
+    """What ZeRO-3 holds whole of the teacher while it forwards."""
+    zero = zero3_settings(config)["zero_optimization"]
+    prefetch = int(zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_ELEMENTS))
+    return float(memory.gather_bytes(teacher, _teacher_itemsize(config), num_gpus, prefetch))
+
+
+def scoring_parts(config: Config, teacher: Shape, gathered: float, tokens: int, device_bytes: float) -> Parts:
+    """A scoring forward of `tokens` tokens, all of them scored, beside the teacher's weights."""
+    return {
+        "gathered weights": gathered,
+        "activations": float(tokens * memory.forward_bytes_per_token(teacher, _teacher_itemsize(config))),
+        "selection": memory.compress_bytes(tokens, teacher, device_bytes),
+    }
+
+
+def _teacher_itemsize(config: Config) -> int:
+    return checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+
+
+def state_parts(config: Config, student: Shape, num_gpus: int, zero2: bool) -> Parts:
+    """What the optimizer keeps, and the gradients."""
+    trained = trained_parameters(config, student)
+    return {
+        "optimizer": float(memory.optimizer_bytes(trained, num_gpus, zero2)),
+        "gradients": float(memory.gradient_bytes(trained, num_gpus, zero2)),
+    }
+
+
+def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_bytes: float) -> Parts:
+    """A training forward of `tokens` tokens and its backward; the loss's chunks live before the backward's own moment."""
+    lora, itemsize = config.lora, checkpoints.DTYPES[config.run.dtype].itemsize
+    each = memory.activation_bytes_per_token(
+        student, itemsize, checkpointing=config.train.gradient_checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
+    )  # fmt: skip
+    signal = config.teacher_signal.signal
+    return {
+        "activations": tokens * each,
+        "loss": memory.loss_bytes(scored, student, signal, device_bytes, trains_head=not lora.use_lora),
+        "autocast copies": float(trained_parameters(config, student) * itemsize) if itemsize < 4 else 0.0,
+    }
+
+
+def trained_parameters(config: Config, student: Shape) -> int:
+    lora = config.lora
+    return memory.lora_parameters(student, lora.lora_r, lora.lora_targets) if lora.use_lora else student.parameters
+
+
+# --- what `auto` stands for, given free bytes of a card
+
+
+def gen_rows(config: Config, shape: Shape, itemsize: int, free: float, beside: float = 0.0) -> int:
+    """Slots that fit with the prompts being read, or with `beside` bytes of scoring, at most half of the room, if that is more.
+
+    A multiple of 8 from 8 on, at most a unit's rollouts and 512, at least 1.
+    """
+    most, room = min(MOST_GEN_ROWS, config.rollout.rollouts_per_unit), free * MARGIN
+    room -= max(min(beside, room / 2), prefill_bytes(config, shape, itemsize, most))
+    rows = int(room // total(slot_parts(config, shape, itemsize, 1)))
+    return max(1, min(most, rows // 8 * 8 if rows >= 8 else rows))
+
+
+def score_tokens(config: Config, teacher: Shape, gathered: float, free: float, device_bytes: float) -> int:
+    """Tokens of a scoring forward that fit: a multiple of 1,024 from 2,048 to 32,768."""
+    return _most_tokens(
+        lambda tokens: total(scoring_parts(config, teacher, gathered, tokens, device_bytes)), free * MARGIN
+    )
+
+
+def train_tokens(config: Config, student: Shape, free: float, device_bytes: float) -> int:
+    """The same of a training forward and its backward, beside the optimizer's state, if every token is scored."""
+    return _most_tokens(lambda tokens: total(step_parts(config, student, tokens, tokens, device_bytes)), free * MARGIN)
+
+
+def _most_tokens(bytes_of: Callable[[int], float], room: float) -> int:
+    fitting = (t for t in range(MOST_TOKENS, LEAST_TOKENS, -STEP_TOKENS) if bytes_of(t) <= room)
+    return next(fitting, LEAST_TOKENS)
+
+
+class Caps(NamedTuple):
+    """The most that a training forward may have; None: no cap."""
+
+    rows: int | None
+    tokens: int | None
+
+
+def train_caps(config: Config, fitting: int | None) -> Caps:
+    """lp_micro_batch and micro_batch_tokens, `fitting` tokens in place of `auto`; without (on a CPU) 64 rows of any length."""
+    rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
+    automatic_rows = CPU_TRAIN_ROWS if fitting is None else None
+    return Caps(automatic_rows if rows == "auto" else rows, fitting if tokens == "auto" else tokens)
+
+
+# --- the same for a run, whose free memory is measured
+
+
+def free_bytes(world: World) -> int | None:
+    """Free memory of the fullest rank's GPU, what torch holds in reserve included; None on a CPU (collective)."""
+    own = _own_free_bytes(world.device)
+    return None if own is None else min(world.gather(own))
+
+
+def _own_free_bytes(device: torch.device) -> int | None:
+    """Of this process. The reserve of captured steps is a pool of their own, which serves nobody else."""
+    if device.type == "cpu":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return free + sum(
+        segment["total_size"] - segment["active_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)
+    )
+
+
+def card_bytes(world: World) -> int:
+    return torch.cuda.get_device_properties(world.device).total_memory
+
+
+def slots_of_run(config: Config, world: World, model_config: Any, *, is_teacher: bool, scores_too: bool) -> int:
+    """gen_micro_batch: as given, or what fits beside the models that are loaded now (collective).
+
+    `is_teacher`: it is the teacher that writes, from weights of no other copy. `scores_too`: the same process scores
+    between the engine's calls.
+    """
+    given = config.rollout.gen_micro_batch
+    if given != "auto":
+        return given
+    free = free_bytes(world)
+    if free is None:
+        return CPU_GEN_ROWS
+    models = config.models
+    shape = _shape(model_config, "gen_micro_batch")
+    itemsize = _teacher_itemsize(config) if is_teacher else checkpoints.DTYPES[config.run.dtype].itemsize
+    beside = 0.0
+    if scores_too and models.teacher_model and not config.rollout.offload_idle:
+        teacher = _shape(checkpoints.load_config(models.teacher_model, models.teacher_revision), "gen_micro_batch")
+        gathered = gathered_bytes(config, teacher, world.size) if models.teacher_ds_zero3 and not is_teacher else 0.0
+        beside = beside_slots(config, teacher, gathered, card_bytes(world))
+    return gen_rows(config, shape, itemsize, free - (0 if is_teacher else copied_bytes(config, shape)), beside)
+
+
+def beside_slots(config: Config, teacher: Shape, gathered: float, device_bytes: float) -> float:
+    """Bytes that slots leave to a scoring forward of the same process."""
+    given = config.rollout.score_tokens
+    tokens = TOKENS_BESIDE_SLOTS if given == "auto" else given
+    return total(scoring_parts(config, teacher, gathered, tokens, device_bytes))
+
+
+def score_tokens_of_run(config: Config, world: World, teacher: Teacher) -> int:
+    """score_tokens: as given, or what fits beside what is loaded now, the same for all ranks (collective)."""
+    given = config.rollout.score_tokens
+    if given != "auto":
+        return given
+    free = free_bytes(world)
+    if free is None:
+        return CPU_SCORE_TOKENS
+    shape = _shape(teacher.config, "score_tokens")
+    gathered = gathered_bytes(config, shape, world.size) if teacher.is_collective else 0.0
+    return score_tokens(config, shape, gathered, free, card_bytes(world))
+
+
+def train_caps_of_run(config: Config, world: World, student_config: Any) -> Caps:
+    """Caps of a training forward beside the student, which is all that is loaded now, and what training adds.
+
+    The same for all ranks (collective).
+    """
+    free = free_bytes(world)
+    if free is None or config.train.micro_batch_tokens != "auto":
+        return train_caps(config, None if free is None else MOST_TOKENS)
+    shape, models = _shape(student_config, "micro_batch_tokens"), config.models
+    added = total(state_parts(config, shape, world.size, world.student_is_deepspeed))
+    if config.teacher_signal.signal == "hidden" and models.teacher_model:
+        teacher = _shape(checkpoints.load_config(models.teacher_model, models.teacher_revision), "micro_batch_tokens")
+        added += memory.head_bytes(teacher, _teacher_itemsize(config))
+    return train_caps(config, train_tokens(config, shape, free - added, card_bytes(world)))
+
+
+_shapes: dict[str, Shape] = {}
+
+
+def _shape(model_config: Any, key: str) -> Shape:
+    """The model's sizes, made once; `key` is the setting to name where it cannot be planned."""
+    name = model_config.to_json_string()
+    if name not in _shapes:
+        try:
+            _shapes[name] = memory.shape_of(model_config)
+        except UserError as error:
+            raise UserError(
+                f"{key}: auto cannot be worked out: {str(error).rstrip('.')}; give {key} a number."
+            ) from error
+    return _shapes[name]

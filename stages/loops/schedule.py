@@ -15,7 +15,7 @@ from tqdm import tqdm
 import cache
 from stages.data.batches import Pool, live_pool, replayed
 from stages.loops import fit as steps
-from stages.loops import versions
+from stages.loops import gating, versions
 from stages.loops.drift import Drift
 from stages.loops.feed import global_batches
 from stages.loops.fit import Training, save_checkpoint
@@ -72,7 +72,7 @@ def resume(run: Run, training: Training) -> Position | None:
     position = checkpoint.load(
         path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
     )
-    training.step = position.step
+    training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
     run.metrics.say(f"going on from {path}")
     return position

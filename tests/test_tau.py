@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import cache
-from dualkl import DualKLOutput
+from dualkl import DualKLOutput, TopKTeacher
 from dualkl.thresholds import AdaptiveTau, adapt, divergence_histogram, scheduled_tau
 from stages.loops import feed, fit, gating, schedule
 from stages.runtime import checkpoint
@@ -325,14 +326,39 @@ def test_rows_without_drift_are_not_given_thresholds_of_their_own(tmp_path: Path
     assert gating.threshold(config, 7, None) == 0.25
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("drift_to_forward", [0.0, 1.0])
+def test_on_a_gpu_the_host_does_not_wait_for_thresholds_and_figures(tmp_path: Path, drift_to_forward: float) -> None:
+    device, lengths = torch.device("cuda"), [20, 300]
+    config = make_config(tmp_path, drift_to_forward=drift_to_forward, tau=0.5)
+    pool = fit.Pool(["a", "b"], 0, {"a": 0, "b": -1}, {"a": (1, 20), "b": (1, 300)}, drifts={"b": 0.25})
+    rkl, fkl, gate, tail = torch.rand(4, 320, device=device)
+    out = DualKLOutput(rkl.sum(), rkl, fkl, gate, gate > 0.9, None, -tail)
+    teacher = TopKTeacher(torch.zeros(320, 1, device=device), torch.zeros(320, 1, device=device), -tail)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tau = gating.of_rows(config, pool, 0.5, ["a", "b"], lengths, device)
+        batch: Any = SimpleNamespace(tau=tau, teacher=teacher, teacher_entropy=None)
+        groups = gating.groups_of(pool, 5, ["a", "b"], lengths, device)
+        found = gating.statistics_of(config, out, batch, groups)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tau_N = torch.tensor([0.5] * 20 + [0.5 - 0.25 * drift_to_forward] * 300)
+    above = rkl.cpu() > tau_N
+    table = gating.gate_record(found.cpu(), 0.5)["by_age"]
+    assert {name: row["tokens"] for name, row in table.items()} == {"4-15": 20, "other runs": 300}
+    assert table["other runs"]["share_forward"] == pytest.approx(float(above[20:].double().mean()), rel=1e-5)
+
+
 # Settings
 
 
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"tau_schedule": "linear", "gating": "fixed"}, "tau_schedule: linear moves the gate's threshold, but gating: fixed has none"),
-        ({"tau_schedule": "adaptive", "gating": "fixed"}, "use gating: soft or hard"),
+        ({"tau_schedule": "linear", "gating": "fixed"}, "tau_schedule: linear moves the gate's threshold, but gating: fixed has none; use soft or hard"),
+        ({"tau_schedule": "adaptive", "objective": "jsd", "gating": "fixed"}, "tau_schedule: adaptive moves"),
         ({"tau_schedule": "adaptive", "alpha": 0}, "alpha 0 leaves every λ at one half"),
         ({"tau_share": 1.0}, "gate.tau_share: input should be less than 1"),
         ({"tau_share": 0}, "gate.tau_share: input should be greater than 0"),

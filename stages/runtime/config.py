@@ -109,23 +109,18 @@ class LossSection(Section):
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
     objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
     gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field(
-        "rkl",
-        description="what the gate compares with tau; teacher_entropy: as the cache holds it, of the whole vocabulary",
+        "rkl", description="compared with tau (entropy: as cached)"
     )
     teacher_smoothing: Finite = Field(0.0, ge=0, lt=1, description="uniform part mixed into the teacher")
 
 
 class GateSection(Section):
     tau_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
-        "constant", description="tau over the run: as it is, moved to tau_end, or following the divergences seen"
+        "constant", description="tau over the run: it stays, moves to tau_end, or follows the divergences seen"
     )
     tau_end: Finite = Field(0.1, ge=0, description="tau of the last step, nats (linear, cosine)")
-    tau_share: Finite = Field(
-        0.7, gt=0, lt=1, description="mean weight of the reverse KL that adaptive keeps; tau is its first step's"
-    )
-    tau_rate: Finite = Field(
-        0.1, gt=0, le=1, description="part of the way to a step's own threshold that adaptive goes"
-    )
+    tau_share: Finite = Field(0.7, gt=0, lt=1, description="adaptive: mean of λ to keep; tau is the first step's")
+    tau_rate: Finite = Field(0.1, gt=0, le=1, description="adaptive: part of the way to a step's own threshold")
 
 
 class TrainSection(Section):
@@ -400,14 +395,10 @@ def _check_gate(config: Config) -> None:
     schedule, loss = config.gate.tau_schedule, config.loss
     if schedule != "constant" and loss.gating == "fixed":
         raise UserError(
-            f"tau_schedule: {schedule} moves the gate's threshold, but gating: fixed has none; use gating: soft or hard,"
-            " or tau_schedule: constant."
+            f"tau_schedule: {schedule} moves the gate's threshold, but gating: fixed has none; use soft or hard."
         )
     if schedule == "adaptive" and loss.gating == "soft" and loss.alpha == 0:
-        raise UserError(
-            f"tau_schedule: adaptive cannot bring the mean of λ to tau_share {config.gate.tau_share}, because alpha 0 leaves"
-            " every λ at one half; raise alpha, or use gating: hard."
-        )
+        raise UserError("tau_schedule: adaptive moves no λ, alpha 0 leaves every λ at one half; raise alpha.")
 
 
 def _check_refresh(config: Config) -> None:

@@ -218,7 +218,9 @@ def measure_stage_one(setting: Setting, bench: Bench) -> Record:
 def train(run: Run, training: fit.Training, num_steps: int) -> None:
     """Stage two: that many steps over the run's rows."""
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    with closing(feed.global_batches(run, training.student, snapshot, pool, range(num_steps))) as batches:
+    with closing(
+        feed.global_batches(run, training.student, snapshot, pool, range(num_steps), training.caps)
+    ) as batches:
         for batch in batches:
             fit.train_step(run, training, pool, batch)
 

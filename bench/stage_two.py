@@ -164,7 +164,7 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     weights = reset_peak(device)
     clocks = [time.perf_counter()]
-    for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps)):
+    for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps), training.caps):
         fit.train_step(run, training, pool, batch)
         loss.synchronize(device)
         clocks.append(time.perf_counter())

@@ -1,11 +1,13 @@
 """What a run logs of its gate: histograms of λ and D, divergences on both sides of τ, mass on the kept ids.
 
 `gate_statistics` makes one flat tensor of counts and sums on the device, without waiting for it; tensors of micro-batches
-and processes are added. `figures` reads the total on the host.
+and processes are added. `figures` reads the total on the host, `group_sums` and `means` what is kept of groups of positions.
+
+Shape suffixes: N positions, B bins, G groups, C columns that are summed.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualkl.losses import DualKLOutput
@@ -14,7 +16,8 @@ from dualkl.thresholds import NUM_BINS, divergence_histogram
 NUM_GATE_BINS = 20
 SUMS = ("positions", "above_tau", "gate", "rkl_below", "rkl_above", "fkl_below", "fkl_above", "floored")
 SUPPORT_SUMS = ("bucketed", "student_mass", "teacher_mass")
-LENGTH = NUM_GATE_BINS + NUM_BINS + len(SUMS) + len(SUPPORT_SUMS)
+NUM_SUMS = len(SUMS) + len(SUPPORT_SUMS)
+LENGTH = NUM_GATE_BINS + NUM_BINS + NUM_SUMS
 
 
 @torch.no_grad()
@@ -25,24 +28,39 @@ def gate_statistics(
     *,
     divergence: Float[Tensor, " N"] | None = None,
     teacher_log_tail_mass: Float[Tensor, " N"] | None = None,
+    groups: Int[Tensor, " N"] | None = None,
+    num_groups: int = 0,
 ) -> Float[Tensor, " length"]:
-    """Counts and sums over positions, float64, LENGTH of them; `figures` reads them.
+    """Counts and sums over positions, float64: LENGTH of them (`figures`), then NUM_SUMS for each group (`group_sums`).
 
     Args:
         out: what `dual_kl` returned.
         tau: the threshold that it used.
-        counted: positions where this is 0 are left out (the loss's weights, or those times a mask of ages or places).
+        counted: positions where this is 0 are left out (the loss's weights, or those times a mask).
         divergence: the gate's D; by default R, as gate_on="rkl" has it.
         teacher_log_tail_mass: a top-k teacher's, for the mass on its kept ids; without it that mass is not reported.
+        groups: which of `num_groups` groups each position belongs to, 0-based; one outside belongs to none. A NaN that
+            counts shows in every group.
     """
     divergence_N = out.rkl if divergence is None else divergence
     include_N = torch.ones_like(out.rkl, dtype=torch.bool) if counted is None else counted != 0
-    above_N = include_N & (divergence_N > tau)
-    below_N = include_N & ~above_N
     bins_N = (out.gate * NUM_GATE_BINS).nan_to_num().long().clamp_(0, NUM_GATE_BINS - 1)
-    gates = torch.zeros(NUM_GATE_BINS, dtype=torch.int64, device=out.rkl.device).scatter_add_(
-        0, bins_N, include_N.long()
-    )
+    gates_B = torch.zeros(NUM_GATE_BINS, dtype=torch.int64, device=out.rkl.device)
+    gates_B.scatter_add_(0, bins_N, include_N.long())
+    columns_CN = _columns(out, include_N, divergence_N > tau, teacher_log_tail_mass)
+    divergences_B = divergence_histogram(divergence_N, include_N.double())
+    parts = [gates_B.double(), divergences_B.double(), columns_CN.sum(1)]
+    if groups is not None:
+        names_G = torch.arange(num_groups, device=out.rkl.device)
+        parts.append(((groups == names_G[:, None]).double() @ columns_CN.T).flatten())
+    return torch.cat(parts)
+
+
+def _columns(
+    out: DualKLOutput, include_N: Tensor, is_above_N: Tensor, teacher_log_tail_mass: Tensor | None
+) -> Float[Tensor, "C N"]:
+    """What SUMS and SUPPORT_SUMS are sums of, float64, 0 where a position does not count."""
+    above_N, below_N = include_N & is_above_N, include_N & ~is_above_N
     columns = [(include_N, include_N), (above_N, above_N), (out.gate, include_N)]
     columns += [(out.rkl, below_N), (out.rkl, above_N), (out.fkl, below_N), (out.fkl, above_N)]
     columns += [(out.floored, include_N)]
@@ -51,8 +69,7 @@ def gate_statistics(
         columns += [(include_N, include_N), *((mass_N, include_N) for mass_N in masses)]
     else:
         columns += [(include_N, torch.zeros_like(include_N))] * len(SUPPORT_SUMS)
-    sums = torch.stack([torch.where(mask_N, column_N, 0).sum(dtype=torch.float64) for column_N, mask_N in columns])
-    return torch.cat([gates.double(), divergence_histogram(divergence_N, include_N.double()).double(), sums])
+    return torch.stack([torch.where(mask_N, column_N.double(), 0) for column_N, mask_N in columns])
 
 
 def divergence_counts(statistics: Float[Tensor, " length"]) -> Float[Tensor, " B"]:
@@ -60,21 +77,38 @@ def divergence_counts(statistics: Float[Tensor, " length"]) -> Float[Tensor, " B
     return statistics[NUM_GATE_BINS : NUM_GATE_BINS + NUM_BINS]
 
 
-def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]]:
-    """The statistics as means for a log. Waits for the device. {} without positions.
+def group_sums(statistics: Float[Tensor, " length"], num_groups: int) -> Float[Tensor, "G C"]:
+    """The sums of each group in statistics that were made with `groups`; rows can be added, `means` reads one."""
+    return statistics[LENGTH:].view(num_groups, NUM_SUMS)
 
-    Keys: `gate_mean`, `share_above` (positions with D > τ), `rkl` and `fkl` and their means at positions with D <= τ
-    (`*_below`) and D > τ (`*_above`; nats, left out where there are none), `floored_share`, `student_support_mass` and
-    `teacher_support_mass` (probability on the kept ids), `gate_histogram` (equal bins of [0, 1]) and
-    `divergence_histogram` (edges: `dualkl.thresholds.bin_edges`).
+
+def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]]:
+    """The statistics of all positions for a log. Waits for the device. {} without positions.
+
+    Keys: those of `means`, `gate_histogram` (equal bins of [0, 1]) and `divergence_histogram` (edges:
+    `dualkl.thresholds.bin_edges`).
     """
-    values = statistics.tolist()
-    counts, sums = values[: NUM_GATE_BINS + NUM_BINS], values[NUM_GATE_BINS + NUM_BINS :]
-    total = dict(zip((*SUMS, *SUPPORT_SUMS), sums, strict=True))
+    counts = statistics[: NUM_GATE_BINS + NUM_BINS].tolist()
+    found: dict[str, float | list[int]] = {**means(statistics[NUM_GATE_BINS + NUM_BINS : LENGTH])}
+    if found:
+        found["gate_histogram"] = [int(x) for x in counts[:NUM_GATE_BINS]]
+        found["divergence_histogram"] = [int(x) for x in counts[NUM_GATE_BINS:]]
+    return found
+
+
+def means(sums: Float[Tensor, " C"]) -> dict[str, float]:
+    """NUM_SUMS sums as means over their positions. Waits for the device. {} without positions.
+
+    Keys: `positions` (their number), `gate_mean`, `share_above` (positions with D > τ), `rkl` and `fkl` and their means
+    at positions with D <= τ (`*_below`) and D > τ (`*_above`; nats, left out where there are none), `floored_share`,
+    `student_support_mass` and `teacher_support_mass` (probability on the kept ids; of positions with a top-k teacher).
+    """
+    total: dict[str, float] = dict(zip((*SUMS, *SUPPORT_SUMS), sums.tolist(), strict=True))
     num_all, num_above = total["positions"], total["above_tau"]
     if num_all == 0:
         return {}
-    found: dict[str, float | list[int]] = {
+    found = {
+        "positions": num_all,
         "gate_mean": total["gate"] / num_all,
         "share_above": num_above / num_all,
         "floored_share": total["floored"] / num_all,
@@ -88,6 +122,4 @@ def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]
     if total["bucketed"]:
         found["student_support_mass"] = total["student_mass"] / total["bucketed"]
         found["teacher_support_mass"] = total["teacher_mass"] / total["bucketed"]
-    found["gate_histogram"] = [int(x) for x in counts[:NUM_GATE_BINS]]
-    found["divergence_histogram"] = [int(x) for x in counts[NUM_GATE_BINS:]]
     return found

@@ -25,6 +25,7 @@ from stages.runtime import metrics, page, rounds
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
+from stages.runtime.gate_summary import gate_summary
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
@@ -51,6 +52,7 @@ def collect(folder: Path, config: Config) -> Report:
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
         "run": _run(records, config),
+        "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
     report["ratios"] = _ratios(report["before"], report["after"])

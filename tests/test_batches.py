@@ -297,7 +297,7 @@ def test_moving_a_micro_batch_keeps_every_tensor(packed: bool) -> None:
     for seen, value in zip(shapes, (batch, moved), strict=True):
         map_tensors(lambda tensor, seen=seen: seen.append(tuple(tensor.shape)) or tensor, value)
     assert shapes[0] == shapes[1]
-    assert len(shapes[0]) == (12 if packed else 11)
+    assert len(shapes[0]) == (13 if packed else 12)
     assert moved.weights.device.type == moved.teacher.ids.device.type == moved.aligned.scored.device.type == "meta"  # type: ignore[union-attr]
 
 

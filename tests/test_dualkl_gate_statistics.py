@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from dualkl import TopKTeacher
-from dualkl.gate_statistics import LENGTH, NUM_GATE_BINS, divergence_counts, figures, gate_statistics
+from dualkl.gate_statistics import (
+    LENGTH,
+    NUM_GATE_BINS,
+    NUM_SUMS,
+    divergence_counts,
+    figures,
+    gate_statistics,
+    group_sums,
+    means,
+)
 from dualkl.thresholds import divergence_histogram
 from tests.test_dualkl_losses import Case, N
 
@@ -46,6 +55,26 @@ def test_statistics_of_parts_add_up() -> None:
     assert whole.shape == (LENGTH,)
     torch.testing.assert_close(gate_statistics(out, 0.8, first) + gate_statistics(out, 0.8, 1 - first), whole)
     assert torch.equal(divergence_counts(whole), divergence_histogram(out.rkl).double())
+
+
+def test_groups_have_the_means_of_their_positions() -> None:
+    case = Case()
+    teacher = case.teacher("topk")
+    assert isinstance(teacher, TopKTeacher)
+    out = case.run("topk", case.config(tau=0.2))
+    tau, tails = float(out.rkl.median()), teacher.log_tail_mass
+    groups = torch.tensor([0, 2, 2, 0, 3, 2, 0], dtype=torch.uint8)
+    counted = torch.ones(N)
+    counted[1] = 0
+    statistics = gate_statistics(out, tau, counted, teacher_log_tail_mass=tails, groups=groups, num_groups=3)
+    assert statistics.shape == (LENGTH + 3 * NUM_SUMS,)
+    assert torch.equal(statistics[:LENGTH], gate_statistics(out, tau, counted, teacher_log_tail_mass=tails))
+    sums = group_sums(statistics, 3)
+    for number in (0, 2):
+        alone = figures(gate_statistics(out, tau, counted * (groups == number), teacher_log_tail_mass=tails))
+        assert means(sums[number]) == pytest.approx({k: v for k, v in alone.items() if not isinstance(v, list)})
+    assert means(sums[1]) == {}
+    assert means(sums.sum(0))["positions"] == 5, "group 3 is none of three, one position does not count"
 
 
 def test_a_dense_teacher_has_no_support_and_one_side_may_be_empty() -> None:

@@ -1,6 +1,7 @@
 """What a run logs: metrics.jsonl survives what a crash cuts off, a run on the site is one run."""
 
 from pathlib import Path
+from typing import Any
 
 from stages.runtime.metrics import read as read_metrics
 from tests.helpers import make_run
@@ -25,3 +26,19 @@ def test_all_starts_of_a_run_are_one_run_on_the_site_and_other_folders_another(t
         ids.append(run.metrics._wandb.id)
         run.metrics.close()
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_the_site_gets_the_numbers_of_nested_tables_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    sent: list[tuple[dict[str, float], int]] = []
+
+    class Site:
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append((values, step))
+
+    site: Any = Site()
+    run.metrics._wandb = site
+    table = {"0-3": {"tokens": 7, "rkl": 0.5}, "other runs": {"tokens": 2, "rkl": None}}
+    run.metrics.log("gate", step=4, tau=0.25, by_age=table, gate_histogram=[1, 2], reason="none")
+    numbers = {"tau": 0.25, "by_age/0-3/tokens": 7, "by_age/0-3/rkl": 0.5, "by_age/other runs/tokens": 2}
+    assert sent == [({"gate/step": 4, **{f"gate/{name}": value for name, value in numbers.items()}}, 4)]

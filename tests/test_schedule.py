@@ -26,7 +26,7 @@ from stages.runtime.config import Config, rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
 from tests.helpers import Forker, assert_same_weights, make_config, make_run, records_of, refused, small, weights_in
-from tests.test_resume import assert_same_run, crash
+from tests.test_resume import Stop, assert_same_run, crash
 from tests.tiny_runs import TINY, step_run, student_of, train, train_from, write_rollouts
 
 # When a refresh is due
@@ -326,6 +326,21 @@ def test_training_goes_on_over_rows_within_the_bound(tmp_path: Path, forked: For
     assert [step["step"] for step in steps] == list(range(1, 10))
     assert all(step["staleness"] <= 6 for step in steps)
     assert {record["refresh_index"] for record in records_of(run, "refresh")} <= set(range(1, 5))
+
+
+def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of steps 2, 4 and 6 have been published, and the rows of none arrive."""
+
+    def waiting(_: float) -> None:
+        raise Stop
+
+    monkeypatch.setattr(schedule.Arrivals, "newest", lambda _, position: position.refresh_index)
+    monkeypatch.setattr(schedule.time, "sleep", waiting)
+    with pytest.raises(Stop):
+        train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_staleness": 6, "refresh_every": 2}))
+    assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_two_processes_take_up_the_same_rows_together(tmp_path: Path, forked: Forker) -> None:

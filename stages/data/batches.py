@@ -90,14 +90,16 @@ class Extra:
 class MicroBatch:
     """What one training forward takes; `weights` are constants of the loss, one a scored position.
 
-    `tau`: the gate's threshold at each position, nats; None: the configured one everywhere.
+    `tau`: the gate's threshold at each position, or everywhere, nats; None: the configured one.
+    `teacher_entropy`: of the teacher's full distribution at each position, nats, as the cache holds it.
     """
 
     aligned: Aligned
     teacher: AnyTeacher
     sampled: Sampled
     weights: Float[Tensor, " N"]
-    tau: Float[Tensor, " N"] | None = None
+    tau: Float[Tensor, " N"] | float | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
 
 
 def live_pool(
@@ -239,7 +241,9 @@ def to_tensors(
         _cat([r.behaviour_logprobs for r in records]).to(device),
     )
     weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
-    return MicroBatch(aligned, teacher_of(records, head, device, vocab_size), sampled, weights)
+    entropy = _cat([r.teacher_entropy for r in records]).to(device)
+    teacher = teacher_of(records, head, device, vocab_size)
+    return MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy)
 
 
 def pinned_tensors(records: list[cache.Record], weight: float, head: Head | None, pad_id: int, vocab_size: int,

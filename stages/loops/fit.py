@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
+from dualkl.thresholds import AdaptiveTau
 from stages.data.alignment import at_scored
 from stages.data.batches import MicroBatch, Pool, on_device
+from stages.loops import gating
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
@@ -29,7 +31,7 @@ from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-MEANS = ("rkl", "fkl", "gate", "share_forward", "share_floored", "student_logprob")
+MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
 
 
@@ -43,21 +45,31 @@ class StudentLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, DualKLOutput]:
         hidden_Nd = at_scored(self._student.hidden(batch.aligned), batch.aligned)
+        entropy_N = batch.teacher_entropy if self._config.gate_on == "teacher_entropy" else None
         out = dual_kl(
-            hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights, tau=batch.tau
-        )
+            hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights, tau=batch.tau,
+            teacher_entropy=entropy_N,
+        )  # fmt: skip
         return out.loss, out
 
 
 @dataclass
 class Training:
-    """The student with what updates it; `module` is StudentLoss as wrapped by DDP or DeepSpeed; `caps` of a forward."""
+    """The student with what updates it.
+
+    Attributes:
+        module: StudentLoss as wrapped by DDP or DeepSpeed.
+        adaptive: the gate's threshold for the next step where it follows the divergences seen.
+        caps: how large a forward may be.
+        step: optimizer steps done.
+    """
 
     student: Student
     module: nn.Module
     optimizer: Any
     scheduler: Any
     caps: Caps
+    adaptive: AdaptiveTau | None = None
     step: int = 0
 
     @property
@@ -85,7 +97,7 @@ def prepare(run: Run, student: Student) -> Training:
     elif world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
-    return Training(student, module, optimizer, scheduler, caps)
+    return Training(student, module, optimizer, scheduler, caps, gating.starting(run.config, {}))
 
 
 def lr_factor(train: TrainSection, step: int) -> float:
@@ -133,9 +145,11 @@ def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
 
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:
     """The state after `training.step` steps, on the rows that `position` names."""
+    adaptive = training.adaptive
+    position = replace(position, step=training.step, adaptive_tau={} if adaptive is None else adaptive.state())
     checkpoint.save(
-        run.folder / "checkpoints", replace(position, step=training.step), training.student.trainable, training.optimizer,
-        training.scheduler, run.world, run.config.train.keep_checkpoints, training.engine,
+        run.folder / "checkpoints", position, training.student.trainable, training.optimizer, training.scheduler,
+        run.world, run.config.train.keep_checkpoints, training.engine,
     )  # fmt: skip
 
 
@@ -148,7 +162,9 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     config, world = run.config, run.world
     training.module.train()
     torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
+    tau = gating.threshold(config, training.step, training.adaptive)
     outputs: list[DualKLOutput] = []
+    gates: list[Tensor] = []
     drifts: list[Tensor] = []
     first: list[cache.Record] = []
     waited = 0.0
@@ -158,31 +174,21 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
         waited += time.perf_counter() - asked
         first = first or rows
         last = index == len(batch.forwards) - 1
-        inputs = replace(
-            on_device(inputs, world.device), tau=_thresholds(config, pool, forward.row_ids, rows, world.device)
-        )
+        keys, lengths = forward.row_ids, [len(record.completion_ids) for record in rows]
+        thresholds = gating.of_rows(config, pool, tau, keys, lengths, world.device)
+        inputs = replace(on_device(inputs, world.device), tau=thresholds)
         out = _backward(training, inputs, world.size, last)
         if not forward.is_idle:
             outputs.append(out)
-            lengths = [len(record.completion_ids) for record in rows]
+            groups = gating.groups_of(pool, training.step, keys, lengths, world.device)
+            gates.append(gating.statistics_of(config, out, inputs, groups))
             drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
     lr = training.scheduler.get_last_lr()[0]
-    values, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs, drifts))
+    values, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs, gates, drifts))
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    drift = _report(run, training, pool, batch, values, grad_norm, lr, times)
+    drift = _report(run, training, pool, batch, tau, values, grad_norm, lr, times)
     _trace(run, training, first, outputs)
     return drift
-
-
-def _thresholds(
-    config: Config, pool: Pool, keys: list[str], rows: list[cache.Record], device: torch.device
-) -> Tensor | None:
-    """The gate's threshold of each scored token: lower, so nearer to forward KL, the more its row has drifted."""
-    if not config.refresh.drift_to_forward:
-        return None
-    drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
-    tau_N = np.repeat(config.loss.tau - config.refresh.drift_to_forward * drifts, [len(r.completion_ids) for r in rows])
-    return torch.from_numpy(tau_N.astype(np.float32)).to(device)
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
@@ -222,22 +228,24 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
     return values, grad_norm
 
 
-def _sums(outputs: list[DualKLOutput], drifts: list[Tensor]) -> Tensor:
-    """Of this rank's forwards, on their device: the loss, the sums over tokens of `MEANS`, `drifts` row by row; float64."""
+def _sums(outputs: list[DualKLOutput], gates: list[Tensor], drifts: list[Tensor]) -> Tensor:
+    """Of this rank's forwards, on their device, float64: the loss, sums over tokens of `MEANS` and of the gate, `drifts`."""
 
     def of(out: DualKLOutput) -> Tensor:
-        values = (out.loss.detach(), out.rkl, out.fkl, out.gate, out.gate < 0.5, out.floored, out.student_logprobs)
+        values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs)
         return torch.stack([value.double().sum() for value in values])
 
-    return torch.cat([torch.stack([of(out) for out in outputs]).sum(0), torch.cat(drifts).flatten()])
+    sums = torch.stack([of(out) for out in outputs]).sum(0)
+    return torch.cat([sums, torch.stack(gates).sum(0), torch.cat(drifts).flatten()])
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, batch: Batch, values: list[float], grad_norm: float, lr: float,
-    times: dict[str, float],
+    run: Run, training: Training, pool: Pool, batch: Batch, tau: float | None, values: list[float], grad_norm: float,
+    lr: float, times: dict[str, float],
 ) -> Drift:  # fmt: skip
-    """One `step` record: token means over the global batch, and its drift, which is returned (collective)."""
-    num_sums = 1 + len(MEANS)
+    """A `step` and a `gate` record of the global batch; moves an adaptive τ, returns the drift (collective)."""
+    num_means = 1 + len(MEANS)
+    num_sums = num_means + gating.LENGTH
     spread_R3 = _spread_rows(run, batch, np.array(values[num_sums:]).reshape(-1, NUM_SUMS))
     reduced = run.world.sum([*values[:num_sums], *spread_R3.flatten().tolist()])
     drift = drift_of(
@@ -246,14 +254,17 @@ def _report(
         [pool.lengths[key][1] for key in batch.row_ids],
         [pool.ages[key] >= 0 for key in batch.row_ids],
     )
-    means = dict(zip(MEANS, (value / batch.total_tokens for value in reduced[1:num_sums]), strict=True))
+    means = dict(zip(MEANS, (value / batch.total_tokens for value in reduced[1:num_means]), strict=True))
+    gate = torch.tensor(reduced[num_means:num_sums], dtype=torch.float64)
+    training.adaptive = gating.adapted(run.config, training.adaptive, gate)
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
     staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
-        "step", step=training.step, loss=reduced[0], **means, grad_norm=grad_norm, refresh_index=pool.version,
+        "step", step=training.step, loss=reduced[0], **means, **gating.step_figures(gate, tau), grad_norm=grad_norm, refresh_index=pool.version,
         lr=lr, tokens=batch.total_tokens, staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
         **times,
     )  # fmt: skip
+    run.metrics.log("gate", step=training.step, **gating.gate_record(gate, tau))
     return drift
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import cache
 from stages.data.batches import Pool, live_pool, replayed
 from stages.loops import fit as steps
-from stages.loops import versions
+from stages.loops import gating, versions
 from stages.loops.drift import Drift
 from stages.loops.feed import global_batches
 from stages.loops.fit import Training, save_checkpoint
@@ -72,7 +72,7 @@ def resume(run: Run, training: Training) -> Position | None:
     position = checkpoint.load(
         path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
     )
-    training.step = position.step
+    training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
     run.metrics.say(f"going on from {path}")
     return position
@@ -142,11 +142,16 @@ def _fit_pool(
             bar.update(1)
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
-            if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
+            if due(run.config, position) or (arrivals and _waits_or_goes_over(run, position, arrivals)):
                 break
             if training.step % train.checkpoint_every == 0 and training.step < last:
                 save_checkpoint(run, training, position)
     return position
+
+
+def _waits_or_goes_over(run: Run, position: Position, arrivals: Arrivals) -> bool:
+    """Whether the rows in use are not trained on any further: too old, or newer ones have arrived (collective)."""
+    return _too_old(run.config, position) or arrivals.bring_newer(position)
 
 
 def _after_step(config: Config, position: Position, step: int, pool: Pool, drift: Drift) -> Position:

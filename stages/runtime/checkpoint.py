@@ -56,6 +56,7 @@ class Position:
         recent: drift (nats a token) and effective share of the last steps on these rows, oldest first.
         kept: ids of the earlier rows that stayed then (replay_share); None: all that max_age allows.
         row_drifts: drift of each row when it was last trained on, by the pool's key; empty where nothing asks for it.
+        adaptive_tau: state of the gate's threshold (`dualkl.thresholds.AdaptiveTau.state`); empty where it does not adapt.
     """
 
     step: int
@@ -66,6 +67,7 @@ class Position:
     recent: list[list[float]] = field(default_factory=list)
     kept: list[str] | None = None
     row_drifts: dict[str, float] = field(default_factory=dict)
+    adaptive_tau: dict[str, float] = field(default_factory=dict)
 
     @property
     def newest(self) -> int:

@@ -113,8 +113,19 @@ class LossSection(Section):
     importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
     tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
     objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
-    gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field("rkl", description="what the gate compares with tau")
+    gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field(
+        "rkl", description="compared with tau (entropy: as cached)"
+    )
     teacher_smoothing: Finite = Field(0.0, ge=0, lt=1, description="uniform part mixed into the teacher")
+
+
+class GateSection(Section):
+    tau_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
+        "constant", description="tau over the run: it stays, moves to tau_end, or follows the divergences seen"
+    )
+    tau_end: Finite = Field(0.1, ge=0, description="tau of the last step, nats (linear, cosine)")
+    tau_share: Finite = Field(0.7, gt=0, lt=1, description="adaptive: mean of λ to keep; tau is the first step's")
+    tau_rate: Finite = Field(0.1, gt=0, le=1, description="adaptive: part of the way to a step's own threshold")
 
 
 class TrainSection(Section):
@@ -199,6 +210,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     teacher_signal: SignalSection = SignalSection()
     loss: LossSection = LossSection()
+    gate: GateSection = GateSection()
     train: TrainSection = TrainSection()
     refresh: RefreshSection = RefreshSection()
     eval: EvalSection = EvalSection()
@@ -365,6 +377,7 @@ def _check(config: Config) -> None:
             f" {rollout.group_size}; change one of them."
         )
     _check_refresh(config)
+    _check_gate(config)
     if loss.gate_on != "rkl" and loss.gating == "fixed":
         raise UserError(f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard.")
     if loss.objective == "jsd" and (
@@ -383,6 +396,16 @@ def _check(config: Config) -> None:
         )
     if loss.rkl == "mc" and loss.temperature != 1:
         raise UserError("rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact.")
+
+
+def _check_gate(config: Config) -> None:
+    schedule, loss = config.gate.tau_schedule, config.loss
+    if schedule != "constant" and loss.gating == "fixed":
+        raise UserError(
+            f"tau_schedule: {schedule} moves the gate's threshold, but gating: fixed has none; use soft or hard."
+        )
+    if schedule == "adaptive" and loss.gating == "soft" and loss.alpha == 0:
+        raise UserError("tau_schedule: adaptive moves no λ, alpha 0 leaves every λ at one half; raise alpha.")
 
 
 def _check_refresh(config: Config) -> None:

@@ -84,15 +84,14 @@ class Metrics:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self._wandb is not None:
-            flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self._wandb.log(flat, step=values.get("step"))
+            self._wandb.log(_scalars(kind, values), step=values.get("step"))
 
     def rewind(self, step: int, refresh_index: int) -> None:
         """Drops what a run that resumes after `step` and refresh `refresh_index` will write again."""
         if not (self.world.is_main and self.path.exists()):
             return
         last = {"step": step, "refresh_index": refresh_index}
-        counted = {"step": "step", "eval": "step", "refresh": "refresh_index"}
+        counted = {"step": "step", "gate": "step", "eval": "step", "refresh": "refresh_index"}
         kept = [
             r for r in read(self.path) if r["kind"] not in counted or r[counted[r["kind"]]] <= last[counted[r["kind"]]]
         ]
@@ -105,6 +104,17 @@ class Metrics:
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _scalars(prefix: str, values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record, those of nested tables too, by their path: `gate/by_age/0-3/rkl`."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _scalars(f"{prefix}/{key}", value)
+        elif isinstance(value, int | float):
+            found[f"{prefix}/{key}"] = value
+    return found
 
 
 def read(path: Path) -> list[dict[str, Any]]:

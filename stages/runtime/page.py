@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def render(report: dict[str, Any], folder: Path, config: Config) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
         pictures=[Markup(svg) for svg in _pictures(records)],
+        histograms=[Markup(svg) for svg in _histograms(report["gate"])],
         phases=_phases(report["seconds"]),
         uses=[(*USES[name], share) for name, share in report["stage_one"]["shares"].items() if share],
         round_pictures=[Markup(svg) for svg in _round_pictures(rounds.rounds_of(records))],
@@ -52,6 +54,8 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
         ("Loss, nats a token", {"loss": ("loss", BLUE)}),
         ("Divergence from the teacher, nats a token", {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)}),
         ("Gate", {"gate": ("mean λ (weight of the reverse KL)", BLUE), "share_forward": ("share of tokens with λ < 0.5", ORANGE)}),
+        ("Gate threshold τ, nats", {"tau": ("τ", BLUE)}),
+        ("Reverse KL on each side of τ, nats a token", {"rkl_above": ("tokens with D > τ", ORANGE), "tau": ("τ", GREY), "rkl_below": ("tokens with D ≤ τ", BLUE)}),
         ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
         ("Drift from the policy of the rows, KL in nats a token", {"drift": ("drift", BLUE)}),
         ("Effective sample size, share", {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)}),
@@ -65,17 +69,68 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def _histograms(gate: dict[str, Any]) -> list[str]:
+    """SVGs of the divergences that the gate looked at, τ marked, and of λ, in the first and the last steps."""
+    if not gate:
+        return []
+    parts = [(gate["first"], ORANGE, "first"), (gate["last"], BLUE, "last")]
+    bins = len(gate["first"]["divergence_histogram"])
+    start, width = math.log10(gate["first"]["histogram_from"]), 1 / gate["first"]["histogram_bins_per_decade"]
+    edges = [10 ** (start + width * (place - 1)) for place in range(bins + 1)]
+    figure, axes = _figure("Divergence D that the gate looked at, share of the tokens")
+    for part, colour, name in parts:
+        label = f"{name} steps ({part['steps'][0]} to {part['steps'][1]})"
+        _outline(axes, part["divergence_histogram"], edges, colour, label)
+        if part["tau"] is not None:
+            axes.axvline(part["tau"], color=colour, linewidth=1.2, linestyle="--", label=f"τ, {name} steps")
+    axes.set_xscale("log")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
+    axes.set_xlabel("D, nats (outermost bins: all below and above)")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+    pictures = [_svg(figure)]
+    figure, axes = _figure("λ, share of the tokens")
+    count = len(gate["first"]["gate_histogram"])
+    for part, colour, name in parts:
+        _outline(axes, part["gate_histogram"], [i / count for i in range(count + 1)], colour, f"{name} steps")
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("λ, weight of the reverse KL")
+    axes.legend(frameon=False, fontsize=9, loc="upper center")
+    return [*pictures, _svg(figure)]
+
+
+def _outline(axes: Any, counts: list[int], edges: list[float], colour: str, label: str) -> None:
+    total = max(1, sum(counts))
+    axes.stairs([count / total for count in counts], edges, color=colour, linewidth=1.5, label=label)
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    """An empty figure of the page's size and its axes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
 def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:
-    figure, axes = _axes(title)
+    figure, axes = _figure(title)
     for step in refreshes:
         axes.axvline(step, color="#c9cdd3", linewidth=0.8, zorder=0)
     for key, (label, colour) in lines.items():
         marker = "o" if len(steps) == 1 else None
-        axes.plot(
-            [s["step"] for s in steps], [s[key] for s in steps], color=colour, linewidth=1.5, label=label, marker=marker
-        )
+        values = [math.nan if s[key] is None else s[key] for s in steps]  # None: no token there
+        axes.plot([s["step"] for s in steps], values, color=colour, linewidth=1.5, label=label, marker=marker)
     axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
-    axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines)))
+    if "rkl_below" in lines:
+        axes.set_yscale("log")  # orders of magnitude apart
+    else:
+        axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines if s[key] is not None)))
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
@@ -124,23 +179,11 @@ def _lines_of_rounds(title: str, lines: dict[str, tuple[str, list[float | None]]
 def _round_axes(title: str, starts: list[int]) -> tuple[Any, Any]:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(title)
+    figure, axes = _figure(title)
     for start in starts[1:]:
         axes.axvline(start - 0.5, color="#c9cdd3", linewidth=0.8, zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round (grey lines: refreshes)" if len(starts) > 1 else "round")
-    return figure, axes
-
-
-def _axes(title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 2.9), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -1,0 +1,159 @@
+"""Stage two's gate: each step's threshold, and what is logged of λ and of the divergence D that it looks at.
+
+What is logged is summed on the device, forward by forward, and comes to the host with the other numbers of the step. An
+adaptive threshold is a function of the histograms of D of the steps before, of all processes and forwards: counts, which
+add up to the same whatever a step was cut into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualkl import DualKLOutput, TopKTeacher, gate_statistics
+from dualkl.gate_statistics import NUM_SUMS, divergence_counts, figures, group_sums, means
+from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt, scheduled_tau
+from stages.data.batches import MicroBatch, Pool
+from stages.runtime.config import Config
+
+POSITION_BOUNDS = (16, 64, 256)
+POSITIONS = ("0-15", "16-63", "64-255", "256+")
+"""Tokens of the completion before the one that is scored."""
+AGE_BOUNDS = (4, 16, 64)
+AGES = ("0-3", "4-15", "16-63", "64+", "other runs")
+"""Optimizer steps since the weights that wrote the row; rows of other runs have no age."""
+NUM_GROUPS = len(AGES) * len(POSITIONS)
+LENGTH = gate_statistics.LENGTH + NUM_GROUPS * NUM_SUMS
+SIDES = ("rkl_below", "rkl_above", "fkl_below", "fkl_above")
+MASSES = ("student_support_mass", "teacher_support_mass")
+LOGGED_BINS_PER_DECADE = 4
+DIGITS = 6
+
+
+def starting(config: Config, state: dict[str, float]) -> AdaptiveTau | None:
+    """An adaptive threshold as a checkpoint's `state` has it, or at its beginning; None where τ does not adapt.
+
+    It is held on the host: what moves it is read there anyway, once a step.
+    """
+    if config.gate.tau_schedule != "adaptive":
+        return None
+    return AdaptiveTau.from_state(state) if state else AdaptiveTau.starting_at(config.loss.tau)
+
+
+def threshold(config: Config, step: int, adaptive: AdaptiveTau | None) -> float | None:
+    """τ of 0-based `step`, nats; None where the gate has none."""
+    if config.loss.gating == "fixed":
+        return None
+    if adaptive is not None:
+        return float(adaptive.tau)
+    schedule = config.gate.tau_schedule
+    assert schedule != "adaptive"
+    return scheduled_tau(schedule, config.loss.tau, config.gate.tau_end, step, config.train.max_steps)
+
+
+def of_rows(
+    config: Config, pool: Pool, tau: float | None, keys: Sequence[str], lengths: Sequence[int], device: torch.device
+) -> Tensor | float | None:
+    """τ for the scored tokens of these rows: lower, so nearer to forward KL, the more a row has drifted.
+
+    Where rows are not shifted it is `tau` itself.
+    """
+    if not config.refresh.drift_to_forward:
+        return tau
+    drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
+    tau_N = np.repeat(tau - config.refresh.drift_to_forward * drifts, lengths)
+    return _queued(tau_N.astype(np.float32), device)
+
+
+def groups_of(pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The group, by age at 0-based `step` and place in its completion, of each scored token of these rows."""
+    ages = np.array([pool.ages[key] for key in keys])
+    of_age = np.digitize(ages + step - pool.opened_at, AGE_BOUNDS)
+    of_age[ages < 0] = len(AGES) - 1
+    of_position = np.digitize(np.concatenate([np.arange(length) for length in lengths]), POSITION_BOUNDS)
+    groups_N = np.repeat(of_age, lengths) * len(POSITIONS) + of_position
+    return _queued(groups_N.astype(np.uint8), device)
+
+
+def _queued(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device behind what it does now: the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def statistics_of(config: Config, out: DualKLOutput, batch: MicroBatch, groups: Tensor) -> Tensor:
+    """LENGTH counts and sums of one forward, float64, on its device."""
+    divergence_N = {"rkl": out.rkl, "fkl": out.fkl, "teacher_entropy": batch.teacher_entropy}[config.loss.gate_on]
+    return gate_statistics.gate_statistics(
+        out,
+        math.inf if batch.tau is None else batch.tau,
+        divergence=divergence_N,
+        teacher_log_tail_mass=batch.teacher.log_tail_mass if isinstance(batch.teacher, TopKTeacher) else None,
+        groups=groups,
+        num_groups=NUM_GROUPS,
+    )
+
+
+def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) -> AdaptiveTau | None:
+    """The threshold of the next step, after one with these statistics, of all processes."""
+    if adaptive is None:
+        return None
+    loss, gate = config.loss, config.gate
+    assert loss.gating != "fixed"
+    return adapt(
+        adaptive, divergence_counts(statistics), share=gate.tau_share, gating=loss.gating, alpha=loss.alpha,
+        rate=gate.tau_rate,
+    )  # fmt: skip
+
+
+def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | None]:
+    """What a `step` record says of the gate: means over the tokens of the step.
+
+    `rkl`, `fkl`, `gate` (λ) and `share_floored`; with a threshold `tau` and both KLs on its two sides (`*_below`: D <= τ,
+    the token's own where rows are shifted); with top-k rows the probability on their kept ids, of student and teacher.
+    None: no token there.
+    """
+    found = figures(statistics)
+    chosen = {"rkl": "rkl", "fkl": "fkl", "gate": "gate_mean", "share_floored": "floored_share"}
+    chosen |= {name: name for name in (*(SIDES if tau is not None else ()), *MASSES)}
+    values = {name: found.get(key) for name, key in chosen.items()}
+    return values if tau is None else {"tau": tau, **values}  # type: ignore[dict-item]  # lists are not chosen
+
+
+def gate_record(statistics: Tensor, tau: float | None) -> dict[str, Any]:
+    """What a `gate` record holds: histograms of λ and D, and means by position and by age.
+
+    `gate_histogram`: tokens in equal bins of λ in [0, 1]. `divergence_histogram`: tokens below `histogram_from` nats, then
+    in `histogram_bins_per_decade` bins a decade of D, the last one without an end. Tables leave out what holds no token.
+    """
+    found = figures(statistics)
+    fine_B = np.array(found["divergence_histogram"])
+    width = BINS_PER_DECADE // LOGGED_BINS_PER_DECADE
+    inner = fine_B[1:-1].reshape(-1, width).sum(1).tolist()
+    sums_APC = group_sums(statistics, NUM_GROUPS).view(len(AGES), len(POSITIONS), NUM_SUMS)
+    return {
+        **({} if tau is None else {"tau": tau}),
+        "gate_histogram": found["gate_histogram"],
+        "divergence_histogram": [int(fine_B[0]), *inner, int(fine_B[-1])],
+        "histogram_from": LEAST_DIVERGENCE,
+        "histogram_bins_per_decade": LOGGED_BINS_PER_DECADE,
+        "by_position": _table(POSITIONS, sums_APC.sum(0), tau is not None),
+        "by_age": _table(AGES, sums_APC.sum(1), tau is not None),
+    }
+
+
+def _table(names: Sequence[str], sums_GC: Tensor, has_threshold: bool) -> dict[str, dict[str, float]]:
+    """Tokens, mean λ, both KLs and the share with D > τ of each group that holds tokens."""
+    columns = {"gate": "gate_mean", "rkl": "rkl", "fkl": "fkl"}
+    columns |= {"share_forward": "share_above"} if has_threshold else {}
+    table = {}
+    for name, sums_C in zip(names, sums_GC, strict=True):
+        if found := means(sums_C):
+            shown = {column: float(f"{found[key]:.{DIGITS}g}") for column, key in columns.items()}
+            table[name] = {"tokens": int(found["positions"]), **shown}
+    return table

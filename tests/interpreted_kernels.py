@@ -71,11 +71,11 @@ def run(
     out = torch.full((7, num_rows), math.nan)
     if "ids" in teacher:
         columns = TopKTeacher(**teacher)
-        fused.topk_rows(buffer, head, columns, slice(0, num_rows), chunk, config, gradient, num_ids, out, num_rows)
+        fused.topk_rows(buffer, head, columns, slice(0, num_rows), chunk, config, gradient, num_ids, out)
     else:
         dense = teacher["logits"].float()
         out = out[:5]
-        fused.dense_rows(buffer, head, dense, None, chunk, config, gradient, num_ids, out, num_rows)
+        fused.dense_rows(buffer, head, dense, None, chunk, config, gradient, num_ids, out)
     return fused._result(out, chunk), gradient
 
 

@@ -28,7 +28,7 @@ POINTERS = {
     **{"hits_ptr": "*i32", "packed_ptr": "*i64"},
 }
 SIZES = ("student_stride", "teacher_stride", "gradient_stride", "width", "num_ids", "teacher_width", "stride")
-COUNTS = ("num_rows", "num_slots", "out_stride", "num_segments", "num_hits", "k")
+COUNTS = ("num_slots", "out_stride", "num_segments", "num_hits", "k")
 
 
 @linux_only
@@ -144,7 +144,7 @@ def test_default_groups_fill_whole_tiles_and_stay_within_their_memory() -> None:
 
     hidden = torch.empty(8192, 0)
     for num_buffers, limit in ((1, 0.92), (2, 1.42)):
-        groups, chunk = groups_of(hidden, None, 151_936, num_buffers, 1, torch.bfloat16)
+        groups, chunk = groups_of(hidden, None, 151_936, num_buffers, torch.bfloat16)
         sizes = [rows.stop - rows.start for rows in groups]
         assert sum(sizes) == 8192
         assert [rows.start for rows in groups[1:]] == [rows.stop for rows in groups[:-1]]
@@ -152,7 +152,7 @@ def test_default_groups_fill_whole_tiles_and_stay_within_their_memory() -> None:
         assert 151_936 * (max(sizes) * 2 + chunk * num_buffers * 4) <= limit * 2**30
 
     def sizes_of(num_rows: int, chunk_rows: int | None) -> list[int]:
-        found = groups_of(hidden[:num_rows], chunk_rows, 503, 1, 1, torch.bfloat16)[0]
+        found = groups_of(hidden[:num_rows], chunk_rows, 503, 1, torch.bfloat16)[0]
         return [rows.stop - rows.start for rows in found]
 
     assert sizes_of(5, None) == [5]

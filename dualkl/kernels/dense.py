@@ -31,8 +31,8 @@ from dualkl.kernels.common import (
 
 
 @triton.jit
-def _dense_row(
-    row, student_ptr, student_stride, width, num_ids,
+def dense_kernel(
+    student_ptr, student_stride, width, num_ids,
     student_bias_ptr, student_inner, student_outer,
     teacher_ptr, teacher_stride, teacher_width,
     teacher_bias_ptr, teacher_inner, teacher_outer,
@@ -44,6 +44,8 @@ def _dense_row(
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
     GATE_ON: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
+    """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
+    row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     weight = tl.load(weights_ptr + row)
@@ -232,34 +234,3 @@ def _dense_row(
                 g += tl.where(j == y, onehot, 0.0)
             g = tl.where(j < num_live, g * slope, 0.0)
             tl.store(gradient_ptr + j, g.to(gradient_ptr.dtype.element_ty), mask=j < width)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def dense_kernel(
-    num_rows, student_ptr, student_stride, width, num_ids,
-    student_bias_ptr, student_inner, student_outer,
-    teacher_ptr, teacher_stride, teacher_width,
-    teacher_bias_ptr, teacher_inner, teacher_outer,
-    gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-    sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-    out_ptr, out_stride,
-    tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap, smoothing,
-    LANES: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
-    GATE_ON: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """Rows of raw logits in; `out` columns and the gradient by hidden @ weight.T out. Programs take rows in turn."""
-    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        _dense_row(
-            tl.cast(row, tl.int64), student_ptr, student_stride, width, num_ids,
-            student_bias_ptr, student_inner, student_outer,
-            teacher_ptr, teacher_stride, teacher_width,
-            teacher_bias_ptr, teacher_inner, teacher_outer,
-            gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-            sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-            out_ptr, out_stride,
-            tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap, smoothing,
-            LANES, STUDENT_CAPPED, TEACHER_CAPPED,
-            GATING, MC, ARGMAX, JSD,
-            GATE_ON, SMOOTHED, GRADIENT,
-        )  # fmt: skip

@@ -9,7 +9,6 @@ states.
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,6 @@ from dualkl.config import DualKLConfig
 from dualkl.heads import PreparedHead, prepare_head, row_chunks
 from dualkl.kernels import common
 from dualkl.kernels.dense import dense_kernel
-from dualkl.kernels.overlap import Turns
 from dualkl.kernels.sparse import sparse_kernel
 from dualkl.steps import Positions, Step, StepResult, sampled_columns, select_sampled
 from dualkl.targets import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
@@ -35,18 +33,10 @@ BUFFER_BYTES = 2**30 * 3 // 10
 
 @dataclass
 class Launch:
-    """How a kernel runs; a bench may set any of it.
-
-    Attributes:
-        lanes: of 4 columns each, a tile.
-        num_warps: which walk a tile.
-        beside: programs that run beside the next chunk's products, on a second stream. They take rows in turn: one a
-            row would fill the device. 0 runs kernels alone, after each chunk's products.
-    """
+    """How a kernel runs: `lanes` of 4 columns are a tile, walked by `num_warps` warps. A bench may set either."""
 
     lanes: int
     num_warps: int
-    beside: int = 0
 
 
 DENSE = Launch(lanes=1024, num_warps=16)
@@ -68,72 +58,54 @@ def steps(
     bfloat16 are not, and the products of the gradient want many rows (each adds to a head's gradient in float32).
     """
     num_buffers = 2 if isinstance(teacher, HiddenTeacher) else 1
-    launch = SPARSE if isinstance(teacher, TopKTeacher) else DENSE
-    num_sets = 2 if launch.beside else 1
-    groups, chunk_size = groups_of(hidden, chunk_rows, num_ids, num_buffers, num_sets, head.weight_Vd.dtype)
+    groups, chunk_size = groups_of(hidden, chunk_rows, num_ids, num_buffers, head.weight_Vd.dtype)
     group_size, width = max((rows.stop - rows.start for rows in groups), default=0), padded(num_ids)
-    num_sets = num_sets if chunk_size < group_size else 1
-    turns = Turns(num_sets, hidden.device)
-    student_SNW = torch.empty(num_sets, min(chunk_size, group_size), width, dtype=head.dtype, device=hidden.device)
-    gradient_NW = student_SNW.new_empty(group_size if differentiate else 0, width, dtype=head.weight_Vd.dtype)
-    teacher_head, teacher_SNW = None, student_SNW
+    student_NW = torch.empty(min(chunk_size, group_size), width, dtype=head.dtype, device=hidden.device)
+    gradient_NW = student_NW.new_empty(group_size if differentiate else 0, width, dtype=head.weight_Vd.dtype)
+    teacher_head, teacher_NW = None, student_NW
     if isinstance(teacher, HiddenTeacher):
         teacher_head = prepare_head(teacher.lm_head, teacher.hidden, num_ids)
-        teacher_SNW = torch.empty_like(student_SNW, dtype=teacher_head.dtype)
+        teacher_NW = torch.empty_like(student_NW, dtype=teacher_head.dtype)
 
-    def products(rows: slice, hidden_Nd: Tensor, turn: int) -> None:
-        head.products(hidden_Nd, student_SNW[turn, : len(hidden_Nd), :num_ids])
+    def chunk_step(rows: slice, part: Positions, gradient_NV: Tensor | None, out_CN: Tensor) -> None:
+        logits_NW = student_NW[: len(part.hidden_Nd)]
+        head.products(part.hidden_Nd, logits_NW[:, :num_ids])
+        if isinstance(teacher, TopKTeacher):
+            return topk_rows(logits_NW, head, teacher, rows, part, config, gradient_NV, num_ids, out_CN)
         if teacher_head is not None:
             assert isinstance(teacher, HiddenTeacher)
+            target_NV = teacher_NW[: len(logits_NW)]
             source_ND = teacher.hidden.detach()[rows].to(teacher_head.weight_Vd.dtype)
-            teacher_head.products(source_ND, teacher_SNW[turn, : len(source_ND), :num_ids])
-
-    def kernel(
-        rows: slice, part: Positions, turn: int, gradient_NV: Tensor | None, out_CN: Tensor, programs: int
-    ) -> None:
-        num_rows = len(part.hidden_Nd)
-        logits_NW = student_SNW[turn, :num_rows]
-        if isinstance(teacher, TopKTeacher):
-            return topk_rows(logits_NW, head, teacher, rows, part, config, gradient_NV, num_ids, out_CN, programs)
-        if isinstance(teacher, LogitsTeacher):
-            target_NV = teacher.logits.detach()[rows, :num_ids]
+            teacher_head.products(source_ND, target_NV[:, :num_ids])
         else:
-            target_NV = teacher_SNW[turn, :num_rows, :num_ids]
-        return dense_rows(
-            logits_NW, head, target_NV, teacher_head, part, config, gradient_NV, num_ids, out_CN, programs
-        )
+            assert isinstance(teacher, LogitsTeacher)
+            target_NV = teacher.logits.detach()[rows, :num_ids]
+        return dense_rows(logits_NW, head, target_NV, teacher_head, part, config, gradient_NV, num_ids, out_CN)
 
     def step(rows: slice, group: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
         num_rows = len(hidden_Nd)
         num_columns = (common.FLOORED if isinstance(teacher, TopKTeacher) else common.STUDENT_LOGPROB).value + 1
         out_CN = torch.empty(num_columns, num_rows, device=hidden.device)
         gradient_NV = gradient_NW[:num_rows, :num_ids] if differentiate else None
-        with turns.joined():
-            for index, start in enumerate(range(0, num_rows, chunk_size)):
-                own = slice(start, min(start + chunk_size, num_rows))
-                sampled, gate_inputs = select_sampled(group.sampled, own), group.gate_inputs.select(own)
-                part = Positions(hidden_Nd[own], group.weights_N[own], None, sampled, gate_inputs)
-                chunk = slice(rows.start + own.start, rows.start + own.stop)
-                turn = turns.take(index)
-                products(chunk, part.hidden_Nd, turn)
-                last = own.stop == num_rows  # nothing of this group follows that it could run beside
-                gradient = None if gradient_NV is None else gradient_NV[own]
-                with nullcontext() if last else turns.beside(turn):
-                    programs = len(part.hidden_Nd) if last or num_sets == 1 else launch.beside
-                    kernel(chunk, part, turn, gradient, out_CN[:, own], programs)
+        for start in range(0, num_rows, chunk_size):
+            own = slice(start, min(start + chunk_size, num_rows))
+            sampled, gate_inputs = select_sampled(group.sampled, own), group.gate_inputs.select(own)
+            part = Positions(hidden_Nd[own], group.weights_N[own], None, sampled, gate_inputs)
+            chunk = slice(rows.start + own.start, rows.start + own.stop)
+            chunk_step(chunk, part, None if gradient_NV is None else gradient_NV[own], out_CN[:, own])
         return _result(out_CN, group), gradient_NV
 
     return step, groups
 
 
 def groups_of(
-    hidden: Tensor, chunk_rows: int | None, num_ids: int, num_buffers: int, num_sets: int, dtype: torch.dtype
+    hidden: Tensor, chunk_rows: int | None, num_ids: int, num_buffers: int, dtype: torch.dtype
 ) -> tuple[list[slice], int]:
     """Slices of positions whose gradients (in `dtype`) are held at once, and how many of them make a chunk of logits.
 
     With `chunk_rows`, both have at most so many positions. Without, they are multiples of ROW_MULTIPLE that keep each of
-    `num_buffers` buffers of logits (all `num_sets` of it together) within BUFFER_BYTES and the gradients within
-    (num_buffers + 1) times that, or less on a small device: all of it within a sixteenth of its memory.
+    `num_buffers` buffers of logits within BUFFER_BYTES and the gradients within (num_buffers + 1) times that, or less
+    on a small device: all of it within a sixteenth of its memory.
     """
     num_rows = hidden.shape[0]
     if chunk_rows is not None or num_rows == 0:
@@ -142,7 +114,7 @@ def groups_of(
     if hidden.is_cuda:
         memory = torch.cuda.get_device_properties(hidden.device).total_memory
         unit = min(unit, memory // 16 // (2 * num_buffers + 1))
-    chunk = _multiple(unit // (4 * num_sets * padded(num_ids)))
+    chunk = _multiple(unit // (4 * padded(num_ids)))
     limit = max(chunk, _multiple((num_buffers + 1) * unit // (dtype.itemsize * padded(num_ids))))
     even = -(-num_rows // -(-num_rows // limit))
     size = min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE)
@@ -168,20 +140,17 @@ def dense_rows(
     gradient_NV: Tensor | None,
     num_ids: int,
     out_CN: Tensor,
-    programs: int,
 ) -> None:
     """`dualkl.steps.dense_step` on raw products. Teacher rows without a head are finished logits of any dtype.
 
-    Logits are not changed. Fills `gradient_NV`, of any floating dtype, and `out_CN`, by the columns of `common`. At most
-    so many `programs` share the rows.
+    Logits are not changed. Fills `gradient_NV`, of any floating dtype, and `out_CN`, by the columns of `common`.
     """
     if teacher_NV.stride(1) != 1:
         teacher_NV = teacher_NV.contiguous()
     bias_V, inner, outer = activation(head, config.temperature)
     teacher_bias_V, teacher_inner, teacher_outer = activation(teacher_head, config.temperature)
     if len(logits_NW):
-        dense_kernel[(min(programs, len(logits_NW)),)](
-            len(logits_NW),
+        dense_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
             *(teacher_NV, teacher_NV.stride(0), teacher_NV.shape[1], teacher_bias_V, teacher_inner, teacher_outer),
             *_common_arguments(logits_NW, head, chunk, config, gradient_NV, out_CN),
@@ -206,14 +175,12 @@ def topk_rows(
     gradient_NV: Tensor | None,
     num_ids: int,
     out_CN: Tensor,
-    programs: int,
 ) -> None:
     """`dualkl.steps.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
     ids_NK, logprobs_NK = teacher.ids[rows].contiguous(), teacher.logprobs.detach()[rows].contiguous()
     bias_V, inner, outer = activation(head, config.temperature)
     if len(logits_NW):
-        sparse_kernel[(min(programs, len(logits_NW)),)](
-            len(logits_NW),
+        sparse_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
             *(ids_NK, logprobs_NK, teacher.log_tail_mass.detach()[rows].contiguous(), ids_NK.shape[1]),
             math.log(config.tail_floor) if config.tail_floor > 0 else -math.inf,

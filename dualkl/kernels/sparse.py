@@ -32,8 +32,8 @@ MARK = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _sparse_row(
-    row, student_ptr, student_stride, width, num_ids,
+def sparse_kernel(
+    student_ptr, student_stride, width, num_ids,
     student_bias_ptr, student_inner, student_outer,
     ids_ptr, logprobs_ptr, log_tail_ptr, num_slots, log_floor,
     gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
@@ -44,6 +44,8 @@ def _sparse_row(
     GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
     GATE_ON: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
+    """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
+    row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     weight = tl.load(weights_ptr + row)
     num_live = tl.where(weight != 0, num_ids, 0)  # rows of weight 0 are not looked at
@@ -181,32 +183,3 @@ def _sparse_row(
         tl.debug_barrier()
         g_kept *= slope_kept
         tl.store(gradient_ptr + ids, g_kept.to(gradient_ptr.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def sparse_kernel(
-    num_rows, student_ptr, student_stride, width, num_ids,
-    student_bias_ptr, student_inner, student_outer,
-    ids_ptr, logprobs_ptr, log_tail_ptr, num_slots, log_floor,
-    gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-    sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-    out_ptr, out_stride,
-    tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap,
-    LANES: tl.constexpr, SLOTS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
-    GATE_ON: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """Rows of raw logits in; `out` columns and the gradient by hidden @ weight.T out. Programs take rows in turn."""
-    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        _sparse_row(
-            tl.cast(row, tl.int64), student_ptr, student_stride, width, num_ids,
-            student_bias_ptr, student_inner, student_outer,
-            ids_ptr, logprobs_ptr, log_tail_ptr, num_slots, log_floor,
-            gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-            sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-            out_ptr, out_stride,
-            tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap,
-            LANES, SLOTS, STUDENT_CAPPED,
-            GATING, MC, ARGMAX, JSD,
-            GATE_ON, GRADIENT,
-        )  # fmt: skip

@@ -28,7 +28,7 @@ PADDING = 64
 ROW_MULTIPLE = 256
 """Rows that default chunks and groups are multiples of: a matrix product's tile would otherwise be partly empty."""
 BUFFER_BYTES = 2**30 * 3 // 10
-"""Of a chunk's logits, student's or teacher's: 512 rows of 151,936 ids. A group's gradients take 2 or 3 times that."""
+"""Of a chunk's logits, student's or teacher's: 512 rows of 151,936 ids. A group's gradients take twice that: 2,048 rows."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Launch:
 
 
 DENSE = Launch(lanes=1024, num_warps=16)
-SPARSE = Launch(lanes=512, num_warps=16)
+SPARSE = Launch(lanes=512, num_warps=8)
 
 
 def steps(
@@ -104,8 +104,8 @@ def groups_of(
     """Slices of positions whose gradients (in `dtype`) are held at once, and how many of them make a chunk of logits.
 
     With `chunk_rows`, both have at most so many positions. Without, they are multiples of ROW_MULTIPLE that keep each of
-    `num_buffers` buffers of logits within BUFFER_BYTES and the gradients within (num_buffers + 1) times that, or less
-    on a small device: all of it within a sixteenth of its memory.
+    `num_buffers` buffers of logits within BUFFER_BYTES and the gradients within twice that, or less on a small device: all
+    of it within a sixteenth of its memory.
     """
     num_rows = hidden.shape[0]
     if chunk_rows is not None or num_rows == 0:
@@ -113,9 +113,9 @@ def groups_of(
     unit = BUFFER_BYTES
     if hidden.is_cuda:
         memory = torch.cuda.get_device_properties(hidden.device).total_memory
-        unit = min(unit, memory // 16 // (2 * num_buffers + 1))
+        unit = min(unit, memory // 16 // (num_buffers + 2))
     chunk = _multiple(unit // (4 * padded(num_ids)))
-    limit = max(chunk, _multiple((num_buffers + 1) * unit // (dtype.itemsize * padded(num_ids))))
+    limit = max(chunk, _multiple(2 * unit // (dtype.itemsize * padded(num_ids))))
     even = -(-num_rows // -(-num_rows // limit))
     size = min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)], chunk

@@ -221,6 +221,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1), cos, cos.stride(0), sin,
         sin.stride(0), *turned, HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2,
         PADDED=triton.next_power_of_2(width // 2), num_warps=1,
+        enable_fp_fusion=False,  # else products in bfloat16 are fused with the sum, without their rounding
     )  # fmt: skip
     return turned[0], turned[1]
 

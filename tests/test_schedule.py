@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from stages.loops import feed, fit, follow, refresh, schedule, setup, versions
 from stages.loops.drift import drift_of, row_sums
 from stages.loops.schedule import due
 from stages.models.student import policy_hash
+from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, rollouts_of
 from stages.runtime.errors import UserError
@@ -343,6 +345,41 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("values", "taken_up"),
+    [
+        ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
+        ({"refresh_every": 0, "refresh_ess": 1.0, "drift_window": 1}, [(3, 1, 1), (4, 2, 4), (7, 3, 5), (8, 4, 8)]),
+        ({"refresh_every": 0, "refresh_min_steps": 3}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
+    ],
+    ids=str,
+)
+def test_training_waits_at_the_bound_however_slow_the_follower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], taken_up: list[tuple[int, int, int]]
+) -> None:
+    """The follower here is the slowest there can be: it writes only while training waits."""
+    run = make_run(tmp_path, **(EXTERNAL | {"max_steps": 10, "checkpoint_every": 3} | values))
+    student, writer = student_of(run), student_of(run)
+    write_rollouts(run, student)
+    vocabulary = setup.shared_vocabulary(run.config)
+    prompts = refresh.prompts_of(run, vocabulary)
+
+    def write(_: float) -> None:
+        version = versions.newest(run.folder)
+        assert version is not None, "training waits for a version that was never published"
+        versions.load(run.folder, writer, version)
+        with TeacherLoader(run.config, run.world) as teacher:
+            refresh.write_rollouts(
+                run, writer, vocabulary, prompts, refresh_index=version.refresh_index, step=version.step, teacher=teacher
+            )  # fmt: skip
+
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(sleep=write))
+    stage_two.train(run, student, vocabulary)
+    assert max(record["staleness"] for record in records_of(run.folder, "step")) == 2
+    records = records_of(run.folder, "refresh")
+    assert [(r["step"], r["refresh_index"], r["policy_step"]) for r in records] == taken_up
+
+
 def test_two_processes_take_up_the_same_rows_together(tmp_path: Path, forked: Forker) -> None:
     run = train_beside_a_follower(forked, tmp_path, processes=2)
     assert [record["step"] for record in records_of(run, "refresh")] == [3]
@@ -442,6 +479,11 @@ def test_a_follower_that_would_write_other_rows_is_a_sentence(tmp_path: Path) ->
         ({"refresh_drift": 0.1, "sample_top_p": 0.9}, "refresh_drift compares the student with the distribution"),
         ({"refresh_ess": 0.5, "sample_temperature": 0.7}, "set sample_temperature to the loss's temperature (1.0)"),
         ({"drift_to_forward": 1.0, "gating": "fixed"}, "gating: fixed has none"),
+        (
+            {"refresh_mode": "external", "refresh_min_steps": 8, "max_staleness": 6},
+            "refresh_min_steps 8 asks for no new rows before those in use are more than max_staleness 6 steps old; lower it"
+            " to at most 7",
+        ),
         ({"refresh_mode": "sometimes"}, "refresh_mode"),
         ({"refresh_ess": 1.5}, "refresh_ess"),
         ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),

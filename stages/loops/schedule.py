@@ -128,11 +128,13 @@ def _fit_pool(
     run: Run, training: Training, position: Position, pool: Pool, snapshot: cache.Snapshot, arrivals: Arrivals | None,
     bar: tqdm, evaluate: steps.Evaluate | None,
 ) -> Position:  # fmt: skip
-    """Trains on the rows of `pool` until new ones are due, or have arrived, or to the end."""
+    """Trains on the rows of `pool` until new ones are due, or have arrived, or must be waited for, or to the end."""
     train, every = run.config.train, run.config.refresh.refresh_every
     last = train.max_steps
     if every and run.config.refreshes:
         last = min(last, position.step_of(position.newest) + max(every, run.config.refresh.refresh_min_steps))
+    if arrivals is not None:  # one step more would be on rows that are too old, whatever is on its way
+        last = min(last, position.step_of(position.refresh_index) + run.config.refresh.max_staleness + 1)
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
@@ -142,16 +144,11 @@ def _fit_pool(
             bar.update(1)
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
-            if due(run.config, position) or (arrivals and _waits_or_goes_over(run, position, arrivals)):
+            if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
                 break
-            if training.step % train.checkpoint_every == 0 and training.step < last:
+            if training.step % train.checkpoint_every == 0 and training.step < train.max_steps:
                 save_checkpoint(run, training, position)
     return position
-
-
-def _waits_or_goes_over(run: Run, position: Position, arrivals: Arrivals) -> bool:
-    """Whether the rows in use are not trained on any further: too old, or newer ones have arrived (collective)."""
-    return _too_old(run.config, position) or arrivals.bring_newer(position)
 
 
 def _after_step(config: Config, position: Position, step: int, pool: Pool, drift: Drift) -> Position:

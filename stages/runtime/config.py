@@ -420,6 +420,11 @@ def _check_refresh(config: Config) -> None:
             f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
             f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
         )
+    if policy.refresh_mode == "external" and policy.refresh_min_steps > policy.max_staleness + 1:
+        raise UserError(
+            f"refresh_min_steps {policy.refresh_min_steps} asks for no new rows before those in use are more than max_staleness"
+            f" {policy.max_staleness} steps old; lower it to at most {policy.max_staleness + 1}, or raise max_staleness."
+        )
     if policy.drift_to_forward and loss.gating == "fixed":
         raise UserError("drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard.")
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k

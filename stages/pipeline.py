@@ -16,9 +16,9 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 from stages.loops import measure, refresh, setup
 from stages.models.teacher import TeacherLoader
 from stages.report import summary, write_report
-from stages.runtime.config import rows_per_micro_step
 from stages.runtime.errors import command
 from stages.runtime.run import open_run
+from stages.runtime.split import rows_per_micro_step
 from stages.train import train
 
 

@@ -23,9 +23,10 @@ from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student
 from stages.runtime import checkpoint
-from stages.runtime.config import Config, rows_per_micro_step
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.run import Run, open_run
+from stages.runtime.split import rows_per_micro_step
 
 
 def main() -> None:

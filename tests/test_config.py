@@ -11,8 +11,9 @@ import yaml
 
 from dualkl import DualKLConfig
 from stages.runtime import config as configuration
-from stages.runtime.config import SECTION_OF, SECTIONS, Config, parse_arguments, rows_per_micro_step
+from stages.runtime.config import SECTION_OF, SECTIONS, Config, parse_arguments
 from stages.runtime.errors import UserError
+from stages.runtime.split import rows_per_micro_step
 from tests.helpers import ROOT
 
 LAUNCH_LINE = shlex.split(

@@ -24,9 +24,10 @@ from stages.loops.schedule import due
 from stages.models.student import policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position, Refresh
-from stages.runtime.config import Config, rollouts_of
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
+from stages.runtime.split import rollouts_of
 from tests.helpers import Forker, assert_same_weights, make_config, make_run, records_of, refused, small, weights_in
 from tests.test_resume import Stop, assert_same_run, crash
 from tests.tiny_runs import TINY, step_run, student_of, train, train_from, write_rollouts

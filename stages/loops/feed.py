@@ -23,8 +23,8 @@ from stages.data.batches import (
 )
 from stages.loops.budgets import Caps, train_caps
 from stages.models.student import Student
-from stages.runtime.config import rows_per_micro_step
 from stages.runtime.run import Run
+from stages.runtime.split import rows_per_micro_step
 
 READ_AHEAD = 2  # forwards
 

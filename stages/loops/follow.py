@@ -12,9 +12,9 @@ from stages.loops.versions import Version
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
-from stages.runtime.config import rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
 
 
 def arguments_of(folder: str, rest: list[str]) -> list[str]:

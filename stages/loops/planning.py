@@ -14,8 +14,9 @@ from stages.models import checkpoints, memory, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
-from stages.runtime.config import Config, rollouts_of, rows_per_micro_step
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
+from stages.runtime.split import rollouts_of, rows_per_micro_step
 
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
 PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646

@@ -19,10 +19,11 @@ from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import Teacher, TeacherLoader
 from stages.models.turns import Turns
-from stages.runtime.config import Config, rollouts_of
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
 
 PROBE_ROWS = 8
 PROBE_TOLERANCE = 0.02  # nats, mean |generator - trainer|

@@ -22,9 +22,9 @@ from stages.loops.setup import Vocabulary
 from stages.loops.writing import UnitWriter
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
-from stages.runtime.config import rollouts_of
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
 
 POLL_SECONDS = 1.0
 Policy = tuple[int, str]  # refresh index and policy hash: what one plan is for

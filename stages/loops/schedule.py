@@ -23,9 +23,10 @@ from stages.loops.versions import Version
 from stages.models.student import policy_hash
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position, Refresh
-from stages.runtime.config import Config, rollouts_of
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
 
 
 def due(config: Config, position: Position) -> str:

@@ -5,8 +5,9 @@ scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbo
 zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a forward; at
           4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
 
-Nothing is read from disk or left there. The rates are medians of repeats of the same rows in one process: 128 prompt and
-512 completion tokens, 80 % of positions scored.
+Nothing is read from disk or left there. The rates are medians of repeats in one process, all three over the same random
+tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion tokens, 80 % of positions
+scored. A unit is five forwards, a default one (`rollouts_per_unit`) about forty: what a unit costs once weighs more here.
 """
 
 from __future__ import annotations
@@ -49,19 +50,23 @@ SOURCES = ("bench/cells.py", "bench/stage_one_teacher.py", "stages/**/*.py", "ca
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times."""
+    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times.
+
+    `warm_up`: rows of the run before those that count.
+    """
 
     prompt: int = 128
     completion: int = 512
-    rows: int = 150
+    rows: int = 125
     tokens: int = 16_384
-    repeats: int = 3
+    repeats: int = 2
+    warm_up: int = 25
     equality_tokens: int = 4096
     vocabulary: int = VOCABULARY
     k: int = 64
 
 
-FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 48, 503, 8)
+FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 4, 48, 503, 8)
 
 
 def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -102,26 +107,26 @@ def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
     return open_run("", arguments)
 
 
-def median_rate(step: Callable[[], int], device: str, repeats: int) -> float:
-    """Tokens a second; `step` returns its tokens. One run before those that count."""
-    step()
+def median_rate(step: Callable[[list[cache.Record]], int], rows: list[cache.Record], size: Size, device: str) -> float:
+    """Tokens a second; `step` takes rows and returns their tokens. One run on few rows before those that count."""
+    step(rows[: size.warm_up])
     rates = []
-    for _ in range(repeats):
+    for _ in range(size.repeats):
         synchronize(device)
         started = time.perf_counter()
-        tokens = step()
+        tokens = step(rows)
         synchronize(device)
         rates.append(tokens / (time.perf_counter() - started))
     return statistics.median(rates)
 
 
-def forward_batches(teacher: Teacher, size: Size, with_head: bool) -> int:
-    """The forwards of `unscored_rows` alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
-    rows = max(1, size.tokens // (size.prompt + size.completion))
+def forward_batches(teacher: Teacher, rows: list[cache.Record], size: Size, with_head: bool) -> int:
+    """The forwards of these rows alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
+    num_rows = max(1, size.tokens // (size.prompt + size.completion))
     done = 0
-    for start in range(0, size.rows, rows):
-        num_rows = min(rows, size.rows - start)
-        prompts, completions = ([np.ones(n, np.int64)] * num_rows for n in (size.prompt, size.completion))
+    for start in range(0, len(rows), num_rows):
+        batch = rows[start : start + num_rows]
+        prompts, completions = [row.prompt_ids for row in batch], [row.completion_ids for row in batch]
         aligned = align(prompts, completions, 0, teacher.device, packed=teacher.packs)
         hidden_BTD = teacher.hidden(aligned)
         if with_head:
@@ -159,9 +164,9 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
         run = bench_run(Path(folder), size, device, "--teacher_ds_zero3", "false")
         teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world, run.config.train.packing)
         shares: list[float] = []
-        backbone = median_rate(lambda: forward_batches(teacher, size, False), device, size.repeats)
-        bare = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats)
-        scored = median_rate(lambda: score_and_write(run, teacher, rows, size, shares), device, size.repeats)
+        backbone = median_rate(lambda some: forward_batches(teacher, some, size, False), rows, size, device)
+        bare = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
+        scored = median_rate(lambda some: score_and_write(run, teacher, some, size, shares), rows, size, device)
         teacher.close()
     return {
         "backbone_tokens_per_second": backbone, "bare_tokens_per_second": bare, "scored_tokens_per_second": scored,
@@ -183,11 +188,14 @@ def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
     bench.clear()
     reset_peak(device)
     ids = np.random.default_rng(0).integers(0, size.vocabulary, size.equality_tokens)
+    rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
         run = bench_run(Path(folder), size, device)
 
         def measure(teacher: Teacher, timed: bool) -> tuple[float, Tensor]:
-            rate = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats) if timed else 0.0
+            rate = 0.0
+            if timed:
+                rate = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
             found = logprobs_of(teacher, ids)
             teacher.close()
             release(device)

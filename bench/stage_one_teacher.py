@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,21 +137,23 @@ def forward_batches(teacher: Teacher, rows: list[cache.Record], size: Size, with
     return done
 
 
-def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], size: Size, shares: list[float]) -> int:
-    """A unit by the path of stage one, into a new cache; notes the share of time that waited for the writer."""
+def open_cache(root: Path, size: Size) -> cache.Writer:
     signal = {"kind": "topk", "k": size.k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal})
+    return cache.Writer(root, cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal}))
+
+
+def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], writer: cache.Writer, size: Size,
+                    shares: list[float]) -> int:  # fmt: skip
+    """A unit by the path of stage one, down to its commit; notes the share of time that waited for the writer."""
     scoring = Scoring(SignalSection(signal="topk", signal_k=size.k), size.vocabulary, 0)
     counts = Counts(len(rows))
-    with tempfile.TemporaryDirectory() as root:
-        with cache.Writer(root, print_) as writer, UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
-            with progress.phase("score"):
-                score_rows(run, rows, scoring, teacher, writing, progress, counts)
-            writing.commit("unit")
-            with progress.waiting("write"):
-                writing.drain()
-            shares.append(progress.shares()["write"])
-        assert len(cache.open(root)) == len(rows)
+    with UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
+        with progress.phase("score"):
+            score_rows(run, rows, scoring, teacher, writing, progress, counts)
+        writing.commit("unit")
+        with progress.waiting("write"):
+            writing.drain()
+        shares.append(progress.shares()["write"])
     return counts.scored_tokens
 
 
@@ -166,7 +169,13 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
         shares: list[float] = []
         backbone = median_rate(lambda some: forward_batches(teacher, some, size, False), rows, size, device)
         bare = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
-        scored = median_rate(lambda some: score_and_write(run, teacher, some, size, shares), rows, size, device)
+        roots = [Path(folder) / f"cache{i}" for i in range(1 + size.repeats)]  # a run opens one, for many units
+        with ExitStack() as stack:
+            caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
+            scored = median_rate(
+                lambda some: score_and_write(run, teacher, some, next(caches), size, shares), rows, size, device
+            )
+        assert [len(cache.open(root)) for root in roots] == [size.warm_up] + [len(rows)] * size.repeats
         teacher.close()
     return {
         "backbone_tokens_per_second": backbone, "bare_tokens_per_second": bare, "scored_tokens_per_second": scored,

@@ -148,11 +148,11 @@ class Decoder:
         """One right-padded forward: causal attention never looks at padding behind it, so that no mask is needed."""
         prompts = [group[0][1].prompt for group in groups]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
-        # First all that the device must be handed, since such a copy waits for what was launched before it.
+        # First all that the device must be handed: such a copy waits for what was launched before it.
+        progress = self._newcomers([request for _, _, request in rows])
         ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
         ends = self._whole([len(prompt) - 1 for prompt in prompts])
         source, slots = self._whole([place for place, _, _ in rows]), self._whole([slot for _, slot, _ in rows])
-        progress = self._newcomers([request for _, _, request in rows])
         cache = DynamicCache()
         output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]

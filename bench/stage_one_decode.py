@@ -8,6 +8,8 @@
     decode/generate-static/B    the same with its static cache, compiled; the compiling call is not counted
     decode/parts/B          milliseconds of a step's parts alone, each captured, at 256 places a row
 
+All but generate's cells write as stage one does by default: with LoRA on all linear layers, merged. generate has no adapter.
+
 The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed / copy
 rate, with 256 places a row on the average; the head counts as weights once.
 """
@@ -22,10 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from bench.cells import Bench, Cell, Record
 from bench.loss import measure, synchronize
+from stages.models.decoding.fused import FusedMLP
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import SlotCache
 from stages.models.decoding.steps import Decoder, Method, Request
@@ -68,17 +72,18 @@ def cells(tiny: bool) -> list[Cell]:
     shape = TINY if tiny else STUDENT
     kinds = {
         "steps": steps, "whole": partial(whole, group=1), "groups": partial(whole, group=4), "spread": spread,
-        "generate": partial(theirs, cache="dynamic"), "generate-static": partial(theirs, cache="static"), "parts": parts,
+        "parts": parts, "generate": partial(theirs, cache="dynamic"), "generate-static": partial(theirs, cache="static"),
     }  # fmt: skip
     return [
-        Cell(f"decode/{kind}/{batch}", partial(_measured, function, shape, batch), SOURCES)
+        Cell(f"decode/{kind}/{batch}", partial(_measured, function, shape, batch, kind.startswith("generate")), SOURCES)
         for kind, function in kinds.items()
         for batch in shape.batches
     ]
 
 
-def _measured(function: Callable[..., Record], shape: Shape, batch: int, bench: Bench) -> Record:
-    model = bench.make("student", lambda: make_model(shape, bench.device))
+def _measured(function: Callable[..., Record], shape: Shape, batch: int, is_plain: bool, bench: Bench) -> Record:
+    make = make_model if is_plain else make_adapted
+    model = bench.make(make.__name__, lambda: make(shape, bench.device))
     with torch.no_grad():
         return function(bench, model, shape, batch)
 
@@ -95,13 +100,19 @@ def make_model(shape: Shape, device: str) -> Any:
     return model.eval()
 
 
+def make_adapted(shape: Shape, device: str) -> Any:
+    """The same with LoRA in its modules; its adapter adds nothing, but is merged like any other."""
+    lora = LoraConfig(r=min(64, shape.config["hidden_size"]), target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(make_model(shape, device), lora).eval().get_base_model()
+
+
 def prompts_of(shape: Shape, count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(10, shape.config["vocab_size"] - 10, (count, shape.prompt)))
 
 
 def floor_ms(bench: Bench, model: Any, shape: Shape, batch: int) -> float:
     """Milliseconds of a step that only reads its weights (or multiplies by them) and its keys and values."""
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     places = shape.prompt + shape.new / 2
     kv_bytes = 4 * shape.config["num_hidden_layers"] * shape.config["num_key_value_heads"] * shape.config["head_dim"]
     copy, product = bench.ceilings["copy_tb_per_second"] * 1e9, bench.ceilings["product_tflops"] * 1e9
@@ -196,7 +207,7 @@ def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Re
 
 
 def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    """Each part as often as a step has it, at the mean number of places; what is missing to a step is rotary, MLP and residual sums."""
+    """Each part as often as a step has it, at the mean number of places; what is missing to a step is rotary, gates and residual sums."""
     device = torch.device(bench.device)
     places = shape.prompt + shape.new // 2
     config, dtype = model.config, torch.bfloat16
@@ -208,15 +219,18 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     )
     new = torch.randn(batch, config.num_key_value_heads, 1, config.head_dim, device=device, dtype=dtype)
     query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, device=device, dtype=dtype)
-    linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
+    with DecodingWeights(model.get_decoder(), None).swapped():
+        modules = list(model.model.modules())
+        # As read in a step; those of an MLP of one launch lie behind it.
+        modules += [own for module in modules if isinstance(module, FusedMLP) for own in module._mlp[0].children()]
+    linears = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    norms = [module for module in modules if "Norm" in type(module).__name__]
     inputs = {n: torch.randn(batch, n, device=device, dtype=dtype) for n in {layer.in_features for layer in linears}}
     hidden = inputs[config.hidden_size]
     normed = {len(hidden[0]): hidden, config.head_dim: query.squeeze(2)}
-    decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
     logits = decoder._logits(hidden)
     uniforms, forced = torch.rand(batch, dtype=torch.float64, device=device), torch.full((batch,), -1, device=device)
-    with DecodingWeights(model.get_decoder(), None).swapped():
-        norms = [module for module in model.model.modules() if "Norm" in type(module).__name__]
     attention = model.model.layers[0].self_attn
     layers = range(config.num_hidden_layers)
     from stages.models.decoding.attention import attend

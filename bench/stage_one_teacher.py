@@ -5,8 +5,9 @@ scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbo
 zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a forward; at
           4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
 
-Nothing is read from disk or left there. The rates are medians of repeats of the same rows in one process: 128 prompt and
-512 completion tokens, 80 % of positions scored.
+Nothing is read from disk or left there. The rates are medians of repeats in one process, all three over the same random
+tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion tokens, 80 % of positions
+scored. A unit is five forwards, a default one (`rollouts_per_unit`) about forty: what a unit costs once weighs more here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,19 +51,23 @@ SOURCES = ("bench/cells.py", "bench/stage_one_teacher.py", "stages/**/*.py", "ca
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times."""
+    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times.
+
+    `warm_up`: rows of the run before those that count.
+    """
 
     prompt: int = 128
     completion: int = 512
-    rows: int = 150
+    rows: int = 125
     tokens: int = 16_384
-    repeats: int = 3
+    repeats: int = 2
+    warm_up: int = 25
     equality_tokens: int = 4096
     vocabulary: int = VOCABULARY
     k: int = 64
 
 
-FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 48, 503, 8)
+FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 4, 48, 503, 8)
 
 
 def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -102,26 +108,26 @@ def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
     return open_run("", arguments)
 
 
-def median_rate(step: Callable[[], int], device: str, repeats: int) -> float:
-    """Tokens a second; `step` returns its tokens. One run before those that count."""
-    step()
+def median_rate(step: Callable[[list[cache.Record]], int], rows: list[cache.Record], size: Size, device: str) -> float:
+    """Tokens a second; `step` takes rows and returns their tokens. One run on few rows before those that count."""
+    step(rows[: size.warm_up])
     rates = []
-    for _ in range(repeats):
+    for _ in range(size.repeats):
         synchronize(device)
         started = time.perf_counter()
-        tokens = step()
+        tokens = step(rows)
         synchronize(device)
         rates.append(tokens / (time.perf_counter() - started))
     return statistics.median(rates)
 
 
-def forward_batches(teacher: Teacher, size: Size, with_head: bool) -> int:
-    """The forwards of `unscored_rows` alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
-    rows = max(1, size.tokens // (size.prompt + size.completion))
+def forward_batches(teacher: Teacher, rows: list[cache.Record], size: Size, with_head: bool) -> int:
+    """The forwards of these rows alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
+    num_rows = max(1, size.tokens // (size.prompt + size.completion))
     done = 0
-    for start in range(0, size.rows, rows):
-        num_rows = min(rows, size.rows - start)
-        prompts, completions = ([np.ones(n, np.int64)] * num_rows for n in (size.prompt, size.completion))
+    for start in range(0, len(rows), num_rows):
+        batch = rows[start : start + num_rows]
+        prompts, completions = [row.prompt_ids for row in batch], [row.completion_ids for row in batch]
         aligned = align(prompts, completions, 0, teacher.device, packed=teacher.packs)
         hidden_BTD = teacher.hidden(aligned)
         if with_head:
@@ -131,21 +137,23 @@ def forward_batches(teacher: Teacher, size: Size, with_head: bool) -> int:
     return done
 
 
-def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], size: Size, shares: list[float]) -> int:
-    """A unit by the path of stage one, into a new cache; notes the share of time that waited for the writer."""
+def open_cache(root: Path, size: Size) -> cache.Writer:
     signal = {"kind": "topk", "k": size.k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal})
+    return cache.Writer(root, cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal}))
+
+
+def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], writer: cache.Writer, size: Size,
+                    shares: list[float]) -> int:  # fmt: skip
+    """A unit by the path of stage one, down to its commit; notes the share of time that waited for the writer."""
     scoring = Scoring(SignalSection(signal="topk", signal_k=size.k), size.vocabulary, 0)
     counts = Counts(len(rows))
-    with tempfile.TemporaryDirectory() as root:
-        with cache.Writer(root, print_) as writer, UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
-            with progress.phase("score"):
-                score_rows(run, rows, scoring, teacher, writing, progress, counts)
-            writing.commit("unit")
-            with progress.waiting("write"):
-                writing.drain()
-            shares.append(progress.shares()["write"])
-        assert len(cache.open(root)) == len(rows)
+    with UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
+        with progress.phase("score"):
+            score_rows(run, rows, scoring, teacher, writing, progress, counts)
+        writing.commit("unit")
+        with progress.waiting("write"):
+            writing.drain()
+        shares.append(progress.shares()["write"])
     return counts.scored_tokens
 
 
@@ -159,9 +167,15 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
         run = bench_run(Path(folder), size, device, "--teacher_ds_zero3", "false")
         teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world, run.config.train.packing)
         shares: list[float] = []
-        backbone = median_rate(lambda: forward_batches(teacher, size, False), device, size.repeats)
-        bare = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats)
-        scored = median_rate(lambda: score_and_write(run, teacher, rows, size, shares), device, size.repeats)
+        backbone = median_rate(lambda some: forward_batches(teacher, some, size, False), rows, size, device)
+        bare = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
+        roots = [Path(folder) / f"cache{i}" for i in range(1 + size.repeats)]  # a run opens one, for many units
+        with ExitStack() as stack:
+            caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
+            scored = median_rate(
+                lambda some: score_and_write(run, teacher, some, next(caches), size, shares), rows, size, device
+            )
+        assert [len(cache.open(root)) for root in roots] == [size.warm_up] + [len(rows)] * size.repeats
         teacher.close()
     return {
         "backbone_tokens_per_second": backbone, "bare_tokens_per_second": bare, "scored_tokens_per_second": scored,
@@ -183,11 +197,14 @@ def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
     bench.clear()
     reset_peak(device)
     ids = np.random.default_rng(0).integers(0, size.vocabulary, size.equality_tokens)
+    rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
         run = bench_run(Path(folder), size, device)
 
         def measure(teacher: Teacher, timed: bool) -> tuple[float, Tensor]:
-            rate = median_rate(lambda: forward_batches(teacher, size, True), device, size.repeats) if timed else 0.0
+            rate = 0.0
+            if timed:
+                rate = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
             found = logprobs_of(teacher, ids)
             teacher.close()
             release(device)

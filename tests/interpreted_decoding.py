@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from stages.models.decoding import attention, fused, kernels, sampling, weights
 from stages.models.decoding.attention import plain_attention
+from stages.models.decoding.joined import JoinedLinear
 from stages.models.decoding.sampling import Blocks, Sampling, block_statistics
 from stages.models.decoding.slots import SlotCache
 from tests.small_models import CONFIGS, random_model, run, theirs
@@ -130,25 +132,53 @@ def test_a_norm_is_the_formula(one_centred: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("width", [16, 24])
-def test_a_rotary_embedding_is_the_formula(width: int) -> None:
+@pytest.mark.parametrize("one_centred", [False, True])
+@pytest.mark.parametrize("heads", [1, 3, 40])
+def test_a_norm_of_heads_that_lie_in_a_joined_product_is_the_formula(heads: int, one_centred: bool) -> None:
     torch.manual_seed(0)
-    query, key = (torch.randn(5, 1, heads, width).transpose(1, 2) for heads in (3, 2))
-    cos, sin = torch.randn(5, 1, width).cos(), torch.randn(5, 1, width).sin()
+    joined, weight = torch.randn(2, 3, 7 + heads * 16 + 5), torch.randn(16)
+    x = joined[..., 7 : 7 + heads * 16].view(2, 3, heads, 16)
+    found = kernels.rms_norm(x, weight, 1e-6, one_centred)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, fused.rms_norm(x, weight, 1e-6, one_centred), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (9, 1), (16, 8)])
+@pytest.mark.parametrize(("places", "cos_rows"), [(1, 5), (7, 5), (7, 1)])
+def test_a_rotary_embedding_is_the_formula(width: int, heads: int, kv_heads: int, places: int, cos_rows: int) -> None:
+    """Queries and keys as parts of a joined product, at one place a row and at many."""
+    torch.manual_seed(0)
+    joined = torch.randn(5, places, heads + kv_heads, width).transpose(1, 2)
+    query, key = joined.split([heads, kv_heads], dim=1)
+    cos, sin = torch.randn(cos_rows, places, width).cos(), torch.randn(cos_rows, places, width).sin()
     for found, wanted in zip(kernels.rotary(query, key, cos, sin), fused.rotary(query, key, cos, sin), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gate_is_the_formula(dtype: torch.dtype) -> None:
+    joined = (4 * torch.randn(3, 5, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    joined[0, 0, :2] = torch.tensor([-90.0, 90.0])
+    gate, up = joined.split(2500, -1)
+    found, wanted = kernels.gated(gate, up), torch.nn.functional.silu(gate) * up
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("merged", [False, True])
 def test_whole_completions_through_the_kernels_are_those_of_generate(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, merged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`merged`: with an adapter that changes nothing, whose merged layers are joined."""
     launches: list[str] = []
+    products: list[int] = []
 
     def through_the_kernel(query, keys, values, slots, scale, window, softcap):  # type: ignore[no-untyped-def]
         return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, 2)
 
-    for part in ("rms_norm", "rotary"):
+    for part in ("rms_norm", "rotary", "gated"):
         function = getattr(kernels, part)
         monkeypatch.setattr(
             kernels, part, lambda *a, part=part, function=function: launches.append(part) or function(*a)
@@ -157,8 +187,18 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
     monkeypatch.setattr(attention, "plain_attention", through_the_kernel)
     monkeypatch.setattr(sampling, "block_statistics", lambda logits: Blocks(*kernels.block_statistics(logits, 64)))
     monkeypatch.setattr(sampling, "BLOCK", 64)
+    original = JoinedLinear.forward
+    monkeypatch.setattr(
+        JoinedLinear, "forward", lambda self, x: products.append(self.out_features) or original(self, x)
+    )
     model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 65)]
-    found = run(model, prompts, Sampling(12, greedy=True))
-    for prompt, completion in zip(prompts, found, strict=True):
-        assert completion.ids.tolist() == theirs(model, prompt, 12)
-    assert set(launches) == {"rms_norm", "rotary"}
+    wanted = [theirs(model, prompt, 12) for prompt in prompts]
+    writer = (
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")) if merged else model
+    )
+    found = run(writer, prompts, Sampling(12, greedy=True))
+    assert [completion.ids.tolist() for completion in found] == wanted
+    assert len(products) == (5 * 12 * model.config.num_hidden_layers if merged else 0)
+    assert set(launches) == {"rms_norm", "rotary"} | ({"gated"} if model.config.model_type[:5] != "gemma" else set())
+    num_layers = model.config.num_hidden_layers
+    assert launches.count("rotary") == 12 * num_layers  # the prefill's and 11 steps'

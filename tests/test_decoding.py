@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
 
-from stages.models.decoding import fused, steps
+from stages.models.decoding import fused, steps, weights
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
+from stages.models.decoding.joined import JoinedLinear, join
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
 from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
@@ -213,7 +214,55 @@ def test_weights_come_back_after_an_exception(student_model: Any) -> None:
     assert decoder.layers[0].mlp.up_proj is own
 
 
-# What takes one launch on a GPU
+# What takes one product or one launch on a GPU
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_joined_layers_give_what_they_gave_apart(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, size, bias=has_bias) for size in (6, 4, 5)]
+    joined = join(list(layers))
+    assert joined is not None
+    x, others = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
+    for inputs in ((x, x, x), (x, others, x), (others, x, others), (x, x, x)):
+        for layer, own, given in zip(layers, joined, inputs, strict=True):
+            assert torch.equal(own.weight, layer.weight)
+            torch.testing.assert_close(own(given), layer(given))
+    for own, layer in reversed(
+        list(zip(joined, layers, strict=True))
+    ):  # in another order, the first one's product is gone
+        torch.testing.assert_close(own(x), layer(x))
+
+
+def test_only_plain_layers_of_one_input_and_dtype_are_joined() -> None:
+    layer = torch.nn.Linear(8, 6)
+    for other in (torch.nn.Linear(7, 6), torch.nn.Linear(8, 6, bias=False), layer.double(), torch.nn.Identity()):
+        assert join([torch.nn.Linear(8, 6), other]) is None
+
+
+def test_layers_that_are_copied_anyway_are_joined_on_a_gpu(student_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged ones, and casts; a plain model's would be held twice."""
+    monkeypatch.setattr(weights, "_on_cuda", lambda module: True)
+    names = {f"{part}_proj" for part in ("q", "k", "v", "gate", "up")}
+    lora = adapted(student_model).get_base_model().get_decoder()
+    cases = [(lora, None, names), (student_model.model, torch.bfloat16, names), (student_model.model, None, set())]
+    for decoder, dtype, wanted in cases:
+        own_mlp = decoder.layers[0].mlp
+        with DecodingWeights(decoder, dtype).swapped():
+            parts = [decoder.layers[0].self_attn, own_mlp]
+            found = {name for part in parts for name, m in part.named_children() if isinstance(m, JoinedLinear)}
+            assert isinstance(decoder.layers[0].mlp, fused.FusedMLP)
+        assert decoder.layers[0].mlp is own_mlp
+        assert not any(isinstance(module, JoinedLinear) for module in decoder.modules())
+        assert found == wanted
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mlps_that_are_gated_by_silu_are_recognised(name: str) -> None:
+    mlp = random_model(name).model.layers[0].mlp
+    found = fused.fused_mlp(mlp, torch.ones(1, dtype=torch.bfloat16))
+    assert (found is None) == name.startswith("gemma")
+    assert fused.fused_mlp(torch.nn.Linear(8, 8), torch.ones(1)) is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists f
 INTEGERS = (
     "window", "num_ids", "num_blocks", "query_row", "query_head", "keys_row", "keys_head", "keys_place", "values_row",
     "values_head", "values_place", "key_row", "key_head", "value_row", "value_head", "logits_row",
-    "size", "cos_row", "sin_row",
+    "size", "cos_row", "sin_row", "num_rows", "inner", "outer_stride", "inner_stride", "query_place", "key_place",
+    "cos_place", "sin_place", "num_places", "gate_row", "up_row",
 )  # fmt: skip
 POINTERS = {"attended_ptr": "*i32", "places_ptr": "*i64", "partial_ptr": "*fp32", "log_mass_ptr": "*fp32",
             "logits_ptr": "*fp32", "peak_ptr": "*fp64", "mass_ptr": "*fp64", "moment_ptr": "*fp64"}  # fmt: skip
@@ -56,7 +57,7 @@ def compiled(
         pointer = POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else None
         number = "i32" if name in INTEGERS else "fp32"
         signature[name] = "constexpr" if name in constants else pointer or number
-        if pointer or (name in INTEGERS and name != "window"):
+        if name not in constants and (pointer or (name in INTEGERS and name != "window")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion}
@@ -87,18 +88,29 @@ def test_attention_compiles_within_the_shared_memory_of_an_sm_86(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_compile(capability: int) -> None:
-    from stages.models.decoding.kernels import blocks_kernel, norm_kernel, rotary_kernel, store_kernel
+    """Norms and rotary embeddings of a step, where Triton makes the number 1 a constant, and of a prefill."""
+    from stages.models.decoding.kernels import blocks_kernel, gated_kernel, norm_kernel, rotary_kernel, store_kernel
 
     store = compiled(store_kernel, "bf16", capability, num_warps=1, WIDTH=128, VALUE_WIDTH=128, PADDED=128)
     blocks = compiled(blocks_kernel, "fp32", capability, SIZE=1024, PADDED=1024)
-    norm = compiled(norm_kernel, "bf16", capability, num_warps=8, PADDED=4096, ONE_CENTRED=False)
-    rotary = compiled(
-        rotary_kernel, "bf16", capability, num_warps=1, fusion=False, HEADS=32, KV_HEADS=8, HALF=64, PADDED=64
-    )
-    for kernel in (store, blocks, norm, rotary):
+    gated = compiled(gated_kernel, "bf16", capability, num_warps=4, BLOCK=2048)
+    found = [store, blocks, gated]
+    for one in ({"inner": 1}, {}):
+        found.append(
+            compiled(norm_kernel, "bf16", capability, num_warps=8, ROWS=1, PADDED=4096, ONE_CENTRED=False, **one)
+        )
+        found.append(
+            compiled(norm_kernel, "bf16", capability, num_warps=4, ROWS=8, PADDED=128, ONE_CENTRED=True, **one)
+        )
+    for one in ({"num_places": 1}, {}):
+        sizes = {"HEADS": 32, "KV_HEADS": 8, "TILE": 8, "QUERY_TILES": 4, "HALF": 64, "PADDED": 64}
+        rotary = compiled(rotary_kernel, "bf16", capability, num_warps=4, fusion=False, **sizes, **one)
+        # Each product is rounded; an sm_80 multiplies bfloat16 by an fma whose third number is 0.
+        assert capability < 90 or "fma" not in rotary.asm["ptx"]
+        found.append(rotary)
+    for kernel in found:
         assert kernel.asm["cubin"]
-    # Each product of a rotary embedding is rounded; an sm_80 multiplies bfloat16 by an fma whose third number is 0.
-    assert capability < 90 or "fma" not in rotary.asm["ptx"]
+        assert " bytes spill" not in kernel.asm["ptx"]
 
 
 def test_a_cpu_engine_does_not_import_triton() -> None:

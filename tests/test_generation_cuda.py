@@ -92,7 +92,7 @@ def test_block_statistics_are_those_of_the_cpu(num_ids: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norms_and_rotary_embeddings_round_as_the_formulas(dtype: torch.dtype) -> None:
+def test_norms_rotary_embeddings_and_gates_round_as_the_formulas(dtype: torch.dtype) -> None:
     """Bit for bit but for the order of a sum and fused multiplications: 1 in 1,000 elements may round the other way."""
     torch.manual_seed(0)
     x, weight = torch.randn(64, 40, 128, device="cuda").to(dtype), torch.randn(128, device="cuda").to(dtype)
@@ -100,13 +100,20 @@ def test_norms_and_rotary_embeddings_round_as_the_formulas(dtype: torch.dtype) -
         (kernels.rms_norm(x, weight, 1e-6, centred), fused.rms_norm(x, weight, 1e-6, centred))
         for centred in (False, True)
     ]
-    query, key = (torch.randn(64, 1, n, 128, device="cuda").to(dtype).transpose(1, 2) for n in (32, 8))
-    cos, sin = (f(100 * torch.rand(64, 1, 128, device="cuda")).to(dtype) for f in (torch.cos, torch.sin))
-    pairs += zip(kernels.rotary(query, key, cos, sin), fused.rotary(query, key, cos, sin), strict=True)
+    for rows, places, cos_rows in ((64, 1, 64), (2, 50, 1)):  # a step and a prefill, of a joined product
+        joined = torch.randn(rows, places, 48, 128, device="cuda").to(dtype).transpose(1, 2)
+        query, key, value = joined.split([32, 8, 8], dim=1)
+        angle = 100 * torch.rand(cos_rows, places, 128, device="cuda")
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        pairs += zip(kernels.rotary(query, key, cos, sin), fused.rotary(query, key, cos, sin), strict=True)
+        value = value.transpose(1, 2)
+        pairs.append((kernels.rms_norm(value, weight, 1e-6, False), fused.rms_norm(value, weight, 1e-6, False)))
+    gate, up = torch.randn(64, 1, 20_000, device="cuda").to(dtype).split(10_000, -1)
+    pairs.append((kernels.gated(gate, up), torch.nn.functional.silu(gate) * up))
     for found, wanted in pairs:
         if dtype == torch.bfloat16:
             assert (found != wanted).float().mean() < 1e-3
-        torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        torch.testing.assert_close(found, wanted, rtol=2**-6 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 # Tokens and logprobs
@@ -149,7 +156,10 @@ def test_a_call_repeats_itself_bit_for_bit_in_bfloat16(student: Any, prompts: li
 def test_sampled_logprobs_equal_a_forced_forward_to_bfloat16_noise(
     student: Any, prompts: list[np.ndarray], kind: str, step_widths: list[int]
 ) -> None:
-    """bf16 weights; a bf16 model with an fp32 adapter; fp32 weights: the last two under autocast, as when training."""
+    """bf16 weights; a bf16 model with an fp32 adapter; fp32 weights: the last two under autocast, as when training.
+
+    Their copied layers are joined.
+    """
     model = copy.deepcopy(student) if kind == "full" else copy.deepcopy(student).bfloat16()
     if kind == "lora":
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -115,6 +115,21 @@ def test_an_open_engine_writes_bit_for_bit_what_a_new_one_writes(student_model: 
     assert greedy[0].ids.tolist() == theirs(student_model, prompts[0], 20)
 
 
+def test_slots_are_not_made_anew_for_a_few_tokens_more(
+    student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that would capture every step again."""
+    made: list[int] = []
+    original = steps.Decoder.__init__
+    monkeypatch.setattr(steps.Decoder, "__init__", lambda *a: made.append(a[5]) or original(*a))
+    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
+    with rollout_engine(student_model) as engine:
+        for length in (30, 31, 20, 54, 65):
+            texts = [np.full(length, 42)] * 4
+            engine([np.arange(20, 30)] * 4, [1, 2, 3, 4], Sampling(1), forced=texts, **common)
+    assert made == [64, 128]
+
+
 def test_an_open_engine_notices_new_weights(adapted_model: Any, prompts: list[np.ndarray]) -> None:
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
     seeds = list(range(len(prompts)))

@@ -31,7 +31,7 @@ LOOK_EVERY = {"cpu": 1, "cuda": 16}
 REFILL_SHARE = 16
 """A prefill waits until one in so many slots is free: it costs about one step, however few its prompts."""
 PLACES = 64
-"""Slots hold a multiple of this many K/V places, so that later calls find them large enough."""
+"""Slots hold a multiple of this many K/V places and tokens, so that later calls find them large enough."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Engine:
             )  # fmt: skip
         del old
         self._decoder = None  # its memory first
-        places += -places % PLACES
+        places, tokens = places + -places % PLACES, tokens + -tokens % PLACES
         self._decoder = Decoder(self.base, method, wanted, places, tokens, self._dtype)
         return self._decoder
 

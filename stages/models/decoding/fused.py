@@ -1,11 +1,12 @@
-"""One launch in place of many on CUDA: RMS norms and rotary embeddings, the bulk of a decode step's small kernels.
+"""One launch in place of many on CUDA: RMS norms, rotary embeddings and gated MLPs, the bulk of a step's small kernels.
 
-Nothing is known of models by name: a norm or a rotary function is replaced only if it gives the formula here, bit for
-bit, on a probe; otherwise it stays as it is. The kernels round where the formula does.
+Nothing is known of models by name: a norm, a rotary function or an MLP is replaced only if it gives the formula here, bit
+for bit, on a probe; otherwise it stays as it is. The kernels round where the formula does.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,9 +65,49 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
     return None
 
 
+class FusedMLP(nn.Module):
+    """down(silu(gate x) up x) by the linear layers that `mlp` has when it is called."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self._mlp = (mlp,)  # no child of this: its layers would have two names
+
+    def forward(self, x: Tensor) -> Tensor:
+        from stages.models.decoding import kernels
+
+        (mlp,) = self._mlp
+        return mlp.down_proj(kernels.gated(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@torch.no_grad()
+def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
+    """The same MLP with one launch between its products, or None for what is not one. `like`: dtype and device of a probe."""
+    factors = {"gate_proj": 1.5, "up_proj": 0.7, "down_proj": -0.6}
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in factors):
+        return None
+    probe = copy.copy(module)
+    probe._modules = module._modules | {name: _Scale(factor) for name, factor in factors.items()}
+    x = _probe(3, 8, like=like)
+    wanted = -0.6 * (nn.functional.silu(1.5 * x) * (0.7 * x))
+    try:
+        found = probe(x)
+    except (TypeError, RuntimeError, ValueError):  # takes other inputs, or has other parts: not this function
+        return None
+    return FusedMLP(module) if isinstance(found, Tensor) and torch.equal(found, wanted) else None
+
+
 @torch.no_grad()
 def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., Any] | None:
-    """`original`, one launch where there is one query a row; None if it turns in another way."""
+    """`original` in one launch; None if it turns in another way."""
     query, key = _probe(2, 3, 1, 8, like=like), _probe(2, 1, 1, 8, like=like)
     cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
     try:
@@ -79,10 +120,8 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
     def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         from stages.models.decoding import kernels
 
-        one_a_row = (
-            query.shape[2] == 1 and cos.ndim == 3 and len(cos) == len(query) and cos.shape[-1] == query.shape[-1]
-        )
-        if unsqueeze_dim == 1 and one_a_row:
+        (num_rows, _, places, width) = query.shape
+        if unsqueeze_dim == 1 and tuple(cos.shape) in ((num_rows, places, width), (1, places, width)):
             return kernels.rotary(query, key, cos, sin)
         return original(query, key, cos, sin, unsqueeze_dim=unsqueeze_dim)
 

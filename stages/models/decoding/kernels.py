@@ -16,6 +16,9 @@ from torch import Tensor
 LEAST = tl.constexpr(-3.4028234663852886e38)
 TILE_BYTES = 16_384
 """Of one block of keys: with K and V in three stages within the shared memory of an sm_86."""
+NORM_TILE = 1024
+"""Numbers in one program of short norms."""
+HEADS_TILE = 8
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 16
 
@@ -155,75 +158,125 @@ def blocks_kernel(
 
 @triton.jit
 def norm_kernel(
-    x_ptr, weight_ptr, out_ptr, size, eps, PADDED: tl.constexpr, ONE_CENTRED: tl.constexpr
+    x_ptr, weight_ptr, out_ptr, num_rows, inner, outer_stride, inner_stride, size, eps,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, ONE_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """RMS norm of one row with the roundings of the modules that it replaces (`fused.rms_norm`)."""
-    row = tl.program_id(0).to(tl.int64)
+    """RMS norms of some rows with the roundings of the modules that it replaces (`fused.rms_norm`).
+
+    Row r is at r / inner outer strides and r % inner inner ones; what is written is dense.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
-    x = tl.load(x_ptr + row * size + column, mask=column < size, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    inside = (row < num_rows)[:, None] & (column < size)[None, :]
+    source = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    x = tl.load(x_ptr + source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    x *= tl.rsqrt(tl.sum(x * x, 1) / size + eps)[:, None]
     if ONE_CENTRED:
         x *= 1.0 + weight
     else:
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32) * weight
-    tl.store(out_ptr + row * size + column, x.to(out_ptr.dtype.element_ty), mask=column < size)
+    target = row.to(tl.int64)[:, None] * size + column[None, :]
+    tl.store(out_ptr + target, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rotary_kernel(
-    query_ptr, query_row, query_head, key_ptr, key_row, key_head, cos_ptr, cos_row, sin_ptr, sin_row,
-    query_out_ptr, key_out_ptr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+    query_ptr, query_row, query_place, query_head, key_ptr, key_row, key_place, key_head, cos_ptr, cos_row, cos_place,
+    sin_ptr, sin_row, sin_place, query_out_ptr, key_out_ptr, num_places,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, QUERY_TILES: tl.constexpr, HALF: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row turned, in halves: x cos + (−x₂, x₁) sin, each product rounded as PyTorch rounds it."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    """Some heads at one place turned, in halves: x cos + (−x₂, x₁) sin, each product rounded as PyTorch rounds it."""
+    at = tl.program_id(0)
+    row, place = (at // num_places).to(tl.int64), (at % num_places).to(tl.int64)
+    tile = tl.program_id(1)
+    is_key = tile >= QUERY_TILES
+    source = query_ptr + row * query_row + place * query_place
+    target = query_out_ptr + at.to(tl.int64) * HEADS * 2 * HALF
+    if is_key:
+        source = key_ptr + row * key_row + place * key_place
+        target = key_out_ptr + at.to(tl.int64) * KV_HEADS * 2 * HALF
+    head = tl.where(is_key, tile - QUERY_TILES, tile) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, PADDED)
     inside = column < HALF
-    source = query_ptr + row * query_row + head * query_head
-    target = query_out_ptr + (row * HEADS + head) * 2 * HALF
-    if head >= HEADS:
-        source = key_ptr + row * key_row + (head - HEADS) * key_head
-        target = key_out_ptr + (row * KV_HEADS + head - HEADS) * 2 * HALF
+    kept = (head < tl.where(is_key, KV_HEADS, HEADS))[:, None] & inside[None, :]
+    source += head[:, None] * tl.where(is_key, key_head, query_head) + column[None, :]
+    target += head[:, None] * 2 * HALF + column[None, :]
+    cos_ptr += row * cos_row + place * cos_place + column
+    sin_ptr += row * sin_row + place * sin_place + column
     kind = query_out_ptr.dtype.element_ty
-    first = tl.load(source + column, mask=inside).to(tl.float32)
-    second = tl.load(source + HALF + column, mask=inside).to(tl.float32)
-    cos_ptr += row * cos_row + column
-    sin_ptr += row * sin_row + column
-    low = (first * tl.load(cos_ptr, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
-    high = (second * tl.load(cos_ptr + HALF, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
-    low -= (second * tl.load(sin_ptr, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
-    high += (first * tl.load(sin_ptr + HALF, mask=inside).to(tl.float32)).to(kind).to(tl.float32)
-    tl.store(target + column, low.to(kind), mask=inside)
-    tl.store(target + HALF + column, high.to(kind), mask=inside)
+    first = tl.load(source, mask=kept, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=kept, other=0.0).to(tl.float32)
+    low_cos = tl.load(cos_ptr, mask=inside, other=0.0).to(tl.float32)[None, :]
+    high_cos = tl.load(cos_ptr + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
+    low_sin = tl.load(sin_ptr, mask=inside, other=0.0).to(tl.float32)[None, :]
+    high_sin = tl.load(sin_ptr + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
+    low = (first * low_cos).to(kind).to(tl.float32) - (second * low_sin).to(kind).to(tl.float32)
+    high = (second * high_cos).to(kind).to(tl.float32) + (first * high_sin).to(kind).to(tl.float32)
+    tl.store(target, low.to(kind), mask=kept)
+    tl.store(target + HALF, high.to(kind), mask=kept)
+
+
+@triton.jit
+def gated_kernel(gate_ptr, gate_row, up_ptr, up_row, out_ptr, size, BLOCK: tl.constexpr):
+    """silu(gate) up of a part of one row, rounded between as PyTorch rounds it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    gate = tl.load(gate_ptr + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * size + column, (gate * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
-    """`fused.rms_norm` in one launch."""
-    rows = x.contiguous().view(-1, x.shape[-1])
+    """`fused.rms_norm` in one launch, of x [..., rows, size]."""
+    rows = _dense(x).reshape(-1, x.shape[-2], x.shape[-1])  # a view of heads beside each other too
+    outer, inner, size = rows.shape
     dtype = x.dtype if one_centred else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    padded = triton.next_power_of_2(rows.shape[1])
-    norm_kernel[(len(rows),)](
-        rows, weight, out, rows.shape[1], eps, PADDED=padded, ONE_CENTRED=one_centred,
-        num_warps=max(1, min(8, padded // 256)),
+    padded = triton.next_power_of_2(size)
+    at_once = max(1, NORM_TILE // padded)
+    norm_kernel[(triton.cdiv(outer * inner, at_once),)](
+        rows, weight, out, outer * inner, inner, rows.stride(0), rows.stride(1), size, eps, ROWS=at_once,
+        PADDED=padded, ONE_CENTRED=one_centred, num_warps=max(1, min(8, at_once * padded // 256)),
     )  # fmt: skip
     return out
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, H, 1, D] turned by cos and sin [B, 1, D], in halves; dtypes as PyTorch promotes them."""
-    query, key, cos, sin = _dense(query), _dense(key), _dense(cos), _dense(sin)
-    (num_rows, heads, _, width), kv_heads = query.shape, key.shape[1]
+    """Queries and keys [B, H, T, D] turned by cos and sin [B or 1, T, D], in halves; dtypes as PyTorch promotes them.
+
+    What it returns lies in memory as [B, T, H, D].
+    """
+    query, key, cos, sin = (_dense(x) for x in (query, key, cos, sin))
+    (num_rows, heads, places, width), kv_heads = query.shape, key.shape[1]
+    cos, sin = cos.expand(num_rows, -1, -1), sin.expand(num_rows, -1, -1)
     dtype = torch.promote_types(query.dtype, cos.dtype)
-    turned = [torch.empty((num_rows, n, 1, width), dtype=dtype, device=query.device) for n in (heads, kv_heads)]
-    rotary_kernel[(num_rows, heads + kv_heads)](
-        query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1), cos, cos.stride(0), sin,
-        sin.stride(0), *turned, HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2,
-        PADDED=triton.next_power_of_2(width // 2), num_warps=1,
+    turned = [torch.empty((num_rows, places, n, width), dtype=dtype, device=query.device) for n in (heads, kv_heads)]
+    tile = min(HEADS_TILE, triton.next_power_of_2(heads))
+    tiles = triton.cdiv(heads, tile)
+    rotary_kernel[(num_rows * places, tiles + triton.cdiv(kv_heads, tile))](
+        query, query.stride(0), query.stride(2), query.stride(1), key, key.stride(0), key.stride(2), key.stride(1),
+        cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), *turned, places, HEADS=heads,
+        KV_HEADS=kv_heads, TILE=tile, QUERY_TILES=tiles, HALF=width // 2, PADDED=triton.next_power_of_2(width // 2),
+        num_warps=4,
         enable_fp_fusion=False,  # else products in bfloat16 are fused with the sum, without their rounding
     )  # fmt: skip
-    return turned[0], turned[1]
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up of two tensors [..., size] of one shape."""
+    size = gate.shape[-1]
+    gates, ups = (_dense(x).reshape(-1, size) for x in (gate, up))  # views of columns beside each other too
+    out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    block = min(2048, triton.next_power_of_2(size))
+    gated_kernel[(len(gates), triton.cdiv(size, block))](
+        gates, gates.stride(0), ups, ups.stride(0), out, size, BLOCK=block, num_warps=4
+    )  # fmt: skip
+    return out
 
 
 def decode_attention(

@@ -153,19 +153,22 @@ class Decoder:
     def _prefill(self, groups: list[list[tuple[int, Request]]]) -> None:
         """One right-padded forward: causal attention never looks at padding behind it, so that no mask is needed."""
         prompts = [group[0][1].prompt for group in groups]
-        cache = DynamicCache()
-        ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
-        output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
-        source = torch.tensor([place for place, _, _ in rows], device=self.device)
-        slots = torch.tensor([slot for _, slot, _ in rows], device=self.device)
+        # First all that the device must be handed: such a copy waits for what was launched before it.
+        progress = self._newcomers([request for _, _, request in rows])
+        ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
+        ends = self._whole([len(prompt) - 1 for prompt in prompts])
+        source, slots = self._whole([place for place, _, _ in rows]), self._whole([slot for _, slot, _ in rows])
+        cache = DynamicCache()
+        output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._allocate(keys, values).fill(slots, source, keys, values)
-        progress = self._newcomers([request for _, _, request in rows])
         self._draw(progress, last[source])
         self.progress.put(slots, progress)
+
+    def _whole(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
 
     def _newcomers(self, requests: list[Request]) -> Progress:
         """Rows before their first token, as slots of their own."""
@@ -197,7 +200,7 @@ class Decoder:
 
     def take(self, slots: list[int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids int32, logprobs, entropy) of the rows in these slots. Waits for the device."""
-        index = torch.tensor(slots, device=self.device)
+        index = self._whole(slots)
         columns = (self.progress.ids.int(), self.progress.logprobs, self.progress.entropy)
         ids, logprobs, entropy = (column.index_select(0, index).cpu().numpy() for column in columns)
         lengths = self.progress.taken.index_select(0, index).tolist()
@@ -208,7 +211,7 @@ class Decoder:
         assert self._cache is not None
         self.width = width
         if moves:
-            source, target = (torch.tensor(list(side), device=self.device) for side in (moves.keys(), moves.values()))
+            source, target = self._whole(list(moves)), self._whole(list(moves.values()))
             self._cache.longest = longest
             self._cache.move(source, target)
             self.progress.move(source, target)

@@ -1,16 +1,17 @@
-"""What the engine reads in place of a model's own layers, which stay untouched: merged, cast once, fused."""
+"""What the engine reads in place of a model's own layers, which stay untouched: merged, cast once, joined, fused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from stages.models.decoding.fused import fused_norm, fused_rotaries
+from stages.models.decoding.fused import fused_mlp, fused_norm, fused_rotaries
+from stages.models.decoding.joined import JOINED, join
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class _Swap:
 class DecodingWeights:
     """Plain linear layers in place of a decoder's adapted or fp32-under-autocast ones, for as long as `swapped` lasts.
 
-    On CUDA norms and rotary embeddings of one launch as well (`fused`).
+    On CUDA layers of one input as one product (`joined`), what lies between products in fewer launches (`fused`).
     W + s B A is summed in fp32 and rounded once. LoRA layers of another kind than plain LoRA on a linear layer (DoRA,
     LoRA with a bias) stay as they are: they decode right, through their adapter.
     """
 
     def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         """`autocast_dtype`: the dtype in which autocast multiplies, None without autocast."""
-        self._decoder, self._swaps = decoder, list[_Swap]()
+        self._decoder, self._swaps = decoder, dict[str, _Swap]()
         self._fused = _on_cuda(decoder)
         adapted = ""
         for name, module in decoder.named_modules():
@@ -44,16 +45,28 @@ class DecodingWeights:
             elif type(module) is nn.Linear and autocast_dtype not in (None, module.weight.dtype):
                 fast = _linear(module.weight.detach().to(autocast_dtype), module.bias)
             elif self._fused:
-                fast = fused_norm(module)
+                fast = fused_norm(module) or fused_mlp(module, next(decoder.parameters()))
             if fast is not None:
                 parent, _, leaf = name.rpartition(".")
-                self._swaps.append(_Swap(decoder.get_submodule(parent), leaf, module, fast))
+                self._swaps[name] = _Swap(decoder.get_submodule(parent), leaf, module, fast)
+        if self._fused:
+            self._join()
+
+    def _join(self) -> None:
+        """Layers that are copied anyway: others would be held twice."""
+        for name, _ in self._decoder.named_modules():
+            for leaves in JOINED:
+                places = [f"{name}.{leaf}" for leaf in leaves]
+                if all(place in self._swaps for place in places):
+                    apart = [self._swaps[place] for place in places]
+                    for place, swap, fast in zip(places, apart, join([s.fast for s in apart]) or [], strict=False):
+                        self._swaps[place] = replace(swap, fast=fast)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The decoder with these weights; its own modules are back afterwards, whatever happens."""
         with ExitStack() as stack:
-            for swap in self._swaps:
+            for swap in self._swaps.values():
                 stack.callback(setattr, swap.parent, swap.name, swap.own)
                 setattr(swap.parent, swap.name, swap.fast)
             if self._fused:

@@ -131,9 +131,10 @@ def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any], recomp
 
 
 def _training_forward(layer: nn.Module, recompute: bool, *arguments: Any, **keywords: Any) -> Any:
-    if recompute:
-        return checkpoint(type(layer).forward, layer, *arguments, use_reentrant=False, **keywords)
-    return type(layer).forward(layer, *arguments, **keywords)
+    def forward() -> Any:
+        return type(layer).forward(layer, *arguments, **keywords)
+
+    return checkpoint(forward, use_reentrant=False) if recompute else forward()
 
 
 def policy_hash(student: Student) -> str:

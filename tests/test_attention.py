@@ -168,6 +168,7 @@ def test_what_packed_attention_does_not_do_stops_the_forward(keywords: dict[str,
 
 def test_a_window_that_only_the_mask_knows_stops_the_forward() -> None:
     model = tiny(SERVED["qwen3 with windows"])
+    enable_packing(model, True)
     module = model.get_decoder().layers[0].self_attn
     packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
     with pytest.raises(UserError, match="keeps its attention window to itself"):

@@ -23,10 +23,10 @@ NARROW, WIDE, R, SCALE = 7, 11, 3, 7 / 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def network(dtype: torch.dtype, bias: bool = True, **options: Any) -> Any:
+def network(dtype: torch.dtype, offset: bool = True, **options: Any) -> Any:
     """Two adapted layers with weights in `dtype`; adapters in fp32 at least, none of them zero."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(NARROW, WIDE, bias=bias), nn.SiLU(), nn.Linear(WIDE, NARROW, bias=bias)).to(dtype)
+    layers = nn.Sequential(nn.Linear(NARROW, WIDE, bias=offset), nn.SiLU(), nn.Linear(WIDE, NARROW, bias=offset)).to(dtype)
     model = get_peft_model(layers, LoraConfig(r=R, lora_alpha=7, target_modules=["0", "2"], **options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -139,7 +139,7 @@ class Products(TorchDispatchMode):
 
 
 def test_a_recomputed_block_leaves_out_its_last_wide_product() -> None:
-    model = network(torch.float32, bias=False)
+    model = network(torch.float32, offset=False)
     make_lean(model)
     x = inputs(torch.float32, 5).requires_grad_()
     with Products() as ahead:

@@ -26,7 +26,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def network(dtype: torch.dtype, offset: bool = True, **options: Any) -> Any:
     """Two adapted layers with weights in `dtype`; adapters in fp32 at least, none of them zero."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(NARROW, WIDE, bias=offset), nn.SiLU(), nn.Linear(WIDE, NARROW, bias=offset)).to(dtype)
+    layers = nn.Sequential(nn.Linear(NARROW, WIDE, bias=offset), nn.SiLU(), nn.Linear(WIDE, NARROW, bias=offset)).to(
+        dtype
+    )
     model = get_peft_model(layers, LoraConfig(r=R, lora_alpha=7, target_modules=["0", "2"], **options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -81,7 +83,7 @@ def test_values_and_gradients_are_those_of_peft(run: Any, dtype: torch.dtype, bi
     x = inputs(dtype, 2, 5)
     wanted, found = results(theirs, x, plain), results(ours, x, run)
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
         assert (found[name] - value).norm() <= TOLERANCE[dtype] * value.norm(), name
 
 

@@ -112,8 +112,10 @@ def _cast_once(model: nn.Module) -> None:
 def compile_layers(base: PreTrainedModel) -> None:
     """Compiles the decoder layers for training, alike ones once; evaluation and generation run them as they are.
 
-    Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more.
+    Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more. Layers with
+    checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
     """
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
     for layer in base.get_decoder().layers:
         recompute = getattr(layer, "gradient_checkpointing", False)

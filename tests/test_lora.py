@@ -39,7 +39,7 @@ def network(dtype: torch.dtype, offset: bool = True, **options: Any) -> Any:
 def results(model: Any, x: torch.Tensor, run: Callable[[Any, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
     """The output, and the gradients of its weighted sum."""
     x = x.detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
+    with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         out = run(model, x)
     out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -97,6 +97,17 @@ def test_gradients_are_no_farther_from_the_truth_than_those_of_peft() -> None:
         found = results(model, x, plain)
         errors.append(sum(float((found[name] - value).norm() / value.norm()) for name, value in truth.items()))
     assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run", [plain, recomputed])
+def test_values_and_gradients_on_cuda_are_those_of_the_cpu(run: Any) -> None:
+    x, models = inputs(torch.bfloat16, 2, 50), [network(torch.bfloat16), network(torch.bfloat16).to("cuda")]
+    make_lean(models[1])
+    truth = results(models[0].double(), x.double(), plain)
+    found = results(models[1], x.to("cuda"), run)
+    for name, value in truth.items():
+        assert (found[name].cpu() - value).norm() <= 2e-2 * value.norm(), name
 
 
 @pytest.mark.parametrize("bias", [False, True])

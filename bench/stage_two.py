@@ -11,7 +11,8 @@ own `train_step`, fed by the run's own reader. A cell's figures are from the ste
   mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the head), over the rate
                       of a large bf16 product measured in the same cell; attention and recomputation are not counted;
   wait_share          of the time, waiting for the reader;
-  gib_above_weights   peak memory beyond base and adapter weights.
+  gib_above_weights   peak memory beyond base and adapter weights;
+  parts               of our cells: seconds by class of kernel in one more step, under the profiler (bench/parts.py).
 Results are written after every cell. A cell that is there for the same device, versions and sources is kept; --again
 measures it anew. No new cell is begun after --minutes. A cell whose library is missing, or that fails, says so.
 """
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ from transformers.modeling_utils import PreTrainedModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cache
-from bench import loss
+from bench import loss, parts
 from stages.loops import feed, fit, schedule
 from stages.models import student as students
 from stages.models.student import Student
@@ -51,7 +52,14 @@ from stages.runtime.checkpoint import Position
 from stages.runtime.run import Run, open_run
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "flash-attn")
-SOURCES = ("dualkl/**/*.py", "stages/loops/f*.py", "stages/data/*.py", "stages/models/*.py", "bench/stage_two.py")
+SOURCES = (
+    "dualkl/**/*.py",
+    "stages/loops/f*.py",
+    "stages/data/*.py",
+    "stages/models/*.py",
+    "bench/stage_two.py",
+    "bench/parts.py",
+)
 WARM_UP = 2  # steps
 Record = dict[str, Any]
 
@@ -96,6 +104,7 @@ class Steps:
     peak: int
     weights: int
     note: str = ""
+    profile: parts.Profile | None = None
 
 
 # --- the rows ------------------------------------------------------------------------------------------------------
@@ -151,11 +160,11 @@ def make_student(run: Run, setting: Setting) -> Student:
 
 
 def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
-    """The run's own steps over the synthetic cache."""
+    """The run's own steps over the synthetic cache, and one more under the profiler."""
     flags = {
         "runs_dir": folder, "cache_dir": folder / "cache", "device": device, "dtype": setting.dtype, "lora_r": setting.lora_r,
         "batch_size": setting.rows_per_step, "grad_accum": 1, "micro_batch_tokens": setting.forward_tokens,
-        "lp_micro_batch": setting.rows_per_step, "max_steps": setting.num_steps, "refresh_every": 0, "trace_every": 0,
+        "lp_micro_batch": setting.rows_per_step, "max_steps": setting.num_steps + 1, "refresh_every": 0, "trace_every": 0,
     }  # fmt: skip
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)
@@ -164,13 +173,22 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     weights = reset_peak(device)
     clocks = [time.perf_counter()]
-    for batch in feed.global_batches(run, student, snapshot, pool, range(setting.num_steps), training.caps):
+    batches = feed.global_batches(run, student, snapshot, pool, range(setting.num_steps + 1), training.caps)
+    for batch in islice(batches, setting.num_steps):
         fit.train_step(run, training, pool, batch)
         loss.synchronize(device)
         clocks.append(time.perf_counter())
     steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
-    waited = [step["read_wait_seconds"] for step in steps]
-    return Steps(between(clocks), waited, peak(device), weights, student.padded_because)
+    waited, highest = [step["read_wait_seconds"] for step in steps], peak(device)
+    last = next(batches)
+
+    def one_more() -> None:
+        fit.train_step(run, training, pool, last)
+        loss.synchronize(device)
+
+    events = parts.profiled(one_more, device)
+    profile = parts.Profile(events, parts.least_weights(student.base.get_decoder()), len(last.forwards))
+    return Steps(between(clocks), waited, highest, weights, student.padded_because, profile)
 
 
 def between(clocks: list[float]) -> list[float]:
@@ -301,6 +319,7 @@ def measure(name: str, setting: Setting, device: str, folder: Path) -> Record:
         "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
         "gib_above_weights": (steps.peak - steps.weights) / 2**30 if device == "cuda" else None,
         "tokens_per_step": num_tokens, "note": steps.note,
+        "parts": steps.profile.parts(num_tokens, seconds, rate) if steps.profile else None,
     }  # fmt: skip
 
 

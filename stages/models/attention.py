@@ -40,7 +40,16 @@ def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
         raise UserError(f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto.")
     if not reason and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED)
+        _mark_windows(model)
     return reason
+
+
+def _mark_windows(model: PreTrainedModel) -> None:
+    """Tells each attention layer whether it is a sliding one: a look at its number would compile every layer anew."""
+    for module in model.modules():
+        types = getattr(getattr(module, "config", None), "layer_types", None)
+        if types and isinstance(number := getattr(module, "layer_idx", None), int):
+            module.slides = types[number] == "sliding_attention"
 
 
 def refusal(model: PreTrainedModel) -> str:
@@ -103,8 +112,7 @@ def packed_attention(
 
 def _check_window(module: nn.Module, sliding_window: int | None) -> None:
     """A window that the model knows only from its masks would be lost here."""
-    types = getattr(getattr(module, "config", None), "layer_types", None)
-    if types and types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+    if getattr(module, "slides", False) and sliding_window is None:
         raise UserError(
             "packed rows cannot be served: the model keeps its attention window to itself; use --packing off."
         )

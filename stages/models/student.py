@@ -14,12 +14,13 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned
-from stages.models import checkpoints
+from stages.models import checkpoints, lora
 from stages.models.attention import enable_packing, model_inputs
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
@@ -95,6 +96,7 @@ def assemble(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compute_dtype == torch.bfloat16:
         _cast_once(model)
+        lora.make_lean(model)
     if config.train.compile:
         compile_layers(base)
     return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because)
@@ -108,18 +110,33 @@ def _cast_once(model: nn.Module) -> None:
 
 
 def compile_layers(base: PreTrainedModel) -> None:
-    """Compiles each decoder layer for training; evaluation and generation, with their other shapes, run it as it is."""
+    """Compiles the decoder layers for training, alike ones once; evaluation and generation run them as they are.
+
+    Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more. Layers with
+    checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
+    compiled = torch.compile(_training_forward, dynamic=True)
     for layer in base.get_decoder().layers:
-        layer.forward = _compiled_in_training(layer, layer.forward)
+        recompute = getattr(layer, "gradient_checkpointing", False)
+        layer.gradient_checkpointing = False
+        layer.forward = _compiled_in_training(layer, compiled, recompute)
 
 
-def _compiled_in_training(layer: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(plain, dynamic=True)
-
+def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        return (compiled if layer.training else plain)(*arguments, **keywords)
+        if layer.training:
+            return compiled(layer, recompute, *arguments, **keywords)
+        return type(layer).forward(layer, *arguments, **keywords)
 
     return forward
+
+
+def _training_forward(layer: nn.Module, recompute: bool, *arguments: Any, **keywords: Any) -> Any:
+    def forward() -> Any:
+        return type(layer).forward(layer, *arguments, **keywords)
+
+    return checkpoint(forward, use_reentrant=False) if recompute else forward()
 
 
 def policy_hash(student: Student) -> str:
@@ -163,11 +180,11 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
     names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     if isinstance(names, list) and "lm_head" in names:
         raise UserError("lora_targets may not name lm_head: the loss applies the head itself, without adapters.")
-    lora = LoraConfig(
+    settings = LoraConfig(
         r=config.lora.lora_r, lora_alpha=config.lora.lora_alpha, lora_dropout=config.lora.lora_dropout,
         target_modules=names, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        return get_peft_model(base, lora)
+        return get_peft_model(base, settings)
     except ValueError as error:
         raise UserError(f"lora_targets {targets}: {error}") from error

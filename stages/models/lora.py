@@ -1,0 +1,103 @@
+"""Plain LoRA on a linear layer with as few passes over memory as its products allow: y = x W' + s (x A') B'.
+
+PEFT's forward writes (x A') B', writes it again times s, and writes its sum with x W'; autograd mirrors each of these.
+Here s is in B, the wide product adds itself to the narrow one, and the gradient by x is made in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import linear
+
+
+def make_lean(model: nn.Module) -> None:
+    """Gives PEFT's LoRA layers on linear ones the forward of `LeanLinear`; they stay `LoraLinear` to everyone else."""
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = LeanLinear
+
+
+class LeanLinear(LoraLinear):
+    """One active plain adapter without dropout on a frozen `nn.Linear` in the dtype of the products: in few passes.
+
+    All else (DoRA, LoRA with a bias, several adapters, merged or disabled ones, quantised weights) is PEFT's forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., N] in the weights' dtype."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        adapter = self._alone(dtype)
+        if args or kwargs or adapter is None:
+            return super().forward(x, *args, **kwargs)
+        base, scale = self.get_base_layer(), self.scaling[adapter]
+        a_rK, b_Nr = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return adapted(x.to(dtype), base.weight, bias, a_rK, b_Nr, scale)
+
+    def _alone(self, dtype: torch.dtype) -> str | None:
+        """The adapter that is all there is to this layer; None where there is more, or nothing."""
+        base = self.get_base_layer()
+        if self.disable_adapters or self.merged or self.fan_in_fan_out or type(base) is not nn.Linear:
+            return None
+        if base.weight.dtype != dtype or any(p.requires_grad for p in base.parameters()):
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
+            return None
+        return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
+
+
+def adapted(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float) -> Tensor:
+    """x W' + bias + x A' (s B)' for x [..., K], products in x's dtype; W and bias take no gradient."""
+    if torch.compiler.is_compiling():  # the compiler joins the sum with what follows, forwards and backwards
+        low = linear(linear(x, a_rK.to(x.dtype)), (scale * b_Nr).to(x.dtype))
+        return linear(x, weight_NK, bias_N) + low
+    x_TK = x.reshape(-1, x.shape[-1])
+    out_TN = _Update.apply(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
+    # Outside the function, after it has kept its tensors: where a checkpoint is recomputed, that stops before the layer's
+    # last product of this kind, which no gradient needs. `_Update` has the gradient of this product as well.
+    with torch.no_grad():
+        out_TN.addmm_(x_TK, weight_NK.t())
+    return out_TN.view(*x.shape[:-1], -1)
+
+
+class _Update(torch.autograd.Function):
+    """bias + x A' (s B)', with the gradients of x W' + bias + x A' (s B)'."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
+    ) -> Tensor:  # fmt: skip
+        a, b = a_rK.to(x_TK.dtype), (scale * b_Nr).to(x_TK.dtype)
+        z_Tr = linear(x_TK, a)
+        ctx.save_for_backward(x_TK, z_Tr, weight_NK, a, b)
+        ctx.scale, ctx.dtypes = scale, (a_rK.dtype, b_Nr.dtype)
+        return linear(z_Tr, b, bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, z_Tr, weight_NK, a_rK, b_Nr = ctx.saved_tensors
+        by_x, _, _, by_a, by_b, _ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = None
+        if by_x or by_a:
+            grad_z_Tr = grad_TN @ b_Nr
+        if by_x:
+            grad_x = (grad_z_Tr @ a_rK).addmm_(grad_TN, weight_NK)
+        if by_a:
+            grad_a = _product(grad_z_Tr.t(), x_TK, ctx.dtypes[0])
+        if by_b:
+            grad_b = _product(grad_TN.t(), z_Tr, ctx.dtypes[1]).mul_(ctx.scale)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; on CUDA without a rounding to the factors' dtype before."""
+    if a.is_cuda and a.dtype != dtype and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

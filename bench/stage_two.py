@@ -86,7 +86,7 @@ class Setting:
 REAL = Setting(
     Qwen3Config(vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
                 num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=True),
-    "bf16", (64, 193), 512, 64, 16_384, 96, 6, 64,
+    "bf16", (64, 193), 512, 64, 16_384, 96, 5, 64,
 )  # fmt: skip
 TINY = Setting(
     Qwen3Config(vocab_size=503, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -9,11 +9,12 @@ from stages.runtime.errors import UserError
 
 MATMUL_SHARE = 685 / 989  # docs/performance.md: products on an H200 run at 685 TFLOP/s; its data sheet says 989
 COPY_SHARE = 4.24 / 4.8  # docs/performance.md: a copy at 4.24 TB/s of 4.8
-DECODE_SHARE = 0.37  # 18,106 tokens/s of a floor of 48,500: 4B shape, 256 slots, static cache, CUDA graph, one H200
-FORWARD_SHARE = 503 / 685  # a 32B-shaped teacher's forward, plain, 16 x 640 tokens, one H200
-TRAIN_SHARE = 0.40  # of the products' rate; with the next line it gives docs/results.md's 12,850 tokens/s
-TRAIN_SECONDS = 65e-6  # a scored token beside the products: host work of a step (docs/results.md)
-SCORE_SECONDS = 28e-6  # a scored token beside the forward: copies, encoding, writing (docs/results.md: 26,550 tokens/s)
+# The rest is from docs/performance.md as well, one H200.
+DECODE_SHARE = 0.565  # of the floor: 27,550 tokens/s, 4B shape, 256 slots, prefill and sampling included
+FORWARD_SHARE = 503 / 685  # a teacher's forward, of the products' rate: 0.78 for the 32B shape, 0.68 for the 8B
+TRAIN_SHARE = 0.47  # of the products' rate; with the next line it gives 9,270 scored tokens/s (4B), 16,600 (1.7B)
+TRAIN_SECONDS = 16e-6  # a scored token beside the products
+SCORE_SECONDS = 1e-6  # a scored token beside the forward: 29,935 of 30,531 tokens/s, 8B shape, two in three scored
 ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: 12 layers took 82.7 ms at least, one H200
 
 

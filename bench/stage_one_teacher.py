@@ -60,7 +60,7 @@ class Size:
     completion: int = 512
     rows: int = 125
     tokens: int = 16_384
-    repeats: int = 1
+    repeats: int = 2
     warm_up: int = 25
     equality_tokens: int = 4096
     vocabulary: int = VOCABULARY

@@ -19,7 +19,17 @@ from typing import Any
 
 import torch
 
-from bench.loss import ROOT, _message, _triton_version, ceilings, markdown, number, release, sources_digest
+from bench.loss import (
+    ROOT,
+    Results,
+    _message,
+    _triton_version,
+    ceilings,
+    markdown,
+    number,
+    release,
+    sources_digest,
+)
 
 Record = dict[str, Any]
 Found = dict[str, dict[str, Record]]  # device -> cell -> record
@@ -118,22 +128,6 @@ def is_done(record: Record | None, cell: Cell, tiny: bool) -> bool:
     if record is None or record["status"] not in ("ok", "OOM"):
         return False
     return all(record.get(key) == value for key, value in identity(cell, tiny).items())
-
-
-class Results:
-    """The file: device -> cell -> record. Records of other devices are kept."""
-
-    def __init__(self, path: Path, device: str) -> None:
-        self.path = path
-        self.all: Found = json.loads(path.read_text()) if path.exists() else {}
-        self.here = self.all.setdefault(torch.cuda.get_device_name() if device == "cuda" else "cpu", {})
-
-    def put(self, name: str, record: Record) -> None:
-        self.here[name] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.all, indent=1) + "\n")
-        partial.replace(self.path)
 
 
 def try_cell(cell: Cell, bench: Bench) -> Record:

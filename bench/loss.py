@@ -385,8 +385,8 @@ def is_done(record: Record | None, cell: Cell) -> bool:
 class Results:
     """The file: device -> cell -> record. Records of other devices are kept."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.path = folder / "loss.json"
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
         self.all: dict[str, dict[str, Record]] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.here = self.all.setdefault(torch.cuda.get_device_name() if device == "cuda" else "cpu", {})
 
@@ -408,7 +408,7 @@ def settings_for(cell: Cell, before: Record | None, options: argparse.Namespace)
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is missing, cell by cell, shapes one after the other."""
-    device, started, results = options.device, time.monotonic(), Results(options.out, options.device)
+    device, started, results = options.device, time.monotonic(), Results(options.out / "loss.json", options.device)
     seconds = options.seconds or (1.0 if options.quick else 2.0)
     selected = select(options)
     todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Conf
 from stages.models.decoding import fused, steps, weights
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
-from stages.models.decoding.joined import JoinedLinear, join
+from stages.models.decoding.joined import JoinedLinear
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
 from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
@@ -215,29 +215,6 @@ def test_weights_come_back_after_an_exception(student_model: Any) -> None:
 
 
 # What takes one product or one launch on a GPU
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_joined_layers_give_what_they_gave_apart(has_bias: bool) -> None:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(8, size, bias=has_bias) for size in (6, 4, 5)]
-    joined = join(list(layers))
-    assert joined is not None
-    x, others = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
-    for inputs in ((x, x, x), (x, others, x), (others, x, others), (x, x, x)):
-        for layer, own, given in zip(layers, joined, inputs, strict=True):
-            assert torch.equal(own.weight, layer.weight)
-            torch.testing.assert_close(own(given), layer(given))
-    for own, layer in reversed(
-        list(zip(joined, layers, strict=True))
-    ):  # in another order, the first one's product is gone
-        torch.testing.assert_close(own(x), layer(x))
-
-
-def test_only_plain_layers_of_one_input_and_dtype_are_joined() -> None:
-    layer = torch.nn.Linear(8, 6)
-    for other in (torch.nn.Linear(7, 6), torch.nn.Linear(8, 6, bias=False), layer.double(), torch.nn.Identity()):
-        assert join([torch.nn.Linear(8, 6), other]) is None
 
 
 def test_layers_that_are_copied_anyway_are_joined_on_a_gpu(student_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

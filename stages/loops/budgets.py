@@ -46,9 +46,10 @@ def slot_parts(config: Config, shape: Shape, itemsize: int, slots: int) -> Parts
 
 
 def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> float:
-    """Activations of the prompts that are read at once."""
+    """Activations of the prompts that are read at once, and their keys and values before these are in slots."""
     tokens = min(PREFILL_TOKENS, slots * config.data.max_prompt_tokens)
-    return float(tokens * memory.forward_bytes_per_token(shape, itemsize))
+    each = memory.forward_bytes_per_token(shape, itemsize) + memory.kv_bytes_per_token(shape, itemsize)
+    return float(tokens * each)
 
 
 def copied_bytes(config: Config, student: Shape) -> float:

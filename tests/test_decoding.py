@@ -259,6 +259,9 @@ def test_norms_and_rotary_embeddings_of_every_architecture_are_recognised(name: 
 def test_what_is_another_formula_stays() -> None:
     others = [torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False), torch.nn.Linear(8, 8), torch.nn.Embedding(8, 8)]
     assert [fused.fused_norm(module) for module in others] == [None] * 4
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    assert fused.fused_norm(Qwen3NextRMSNormGated(8)) is None  # takes a gate too
     from transformers.models.cohere import modeling_cohere  # turns neighbours, not halves
 
     like = torch.ones(1)

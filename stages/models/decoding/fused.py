@@ -57,7 +57,12 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or not lone:
         return None
     x = _probe(3, len(weight), like=weight)
-    found = module(x)
+    try:
+        found = module(x)
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # takes other inputs: not this function
+        return None
+    if not isinstance(found, Tensor):
+        return None
     for one_centred in (False, True):
         wanted = rms_norm(x, weight, eps, one_centred)
         if found.dtype == wanted.dtype and torch.equal(found, wanted):

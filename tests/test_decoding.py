@@ -267,6 +267,7 @@ def test_what_is_another_formula_stays() -> None:
     like = torch.ones(1)
     assert fused.fused_rotary(modeling_cohere.apply_rotary_pos_emb, like) is None
     assert fused.fused_rotary(lambda query, positions: query, like) is None
+    assert fused.fused_rotary(lambda query, key, cos, sin: (query, key, cos), like) is None
 
 
 def test_rotary_functions_come_back(student_model: Any) -> None:

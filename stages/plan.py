@@ -125,7 +125,7 @@ def table(plan: Plan) -> str:
         parts = sorted(((v, k) for k, v in phase.parts.items() if v >= 0.05 * GIB), reverse=True)[:5]
         rate, hours = plan.rates.get(phase.name), plan.hours.get(phase.name)
         lines.append(
-            f"{phase.name:<10}{phase.peak / GIB:>9.1f}{f'{rate:,.0f}' if rate else '–':>10}"
+            f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
             f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
         )
     return "\n".join([

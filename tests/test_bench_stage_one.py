@@ -74,6 +74,14 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         bench(tmp_path, "--only", "decoding/*")
 
 
+def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"stage_one\.json does not exist; measure first"):
+        stage_one.PROGRAM.main(["--table", "--out", str(tmp_path)])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no GPU here"):
+        stage_one.PROGRAM.main(["--device", "cuda", "--out", str(tmp_path)])
+
+
 def test_only_the_newest_of_the_things_made_is_kept() -> None:
     context = cells.Bench("cpu", 0.0, {})
     first = context.make("student", object)

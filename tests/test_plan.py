@@ -290,6 +290,21 @@ def test_the_readme_launch_line_has_a_verdict(
         assert phase["peak"] == pytest.approx(sum(v for k, v in phase.items() if k != "peak"), abs=10)
 
 
+def test_extreme_machines_have_a_readable_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiny models are planned at rates of eight digits; a card may be smaller than what it must keep free."""
+    demo = ["--config", str(ROOT / "pipeline.yaml"), "--student_model", str(ROOT / "examples/arithmetic/student"),
+            "--teacher_model", str(ROOT / "examples/arithmetic/teacher")]  # fmt: skip
+    assert run_command(monkeypatch, *demo, "--gpu", "h200") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("generate")]
+    _, gib, rate, *_ = line.split()
+    assert float(gib) < 1
+    assert int(rate.replace(",", "")) > 10**7
+    assert run_command(monkeypatch, *demo, "--gpu_memory", "0.5") == 1
+    assert "0.0 GiB usable each" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_leaves_with_1_and_says_what_to_lower(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

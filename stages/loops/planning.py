@@ -36,7 +36,7 @@ class Machine:
     @property
     def usable(self) -> float:
         """Bytes of one card that tensors may take."""
-        return (self.gib * (1 - RESERVE_SHARE) - RESERVE_GIB) * GIB
+        return max(0.0, self.gib * (1 - RESERVE_SHARE) - RESERVE_GIB) * GIB
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,12 @@ def test_a_prefill_is_within_15_percent_of_the_one_counted() -> None:
     assert planned == pytest.approx(count.peak, rel=0.15)
 
 
+def test_a_prompt_longer_than_a_prefills_part_is_planned_whole() -> None:
+    short, long = (parse_arguments(["--max_prompt_tokens", str(tokens)], "") for tokens in (16_384, 40_000))
+    prefill = [budgets.prefill_bytes(config, STUDENT, 2, 8) for config in (short, long)]
+    assert prefill[1] / prefill[0] == pytest.approx(40_000 / 16_384)
+
+
 @pytest.mark.parametrize("which", ["score", "train"])
 def test_tokens_of_a_forward_fit_and_stay_within_bounds(which: str) -> None:
     def tokens(gib: float) -> int:

@@ -82,8 +82,13 @@ class Program:
         if options.list:
             print("\n".join(cell.name for cell in self.select(options)))
         elif options.table:
-            print(self.table(json.loads((options.out / self.file).read_text())))
+            path = options.out / self.file
+            if not path.is_file():
+                raise SystemExit(f"{path} does not exist; measure first, or give the folder of the results as --out.")
+            print(self.table(json.loads(path.read_text())))
         else:
+            if options.device == "cuda" and not torch.cuda.is_available():
+                raise SystemExit("torch sees no GPU here; --device cpu --tiny only tries whether everything runs.")
             run(options, self.select(options), options.out / self.file)
 
     def select(self, options: argparse.Namespace) -> list[Cell]:

@@ -220,6 +220,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/plan_check"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it measures a GPU's memory, and torch sees no GPU here")
     options = Options(given.folder, rows=given.rows, new_tokens=given.new_tokens, score_tokens=given.score_tokens)
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     shapes = {"rows": given.rows, "new_tokens": given.new_tokens, "score_tokens": given.score_tokens}

@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from bench.cells import Bench, Cell, Record
+from bench.cells import Bench, Cell, Record, peak_gib, reset_peak
 from bench.loss import measure, synchronize
 from stages.models.decoding.fused import FusedMLP
 from stages.models.decoding.sampling import Sampling, choose
@@ -84,6 +84,7 @@ def cells(tiny: bool) -> list[Cell]:
 def _measured(function: Callable[..., Record], shape: Shape, batch: int, is_plain: bool, bench: Bench) -> Record:
     make = make_model if is_plain else make_adapted
     model = bench.make(make.__name__, lambda: make(shape, bench.device))
+    reset_peak(bench.device)
     with torch.no_grad():
         return function(bench, model, shape, batch)
 
@@ -168,7 +169,7 @@ def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Rec
         first = seconds_of(call, bench.device)
         second = seconds_of(call, bench.device)
     found = against_floor(bench, model, shape, batch, 1e3 * second / shape.new)
-    return found | {"seconds": second, "first_call_seconds": first} | _peak(bench)
+    return found | {"seconds": second, "first_call_seconds": first, "peak_gib": peak_gib(bench.device)}
 
 
 def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
@@ -203,7 +204,7 @@ def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Re
     first = seconds_of(call, bench.device)
     second = seconds_of(call, bench.device)
     found = against_floor(bench, model, shape, batch, 1e3 * second / shape.new)
-    return found | {"seconds": second, "first_call_seconds": first} | _peak(bench)
+    return found | {"seconds": second, "first_call_seconds": first, "peak_gib": peak_gib(bench.device)}
 
 
 def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
@@ -261,11 +262,3 @@ def replayable(function: Callable[[], Any], device: torch.device) -> Callable[[]
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
-
-def _peak(bench: Bench) -> Record:
-    if bench.device != "cuda":
-        return {}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return {"peak_gib": peak}

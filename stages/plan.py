@@ -5,6 +5,7 @@
 Nothing is loaded: a folder with config.json, or a hub name, is enough for each model. Exit code 0 if it fits, 1 if it does not.
 Of its own: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB of a card; --mean_completion_tokens and
 --mean_prompt_tokens (else their upper bounds); --zero2 (recipes/accelerate_zero2.yaml); --json.
+With --role generate or --role score it plans the cards of those processes alone.
 """
 
 from __future__ import annotations
@@ -110,10 +111,13 @@ def table(plan: Plan) -> str:
         verdict = f"It fits: {cards}; {plan.spare / GIB:.1f} GiB spare in the fullest phase ({worst.name})."
     else:
         verdict = f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
+    reads = (
+        f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory" if plan.host_bytes else ""
+    )
     lines = [
         f"{verdict} A plan, not a measurement.",
         f"student {plan.student.parameters / 1e9:.2f}B ({plan.trained / 1e9:.3f}B trained), teacher"
-        f" {plan.teacher.parameters / 1e9:.2f}B; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory",
+        f" {plan.teacher.parameters / 1e9:.2f}B{reads}",
         "",
         f"{'phase':<10}{'GiB/card':>9}{'tokens/s':>10}{'hours':>7}  largest parts, GiB",
     ]
@@ -121,7 +125,7 @@ def table(plan: Plan) -> str:
         parts = sorted(((v, k) for k, v in phase.parts.items() if v >= 0.05 * GIB), reverse=True)[:5]
         rate, hours = plan.rates.get(phase.name), plan.hours.get(phase.name)
         lines.append(
-            f"{phase.name:<10}{phase.peak / GIB:>9.1f}{f'{rate:,.0f}' if rate else '–':>10}"
+            f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
             f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
         )
     return "\n".join([

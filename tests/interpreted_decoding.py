@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.models.decoding import attention, fused, kernels, sampling, weights
 from stages.models.decoding.attention import plain_attention
-from stages.models.decoding.joined import JoinedLinear
+from stages.models.decoding.joined import JoinedLinear, _Together
 from stages.models.decoding.sampling import Blocks, Sampling, block_statistics
 from stages.models.decoding.slots import SlotCache
 from tests.small_models import CONFIGS, random_model, run, theirs
@@ -191,6 +191,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
     monkeypatch.setattr(
         JoinedLinear, "forward", lambda self, x: products.append(self.out_features) or original(self, x)
     )
+    monkeypatch.setattr(_Together, "_alone", lambda *_: pytest.fail("a joined layer multiplied by itself"))
     model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 65)]
     wanted = [theirs(model, prompt, 12) for prompt in prompts]
     writer = (

@@ -81,6 +81,20 @@ def test_groups_hold_every_packed_position_once_among_few_others(lengths: tuple[
         assert (grid.diff(dim=1) <= 1).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_goes_to_a_gpu_without_waiting_for_it(packed: bool) -> None:
+    gpu, batch = torch.device("cuda"), ([np.array([5, 6, 7]), np.array([8])], [np.array([1, 2]), np.array([3])], 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = align(*batch, gpu, packed=packed)
+        if found.packing:
+            assert found.packing.groups.places.is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.input_ids.cpu(), align(*batch, CPU, packed=packed).input_ids)
+
+
 def test_hidden_states_are_picked_at_the_scored_positions_in_order() -> None:
     aligned = align([np.array([5, 6]), np.array([7])], [np.array([1]), np.array([2, 3, 4])], 0, CPU)
     hidden = torch.arange(2 * 4 * 3).reshape(2, 4, 3)

@@ -52,6 +52,16 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path: Path, monkeypatch: 
     assert bench(tmp_path, "--only", "decode/steps/*")["decode/steps/4"]["status"] == "ok"  # tried again
 
 
+def test_a_peak_is_of_its_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(stage_one_decode, "reset_peak", lambda device: calls.append("reset"))
+    monkeypatch.setattr(stage_one_decode, "peak_gib", lambda device: calls.append("read") or 1.0)
+    context = cells.Bench("cpu", 0.01, {"copy_tb_per_second": 1.0, "product_tflops": 1.0})
+    for cell in stage_one_decode.cells(tiny=True)[:3]:
+        cell.measure(context)
+    assert calls == ["reset", "reset", "read", "reset", "read"]
+
+
 def test_figures_of_tiny_shapes_do_not_pass_for_others(folder: Path) -> None:
     record = json.loads((folder / "stage_one.json").read_text())["cpu"]["scoring"]
     (scoring,) = (cell for cell in stage_one.all_cells(tiny=False) if cell.name == "scoring")
@@ -62,6 +72,14 @@ def test_figures_of_tiny_shapes_do_not_pass_for_others(folder: Path) -> None:
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no cell matches decoding/\*; --list names them all\."):
         bench(tmp_path, "--only", "decoding/*")
+
+
+def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"stage_one\.json does not exist; measure first"):
+        stage_one.PROGRAM.main(["--table", "--out", str(tmp_path)])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no GPU here"):
+        stage_one.PROGRAM.main(["--device", "cuda", "--out", str(tmp_path)])
 
 
 def test_only_the_newest_of_the_things_made_is_kept() -> None:

@@ -3,20 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from stages.loops import budgets, collect, feed, fit, planning, schedule, setup
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
 from stages.models import memory, speed
+from stages.models.decoding.sampling import Sampling
+from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.memory import GIB
 from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position
 from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
+from tests.counted_memory import CountedMemory
 from tests.helpers import Forker, make_run, records_of, small
 from tests.tiny_runs import TINY, student_of, write_rollouts
 
@@ -59,6 +63,27 @@ def test_slots_follow_the_memory_and_leave_room_to_score() -> None:
     assert kept + beside < 30 * GIB
     half = budgets.gen_rows(CONFIG, STUDENT, 2, 10 * GIB, beside)  # where scoring would take all, slots keep half
     assert 8 <= half <= rows[1]
+
+
+def test_a_prefill_is_within_15_percent_of_the_one_counted() -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    config = Qwen3Config(**sizes, intermediate_size=192, num_hidden_layers=12, max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    method = Method(Sampling(2), 96, (), 0)
+    decoder = Decoder(model, method, 16, 66, 2, None)
+    requests = [Request(i, np.random.default_rng(i).integers(1, 96, 64), i, 2) for i in range(16)]
+    with torch.no_grad():
+        decoder.fill(list(enumerate(requests)))  # makes the slots
+        with CountedMemory() as count:
+            decoder.fill(list(enumerate(requests)))
+    planned = budgets.prefill_bytes(parse_arguments(["--max_prompt_tokens", "64"], ""), memory.shape_of(config), 2, 16)
+    assert planned == pytest.approx(count.peak, rel=0.15)
+
+
+def test_a_prompt_longer_than_a_prefills_part_is_planned_whole() -> None:
+    short, long = (parse_arguments(["--max_prompt_tokens", str(tokens)], "") for tokens in (16_384, 40_000))
+    prefill = [budgets.prefill_bytes(config, STUDENT, 2, 8) for config in (short, long)]
+    assert prefill[1] / prefill[0] == pytest.approx(40_000 / 16_384)
 
 
 @pytest.mark.parametrize("which", ["score", "train"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Conf
 from stages.models.decoding import fused, steps, weights
 from stages.models.decoding import sampling as sampling_module
 from stages.models.decoding.attention import check_served
-from stages.models.decoding.joined import JoinedLinear, join
+from stages.models.decoding.joined import JoinedLinear
 from stages.models.decoding.sampling import Sampling, block_statistics, choose, sampling_logits
 from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
@@ -217,29 +217,6 @@ def test_weights_come_back_after_an_exception(student_model: Any) -> None:
 # What takes one product or one launch on a GPU
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_joined_layers_give_what_they_gave_apart(has_bias: bool) -> None:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(8, size, bias=has_bias) for size in (6, 4, 5)]
-    joined = join(list(layers))
-    assert joined is not None
-    x, others = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
-    for inputs in ((x, x, x), (x, others, x), (others, x, others), (x, x, x)):
-        for layer, own, given in zip(layers, joined, inputs, strict=True):
-            assert torch.equal(own.weight, layer.weight)
-            torch.testing.assert_close(own(given), layer(given))
-    for own, layer in reversed(
-        list(zip(joined, layers, strict=True))
-    ):  # in another order, the first one's product is gone
-        torch.testing.assert_close(own(x), layer(x))
-
-
-def test_only_plain_layers_of_one_input_and_dtype_are_joined() -> None:
-    layer = torch.nn.Linear(8, 6)
-    for other in (torch.nn.Linear(7, 6), torch.nn.Linear(8, 6, bias=False), layer.double(), torch.nn.Identity()):
-        assert join([torch.nn.Linear(8, 6), other]) is None
-
-
 def test_layers_that_are_copied_anyway_are_joined_on_a_gpu(student_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged ones, and casts; a plain model's would be held twice."""
     monkeypatch.setattr(weights, "_on_cuda", lambda module: True)
@@ -282,11 +259,15 @@ def test_norms_and_rotary_embeddings_of_every_architecture_are_recognised(name: 
 def test_what_is_another_formula_stays() -> None:
     others = [torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False), torch.nn.Linear(8, 8), torch.nn.Embedding(8, 8)]
     assert [fused.fused_norm(module) for module in others] == [None] * 4
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    assert fused.fused_norm(Qwen3NextRMSNormGated(8)) is None  # takes a gate too
     from transformers.models.cohere import modeling_cohere  # turns neighbours, not halves
 
     like = torch.ones(1)
     assert fused.fused_rotary(modeling_cohere.apply_rotary_pos_emb, like) is None
     assert fused.fused_rotary(lambda query, positions: query, like) is None
+    assert fused.fused_rotary(lambda query, key, cos, sin: (query, key, cos), like) is None
 
 
 def test_rotary_functions_come_back(student_model: Any) -> None:

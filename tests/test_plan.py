@@ -258,6 +258,20 @@ def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:
     assert short.rollouts == 8 * 8192
 
 
+@pytest.mark.parametrize(
+    ("role", "others"), [("generate", {"teacher shard", "selection"}), ("score", {"student", "logits"})]
+)
+def test_a_role_is_planned_on_cards_of_its_own(folders: Path, role: str, others: set[str]) -> None:
+    """6 cards that a step's 256 rows could not be cut into: nobody trains there."""
+    plan = make_plan(configured(folders, "Qwen3-4B", "Qwen3-32B", "--role", role), Machine(speed.GPUS["h100"], 6, 79.1))
+    (phase,) = plan.phases
+    assert (phase.name, *plan.rates, *plan.hours) == (role, role, role)
+    assert not others & phase.parts.keys()
+    whole = make_plan(configured(folders), TWO_80GB)
+    assert others < {part for phase in whole.phases for part in phase.parts}
+    assert phase.peak < next(other.peak for other in whole.phases if other.name == role)
+
+
 def test_the_readme_launch_line_has_a_verdict(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +288,21 @@ def test_the_readme_launch_line_has_a_verdict(
     assert found["student_parameters"] == QWEN3["Qwen3-4B"][-1]
     for phase in found["phases"].values():
         assert phase["peak"] == pytest.approx(sum(v for k, v in phase.items() if k != "peak"), abs=10)
+
+
+def test_extreme_machines_have_a_readable_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiny models are planned at rates of eight digits; a card may be smaller than what it must keep free."""
+    demo = ["--config", str(ROOT / "pipeline.yaml"), "--student_model", str(ROOT / "examples/arithmetic/student"),
+            "--teacher_model", str(ROOT / "examples/arithmetic/teacher")]  # fmt: skip
+    assert run_command(monkeypatch, *demo, "--gpu", "h200") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("generate")]
+    _, gib, rate, *_ = line.split()
+    assert float(gib) < 1
+    assert int(rate.replace(",", "")) > 10**7
+    assert run_command(monkeypatch, *demo, "--gpu_memory", "0.5") == 1
+    assert "0.0 GiB usable each" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_leaves_with_1_and_says_what_to_lower(
@@ -305,6 +334,8 @@ def test_every_recipe_fits_the_cards_it_names(folders: Path, recipe: str) -> Non
         (["--gpu", "h100", "--teacher_model", ""], "teacher_model is empty"),
         (["--gpu", "h100", "--lora_targets", "nothing"], "no linear layer named nothing"),
         (["--gpu", "h100", "--gpus", "3"], "batch_size 256 cannot be cut into 3 process"),
+        (["--gpu", "h100", "--mean_completion_tokens", "513"], "more than max_new_tokens 512"),
+        (["--gpu", "h100", "--mean_prompt_tokens", "1025"], "more than max_prompt_tokens 1024"),
     ],
 )
 def test_wrong_input_is_one_sentence(

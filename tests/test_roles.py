@@ -178,6 +178,19 @@ def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
         score(tmp_path, chat_template_kwargs="{x: 1}")
 
 
+@pytest.mark.parametrize("is_done", [False, True])
+def test_another_signal_is_refused_before_the_teacher_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_done: bool
+) -> None:
+    generate(tmp_path)
+    score(tmp_path)
+    if not is_done:
+        next((cache_of(tmp_path) / "commits").iterdir()).unlink()
+    monkeypatch.setattr(TeacherLoader, "get", lambda self: pytest.fail("the teacher was loaded"))
+    with pytest.raises(cache.CacheError, match="signal"):
+        score(tmp_path, signal_k=5)
+
+
 def test_training_and_the_pipeline_take_both_roles_only(tmp_path: Path, forked: Forker) -> None:
     run = role(tmp_path, "generate")
     both(tmp_path)

@@ -71,7 +71,7 @@ class Packing:
                 places[starts[i] : starts[i + 1]] = slot + row * width + np.arange(self.lengths[i])
             slot += len(group) * width
         device = self.bounds.device
-        return Groups([torch.from_numpy(grid).to(device) for grid in grids], torch.from_numpy(places).to(device))
+        return Groups([queued(grid, device) for grid in grids], queued(places, device))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Aligned:
 def align(
     prompts: list[np.ndarray], completions: list[np.ndarray], pad_id: int, device: torch.device, *, packed: bool = False
 ) -> Aligned:
-    """Puts B prompts (each of at least one token) and their completions into one batch on `device`."""
+    """Puts B prompts (each of at least one token) and their completions into one batch on `device`, queued there."""
     sequences = [np.concatenate([p, c]).astype(np.int64) for p, c in zip(prompts, completions, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
     starts = np.cumsum([0, *lengths]) if packed else np.arange(len(lengths) + 1) * max(lengths)
@@ -102,7 +102,7 @@ def align(
     targets = np.concatenate(completions).astype(np.int64)
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+        return queued(array, device)
 
     if packed:
         positions = np.concatenate([np.arange(length) for length in lengths])
@@ -115,6 +115,12 @@ def align(
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
     return Aligned(tensor(ids), tensor(mask), tensor(scored), tensor(targets))
+
+
+def queued(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device behind what it does now: the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def at_scored(hidden_BTd: Tensor, aligned: Aligned) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stages.models import checkpoints, memory
+from stages.models.decoding.steps import PREFILL_TOKENS
 from stages.models.memory import Shape
 from stages.models.teacher import Teacher, zero3_settings
 from stages.runtime.config import Config
@@ -19,7 +20,6 @@ from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
 MARGIN = 0.8  # of the free memory that `auto` hands out
-PREFILL_TOKENS = 16_384  # prompts are read in parts of about so many tokens
 CPU_GEN_ROWS, MOST_GEN_ROWS = 128, 512
 CPU_SCORE_TOKENS, CPU_TRAIN_ROWS = 16_384, 64
 LEAST_TOKENS, MOST_TOKENS = 2_048, 32_768  # of a forward: fewer leave the card idle, more bring nothing
@@ -46,9 +46,11 @@ def slot_parts(config: Config, shape: Shape, itemsize: int, slots: int) -> Parts
 
 
 def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> float:
-    """Activations of the prompts that are read at once."""
-    tokens = min(PREFILL_TOKENS, slots * config.data.max_prompt_tokens)
-    return float(tokens * memory.forward_bytes_per_token(shape, itemsize))
+    """Activations of the prompts that are read at once, and their keys and values before these are in slots."""
+    longest = config.data.max_prompt_tokens
+    tokens = min(max(PREFILL_TOKENS["cuda"], longest), slots * longest)
+    each = memory.forward_bytes_per_token(shape, itemsize) + memory.kv_bytes_per_token(shape, itemsize)
+    return float(tokens * each)
 
 
 def copied_bytes(config: Config, student: Shape) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dualkl import DualKLOutput, TopKTeacher, gate_statistics
 from dualkl.gate_statistics import NUM_SUMS, divergence_counts, figures, group_sums, means
 from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt, scheduled_tau
+from stages.data.alignment import queued
 from stages.data.batches import MicroBatch, Pool
 from stages.runtime.config import Config
 
@@ -67,7 +68,7 @@ def of_rows(
         return tau
     drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
     tau_N = np.repeat(tau - config.refresh.drift_to_forward * drifts, lengths)
-    return _queued(tau_N.astype(np.float32), device)
+    return queued(tau_N.astype(np.float32), device)
 
 
 def groups_of(pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -77,13 +78,7 @@ def groups_of(pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int]
     of_age[ages < 0] = len(AGES) - 1
     of_position = np.digitize(np.concatenate([np.arange(length) for length in lengths]), POSITION_BOUNDS)
     groups_N = np.repeat(of_age, lengths) * len(POSITIONS) + of_position
-    return _queued(groups_N.astype(np.uint8), device)
-
-
-def _queued(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device behind what it does now: the host does not wait."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return queued(groups_N.astype(np.uint8), device)
 
 
 def statistics_of(config: Config, out: DualKLOutput, batch: MicroBatch, groups: Tensor) -> Tensor:

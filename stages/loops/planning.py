@@ -36,7 +36,7 @@ class Machine:
     @property
     def usable(self) -> float:
         """Bytes of one card that tensors may take."""
-        return (self.gib * (1 - RESERVE_SHARE) - RESERVE_GIB) * GIB
+        return max(0.0, self.gib * (1 - RESERVE_SHARE) - RESERVE_GIB) * GIB
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,16 @@ class _Sizes:
 def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, mean_prompt: float = 0.0) -> Plan:
     """The plan of `config` on `machine`; means of 0 stand for their upper bounds, max_new_tokens and max_prompt_tokens.
 
-    Errors: `UserError` for a model that cannot be read or planned, no teacher, or an impossible batch.
+    With role generate or score `machine` is the cards of those processes, which do nothing else. Errors: `UserError` for a
+    model that cannot be read or planned, no teacher, an impossible batch, or a mean above its upper bound.
     """
     models = config.models
     if not models.teacher_model:
         raise UserError("teacher_model is empty: a plan needs the models of both stages.")
-    rows_per_micro_step(config, machine.num_gpus)
+    if config.rollout.role == "both":
+        rows_per_micro_step(config, machine.num_gpus)
+    _check_mean("max_new_tokens", config.rollout.max_new_tokens, mean_completion)
+    _check_mean("max_prompt_tokens", config.data.max_prompt_tokens, mean_prompt)
     student = memory.shape_of(checkpoints.load_config(models.student_model, models.student_revision))
     teacher = memory.shape_of(checkpoints.load_config(models.teacher_model, models.teacher_revision))
     sizes = _Sizes(config, machine, student, teacher, budgets.trained_parameters(config, student))
@@ -135,17 +139,26 @@ def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, me
     kept_head = memory.head_bytes(teacher, sizes.teacher_b) if config.teacher_signal.signal == "hidden" else 0
     plan = Plan(
         machine, student, teacher, sizes.trained, phases, rates, hours, rollouts, completion, prompt,
-        rollouts * completion * each + kept_head, each, float(teacher.parameters * sizes.teacher_b),
+        rollouts * completion * each + kept_head, each,
+        0.0 if config.rollout.role == "generate" else float(teacher.parameters * sizes.teacher_b),
     )  # fmt: skip
     plan.advice.extend([] if plan.fits else _advice(sizes, plan.worst))
     return plan
+
+
+def _check_mean(key: str, most: int, mean: float) -> None:
+    if mean > most:
+        raise UserError(
+            f"a mean of {mean:,.0f} tokens is more than {key} {most} lets there be; lower it, or raise {key}."
+        )
 
 
 @dataclass(frozen=True)
 class _Writing:
     """Stage one beside `resident` bytes: slots and tokens of a scoring forward, and what each half takes at its fullest.
 
-    The engine keeps its weights and slots while the teacher scores, unless the models take turns on the card.
+    The engine keeps its weights and slots while the teacher scores, unless the models take turns on the card, or the halves
+    are on cards of their own.
     """
 
     slots: int
@@ -155,9 +168,12 @@ class _Writing:
 
 
 def plan_phases(sizes: _Sizes) -> list[Phase]:
-    """evaluate, generate, score, train, refresh, in the order of a pipeline."""
+    """evaluate, generate, score, train, refresh, in the order of a pipeline; the one of role generate or score."""
     student, state = _student_parts(sizes), _state_parts(sizes)
     first, later = _writing(sizes, {}), _writing(sizes, state)
+    alone = {"generate": first.generate, "score": first.score}
+    if (role := sizes.config.rollout.role) in alone:
+        return [Phase(role, alone[role])]
     return [
         Phase("evaluate", _evaluation_parts(sizes, student)),
         Phase("generate", first.generate),
@@ -190,16 +206,17 @@ def _state_parts(sizes: _Sizes) -> Parts:
 
 def _writing(sizes: _Sizes, state: Parts) -> _Writing:
     """Stage one, or a refresh where training's `state` is on the card too."""
-    config, shape, takes_turns = sizes.config, sizes.student, sizes.config.rollout.offload_idle
+    config, shape, apart = sizes.config, sizes.student, sizes.config.rollout.role != "both"
+    takes_turns = config.rollout.offload_idle
     student, teacher, gathered = state | _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
     moves = takes_turns and not config.models.teacher_ds_zero3
     copied = {"merged LoRA copy" if config.lora.use_lora else "weights in dtype": budgets.copied_bytes(config, shape)}
-    writing = student | copied | ({} if moves else teacher)
-    beside = 0.0 if takes_turns else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
+    writing = student | copied | ({} if moves or apart else teacher)
+    beside = 0.0 if takes_turns or apart else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
     slots = _slots(sizes, shape, sizes.student_b, writing, beside)
     kept = budgets.slot_parts(config, shape, sizes.student_b, slots)
     prefill = budgets.prefill_bytes(config, shape, sizes.student_b, slots)
-    scoring = state | teacher if takes_turns else writing | kept
+    scoring = state | teacher if takes_turns or apart else writing | kept
     tokens = _scoring_tokens(sizes, gathered, scoring)
     forward = budgets.scoring_parts(config, sizes.teacher, gathered, tokens, sizes.card)
     return _Writing(slots, tokens, writing | kept | {"activations": prefill}, scoring | forward)
@@ -305,10 +322,10 @@ def num_refreshes(config: Config) -> int:
 
 
 def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, float], dict[str, float], int]:
-    """Rates in completion tokens/s of all cards, hours by phase, rollouts written in all."""
-    config, machine = sizes.config, sizes.machine
+    """Rates in completion tokens/s of all cards, hours by phase, rollouts written in all; of role generate or score its own."""
+    config, machine, role = sizes.config, sizes.machine, sizes.config.rollout.role
     gpu, num_gpus = machine.gpu, machine.num_gpus
-    writing = _writing(sizes, _state_parts(sizes))  # as in refreshes, which are most of it
+    writing = _writing(sizes, _state_parts(sizes) if role == "both" else {})  # as in refreshes, which are most of it
     per_forward = writing.score_tokens
     scored = per_forward * completion / (completion + prompt)
     zero3 = config.models.teacher_ds_zero3
@@ -327,6 +344,7 @@ def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, 
         "score": rollouts * completion,
         "train": config.train.max_steps * config.train.batch_size * completion,
     }
+    rates = {name: rate for name, rate in rates.items() if role in (name, "both")}
     return rates, {name: tokens[name] / rate / 3600 for name, rate in rates.items()}, rollouts
 
 

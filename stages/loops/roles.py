@@ -116,11 +116,13 @@ class Found:
 
 
 class Inbox:
-    """The unscored units of a run's refreshes from `first_refresh` on, as they are committed."""
+    """The unscored units of a run's refreshes from `first_refresh` on, as they are committed.
+
+    CacheError for either cache if it was written with another configuration.
+    """
 
     def __init__(self, run: Run, vocabulary: Vocabulary, first_refresh: int) -> None:
-        self._run, self._first = run, first_refresh
-        self._fingerprint = setup.unscored_fingerprint(run.config, vocabulary)
+        self._run, self._first, self._vocabulary = run, first_refresh, vocabulary
         self._snapshots: dict[str, cache.Snapshot] = {}
         self.taken: set[str] = set()  # commit records that the processes of this world have scored, or are at
 
@@ -187,6 +189,11 @@ class Inbox:
             self._snapshots[root] = self._snapshots[root].refresh()
         elif cache.exists(root):
             self._snapshots[root] = cache.open(root)
-            if root == self._run.config.unscored_root:
-                self._snapshots[root].fingerprint.compare(self._fingerprint, root)
+            self._snapshots[root].fingerprint.compare(self._wanted(root), root)
         return self._snapshots.get(root)
+
+    def _wanted(self, root: str) -> cache.Fingerprint:
+        config = self._run.config
+        if root == config.unscored_root:
+            return setup.unscored_fingerprint(config, self._vocabulary)
+        return setup.fingerprint(config, self._vocabulary, config.teacher_signal)

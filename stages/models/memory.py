@@ -196,8 +196,3 @@ def loss_bytes(num_scored: int, shape: Shape, signal: str, device_bytes: float, 
 def compress_bytes(num_scored: int, shape: Shape, device_bytes: float) -> float:
     """Three fp32 arrays [rows, V] of `dualkl.compress`, within 4 GiB and a sixteenth of the device."""
     return min(12.0 * num_scored * shape.vocab_size, COMPRESS_BUDGET, device_bytes / 16)
-
-
-def slot_bytes(shape: Shape, itemsize: int, tokens: int) -> int:
-    """One sequence in generation: keys and values of `tokens` tokens, and V logits while the next one is drawn."""
-    return tokens * kv_bytes_per_token(shape, itemsize) + LOGIT_BYTES * shape.vocab_size

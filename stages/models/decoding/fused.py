@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
+_NOT_THIS = (AttributeError, LookupError, TypeError, RuntimeError, ValueError)
+"""What a function raises that takes other inputs than the one looked for, gives other results or has other parts."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
@@ -57,7 +59,12 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or not lone:
         return None
     x = _probe(3, len(weight), like=weight)
-    found = module(x)
+    try:
+        found = module(x)
+    except _NOT_THIS:
+        return None
+    if not isinstance(found, Tensor):
+        return None
     for one_centred in (False, True):
         wanted = rms_norm(x, weight, eps, one_centred)
         if found.dtype == wanted.dtype and torch.equal(found, wanted):
@@ -100,7 +107,7 @@ def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
     wanted = -0.6 * (nn.functional.silu(1.5 * x) * (0.7 * x))
     try:
         found = probe(x)
-    except (TypeError, RuntimeError, ValueError):  # takes other inputs, or has other parts: not this function
+    except _NOT_THIS:
         return None
     return FusedMLP(module) if isinstance(found, Tensor) and torch.equal(found, wanted) else None
 
@@ -112,9 +119,10 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
     cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
     try:
         found, wanted = original(query, key, cos, sin), rotary(query, key, cos, sin)
-    except (TypeError, RuntimeError, ValueError):  # takes other inputs: not this function
+        is_same = isinstance(found, tuple) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    except _NOT_THIS:
         return None
-    if not isinstance(found, tuple) or not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+    if not is_same:
         return None
 
     def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:

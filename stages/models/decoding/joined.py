@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ class JoinedLinear(nn.Linear):
     """One of several linear layers of one input, its weight a part of theirs.
 
     The first of them multiplies by all; the others take their columns of that if they are called with the same tensor,
-    and multiply by themselves if not. The last gives the product up.
+    unchanged (`_state`), and multiply by themselves if not. The last gives the product up. For the engine, which has no
+    gradients: with them, and for inference tensors, whose changes are not counted, each multiplies by itself.
     """
 
     _together: _Together
@@ -23,23 +26,48 @@ class JoinedLinear(nn.Linear):
         return self._together.columns(input, self._index)
 
 
+class _Product(NamedTuple):
+    """The columns of all layers, and what they are of: this tensor (held, so that no other takes its place), as it was."""
+
+    input: Tensor
+    state: tuple[object, ...]
+    columns: tuple[Tensor, ...]
+
+
 class _Together:
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
         self.weight, self.bias, self.sizes = weight, bias, sizes
-        self._input: Tensor | None = None
-        self._columns: tuple[Tensor, ...] = ()
+        self._product: _Product | None = None  # whole or not at all, whatever goes wrong or runs beside it
 
     def columns(self, input: Tensor, index: int) -> Tensor:
+        if torch.is_grad_enabled() or input.is_inference():
+            return self._alone(input, index)
+        state = _state(input)
         if index == 0:
-            self._input = input
-            self._columns = nn.functional.linear(input, self.weight, self.bias).split(self.sizes, -1)
-        if input is not self._input:
-            bias = None if self.bias is None else self.bias.split(self.sizes)[index]
-            return nn.functional.linear(input, self.weight.split(self.sizes)[index], bias)
-        own = self._columns[index]
+            self._product = None  # its memory first
+            columns = nn.functional.linear(input, self.weight, self.bias).split(self.sizes, -1)
+            self._product = _Product(input, state, columns)
+        product = self._product
+        if product is None or product.input is not input or product.state != state:
+            return self._alone(input, index)
         if index == len(self.sizes) - 1:
-            self._input, self._columns = None, ()
-        return own
+            self._product = None
+        return product.columns[index]
+
+    def _alone(self, input: Tensor, index: int) -> Tensor:
+        bias = None if self.bias is None else self.bias.split(self.sizes)[index]
+        return nn.functional.linear(input, self.weight.split(self.sizes)[index], bias)
+
+
+def _state(input: Tensor) -> tuple[object, ...]:
+    """All that a product depends on besides which tensor it is of: writes are counted, views' too, `.data` may be replaced.
+
+    A graph may read only what was made in its capture, and nobody what a capture has not made yet.
+    """
+    kind = input.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    is_captured = input.is_cuda and torch.cuda.is_current_stream_capturing()
+    return input._version, input.data_ptr(), input.shape, input.stride(), dtype, is_captured
 
 
 def join(layers: list[nn.Module]) -> list[JoinedLinear] | None:

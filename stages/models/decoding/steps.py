@@ -22,6 +22,7 @@ from stages.models.decoding.slots import Progress, SlotCache
 from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Of the prompts that are read at once; a longer one alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Method:
 class Decoder:
     """A model over `num_slots` slots of `num_places` K/V places, for completions of at most `num_tokens` tokens.
 
-    `fill` prefills prompts into slots and draws their first tokens, `run` takes steps, `finished` and `take` read what
+    `fill` prefills prompts into slots and draws their first tokens, `run` takes steps, `live` and `take` read what
     is done, `narrow` moves the live rows together. The caller has entered no_grad, autocast and eval mode.
     """
 

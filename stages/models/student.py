@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
@@ -120,14 +122,20 @@ def compile_layers(base: PreTrainedModel) -> None:
     for layer in base.get_decoder().layers:
         recompute = getattr(layer, "gradient_checkpointing", False)
         layer.gradient_checkpointing = False
-        layer.forward = _compiled_in_training(layer, compiled, recompute)
+        layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # of a copied layer the copy's
 
 
-def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
-    def forward(*arguments: Any, **keywords: Any) -> Any:
-        if layer.training:
+def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
+    def forward(layer: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if not layer.training:
+            return type(layer).forward(layer, *arguments, **keywords)
+        try:
             return compiled(layer, recompute, *arguments, **keywords)
-        return type(layer).forward(layer, *arguments, **keywords)
+        except BackendCompilerFailed as error:
+            raise UserError(
+                f"compile: true, but the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++"
+                " compiler if there is none (g++, or the one that CXX names), or set compile: false."
+            ) from error
 
     return forward
 

@@ -153,9 +153,12 @@ def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> Non
     expected = train(tmp_path / "whole", **values)
     crash(tmp_path / "cut", "step 3", **values)
     run = train(tmp_path / "cut", **values)
-    evals = [[(e["step"], e["reverse_kl"]) for e in records_of(r.folder, "eval")] for r in (run, expected)]
+    evals = [
+        [(e["step"], e["reverse_kl"], e["is_best"]) for e in records_of(r.folder, "eval")] for r in (run, expected)
+    ]
     assert evals[0] == evals[1]
-    assert [step for step, _ in evals[0]] == [1, 2, 3, 4, 5]
+    assert [step for step, _, _ in evals[0]] == [1, 2, 3, 4, 5]
+    assert any(is_best for _, _, is_best in evals[0][2:]), "one that is measured twice"
     folders = [r.folder / "checkpoints" for r in (run, expected)]
     assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
     assert_same_weights(*(load_file(folder / checkpoint.BEST) for folder in folders))

@@ -136,9 +136,8 @@ def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
     is_best = False
     if run.world.is_main:
         best, now = checkpoint.best(folder), checkpoint.Best(training.step, reverse_kl)
-        is_best = (
-            best is None or reverse_kl < best.reverse_kl or best == now
-        )  # equal: it was measured before a crash too
+        # Equal to it where this evaluation repeats one from before a crash.
+        is_best = best is None or reverse_kl < best.reverse_kl or best == now
         if is_best:
             checkpoint.save_best(folder, training.student.trainable, now)
     run.world.barrier()

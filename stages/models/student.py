@@ -116,10 +116,17 @@ def compile_layers(base: PreTrainedModel) -> None:
 
     Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more. Layers with
     checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
+    `UserError` for a model whose layers are not found (GPT-2's).
     """
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers as `layers`; set"
+            " compile: false."
+        )
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
-    for layer in base.get_decoder().layers:
+    for layer in layers:
         recompute = getattr(layer, "gradient_checkpointing", False)
         layer.gradient_checkpointing = False
         layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # of a copied layer the copy's

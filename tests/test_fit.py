@@ -599,6 +599,24 @@ def test_held_out_text_that_cannot_be_had_is_a_sentence(tmp_path: Path, monkeypa
         train(tmp_path, eval_every=1, eval_prompts=4)
 
 
+def test_teacher_text_given_later_is_measured_whole(tmp_path: Path, caches: Callable[..., str]) -> None:
+    """Not by the ids of the text that the run had written itself before."""
+    values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "refresh_every": 0}
+    train_from(tmp_path, caches(), max_steps=1, **values)
+    given = caches(signal="hidden")
+    run = train_from(tmp_path, caches(), max_steps=2, eval_teacher_text=given, **values)
+    tokens = sum(len(record.completion_ids) for record in cache.open(given)[:])
+    assert [record["tokens"] == tokens for record in records_of(run.folder, "eval")] == [False, True]
+
+
+def test_teacher_text_without_rows_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:
+    root = tmp_path / "empty"
+    hidden = cache.open(caches(signal="hidden"))
+    cache.Writer(root, hidden.fingerprint, head=hidden.head()).__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"eval_teacher_text .*empty holds no rows; write teacher completions"):
+        train_from(tmp_path, caches(), eval_every=1, eval_teacher_text=root)
+
+
 # What stops a run
 
 

@@ -67,7 +67,11 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     schedule.fit(run, training, refresh_now, evaluate)
     if run.config.train.export_checkpoint == "best":
         kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
-        assert kept is not None, "the last step is always evaluated"
+        if kept is None:
+            raise UserError(
+                f"export_checkpoint: best, but the run in {run.folder} reached step {training.step} with eval_every 0, so no"
+                " held-out KL was measured; raise max_steps, or set export_checkpoint: last."
+            )
         run.metrics.say(f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text")
     if run.world.is_main:
         students.export(student, run.folder / "student")
@@ -130,6 +134,14 @@ def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
         raise UserError(
             f"{root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
             f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."
+        )
+    names = "sample_temperature", "sample_top_p", "sample_top_k"
+    sampled = tuple(recorded.get(name, whole) for name, whole in zip(names, (1, 1, 0), strict=True))
+    if config.refresh.drift_to_forward and sampled != (config.loss.temperature, 1, 0):
+        raise UserError(
+            f"{root} was sampled with temperature {sampled[0]}, top_p {sampled[1]} and top_k {sampled[2]}: drift_to_forward"
+            f" would take that for drift; use rows drawn at the loss's temperature ({config.loss.temperature}) from the whole"
+            " distribution, or drift_to_forward 0."
         )
 
 

@@ -11,6 +11,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -264,6 +265,12 @@ def test_layers_share_what_is_compiled_for_batches_of_any_shape(
         hidden = model.get_decoder()(**model_inputs(aligned, PACKED), use_cache=False).last_hidden_state
         hidden.sum().backward()
     assert graphs[0] == once
+
+
+def test_layers_that_are_not_found_are_not_compiled_but_a_sentence() -> None:
+    model = tiny(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=61))
+    with pytest.raises(UserError, match=r"compile: true, but a model of type gpt2 .*set compile: false"):
+        compile_layers(model)
 
 
 @pytest.mark.gpu

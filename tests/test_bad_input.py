@@ -238,9 +238,13 @@ def test_a_folder_without_an_adapter_is_one_sentence(forked: Forker, tmp_path: P
         ({"sample_top_p": 0.9}, {"sample_top_p": 1, "rkl": "mc"}, "sampled with top_p 0.9"),
         ({"sample_top_k": 5}, {"sample_top_k": 0, "rkl": "mc"}, "use rkl: exact"),
         ({}, {"signal": "hidden", "temperature": 2}, "rows at temperature 1.0, the loss is at 2.0"),
+        (
+            {"sample_temperature": 0.7}, {"sample_temperature": 1, "drift_to_forward": 1},
+            "sampled with temperature 0.7, top_p 1.0 and top_k 0: drift_to_forward would take that for drift",
+        ),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_loss_that_the_rows_cannot_support_is_one_sentence(
     forked: Forker, tmp_path: Path, sampling: dict[str, Any], loss: dict[str, Any], part: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Stage two: the gradient and the loss of a step however it is cut, training, and what stops a run."""
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -231,6 +232,41 @@ def test_really_compiled_layers_have_the_gradient_of_plain_ones(
 ) -> None:
     found = gradient(step_run(tmp_path, caches(), compile="true"))
     assert relative_error(found, whole_gradient) < 1e-5
+
+
+def eager_graphs(function: Any, **keywords: Any) -> Any:
+    return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_of_compiled_layers_has_its_own_weights(
+    tmp_path: Path, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", eager_graphs)
+    student = student_of(make_run(tmp_path, **(TINY | {"compile": "true"})))
+    student.model.train(training)
+    copied = replace(student, model=copy.deepcopy(student.model))
+    rows = align([np.arange(2, 7)], [np.arange(7, 12)], 0, student.device, packed=student.packs)
+    expected = student.hidden(rows)
+    stir(student, scale=1.0)
+    assert not torch.allclose(student.hidden(rows), expected)
+    torch.testing.assert_close(copied.hidden(rows), expected)
+
+
+def test_without_a_compiler_compiled_layers_are_a_sentence(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    missing = torch._inductor.exc.InvalidCxxCompiler()
+
+    def refusing(graph: Any, example: Any) -> Any:
+        raise missing
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: torch._dynamo.optimize(refusing, dynamic=dynamic)(function)
+    )
+    with pytest.raises(UserError, match=r"could not be compiled \(.*\); install a C\+\+ compiler .*set compile: false"):
+        train_from(tmp_path, caches(), compile="true")
 
 
 def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[..., str]) -> None:
@@ -528,6 +564,15 @@ def test_the_best_student_is_exported_on_request(tmp_path: Path, monkeypatch: py
     assert_same_weights(seen[3], seen[1])
 
 
+def test_the_best_of_a_run_that_measured_nothing_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:
+    values: dict[str, Any] = {"max_steps": 1, "refresh_every": 0, "eval_prompts": 4}
+    train_from(tmp_path, caches(), **values)
+    with pytest.raises(
+        UserError, match=r"reached step 1 with eval_every 0, .* raise max_steps, or set export_checkpoint"
+    ):
+        train_from(tmp_path, caches(), **values, eval_every=1, export_checkpoint="best")
+
+
 def test_a_flipped_bit_of_the_best_weights_is_noticed(tmp_path: Path, caches: Callable[..., str]) -> None:
     student = student_of(step_run(tmp_path, caches()))
     checkpoint.save_best(tmp_path, student.trainable, checkpoint.Best(3, 0.5))
@@ -552,6 +597,24 @@ def test_held_out_text_that_cannot_be_had_is_a_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(stage_two.measure, "plain_model_fits", lambda *_: False)
     with pytest.raises(UserError, match=r"eval_every needs teacher text on held-out prompts.*give eval_teacher_text"):
         train(tmp_path, eval_every=1, eval_prompts=4)
+
+
+def test_teacher_text_given_later_is_measured_whole(tmp_path: Path, caches: Callable[..., str]) -> None:
+    """Not by the ids of the text that the run had written itself before."""
+    values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "refresh_every": 0}
+    train_from(tmp_path, caches(), max_steps=1, **values)
+    given = caches(signal="hidden")
+    run = train_from(tmp_path, caches(), max_steps=2, eval_teacher_text=given, **values)
+    tokens = sum(len(record.completion_ids) for record in cache.open(given)[:])
+    assert [record["tokens"] == tokens for record in records_of(run.folder, "eval")] == [False, True]
+
+
+def test_teacher_text_without_rows_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:
+    root = tmp_path / "empty"
+    hidden = cache.open(caches(signal="hidden"))
+    cache.Writer(root, hidden.fingerprint, head=hidden.head()).__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"eval_teacher_text .*empty holds no rows; write teacher completions"):
+        train_from(tmp_path, caches(), eval_every=1, eval_teacher_text=root)
 
 
 # What stops a run

@@ -135,13 +135,20 @@ def train_until(folder: Path, flags: list[str], place: str) -> None:
         torch.save({n: p.detach().clone() for n, p in student.trainable.items()}, folder / f"{run.world.rank}.pt")
 
 
-def test_two_processes_resume_bit_by_bit(tmp_path: Path, forked: Forker) -> None:
+CARRIED: dict[str, Any] = {
+    "tau_schedule": "adaptive", "tau_rate": 0.5, "drift_to_forward": 3.0, "replay_share": 0.5, "max_age": 6,
+    "rollouts_per_unit": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [{}, CARRIED], ids=["plain", "with all that steps and refreshes carry over"])
+def test_two_processes_resume_bit_by_bit(tmp_path: Path, forked: Forker, values: dict[str, Any]) -> None:
     found = []
     for name, places in (("whole", [""]), ("cut", ["step 3", ""])):
         folder = tmp_path / name
         folder.mkdir()
         for place in places:
-            forked.call(train_until, folder, small(folder, **TINY), place, processes=2).expect_success()
+            forked.call(train_until, folder, small(folder, **(TINY | values)), place, processes=2).expect_success()
         found.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
     for rank in range(2):
         assert_same_weights(found[1][rank], found[0][0])
@@ -153,16 +160,22 @@ def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> Non
     expected = train(tmp_path / "whole", **values)
     crash(tmp_path / "cut", "step 3", **values)
     run = train(tmp_path / "cut", **values)
-    evals = [[(e["step"], e["reverse_kl"]) for e in records_of(r.folder, "eval")] for r in (run, expected)]
+    evals = [
+        [(e["step"], e["reverse_kl"], e["is_best"]) for e in records_of(r.folder, "eval")] for r in (run, expected)
+    ]
     assert evals[0] == evals[1]
-    assert [step for step, _ in evals[0]] == [1, 2, 3, 4, 5]
+    assert [step for step, _, _ in evals[0]] == [1, 2, 3, 4, 5]
+    assert any(is_best for _, _, is_best in evals[0][2:]), "one that is measured twice"
     folders = [r.folder / "checkpoints" for r in (run, expected)]
     assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
     assert_same_weights(*(load_file(folder / checkpoint.BEST) for folder in folders))
 
 
-def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"micro_batch_tokens": 120, "grad_accum": 2}
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bf16", "gradient_checkpointing": "true", "lora_dropout": 0.0}], ids=["fp32", "lean bf16"]
+)
+def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"micro_batch_tokens": 120, "grad_accum": 2} | options
     expected = train(tmp_path / "whole", **values)
     crash(tmp_path / "cut", "micro-step 9", **values)
     assert_same_run(train(tmp_path / "cut", **values), expected)

@@ -167,6 +167,24 @@ def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
     assert len({s["refresh_index"] for s in steps}) == len(refreshes) + 1
 
 
+@pytest.mark.parametrize(
+    ("values", "reason", "at_steps"),
+    [
+        ({"refresh_every": 3}, "every: 3 steps", [3]),
+        ({"refresh_age": 1.5, "refresh_min_steps": 2}, "age: 2 steps", [2, 4]),
+        ({"refresh_ess": 1.0, "drift_window": 2, "refresh_min_steps": 4}, "ess: an effective share of 0.9", [4]),
+    ],
+    ids=str,
+)
+def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
+    tmp_path: Path, values: dict[str, Any], reason: str, at_steps: list[int]
+) -> None:
+    run = train(tmp_path, **({"refresh_every": 0} | values))
+    refreshes = records_of(run.folder, "refresh")
+    assert [record["step"] for record in refreshes] == at_steps
+    assert all(record["reason"].startswith(reason) for record in refreshes)
+
+
 @pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
 def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
     crash(tmp_path, place, **DRIFT)
@@ -346,20 +364,9 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("values", "taken_up"),
-    [
-        ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
-        ({"refresh_every": 0, "refresh_ess": 1.0, "drift_window": 1}, [(3, 1, 1), (4, 2, 4), (7, 3, 5), (8, 4, 8)]),
-        ({"refresh_every": 0, "refresh_min_steps": 3}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
-    ],
-    ids=str,
-)
-def test_training_waits_at_the_bound_however_slow_the_follower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], taken_up: list[tuple[int, int, int]]
-) -> None:
-    """The follower here is the slowest there can be: it writes only while training waits."""
-    run = make_run(tmp_path, **(EXTERNAL | {"max_steps": 10, "checkpoint_every": 3} | values))
+def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Run:
+    """Both sides in this process; the follower is the slowest there can be: it writes only while training waits."""
+    run = make_run(folder, **(EXTERNAL | values))
     student, writer = student_of(run), student_of(run)
     write_rollouts(run, student)
     vocabulary = setup.shared_vocabulary(run.config)
@@ -376,9 +383,40 @@ def test_training_waits_at_the_bound_however_slow_the_follower(
 
     monkeypatch.setattr(schedule, "time", SimpleNamespace(sleep=write))
     stage_two.train(run, student, vocabulary)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("values", "taken_up"),
+    [
+        ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
+        ({"refresh_every": 0, "refresh_ess": 1.0, "drift_window": 1}, [(3, 1, 1), (4, 2, 4), (7, 3, 5), (8, 4, 8)]),
+        ({"refresh_every": 0, "refresh_min_steps": 3}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
+    ],
+    ids=str,
+)
+def test_training_waits_at_the_bound_however_slow_the_follower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], taken_up: list[tuple[int, int, int]]
+) -> None:
+    run = train_with_a_slow_follower(tmp_path, monkeypatch, **({"max_steps": 10, "checkpoint_every": 3} | values))
     assert max(record["staleness"] for record in records_of(run.folder, "step")) == 2
     records = records_of(run.folder, "refresh")
     assert [(r["step"], r["refresh_index"], r["policy_step"]) for r in records] == taken_up
+
+
+def test_in_lock_step_all_that_a_refresh_carries_over_is_that_of_inline_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that stay, their drifts, and an adaptive threshold, over three refreshes."""
+    values: dict[str, Any] = REPLAY | {
+        "max_steps": 7, "drift_to_forward": 3.0, "tau_schedule": "adaptive", "tau_rate": 0.5, "lora_dropout": 0.1,
+    }  # fmt: skip
+    expected = train(tmp_path / "inline", **values)
+    run = train_with_a_slow_follower(tmp_path / "external", monkeypatch, **(values | {"max_staleness": 1}))
+    assert_same_run(run, expected)
+    kinds = [[(r["step"], r["tau"], r["drift"]) for r in records_of(one.folder, "step")] for one in (run, expected)]
+    assert kinds[0] == kinds[1]
+    assert [r["step"] for r in records_of(run.folder, "refresh")] == [2, 4, 6]
 
 
 def test_two_processes_take_up_the_same_rows_together(tmp_path: Path, forked: Forker) -> None:

@@ -135,10 +135,11 @@ def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
     folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
     is_best = False
     if run.world.is_main:
-        best = checkpoint.best(folder)
-        is_best = best is None or reverse_kl < best.reverse_kl
+        best, now = checkpoint.best(folder), checkpoint.Best(training.step, reverse_kl)
+        # Equal to it where this evaluation repeats one from before a crash.
+        is_best = best is None or reverse_kl < best.reverse_kl or best == now
         if is_best:
-            checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(training.step, reverse_kl))
+            checkpoint.save_best(folder, training.student.trainable, now)
     run.world.barrier()
     run.metrics.log("eval", step=training.step, **found, is_best=is_best)
 

@@ -73,6 +73,10 @@ def open_evaluation(run: Run, vocabulary: Vocabulary) -> Evaluation:
             raise UserError(f"eval_teacher_text {given} holds {kind} rows; exact KLs need a cache of signal hidden.")
         if setup.vocabulary_of(run.config, given).size != vocabulary.size:
             raise UserError(f"eval_teacher_text {given} has another vocabulary cut than this run ({vocabulary.size}).")
+        if not len(cache.open(given)):
+            raise UserError(
+                f"eval_teacher_text {given} holds no rows; write teacher completions to it, or leave it empty."
+            )
     evaluation = Evaluation(run, vocabulary, heldout_prompts(run.config, vocabulary.tokenizer).prompts)
     if run.world.is_main:
         evaluation.folder.mkdir(parents=True, exist_ok=True)
@@ -164,8 +168,9 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
     if not cache.exists(evaluation.teacher_text):
         return _nothing()
     snapshot = cache.open(evaluation.teacher_text)
-    path = evaluation.folder / "teacher.json"
-    written = json.loads(path.read_text()).get("text_rows") if path.exists() else None
+    path, written = evaluation.folder / "teacher.json", None
+    if path.exists() and not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
+        written = json.loads(path.read_text()).get("text_rows")
     return divergences(evaluation.run, student, snapshot, written or snapshot.row_ids)
 
 

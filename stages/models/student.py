@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
@@ -114,20 +116,33 @@ def compile_layers(base: PreTrainedModel) -> None:
 
     Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more. Layers with
     checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
+    `UserError` for a model whose layers are not found (GPT-2's).
     """
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers as `layers`; set"
+            " compile: false."
+        )
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
-    for layer in base.get_decoder().layers:
+    for layer in layers:
         recompute = getattr(layer, "gradient_checkpointing", False)
         layer.gradient_checkpointing = False
-        layer.forward = _compiled_in_training(layer, compiled, recompute)
+        layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # of a copied layer the copy's
 
 
-def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
-    def forward(*arguments: Any, **keywords: Any) -> Any:
-        if layer.training:
+def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
+    def forward(layer: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if not layer.training:
+            return type(layer).forward(layer, *arguments, **keywords)
+        try:
             return compiled(layer, recompute, *arguments, **keywords)
-        return type(layer).forward(layer, *arguments, **keywords)
+        except BackendCompilerFailed as error:
+            raise UserError(
+                f"compile: true, but the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++"
+                " compiler if there is none (g++, or the one that CXX names), or set compile: false."
+            ) from error
 
     return forward
 

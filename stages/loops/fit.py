@@ -220,8 +220,9 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
             training.optimizer.step()
         training.optimizer.zero_grad()
     if not math.isfinite(grad_norm):
+        weights = "" if engine else " the weights were not updated;"  # DeepSpeed has stepped by now
         raise UserError(
-            f"the gradient of step {training.step + 1} is not finite (norm {grad_norm}); the weights were not updated."
+            f"the gradient of step {training.step + 1} is not finite (norm {grad_norm});{weights} training stops."
             " The last checkpoint is kept. Lower lr or max_grad_norm, or look at the rows with `python -m cache verify`."
         )
     training.scheduler.step()

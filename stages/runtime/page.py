@@ -129,6 +129,7 @@ def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines:
     axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
     if "rkl_below" in lines:
         axes.set_yscale("log")  # orders of magnitude apart
+        axes.set_ylim(top=20 * axes.get_ylim()[1])  # room for the legend
     else:
         axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines if s[key] is not None)))
     if len(lines) > 1:

@@ -22,6 +22,7 @@ from stages import train as stage_two
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
 from stages.loops import feed, fit, schedule, setup
+from stages.loops.budgets import train_caps
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
@@ -59,7 +60,7 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
 
 
 def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
-    return next(feed.global_batches(run, training.student, snapshot, pool, [index]))
+    return next(feed.global_batches(run, training.student, snapshot, pool, [index], training.caps))
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -163,7 +164,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(tmp_path: Path, cach
     batches = []
     for rank in range(4):
         here = replace(run, world=replace(run.world, rank=rank, size=4))
-        batches.append(next(feed.global_batches(here, student, snapshot, pool, [0])))
+        batches.append(next(feed.global_batches(here, student, snapshot, pool, [0], train_caps(run.config, None))))
     assert len({len(b.forwards) for b in batches}) == 1
     assert {b.total_tokens for b in batches} == {sum(completion for _, completion in lengths.values())}
     rows = [row for b in batches for forward in b.forwards if not forward.is_idle for row in forward.row_ids]

@@ -230,7 +230,7 @@ def test_the_gate_of_a_drifted_row_leans_to_forward_kl(tmp_path: Path, caches: C
         return forward(batch)
 
     training.module.forward = noted  # type: ignore[method-assign]
-    step = next(feed.global_batches(run, student, snapshot, pool, [0]))
+    step = next(feed.global_batches(run, student, snapshot, pool, [0], training.caps))
     found = fit.train_step(run, training, pool, step)
     order = [key for one in step.forwards for key in one.row_ids]
     expected = [0.5 - 2.0 * 0.3 * (key in drifted) for key in order for _ in range(pool.lengths[key][1])]

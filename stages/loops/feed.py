@@ -21,7 +21,7 @@ from stages.data.batches import (
     read_ahead,
     to_tensors,
 )
-from stages.loops.budgets import Caps, train_caps
+from stages.loops.budgets import Caps
 from stages.models.student import Student
 from stages.runtime.run import Run
 from stages.runtime.split import rows_per_micro_step
@@ -55,13 +55,12 @@ class Batch:
 
 
 def global_batches(
-    run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps | None = None
+    run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps
 ) -> Iterator[Batch]:
     """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile.
 
-    `caps` of a forward must be the same on all ranks; None: as on a CPU.
+    `caps` of a forward must be the same on all ranks.
     """
-    caps = train_caps(run.config, None) if caps is None else caps
     device = run.world.device
     heads = {own.root: teacher_head_of(own, device) for own in (snapshot, *(extra.snapshot for extra in pool.extras))}
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs

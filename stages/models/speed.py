@@ -9,13 +9,13 @@ from stages.runtime.errors import UserError
 
 MATMUL_SHARE = 685 / 989  # docs/performance.md: products on an H200 run at 685 TFLOP/s; its data sheet says 989
 COPY_SHARE = 4.24 / 4.8  # docs/performance.md: a copy at 4.24 TB/s of 4.8
-# The rest is from docs/performance.md as well, one H200.
+# Shares and seconds up to the last line are from docs/performance.md, one H200.
 DECODE_SHARE = 0.565  # of the floor: 27,550 tokens/s, 4B shape, 256 slots, prefill and sampling included
-FORWARD_SHARE = 503 / 685  # a teacher's forward, of the products' rate: 0.78 for the 32B shape, 0.68 for the 8B
+FORWARD_SHARE = 0.73  # a teacher's forward, of the products' rate: between 0.78 (32B shape) and 0.68 (8B)
 TRAIN_SHARE = 0.47  # of the products' rate; with the next line it gives 9,270 scored tokens/s (4B), 16,600 (1.7B)
 TRAIN_SECONDS = 16e-6  # a scored token beside the products
 SCORE_SECONDS = 1e-6  # a scored token beside the forward: 29,935 of 30,531 tokens/s, 8B shape, two in three scored
-ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: 12 layers took 82.7 ms at least, one H200
+ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: a forward of 4,096 tokens by 12 layers took 82.7 ms, one H200
 
 
 @dataclass(frozen=True)

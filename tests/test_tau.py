@@ -49,7 +49,9 @@ def steps_of(
         return loss, out
 
     training.module.forward = noted  # type: ignore[method-assign]
-    with closing(feed.global_batches(run, training.student, snapshot, pool, range(num_steps))) as batches:
+    with closing(
+        feed.global_batches(run, training.student, snapshot, pool, range(num_steps), training.caps)
+    ) as batches:
         for batch in batches:
             found.append(([], []))
             fit.train_step(run, training, pool, batch)
@@ -138,7 +140,7 @@ def save_steps(folder: Path, flags: list[str]) -> None:
     run = open_run("", flags)
     training = fit.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    for batch in feed.global_batches(run, training.student, snapshot, pool, range(3)):
+    for batch in feed.global_batches(run, training.student, snapshot, pool, range(3), training.caps):
         fit.train_step(run, training, pool, batch)
     assert training.adaptive is not None
     torch.save(training.adaptive.state(), folder / f"{run.world.rank}.pt")
@@ -261,7 +263,7 @@ def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[
         return loss, out
 
     training.module.forward = noted  # type: ignore[method-assign]
-    batches = list(feed.global_batches(run, training.student, snapshot, pool, [0]))
+    batches = list(feed.global_batches(run, training.student, snapshot, pool, [0], training.caps))
     training.step = 4
     fit.train_step(run, training, pool, batches[0])
     assert len(outputs) > 1

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -143,7 +143,11 @@ class Format:
 
 
 def packed() -> Format:
-    return Format("DualKL packed", lambda s: [codec.encode(x) for x in s], lambda b: [codec.decode(x) for x in b])
+    return Format(
+        "DualKL packed",
+        lambda s: [codec.encode(x) for x in s],
+        lambda b: [cast(cache.TopK, codec.decode(x)) for x in b],
+    )
 
 
 def raw() -> Format:

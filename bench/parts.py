@@ -8,7 +8,7 @@ the time in which any kernel ran.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -90,13 +90,14 @@ def busy_seconds(events: Iterable[Event]) -> float:
 
 def parts(events: list[Event], step_seconds: float, shortest: float) -> Record:
     """Seconds by class, idle ones, and the `NUM_NAMES` kernels that take most, each with seconds and number of runs."""
-    by_kind, by_name, runs = Counter[str](), Counter[str](), Counter[str]()
+    by_kind, by_name, runs = defaultdict[str, float](float), defaultdict[str, float](float), Counter[str]()
     for event in events:
         by_kind[kind_of(event, shortest)] += event.seconds
         by_name[event.name] += event.seconds
         runs[event.name] += 1
     rounded = {kind: round(seconds, 4) for kind, seconds in sorted(by_kind.items())}
-    names = [[round(seconds, 4), runs[name], name[:90]] for name, seconds in by_name.most_common(NUM_NAMES)]
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:NUM_NAMES]
+    names = [[round(seconds, 4), runs[name], name[:90]] for name, seconds in longest]
     return rounded | {"idle": round(max(0.0, step_seconds - busy_seconds(events)), 4), "kernels": names}
 
 

@@ -50,8 +50,8 @@ def make_model(role: str, folder: Path, tokenizer: PreTrainedTokenizerFast, tiny
     shape = TINY if tiny else SHAPES[role]
     model_config = Qwen3Config(
         vocab_size=151_936, num_key_value_heads=8 if not tiny else 2, head_dim=128 if not tiny else 16,
-        max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=True,
-        initializer_range=0.02 if role == "student" else 0.03, eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True, initializer_range=0.02 if role == "student" else 0.03, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **shape,
     )  # fmt: skip
     torch.manual_seed(1 if role == "student" else 2)

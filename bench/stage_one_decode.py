@@ -179,7 +179,8 @@ def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     requests = [
         Request(i, prompt, i, int(n)) for i, (prompt, n) in enumerate(zip(prompts_of(shape, 4 * batch), lengths, strict=True))
     ]  # fmt: skip
-    with rollout_engine(model) as engine:
+    with rollout_engine(model) as opened:
+        engine: Any = opened  # `write` lets each request have a limit of its own
         method = method_of(shape, shape.longest)
         engine.write(requests[:batch], method, batch)  # captures
         seconds = seconds_of(lambda: engine.write(requests, method, batch), bench.device)

@@ -75,8 +75,8 @@ def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype =
     tiny = shape == "tiny"
     model_config = Qwen3Config(
         vocab_size=size.vocabulary, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
-        max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=False, initializer_range=0.03,
-        **SHAPES[shape],
+        max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False, initializer_range=0.03, **SHAPES[shape],
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):

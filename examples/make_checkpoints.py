@@ -38,7 +38,8 @@ CHAT_TEMPLATE = (
 MAX_TOKENS = 112
 TEACHER = Qwen3Config(
     vocab_size=0, hidden_size=224, intermediate_size=640, num_hidden_layers=4, num_attention_heads=7,
-    num_key_value_heads=1, head_dim=32, max_position_embeddings=512, rope_theta=10_000.0, tie_word_embeddings=True,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=True,
 )  # fmt: skip
 STUDENT_NEURONS = 96
 

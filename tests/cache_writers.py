@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cache
@@ -134,7 +134,7 @@ def drive_crashes(root: str) -> list[str]:
     return names
 
 
-def steps_of(root: str) -> list[tuple[object, str]]:
+def steps_of(root: str) -> Sequence[tuple[object, str]]:
     """The calls that change files at `root`."""
     if "://" not in root:
         return STEPS

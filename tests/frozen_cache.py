@@ -8,6 +8,7 @@ The committed files are never made anew: they stand for caches that users have.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +24,10 @@ def make(root: Path, kind: str) -> None:
     """Writes four rows of two to five tokens as one unit, and beside it what a reader must find."""
     write(root, NUMBERS, kind)
     snapshot = cache.open(root)
-    expected = {"rows": [readable(record) for record in snapshot], "head": None}
+    expected: dict[str, Any] = {"rows": [readable(record) for record in snapshot], "head": None}
     if kind == "hidden":
         own = head()
+        assert own.bias is not None
         expected["head"] = {
             "shape": list(own.weight.shape), "dtype": own.dtype, "scale": own.scale, "softcap": own.softcap,
             "first_row": own.weight[0].tolist(), "bias": _json(own.bias[:5]),

@@ -75,7 +75,7 @@ def test_half_precision_attention_is_as_near_to_float64_as_pytorchs() -> None:
     query, slots = problem(8, 2, 64, torch.float16)
     assert slots.attended is not None
     arguments = (slots.keys[0], slots.values[0])
-    exact = plain_attention(query.double(), *(x.double() for x in arguments), slots, 0.125, None, None)
+    exact = plain_attention(query.double(), slots.keys[0].double(), slots.values[0].double(), slots, 0.125, None, None)
     plain = plain_attention(query, *arguments, slots, 0.125, None, None)
     found = kernels.decode_attention(query, *arguments, slots.attended, 0.125, None, None, 2)
     assert found.dtype == torch.float16
@@ -175,7 +175,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
     launches: list[str] = []
     products: list[int] = []
 
-    def through_the_kernel(query, keys, values, slots, scale, window, softcap):  # type: ignore[no-untyped-def]
+    def through_the_kernel(query, keys, values, slots, scale, window, softcap):
         return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, 2)
 
     for part in ("rms_norm", "rotary", "gated"):

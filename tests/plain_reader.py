@@ -2,11 +2,12 @@
 
 import math
 import struct
+from typing import Any
 
 import zstandard
 
 
-def read_signal(packed: bytes) -> dict[str, object]:
+def read_signal(packed: bytes) -> dict[str, Any]:
     """`ids`, `logprobs` (ragged lists) and `log_tail_mass` of a top-k signal; else the raw `bytes` of the matrix."""
     version, kind, dtype, zero, T, width, temperature = struct.unpack_from("<BBBBIIf", packed)
     assert (version in (1, 2), zero) == (True, 0)

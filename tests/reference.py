@@ -104,8 +104,8 @@ def position_loss(
         logp, logq = logp_all, smooth(log_softmax(teacher["logits"][row]), epsilon, len(z))
         top = int(logq.argmax())
     elif not (teacher["ids"][row] >= 0).any():
-        given = config.gate_on == "teacher_entropy" and teacher_entropy is not None
-        weight = gate(float(teacher_entropy[row]) if given else 0.0, config, threshold)
+        given = teacher_entropy if config.gate_on == "teacher_entropy" else None
+        weight = gate(0.0 if given is None else float(given[row]), config, threshold)
         return {"loss": z.sum() * 0, "rkl": 0.0, "fkl": 0.0, "gate": weight}
     else:
         logp, logq = topk_outcomes(z, teacher, row, config.tail_floor, epsilon)

@@ -23,6 +23,7 @@ def check(prompts: list[list[int]], completions: list[list[int]]) -> None:
     width = aligned.input_ids.shape[1]
     scored = [(int(s) // width, int(s) % width, int(y)) for s, y in zip(aligned.scored, aligned.targets, strict=True)]
     assert scored == loop_positions(prompts, completions)
+    assert aligned.attention_mask is not None
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         length = len(prompt) + len(completion)
         assert aligned.input_ids[row].tolist() == prompt + completion + [0] * (width - length)

@@ -208,8 +208,10 @@ def stand_in(
     mask = (sequence[:, None] == sequence) & (behind >= 0)
     if window_size[0] >= 0:
         mask &= behind <= window_size[0]
-    states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+    )
     return out[0].transpose(0, 1)
 
 
@@ -286,7 +288,7 @@ def test_the_variable_length_kernel_is_sdpa_by_groups(window: int | None) -> Non
     upstream = torch.randn(sum(lengths), 8, 128, device="cuda", dtype=torch.bfloat16, generator=random)
     found = []
     for function in (attention._varlen, lambda *a: attention._by_groups(*a, 0.0)):
-        out = function(*leaves, Packing(lengths, bounds, max(lengths)), 0.1, window)
+        out = function(leaves[0], leaves[1], leaves[2], Packing(lengths, bounds, max(lengths)), 0.1, window)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for varlen, alone in zip(*found, strict=True):
         torch.testing.assert_close(varlen.float(), alone.float(), atol=2e-2, rtol=2e-2)

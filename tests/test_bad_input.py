@@ -114,7 +114,7 @@ def test_padded_embeddings_are_cut_not_refused(forked: Forker, tmp_path: Path) -
     forked.stage("stages.rollout", *small(tmp_path, **values)).expect_success()
     snapshot = cache.open(tmp_path / "demo" / "cache")
     assert snapshot.fingerprint.must_match["vocab_size"] == 230
-    assert snapshot[0].signal.logits.shape[1] == 230  # type: ignore[union-attr]
+    assert snapshot[0].signal.logits.shape[1] == 230
     forked.stage("stages.train", *small(tmp_path, **values, refresh_every=0)).expect_success()
 
 

@@ -219,10 +219,10 @@ def test_top_k_rows_of_unequal_width_are_widened_with_empty_slots() -> None:
     assert (teacher.ids[:4, 3:] == -1).all()
     assert teacher.logprobs[:4, 3:].isneginf().all()
     for rows, record in ((slice(0, 4), records[0]), (slice(4, 6), records[1])):
-        k = record.signal.ids.shape[1]  # type: ignore[union-attr]
-        assert np.array_equal(teacher.ids[rows, :k].numpy(), record.signal.ids)  # type: ignore[union-attr]
-        assert np.array_equal(teacher.logprobs[rows, :k].numpy(), record.signal.logprobs)  # type: ignore[union-attr]
-        assert np.array_equal(teacher.log_tail_mass[rows].numpy(), record.signal.log_tail_mass)  # type: ignore[union-attr]
+        k = record.signal.ids.shape[1]
+        assert np.array_equal(teacher.ids[rows, :k].numpy(), record.signal.ids)
+        assert np.array_equal(teacher.logprobs[rows, :k].numpy(), record.signal.logprobs)
+        assert np.array_equal(teacher.log_tail_mass[rows].numpy(), record.signal.log_tail_mass)
 
 
 def test_top_k_values_are_checked_on_the_host_before_they_leave_it() -> None:
@@ -298,15 +298,20 @@ def test_moving_a_micro_batch_keeps_every_tensor(packed: bool) -> None:
     moved = on_device(batch, torch.device("meta"))
     shapes: list[list[tuple[int, ...]]] = [[], []]
     for seen, value in zip(shapes, (batch, moved), strict=True):
-        map_tensors(lambda tensor, seen=seen: seen.append(tuple(tensor.shape)) or tensor, value)
+
+        def note(tensor: torch.Tensor, seen: list[tuple[int, ...]] = seen) -> torch.Tensor:
+            seen.append(tuple(tensor.shape))
+            return tensor
+
+        map_tensors(note, value)
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) == (13 if packed else 12)
-    assert moved.weights.device.type == moved.teacher.ids.device.type == moved.aligned.scored.device.type == "meta"  # type: ignore[union-attr]
+    assert moved.weights.device.type == moved.teacher.ids.device.type == moved.aligned.scored.device.type == "meta"
 
 
 def test_rows_are_read_ahead_by_so_many_and_no_further() -> None:
     events: list[int] = []
-    ahead = read_ahead(lambda item: events.append(item) or item, range(6), 2)  # type: ignore[func-returns-value]
+    ahead = read_ahead(lambda item: events.append(item) or item, range(6), 2)
     assert next(ahead) == 0
     while 2 not in events:
         time.sleep(0.001)

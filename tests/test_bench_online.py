@@ -57,7 +57,7 @@ def test_the_table_compares_with_the_best_batch_of_the_peer() -> None:
     def rates(rollouts: float, tokens: float) -> dict[str, Any]:
         return {"status": "ok", "rollouts_per_second": rollouts, "tokens_per_second": tokens}
 
-    cells = {
+    cells: dict[str, dict[str, Any]] = {
         "ceilings": {"status": "ok"},
         "ours/stage_one": {"status": "ok", "rollouts_per_second": 60.0},
         "ours/both": rates(50.0, 9000.0),

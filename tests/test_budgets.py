@@ -129,8 +129,8 @@ def test_a_training_forward_has_what_was_given_or_what_fits(
 
 def test_the_plan_is_what_the_run_would_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Told that what the plan has left is free, the run comes to the plan's numbers, for both halves and the training."""
-    for name, config in (("student", qwen3(2560, 9728, 36, 32)), ("teacher", qwen3(5120, 25_600, 64, 64))):
-        config.save_pretrained(tmp_path / name)
+    for name, shape in (("student", qwen3(2560, 9728, 36, 32)), ("teacher", qwen3(5120, 25_600, 64, 64))):
+        shape.save_pretrained(tmp_path / name)
     run = make_run(
         tmp_path, student_model=tmp_path / "student", teacher_model=tmp_path / "teacher", teacher_ds_zero3="false",
         max_prompt_tokens=1024, max_new_tokens=512, gen_micro_batch="auto", dtype="bf16", teacher_dtype="bf16",

@@ -1,6 +1,6 @@
 """Damage of every kind is found and named, and repair withdraws no more than what is damaged."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +115,11 @@ def test_repair_withdraws_just_what_is_damaged_and_stage_one_fills_it_in(tmp_pat
     path = tmp_path / damaged.shard
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:100]), "missing shard": path.unlink,
-     "damaged record": lambda: (tmp_path / commit.COMMITS / damaged.name).write_text("{}")}[harm]()  # fmt: skip
+    harms: dict[str, Callable[[], object]] = {
+        "flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:100]), "missing shard": path.unlink,
+        "damaged record": lambda: (tmp_path / commit.COMMITS / damaged.name).write_text("{}"),
+    }  # fmt: skip
+    harms[harm]()
     assert withdraw(tmp_path, verify(tmp_path)) == [damaged.name]
     assert verify(tmp_path) == []
     assert cache.open(tmp_path).row_ids == sorted(row_id(n) for n in (0, 1, 2, 6, 7, 8))
@@ -162,8 +165,11 @@ def test_repair_keeps_every_sound_shard_whatever_happened_beside_them(tmp_path: 
     path = root / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(data), "missing": path.unlink,
-     "foreign": lambda: path.write_bytes((other / name).read_bytes())}[harm]()  # fmt: skip
+    harms: dict[str, Callable[[], object]] = {
+        "flip": lambda: path.write_bytes(data), "missing": path.unlink,
+        "foreign": lambda: path.write_bytes((other / name).read_bytes()),
+    }  # fmt: skip
+    harms[harm]()
     findings = verify(root)
     assert findings
     assert withdraw(root, findings) == []

@@ -181,7 +181,7 @@ def test_rows_of_one_record_batch_at_a_time_are_alive(tmp_path, monkeypatch, for
     write(tmp_path / "cache", range(120))
     snapshot = cache.open(tmp_path / "cache")
     places = snapshot.places()
-    read, alive, most = Snapshot.read_place, weakref.WeakSet(), []
+    read, alive, most = Snapshot.read_place, weakref.WeakSet[cache.Record](), []
 
     def counted(self, place):
         rows = read(self, place)

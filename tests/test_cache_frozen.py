@@ -85,6 +85,8 @@ def test_the_digests_of_the_commit_record_hold(name):
 
 def test_the_frozen_head_is_read():
     head, expected = cache.open(FROZEN / "cache_v1/hidden").head(), expected_of("cache_v1/hidden")["head"]
+    assert head is not None
+    assert head.bias is not None
     assert (list(head.weight.shape), head.dtype) == (expected["shape"], expected["dtype"])
     assert (head.scale, head.softcap) == (expected["scale"], expected["softcap"])
     assert head.weight[0].tolist() == expected["first_row"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_show_prints_text_and_every_token(tmp_path, run, kind):
         writer.append(record(5, kind))
         writer.append(record(4, kind, completion_ids=[7, 8, 7, 8, 9]))
         writer.commit("g0")
-    row = record(5, kind)
+    row: Any = record(5, kind)
     code, out, _ = run("show", tmp_path, "--row", row.row_id[:8])
     assert code == 0
     assert f"row {row.row_id}" in out
@@ -92,11 +93,14 @@ def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabul
     monkeypatch.setattr("cache.view.IDS_PER_TILE", 64)
     rng = np.random.default_rng(0)
     weights, states = head(), bfloat16(rng.normal(size=(4, 7)))
+    assert weights.bias is not None
     logits = cache.to_float32(states, "bfloat16") @ cache.to_float32(weights.weight, "bfloat16").T + weights.bias
     logits = 30 * np.tanh(logits * 0.5 / 30)
     expected = log_softmax(logits.astype(np.float64))
     for signal in (cache.Hidden(states, "bfloat16"), cache.Full(logits.astype(np.float32), "float32")):
-        ids, probabilities = top_ids(record(3, signal=signal), lambda: weights)
+        found = top_ids(record(3, signal=signal), lambda: weights)
+        assert found is not None
+        ids, probabilities = found
         np.testing.assert_array_equal(ids, np.argsort(-expected, 1)[:, :5])
         np.testing.assert_allclose(probabilities, -np.sort(-np.exp(expected), 1)[:, :5], rtol=1e-4)
     assert top_ids(record(3, signal=cache.Hidden(states, "bfloat16")), lambda: None) is None

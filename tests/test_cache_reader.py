@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +87,7 @@ def test_the_summary_counts_what_is_there(tmp_path):
 def test_quantiles_are_those_of_the_tokens(tmp_path):
     write(tmp_path, range(40))
     found = cache.open(tmp_path).summary()["quantiles"]
-    columns = {
+    columns: dict[str, Any] = {
         "behaviour_entropy": [record(n).behaviour_entropy for n in range(40)],
         "teacher_entropy": [record(n).teacher_entropy for n in range(40)],
         "tail_mass": [np.exp(record(n).log_tail_mass) for n in range(40)],
@@ -171,7 +172,7 @@ def test_batches_are_kept_within_a_budget_and_checked_once(tmp_path, monkeypatch
     snapshot, checked = cache.open(tmp_path), []
     import cache.reader as reader
 
-    read = reader.read_batch
+    read: Any = reader.read_batch
     monkeypatch.setattr(reader, "read_batch", lambda *a, check: (checked.append(check), read(*a, check=check))[1])
     for _ in range(3):
         assert sum(len(row.completion_ids) for row in snapshot) == sum(1 + n % 6 for n in range(24))

@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_a_put_that_was_sent_twice_is_not_taken_for_another_writers(root: str, m
 def test_damage_is_found_repaired_and_refilled(root: str) -> None:
     write(root, range(3), unit="a")
     write(root, range(3, 6), unit="b")
-    store = open_store(root)
+    store: Any = open_store(root)
     shard = cache.open(root).commit_records()[0].shard
     data = bytearray(store.read(shard))
     data[len(data) // 2] ^= 1
@@ -135,12 +136,13 @@ def test_a_silent_store_is_no_damage(root: str, monkeypatch: pytest.MonkeyPatch)
     """What a network failure says of a shard must never let `verify --repair` withdraw it."""
     write(root, range(3))
     snapshot = cache.open(root)
+    store: Any = snapshot.store
 
     def fail(*arguments: object, **options: object) -> None:
         raise TimeoutError("no answer")
 
     for name in ("cat_file", "open", "info", "size"):
-        monkeypatch.setattr(snapshot.store._fs, name, fail)
+        monkeypatch.setattr(store._fs, name, fail)
     for act in (
         snapshot.verify,
         lambda: snapshot[0],
@@ -157,7 +159,7 @@ def test_a_silent_store_is_no_damage(root: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_leftovers_are_removed_after_a_day(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root, range(3))
-    store = open_store(root)
+    store: Any = open_store(root)
     store._fs.pipe_file(store._key("shards/g9-abc-def.arrow"), b"dead")
     assert cache.open(root).summary()["leftover_bytes"] == 4
     cache.Writer(root, fingerprint())

@@ -141,7 +141,7 @@ def test_no_more_than_window_and_ahead_batches_are_in_memory(tmp_path, monkeypat
         for number in range(90):
             writer.append(record(number, num_tokens=2))  # three rows a batch
         writer.commit("g0")
-    snapshot, alive, peak = cache.open(tmp_path), weakref.WeakSet(), 0
+    snapshot, alive, peak = cache.open(tmp_path), weakref.WeakSet[cache.Record](), 0
     read = snapshot.read_place
 
     def counted(place):

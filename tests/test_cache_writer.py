@@ -117,7 +117,7 @@ def broken(name, position, value, kind="topk"):
         (lambda: broken("signal.log_tail_mass", 0, np.nan), "signal.log_tail_mass[0] is nan"),
         (lambda: broken("signal.ids", (1, 1), -1), "signal.logprobs[1, 1] is -"),
         (lambda: broken("signal.ids", (1, 1), record(5).signal.ids[1, 0]), "signal.ids[1] keeps id"),
-        (lambda: broken("top1_id", 2, (record(5).top1_id[2] + 1) % VOCAB), "expected the id in the signal's slot 0"),
+        (lambda: broken("top1_id", 2, (record(5).signal.ids[2, 0] + 1) % VOCAB), "expected the id in the signal's slot 0"),
         (lambda: record(5, prompt_ids=[]), "prompt_ids is empty; expected at least one token"),
         (lambda: record(5, completion_ids=[]), "completion_ids is empty; expected at least one token"),
         (lambda: record(5, teacher_entropy=[0.1]), "teacher_entropy has 1 entries; expected 6, one a completion token"),

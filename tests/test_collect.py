@@ -150,7 +150,7 @@ def test_a_committed_row_says_what_the_plain_teacher_says(tmp_path: Path, teache
         logits = teacher_logits(teacher_model, record)
         logprobs = logits.double().log_softmax(-1)
         targets = torch.from_numpy(record.completion_ids.astype(np.int64))[:, None]
-        close = {"atol": 1e-4, "rtol": 1e-4}
+        close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
         np.testing.assert_allclose(record.teacher_logprobs, logprobs.gather(1, targets)[:, 0], **close)
         np.testing.assert_allclose(record.teacher_entropy, [reference.entropy(row) for row in logprobs], **close)
         assert record.top1_id is not None

@@ -300,8 +300,7 @@ def test_steps_without_a_live_row_change_nothing_that_counts(student_model: Any)
             decoder.run(2, 15)
             decoder.progress.active.copy_(live)
         decoder.run(10, 23)
-    plain, disturbed = (decoder.take([0, 1]) for decoder in decoders)
-    for a, b in zip(plain, disturbed, strict=True):
+    for a, b in zip(*(decoder.take([0, 1]) for decoder in decoders), strict=True):
         assert len(a[0]) > 4
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 

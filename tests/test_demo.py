@@ -23,8 +23,8 @@ def shuffled(*arguments: Any, **keywords: Any) -> Any:
     batch = to_tensors(*arguments, **keywords)
     teacher, shift = batch.teacher, len(batch.weights) // 2
     assert isinstance(teacher, TopKTeacher)
-    rolled = [t.roll(shift, dims=0) for t in (teacher.ids, teacher.logprobs, teacher.log_tail_mass)]
-    return replace(batch, teacher=TopKTeacher(*rolled, temperature=teacher.temperature))
+    ids, logprobs, tail = (t.roll(shift, dims=0) for t in (teacher.ids, teacher.logprobs, teacher.log_tail_mass))
+    return replace(batch, teacher=TopKTeacher(ids, logprobs, tail, temperature=teacher.temperature))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -105,7 +105,8 @@ def test_keeping_all_ids_equals_the_dense_teacher() -> None:
 def test_a_small_divergence_is_exact_in_float32() -> None:
     hidden, weight, teacher_hidden, teacher_weight = pair(torch.float32, 0.03)
     exact = compare(
-        *(x.double() for x in (hidden, weight)),
+        hidden.double(),
+        weight.double(),
         HiddenTeacher(teacher_hidden.double(), teacher_weight.double()),
     )
     found = compare(hidden, weight, HiddenTeacher(teacher_hidden, teacher_weight))

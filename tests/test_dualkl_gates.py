@@ -14,7 +14,7 @@ DIVERGENCES = torch.tensor([0.0, 1e-6, 0.3, 1.0, 1.0000001, 4.0, 200.0, 1e30], d
 
 @pytest.mark.parametrize("gating", ["soft", "hard", "fixed"])
 def test_the_gate_is_its_formula(gating: str) -> None:
-    config = DualKLConfig(gating=gating, tau=1.0, alpha=5.0, mix=0.3)  # type: ignore[arg-type]
+    config = DualKLConfig(gating=gating, tau=1.0, alpha=5.0, mix=0.3)
     expected = [reference.gate(float(d), config) for d in DIVERGENCES]
     torch.testing.assert_close(gate(DIVERGENCES, config), torch.tensor(expected, dtype=torch.float64))
 

@@ -64,7 +64,12 @@ def test_the_kernels_compile_for_sm_80_within_its_shared_memory(objective: str) 
     from dualkl.kernels.sparse import sparse_kernel
 
     everything, jsd, entropy = (objective == name for name in ("everything", "jsd", "entropy"))
-    shared = {"STUDENT_CAPPED": everything, "MC": everything, "ARGMAX": everything, "GATING": 2 if jsd else 0}
+    shared: dict[str, Any] = {
+        "STUDENT_CAPPED": everything,
+        "MC": everything,
+        "ARGMAX": everything,
+        "GATING": 2 if jsd else 0,
+    }
     shared |= {"JSD": jsd, "GRADIENT": True, "GATE_ON": 2 if entropy else 0}
     if objective == "gated":
         shared |= {"tau_ptr": None}
@@ -113,12 +118,12 @@ def test_a_cpu_and_a_machine_without_triton_take_the_plain_path(monkeypatch: pyt
 
     teacher = LogitsTeacher(torch.empty(1, 5))
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    assert usable(OnGpu, teacher)  # type: ignore[arg-type]
+    assert usable(OnGpu, teacher)
     assert not usable(torch.empty(1, 3), teacher)
     ids = torch.empty(1, kernels.MAX_SLOTS + 1, dtype=torch.int32)
-    assert not usable(OnGpu, TopKTeacher(ids, ids, ids))  # type: ignore[arg-type]
+    assert not usable(OnGpu, TopKTeacher(ids, ids, ids))
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    assert not usable(OnGpu, teacher)  # type: ignore[arg-type]
+    assert not usable(OnGpu, teacher)
     assert importlib.util.find_spec("dualkl.kernels.fused") is not None
 
 
@@ -130,12 +135,12 @@ def test_the_selection_runs_in_kernels_on_cuda_up_to_so_many_ids(monkeypatch: py
         dtype = torch.float64
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    assert kernels.selectable(OnGpu, kernels.MAX_SELECTED)  # type: ignore[arg-type]
-    assert not kernels.selectable(OnGpu, kernels.MAX_SELECTED + 1)  # type: ignore[arg-type]
-    assert not kernels.selectable(Exact, 5)  # type: ignore[arg-type]
+    assert kernels.selectable(OnGpu, kernels.MAX_SELECTED)
+    assert not kernels.selectable(OnGpu, kernels.MAX_SELECTED + 1)
+    assert not kernels.selectable(Exact, 5)
     assert not kernels.selectable(torch.empty(1, 3), 5)
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    assert not kernels.selectable(OnGpu, 5)  # type: ignore[arg-type]
+    assert not kernels.selectable(OnGpu, 5)
 
 
 @linux_only

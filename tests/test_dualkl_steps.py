@@ -14,7 +14,7 @@ from tests import reference
 
 N, K, V = 7, 5, 503
 CONFIGS = [
-    DualKLConfig(gating="fixed", mix=mix, rkl=rkl, fkl=fkl)  # type: ignore[arg-type]
+    DualKLConfig(gating="fixed", mix=mix, rkl=rkl, fkl=fkl)
     for mix in (0.0, 0.4, 1.0)
     for rkl in ("exact", "mc")
     for fkl in ("full", "argmax")

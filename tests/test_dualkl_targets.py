@@ -116,7 +116,7 @@ def test_compress_refuses(changes: dict[str, object], message: str) -> None:
         "k": 5,
     } | changes
     with pytest.raises(ValueError, match=re.escape(message)):
-        compress(**arguments)  # type: ignore[arg-type]
+        compress(**arguments)
 
 
 def top3(**changes: Tensor) -> TopKTeacher:

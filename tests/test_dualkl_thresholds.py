@@ -74,8 +74,8 @@ def test_histograms_of_parts_add_up_to_that_of_the_whole() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95])
 def test_the_threshold_gives_the_share_that_was_asked_for(gating: str, share: float) -> None:
     values = divergences(4000)
-    tau = tau_for_share(divergence_histogram(values), share, gating, 40.0)  # type: ignore[arg-type]
-    config = DualKLConfig(gating=gating, alpha=40.0)  # type: ignore[arg-type]
+    tau = tau_for_share(divergence_histogram(values), share, gating, 40.0)
+    config = DualKLConfig(gating=gating, alpha=40.0)
     assert abs(float(gate(values, config, tau).mean()) - share) < 0.01
     if gating == "hard":
         assert math.isclose(tau, values.quantile(share), rel_tol=0.08)  # a bin's ratio
@@ -92,13 +92,13 @@ def test_the_threshold_has_its_limits() -> None:
 @pytest.mark.parametrize("gating", ["soft", "hard"])
 def test_an_adaptive_threshold_keeps_the_share_while_divergences_fall(gating: str) -> None:
     """D falls by a factor of 30 over 300 steps, as it does in a run; a fixed threshold would end at pure reverse KL."""
-    config, state = DualKLConfig(gating=gating, alpha=40.0), AdaptiveTau.starting_at(1.0)  # type: ignore[arg-type]
+    config, state = DualKLConfig(gating=gating, alpha=40.0), AdaptiveTau.starting_at(1.0)
     shares, fixed = [], []
     for step in range(300):
         values = divergences(500, 0.3 * 30 ** (-step / 300), seed=step)
         shares.append(float(gate(values, config, state.tau).mean()))
         fixed.append(float(gate(values, config, torch.tensor(0.3)).mean()))
-        state = adapt(state, divergence_histogram(values), share=0.7, gating=gating, alpha=40.0)  # type: ignore[arg-type]
+        state = adapt(state, divergence_histogram(values), share=0.7, gating=gating, alpha=40.0)
     assert all(abs(share - 0.7) < 0.1 for share in shares[1:])
     assert abs(sum(shares[1:]) / 299 - 0.7) < 0.05
     assert fixed[-1] > 0.95
@@ -119,11 +119,11 @@ def test_the_state_is_two_floats_that_come_back_to_the_bit() -> None:
 
 def test_the_first_histogram_replaces_the_start_and_an_empty_one_changes_nothing() -> None:
     histogram, options = divergence_histogram(divergences(500)), {"share": 0.5, "gating": "hard", "alpha": 1.0}
-    states = [adapt(AdaptiveTau.starting_at(tau), histogram, **options) for tau in (0.0, 50.0)]  # type: ignore[arg-type]
+    states = [adapt(AdaptiveTau.starting_at(tau), histogram, **options) for tau in (0.0, 50.0)]
     assert math.isclose(states[0].tau, states[1].tau, rel_tol=1e-9)
-    unmoved = adapt(states[0], torch.zeros(NUM_BINS), **options)  # type: ignore[arg-type]
+    unmoved = adapt(states[0], torch.zeros(NUM_BINS), **options)
     assert unmoved.state() == states[0].state()
-    slow = adapt(states[0], divergence_histogram(torch.full((9,), 50.0)), **options, rate=0.1)  # type: ignore[arg-type]
+    slow = adapt(states[0], divergence_histogram(torch.full((9,), 50.0)), **options, rate=0.1)
     assert slow.tau > 20  # the second one counts for half
 
 

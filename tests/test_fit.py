@@ -46,9 +46,9 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     found: dict[str, torch.Tensor] = {}
 
-    def keep(now: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
-        found.update({name: p.grad.clone() for name, p in now.student.trainable.items() if p.grad is not None})
-        now.step += 1
+    def keep(training: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
+        found.update({name: p.grad.clone() for name, p in training.student.trainable.items() if p.grad is not None})
+        training.step += 1
         return sums.tolist(), 1.0
 
     original, fit._update = fit._update, keep

@@ -260,7 +260,7 @@ def test_the_checkpoints_generation_config_does_not_change_rollouts(
 def test_a_model_without_any_eos_is_a_sentence() -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     with pytest.raises(UserError, match="no EOS token"):
-        checkpoints.eos_ids(model, SimpleNamespace(eos_token_id=None))  # type: ignore[arg-type]
+        checkpoints.eos_ids(model, SimpleNamespace(eos_token_id=None))
 
 
 def test_a_model_in_training_is_put_back_into_training(student_model: Any, prompts: list[np.ndarray]) -> None:

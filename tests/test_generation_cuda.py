@@ -71,7 +71,7 @@ def test_attention_is_as_near_to_float64_as_pytorchs(
     slots = SlotCache([keys], [values])
     slots.attended = attended
     scale = width**-0.5
-    exact = attention.plain_attention(*(x.double() for x in (query, keys, values)), slots, scale, window, softcap)
+    exact = attention.plain_attention(query.double(), keys.double(), values.double(), slots, scale, window, softcap)
     slots.masks.clear()
     plain = attention.plain_attention(query, keys, values, slots, scale, window, softcap)
     found = kernels.decode_attention(

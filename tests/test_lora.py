@@ -42,9 +42,9 @@ def results(model: Any, x: torch.Tensor, run: Callable[[Any, torch.Tensor], torc
     with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         out = run(model, x)
     out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.dtype != torch.bfloat16 for gradient in found.values())
-    return {"out": out.detach(), "x": x.grad} | found
+    return found | {"out": out.detach(), "x": x.grad}
 
 
 def plain(model: Any, x: torch.Tensor) -> torch.Tensor:

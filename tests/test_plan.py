@@ -116,7 +116,8 @@ def test_parameters_adapters_and_keys_are_those_of_the_real_model(family: str) -
     assert shape.head == model.get_output_embeddings().weight.numel()
     cache = DynamicCache()
     model(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
-    kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    layers: list[Any] = cache.layers
+    kept = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
     assert kept == 2 * 5 * memory.kv_bytes_per_token(shape, 4)
     for targets in ("all-linear", "q_proj,v_proj"):
         names: str | list[str] = targets if targets == "all-linear" else targets.split(",")
@@ -372,10 +373,10 @@ def test_plan_check_runs_each_phase_and_compares_it(tmp_path: Path) -> None:
     planned = plan_check.planned_peaks(options, 80)
     factors = {"generate": 1.1, "score": 1.0, "train": 1.25}
     peak = CannedPeak(*(round(planned[phase] / factor) for phase, factor in factors.items()))
-    rows = plan_check.compare(options, 80, peak)
-    first = next(rows)
+    compared = plan_check.compare(options, 80, peak)
+    first = next(compared)
     assert (first.phase, peak.num_resets) == ("generate", 1)  # known before the next phase begins
-    rows = [first, *rows]
+    rows = [first, *compared]
     assert [(row.phase, round(row.ratio, 2), row.is_within) for row in rows] == [
         ("generate", 1.1, True), ("score", 1.0, True), ("train", 1.25, False),
     ]  # fmt: skip

@@ -93,7 +93,7 @@ def moves(tmp_path: Path, offload: bool, sharded: bool = False) -> list[tuple[st
     log: list[tuple[str, str]] = []
     object.__setattr__(run.world, "device", torch.device("meta"))
     student, model = Moving("student", log), Moving("teacher", log)
-    teacher = Teacher(model, None, run.world.device, engine=object() if sharded else None)  # type: ignore[arg-type]
+    teacher = Teacher(model, None, run.world.device, engine=object() if sharded else None)
     order = Turns(run, student)
     order.to_student(order.to_teacher(lambda: teacher))
     return log

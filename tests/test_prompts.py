@@ -347,25 +347,25 @@ class Map:
 
 def test_padding_of_the_embeddings_alone_is_cut() -> None:
     tokens = Map(151_669)
-    assert vocabulary_cut(tokens, tokens, 151_936, 152_064) == 151_669  # type: ignore[arg-type]
-    assert vocabulary_cut(tokens, tokens, 152_064, 151_936) == 151_669  # type: ignore[arg-type]
+    assert vocabulary_cut(tokens, tokens, 151_936, 152_064) == 151_669
+    assert vocabulary_cut(tokens, tokens, 152_064, 151_936) == 151_669
 
 
 def test_ids_known_to_one_side_only_are_cut() -> None:
-    assert vocabulary_cut(Map(103), Map(100), 128, 104) == 100  # type: ignore[arg-type]
-    assert vocabulary_cut(Map(100), Map(103), 104, 128) == 100  # type: ignore[arg-type]
+    assert vocabulary_cut(Map(103), Map(100), 128, 104) == 100
+    assert vocabulary_cut(Map(100), Map(103), 104, 128) == 100
 
 
 def test_the_same_id_for_two_tokens_is_refused_with_both() -> None:
     with pytest.raises(UserError) as caught:
-        vocabulary_cut(Map(100), Map(100, t7="other", t9="more"), 104, 104)  # type: ignore[arg-type]
+        vocabulary_cut(Map(100), Map(100, t7="other", t9="more"), 104, 104)
     for part in ("disagree on 2 of 100 ids", "id 7", "'t7' against 'other'"):
         assert part in str(caught.value)
 
 
 def test_a_tokenizer_with_more_ids_than_its_model_is_refused() -> None:
     with pytest.raises(UserError, match="teacher's tokenizer has id 99, but its model has only 64"):
-        vocabulary_cut(Map(60), Map(100), 64, 64)  # type: ignore[arg-type]
+        vocabulary_cut(Map(60), Map(100), 64, 64)
 
 
 def test_the_embedded_models_share_their_whole_vocabulary(tokenizer: Any) -> None:
@@ -374,7 +374,7 @@ def test_the_embedded_models_share_their_whole_vocabulary(tokenizer: Any) -> Non
 
 def test_the_vocabulary_fingerprint_looks_below_the_cut_only() -> None:
     below, above = Map(100, t7="other"), Map(100, t97="other")
-    prints = [vocabulary_fingerprint(tokens, 90) for tokens in (Map(100), Map(90), above, below)]  # type: ignore[arg-type]
+    prints = [vocabulary_fingerprint(tokens, 90) for tokens in (Map(100), Map(90), above, below)]
     assert prints[0] == prints[1] == prints[2]
     assert prints[3] != prints[0]
 

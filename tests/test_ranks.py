@@ -41,7 +41,7 @@ def refuse_on_one_rank(arguments: list[str]) -> None:
     def refusing(run: object, training: fit.Training, *rest: object) -> Drift:
         if training.step == 1 and run.world.rank == 1:  # type: ignore[attr-defined]
             raise UserError("rank 1 cannot go on.")
-        return step(run, training, *rest)  # type: ignore[arg-type]
+        return step(run, training, *rest)
 
     fit.train_step = refusing  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:

@@ -274,7 +274,7 @@ def test_a_scorer_does_not_touch_the_runs_configuration(tmp_path: Path) -> None:
 def test_units_that_leave_processes_idle_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = role(tmp_path, "both")
     author = setup.student_author(run, student_of(run), 0)
-    crowd = Run(run.config, type("World", (), {"size": 2, "is_main": True})(), run.metrics, run.clock)  # type: ignore[arg-type]
+    crowd = Run(run.config, type("World", (), {"size": 2, "is_main": True})(), run.metrics, run.clock)
     units = refresh.planned_units(crowd, author, prompts_of(run.config), 0)
     assert len(units) == NUM_UNITS
     assert "3 units over 2 processes leave 25% of them idle; rollouts_per_unit 6 would not" in capsys.readouterr().out

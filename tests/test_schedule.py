@@ -229,7 +229,7 @@ def test_the_gate_of_a_drifted_row_leans_to_forward_kl(tmp_path: Path, caches: C
         seen.append(batch.tau)
         return forward(batch)
 
-    training.module.forward = noted  # type: ignore[method-assign]
+    training.module.forward = noted
     step = next(feed.global_batches(run, student, snapshot, pool, [0], training.caps))
     found = fit.train_step(run, training, pool, step)
     order = [key for one in step.forwards for key in one.row_ids]
@@ -547,7 +547,7 @@ def mixed(num_own: int, *others: tuple[int, float]) -> Pool:
 
     found = pool(num_own)
     for count, weight in others:
-        found = found.with_extra(pool(count), None, weight)  # type: ignore[arg-type]
+        found = found.with_extra(pool(count), None, weight)
     return found
 
 

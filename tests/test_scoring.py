@@ -1,5 +1,7 @@
 """Scoring: the cut into forwards, the columns against dense logits, and equal forwards on all ranks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +80,7 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
     columns = {name: to_numpy(tensor) for name, tensor in tensors.items()}
     logits = reference.head_logits(hidden, head, 41)
     logprobs = logits.log_softmax(-1)
-    close = {"atol": 2e-5, "rtol": 1e-4}
+    close: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
     np.testing.assert_allclose(columns["teacher_logprobs"], logprobs.gather(1, targets[:, None])[:, 0], **close)
     np.testing.assert_allclose(columns["teacher_entropy"], [reference.entropy(row) for row in logprobs], **close)
     assert columns["top1_id"].tolist() == logprobs.argmax(-1).tolist()

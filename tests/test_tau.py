@@ -48,7 +48,7 @@ def steps_of(
         found[-1][1].append(batch)
         return loss, out
 
-    training.module.forward = noted  # type: ignore[method-assign]
+    training.module.forward = noted
     with closing(
         feed.global_batches(run, training.student, snapshot, pool, range(num_steps), training.caps)
     ) as batches:
@@ -262,7 +262,7 @@ def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[
         inputs.append(batch)
         return loss, out
 
-    training.module.forward = noted  # type: ignore[method-assign]
+    training.module.forward = noted
     batches = list(feed.global_batches(run, training.student, snapshot, pool, [0], training.caps))
     training.step = 4
     fit.train_step(run, training, pool, batches[0])

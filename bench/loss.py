@@ -1,6 +1,7 @@
 """`dual_kl` against the GEMM floor, plain PyTorch and other projects' fused losses: time, memory, gradient error.
 
-    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or H200
+    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or H200; on a CPU
+                                                                 ours and eager at a laptop's size, in fp32
     python bench/loss.py --list                                  the names of all cells of the grid
     python bench/loss.py --only 'N8192-V151936-d2560/hidden/*'   some of them; calls add up
     python bench/loss.py --table                                 Markdown tables of bench/results/loss.json
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.counted_memory import CountedMemory
 from bench.loss_contenders import CONTENDERS, JOBS, Columns, Contender, LossFunction, NotInstalled, Settings
 from bench.loss_problems import Problem, Reference, Shape, make_problem
 from bench.measuring import (
@@ -51,6 +53,7 @@ from bench.measuring import (
 )
 
 HEADLINE = Shape(8192, 151_936, 2560)
+LAPTOP = Shape(1024, 32_000, 512, teacher_width=1024, dtype=torch.float32)
 TINY = Shape(48, 503, 32, teacher_width=48, k=8)
 SOME = ("dual_kl", "eager", "eager_compiled", "liger_chunked_jsd_compiled", "trl_reverse", "trl_jsd")
 PEERS_QUICK = ("liger_fused_linear_jsd", "liger_chunked_jsd_compiled", "trl_reverse", "trl_jsd")
@@ -94,15 +97,17 @@ def full_grid() -> list[Cell]:
     return cells + cells_of(Shape(8192, 32_000, HEADLINE.width), ("hidden", "topk", "full"), SOME)
 
 
-def quick_cells() -> list[Cell]:
-    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden."""
+def quick_cells(device: str) -> list[Cell]:
+    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden; on a CPU against eager."""
+    if device == "cpu":
+        return cells_of(LAPTOP, ("hidden", "topk", "full"), ["dual_kl", "eager"])
     return cells_of(HEADLINE, ("hidden", "topk"), ["dual_kl"]) + cells_of(HEADLINE, ["hidden"], PEERS_QUICK)
 
 
 def select(options: argparse.Namespace) -> list[Cell]:
     cells = cells_of(TINY, ("hidden", "topk", "full")) if options.tiny else full_grid()
     if options.quick:
-        cells = quick_cells()
+        cells = quick_cells(options.device)
     if options.chunk_rows:
         cells = [variant for c in cells for variant in chunk_variants(c, options.chunk_rows)]
     if options.only:
@@ -123,11 +128,13 @@ def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(step: Step, device: str) -> int | None:
+def peak_bytes(step: Step, device: str) -> int:
     """Peak memory of a step that adds to gradients which are there, beyond what was there before."""
-    if device != "cuda":
-        return None
     step()
+    if device == "cpu":
+        with CountedMemory() as memory:
+            step.accumulate()
+        return memory.peak
     release(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -258,7 +265,7 @@ def measure_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], d
     peak = peak_bytes(step, device)
     found: Record = {
         "status": "ok", "settings": chosen, "tried": tried, "ms": timing.median, "ms_least": timing.least,
-        "repeats": timing.repeats, "extra_gib": None if peak is None else peak / 2**30,
+        "repeats": timing.repeats, "extra_gib": peak / 2**30,
     }  # fmt: skip
     try:
         loss, columns = step()

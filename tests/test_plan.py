@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from bench import plan_check
+from bench.counted_memory import CountedMemory
 from stages import plan as command
 from stages.loops import planning
 from stages.loops.planning import Machine, make_plan
@@ -27,7 +28,6 @@ from stages.models import memory, speed
 from stages.models.memory import GIB
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
-from tests.counted_memory import CountedMemory
 from tests.helpers import ROOT
 
 TINY: dict[str, Any] = {

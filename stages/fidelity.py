@@ -88,9 +88,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     ):
         x, y = [row["bytes_per_token"] for row in rows], [100 * row["gradient_error"] for row in rows]
         axes.plot(x, y, "o-", color=colour, label=label)
-        for row, *place in zip(rows, x, y, strict=True):
+        for row, size, error in zip(rows, x, y, strict=True):
             text = str(row["k"]) if row["p"] == 1 else f"{row['p']:g}"
-            axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+            axes.annotate(text, (size, error), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
     axes.set(xscale="log", yscale="log", xlabel="signal, bytes a token", ylabel="error of the gradient, %")
     axes.set_title("What a stored signal costs, and what it changes", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

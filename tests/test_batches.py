@@ -1,6 +1,7 @@
 """The live pool, the order of batches, micro-batches, and the teacher objects that the loss takes."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ def test_full_logits_reach_the_loss_as_float32(dtype: str) -> None:
 def test_rows_that_are_not_scored_are_a_sentence() -> None:
     with pytest.raises(UserError, match="not scored yet"):
         teacher_of([make_record(0)], None, CPU, V)
+    with pytest.raises(UserError, match="not scored yet"):
+        to_tensors([replace(make_record(0), teacher_logprobs=None, teacher_entropy=None)], 1.0, None, 0, CPU, V)
 
 
 def test_all_parts_of_a_micro_batch_speak_of_the_same_tokens() -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -234,15 +234,15 @@ def to_tensors(
     packed: bool = False,
 ) -> MicroBatch:
     """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
+    teacher = teacher_of(records, head, device, vocab_size)  # first: it refuses rows that are not scored
     aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed)
     sampled = Sampled(
         aligned.targets,
-        _cat([r.teacher_logprobs for r in records]).to(device),
+        _cat([cast(np.ndarray, r.teacher_logprobs) for r in records]).to(device),
         _cat([r.behaviour_logprobs for r in records]).to(device),
     )
     weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
-    entropy = _cat([r.teacher_entropy for r in records]).to(device)
-    teacher = teacher_of(records, head, device, vocab_size)
+    entropy = _cat([cast(np.ndarray, r.teacher_entropy) for r in records]).to(device)
     return MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy)
 
 
@@ -276,12 +276,13 @@ def teacher_of(records: list[cache.Record], head: Head | None, device: torch.dev
     Top-k values are checked here, on the host, where they are not checked by the loss: on a GPU it looks at shapes only.
     """
     signals = [record.signal for record in records]
-    first = signals[0]
+    first = signals[0]  # rows of one cache hold one kind
     if isinstance(first, cache.TopK):
-        width = max(signal.ids.shape[1] for signal in signals)
-        ids = _cat([_widen(signal.ids, width, -1) for signal in signals]).long()
-        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in signals])
-        tail = _cat([signal.log_tail_mass for signal in signals])
+        topk = cast(list[cache.TopK], signals)
+        width = max(signal.ids.shape[1] for signal in topk)
+        ids = _cat([_widen(signal.ids, width, -1) for signal in topk]).long()
+        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in topk])
+        tail = _cat([signal.log_tail_mass for signal in topk])
         teacher = TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
         if device.type != "cpu":
             check_topk_values(teacher, vocab_size)
@@ -289,9 +290,11 @@ def teacher_of(records: list[cache.Record], head: Head | None, device: torch.dev
     if isinstance(first, cache.Hidden):
         if head is None:
             raise UserError("the cache holds hidden states but no teacher head; run `python -m cache verify` on it.")
-        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in signals]).to(device), head)
+        hidden = cast(list[cache.Hidden], signals)
+        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in hidden]).to(device), head)
     if isinstance(first, cache.Full):
-        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in signals]).to(device).float())
+        full = cast(list[cache.Full], signals)
+        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in full]).to(device).float())
     raise UserError(f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it.")
 
 

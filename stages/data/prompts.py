@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -80,7 +80,8 @@ def encode(turns: Turns, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     """Applies the chat template with a generation prompt; a tokenizer without a template gets the plain text."""
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+            templated = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+            text = cast(str, templated)  # not ids, as it is not tokenized
         except jinja2.TemplateError as error:
             raise UserError(f"the student's chat template refuses a prompt ({error}): {str(turns)[:120]}") from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

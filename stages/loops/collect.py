@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
@@ -47,7 +49,7 @@ class Unit:
 class Author:
     """A model that writes completions, and what the cache must know of it."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     run_id: str
     policy_hash: str
@@ -160,7 +162,7 @@ def _record(row: PlannedRow, completion: Completion, author: Author) -> cache.Re
         row_id=row.row_id, prompt_id=row.prompt.prompt_id, occurrence=row.occurrence, sample_index=row.sample_index,
         refresh_index=row.refresh_index, run_id=author.run_id, policy_step=author.policy_step,
         policy_hash=author.policy_hash, finish_reason=completion.finish_reason, prompt_text=row.prompt.text,
-        completion_text=author.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        completion_text=cast(str, author.tokenizer.decode(completion.ids, skip_special_tokens=True)),
         prompt_ids=row.prompt.ids, completion_ids=completion.ids, behaviour_logprobs=completion.logprobs,
         behaviour_entropy=completion.entropy,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import tee
 
@@ -56,7 +56,7 @@ class Batch:
 
 def global_batches(
     run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile.
 
     `caps` of a forward must be the same on all ranks.

@@ -191,6 +191,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
         inputs = replace(on_device(inputs, world.device), tau=thresholds)
         out = _backward(training, inputs, world.size, last)
         if not forward.is_idle:
+            assert out.student_logprobs is not None
             outputs.append(out)
             groups = gating.groups_of(pool, training.step, keys, lengths, world.device)
             gates.append(gating.statistics_of(config, out, inputs, groups))
@@ -211,9 +212,9 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
         engine.set_gradient_accumulation_boundary(last)
         engine.backward(loss * world_size)
         return out
-    quiet = isinstance(training.module, nn.parallel.DistributedDataParallel) and not last
-    with training.module.no_sync() if quiet else nullcontext():
-        loss, out = training.module(batch)
+    module = training.module
+    with module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) and not last else nullcontext():
+        loss, out = module(batch)
         (loss * world_size).backward()
     return out
 
@@ -245,6 +246,7 @@ def _sums(outputs: list[DualKLOutput], gates: list[Tensor], drifts: list[Tensor]
     """Of this rank's forwards, on their device, float64: the loss, sums over tokens of `MEANS` and of the gate, `drifts`."""
 
     def of(out: DualKLOutput) -> Tensor:
+        assert out.student_logprobs is not None
         values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs)
         return torch.stack([value.double().sum() for value in values])
 

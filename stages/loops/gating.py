@@ -66,6 +66,7 @@ def of_rows(
     """
     if not config.refresh.drift_to_forward:
         return tau
+    assert tau is not None  # the configuration refuses drift_to_forward without one
     drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
     tau_N = np.repeat(tau - config.refresh.drift_to_forward * drifts, lengths)
     return queued(tau_N.astype(np.float32), device)
@@ -116,8 +117,8 @@ def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | Non
     found = figures(statistics)
     chosen = {"rkl": "rkl", "fkl": "fkl", "gate": "gate_mean", "share_floored": "floored_share"}
     chosen |= {name: name for name in (*(SIDES if tau is not None else ()), *MASSES)}
-    values = {name: found.get(key) for name, key in chosen.items()}
-    return values if tau is None else {"tau": tau, **values}  # type: ignore[dict-item]  # lists are not chosen
+    values: dict[str, Any] = {name: found.get(key) for name, key in chosen.items()}
+    return values if tau is None else {"tau": tau, **values}
 
 
 def gate_record(statistics: Tensor, tau: float | None) -> dict[str, Any]:

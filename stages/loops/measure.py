@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -233,7 +233,7 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
     own = evaluation.prompts[run.world.rank :: run.world.size]
     num_slots = slots_for(run, author, scores_too=False)
     written = _greedy(author, own, num_slots) if own else []
-    texts = [author.tokenizer.decode(c.ids, skip_special_tokens=True) for c in written]
+    texts = [cast(str, author.tokenizer.decode(c.ids, skip_special_tokens=True)) for c in written]
     verdicts = [checker(p.row, text) if checker else None for p, text in zip(own, texts, strict=True)]
     found = [
         {"prompt": p.text, "completion": text, "solved": verdict}

@@ -116,7 +116,7 @@ def fit(
                     position = replace(position, refreshes=position.refreshes | {index: author})
             if arrivals is not None:
                 position = _take_up_arrivals(run, training, position, arrivals, pool)
-            if pool is None or pool.version != position.refresh_index:
+            if pool is None or snapshot is None or pool.version != position.refresh_index:
                 pool, snapshot = open_pool(run, position)
                 position = replace(position, pool_age=pool.mean_age)
             position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class ScoredBatch:
         for row in self.rows:
             part = slice(start, start + len(row.completion_ids))
             own = {name: array[part] for name, array in columns.items()}
-            plain = {name: array for name, array in own.items() if not name.startswith("signal_")}
+            plain: dict[str, Any] = {name: array for name, array in own.items() if not name.startswith("signal_")}
             yield replace(row, signal=self._signal(own), **plain)
             start = part.stop
 

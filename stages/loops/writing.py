@@ -68,7 +68,12 @@ class UnitWriter:
 
     def append(self, rows: Iterable[cache.Record]) -> None:
         """Appends rows, which the thread takes one after the other."""
-        self._put(lambda: [self._writer.append(row) for row in rows])
+
+        def job() -> None:
+            for row in rows:
+                self._writer.append(row)
+
+        self._put(job)
 
     def commit(self, unit: str) -> None:
         """Commits, under this name, the rows appended since the commit before."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class _Engine:
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
-        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
         self._weights: DecodingWeights | None = None
         self._decoder: Decoder | None = None
         self._dtype: torch.dtype | None = None
@@ -134,7 +134,7 @@ class _Engine:
         """No gradients, eval mode, the engine's weights, and autocast without its memory of casts, which graphs outlive."""
         kind, was_training = self.device.type, self.model.training
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        now = [dtype, *origin_of(self.base)]
+        now: list[object] = [dtype, *origin_of(self.base)]
         if self._weights is None or now != self._made_for:
             check_served(self.base, self.base.get_decoder())
             self._weights = self._decoder = None  # their memory first

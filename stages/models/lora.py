@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
@@ -34,10 +34,11 @@ class LeanLinear(LoraLinear):
         adapter = self._alone(dtype)
         if args or kwargs or adapter is None:
             return super().forward(x, *args, **kwargs)
-        base, scale = self.get_base_layer(), self.scaling[adapter]
-        a_rK, b_Nr = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        base: Any = self.get_base_layer()
+        down: Any = self.lora_A[adapter]
+        up: Any = self.lora_B[adapter]
         bias = None if base.bias is None else base.bias.to(dtype)
-        return adapted(x.to(dtype), base.weight, bias, a_rK, b_Nr, scale)
+        return adapted(x.to(dtype), base.weight, bias, down.weight, up.weight, self.scaling[adapter])
 
     def _alone(self, dtype: torch.dtype) -> str | None:
         """The adapter that is all there is to this layer; None where there is more, or nothing."""
@@ -71,7 +72,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
+        ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
     ) -> Tensor:  # fmt: skip
         a, b = a_rK.to(x_TK.dtype), (scale * b_Nr).to(x_TK.dtype)
         z_Tr = linear(x_TK, a)
@@ -81,7 +82,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, z_Tr, weight_NK, a_rK, b_Nr = ctx.saved_tensors
         by_x, _, _, by_a, by_b, _ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = None

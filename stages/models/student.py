@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class Student:
 
     @property
     def base(self) -> PreTrainedModel:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
     @property
     def head(self) -> Head:
@@ -81,7 +81,7 @@ def load_student(config: Config, device: torch.device, vocab_size: int, tokenize
         raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
     source = checkpoints.identity(models.student_model, models.student_revision)
     student = assemble(config, base, tokenizer, source, vocab_size, eos)
-    student.model.to(device)
+    student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
     return student
 
 
@@ -169,7 +169,7 @@ def policy_hash(student: Student) -> str:
 
 def export(student: Student, folder: Path) -> None:
     """Writes what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer."""
-    student.model.save_pretrained(folder)
+    student.model.save_pretrained(str(folder))
     student.tokenizer.save_pretrained(folder)
 
 
@@ -181,12 +181,12 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
                 f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
             )
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        names = {
+        heads = {
             name
             for name, _ in model.named_parameters()
             if "lm_head" in name and ("lora_" in name or "modules_to_save" in name)
         }
-        if names or model.active_peft_config.modules_to_save:
+        if heads or model.active_peft_config.modules_to_save:
             raise UserError(
                 f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
             )

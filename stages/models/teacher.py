@@ -83,7 +83,7 @@ class Teacher:
             self.engine.destroy()
             # DeepSpeed's stack of running modules keeps the root of a forward without gradients, and with it all weights
             importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
-        self.forward = self.engine = self.head = None
+        self.forward = self.engine = self.head = None  # type: ignore[assignment]  # nobody uses a closed teacher
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -120,7 +120,7 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     models = config.models
     dtype = checkpoints.DTYPES[models.teacher_dtype]
     model = checkpoints.load_model(models.teacher_model, models.teacher_revision, dtype, models.attn_implementation)
-    return model.requires_grad_(False).to(world.device)
+    return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
 
 
 def plain_model_fits(config: Config, world: World) -> bool:
@@ -208,8 +208,8 @@ def zero3_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's settings for a forward-only stage-3 engine: built in, or the user's with their `auto`s filled in."""
     bf16 = config.models.teacher_dtype == "bf16"
     if not config.models.teacher_ds_config:
-        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": bf16}}
+        stage_three = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage_three, "bf16": {"enabled": bf16}}
     path = Path(config.models.teacher_ds_config)
     try:
         settings = json.loads(path.read_text())
@@ -241,6 +241,5 @@ def _without_auto(value: Any) -> Any:
 
 def _skip_compiled_shared_memory_op() -> None:
     """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: (
-        None
-    )  # the attribute of that name is torch itself
+    module: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+    module.build_shm_op = lambda: None

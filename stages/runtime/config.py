@@ -286,7 +286,7 @@ def parse_arguments(arguments: list[str], description: str) -> Config:
 def build(values: dict[str, dict[str, Any]]) -> Config:
     """Validates nested values and the arithmetic between them."""
     try:
-        config = Config(**values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_invalid(error)) from None
     _check(config)

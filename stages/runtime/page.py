@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _time_of_rounds(found: list[Round], starts: list[int]) -> str:
     return _svg(figure)
 
 
-def _lines_of_rounds(title: str, lines: dict[str, tuple[str, list[float | None]]], starts: list[int]) -> str:
+def _lines_of_rounds(title: str, lines: Mapping[str, tuple[str, Sequence[float | None]]], starts: list[int]) -> str:
     figure, axes = _round_axes(title, starts)
     for label, (colour, values) in lines.items():
         places = [(number, value) for number, value in enumerate(values, 1) if value is not None]

@@ -37,13 +37,15 @@ def attend(
     unserved = [name for name in _REFUSED if others.get(name) is not None]
     if slots is None or attention_mask is not None or unserved:
         reason = f"its attention has {', '.join(unserved)}" if unserved else "its layers do not pass their inputs on"
-        raise UserError(_sentence(module.config.model_type, reason))
+        config: Any = module.config
+        raise UserError(_sentence(config.model_type, reason))
     slots.num_attended_layers += 1
     query = query.squeeze(2).to(key.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if key.is_cuda:
         from stages.models.decoding import kernels
 
+        assert slots.attended is not None
         out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap)
     else:
         out = plain_attention(query, key, value, slots, scale, sliding_window, softcap)

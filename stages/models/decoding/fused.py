@@ -77,7 +77,7 @@ class FusedMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self._mlp = (mlp,)  # no child of this: its layers would have two names
+        self._mlp: tuple[Any] = (mlp,)  # no child of this: its layers would have two names
 
     def forward(self, x: Tensor) -> Tensor:
         from stages.models.decoding import kernels

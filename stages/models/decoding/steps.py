@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,8 @@ class Decoder:
         cache = DynamicCache()
         output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        layers: list[Any] = cache.layers  # of attention, which `check_served` has seen to
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self._allocate(keys, values).fill(slots, source, keys, values)
         self._draw(progress, last[source])
         self.progress.put(slots, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -88,7 +89,7 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None) -> nn.Linear
     weight = base.weight.detach().float()
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         for name in adapters:
-            a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+            a, b = (cast(nn.Linear, side[name]).weight.float() for side in (module.lora_A, module.lora_B))
             weight = torch.addmm(weight, b, a, alpha=module.scaling[name])
     return _linear(weight.to(autocast_dtype or base.weight.dtype), base.bias)
 

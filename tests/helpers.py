@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -150,6 +151,9 @@ def _in_process(
 ) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(where / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests that run in the background may have inherited "ignore"
     os.environ.update(variables)
     os.chdir(ROOT)
     torch.set_num_threads(1)

@@ -151,9 +151,6 @@ def _in_process(
 ) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(where / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # tests that run in the background may have inherited "ignore"
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     os.chdir(ROOT)

@@ -203,6 +203,4 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
     assert len(products) == (5 * num_tokens * model.config.num_hidden_layers if merged else 0)
     assert set(launches) == {"rms_norm", "rotary"} | ({"gated"} if model.config.model_type[:5] != "gemma" else set())
     num_layers = model.config.num_hidden_layers
-    assert (
-        launches.count("rotary") == num_tokens * num_layers
-    )  # the prefill's and a step's for each token after the first
+    assert launches.count("rotary") == num_tokens * num_layers  # the prefill's, then a step's for each further token

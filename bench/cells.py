@@ -1,4 +1,4 @@
-"""Cells that are measured one by one on one device, their results file and its command line; `stage_one.py` and `online.py` use it.
+"""Cells that are measured one by one on one device, their results file and its command line; as `stage_one.py` has them.
 
 Results are written after every cell. A cell that is there already for the same device, versions and sources is kept, one
 that went wrong (other than by memory) is tried again. Every call that measures first measures the device's ceilings: the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -19,20 +18,20 @@ from typing import Any
 
 import torch
 
-from bench.loss import (
+from bench.measuring import (
     ROOT,
+    Found,
+    Record,
     Results,
-    _message,
-    _triton_version,
     ceilings,
     markdown,
+    message_of,
     number,
     release,
     sources_digest,
+    triton_version,
+    version,
 )
-
-Record = dict[str, Any]
-Found = dict[str, dict[str, Record]]  # device -> cell -> record
 
 
 @dataclass
@@ -116,16 +115,8 @@ class Program:
 
 def identity(cell: Cell, tiny: bool) -> Record:
     """Versions, sources and sizes that a result depends on."""
-    versions = {"tiny": tiny, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()}
+    versions = {"tiny": tiny, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version()}
     return versions | {name: version(name) for name in cell.packages} | {"sources": sources_digest(cell.sources)}
-
-
-def version(package: str) -> str:
-    """Of an installed package; empty if it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def is_done(record: Record | None, cell: Cell, tiny: bool) -> bool:
@@ -140,11 +131,11 @@ def try_cell(cell: Cell, bench: Bench) -> Record:
     try:
         return {"status": "ok", **cell.measure(bench)}
     except torch.OutOfMemoryError as error:
-        return {"status": "OOM", "message": _message(error)}
+        return {"status": "OOM", "message": message_of(error)}
     except ModuleNotFoundError as error:
         return {"status": "not installed", "message": str(error)}
     except Exception as error:
-        return {"status": "error", "message": _message(error)}
+        return {"status": "error", "message": message_of(error)}
 
 
 def run(options: argparse.Namespace, selected: list[Cell], path: Path) -> None:
@@ -189,13 +180,3 @@ def table(found: Found) -> str:
         ]
         texts.append(f"## {device}\n\n" + markdown(["cell", "status", "figures"], rows))
     return "\n\n".join(texts)
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: str) -> float | None:
-    """Peak memory since `reset_peak`, GiB; None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None

@@ -1,6 +1,7 @@
 """`dual_kl` against the GEMM floor, plain PyTorch and other projects' fused losses: time, memory, gradient error.
 
-    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or H200
+    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or H200; on a CPU
+                                                                 ours and eager at a laptop's size, in fp32
     python bench/loss.py --list                                  the names of all cells of the grid
     python bench/loss.py --only 'N8192-V151936-d2560/hidden/*'   some of them; calls add up
     python bench/loss.py --table                                 Markdown tables of bench/results/loss.json
@@ -20,32 +21,43 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
-import hashlib
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.counted_memory import CountedMemory
 from bench.loss_contenders import CONTENDERS, JOBS, Columns, Contender, LossFunction, NotInstalled, Settings
 from bench.loss_problems import Problem, Reference, Shape, make_problem
+from bench.measuring import (
+    ROOT,
+    Record,
+    Results,
+    ceilings,
+    markdown,
+    measure,
+    message_of,
+    number,
+    release,
+    sources_digest,
+    synchronize,
+    time_runs,
+    triton_version,
+)
 
 HEADLINE = Shape(8192, 151_936, 2560)
+LAPTOP = Shape(1024, 32_000, 512, teacher_width=1024, dtype=torch.float32)
 TINY = Shape(48, 503, 32, teacher_width=48, k=8)
 SOME = ("dual_kl", "eager", "eager_compiled", "liger_chunked_jsd_compiled", "trl_reverse", "trl_jsd")
 PEERS_QUICK = ("liger_fused_linear_jsd", "liger_chunked_jsd_compiled", "trl_reverse", "trl_jsd")
 HEADS = ("frozen", "trained")
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,15 +97,17 @@ def full_grid() -> list[Cell]:
     return cells + cells_of(Shape(8192, 32_000, HEADLINE.width), ("hidden", "topk", "full"), SOME)
 
 
-def quick_cells() -> list[Cell]:
-    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden."""
+def quick_cells(device: str) -> list[Cell]:
+    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden; on a CPU against eager."""
+    if device == "cpu":
+        return cells_of(LAPTOP, ("hidden", "topk", "full"), ["dual_kl", "eager"])
     return cells_of(HEADLINE, ("hidden", "topk"), ["dual_kl"]) + cells_of(HEADLINE, ["hidden"], PEERS_QUICK)
 
 
 def select(options: argparse.Namespace) -> list[Cell]:
     cells = cells_of(TINY, ("hidden", "topk", "full")) if options.tiny else full_grid()
     if options.quick:
-        cells = quick_cells()
+        cells = quick_cells(options.device)
     if options.chunk_rows:
         cells = [variant for c in cells for variant in chunk_variants(c, options.chunk_rows)]
     if options.only:
@@ -114,70 +128,19 @@ def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of single runs."""
-
-    median: float
-    least: float
-    repeats: int
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_once(step: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one run that starts on an idle device."""
-    return time_runs(step, device, 1)[0]
-
-
-def time_runs(step: Callable[[], Any], device: str, repeats: int) -> list[float]:
-    """Milliseconds of each of several runs, back to back; on CUDA by events, without waiting in between."""
-    synchronize(device)
-    if device != "cuda":
-        clocks = [time.perf_counter()]
-        for _ in range(repeats):
-            step()
-            clocks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in pairwise(clocks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    synchronize(device)
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def measure(step: Callable[[], Any], device: str, seconds: float) -> Timing:
-    """The median over at least 10 runs, and as many (at most 200) as fill `seconds`, after two to warm up."""
-    step()
-    estimate = time_once(step, device)
-    repeats = min(200, max(10, round(1e3 * seconds / max(estimate, 1e-3)))) if device == "cuda" else 3
-    runs = time_runs(step, device, repeats)
-    return Timing(statistics.median(runs), min(runs), repeats)
-
-
-def peak_bytes(step: Step, device: str) -> int | None:
+def peak_bytes(step: Step, device: str) -> int:
     """Peak memory of a step that adds to gradients which are there, beyond what was there before."""
-    if device != "cuda":
-        return None
     step()
+    if device == "cpu":
+        with CountedMemory() as memory:
+            step.accumulate()
+        return memory.peak
     release(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step.accumulate()
     synchronize(device)
     return torch.cuda.max_memory_allocated() - before
-
-
-def release(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
@@ -203,19 +166,6 @@ def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
     probabilities.clear()
     release(device)
     return found | ceilings(device, seconds)
-
-
-def ceilings(device: str, seconds: float) -> Record:
-    """The rates of a large copy (bytes read and written) and of a large bf16 product of random matrices."""
-    size = 8192 if device == "cuda" else 128
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    source = torch.ones(8 * size * size, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    product, copy = measure(lambda: a @ b, device, seconds), measure(lambda: target.copy_(source), device, seconds)
-    return {
-        "product_tflops": 2 * size**3 / product.median / 1e9,
-        "copy_tb_per_second": 2 * source.nbytes / copy.median / 1e9,
-    }
 
 
 def floor_ms(kind: str, head: str, floors: Record) -> float | None:
@@ -268,7 +218,7 @@ def choose_settings(
         except NotInstalled:
             raise
         except Exception as error:
-            failure, tried[str(setting)] = error.with_traceback(None), _message(error)  # frames hold memory
+            failure, tried[str(setting)] = error.with_traceback(None), message_of(error)  # frames hold memory
             step.function = None
             step.clear()
             release(device)
@@ -315,20 +265,15 @@ def measure_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], d
     peak = peak_bytes(step, device)
     found: Record = {
         "status": "ok", "settings": chosen, "tried": tried, "ms": timing.median, "ms_least": timing.least,
-        "repeats": timing.repeats, "extra_gib": None if peak is None else peak / 2**30,
+        "repeats": timing.repeats, "extra_gib": peak / 2**30,
     }  # fmt: skip
     try:
         loss, columns = step()
         found["errors"] = errors_of(loss, columns, step, problem.reference(cell.kind, cell.contender.job))
     except Exception as error:
         found["errors"] = {}
-        found["message"] = f"no reference: {_message(error)}"
+        found["message"] = f"no reference: {message_of(error)}"
     return found
-
-
-def _message(error: BaseException) -> str:
-    """Type and text of an error, short enough for a table's file."""
-    return f"{type(error).__name__}: {error}"[:600]
 
 
 def try_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float) -> Record:
@@ -340,26 +285,18 @@ def try_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], devic
     except NotInstalled as error:
         return {"status": "not installed", "message": str(error)}
     except torch.OutOfMemoryError as error:
-        return {"status": "OOM", "message": _message(error)}
+        return {"status": "OOM", "message": message_of(error)}
     except Exception as error:
-        text = _message(error)
+        text = message_of(error)
         return {"status": "OOM" if "out of memory" in text.lower() else "error", "message": text}
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
-def sources_digest(patterns: Iterable[str]) -> str:
-    """8 hex digits over files of this repository: what was measured, committed or not."""
-    total = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
-        total.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return total.hexdigest()[:8]
-
-
 def identity(cell: Cell | None) -> Record:
     """Versions and sources that a result depends on; None for floors."""
-    versions: Record = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()}
+    versions: Record = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version()}
     if cell is None:
         return versions
     ours = cell.contender.name.startswith("dual_kl")
@@ -367,35 +304,11 @@ def identity(cell: Cell | None) -> Record:
     return versions | {"peer": cell.contender.version()}
 
 
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
-
-
 def is_done(record: Record | None, cell: Cell) -> bool:
     """Whether a cell was measured, or failed, with the same versions and sources."""
     if record is None or record["status"] == "not installed":
         return False
     return all(record.get(key) == value for key, value in identity(cell).items())
-
-
-class Results:
-    """The file: device -> cell -> record. Records of other devices are kept."""
-
-    def __init__(self, path: Path, device: str) -> None:
-        self.path = path
-        self.all: dict[str, dict[str, Record]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.here = self.all.setdefault(torch.cuda.get_device_name() if device == "cuda" else "cpu", {})
-
-    def put(self, name: str, record: Record) -> None:
-        self.here[name] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.all, indent=1) + "\n")
-        partial.replace(self.path)
 
 
 def settings_for(cell: Cell, before: Record | None, options: argparse.Namespace) -> tuple[Settings, ...]:
@@ -433,7 +346,7 @@ def run(options: argparse.Namespace) -> None:
                 results.put(f"{cell.shape.name}/floor", {"status": "ok", **floors, **identity(None)})
             record = try_cell(cell, problem, settings_for(cell, before, options), device, seconds)
         except Exception as error:
-            record = {"status": "error", "message": f"no problem or floor: {_message(error)}"}
+            record = {"status": "error", "message": f"no problem or floor: {message_of(error)}"}
         floor = floor_ms(cell.kind, cell.head, floors) if floors else None
         ratio = record["ms"] / floor if floor and "ms" in record else None
         record |= {"job": cell.contender.job, "floor_ms": floor, "ratio": ratio, **identity(cell)}
@@ -442,7 +355,9 @@ def run(options: argparse.Namespace) -> None:
         try:
             release(device)
         except Exception as error:
-            sys.exit(f"the device is lost after {cell.name} ({_message(error)}); run again: what was measured is kept")
+            sys.exit(
+                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was measured is kept"
+            )
 
 
 def line(name: str, record: Record) -> str:
@@ -459,21 +374,12 @@ def line(name: str, record: Record) -> str:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def scientific(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}"
 
 
 def show_settings(settings: Settings) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def tables(found: dict[str, dict[str, Record]]) -> str:

@@ -30,10 +30,12 @@ class Shape:
     width: int
     teacher_width: int = 5120
     k: int = 64
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
-        return f"N{self.num_rows}-V{self.num_ids}-d{self.width}"
+        kind = "-fp32" if self.dtype == torch.float32 else ""
+        return f"N{self.num_rows}-V{self.num_ids}-d{self.width}{kind}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Reference:
 
 @dataclass
 class Problem:
-    """bfloat16 hidden states and heads of a student and a teacher near it; teachers and references made on demand."""
+    """Hidden states and heads of a student and a teacher near it; teachers and references made on demand."""
 
     shape: Shape
     hidden_Nd: Tensor
@@ -61,7 +63,7 @@ class Problem:
     _references: dict[tuple[str, str], Reference] = field(default_factory=dict)
 
     def teacher(self, kind: str) -> Teacher:
-        """The teacher as hidden states and head, as bfloat16 logits ("full"), or as its top-k and tail."""
+        """The teacher as hidden states and head, as logits ("full"), or as its top-k and tail."""
         if kind not in self._teachers:
             if kind != "full":
                 self._teachers.pop("full", None)  # the only large one
@@ -111,9 +113,9 @@ def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
 
     def model(width: int) -> tuple[Tensor, Tensor]:
         own = width - shared
-        weight = torch.cat([embedding_Vr, normal(shape.num_ids, own)], 1).mul_(WEIGHT_SCALE).bfloat16()
+        weight = torch.cat([embedding_Vr, normal(shape.num_ids, own)], 1).mul_(WEIGHT_SCALE).to(shape.dtype)
         hidden = torch.cat([state_Nr, normal(shape.num_rows, own) * noise_N1 / math.sqrt(own)], 1)
-        return hidden.div_(WEIGHT_SCALE).bfloat16(), weight
+        return hidden.div_(WEIGHT_SCALE).to(shape.dtype), weight
 
     return Problem(shape, *model(shape.width), *model(shape.teacher_width))
 

@@ -41,8 +41,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from bench import stage_one_teacher, stage_two
-from bench.cells import Bench, Cell, Found, Program, Record, peak_gib, reset_peak
-from bench.loss import markdown, number, release, synchronize
+from bench.cells import Bench, Cell, Program
+from bench.measuring import Found, Record, markdown, number, peak_gib, release, reset_peak, synchronize
 from stages.data.prompts import Prompt
 from stages.loops import feed, fit, schedule, setup
 from stages.loops.collect import collect
@@ -54,7 +54,13 @@ from stages.runtime import metrics
 from stages.runtime.checkpoint import Position
 from stages.runtime.run import Run, open_run
 
-SOURCES = ("bench/cells.py", "bench/online.py", "bench/stage_two.py", "bench/stage_one_teacher.py")
+SOURCES = (
+    "bench/cells.py",
+    "bench/measuring.py",
+    "bench/online.py",
+    "bench/stage_two.py",
+    "bench/stage_one_teacher.py",
+)
 OURS = ("stages/**/*.py", "cache/*.py", "dualkl/**/*.py")
 TRL_WARM_UP = 1  # steps
 OUR_WARM_UP = 2  # steps of stage two

@@ -27,8 +27,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from bench.cells import Bench, Cell, Record, peak_gib, reset_peak
-from bench.loss import measure, synchronize
+from bench.cells import Bench, Cell
+from bench.measuring import Record, measure, peak_gib, reset_peak, synchronize
 from stages.models.decoding.fused import FusedMLP
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import SlotCache
@@ -38,6 +38,7 @@ from stages.models.generation import rollout_engine
 
 SOURCES = (
     "bench/cells.py",
+    "bench/measuring.py",
     "bench/stage_one_decode.py",
     "stages/models/generation.py",
     "stages/models/decoding/*.py",

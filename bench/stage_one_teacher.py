@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import cache
-from bench.cells import Bench, Cell, Record, peak_gib, reset_peak
-from bench.loss import release, synchronize
+from bench.cells import Bench, Cell
+from bench.measuring import Record, peak_gib, release, reset_peak, synchronize
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.loops.progress import Counts, Progress
@@ -46,7 +46,14 @@ SHAPES: dict[str, dict[str, int]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-SOURCES = ("bench/cells.py", "bench/stage_one_teacher.py", "stages/**/*.py", "cache/*.py", "dualkl/**/*.py")
+SOURCES = (
+    "bench/cells.py",
+    "bench/measuring.py",
+    "bench/stage_one_teacher.py",
+    "stages/**/*.py",
+    "cache/*.py",
+    "dualkl/**/*.py",
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Stage two at fine-tuning speed: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer on the same rows.
 
-    python bench/stage_two.py                        every cell, < 10 minutes on one H100 or H200
-    python bench/stage_two.py --only packed 'trl*'   some of them; calls add up
+    python bench/stage_two.py                        every cell; calls add up, none begins a cell after 8 minutes
+    python bench/stage_two.py --only packed 'trl*'   some of them
     python bench/stage_two.py --table                a Markdown table of bench/results/stage_two.json
 
 Seeded random weights in place of downloads, LoRA r 64 on all linear layers, gradient checkpointing, prompts of 64 to 192
@@ -9,27 +9,20 @@ tokens with 512-token completions, a cache of synthetic top-64 rows on disk, for
 own `train_step`, fed by the run's own reader. A cell's figures are from the steps after the first two:
   tokens_per_second   prompt and completion, without padding;
   mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the head), over the rate
-                      of a large bf16 product measured in the same cell; attention and recomputation are not counted;
+                      of a large bf16 product measured in the same call; attention and recomputation are not counted;
   wait_share          of the time, waiting for the reader;
   gib_above_weights   peak memory beyond base and adapter weights;
   parts               of our cells: seconds by class of kernel in one more step, under the profiler (bench/parts.py).
-Results are written after every cell. A cell that is there for the same device, versions and sources is kept; --again
-measures it anew. No new cell is begun after --minutes. A cell whose library is missing, or that fails, says so.
 """
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import gc
-import hashlib
-import importlib.metadata
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,10 +33,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.modeling_utils import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
-from bench import loss, parts
+from bench import parts
+from bench.cells import Bench, Cell, Program
+from bench.measuring import Found, Record, markdown, peak_gib, release, reset_peak, synchronize, version
 from stages.loops import feed, fit, schedule
 from stages.models import student as students
 from stages.models.student import Student
@@ -51,17 +45,18 @@ from stages.runtime import metrics
 from stages.runtime.checkpoint import Position
 from stages.runtime.run import Run, open_run
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "liger-kernel", "flash-attn")
+PACKAGES = ("transformers", "peft", "trl", "liger-kernel", "flash-attn")
 SOURCES = (
-    "dualkl/**/*.py",
-    "stages/loops/f*.py",
-    "stages/data/*.py",
-    "stages/models/*.py",
-    "bench/stage_two.py",
+    "bench/cells.py",
+    "bench/measuring.py",
     "bench/parts.py",
+    "bench/stage_two.py",
+    "dualkl/**/*.py",
+    "stages/data/*.py",
+    "stages/loops/f*.py",
+    "stages/models/*.py",
 )
 WARM_UP = 2  # steps
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,12 +92,11 @@ TINY = Setting(
 
 @dataclass(frozen=True)
 class Steps:
-    """What a cell's run yields: seconds and waiting of each step after the first two, and its peak memory in bytes."""
+    """What a cell's run yields: seconds and waiting of each step after the first two, and its peak memory above weights."""
 
     seconds: list[float]
     waited: list[float]
-    peak: int
-    weights: int
+    gib_above_weights: float | None
     note: str = ""
     profile: parts.Profile | None = None
 
@@ -171,24 +165,24 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     student = make_student(run, setting)
     training = fit.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    weights = reset_peak(device)
+    weights = _weights_gib(device)
     clocks = [time.perf_counter()]
     batches = feed.global_batches(run, student, snapshot, pool, range(setting.num_steps + 1), training.caps)
     for batch in islice(batches, setting.num_steps):
         fit.train_step(run, training, pool, batch)
-        loss.synchronize(device)
+        synchronize(device)
         clocks.append(time.perf_counter())
     steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
-    waited, highest = [step["read_wait_seconds"] for step in steps], peak(device)
+    waited, above = [step["read_wait_seconds"] for step in steps], _gib_above(weights, device)
     last = next(batches)
 
     def one_more() -> None:
         fit.train_step(run, training, pool, last)
-        loss.synchronize(device)
+        synchronize(device)
 
     events = parts.profiled(one_more, device)
     profile = parts.Profile(events, parts.least_weights(student.base.get_decoder()), len(last.forwards))
-    return Steps(between(clocks), waited, highest, weights, student.padded_because, profile)
+    return Steps(between(clocks), waited, above, student.padded_because, profile)
 
 
 def between(clocks: list[float]) -> list[float]:
@@ -210,7 +204,7 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
     from peft import LoraConfig
     from transformers import TrainerCallback
 
-    flash = "flash_attention_2" if _version("flash-attn") else "sdpa"
+    flash = "flash_attention_2" if version("flash-attn") else "sdpa"
     model = base_model(setting, device)
     model.set_attn_implementation(flash)
     records = cache.open(folder / "cache")[:]
@@ -222,7 +216,7 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            loss.synchronize(device)
+            synchronize(device)
             clocks.append(time.perf_counter())
 
     mean_tokens = sum(map(len, columns["input_ids"])) / len(records)
@@ -243,14 +237,14 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
         model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(columns), processing_class=_tokenizer(),
         peft_config=lora, callbacks=[Clock()],
     )  # fmt: skip
-    weights = reset_peak(device)
+    weights = _weights_gib(device)
     started = time.perf_counter()
     trainer.train()
     # Its steps have nearly as many tokens as ours: count the time of equally many.
     row_tokens = sum(len(row) for row in trainer.train_dataset["input_ids"]) / len(trainer.train_dataset)
     scale = setting.rows_per_step * mean_tokens / (accumulation * rows_per_forward * row_tokens)
     seconds = [scale * step for step in between([started, *clocks])]
-    return Steps(seconds, [], peak(device), weights, f"attention {flash}")
+    return Steps(seconds, [], _gib_above(weights, device), f"attention {flash}")
 
 
 def _tokenizer() -> Any:
@@ -274,17 +268,47 @@ CELLS: dict[str, tuple[Contender, dict[str, str]]] = {
 }
 
 
-def reset_peak(device: str) -> int:
-    """Bytes that the weights hold; from here on the peak is counted."""
-    loss.release(device)
-    if device != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+def cells(tiny: bool) -> list[Cell]:
+    return [Cell(name, partial(measure, name, TINY if tiny else REAL), SOURCES, PACKAGES) for name in CELLS]
 
 
-def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+def measure(name: str, setting: Setting, bench: Bench) -> Record:
+    """The figures of a cell; raises what the contender raises."""
+    contender, keys = CELLS[name]
+    rows: Rows = bench.make("rows", lambda: Rows(setting))
+    steps = contender(setting, bench.device, rows.folder, keys | {"run_name": name})
+    rate, seconds = bench.ceilings["product_tflops"] * 1e12, sum(steps.seconds) / len(steps.seconds)
+    num_tokens = rows.tokens_per_step
+    return {
+        "seconds_per_step": seconds, "tokens_per_second": num_tokens / seconds,
+        "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
+        "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
+        "gib_above_weights": steps.gib_above_weights, "tokens_per_step": num_tokens, "note": steps.note,
+        "parts": steps.profile.parts(num_tokens, seconds, rate) if steps.profile else None,
+    }  # fmt: skip
+
+
+class Rows:
+    """The synthetic cache of two steps, in `folder`/cache as long as this lives."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self._temporary.name)
+        write_rows(setting, self.folder / "cache")
+        lengths = cache.open(self.folder / "cache").index.to_pylist()
+        self.tokens_per_step = sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in lengths) / 2
+
+
+def _weights_gib(device: str) -> float | None:
+    """What the weights hold; from here on the peak is counted."""
+    release(device)
+    reset_peak(device)
+    return peak_gib(device)
+
+
+def _gib_above(weights: float | None, device: str) -> float | None:
+    peak = peak_gib(device)
+    return None if peak is None or weights is None else peak - weights
 
 
 def flops_per_step(setting: Setting, num_tokens: float) -> float:
@@ -298,103 +322,25 @@ def flops_per_step(setting: Setting, num_tokens: float) -> float:
     return 4 * frozen * num_tokens + 4 * setting.model.vocab_size * setting.model.hidden_size * scored
 
 
-def measure(name: str, setting: Setting, device: str, folder: Path) -> Record:
-    """The figures of a cell; `status` says why there are none."""
-    contender, keys = CELLS[name]
-    rate = loss.ceilings(device, 1.0)["product_tflops"] * 1e12
-    lengths = cache.open(folder / "cache").index.to_pylist()
-    num_tokens = sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in lengths) / 2
-    try:
-        steps = contender(setting, device, folder, keys | {"run_name": name})
-    except ImportError as error:
-        return {"status": f"not installed: {error.name}"}
-    except torch.OutOfMemoryError:
-        return {"status": "out of memory"}
-    except Exception as error:
-        return {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-    seconds = sum(steps.seconds) / len(steps.seconds)
-    return {
-        "status": "ok", "seconds_per_step": seconds, "tokens_per_second": num_tokens / seconds,
-        "product_tflops": rate / 1e12, "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
-        "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
-        "gib_above_weights": (steps.peak - steps.weights) / 2**30 if device == "cuda" else None,
-        "tokens_per_step": num_tokens, "note": steps.note,
-        "parts": steps.profile.parts(num_tokens, seconds, rate) if steps.profile else None,
-    }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def subject() -> Record:
-    """What a kept figure must have been measured with: versions, and a digest of the sources."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        digest.update(path.read_bytes())
-    return {"versions": {name: _version(name) for name in PACKAGES}, "sources": digest.hexdigest()[:16]}
-
-
-def table(results: Record) -> str:
+def table(found: Found) -> str:
     """Markdown: a line a cell, and tokens a second over TRL's on the same device."""
-    lines = [
-        "| device | cell | tokens/s | × TRL's best | MFU | waiting | GiB above weights |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for device, cells in results.items():
-        trl = max(
-            (found.get("tokens_per_second", 0) for name, found in cells.items() if name.startswith("trl")), default=0
-        )
-        for name, found in cells.items():
-            if found["status"] != "ok":
-                lines.append(f"| {device} | {name} | {found['status']} | | | | |")
+    rows = []
+    for device, here in found.items():
+        measured = {name: record for name, record in here.items() if name in CELLS}
+        trl = max((r.get("tokens_per_second", 0) for name, r in measured.items() if name.startswith("trl")), default=0)
+        for name, record in measured.items():
+            if record["status"] != "ok":
+                rows.append([device, name, record["status"], "", "", "", ""])
                 continue
-            ratio = f"{found['tokens_per_second'] / trl:.2f}" if trl else ""
-            wait = "" if found["wait_share"] is None else f"{found['wait_share']:.2%}"
-            memory = "" if found["gib_above_weights"] is None else f"{found['gib_above_weights']:.1f}"
-            lines.append(
-                f"| {device} | {name} | {found['tokens_per_second']:,.0f} | {ratio} | {found['mfu']:.1%} | {wait} | {memory} |"
-            )
-    return "\n".join(lines)
+            rate, wait, memory = (record[key] for key in ("tokens_per_second", "wait_share", "gib_above_weights"))
+            rows.append(
+                [device, name, f"{rate:,.0f}", f"{rate / trl:.2f}" if trl else "", f"{record['mfu']:.1%}",
+                 "" if wait is None else f"{wait:.2%}", "" if memory is None else f"{memory:.1f}"]
+            )  # fmt: skip
+    return markdown(["device", "cell", "tokens/s", "× TRL's best", "MFU", "waiting", "GiB above weights"], rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="CELL", help=f"of {', '.join(CELLS)}; patterns")
-    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin no cell after so many")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the bench itself")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
-    options = parser.parse_args(arguments)
-    path = options.out / "stage_two.json"
-    results: Record = json.loads(path.read_text()) if path.exists() else {}
-    if options.table:
-        print(table(results))
-        return
-    setting, now, started = TINY if options.tiny else REAL, subject(), time.monotonic()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    cells = results.setdefault(name, {})
-    wanted = [c for c in CELLS if not options.only or any(fnmatch.fnmatch(c, pattern) for pattern in options.only)]
-    todo = [c for c in wanted if options.again or cells.get(c, {}).get("of") != now or cells[c]["status"] != "ok"]
-    print(f"{len(todo)} cells to measure, {len(wanted) - len(todo)} kept")
-    with tempfile.TemporaryDirectory() as folder:
-        write_rows(setting, Path(folder) / "cache")
-        for cell in todo:
-            if time.monotonic() - started > 60 * options.minutes:
-                print(f"{cell}: not begun, {options.minutes:g} minutes are over; run the same command again")
-                continue
-            cells[cell] = measure(cell, setting, options.device, Path(folder)) | {"of": now}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{cell}: {cells[cell]}", flush=True)
-            gc.collect()
-    print(table({name: cells}))
-
+PROGRAM = Program(__doc__ or "", "stage_two.json", cells, table, minutes=8.0)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

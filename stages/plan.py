@@ -93,6 +93,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "phases": {p.name: {"peak": round(p.peak), **{k: round(v) for k, v in p.parts.items()}} for p in plan.phases},
         "tokens_per_second": plan.rates,
         "hours": plan.hours,
+        "launch_bound_seconds": plan.launch_bound,
         "rollouts": plan.rollouts,
         "mean_completion_tokens": plan.mean_completion,
         "mean_prompt_tokens": plan.mean_prompt,
@@ -128,9 +129,13 @@ def table(plan: Plan) -> str:
             f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
             f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
         )
+    bound = [
+        f"bound     generate: at most so fast, no estimate: the launches of a decode step alone take {1e3 * plan.launch_bound:.2f} ms"
+    ] if plan.launch_bound else []  # fmt: skip
     return "\n".join([
         *lines, "",
         f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,} rollouts with refreshes",
+        *bound,
         f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
         f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
         " (--mean_completion_tokens, --mean_prompt_tokens)",

@@ -5,9 +5,11 @@ What needs transformers is imported by the fixtures that need it: the tests of `
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +24,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ROOT = Path(__file__).resolve().parent.parent
-_PRELOAD = ["stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations"]
+_PRELOAD = [
+    "stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations",
+    "tests.frozen_imports",
+]  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; a full garbage collection, which every closed teacher asks for, need not go through it again."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the interpreter's end it is collected, or extension modules report it as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths of pipeline.yaml are relative to the repository."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group() -> Iterator[None]:
+    """No test leaves torch.distributed set up in this process: a command that fails would end it, and the tests with it."""
+    yield
+    torch = sys.modules.get("torch")
+    assert torch is None or not torch.distributed.is_initialized(), (
+        "this test set up torch.distributed; let `forked` run it"
+    )
 
 
 @pytest.fixture(scope="session")

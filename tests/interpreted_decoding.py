@@ -192,14 +192,15 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
         JoinedLinear, "forward", lambda self, x: products.append(self.out_features) or original(self, x)
     )
     monkeypatch.setattr(_Together, "_alone", lambda *_: pytest.fail("a joined layer multiplied by itself"))
-    model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 65)]
-    wanted = [theirs(model, prompt, 12) for prompt in prompts]
+    num_tokens = 6  # the second completion begins within a sliding layer's window and ends beyond it
+    model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 69)]
+    wanted = [theirs(model, prompt, num_tokens) for prompt in prompts]
     writer = (
         get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")) if merged else model
     )
-    found = run(writer, prompts, Sampling(12, greedy=True))
+    found = run(writer, prompts, Sampling(num_tokens, greedy=True))
     assert [completion.ids.tolist() for completion in found] == wanted
-    assert len(products) == (5 * 12 * model.config.num_hidden_layers if merged else 0)
+    assert len(products) == (5 * num_tokens * model.config.num_hidden_layers if merged else 0)
     assert set(launches) == {"rms_norm", "rotary"} | ({"gated"} if model.config.model_type[:5] != "gemma" else set())
     num_layers = model.config.num_hidden_layers
-    assert launches.count("rotary") == 12 * num_layers  # the prefill's and 11 steps'
+    assert launches.count("rotary") == num_tokens * num_layers  # the prefill's, then a step's for each further token

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from bench.counted_memory import CountedMemory
 from stages.loops import budgets, collect, feed, fit, planning, schedule, setup
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
@@ -20,7 +21,6 @@ from stages.runtime.checkpoint import Position
 from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
-from tests.counted_memory import CountedMemory
 from tests.helpers import Forker, make_run, records_of, small
 from tests.tiny_runs import TINY, student_of, write_rollouts
 

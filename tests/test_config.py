@@ -304,3 +304,55 @@ def test_another_temperature_is_refused_with_a_stored_top_k(signal: str) -> None
 
 def test_the_sampled_reverse_kl_is_refused_at_another_temperature() -> None:
     assert "rkl: mc" in sentence("--signal", "hidden", "--temperature", "2.0", "--rkl", "mc")
+
+
+# Keys that nothing reads
+
+
+def test_a_key_that_the_schedule_does_not_read_is_refused() -> None:
+    assert sentence("--tau_end", "0.1") == (
+        "tau_end on the command line has no effect: tau_schedule is constant, which does not read it; set tau_schedule: linear"
+        " or cosine, or leave tau_end out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key", "readers"),
+    [
+        ("constant", "tau_share", "adaptive"),
+        ("constant", "tau_rate", "adaptive"),
+        ("adaptive", "tau_end", "linear or cosine"),
+        ("linear", "tau_share", "adaptive"),
+        ("cosine", "tau_rate", "adaptive"),
+    ],
+)
+def test_every_gate_key_is_refused_under_the_schedules_that_do_not_read_it(
+    tmp_path: Path, schedule: str, key: str, readers: str
+) -> None:
+    value = str(leaf(parse(), key))  # its default, too, was asked for in vain
+    for arguments in (
+        ("--config", "pipeline.yaml", "--tau_schedule", schedule, f"--{key}", value),
+        ("--config", write(tmp_path / "a.yaml", f"gate: {{tau_schedule: {schedule}, {key}: {value}}}\n")),
+    ):
+        assert f"tau_schedule is {schedule}, which does not read it; set tau_schedule: {readers}" in sentence(
+            *arguments
+        )
+
+
+def test_a_vain_key_of_an_overlay_names_its_file_whatever_the_base_lists(tmp_path: Path) -> None:
+    overlay = write(tmp_path / "overlay.yaml", "tau_end: 0.05\n")
+    assert f"tau_end in {overlay} has no effect" in sentence("--config", "pipeline.yaml", "--config", overlay)
+    config = parse("--config", "pipeline.yaml", "--config", overlay, "--tau_schedule", "linear")
+    assert config.gate.tau_end == 0.05
+
+
+def test_a_file_that_lists_every_key_may_have_any_schedule(tmp_path: Path) -> None:
+    listed = write(tmp_path / "run.yaml", configuration.to_yaml(parse("--tau_schedule", "linear", "--tau_end", "0.3")))
+    for schedule in ("constant", "linear", "cosine", "adaptive"):
+        for path in ("pipeline.yaml", listed):
+            assert parse("--config", path, "--tau_schedule", schedule).gate.tau_schedule == schedule
+
+
+def test_a_later_source_may_take_the_schedule_from_an_earlier_ones_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "linear.yaml", "tau_schedule: linear\ntau_end: 0.3\n")
+    assert parse("--config", path, "--tau_schedule", "constant").gate.tau_end == 0.3

@@ -530,7 +530,7 @@ def test_held_out_divergences_are_logged_and_the_best_weights_kept(tmp_path: Pat
     lowest = min(evals, key=lambda record: record["reverse_kl"])
     assert next(record["is_best"] for record in evals if record["step"] == lowest["step"])
     kept = checkpoint.best(run.folder / "checkpoints")
-    assert kept == checkpoint.Best(lowest["step"], lowest["reverse_kl"])
+    assert kept == checkpoint.Best(lowest["step"], lowest["reverse_kl"], lowest["measured_on"])
 
 
 def test_held_out_divergences_do_not_change_the_training(tmp_path: Path) -> None:
@@ -545,9 +545,9 @@ def test_the_best_student_is_exported_on_request(tmp_path: Path, monkeypatch: py
     seen: list[dict[str, torch.Tensor]] = []
     said = iter([0.3, 0.1, 0.2])
 
-    def measured(evaluation: Any, student: Student) -> dict[str, float]:
+    def measured(evaluation: Any, student: Student) -> dict[str, Any]:
         seen.append({name: p.detach().clone() for name, p in student.trainable.items()})
-        return {"reverse_kl": next(said)}
+        return {"reverse_kl": next(said), "measured_on": "a text"}
 
     monkeypatch.setattr(stage_two.measure, "on_teacher_text", measured)
     values = {"eval_every": 1, "eval_prompts": 4, "max_steps": 3, "refresh_every": 0, "export_checkpoint": "best"}
@@ -576,8 +576,8 @@ def test_the_best_of_a_run_that_measured_nothing_is_a_sentence(tmp_path: Path, c
 
 def test_a_flipped_bit_of_the_best_weights_is_noticed(tmp_path: Path, caches: Callable[..., str]) -> None:
     student = student_of(step_run(tmp_path, caches()))
-    checkpoint.save_best(tmp_path, student.trainable, checkpoint.Best(3, 0.5))
-    assert checkpoint.load_best(tmp_path, student.trainable) == checkpoint.Best(3, 0.5)
+    checkpoint.save_best(tmp_path, student.trainable, checkpoint.Best(3, 0.5, "a text"))
+    assert checkpoint.load_best(tmp_path, student.trainable) == checkpoint.Best(3, 0.5, "a text")
     path = tmp_path / checkpoint.BEST
     damaged = bytearray(path.read_bytes())
     damaged[-100] ^= 4
@@ -589,7 +589,7 @@ def test_a_flipped_bit_of_the_best_weights_is_noticed(tmp_path: Path, caches: Ca
 def test_a_run_that_begins_anew_has_no_best_yet(tmp_path: Path, caches: Callable[..., str]) -> None:
     run = step_run(tmp_path, caches())
     student = student_of(run)
-    checkpoint.save_best(run.folder / "checkpoints", student.trainable, checkpoint.Best(3, 0.0))
+    checkpoint.save_best(run.folder / "checkpoints", student.trainable, checkpoint.Best(3, 0.0, "a text"))
     schedule.resume(run, fit.prepare(run, student))
     assert checkpoint.best(run.folder / "checkpoints") is None
 
@@ -607,7 +607,9 @@ def test_teacher_text_given_later_is_measured_whole(tmp_path: Path, caches: Call
     given = caches(signal="hidden")
     run = train_from(tmp_path, caches(), max_steps=2, eval_teacher_text=given, **values)
     tokens = sum(len(record.completion_ids) for record in cache.open(given)[:])
-    assert [record["tokens"] == tokens for record in records_of(run.folder, "eval")] == [False, True]
+    evals = records_of(run.folder, "eval")
+    assert [record["tokens"] == tokens for record in evals] == [False, True]
+    assert evals[0]["measured_on"] != evals[1]["measured_on"]
 
 
 def test_teacher_text_without_rows_is_a_sentence(tmp_path: Path, caches: Callable[..., str]) -> None:

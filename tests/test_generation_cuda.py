@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from stages.models.decoding import attention, fused, kernels, steps
 from stages.models.decoding.sampling import Sampling, block_statistics
@@ -217,6 +218,38 @@ def test_an_open_engine_captures_once(student: Any, prompts: list[np.ndarray], s
     assert count > 0
     assert len(step_widths) == count
     assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def test_captured_steps_notice_adapters_and_writes_through_data(student: Any, prompts: list[np.ndarray]) -> None:
+    """Every change: what a new engine writes then, and not what was written before it."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(student), lora)
+    model.add_adapter("second", lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.1)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    changes = {
+        "set_adapter": lambda: model.set_adapter("second"),
+        "scale_layer": lambda: [layer.scale_layer(3.0) for layer in layers],
+        "adapter through .data": lambda: [layer.lora_B["second"].weight.data.neg_() for layer in layers],
+        "base through .data": lambda: [layer.get_base_layer().weight.data.mul_(1.1) for layer in layers],
+        "merge_adapter": lambda: model.merge_adapter(["default"]),
+        "disable_adapter_layers": model.base_model.disable_adapter_layers,
+    }
+    settings: dict[str, Any] = {"forced": [np.arange(20, 35)] * 4, "micro_batch": 4}
+    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, **settings}
+    with rollout_engine(model) as engine:
+        for name, change in changes.items():
+            before = engine(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
+            change()
+            after = engine(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
+            wanted = run(model, prompts[:4], Sampling(1), **settings)
+            for was, found, new in zip(before, after, wanted, strict=True):
+                np.testing.assert_allclose(found.logprobs, new.logprobs, atol=1e-3, err_msg=name)
+                assert np.abs(found.logprobs - was.logprobs).max() > 1e-2, name
 
 
 def test_memory_is_given_back(student: Any, prompts: list[np.ndarray]) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from bench import plan_check
+from bench.counted_memory import CountedMemory
 from stages import plan as command
 from stages.loops import planning
 from stages.loops.planning import Machine, make_plan
@@ -27,7 +28,6 @@ from stages.models import memory, speed
 from stages.models.memory import GIB
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
-from tests.counted_memory import CountedMemory
 from tests.helpers import ROOT
 
 TINY: dict[str, Any] = {
@@ -212,7 +212,21 @@ def test_the_rates_reproduce_performance_md() -> None:
     for name, tokens, scored, rate in (("8B", 42 * 384, 42 * 256, 29_935), ("32B", 25 * 640, 25 * 512, 7_664)):
         seconds = speed.forward_seconds(shapes[name], 2, h200, tokens, scored, False, 1)
         assert tokens / seconds == pytest.approx(rate, rel=0.12)
-    assert speed.decode_rate(shapes["4B"], 2, h200, 256, 256) == pytest.approx(27_550, rel=0.05)
+    assert 256 / speed.decode_seconds(shapes["4B"], 2, h200, 256, 256) == pytest.approx(27_550, rel=0.05)
+
+
+def test_no_step_is_planned_faster_than_its_launches(folders: Path) -> None:
+    """A 4B student is far from that bound, few slots or many; four layers of next to no width are at it."""
+    h200, tiny = speed.GPUS["h200"], memory.shape_of(Qwen3Config(**TINY))
+    for slots in (1, 256):
+        shape = memory.shape_of(qwen3("Qwen3-4B"))
+        assert speed.decode_seconds(shape, 2, h200, slots, 256) > 3 * speed.launch_seconds(shape)
+        assert speed.decode_seconds(tiny, 2, h200, slots, 256) == speed.launch_seconds(tiny)
+    assert speed.launch_seconds(tiny) == pytest.approx(
+        4 * 12 * 0.08158e-3 / 36, rel=0.02
+    )  # bench/results/stage_one.json
+    plan = make_plan(configured(folders), TWO_80GB)
+    assert plan.launch_bound is None
 
 
 def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
@@ -281,6 +295,7 @@ def test_the_readme_launch_line_has_a_verdict(
     assert run_command(monkeypatch, *models, *LAUNCH, *machine) == 0
     said = capsys.readouterr().out
     assert "It fits: 2 ×" in said
+    assert "bound" not in said
     assert "A plan, not a measurement." in said
     assert [line.split()[0] for line in said.splitlines()[4:9]] == ["evaluate", "generate", "score", "train", "refresh"]
     assert run_command(monkeypatch, *models, *LAUNCH, *machine, "--json") == 0
@@ -294,14 +309,20 @@ def test_the_readme_launch_line_has_a_verdict(
 def test_extreme_machines_have_a_readable_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tiny models are planned at rates of eight digits; a card may be smaller than what it must keep free."""
+    """Tiny models are bounded by launches, at rates of seven digits; a card may be smaller than what it must keep free."""
     demo = ["--config", str(ROOT / "pipeline.yaml"), "--student_model", str(ROOT / "examples/arithmetic/student"),
             "--teacher_model", str(ROOT / "examples/arithmetic/teacher")]  # fmt: skip
     assert run_command(monkeypatch, *demo, "--gpu", "h200") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("generate")]
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("generate")]
     _, gib, rate, *_ = line.split()
     assert float(gib) < 1
-    assert int(rate.replace(",", "")) > 10**7
+    assert int(rate.replace(",", "")) == round(256 / (4 * 12 * speed.KERNEL_SECONDS))  # 256 slots, 4 layers
+    assert "bound     generate: at most so fast, no estimate: the launches of a decode step alone take 0.11 ms" in said
+    assert run_command(monkeypatch, *demo, "--gpu", "h200", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["launch_bound_seconds"] == pytest.approx(0.11e-3, rel=0.02)
+    assert run_command(monkeypatch, *demo, "--gpu", "h200", "--role", "score") == 0
+    assert "bound" not in capsys.readouterr().out
     assert run_command(monkeypatch, *demo, "--gpu_memory", "0.5") == 1
     assert "0.0 GiB usable each" in capsys.readouterr().out
 

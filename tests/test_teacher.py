@@ -18,7 +18,7 @@ from stages.models.teacher import TeacherLoader, load_teacher, restore_rotary, z
 from stages.runtime import config as configuration
 from stages.runtime import distributed
 from stages.runtime.errors import UserError
-from tests.helpers import ROOT, STUDENT, Forker, make_config, make_run, run_python, small
+from tests.helpers import ROOT, STUDENT, Forker, make_config, run_python, small
 
 LENGTHS = (7, 300, 41, 1)
 
@@ -266,13 +266,17 @@ def test_the_identity_of_a_model_follows_its_weights_and_configuration(tmp_path:
     assert checkpoints.identity(str(folder), "main") not in (same, changed)
 
 
-def test_a_closed_teacher_leaves_nothing_in_memory(tmp_path: Path) -> None:
-    """DeepSpeed keeps the root module of its last forward; between refreshes no teacher may stay."""
-    run = make_run(tmp_path)
-    loaded = load_teacher(run.config, run.world)
+def close_and_look(flags: list[str]) -> None:
+    """In a process of its own: loads a teacher, closes it and checks that nothing holds its weights."""
+    loaded = load_teacher(configuration.parse_arguments(flags, ""), distributed.start("cpu"))
     loaded.hidden(batch())
     partitions = [weakref.ref(parameter.ds_tensor) for parameter in loaded.engine.module.parameters()]
     assert all(partition() is not None for partition in partitions)
     loaded.close()
     gc.collect()
     assert all(partition() is None for partition in partitions)
+
+
+def test_a_closed_teacher_leaves_nothing_in_memory(tmp_path: Path, forked: Forker) -> None:
+    """DeepSpeed keeps the root module of its last forward; between refreshes no teacher may stay."""
+    forked.call(close_and_look, small(tmp_path)).expect_success()

@@ -26,7 +26,7 @@ from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
 from stages.models.student import Student
 from stages.runtime import checkpoint
-from stages.runtime.checkpoint import Position
+from stages.runtime.checkpoint import Best, Position
 from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -132,16 +132,27 @@ def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
     """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
     with run.clock.phase("evaluate"):
         found = evaluate(training)
-    folder, reverse_kl = run.folder / "checkpoints", found["reverse_kl"]
-    is_best = False
-    if run.world.is_main:
-        best, now = checkpoint.best(folder), checkpoint.Best(training.step, reverse_kl)
-        # Equal to it where this evaluation repeats one from before a crash.
-        is_best = best is None or reverse_kl < best.reverse_kl or best == now
-        if is_best:
-            checkpoint.save_best(folder, training.student.trainable, now)
+    now = Best(training.step, found["reverse_kl"], found["measured_on"])
+    is_best = run.world.is_main and _keep_if_best(run, training, now)
     run.world.barrier()
     run.metrics.log("eval", step=training.step, **found, is_best=is_best)
+
+
+def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
+    """Whether no student before, by the same measure, had a lower reverse KL; its weights are kept then (main process)."""
+    folder = run.folder / "checkpoints"
+    best = checkpoint.best(folder)
+    if best is not None and best.measured_on != now.measured_on:
+        run.metrics.say(
+            f"the held-out text or dtype is not what the best student, of step {best.step}, was measured on: its reverse KL"
+            f" of {best.reverse_kl:.4f} cannot be compared, and the search for the best begins anew at step {now.step}"
+        )
+        best = None
+    # Equal to it where this evaluation repeats one from before a crash.
+    is_best = best is None or now.reverse_kl < best.reverse_kl or best == now
+    if is_best:
+        checkpoint.save_best(folder, training.student.trainable, now)
+    return is_best
 
 
 def save_checkpoint(run: Run, training: Training, position: Position) -> None:

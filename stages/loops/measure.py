@@ -164,14 +164,27 @@ def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: 
 
 
 def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
-    """`divergences` on the held-out teacher text; nulls where there is none (collective)."""
+    """`divergences` on the held-out teacher text and `measured_on`, equal where such figures can be compared (collective).
+
+    Nulls where there is no such text.
+    """
     if not cache.exists(evaluation.teacher_text):
-        return _nothing()
+        return _nothing() | {"measured_on": None}
     snapshot = cache.open(evaluation.teacher_text)
     path, written = evaluation.folder / "teacher.json", None
     if path.exists() and not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
         written = json.loads(path.read_text()).get("text_rows")
-    return divergences(evaluation.run, student, snapshot, written or snapshot.row_ids)
+    row_ids = written or snapshot.row_ids
+    found = divergences(evaluation.run, student, snapshot, row_ids)
+    return found | {"measured_on": _measured_on(evaluation.run, snapshot, row_ids)}
+
+
+def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
+    """A hash over these rows, the bytes of their shards, what they mean, and the dtype in which a student reads them."""
+    wanted = set(row_ids)
+    shards = {record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)}
+    parts = [run.config.run.dtype, snapshot.fingerprint.must_match, sorted(wanted), sorted(shards)]
+    return setup.short_hash(json.dumps(parts, sort_keys=True))
 
 
 def _on_student(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader) -> Result:

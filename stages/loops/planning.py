@@ -55,7 +55,8 @@ class Phase:
 class Plan:
     """Memory by phase, rates of all cards together (tokens/s), hours and cache over the whole run.
 
-    `hours` and `cache_bytes` are for completions of `mean_completion` tokens and prompts of `mean_prompt`.
+    `hours` and `cache_bytes` are for completions of `mean_completion` tokens and prompts of `mean_prompt`. `launch_bound`:
+    seconds that the launches of a decode step alone take, where the rate of `generate` is what they allow and no estimate.
     """
 
     machine: Machine
@@ -65,6 +66,7 @@ class Plan:
     phases: list[Phase]
     rates: dict[str, float]
     hours: dict[str, float]
+    launch_bound: float | None
     rollouts: int
     mean_completion: float
     mean_prompt: float
@@ -134,11 +136,11 @@ def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, me
     completion = mean_completion or float(config.rollout.max_new_tokens)
     prompt = mean_prompt or float(config.data.max_prompt_tokens)
     phases = plan_phases(sizes)
-    rates, hours, rollouts = _speeds(sizes, completion, prompt)
+    rates, hours, launch_bound, rollouts = _speeds(sizes, completion, prompt)
     each = bytes_per_token(config, teacher)
     kept_head = memory.head_bytes(teacher, sizes.teacher_b) if config.teacher_signal.signal == "hidden" else 0
     plan = Plan(
-        machine, student, teacher, sizes.trained, phases, rates, hours, rollouts, completion, prompt,
+        machine, student, teacher, sizes.trained, phases, rates, hours, launch_bound, rollouts, completion, prompt,
         rollouts * completion * each + kept_head, each,
         0.0 if config.rollout.role == "generate" else float(teacher.parameters * sizes.teacher_b),
     )  # fmt: skip
@@ -321,8 +323,10 @@ def num_refreshes(config: Config) -> int:
     return 1 + ((config.train.max_steps - 1) // every if every else 0)
 
 
-def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, float], dict[str, float], int]:
-    """Rates in completion tokens/s of all cards, hours by phase, rollouts written in all; of role generate or score its own."""
+def _speeds(
+    sizes: _Sizes, completion: float, prompt: float
+) -> tuple[dict[str, float], dict[str, float], float | None, int]:
+    """Rates in completion tokens/s of all cards, hours by phase, launch bound, rollouts written in all; of a role its own."""
     config, machine, role = sizes.config, sizes.machine, sizes.config.rollout.role
     gpu, num_gpus = machine.gpu, machine.num_gpus
     writing = _writing(sizes, _state_parts(sizes) if role == "both" else {})  # as in refreshes, which are most of it
@@ -332,9 +336,10 @@ def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, 
     step = speed.train_seconds(sizes.student, gpu, completion + prompt, completion,
                                frozen=config.lora.use_lora, checkpointing=config.train.gradient_checkpointing)  # fmt: skip
     score = speed.forward_seconds(sizes.teacher, sizes.teacher_b, gpu, per_forward, scored, zero3, num_gpus)
-    decode = speed.decode_rate(sizes.student, sizes.student_b, gpu, writing.slots, prompt + completion / 2)
+    decode = speed.decode_seconds(sizes.student, sizes.student_b, gpu, writing.slots, prompt + completion / 2)
+    launches = speed.launch_seconds(sizes.student)
     rates = {
-        "generate": num_gpus * decode,
+        "generate": num_gpus * writing.slots / decode,
         "score": num_gpus * scored / score,
         "train": num_gpus * completion / step,
     }
@@ -345,7 +350,8 @@ def _speeds(sizes: _Sizes, completion: float, prompt: float) -> tuple[dict[str, 
         "train": config.train.max_steps * config.train.batch_size * completion,
     }
     rates = {name: rate for name, rate in rates.items() if role in (name, "both")}
-    return rates, {name: tokens[name] / rate / 3600 for name, rate in rates.items()}, rollouts
+    launch_bound = launches if "generate" in rates and decode == launches else None
+    return rates, {name: tokens[name] / rate / 3600 for name, rate in rates.items()}, launch_bound, rollouts
 
 
 def bytes_per_token(config: Config, teacher: Shape) -> float:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.models.decoding.attention import check_served
+from stages.models.decoding.origin import origin_of
 from stages.models.decoding.sampling import Sampling
 from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
@@ -76,8 +77,9 @@ def generate(
 def rollout_engine(model: PreTrainedModel | PeftModel) -> Iterator[Generate]:
     """`generate` for several calls, between which merged weights, slots and captured steps are kept.
 
-    Outside its calls the model is as it was; its memory is given back at the end. Weights that an optimizer changes or
-    that move to another device between two calls are read anew; changes through `.data` go unnoticed.
+    Outside its calls the model is as it was; its memory is given back at the end. What changes between two calls takes
+    effect in the second: weights, however they are written or replaced, their device, and adapters, switched, disabled,
+    merged, scaled or loaded. Each call looks for that once, a pass over the weights.
     """
     engine = _Engine(model)
     try:
@@ -132,7 +134,7 @@ class _Engine:
         """No gradients, eval mode, the engine's weights, and autocast without its memory of casts, which graphs outlive."""
         kind, was_training = self.device.type, self.model.training
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        now: list[object] = [dtype, *((p.data_ptr(), p._version) for p in self.base.parameters())]
+        now: list[object] = [dtype, *origin_of(self.base)]
         if self._weights is None or now != self._made_for:
             check_served(self.base, self.base.get_decoder())
             self._weights = self._decoder = None  # their memory first

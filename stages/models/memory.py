@@ -2,7 +2,7 @@
 
 Legend of the formulas: M tokens of a forward, N scored tokens, V vocabulary, d width, I MLP width, Q / C width of all query /
 all key heads, L layers, P parameters, T trained parameters, r rank, b bytes of a compute number. Activation coefficients are
-bytes a token, counted on the real modules by `tests/counted_memory.py` (tests/test_plan.py repeats the count).
+bytes a token, counted on the real modules by `bench/counted_memory.py` (tests/test_plan.py repeats the count).
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ MATMUL_SHARE = 685 / 989  # docs/performance.md: products on an H200 run at 685 
 COPY_SHARE = 4.24 / 4.8  # docs/performance.md: a copy at 4.24 TB/s of 4.8
 # Shares and seconds up to the last line are from docs/performance.md, one H200.
 DECODE_SHARE = 0.565  # of the floor: 27,550 tokens/s, 4B shape, 256 slots, prefill and sampling included
+KERNEL_SECONDS = 2.3e-6  # a captured kernel with little work: storing K and V of 256 rows, 36 times in 0.082 ms
+LAYER_KERNELS = 12  # of a decode step, at least: 2 norms, 4 products, rotary, K and V, attention, gate, 2 sums
 FORWARD_SHARE = 0.73  # a teacher's forward, of the products' rate: between 0.78 (32B shape) and 0.68 (8B)
 TRAIN_SHARE = 0.47  # of the products' rate; with the next line it gives 9,270 scored tokens/s (4B), 16,600 (1.7B)
 TRAIN_SECONDS = 16e-6  # a scored token beside the products
@@ -60,11 +62,19 @@ def gpu_for(name: str, gib: float | None) -> Gpu:
     return min(fitting or [GPUS["h200"]], key=lambda gpu: (gpu.peak_flops, gpu.gib, gpu.link))
 
 
-def decode_rate(shape: Shape, itemsize: int, gpu: Gpu, slots: int, mean_tokens: float) -> float:
-    """Tokens/s of one card: DECODE_SHARE of the floor max(P b / bandwidth, 2 P B / flops) + B KV bytes / bandwidth a step."""
+def launch_seconds(shape: Shape) -> float:
+    """What a captured decode step takes at least, however small the model: its kernels begin one after the other."""
+    return LAYER_KERNELS * shape.layers * KERNEL_SECONDS
+
+
+def decode_seconds(shape: Shape, itemsize: int, gpu: Gpu, slots: int, mean_tokens: float) -> float:
+    """A step that writes a token in each of B slots: its floor / DECODE_SHARE, or `launch_seconds` where that is more.
+
+    The floor is max(P b / bandwidth, 2 P B / flops) + B KV bytes / bandwidth. Launches are a bound, not an estimate.
+    """
     weights = max(shape.parameters * itemsize / gpu.bandwidth, 2 * (shape.body + shape.head) * slots / gpu.flops)
     cached = slots * mean_tokens * kv_bytes_per_token(shape, itemsize) / gpu.bandwidth
-    return slots / (weights + cached) * DECODE_SHARE
+    return max((weights + cached) / DECODE_SHARE, launch_seconds(shape))
 
 
 def forward_seconds(

@@ -86,10 +86,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Best:
-    """Which student of a run was nearest to the teacher, by held-out reverse KL, nats a token."""
+    """Which student of a run was nearest to the teacher, by held-out reverse KL, nats a token.
+
+    Only figures of equal `measured_on`, which names the held-out text, can be compared; "" is that of an older file.
+    """
 
     step: int
     reverse_kl: float
+    measured_on: str
 
 
 def best(folder: Path) -> Best | None:
@@ -99,13 +103,16 @@ def best(folder: Path) -> Best | None:
         return None
     with _explained(path), safe_open(path, "pt") as file:
         found = file.metadata()
-        return Best(int(found["step"]), float(found["reverse_kl"]))
+        return Best(int(found["step"]), float(found["reverse_kl"]), found.get("measured_on", ""))
 
 
 def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> None:
     """Replaces the best weights in one step: they are there under their name at every moment (main process)."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
-    metadata = {"step": str(kept.step), "reverse_kl": repr(kept.reverse_kl), "sha256": _tensor_digest(tensors)}
+    metadata = {
+        "step": str(kept.step), "reverse_kl": repr(kept.reverse_kl), "measured_on": kept.measured_on,
+        "sha256": _tensor_digest(tensors),
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".partial-{BEST}"
     try:

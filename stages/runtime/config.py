@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of
+from stages.runtime.unread import check_unread
 
 Auto = Literal["auto"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -262,20 +263,24 @@ for _resolvers in _Loader.yaml_implicit_resolvers.values():
 def parse_arguments(arguments: list[str], description: str) -> Config:
     """The configuration of a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
 
-    Errors: `UserError` that names the key, the nearest real one, and the type that was expected.
+    Errors: `UserError` that names the key, the nearest real one, and the type that was expected; one for a key that was set
+    and has no effect.
     """
     parser = _parser(description)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown_key(unknown[0].split("=")[0].lstrip("-"), "on the command line"))
+    flags = {
+        leaf: _from_text(leaf, text) for leaf, text in vars(known).items() if leaf != "config" and text is not None
+    }
+    sources = [(f"in {path}", _read_file(Path(path))) for path in known.config] + [("on the command line", flags)]
     values: dict[str, dict[str, Any]] = {}
-    for path in known.config:
-        for leaf, value in _read_file(Path(path)).items():
+    for _, leaves in sources:
+        for leaf, value in leaves.items():
             values.setdefault(SECTION_OF[leaf], {})[leaf] = value
-    for leaf, text in vars(known).items():
-        if leaf != "config" and text is not None:
-            values.setdefault(SECTION_OF[leaf], {})[leaf] = _from_text(leaf, text)
-    return build(values)
+    config = build(values)
+    check_unread(sources, config.gate.tau_schedule)
+    return config
 
 
 def build(values: dict[str, dict[str, Any]]) -> Config:

@@ -74,12 +74,15 @@ def test_only_figures_of_one_text_are_compared_for_the_best(
     tmp_path: Path, caches: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second text's first figure is kept though a higher one; from then on only its own figures count."""
+
+    def says(text: str, reverse_kl: float) -> fit.Evaluate:
+        return lambda _: {"measured_on": text, "reverse_kl": reverse_kl}
+
     run = step_run(tmp_path, caches())
     training = fit.prepare(run, student_of(run))
     figures = [("a", 0.5), ("a", 0.6), ("b", 0.7), ("b", 0.8), ("b", 0.6)]
     for training.step, (text, reverse_kl) in enumerate(figures, 1):
-        found = {"measured_on": text, "reverse_kl": reverse_kl}
-        fit.evaluate_now(run, training, lambda _, found=found: found)
+        fit.evaluate_now(run, training, says(text, reverse_kl))
     assert [record["is_best"] for record in records_of(run.folder, "eval")] == [True, False, True, False, True]
     assert checkpoint.best(run.folder / "checkpoints") == checkpoint.Best(5, 0.6, "b")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]

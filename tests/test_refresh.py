@@ -20,7 +20,7 @@ def test_an_adapter_that_does_not_generate_is_an_error(tmp_path: Path, monkeypat
     trainers = refresh.trainer_logprobs
 
     def without_adapter(*arguments: Any) -> np.ndarray:
-        with student.model.disable_adapter():  # type: ignore[operator]
+        with student.model.disable_adapter():
             return trainers(*arguments)
 
     monkeypatch.setattr(refresh, "trainer_logprobs", without_adapter)

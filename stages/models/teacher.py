@@ -151,8 +151,6 @@ def _load_zero3(config: Config, world: World) -> Teacher:
     distributed.ensure_process_group(world)
     from transformers.integrations import HfDeepSpeedConfig
 
-    if world.device.type == "cpu":
-        _skip_compiled_shared_memory_op()
     settings = zero3_settings(config)
     models = config.models
     partition_while_loading = HfDeepSpeedConfig(settings)
@@ -237,9 +235,3 @@ def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
     return value
-
-
-def _skip_compiled_shared_memory_op() -> None:
-    """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
-    module: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
-    module.build_shm_op = lambda: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,9 +81,20 @@ def start(device: str) -> World:
 
 
 def ensure_process_group(world: World) -> None:
-    """What DeepSpeed wants to find, for a process that no launcher started too: a process group and these variables."""
+    """What DeepSpeed wants to find, for a process that no launcher started too: a process group and these variables.
+
+    On a CPU it also keeps DeepSpeed from compiling.
+    """
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         backend = "gloo" if world.device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+    if world.device.type == "cpu":
+        _skip_compiled_shared_memory_op()
+
+
+def _skip_compiled_shared_memory_op() -> None:
+    """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
+    module: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+    module.build_shm_op = lambda: None

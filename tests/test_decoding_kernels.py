@@ -3,13 +3,14 @@
 `test_generation_cuda.py` runs them on a GPU.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.interpreter import pass_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -24,19 +25,7 @@ POINTERS = {"attended_ptr": "*i32", "places_ptr": "*i64", "partial_ptr": "*fp32"
 
 
 def test_the_kernels_give_pytorchs_numbers_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/interpreted_decoding.py",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_interpreted("interpreted_decoding.py")
 
 
 def compiled(

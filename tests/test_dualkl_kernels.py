@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from dualkl import kernels
 from dualkl.kernels import usable
 from dualkl.targets import LogitsTeacher, TopKTeacher
+from tests.interpreter import pass_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -34,10 +34,7 @@ COUNTS = ("num_slots", "out_stride", "num_segments", "num_hits", "k")
 @linux_only
 @pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_selection.py"])
 def test_the_kernels_give_the_oracles_numbers_under_the_interpreter(name: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", f"tests/{name}", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_interpreted(name)
 
 
 def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:

@@ -1,8 +1,12 @@
 """What a run logs: metrics.jsonl survives what a crash cuts off, a run on the site is one run."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from stages.runtime.errors import UserError
 from stages.runtime.metrics import read as read_metrics
 from tests.helpers import make_run
 from tests.tiny_runs import TINY
@@ -18,6 +22,7 @@ def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: P
 
 
 def test_all_starts_of_a_run_are_one_run_on_the_site_and_other_folders_another(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     values = TINY | {"wandb_project": "p", "wandb_mode": "offline"}
     ids = []
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
@@ -26,6 +31,14 @@ def test_all_starts_of_a_run_are_one_run_on_the_site_and_other_folders_another(t
         ids.append(run.metrics._wandb.id)
         run.metrics.close()
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_project_on_the_site_without_its_package_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb cannot be imported here .*or leave wandb_project empty"):
+        make_run(tmp_path, **(TINY | {"wandb_project": "p"}))
 
 
 def test_the_site_gets_the_numbers_of_nested_tables_too(tmp_path: Path) -> None:

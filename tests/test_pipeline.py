@@ -292,6 +292,7 @@ def check_original(folder: Path) -> None:
 
 def test_the_original_flags_run_under_torchrun(tmp_path: Path) -> None:
     """All of them, three made smaller for time."""
+    pytest.importorskip("wandb")
     smaller = ["--batch_size", "32", "--grad_accum", "4", "--max_new_tokens", "56"]
     torchrun("-m", "stages.pipeline", *overlay(tmp_path), *ORIGINAL_FLAGS, *smaller).expect_success()
     check_original(tmp_path / "run")
@@ -299,6 +300,7 @@ def test_the_original_flags_run_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_original_flags_run_verbatim(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     torchrun("-m", "stages.pipeline", *overlay(tmp_path), *ORIGINAL_FLAGS).expect_success()
     check_original(tmp_path / "run")
 

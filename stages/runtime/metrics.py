@@ -12,6 +12,7 @@ from typing import Any
 
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
+from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
@@ -136,7 +137,13 @@ def _end_last_line(path: Path) -> None:
 
 
 def _start_wandb(config: Config) -> Any:
-    import wandb
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"wandb_project is set, but wandb cannot be imported here ({error}); install it (pip install wandb), or leave"
+            " wandb_project empty: metrics.jsonl has the same records."
+        ) from error
 
     own = "-score" if config.rollout.role == "score" else ""  # it runs at the same time as its generator
     path = config.run_folder / f"wandb_id{own}"  # one run on the site for all starts of this run's folder

@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: venv
 	$(BIN)/python -m stages.pipeline --config pipeline.yaml
 
-# A worker a core, and at most four: each holds up to 2 GiB, and as much again in the processes that its tests start.
+# A worker a core, at most four: each takes up to 2 GiB, with the processes that its tests start.
 test: venv
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 

@@ -41,7 +41,7 @@ def results(model: Any, x: torch.Tensor, run: Callable[[Any, torch.Tensor], torc
     x = x.detach().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         out = run(model, x)
-    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape))
     found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.dtype != torch.bfloat16 for gradient in found.values())
     return found | {"out": out.detach(), "x": x.grad}

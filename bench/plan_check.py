@@ -189,7 +189,7 @@ def _student(run: Run, options: Options) -> Student:
     tokenizer: Any = _Tokens()
     base = _random_model("student", options)
     size = base.config.vocab_size
-    student = students.assemble(run.config, base, tokenizer, "random", size, (size - 1,))
+    student = students.assemble(run.config, base, tokenizer, "random", size, (size - 1,), run.world.device)
     student.model.to(run.world.device)
     return student
 

@@ -150,7 +150,7 @@ def make_student(run: Run, setting: Setting) -> Student:
     """A student as `load_student` makes it, of weights that are drawn on the device."""
     base = base_model(setting, run.world.device.type)
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    return students.assemble(run.config, base, tokenizer, "bench", setting.model.vocab_size, (1,))
+    return students.assemble(run.config, base, tokenizer, "bench", setting.model.vocab_size, (1,), run.world.device)
 
 
 def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
@@ -261,7 +261,7 @@ def _tokenizer() -> Any:
 Contender = Callable[[Setting, str, Path, dict[str, str]], Steps]
 CELLS: dict[str, tuple[Contender, dict[str, str]]] = {
     "packed": (ours, {}),
-    "packed_compiled": (ours, {"compile": "true"}),
+    "uncompiled": (ours, {"compile": "false"}),
     "padded": (ours, {"packing": "off"}),
     "trl_sft": (trl_sft, {"packing": "on"}),
     "trl_sft_padded": (trl_sft, {"packing": "off"}),

@@ -23,9 +23,11 @@ from transformers import (
 from dualkl import DualKLConfig, LogitsTeacher, dual_kl
 from stages.data.alignment import Packing, align, at_scored
 from stages.models import attention
+from stages.models import student as students
 from stages.models.attention import PACKED, enable_packing, model_inputs, packed_attention
 from stages.models.checkpoints import head_of
 from stages.models.student import compile_layers
+from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from tests.helpers import make_run
 from tests.tiny_runs import TINY, student_of
@@ -269,8 +271,29 @@ def test_layers_share_what_is_compiled_for_batches_of_any_shape(
     assert graphs[0] == once
 
 
+GPT2 = GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=61)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "shape", "compiled"),
+    [
+        ("auto", "cuda", Qwen3Config(**SHAPE), True), ("auto", "cpu", Qwen3Config(**SHAPE), False),
+        ("auto", "cuda", GPT2, False), ("true", "cpu", Qwen3Config(**SHAPE), True), ("false", "cuda", Qwen3Config(**SHAPE), False),
+    ],
+)  # fmt: skip
+def test_a_student_is_compiled_where_it_was_asked_for_and_on_a_gpu_by_itself(
+    asked: str, device: str, shape: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: calls.append(1) or function)
+    config = parse_arguments(["--compile", asked, "--use_lora", "false"], "")
+    tokenizer: Any = None
+    student = students.assemble(config, tiny(shape), tokenizer, "tiny", 61, (1,), torch.device(device))
+    assert student.is_compiled == bool(calls) == compiled
+
+
 def test_layers_that_are_not_found_are_not_compiled_but_a_sentence() -> None:
-    model = tiny(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=61))
+    model = tiny(GPT2)
     with pytest.raises(UserError, match=r"compile: true, but a model of type gpt2 .*set compile: false"):
         compile_layers(model)
 

@@ -54,7 +54,7 @@ def test_slots_follow_the_memory_and_leave_room_to_score() -> None:
     assert rows[0] == 1
     assert rows[-1] == budgets.MOST_GEN_ROWS
     assert all(count % 8 == 0 for count in rows[1:])
-    beside = budgets.beside_slots(CONFIG, TEACHER, 0.0, CARD)
+    beside = budgets.beside_slots(parse_arguments(["--score_tokens", "32768"], ""), TEACHER, 0.0, CARD)
     fewer = budgets.gen_rows(CONFIG, STUDENT, 2, 30 * GIB, beside)
     assert 8 <= fewer < rows[2]
     kept = total(budgets.slot_parts(CONFIG, STUDENT, 2, fewer))

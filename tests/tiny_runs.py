@@ -17,6 +17,7 @@ V = 230
 TINY: dict[str, Any] = {
     "teacher_ds_zero3": "false", "rollouts_per_refresh": 16, "rollouts_per_unit": 8, "batch_size": 8, "max_steps": 6,
     "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 16, "warmup_steps": 2, "trace_every": 0,
+    "compile": "false",
 }  # fmt: skip
 
 

@@ -92,16 +92,27 @@ def state_parts(config: Config, student: Shape, num_gpus: int, zero2: bool) -> P
 
 
 def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_bytes: float) -> Parts:
-    """A training forward of `tokens` tokens and its backward; the loss's chunks live before the backward's own moment."""
-    lora, itemsize = config.lora, checkpoints.DTYPES[config.run.dtype].itemsize
-    each = memory.activation_bytes_per_token(
-        student, itemsize, checkpointing=config.train.gradient_checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
-    )  # fmt: skip
+    """A training forward of `tokens` tokens and its backward, at the fullest moment: in the forward, the loss or the backward.
+
+    The loss's chunks are gone when the backward begins; the copies that autocast keeps of trained weights last for the
+    forward, and as long as autograd keeps them: with checkpointing for a layer's recomputation.
+    """
+    lora, itemsize, checkpointing = (
+        config.lora,
+        checkpoints.DTYPES[config.run.dtype].itemsize,
+        config.train.gradient_checkpointing,
+    )
+    kept, moment = memory.activation_bytes_per_token(
+        student, itemsize, checkpointing=checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
+    )
     signal = config.teacher_signal.signal
+    lasting, chunks = memory.loss_bytes(scored, student, signal, device_bytes, trains_head=not lora.use_lora)
+    copies = float(trained_parameters(config, student) * itemsize) if itemsize < 4 else 0.0
+    lasting_copies = copies / student.layers if checkpointing else copies
     return {
-        "activations": tokens * each,
-        "loss": memory.loss_bytes(scored, student, signal, device_bytes, trains_head=not lora.use_lora),
-        "autocast copies": float(trained_parameters(config, student) * itemsize) if itemsize < 4 else 0.0,
+        "activations": tokens * (kept + moment),
+        "loss": lasting + max(0.0, chunks - tokens * moment),
+        "autocast copies": max(lasting_copies, copies - tokens * moment),
     }
 
 

@@ -270,7 +270,9 @@ def _step_parts(sizes: _Sizes) -> Parts:
     tokens = _step_tokens(sizes)
     scored = -(-tokens * sizes.config.rollout.max_new_tokens // sizes.longest)
     parts = budgets.step_parts(sizes.config, sizes.student, tokens, scored, sizes.card)
-    return parts | {"loss": parts["loss"] + _kept_head(sizes)}
+    update = float(memory.update_bytes(sizes.trained, sizes.machine.num_gpus, sizes.machine.zero2))
+    parts["loss"] += _kept_head(sizes)
+    return parts | {"activations": max(parts["activations"], update)}  # they are gone when the optimizer steps
 
 
 def _evaluation_parts(sizes: _Sizes, student: Parts) -> Parts:

@@ -94,9 +94,12 @@ def fit(
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
     if arrivals is not None:
         versions.set_finished(run, training.step >= config.train.max_steps)
-    padded_because = training.student.padded_because
-    run.metrics.say(f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}")
-    run.metrics.log("packing", packed=not padded_because, reason=padded_because)
+    padded_because, is_compiled = training.student.padded_because, training.student.is_compiled
+    run.metrics.say(
+        f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}"
+        + (", the student's layers are compiled in the first step" if is_compiled else "")
+    )
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
     pool, snapshot = None, None
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip

@@ -144,12 +144,14 @@ def forward_bytes_per_token(shape: Shape, itemsize: int) -> int:
     return (4 * shape.hidden + max(mlp, 5 * shape.query + 4 * shape.key)) * itemsize
 
 
-def activation_bytes_per_token(shape: Shape, itemsize: int, *, checkpointing: bool, lora_rank: int) -> float:
-    """What a training forward and backward keep for each token; `lora_rank` 0: full fine-tuning, whose residuals are fp32.
+def activation_bytes_per_token(
+    shape: Shape, itemsize: int, *, checkpointing: bool, lora_rank: int
+) -> tuple[float, float]:
+    """What a training forward keeps for each token, and what its backward takes beside it; `lora_rank` 0: full fine-tuning.
 
-    With checkpointing L d s (inputs of the layers, s = b, fp32 in full fine-tuning) + one layer's moment of recomputation and
+    With checkpointing L d s (inputs of the layers, s = b, fp32 in full fine-tuning); one layer's moment of recomputation and
     backward: LoRA 32 d + 14 I + 14.5 Q + 4.5 C + 40 r, full 36 d + 12 I + 14.5 Q + 6 C.
-    Without, L times what autograd keeps: LoRA 18.7 d + 8.1 I + 14.6 Q + 4.3 C + 23 r, full 28 d + 8 I + 14.5 Q + 6.3 C, and 22 d.
+    Without, L times what autograd keeps: LoRA 18.7 d + 8.1 I + 14.6 Q + 4.3 C + 23 r, full 28 d + 8 I + 14.5 Q + 6.3 C; 22 d.
     The coefficients are of bf16 autocast; fp32 compute takes at most twice as much and is planned so.
     """
     sizes = (shape.hidden, shape.intermediate, shape.query, shape.key, lora_rank)
@@ -159,17 +161,19 @@ def activation_bytes_per_token(shape: Shape, itemsize: int, *, checkpointing: bo
 
     if checkpointing:
         inputs = shape.layers * shape.hidden * (itemsize if lora_rank else 4)
-        return inputs + (layer(32, 14, 14.5, 4.5, 40) if lora_rank else layer(36, 12, 14.5, 6, 0))
+        return inputs, layer(32, 14, 14.5, 4.5, 40) if lora_rank else layer(36, 12, 14.5, 6, 0)
     kept = layer(18.7, 8.1, 14.6, 4.3, 23) if lora_rank else layer(28, 8, 14.5, 6.3, 0)
-    return shape.layers * kept + 22 * shape.hidden * itemsize / 2
+    return shape.layers * kept, 22 * shape.hidden * itemsize / 2
 
 
 def optimizer_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
-    """AdamW's two fp32 moments and the square roots of its update: 12 T.
+    """AdamW's two fp32 moments, 8 T; under ZeRO-2 (8 + 4) T / n: moments and fp32 master of this rank's share."""
+    return 12 * trained // num_gpus if zero2 else 8 * trained
 
-    Under ZeRO-2 (8 + 4 + 4) T / n: moments, fp32 master and roots of this rank's share.
-    """
-    return 16 * trained // num_gpus if zero2 else 12 * trained
+
+def update_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
+    """4 T (ZeRO-2: / n): the square roots of AdamW's update, when the activations are gone."""
+    return 4 * trained // num_gpus if zero2 else 4 * trained
 
 
 def gradient_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
@@ -179,20 +183,23 @@ def gradient_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
     return (8 if num_gpus > 1 else 4) * trained
 
 
-def loss_bytes(num_scored: int, shape: Shape, signal: str, device_bytes: float, *, trains_head: bool) -> float:
-    """Chunks of fp32 logits and bf16 gradients, as dualkl.kernels.fused cuts them, the hidden states and their gradients.
+def loss_bytes(
+    num_scored: int, shape: Shape, signal: str, device_bytes: float, *, trains_head: bool
+) -> tuple[float, float]:
+    """What outlasts the loss, and its chunks of fp32 logits and bf16 gradients, as dualkl.kernels.fused cuts them.
 
-    Chunks: u for topk, nucleus and full, 2 u for hidden, and as much and one more u for gradients (u = 0.3 GiB, all within
-    a sixteenth of the device), less for few tokens. A trained head adds 4 V d. `full` adds its logits, 6 N V.
+    The first: hidden states and their gradients, 4 V d for a trained head, the logits of `full`, 6 N V. Chunks: u for topk,
+    nucleus and full, 2 u for hidden, and as much and one more u for gradients (u = 0.3 GiB, all within a sixteenth of the
+    device), less for few tokens.
     """
     buffers = 2 if signal == "hidden" else 1
     unit = min(LOSS_BUFFER, device_bytes / 16 / (2 * buffers + 1))
     chunks = min((2 * buffers + 1) * unit, num_scored * shape.vocab_size * (4 * buffers + 2))
     given = 6.0 * num_scored * shape.vocab_size if signal == "full" else 0.0
     head = 4 * shape.head if trains_head else 0
-    return chunks + given + head + 4 * num_scored * shape.hidden
+    return given + head + 4 * num_scored * shape.hidden, chunks
 
 
 def compress_bytes(num_scored: int, shape: Shape, device_bytes: float) -> float:
-    """Three fp32 arrays [rows, V] of `dualkl.compress`, within 4 GiB and a sixteenth of the device."""
-    return min(12.0 * num_scored * shape.vocab_size, COMPRESS_BUDGET, device_bytes / 16)
+    """An fp32 array [rows, V] of `dualkl.compress`: its kernels need one of the three that its rows are chosen for."""
+    return min(12.0 * num_scored * shape.vocab_size, COMPRESS_BUDGET, device_bytes / 16) / 3

@@ -39,6 +39,7 @@ class Student:
     eos_ids: tuple[int, ...]
     compute_dtype: torch.dtype
     padded_because: str = "packing is off"  # why rows must be padded; empty: they are packed
+    is_compiled: bool = False  # the decoder layers, for training
 
     @property
     def packs(self) -> bool:
@@ -80,16 +81,19 @@ def load_student(config: Config, device: torch.device, vocab_size: int, tokenize
     if not config.lora.use_lora and models.student_adapter:
         raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
     source = checkpoints.identity(models.student_model, models.student_revision)
-    student = assemble(config, base, tokenizer, source, vocab_size, eos)
+    student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
     student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
     return student
 
 
 def assemble(
     config: Config, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int,
-    eos: tuple[int, ...],
+    eos: tuple[int, ...], device: torch.device,
 ) -> Student:  # fmt: skip
-    """Makes a student of a loaded model: adapters, packed rows, checkpointing, compilation, as the configuration says."""
+    """Makes a student of a loaded model: adapters, packed rows, checkpointing, compilation, as the configuration says.
+
+    `device`: where it will be trained.
+    """
     compute_dtype = checkpoints.DTYPES[config.run.dtype]
     padded_because = enable_packing(base, config.train.packing)
     torch.manual_seed(config.run.seed)
@@ -99,9 +103,11 @@ def assemble(
     if compute_dtype == torch.bfloat16:
         _cast_once(model)
         lora.make_lean(model)
-    if config.train.compile:
+    asked = config.train.compile
+    is_compiled = asked is True or (asked == "auto" and device.type == "cuda" and _layers(base) is not None)
+    if is_compiled:
         compile_layers(base)
-    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because)
+    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because, is_compiled)
 
 
 def _cast_once(model: nn.Module) -> None:
@@ -118,7 +124,7 @@ def compile_layers(base: PreTrainedModel) -> None:
     checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
     `UserError` for a model whose layers are not found (GPT-2's).
     """
-    layers = getattr(base.get_decoder(), "layers", None)
+    layers = _layers(base)
     if layers is None:
         raise UserError(
             f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers as `layers`; set"
@@ -127,9 +133,13 @@ def compile_layers(base: PreTrainedModel) -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
     for layer in layers:
-        recompute = getattr(layer, "gradient_checkpointing", False)
+        recompute = bool(getattr(layer, "gradient_checkpointing", False))
         layer.gradient_checkpointing = False
         layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # of a copied layer the copy's
+
+
+def _layers(base: PreTrainedModel) -> Any:
+    return getattr(base.get_decoder(), "layers", None)
 
 
 def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
@@ -140,8 +150,8 @@ def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Call
             return compiled(layer, recompute, *arguments, **keywords)
         except BackendCompilerFailed as error:
             raise UserError(
-                f"compile: true, but the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++"
-                " compiler if there is none (g++, or the one that CXX names), or set compile: false."
+                f"the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++ compiler if there is"
+                " none (g++, or the one that CXX names), or set compile: false."
             ) from error
 
     return forward

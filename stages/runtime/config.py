@@ -137,7 +137,7 @@ class TrainSection(Section):
         "auto", description="cap on tokens of a training forward; auto: what the GPU's memory holds, no cap on a CPU"
     )
     packing: bool | Auto = Field("auto", description="on | off: rows without padding; auto: where that is exact")
-    compile: bool = Field(False, description="torch.compile the student's layers for training (needs a compiler)")
+    compile: bool | Auto = Field("auto", description="torch.compile the student's layers for training; auto: on a GPU")
     max_steps: int = Field(256, ge=1, description="optimizer steps")
     lr: Finite = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")

@@ -46,7 +46,8 @@ def attend(
         from stages.models.decoding import kernels
 
         assert slots.attended is not None
-        out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap)
+        assert slots.order is not None
+        out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap, slots.order)
     else:
         out = plain_attention(query, key, value, slots, scale, sliding_window, softcap)
     return out.unsqueeze(1), None

@@ -32,12 +32,6 @@ def problem(heads: int, kv_heads: int, width: int, dtype: torch.dtype = torch.fl
     return query, slots
 
 
-def turn(slots: SlotCache) -> Tensor:
-    """The rows, those with the most keys first, as a step begins them."""
-    assert slots.attended is not None
-    return slots.attended.argsort(descending=True)
-
-
 def poisoned(slots: SlotCache, window: int | None) -> tuple[Tensor, Tensor]:
     """K and V with NaN wherever a row may not look."""
     place, attended = torch.arange(CAPACITY), slots.attended
@@ -63,7 +57,7 @@ def test_attention_is_that_of_pytorch_and_sees_only_a_rows_own_keys(
     wanted = plain_attention(query, slots.keys[0], slots.values[0], slots, scale, window, softcap)
     keys, values = poisoned(slots, window)
     assert slots.attended is not None
-    found = kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, turn(slots), splits)
+    found = kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, splits)
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -72,7 +66,7 @@ def test_values_may_be_of_another_width_than_keys() -> None:
     values = slots.values[0][..., :40].contiguous()
     assert slots.attended is not None
     wanted = plain_attention(query, slots.keys[0], values, slots, 0.1, None, None)
-    found = kernels.decode_attention(query, slots.keys[0], values, slots.attended, 0.1, None, None, turn(slots), 2)
+    found = kernels.decode_attention(query, slots.keys[0], values, slots.attended, 0.1, None, None, 2)
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -83,7 +77,7 @@ def test_half_precision_attention_is_as_near_to_float64_as_pytorchs() -> None:
     arguments = (slots.keys[0], slots.values[0])
     exact = plain_attention(query.double(), slots.keys[0].double(), slots.values[0].double(), slots, 0.125, None, None)
     plain = plain_attention(query, *arguments, slots, 0.125, None, None)
-    found = kernels.decode_attention(query, *arguments, slots.attended, 0.125, None, None, turn(slots), 2)
+    found = kernels.decode_attention(query, *arguments, slots.attended, 0.125, None, None, 2)
     assert found.dtype == torch.float16
     assert (found.double() - exact).norm() < 2 * (plain.double() - exact).norm()
 
@@ -93,7 +87,7 @@ def test_extreme_scores_stay_finite() -> None:
     assert slots.attended is not None
     wanted = plain_attention(query * 1e3, slots.keys[0], slots.values[0], slots, 1.0, None, None)
     for splits in (1, 4):
-        found = kernels.decode_attention(query * 1e3, slots.keys[0], slots.values[0], slots.attended, 1.0, None, None, turn(slots), splits)  # fmt: skip
+        found = kernels.decode_attention(query * 1e3, slots.keys[0], slots.values[0], slots.attended, 1.0, None, None, splits)  # fmt: skip
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -182,7 +176,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
     products: list[int] = []
 
     def through_the_kernel(query, keys, values, slots, scale, window, softcap):
-        return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, turn(slots), 2)
+        return kernels.decode_attention(query, keys, values, slots.attended, scale, window, softcap, 2)
 
     for part in ("rms_norm", "rotary", "gated"):
         function = getattr(kernels, part)

@@ -20,7 +20,7 @@ INTEGERS = (
     "size", "cos_row", "sin_row", "num_rows", "inner", "outer_stride", "inner_stride", "query_place", "key_place",
     "cos_place", "sin_place", "num_places", "gate_row", "up_row",
 )  # fmt: skip
-POINTERS = {"attended_ptr": "*i32", "order_ptr": "*i64", "places_ptr": "*i64", "partial_ptr": "*fp32", "log_mass_ptr": "*fp32",
+POINTERS = {"attended_ptr": "*i32", "places_ptr": "*i64", "partial_ptr": "*fp32", "log_mass_ptr": "*fp32",
             "logits_ptr": "*fp32", "peak_ptr": "*fp64", "mass_ptr": "*fp64", "moment_ptr": "*fp64"}  # fmt: skip
 
 

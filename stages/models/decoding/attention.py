@@ -46,8 +46,7 @@ def attend(
         from stages.models.decoding import kernels
 
         assert slots.attended is not None
-        assert slots.order is not None
-        out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap, slots.order)
+        out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap)
     else:
         out = plain_attention(query, key, value, slots, scale, sliding_window, softcap)
     return out.unsqueeze(1), None

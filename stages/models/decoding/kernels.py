@@ -26,7 +26,7 @@ MAX_SPLITS = 16
 @triton.jit
 def decode_kernel(
     query_ptr, query_row, query_head, keys_ptr, keys_row, keys_head, keys_place, values_ptr, values_row, values_head,
-    values_place, attended_ptr, order_ptr, out_ptr, partial_ptr, log_mass_ptr, scale, cap, window,
+    values_place, attended_ptr, out_ptr, partial_ptr, log_mass_ptr, scale, cap, window,
     GROUP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,8 +35,8 @@ def decode_kernel(
 
     One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
     """
-    head = tl.program_id(0)
-    row = tl.load(order_ptr + tl.program_id(1)).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     split = tl.program_id(2)
     attended = tl.load(attended_ptr + row)
     start = 0
@@ -83,7 +83,7 @@ def decode_kernel(
         peak = higher
 
     average = total / tl.where(mass > 0, mass, 1.0)[:, None]
-    at = (row * tl.num_programs(0) + head) * GROUP + lane
+    at = (row * tl.num_programs(1) + head) * GROUP + lane
     kept = in_group[:, None] & (value_column < VALUE_WIDTH)[None, :]
     if SPLITS == 1:
         target = out_ptr + at[:, None] * VALUE_WIDTH + value_column[None, :]
@@ -281,12 +281,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, attended: Tensor, scale: float, window: int | None,
-    softcap: float | None, order: Tensor, splits: int | None = None,
+    softcap: float | None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S, D].
 
-    Returns [B, heads, width of V] in the keys' dtype. `order` [B]: the rows in the turn in which programs begin, on which the
-    result does not depend. `splits`: programs that share a row's keys, None: by the device.
+    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by the device.
     """
     query = _dense(query)
     num_rows, num_heads, width = query.shape
@@ -302,8 +301,8 @@ def decode_attention(
         partial = torch.empty((num_rows, num_heads, splits, value_width), dtype=torch.float32, device=keys.device)
         log_mass = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=keys.device)
     log2e = 1.4426950408889634
-    decode_kernel[(kv_heads, num_rows, splits)](
-        query, query.stride(0), query.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3], attended, order, out,
+    decode_kernel[(num_rows, kv_heads, splits)](
+        query, query.stride(0), query.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3], attended, out,
         partial, log_mass, scale * log2e if softcap is None else scale / softcap, (softcap or 0.0) * log2e, window or 0,
         GROUP=group, LANES=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_PADDED=padded,
         VALUE_WIDTH=value_width, VALUE_PADDED=value_padded, BLOCK=block, SPLITS=splits, CAPPED=softcap is not None,

@@ -21,8 +21,7 @@ from stages.models.decoding.sampling import Chosen
 class SlotCache(Cache):
     """K and V of every layer, [B, H, S, D], written at a place of each row's own.
 
-    `attended` is how many keys each row sees in this step, `order` the rows by it, the most first (CUDA's kernel begins with
-    these, so that it does not end with them alone); `longest` bounds it (host), for the CPU's slices.
+    `attended` is how many keys each row sees in this step; `longest` bounds it (host), for the CPU's slices.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -30,7 +29,6 @@ class SlotCache(Cache):
         self.keys, self.values = keys, values
         self.places: Int[Tensor, " B"] | None = None
         self.attended: Int[Tensor, " B"] | None = None
-        self.order: Int[Tensor, " B"] | None = None
         self.longest = keys[0].shape[2]
         self.num_attended_layers = 0
         self.masks: dict[int | None, Tensor] = {}
@@ -43,8 +41,6 @@ class SlotCache(Cache):
         """Where the step's K and V go, and how many keys each row then sees: itself included, or one in a dead slot."""
         self.places = places
         self.attended = torch.where(active, places + 1, 1).to(torch.int32)
-        if self.attended.is_cuda:
-            self.order = self.attended.argsort(descending=True)
         self.num_attended_layers = 0
         self.masks.clear()
 

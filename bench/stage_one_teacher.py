@@ -77,17 +77,22 @@ class Size:
 FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 4, 48, 503, 8)
 
 
-def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A Qwen3 model of that shape with seeded weights, drawn on the device in bf16 whatever its dtype."""
+def teacher_config(shape: str, size: Size) -> Qwen3Config:
     tiny = shape == "tiny"
-    model_config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=size.vocabulary, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
         max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=False, initializer_range=0.03, **SHAPES[shape],
     )  # fmt: skip
+
+
+def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A Qwen3 model of that shape with seeded weights, drawn on the device in bf16 whatever its dtype."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            teacher_config(shape, size), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     if dtype != torch.bfloat16:
         model.to(dtype)
     teachers.restore_rotary(model)  # drawn in bf16 with the rest; loading keeps them in fp32

@@ -336,7 +336,8 @@ def _speeds(
     scored = per_forward * completion / (completion + prompt)
     zero3 = config.models.teacher_ds_zero3
     step = speed.train_seconds(sizes.student, gpu, completion + prompt, completion,
-                               frozen=config.lora.use_lora, checkpointing=config.train.gradient_checkpointing)  # fmt: skip
+                               frozen=config.lora.use_lora, checkpointing=config.train.gradient_checkpointing,
+                               compiled=config.train.compile is not False)  # fmt: skip
     score = speed.forward_seconds(sizes.teacher, sizes.teacher_b, gpu, per_forward, scored, zero3, num_gpus)
     decode = speed.decode_seconds(sizes.student, sizes.student_b, gpu, writing.slots, prompt + completion / 2)
     launches = speed.launch_seconds(sizes.student)

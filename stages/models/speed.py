@@ -14,8 +14,10 @@ DECODE_SHARE = 0.565  # of the floor: 27,550 tokens/s, 4B shape, 256 slots, pref
 KERNEL_SECONDS = 2.3e-6  # a captured kernel with little work: storing K and V of 256 rows, 36 times in 0.082 ms
 LAYER_KERNELS = 12  # of a decode step, at least: 2 norms, 4 products, rotary, K and V, attention, gate, 2 sums
 FORWARD_SHARE = 0.73  # a teacher's forward, of the products' rate: between 0.78 (32B shape) and 0.68 (8B)
-TRAIN_SHARE = 0.47  # of the products' rate; with the next line it gives 9,270 scored tokens/s (4B), 16,600 (1.7B)
-TRAIN_SECONDS = 16e-6  # a scored token beside the products
+TRAIN_SHARE = (
+    0.97  # of the products' rate: 2.07 s counted in 2.13 s of products, 4B shape (bench/results/stage_two.json)
+)
+TRAIN_BYTES = {True: 700, False: 1900}  # compiled or not: all else of a step, for each token, layer and unit of width
 SCORE_SECONDS = 1e-6  # a scored token beside the forward: 29,935 of 30,531 tokens/s, 8B shape, two in three scored
 ZERO3_LAYER_SECONDS = 6.9e-3  # DeepSpeed's hooks: a forward of 4,096 tokens by 12 layers took 82.7 ms, one H200
 
@@ -88,8 +90,15 @@ def forward_seconds(
     return products + SCORE_SECONDS * scored
 
 
-def train_seconds(shape: Shape, gpu: Gpu, tokens: float, scored: float, *, frozen: bool, checkpointing: bool) -> float:
-    """Forward and backward: 4 P FLOP a token with frozen weights, else 6; 2 more for recomputation; the head on scored ones."""
+def train_seconds(
+    shape: Shape, gpu: Gpu, tokens: float, scored: float, *, frozen: bool, checkpointing: bool, compiled: bool
+) -> float:
+    """Forward and backward: 4 P FLOP a token with frozen weights, else 6; 2 more for recomputation; the head on scored ones.
+
+    Attention and all that passes over memory besides goes at the memory's rate.
+    """
     each = (4 if frozen else 6) + (2 if checkpointing else 0)
     flops = each * shape.body * tokens + (4 if frozen else 6) * shape.head * scored
-    return flops / gpu.flops / TRAIN_SHARE + TRAIN_SECONDS * scored
+    return (
+        flops / gpu.flops / TRAIN_SHARE + TRAIN_BYTES[compiled] * tokens * shape.layers * shape.hidden / gpu.bandwidth
+    )

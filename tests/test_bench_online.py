@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from bench import online
+from stages.loops import budgets
+from stages.models.memory import GIB
 
 NO_TRL = importlib.util.find_spec("trl") is None
 
@@ -21,6 +23,13 @@ def bench(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return bench(tmp_path_factory.mktemp("online"))
+
+
+def test_on_a_gpu_auto_batch_sizes_find_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "free_bytes", lambda world: 30 * GIB)
+    monkeypatch.setattr(budgets, "card_bytes", lambda world: 80 * GIB)
+    found = bench(tmp_path, "--only", "ours/both")
+    assert found["ours/both"]["status"] == "ok", found
 
 
 def test_our_cells_have_their_rates(found: dict[str, dict[str, Any]]) -> None:

@@ -157,8 +157,8 @@ def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: 
     stage_one_teacher.teacher_config(setting.teacher, setting.teacher_size).save_pretrained(folder / "teacher")
     flags = {
         "run_name": name, "runs_dir": folder, "device": device, "dtype": student.dtype, "lora_r": student.lora_r,
-        "teacher_model": folder / "teacher", "teacher_ds_zero3": False, "max_prompt_tokens": setting.num_prompt_tokens, "group_size": 1,
-        "max_new_tokens": student.completion_tokens, "rollouts_per_unit": min(setting.rows_per_unit, num_rows),
+        "teacher_model": folder / "teacher", "teacher_ds_zero3": False, "group_size": 1,
+        "max_prompt_tokens": setting.num_prompt_tokens, "max_new_tokens": student.completion_tokens, "rollouts_per_unit": min(setting.rows_per_unit, num_rows),
         "rollouts_per_refresh": num_rows, "signal_k": student.k, "batch_size": student.rows_per_step, "grad_accum": 1,
         "max_steps": student.num_steps, "refresh_every": 0, "trace_every": 0,
     }  # fmt: skip

@@ -223,3 +223,28 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path: Path, uninterrupted: Ru
     (folder / ".partial-step-000099").mkdir()
     (folder / ".partial-step-000099" / "student.safetensors").write_bytes(b"half")
     assert_same_run(train(tmp_path), uninterrupted)
+
+
+def curve(run: Run) -> torch.Tensor:
+    return torch.tensor([step["loss"] for step in records_of(run.folder, "step")])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["step 1", "step 2"])
+def test_on_a_gpu_a_resumed_run_differs_no_more_than_two_identical_ones(tmp_path: Path, place: str) -> None:
+    """Compiled, as by default, and without a refresh, whose tokens are drawn by the last bits of the weights."""
+    assert_resumed_as_repeated(tmp_path, place, device="cuda", compile="auto", refresh_every=0)
+
+
+def assert_resumed_as_repeated(folder: Path, place: str, **values: Any) -> None:
+    first, second = (curve(train(folder / name, **values)) for name in ("first", "second"))
+    crash(folder / "crashed", place, **values)
+    resumed = curve(train(folder / "crashed", **values))
+    assert len(resumed) == len(first) == 6
+    assert (resumed - first).abs().max() <= 2 * (second - first).abs().max() + 1e-5
+
+
+def test_that_comparison_of_curves_holds_on_a_cpu_and_sees_another_run(tmp_path: Path) -> None:
+    assert_resumed_as_repeated(tmp_path, "step 2", refresh_every=0)
+    first, other = (curve(train(tmp_path / name, refresh_every=0, seed=s)) for name, s in (("a", 0), ("b", 1)))
+    assert (first - other).abs().max() > 1e-3

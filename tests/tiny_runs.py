@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+import cache
 from stages import train as stage_two
 from stages.data.prompts import Prompt
-from stages.loops import refresh, setup
+from stages.loops import feed, fit, refresh, setup
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
-from stages.runtime.run import Run
+from stages.runtime.run import Run, open_run
 from tests.helpers import make_run, prompts_of
 
 V = 230
@@ -19,6 +20,7 @@ TINY: dict[str, Any] = {
     "refresh_every": 3, "checkpoint_every": 2, "max_new_tokens": 16, "warmup_steps": 2, "trace_every": 0,
     "compile": "false",
 }  # fmt: skip
+REPLAY: dict[str, Any] = {"refresh_every": 2, "replay_share": 0.5, "max_age": 3, "rollouts_per_unit": 4}
 
 
 def student_of(run: Run) -> Student:
@@ -64,3 +66,17 @@ def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
     vocabulary = setup.cached_vocabulary(run.config)
     stage_two.train(run, setup.current_student(run, vocabulary)[0], vocabulary)
     return run
+
+
+def batch(run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int) -> fit.Batch:
+    """The run's batch of step `index`, from 0."""
+    return next(feed.global_batches(run, training.student, snapshot, pool, [index], training.caps))
+
+
+def save_weights(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: both stages, and this rank's trained weights to folder/RANK.pt."""
+    run = open_run("", flags)
+    student = student_of(run)
+    write_rollouts(run, student)
+    stage_two.train(run, student, setup.shared_vocabulary(run.config))
+    torch.save({n: p.detach().clone() for n, p in student.trainable.items()}, folder / f"{run.world.rank}.pt")

@@ -97,11 +97,8 @@ def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_
     The loss's chunks are gone when the backward begins; the copies that autocast keeps of trained weights last for the
     forward, and as long as autograd keeps them: with checkpointing for a layer's recomputation.
     """
-    lora, itemsize, checkpointing = (
-        config.lora,
-        checkpoints.DTYPES[config.run.dtype].itemsize,
-        config.train.gradient_checkpointing,
-    )
+    lora, checkpointing = config.lora, config.train.gradient_checkpointing
+    itemsize = checkpoints.DTYPES[config.run.dtype].itemsize
     kept, moment = memory.activation_bytes_per_token(
         student, itemsize, checkpointing=checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
     )

@@ -95,32 +95,30 @@ def test_adapters_that_take_bf16_as_it_is_change_no_bit(tmp_path: Path, monkeypa
     assert_same_weights(*found)
 
 
-def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
-    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[float] = []
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of each step that AdamW takes."""
+    rates: list[float] = []
     step = torch.optim.AdamW.step
 
     def noted(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        used.append(self.param_groups[0]["lr"])
+        rates.append(self.param_groups[0]["lr"])
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    return rates
+
+
+def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
+    tmp_path: Path, caches: Callable[..., str], used: list[float]
+) -> None:
     run = train_from(tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3, lr_min_ratio=0.1)
     assert [record["lr"] for record in records_of(run.folder, "step")] == pytest.approx(used)
 
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
-    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caches: Callable[..., str], used: list[float]
 ) -> None:
-    used: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def noted(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        used.append(self.param_groups[0]["lr"])
-        return step(self, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3, lr_min_ratio=0.1)
     assert used[0] > 0, "the first step moves nothing"
     assert max(used) == pytest.approx(1e-3)

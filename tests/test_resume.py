@@ -241,7 +241,9 @@ def assert_resumed_as_repeated(folder: Path, place: str, **values: Any) -> None:
     crash(folder / "crashed", place, **values)
     resumed = curve(train(folder / "crashed", **values))
     assert len(resumed) == len(first) == 6
-    assert (resumed - first).abs().max() <= 2 * (second - first).abs().max() + 1e-5
+    identical, after = (second - first).abs().max(), (resumed - first).abs().max()
+    print(f"losses of two identical runs differ by {identical:.1e}, those of a resumed one by {after:.1e}")
+    assert after <= 2 * identical + 1e-5
 
 
 def test_that_comparison_of_curves_holds_on_a_cpu_and_sees_another_run(tmp_path: Path) -> None:

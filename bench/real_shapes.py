@@ -1,4 +1,4 @@
-"""Both stages at real shapes on one GPU, with seeded random weights in place of downloads.
+"""Both stages at real shapes, with seeded random weights in place of downloads.
 
     python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl --out bench/results
 
@@ -6,6 +6,7 @@ Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,
   zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both against fp32;
   stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
   memory  five refreshes: memory allocated after each.
+`--processes N` runs `stages` under torchrun, a GPU each; its figures are noted as `stages_on_N`.
 Writes real_shapes.json: figures with device and versions.
 """
 
@@ -108,8 +109,8 @@ def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, 
     }
 
 
-def run_stages(models: Path, dataset: Path, device: str, tiny: bool) -> dict[str, Any]:
-    """stages.rollout, then stages.train through one refresh; rates from the records the stages leave."""
+def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
+    """stages.rollout, then stages.train through one refresh; rates, of all processes together, from the records they leave."""
     shutil.rmtree("runs/real_shapes", ignore_errors=True)
     size = ["--num_prompts", "512", "--rollouts_per_refresh", "2048", "--max_new_tokens", "256", "--batch_size", "256"]
     tiny_size = ["--num_prompts", "8", "--rollouts_per_refresh", "32", "--max_new_tokens", "8", "--batch_size", "8"]
@@ -118,9 +119,10 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool) -> dict[str
         "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
         "--max_steps", "8", "--refresh_every", "4",
     ])  # fmt: skip
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
     started = time.perf_counter()
     for stage in ("rollout", "train"):
-        subprocess.run([sys.executable, "-m", f"stages.{stage}", *common], check=True)
+        subprocess.run([sys.executable, "-m", *launcher, f"stages.{stage}", *common], check=True)
     records = metrics.read(Path("runs/real_shapes/metrics.jsonl"))
     clocks = {r["start"]: r for r in records if r["kind"] == "clock"}.values()
     seconds = {phase: sum(c[phase] for c in clocks) for phase in metrics.PHASES}
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--only", choices=["zero3", "stages", "memory"])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--processes", type=int, default=1, help="of `stages`")
     parser.add_argument("--tiny", action="store_true", help="small shapes: does everything run?")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -188,7 +191,7 @@ def main() -> None:
         make_model(role, options.models / role, tokenizer, options.tiny, options.device)
     print(f"models made after {time.perf_counter() - started:.0f} s", flush=True)
     parts = {
-        "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny),
+        "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny, options.processes),
         "memory": lambda: run_memory(options.models, options.dataset, options.device),
         "zero3": lambda: check_zero3(options.models, options.device),  # last: it sets this process up for DeepSpeed
     }
@@ -204,9 +207,10 @@ def main() -> None:
     }
     for name, part in parts.items():
         if options.only in (None, name):
-            found[name] = part()
+            key = f"stages_on_{options.processes}" if name == "stages" and options.processes > 1 else name
+            found[key] = part()
             path.write_text(json.dumps(found, indent=1))
-            print(name, json.dumps(found[name], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)
+            print(key, json.dumps(found[key], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""A rank that dies stops the others, with a message, within a minute."""
+"""A rank that dies stops the others, with a message, within a minute; ranks that are done end without one."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages import train as stage_two
 from stages.loops import fit
 from stages.loops.drift import Drift
+from stages.runtime import distributed
 from stages.runtime.errors import UserError, command
 from tests.helpers import Forker, small, torchrun
 from tests.tiny_runs import TINY
@@ -32,6 +34,18 @@ def test_under_torchrun_no_rank_outlives_one_that_ends(
     assert time.monotonic() - started < MINUTE
     assert done.code != 0
     assert message in done.err
+
+
+def end_after_a_reduction() -> None:
+    """In a process of its own: a command, and no process group after it."""
+    command(lambda: print(distributed.start("cpu").sum([1.0])))
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_command_that_is_done_leaves_no_process_group_to_the_interpreters_exit(forked: Forker) -> None:
+    """gloo's threads abort one process in a few otherwise, and the launcher calls the run failed."""
+    done = forked.call(end_after_a_reduction, processes=2)
+    assert done.expect_success().out.count("[2.0]") == 2
 
 
 def refuse_on_one_rank(arguments: list[str]) -> None:

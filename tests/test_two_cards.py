@@ -18,22 +18,36 @@ pytestmark = [
 ]
 
 
-def arguments(folder: Path, device: str = "cuda") -> list[str]:
-    return ["-m", "stages.pipeline", *small(folder, device=device, teacher_ds_zero3="true", compile="false")]
+def arguments(folder: Path, device: str = "cuda", compile: str = "false") -> list[str]:
+    return ["-m", "stages.pipeline", *small(folder, device=device, teacher_ds_zero3="true", compile=compile)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Number of processes -> the run's folder."""
-    folders = {count: tmp_path_factory.mktemp(f"on-{count}") for count in (1, 2)}
-    run_python(*arguments(folders[1])).expect_success()
-    torchrun(*arguments(folders[2])).expect_success()
-    return {count: folder / "demo" for count, folder in folders.items()}
+def one_card(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_python(*arguments(folder)).expect_success()
+    return folder / "demo"
 
 
-def test_two_cards_write_and_score_the_rows_of_one(runs: dict[int, Path]) -> None:
+@pytest.fixture(scope="module")
+def two_cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(*arguments(folder)).expect_success()
+    return folder / "demo"
+
+
+def assert_trained_alike(one: Path, two: Path) -> None:
+    """To the refresh: its rows carry the hash of weights whose last bits differ, so that another draw follows."""
+    left, right = (records_of(folder, "step") for folder in (one, two))
+    assert [step["step"] for step in left] == [step["step"] for step in right] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm"):
+        assert [step[name] for step in right[:2]] == pytest.approx([step[name] for step in left[:2]], rel=0.02)
+
+
+def test_two_cards_write_and_score_the_rows_of_one(one_card: Path, two_cards: Path) -> None:
     """A card's rounding depends on the rows beside a row, so that a sampled token may differ here and there."""
-    one, two = ({r.row_id: r for r in cache.open(runs[count] / "cache")[:] if r.refresh_index == 0} for count in (1, 2))
+    folders = (one_card, two_cards)
+    one, two = ({r.row_id: r for r in cache.open(f / "cache")[:] if r.refresh_index == 0} for f in folders)
     assert one.keys() == two.keys()
     same = [key for key, record in one.items() if np.array_equal(record.completion_ids, two[key].completion_ids)]
     assert len(same) >= 0.9 * len(one)
@@ -42,13 +56,13 @@ def test_two_cards_write_and_score_the_rows_of_one(runs: dict[int, Path]) -> Non
             np.testing.assert_allclose(getattr(one[key], name), getattr(two[key], name), atol=2e-3, err_msg=name)
 
 
-def test_two_cards_train_as_one_does(runs: dict[int, Path]) -> None:
-    """To the refresh: its rows carry the hash of weights whose last bits differ, so that another draw follows."""
-    one, two = (records_of(runs[count], "step") for count in (1, 2))
-    assert [step["step"] for step in one] == [step["step"] for step in two] == [1, 2, 3, 4]
-    for left, right in zip(one[:2], two[:2], strict=True):
-        assert right["loss"] == pytest.approx(left["loss"], rel=0.02)
-        assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=0.02)
+def test_two_cards_train_as_one_does(one_card: Path, two_cards: Path) -> None:
+    assert_trained_alike(one_card, two_cards)
+
+
+def test_compiled_layers_train_on_two_cards_as_uncompiled_ones_do(two_cards: Path, tmp_path: Path) -> None:
+    torchrun(*arguments(tmp_path, compile="auto"), timeout=6 * MINUTE).expect_success()
+    assert_trained_alike(two_cards, tmp_path / "demo")
 
 
 def test_a_card_that_ends_stops_the_other(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ __all__ = ["Completion", "Generate", "Sampling", "generate", "rollout_engine"]
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """Steps between two looks at which rows have ended; on a GPU each look waits for the device."""
-REFILL_SHARE = 16
+REFILL_SHARE = 8
 """A prefill waits until one in so many slots is free: it costs about one step, however few its prompts."""
 PLACES = 64
 """Slots hold a multiple of this many K/V places and tokens, so that later calls find them large enough."""

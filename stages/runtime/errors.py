@@ -36,6 +36,8 @@ def command(main: Callable[[], None]) -> None:
     """
     try:
         _flushed(main)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort it
     except (UserError, cache.CacheError) as error:
         _leave(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:

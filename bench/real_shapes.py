@@ -7,7 +7,7 @@ Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,
   stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
   memory  five refreshes: memory allocated after each.
 `--processes N` runs `stages` under torchrun, a GPU each; its figures are noted as `stages_on_N`.
-Writes real_shapes.json: figures with device and versions.
+Writes real_shapes.json: figures, each part's with its device and versions.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "real_shapes.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    found["machine"] = {
+    machine = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "commit": subprocess.run(
@@ -208,7 +208,7 @@ def main() -> None:
     for name, part in parts.items():
         if options.only in (None, name):
             key = f"stages_on_{options.processes}" if name == "stages" and options.processes > 1 else name
-            found[key] = part()
+            found[key] = part() | {"machine": machine}
             path.write_text(json.dumps(found, indent=1))
             print(key, json.dumps(found[key], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -161,19 +161,54 @@ def adapted(model: Any, **options: Any) -> Any:
     return changed.eval()
 
 
+def merged(model: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    decoder = model.get_base_model().get_decoder()
+    with DecodingWeights(decoder, dtype).swapped():
+        found = decoder.layers[1].self_attn.q_proj
+        assert type(found) is torch.nn.Linear
+        return found.weight.clone()
+
+
+def update(model: Any) -> torch.Tensor:
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    up, down = (getattr(layer, name)["default"].weight.double() for name in ("lora_B", "lora_A"))
+    return 3.0 * up @ down
+
+
 def test_merged_weights_are_the_adapters_rounded_once(student_model: Any) -> None:
     model = adapted(student_model)
-    base = model.get_base_model()
-    layer = base.model.layers[1].self_attn.q_proj
-    base.to(torch.bfloat16)
-    lora = [getattr(layer, name)["default"].float() for name in ("lora_B", "lora_A")]
-    wanted = layer.base_layer.weight.double() + 3.0 * lora[0].weight.double() @ lora[1].weight.double()
-    with DecodingWeights(base.get_decoder(), None).swapped():
-        found = base.model.layers[1].self_attn.q_proj
-        assert type(found) is torch.nn.Linear
-        assert found.weight.dtype == torch.bfloat16
-        torch.testing.assert_close(found.weight.double(), wanted, rtol=2**-8, atol=1e-7)
-    assert base.model.layers[1].self_attn.q_proj is layer
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    model.get_base_model().to(torch.bfloat16)
+    found = merged(model)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), layer.base_layer.weight.double() + update(model), rtol=2**-7, atol=1e-7)
+    assert model.get_base_model().model.layers[1].self_attn.q_proj is layer
+
+
+def test_an_update_far_below_a_step_of_bfloat16_is_merged(student_model: Any) -> None:
+    """Rounded to nearest it would be gone: W itself lies on the grid."""
+    model = adapted(student_model)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    base = layer.base_layer.weight
+    base.data = base.to(torch.bfloat16)
+    layer.lora_B["default"].weight.data *= 5e-4 * base.abs().mean() / update(model).abs().mean()
+    wanted = update(model)
+    assert ((base.double() + wanted).to(torch.bfloat16) == base).double().mean() > 0.8
+    found = merged(model).double() - base.double()
+    assert float((found * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(merged(model), merged(model))
+    layer.lora_B["default"].weight.data.zero_()
+    assert torch.equal(merged(model), base)
+
+
+def test_fp32_weights_under_autocast_are_merged_as_training_reads_them(student_model: Any) -> None:
+    model = adapted(student_model)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    before = layer.base_layer.weight.clone()
+    layer.lora_B["default"].weight.data.zero_()
+    assert torch.equal(merged(model, torch.bfloat16), before.to(torch.bfloat16))
+    assert torch.equal(merged(model), before)
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,8 +28,8 @@ class DecodingWeights:
     """Plain linear layers in place of a decoder's adapted or fp32-under-autocast ones, for as long as `swapped` lasts.
 
     On CUDA layers of one input as one product (`joined`), what lies between products in fewer launches (`fused`).
-    W + s B A is summed in fp32 and rounded once. LoRA layers of another kind than plain LoRA on a linear layer (DoRA,
-    LoRA with a bias) stay as they are: they decode right, through their adapter.
+    W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). LoRA layers of another kind than plain LoRA
+    on a linear layer (DoRA, LoRA with a bias) stay as they are: they decode right, through their adapter.
     """
 
     def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -42,7 +43,7 @@ class DecodingWeights:
             fast: nn.Module | None = None
             if isinstance(module, LoraLinear):
                 adapted = f"{name}."
-                fast = _merged(module, autocast_dtype)
+                fast = _merged(module, autocast_dtype, seed=zlib.crc32(name.encode()))
             elif type(module) is nn.Linear and autocast_dtype not in (None, module.weight.dtype):
                 fast = _linear(module.weight.detach().to(autocast_dtype), module.bias)
             elif self._fused:
@@ -79,19 +80,35 @@ def _on_cuda(module: nn.Module) -> bool:
     return next(module.parameters()).is_cuda
 
 
-def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None) -> nn.Linear | None:
+def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -> nn.Linear | None:
     """The adapted layer as one linear layer, or None where that is not W + s B A."""
     base = module.get_base_layer()
     adapters = [name for name in module.active_adapters if name in module.lora_A]
     plain = all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapters)
     if type(base) is not nn.Linear or not plain or module.disable_adapters or module.merged or module.fan_in_fan_out:
         return None
-    weight = base.weight.detach().float()
+    dtype = autocast_dtype or base.weight.dtype
+    weight = base.weight.detach().to(dtype).to(torch.float32, copy=True)  # W as the products of training read it
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         for name in adapters:
             a, b = (cast(nn.Linear, side[name]).weight.float() for side in (module.lora_A, module.lora_B))
-            weight = torch.addmm(weight, b, a, alpha=module.scaling[name])
-    return _linear(weight.to(autocast_dtype or base.weight.dtype), base.bias)
+            weight.addmm_(b, a, alpha=module.scaling[name])
+    return _linear(_rounded(weight, dtype, seed), base.bias)
+
+
+def _rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """`weight` (fp32, overwritten) in `dtype`; bfloat16 is rounded up or down at random, so that the mean is exact.
+
+    W lies on bfloat16's grid and an early update is a small part of its step: rounded to nearest it would vanish from
+    nearly every weight, and rollouts would be those of a student some updates ago. A seed gives the same weights each time.
+    """
+    if dtype != torch.bfloat16:
+        return weight.to(dtype)
+    bits = weight.view(torch.int32)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    bits += torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=weight.device)
+    bits &= -(1 << 16)
+    return weight.to(dtype)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -202,7 +202,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip(),
     }
     for name, part in parts.items():

@@ -110,6 +110,34 @@ def test_values_and_gradients_on_cuda_are_those_of_the_cpu(run: Any) -> None:
         assert (found[name].cpu() - value).norm() <= 2e-2 * value.norm(), name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_gradients_an_update_far_below_a_step_of_bfloat16_is_kept(bias: bool, device: str) -> None:
+    """PEFT adds it to values that were rounded before, where most of it is lost."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Linear(256, 256, bias=bias)).to(torch.bfloat16), LoraConfig(r=16, target_modules=["0"])
+    )
+    layer = model.base_model.model[0]
+    layer.lora_B.default.weight.data.normal_(0, 2e-4)
+    x = torch.randn(512, 256).to(torch.bfloat16)
+    with torch.no_grad():
+        low = x.double() @ layer.get_delta_weight("default").double().t()
+        base = x.double() @ layer.get_base_layer().weight.double().t()
+        base += layer.get_base_layer().bias.double() if bias else 0
+    assert 2**-13 < float(low.std() / base.std()) < 2**-11
+    model.to(device)
+
+    def kept() -> float:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            moved = model(x.to(device)).double().cpu() - base
+        return float((moved * low).sum() / low.square().sum())
+
+    assert kept() < 0.5
+    make_lean(model)
+    assert kept() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_gradient_is_that_of_the_values(bias: bool) -> None:
     random = torch.Generator().manual_seed(0)

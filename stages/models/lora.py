@@ -2,6 +2,10 @@
 
 PEFT's forward writes (x A') B', writes it again times s, and writes its sum with x W'; autograd mirrors each of these.
 Here s is in B, the wide product adds itself to the narrow one, and the gradient by x is made in the same way.
+
+CUDA's products round x W' to bfloat16 before they add, where most of an early update is lost (`bench/early_updates.py`).
+Without gradients, which is how a refresh's probe and evaluation read the student, the sum is in fp32 therefore; training
+keeps the cheaper sum, and lags behind its adapter while updates are that small.
 """
 
 from __future__ import annotations
@@ -59,12 +63,26 @@ def adapted(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b
         low = linear(linear(x, a_rK.to(x.dtype)), (scale * b_Nr).to(x.dtype))
         return linear(x, weight_NK, bias_N) + low
     x_TK = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and x.dtype != torch.float32 and not torch.is_grad_enabled():
+        out_TN = _summed_in_fp32(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
+        return out_TN.view(*x.shape[:-1], -1)
     out_TN = _Update.apply(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
     # Outside the function, after it has kept its tensors: where a checkpoint is recomputed, that stops before the layer's
     # last product of this kind, which no gradient needs. `_Update` has the gradient of this product as well.
     with torch.no_grad():
         out_TN.addmm_(x_TK, weight_NK.t())
     return out_TN.view(*x.shape[:-1], -1)
+
+
+def _summed_in_fp32(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
+) -> Tensor:  # fmt: skip
+    """The same values rounded once; half-precision products on CUDA."""
+    out_TN = torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
+    out_TN += linear(linear(x_TK, a_rK.to(x_TK.dtype)), (scale * b_Nr).to(x_TK.dtype))
+    if bias_N is not None:
+        out_TN += bias_N
+    return out_TN.to(x_TK.dtype)
 
 
 class _Update(torch.autograd.Function):

@@ -3,6 +3,13 @@
 Knows neither torch nor the stages. FORMAT.md is what is on disk; the names below are what other packages use.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # the command `python -m cache` begins: what follows imports for a second
+    from cache.interrupt import install
+
+    install()
+
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint
 from cache.reader import Snapshot, exists

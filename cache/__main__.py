@@ -12,12 +12,14 @@ python -m cache merge ROOT SOURCE ...                   the rows of other caches
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 
 from cache import selection
 from cache.export import FORMS, export
+from cache.plain import plain
 from cache.reader import Snapshot, open_cache
 from cache.repair import withdraw
 from cache.schema import CacheError
@@ -31,6 +33,9 @@ DAMAGED, WRONG_INPUT = 1, 2
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 if `verify` finds faults, 2 for wrong input."""
     args = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -42,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a root that is a file, a folder that may not be changed
-        print(f"error: {error.filename or args.root}: {error.strerror or error}; mend that and rerun.", file=sys.stderr)
+        text = f"error: {error.filename or args.root}: {error.strerror or error}; mend that and rerun."
+        print(plain(text), file=sys.stderr)
         return WRONG_INPUT
 
 
@@ -87,9 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print(text: object = "") -> None:
+    """Everything goes out here: nothing of what a model, a data set or another run wrote steers the terminal."""
+    print(plain(str(text), kept="\n"))
+
+
 def _summary(args: argparse.Namespace) -> int:
     summary = open_cache(args.root).summary()
-    print(json.dumps(summary, indent=1) if args.json else summary_text(summary))
+    if args.json:
+        print(json.dumps(summary, indent=1).replace("\x7f", "\\u007f"))  # the one control that JSON leaves as it is
+    else:
+        _print(summary_text(summary))
     return 0
 
 
@@ -98,7 +112,7 @@ def _view(args: argparse.Namespace) -> int:
     positions = selection.page(snapshot, args.first, args.count)
     _print_table(snapshot, positions)
     if positions[-1] + 1 < len(snapshot):
-        print(
+        _print(
             f"rows {positions[0]:,} to {positions[-1]:,} of {len(snapshot):,}; go on with --first {positions[-1] + 1}"
         )
     return 0
@@ -106,7 +120,7 @@ def _view(args: argparse.Namespace) -> int:
 
 def _print_table(snapshot: Snapshot, positions: list[int]) -> None:
     for line in rows_text(snapshot, positions, selection.shortest_ids(snapshot, positions)):
-        print(line)
+        _print(line)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -116,9 +130,9 @@ def _show(args: argparse.Namespace) -> int:
         _print_table(snapshot, positions)
     for position in positions if args.tokens or len(positions) == 1 else []:
         if len(positions) > 1:
-            print()
+            _print()
         for line in record_text(snapshot, position):
-            print(line)
+            _print(line)
     return 0
 
 
@@ -138,22 +152,22 @@ def _selected(snapshot: Snapshot, args: argparse.Namespace) -> list[int]:
 def _export(args: argparse.Namespace) -> int:
     done = export(open_cache(args.root), args.to, args.out)
     files = f"{done.files:,} file{'s' * (done.files != 1)}"
-    print(f"{args.out}: {done.rows:,} rows in {files}, {done.bytes:,} bytes.")
+    _print(f"{args.out}: {done.rows:,} rows in {files}, {done.bytes:,} bytes.")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     findings = verify(args.root)
     for finding in findings:
-        print(finding)
+        _print(finding)
     if args.repair and (withdrawn := withdraw(args.root, findings)):
         for name in withdrawn:
-            print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
+            _print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
         findings = [finding for finding in findings if finding.record is None]
     if findings:
-        print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")
+        _print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")
         return DAMAGED
-    print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
+    _print(f"{args.root} is sound: {len(open_cache(args.root)):,} rows.")
     return 0
 
 
@@ -164,17 +178,17 @@ def _prune(args: argparse.Namespace) -> int:
     )  # fmt: skip
     what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
     how = "would be removed" if args.dry_run else "removed"
-    print(f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows.")
+    _print(f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows.")
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
     merged = merge(args.root, args.sources)
     for text in merged.differences:
-        print(f"note: {text}")
+        _print(f"note: {text}")
     there = f", {merged.shards_there:,} were there already" if merged.shards_there else ""
     what = f"{merged.shards:,} shards ({merged.rows:,} rows, {merged.num_bytes:,} bytes) copied{there}"
-    print(f"{what}; {args.root} holds {len(open_cache(args.root)):,} rows.")
+    _print(f"{what}; {args.root} holds {len(open_cache(args.root)):,} rows.")
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import zstandard
 
 from cache.grid import codes_of, gaps_of, gaps_of_version_1
-from cache.schema import MASS_TOLERANCE, STATE_DTYPES, Array, CacheError, Full, Hidden, Signal, TopK
+from cache.schema import MASS_TOLERANCE, STATE_DTYPES, Array, CacheError, Full, Hidden, Rules, Signal, TopK
 
 CODEC_VERSION = 2  # which is written; version 1 is read too
 ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # bound on what packing by any version changes in a top-1 logprob
@@ -23,6 +23,8 @@ _HEADER = struct.Struct(
 )  # codec version, kind, dtype (bits of an id in top-k), T, width (K, D or V), temperature
 _LENGTH = struct.Struct("<I")
 _TOPK, _HIDDEN, _FULL = 1, 2, 3
+_KINDS = {"topk": _TOPK, "nucleus": _TOPK, "hidden": _HIDDEN, "full": _FULL}
+_FREE_NUMBERS, _NUMBERS_PER_BYTE = 2**25, 16  # T * width that a signal may unpack to: less than 1 GB while it does
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 1
@@ -35,12 +37,22 @@ def encode(signal: Signal) -> bytes:
     """Packs a signal, states and logits bit for bit.
 
     A top-k signal is normalised over its kept ids and tail; its ids are exact, the gap of each logprob to that of slot
-    0 is within 1/512 nat however large, ln of the smaller of kept and tail mass within 2**-17 of itself.
+    0 is within 1/512 nat however large, ln of the smaller of kept and tail mass within 2**-17 of itself. CacheError if
+    it packs to so little that no reader would unpack it: no real signal does.
     """
-    if isinstance(signal, TopK):
-        num_bits = max(1, int(signal.ids.max(initial=0)).bit_length())
-        header = _HEADER.pack(CODEC_VERSION, _TOPK, num_bits, *signal.ids.shape, signal.temperature)
-        return header + b"".join(_pack(plane) for plane in _topk_planes(signal, num_bits))
+    packed = _encode_topk(signal) if isinstance(signal, TopK) else _encode_matrix(signal)
+    _, _, _, num_tokens, width, _ = _HEADER.unpack_from(packed)
+    _check_size(num_tokens, width, len(packed))
+    return packed
+
+
+def _encode_topk(signal: TopK) -> bytes:
+    num_bits = max(1, int(signal.ids.max(initial=0)).bit_length())
+    header = _HEADER.pack(CODEC_VERSION, _TOPK, num_bits, *signal.ids.shape, signal.temperature)
+    return header + b"".join(_pack(plane) for plane in _topk_planes(signal, num_bits))
+
+
+def _encode_matrix(signal: Hidden | Full) -> bytes:
     kind, array = (_HIDDEN, signal.states) if isinstance(signal, Hidden) else (_FULL, signal.logits)
     header = _HEADER.pack(CODEC_VERSION, kind, _DTYPES.index(signal.dtype), *array.shape, 0.0)
     size = array.dtype.itemsize
@@ -49,27 +61,76 @@ def encode(signal: Signal) -> bytes:
     return header + b"".join(_pack(plane) for plane in _split(rotated, size))
 
 
-def decode(packed: bytes | memoryview) -> Signal:
-    """Unpacks a signal; a top-k signal's kept ids and tail are normalised together. CacheError on damaged bytes."""
+def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rules | None = None) -> Signal:
+    """Unpacks a signal; a top-k signal's kept ids and tail are normalised together.
+
+    CacheError on damaged bytes, and, before anything is unpacked, on a signal that is not of `num_tokens` tokens and as
+    `rules` say (None for any), or that would unpack to far more numbers than its bytes can tell.
+    """
     try:
-        version, kind, dtype, num_tokens, width, temperature = _HEADER.unpack_from(packed)
+        version, kind, dtype, T, width, temperature = _HEADER.unpack_from(packed)
         if not 1 <= version <= CODEC_VERSION:
             raise CacheError(
                 f"the signal has codec version {version}, this program reads versions 1 to {CODEC_VERSION};"
                 " read the cache with the program that wrote it, or write it anew."
             )
+        _check_size(T, width, len(packed))
+        if num_tokens not in (None, T):
+            raise ValueError(f"it is of {T} tokens, its row has {num_tokens}")
+        if rules is not None:
+            _check_rules(kind, width, temperature, rules)
         source = _Source(memoryview(packed)[_HEADER.size :])
         if kind == _TOPK:
-            signal: Signal = _decode_topk(source, num_tokens, width, dtype, temperature, version)
+            topk = _decode_topk(source, T, width, dtype, temperature, version)
+            _check_topk(topk, rules)
+            signal: Signal = topk
         else:
-            array = _decode_matrix(source, num_tokens * width, STATE_DTYPES[_DTYPES[dtype]])
-            signal = _MATRICES[kind](array.reshape(num_tokens, width), _DTYPES[dtype])
+            array = _decode_matrix(source, T * width, STATE_DTYPES[_DTYPES[dtype]])
+            signal = _MATRICES[kind](array.reshape(T, width), _DTYPES[dtype])
+            _check_finite(array, _DTYPES[dtype])
         source.finish()
         return signal
     except CacheError:
         raise
     except (struct.error, zstandard.ZstdError, IndexError, KeyError, ValueError, MemoryError) as error:
         raise CacheError(f"the packed signal does not decode ({error}); run `python -m cache verify` on it.") from error
+
+
+def _check_size(num_tokens: int, width: int, num_bytes: int) -> None:
+    if num_tokens * width > _FREE_NUMBERS + _NUMBERS_PER_BYTE * num_bytes:
+        raise CacheError(
+            f"a signal of {num_bytes:,} packed bytes stands for {num_tokens:,} x {width:,} numbers, more than real ones"
+            " of this length; run `python -m cache verify` on the cache."
+        )
+
+
+def _check_rules(kind: int, width: int, temperature: float, rules: Rules) -> None:
+    """ValueError unless a signal's header is as the fingerprint says."""
+    if kind != _KINDS.get(rules.kind):
+        raise ValueError(f"its kind is {kind}, the fingerprint says {rules.kind}")
+    if kind == _TOPK:
+        if not 1 <= width <= (rules.k or rules.vocab_size):
+            raise ValueError(f"it keeps {width} ids a token, the fingerprint allows {rules.k or rules.vocab_size}")
+        if temperature != np.float32(rules.temperature):
+            raise ValueError(f"it is at temperature {temperature}, the fingerprint's is {rules.temperature}")
+    expected = {_HIDDEN: rules.width, _FULL: rules.vocab_size}.get(kind)
+    if expected is not None and width != expected:
+        raise ValueError(f"it has {width} numbers a token, expected {expected}")
+
+
+def _check_topk(signal: TopK, rules: Rules | None) -> None:
+    """What a top-k signal's bytes can still get wrong at little cost to look at; `verify` looks at the rest."""
+    first = signal.logprobs[:, 0][signal.ids[:, 0] >= 0]  # the others lie below it by finite gaps
+    if not np.isfinite(first).all() or np.isnan(signal.log_tail_mass).any():
+        raise ValueError("a logprob or a mass is no number")
+    if rules and signal.ids.max(initial=0) >= rules.vocab_size:
+        raise ValueError(f"it keeps id {signal.ids.max()}, the vocabulary has {rules.vocab_size}")
+
+
+def _check_finite(array: Array, dtype: str) -> None:
+    is_finite = ((array & 0x7F80) != 0x7F80).all() if dtype == "bfloat16" else np.isfinite(array).all()
+    if not is_finite:
+        raise ValueError("a state or a logit is not finite")
 
 
 def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
@@ -93,7 +154,11 @@ def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
 
 
 def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float, version: int) -> TopK:
+    if not 1 <= num_bits <= 31:
+        raise ValueError(f"ids of {num_bits} bits")
     counts = source.join(num_tokens, _bytes_for(width)).astype(np.int64)
+    if counts.max(initial=0) > width:
+        raise ValueError(f"a token keeps {counts.max()} ids of {width}")
     kept = np.arange(width) < counts[:, None]
     is_full = bool(kept.all())
     found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view("<i4")

@@ -9,27 +9,37 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import quote
 
 from cache.schema import FORMAT_VERSION, CacheError
-from cache.store import TEMPORARY, Store
+from cache.statistics import check_statistics
+from cache.store import MOST_BYTES_READ, TEMPORARY_NAME, Store
 
 COMMITS, SHARDS, HEADS = "commits", "shards", "heads"
 FINGERPRINT, TOKENIZER, HEAD = "fingerprint.json", "tokenizer.json", "head.json"
+SHARD_NAME = re.compile(r"shards/(?!\.)[A-Za-z0-9_.~ +=@,%-]{1,160}-[0-9a-f]{12}-[0-9a-f]{8}\.arrow")
+DIGEST = re.compile("[0-9a-f]{64}")
+_ROW_IDS = re.compile("(?:[0-9a-f]{32})+")
+_ADVICE = "Delete it and rerun stage one, which fills in its rows; other committed rows are kept."
+_MOST = 2**63
 
 
 def leftovers(store: Store, referenced: Iterable[str]) -> dict[str, int]:
-    """Temporary files and shards without a commit record, with their bytes: of writers at work, or that died."""
+    """Temporary files and shards without a commit record, with their bytes: of writers at work, or that died.
+
+    Files that bear no name of this format are somebody else's, and none of them.
+    """
     known = set(referenced)
     found = {}
     for folder in ("", COMMITS, SHARDS, HEADS):
         for file, size in store.sizes(folder).items():
             name = f"{folder}/{file}" if folder else file
-            if file.startswith(TEMPORARY) or (folder == SHARDS and not file.startswith(".") and name not in known):
+            if TEMPORARY_NAME.fullmatch(file) or (SHARD_NAME.fullmatch(name) and name not in known):
                 found[name] = size
     return found
 
@@ -57,19 +67,49 @@ def seal(body: dict[str, Any]) -> bytes:
     return canonical_json({**body, "sha256": digest}) + b"\n"
 
 
-def unseal(path: str, data: bytes, advice: str) -> dict[str, Any]:
-    """The body of a sealed JSON file; CacheError, naming `path` and ending in `advice`, unless every byte is right."""
+def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str = "") -> dict[str, Any]:
+    """The body of a sealed JSON file; CacheError, naming `path` and ending in `advice`, unless every byte is right.
+
+    The digest is that of the file's own bytes without the seal: nothing is serialised to compare it. The value of the
+    key `apart`, which comes before the last key `before`, is not decoded: it is bytes under the key `<apart>_json`.
+    """
+    text, start, end = data, data.find(f',"{apart}":'.encode()), data.rfind(f',"{before}":'.encode())
+    if apart and 0 <= start < end:
+        text = data[:start] + data[end:]
     try:
-        body = json.loads(data)
+        body = _DECODER.decode(text.decode())
         digest = body.pop("sha256")
-        sealed = seal(body)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        seal_in_order = f'"sha256":"{digest}"'.encode()
+        if b"\\u" in text:  # an escaped surrogate is no text
+            canonical_json(body)
+        if text is not data:
+            body[f"{apart}_json"] = data[start + len(apart) + 4 : end]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(f"{path} is not a sealed JSON file ({len(data)} bytes). {advice}") from error
-    if sealed != data:
-        actual = hashlib.sha256(canonical_json(body)).hexdigest()
+    head, _, tail = data.rpartition(seal_in_order)
+    content = head.removesuffix(b",") + tail if tail == b"}\n" else head + tail.removeprefix(b",")
+    actual = hashlib.sha256(content.removesuffix(b"\n")).hexdigest()
+    if actual != digest or not content.endswith(b"}\n"):
         raise CacheError(f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}")
     assert isinstance(body, dict)
     return body
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is a sha256 in hex."""
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def is_count(value: Any, least: int = 0, end: int = _MOST) -> bool:
+    """Whether a value is an integer (True is none) with least <= value < end."""
+    return type(value) is int and least <= value < end
 
 
 @dataclass(frozen=True)
@@ -101,7 +141,7 @@ class CommitRecord:
     prompt_ids: list[str]
     num_prompt_tokens: list[int]
     num_completion_tokens: list[int]
-    statistics: dict[str, Any]
+    statistics_json: bytes  # half of a record's text, which opening a cache of thousands need not read
     head_sha256: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -114,7 +154,23 @@ class CommitRecord:
     @property
     def num_bytes(self) -> int:
         """Bytes of the shard and of this record."""
-        return self.shard_bytes + len(seal(asdict(self)))
+        return self.shard_bytes + len(self.sealed())
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Sums and histograms over the rows, as `Statistics.to_json` gives them; CacheError if they cannot be right."""
+        expected = (len(self.row_ids), sum(self.num_prompt_tokens), sum(self.num_completion_tokens))
+        with suppress(ValueError, RecursionError):
+            part: dict[str, Any] = _DECODER.decode(self.statistics_json.decode())
+            if check_statistics(part, expected):
+                return part
+        raise CacheError(f"{record_path(self.name)}: its statistics cannot be right. {_ADVICE}")
+
+    def sealed(self) -> bytes:
+        """The bytes of its file."""
+        body = asdict(self)
+        del body["statistics_json"]
+        return seal({**body, "statistics": self.statistics})
 
 
 def file_stem(unit: str) -> str:
@@ -127,7 +183,13 @@ def file_stem(unit: str) -> str:
 
 def write_record(store: Store, record: CommitRecord) -> bool:
     """Commits a published shard; says False if the same rows were committed first by another writer."""
-    return store.create(record_path(record.name), seal(asdict(record)))
+    data = record.sealed()
+    if len(data) > MOST_BYTES_READ:
+        raise CacheError(
+            f"unit {record.unit} has {len(record.row_ids):,} rows, whose commit record takes {len(data):,} bytes;"
+            f" expected at most {MOST_BYTES_READ:,}: use smaller units."
+        )
+    return store.create(record_path(record.name), data)
 
 
 def record_path(name: str) -> str:
@@ -136,12 +198,12 @@ def record_path(name: str) -> str:
 
 def read_record(store: Store, name: str) -> CommitRecord:
     """The commit record of that file name; CacheError if it is damaged."""
-    return _parse(store.path(record_path(name)), store.read(record_path(name)))
+    return _parse(store, name, store.read(record_path(name)))
 
 
-def _parse(path: str, data: bytes) -> CommitRecord:
-    advice = "Delete it and rerun stage one, which fills in its rows; other committed rows are kept."
-    body = unseal(path, data, advice)
+def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
+    path = store.path(record_path(name))
+    body = unseal(path, data, _ADVICE, apart="statistics", before="unit")
     if body.get("format_version") != FORMAT_VERSION:
         version = body.get("format_version")
         raise CacheError(
@@ -149,9 +211,79 @@ def _parse(path: str, data: bytes) -> CommitRecord:
             " read the cache with the program that wrote it."
         )
     try:
-        return CommitRecord(**{**body, "batches": [BatchEntry(**entry) for entry in body["batches"]]})
+        record = CommitRecord(**{**body, "batches": [BatchEntry(**entry) for entry in body["batches"]]})
+        wrong = next(_wrong_fields(record), None)
     except (TypeError, KeyError) as error:
-        raise CacheError(f"{path} is not a commit record ({error}). {advice}") from error
+        raise CacheError(f"{path} is not a commit record ({error}). {_ADVICE}") from error
+    if wrong:
+        raise CacheError(f"{path} is not a commit record: {wrong} cannot be right. {_ADVICE}")
+    if record.name != name:  # else removing this one's rows would remove the record that bears the name
+        raise Misnamed(f"{path} should be called {record.name}; give it that name.")
+    return record
+
+
+class Misnamed(CacheError):
+    """A commit record under the file name of another one; its rows may be sound."""
+
+
+def _wrong_fields(record: CommitRecord) -> Iterator[str]:
+    """What of a record no writer can have written. Types come before values, counts before sums."""
+    if not (isinstance(record.unit, str) and _is_stem(record.unit)):
+        yield "unit"
+    if not (is_digest(record.fingerprint) and is_digest(record.shard_sha256)):
+        yield "fingerprint or shard_sha256"
+    if record.head_sha256 is not None and not is_digest(record.head_sha256):
+        yield "head_sha256"
+    if not (isinstance(record.shard, str) and SHARD_NAME.fullmatch(record.shard) and is_count(record.shard_bytes)):
+        yield "shard or shard_bytes"
+    if not all(_is_entry(entry, record.shard_bytes) for entry in record.batches):
+        yield "batches"
+    num_rows = sum(entry.num_rows for entry in record.batches)
+    of_rows = (record.row_ids, record.prompt_ids, record.num_prompt_tokens, record.num_completion_tokens)
+    if any(type(values) is not list or len(values) != num_rows for values in (*of_rows, record.policy_of_row)):
+        yield "the number of rows"
+    if not (num_rows and _are_names(record.row_ids) and len(set(record.row_ids)) == num_rows):
+        yield "row_ids"
+    if set(map(len, record.row_ids)) != {32} or not _ROW_IDS.fullmatch("".join(record.row_ids)):
+        yield "row_ids"
+    if not _are_names(record.prompt_ids):
+        yield "prompt_ids"
+    if not (_are_counts(record.num_prompt_tokens, 1) and _are_counts(record.num_completion_tokens, 1)):
+        yield "num_prompt_tokens or num_completion_tokens"
+    if not (type(record.policies) is list and all(map(_is_policy, record.policies))):
+        yield "policies"
+    if not _are_counts(record.policy_of_row, 0, len(record.policies)):
+        yield "policy_of_row"
+    if not isinstance(record.statistics_json, bytes):
+        yield "statistics"
+
+
+def _are_names(values: list[Any]) -> bool:
+    return set(map(type, values)) == {str} and all(values)
+
+
+def _are_counts(values: list[Any], least: int, end: int = 2**31) -> bool:
+    return set(map(type, values)) == {int} and least <= min(values) and max(values) < end
+
+
+def _is_stem(unit: str) -> bool:
+    try:
+        return bool(file_stem(unit))
+    except CacheError:
+        return False
+
+
+def _is_entry(entry: BatchEntry, shard_bytes: int) -> bool:
+    counts = is_count(entry.offset) and is_count(entry.num_bytes, 1) and is_count(entry.num_rows, 1, 2**31)
+    return counts and entry.offset + entry.num_bytes <= shard_bytes and is_digest(entry.sha256)
+
+
+def _is_policy(policy: Any) -> bool:
+    if type(policy) is not list or len(policy) != 4:
+        return False
+    run_id, step, digest, refresh = policy
+    names = all(isinstance(name, str) and name for name in (run_id, digest))
+    return names and is_count(step) and is_count(refresh, 0, 2**31)
 
 
 def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
@@ -160,13 +292,23 @@ def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, Comm
     Rows that were withdrawn and written again have the record's name of before and another shard.
     """
     found = record_names(store)
-    shards = store.sizes(SHARDS) if known else {}
+    shards = set(store.names(SHARDS)) if known else set()
     kept = {name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards}
+    return _complete(store, found, kept)
+
+
+def read_new_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
+    """The same without a look at the shards, for a writer, to whom the rows alone matter."""
+    found = record_names(store)
+    return _complete(store, found, {name: known[name] for name in found if name in known})
+
+
+def _complete(store: Store, found: list[str], kept: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
     missing = [name for name in found if name not in kept]
     for name, data in zip(missing, store.read_many([record_path(name) for name in missing]), strict=True):
         if data is not None:
-            kept[name] = _parse(store.path(record_path(name)), data)
-    return {name: kept[name] for name in found if name in kept}
+            kept[name] = _parse(store, name, data)
+    return {name: kept[name] for name in found if name in kept} if missing else kept
 
 
 def record_names(store: Store) -> list[str]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, seal, unseal
+from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, is_count, is_digest, seal, unseal
+from cache.plain import plain
 from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
 from cache.store import Store
 
 _SHOWN = 48
+_MOST_IDS = 2**31  # int32
+_DEPTH = 32
 _ABSENT = "absent"
 _ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows are kept."
 
@@ -35,12 +38,17 @@ class Fingerprint:
         object.__setattr__(self, "must_match", must_match)
         object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
         signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")
-        if not isinstance(signal, dict) or signal.get("kind") not in SIGNAL_KINDS:
+        if not isinstance(signal, dict) or signal.get("kind") not in list(SIGNAL_KINDS):
             raise CacheError(
                 f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}."
             )
-        if not isinstance(vocab_size, int) or vocab_size < 1:
+        if not is_count(vocab_size, 1, _MOST_IDS):
             raise CacheError(f"the fingerprint's vocab_size is {vocab_size!r}; expected a number of ids >= 1.")
+        k, temperature = signal.get("k"), signal.get("temperature", 1.0)
+        if k is not None and not is_count(k, 1, _MOST_IDS):
+            raise CacheError(f"the fingerprint's signal keeps k = {k!r} ids; expected a number of ids >= 1.")
+        if type(temperature) not in (int, float) or not 0 < temperature < _MOST_IDS:
+            raise CacheError(f"the fingerprint's signal is at temperature {temperature!r}; expected a number above 0.")
 
     @property
     def digest(self) -> str:
@@ -66,30 +74,45 @@ class Fingerprint:
                 f" another cache directory, or set {name} as it was when the cache was written. Nothing was changed."
             )
         return [
-            f"{name} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
+            f"{plain(name)} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
             for name, own, other in _differences(self.recorded, wanted.recorded)
         ]
 
 
 def load_fingerprint(store: Store) -> Fingerprint | None:
     """The fingerprint of the cache, or None where there is none; CacheError if it is damaged."""
+    body = _load(store)
+    return None if body is None else Fingerprint(body["must_match"], body["recorded"])
+
+
+def tokenizer_digest(store: Store) -> str | None:
+    """sha256 of the tokenizer.json that the cache was begun with, or None if it was begun without one."""
+    body = _load(store)
+    if body is None:
+        raise CacheError(f"{store.path(FINGERPRINT)} is missing. {_ADVICE}")
+    digest = body["tokenizer_sha256"]
+    return None if digest is None else str(digest)
+
+
+def _load(store: Store) -> dict[str, Any] | None:
+    """The body of fingerprint.json, its fields checked but for what a `Fingerprint` checks."""
+    path = store.path(FINGERPRINT)
     try:
-        body = unseal(store.path(FINGERPRINT), store.read(FINGERPRINT), _ADVICE)
+        body = unseal(path, store.read(FINGERPRINT), _ADVICE)
     except FileNotFoundError:
         return None
-    version = body["must_match"]["format_version"]
+    must_match, recorded = body.get("must_match"), body.get("recorded")
+    if not (isinstance(must_match, dict) and isinstance(recorded, dict) and "tokenizer_sha256" in body):
+        raise CacheError(f"{path} is not a fingerprint. {_ADVICE}")
+    if body["tokenizer_sha256"] is not None and not is_digest(body["tokenizer_sha256"]):
+        raise CacheError(f"{path}: its tokenizer_sha256 is no sha256. {_ADVICE}")
+    version = must_match.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
             f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION};"
             " read the cache with the program that wrote it, or use another cache directory."
         )
-    return Fingerprint(body["must_match"], body["recorded"])
-
-
-def tokenizer_digest(store: Store) -> str | None:
-    """sha256 of the tokenizer.json that the cache was begun with, or None if it was begun without one."""
-    digest = unseal(store.path(FINGERPRINT), store.read(FINGERPRINT), _ADVICE)["tokenizer_sha256"]
-    return None if digest is None else str(digest)
+    return body
 
 
 def store_fingerprint(
@@ -120,10 +143,18 @@ def store_fingerprint(
 
 def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:
     try:
-        plain: dict[str, Any] = json.loads(canonical_json(value))
-    except (TypeError, ValueError) as error:
+        copied: dict[str, Any] = json.loads(canonical_json(value))
+    except (TypeError, ValueError, RecursionError) as error:
         raise CacheError(f"the fingerprint's {name} cannot be written as JSON ({error}).") from error
-    return plain
+    if _is_deeper(copied, _DEPTH):
+        raise CacheError(f"the fingerprint's {name} is nested more than {_DEPTH} deep.")
+    return copied
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return depth == 0 or any(_is_deeper(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _differences(own: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -139,7 +170,7 @@ def _differences(own: dict[str, Any], other: dict[str, Any], prefix: str = "") -
 
 def _show(value: Any, other: Any) -> tuple[str, str]:
     """Both values, long ones from just before where they part."""
-    texts = [v if v is _ABSENT else json.dumps(v, ensure_ascii=False) for v in (value, other)]
+    texts = [v if v is _ABSENT else plain(json.dumps(v, ensure_ascii=False)) for v in (value, other)]
     if max(map(len, texts)) <= _SHOWN:
         return texts[0], texts[1]
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))

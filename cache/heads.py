@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from cache.commit import HEAD, HEADS, seal, unseal
+from cache.commit import HEAD, HEADS, CommitRecord, is_count, is_digest, seal, unseal
 from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
 from cache.store import Store
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_MOST_HEADER_BYTES = 1 << 16
 _ADVICE = "Delete head.json and the file it names, and rerun stage one, which writes the head again."
 
 
-def store_head(store: Store, head: TeacherHead) -> str:
-    """Writes the head unless the cache has it; returns its sha256. CacheError if the cache has another one."""
+def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord]) -> str:
+    """Writes the head unless the cache has it; returns its sha256.
+
+    CacheError if the cache has another one, or rows (those of `records`) of another one.
+    """
     parts = _parts(head)
     digest = _sha256(parts)
-    stored = head_digest(store)
-    if stored in (None, digest) and store.size(_file(digest)) is None:
+    stored, is_new = head_digest(store), False
+    if stored in (None, digest):
+        check_heads(store, records, digest)
+    if stored in (None, digest) and (is_new := store.size(_file(digest)) is None):
         draft = store.draft(HEADS)
         try:
             for part in parts:
@@ -34,7 +41,8 @@ def store_head(store: Store, head: TeacherHead) -> str:
         store.create(HEAD, seal({"file": _file(digest), "file_sha256": digest}))
         stored = head_digest(store)
     if stored != digest:
-        store.remove(_file(digest))
+        if is_new:
+            store.remove(_file(digest))
         raise CacheError(
             f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has {digest[:8]}…. Rows of"
             " both would not mean the same: use another cache directory, or the teacher the cache was written with."
@@ -49,12 +57,37 @@ def _sha256(parts: list[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | None) -> None:
+    """CacheError unless all rows were written with the head of this digest: states mean nothing under another one."""
+    for record in records:
+        if record.head_sha256 != digest:
+            own, other = (str(d)[:8] + "…" if d else "no head" for d in (record.head_sha256, digest))
+            raise CacheError(
+                f"{store.path(HEAD)}: the rows of {record.shard} were written with the teacher head {own}, the head here"
+                f" is {other}. Put the head.json and the file in heads/ of these rows back, or use another cache"
+                " directory. Nothing was changed."
+            )
+
+
 def head_digest(store: Store) -> str | None:
     """sha256 of the cache's head, or None where it has none."""
     try:
-        return str(unseal(store.path(HEAD), store.read(HEAD), _ADVICE)["file_sha256"])
+        body = unseal(store.path(HEAD), store.read(HEAD), _ADVICE)
     except FileNotFoundError:
         return None
+    digest = str(body.get("file_sha256"))
+    if not is_digest(digest) or body != {"file": _file(digest), "file_sha256": digest}:
+        raise CacheError(f"{store.path(HEAD)} names no head of this cache. {_ADVICE}")
+    return digest
+
+
+def head_width(store: Store) -> int | None:
+    """D, the width of the states that the head is applied to, from its file's header; None where the cache has no head."""
+    digest = head_digest(store)
+    if digest is None:
+        return None
+    header, _ = _header(store, _file(digest))
+    return int(header["weight"]["shape"][1])
 
 
 def head_files(store: Store) -> list[str]:
@@ -75,7 +108,7 @@ def load_head(store: Store) -> TeacherHead | None:
         raise CacheError(f"{path} is missing, though head.json names it. {_ADVICE}") from None
     if actual != digest:
         raise CacheError(f"{path}: sha256 is {actual[:8]}…, head.json says {digest[:8]}…. {_ADVICE}")
-    return _read(store.local_copy(_file(digest)))
+    return _read(store, _file(digest))
 
 
 def _file(digest: str) -> str:
@@ -97,10 +130,41 @@ def _parts(head: TeacherHead) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little") + text, *(array.data.cast("B") for _, _, array in tensors)]
 
 
-def _read(path: Path) -> TeacherHead:
-    data = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its arrays start; CacheError unless it is that of a head."""
+    size = store.size(file) or 0
+    length = int.from_bytes(memoryview(store.read_range(file, 0, 8)), "little")
+    wrong = CacheError(f"{store.path(file)} is not a teacher head ({size:,} bytes). {_ADVICE}")
+    if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+        raise wrong
+    try:
+        header = json.loads(bytes(memoryview(store.read_range(file, 8, length))).decode())
+        scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
+        is_right = math.isfinite(scale) and 0 <= softcap < math.inf and header["weight"]["dtype"] in _NAMES.values()
+        is_right = is_right and header.keys() <= {"__metadata__", "weight", "bias"}
+        for name, rank in (("weight", 2), ("bias", 1)):
+            is_right = is_right and (name not in header or _fits(header[name], rank, size - 8 - length))
+        is_right = is_right and ("bias" not in header or header["bias"]["dtype"] == "F32")
+        is_right = is_right and ("bias" not in header or header["bias"]["shape"] == header["weight"]["shape"][:1])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise wrong from None
+    if not is_right:
+        raise wrong
+    return header, 8 + length
+
+
+def _fits(entry: dict[str, Any], rank: int, num_bytes: int) -> bool:
+    """Whether an array of the header lies within the file and has as many bytes as its shape takes."""
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    if not all(is_count(n) for n in (first, last)) or len(shape) != rank or not all(is_count(n, 1) for n in shape):
+        return False
+    itemsize = {"BF16": 2, "F16": 2, "F32": 4}.get(entry["dtype"], 0)
+    return first <= last <= num_bytes and last - first == math.prod(shape) * itemsize > 0
+
+
+def _read(store: Store, file: str) -> TeacherHead:
+    header, start = _header(store, file)
+    data = np.memmap(store.local_copy(file), np.uint8, "r")
     arrays: dict[str, Array] = {}
     for name in header.keys() - {"__metadata__"}:
         first, last = header[name]["data_offsets"]

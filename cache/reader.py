@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -15,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache import codec, commit
+from cache import commit
+from cache.batch import BatchRows, read_batch
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
-from cache.heads import load_head
-from cache.schema import SCALAR_COLUMNS, SCHEMA, TOKEN_COLUMNS, Array, CacheError, Record, TeacherHead
-from cache.shard import advice, read_batch
+from cache.heads import check_heads, head_digest, head_width, load_head
+from cache.schema import SCHEMA, CacheError, Record, Rules, TeacherHead
 from cache.store import Root, Store, open_store
 
 if TYPE_CHECKING:
@@ -42,13 +41,21 @@ class Place:
 def open_cache(root: Root) -> Snapshot:
     """A snapshot of the rows committed at `root`, a directory or an fsspec URL (`s3://bucket/folder`).
 
-    CacheError if there is no cache, if a commit record is damaged, or if the storage does not answer.
+    CacheError if there is no cache, if a commit record is damaged, if rows were written under another fingerprint or
+    with another teacher head than the cache's, or if the storage does not answer.
     """
     store = open_store(root)
     fingerprint = load_fingerprint(store)
     if fingerprint is None:
         raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
-    return Snapshot(store, fingerprint, commit.read_records(store, {}), _Batches(store))
+    records = commit.read_records(store, {})
+    return Snapshot(store, fingerprint, records, _Batches(store, rules_of(store, fingerprint, records)))
+
+
+def rules_of(store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord]) -> Rules:
+    """What fingerprint and head say about each row; the head is looked at if there are rows of hidden states."""
+    rules = fingerprint.rules
+    return replace(rules, width=head_width(store)) if records and rules.kind == "hidden" else rules
 
 
 def exists(root: Root) -> bool:
@@ -77,12 +84,15 @@ class Snapshot(Sequence[Record]):
         self._records = records
         self._batches = batches
         self._shards = list(records.values())
+        digest = fingerprint.digest
         for record in self._shards:
-            if record.fingerprint != fingerprint.digest:
+            if record.fingerprint != digest:
                 raise CacheError(
                     f"{store.path(record.shard)} was written under another fingerprint ({record.fingerprint[:8]}…) than the"
-                    f" cache's ({fingerprint.digest[:8]}…); move it and commits/{record.name} out of this cache."
+                    f" cache's ({digest[:8]}…); move it and commits/{record.name} out of this cache."
                 )
+        if self._shards and fingerprint.rules.kind == "hidden":
+            check_heads(store, self._shards, head_digest(store))
         self._locate()
 
     def _locate(self) -> None:
@@ -175,14 +185,13 @@ class Snapshot(Sequence[Record]):
         expected = tokenizer_digest(self.store)
         if expected is None or self.store.size(commit.TOKENIZER) is None:
             return None
-        path = self.store.local_copy(commit.TOKENIZER)
-        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        actual = self.store.hash(commit.TOKENIZER)
         if actual != expected:
             raise CacheError(
                 f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says {expected[:8]}…."
                 " Put the tokenizer's tokenizer.json there; rows do not depend on it."
             )
-        return path
+        return self.store.local_copy(commit.TOKENIZER)
 
     def refresh(self) -> Snapshot:
         """A newer snapshot; what this one has read and checked is shared with it."""
@@ -242,37 +251,12 @@ _INDEX_SCHEMA = pa.schema(
 )
 
 
-class BatchRows:
-    """A record batch as rows: each decoded when asked for."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self.batch = batch
-        self._lists: dict[str, tuple[npt.NDArray[np.int32], Array]] = {}
-        for name in TOKEN_COLUMNS:
-            column = batch.column(name)
-            if column.null_count == 0:
-                self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy())
-
-    def record(self, row: int) -> Record:
-        """Row `row` of the batch, its signal decoded and normalised. CacheError if the signal is damaged."""
-        fields: dict[str, Any] = {name: self.batch.column(name)[row].as_py() for name in SCALAR_COLUMNS}
-        fields |= {
-            name: values[offsets[row] : offsets[row + 1]].copy() for name, (offsets, values) in self._lists.items()
-        }
-        packed = self.packed(row)
-        return Record(**fields, signal=None if packed is None else codec.decode(packed))
-
-    def packed(self, row: int) -> memoryview | None:
-        """The signal of row `row` as it is stored."""
-        buffer = self.batch.column("signal")[row].as_buffer()
-        return None if buffer is None else memoryview(buffer)
-
-
 class _Batches:
     """Checked record batches, the most recently used ones kept up to `BATCH_MEMORY_BYTES` bytes."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, rules: Rules) -> None:
         self._store = store
+        self._rules = rules
         self._kept: OrderedDict[tuple[str, int], BatchRows] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
         self._num_bytes = 0
@@ -296,9 +280,7 @@ class _Batches:
     def read(self, record: CommitRecord, index: int) -> BatchRows:
         """A batch that is not kept here; its digest is compared if it is read for the first time."""
         key = (record.shard, index)
-        rows = BatchRows(read_batch(self._store, record, index, check=key not in self._checked))
-        if rows.batch.num_rows != record.batches[index].num_rows:
-            raise CacheError(f"{self._store.path(record.shard)} lacks rows of its commit record. {advice(record)}")
+        rows = read_batch(self._store, record, index, self._rules, check=key not in self._checked)
         with self._lock:
             self._checked.add(key)
         return rows

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cache.plain import plain
+
 FORMAT_VERSION = 1
+_MOST_CHARACTERS = 2_000
 MASS_TOLERANCE = 1e-4
 FINISH_REASONS = ("eos", "length")
 STATE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -29,7 +32,14 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 
 
 class CacheError(ValueError):
-    """A condition of the cache or its input that the user can mend; the message says what, where and what to do."""
+    """A condition of the cache or its input that the user can mend; the message says what, where and what to do.
+
+    What it quotes of a cache cannot steer a terminal, nor fill one.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = plain(str(message))
+        super().__init__(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…")
 
 
 def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -> Array:
@@ -242,12 +252,18 @@ def _list_column(name: str, arrays: list[Array | None]) -> pa.Array:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a cache's fingerprint says about each row; `k` is the most ids a position may keep, or None."""
+    """What a cache's fingerprint says about each row.
+
+    Attributes:
+        k: the most ids a position may keep, or None.
+        width: D of hidden states, from the teacher's head, or None where it is not known.
+    """
 
     vocab_size: int
     kind: str
     temperature: float
     k: int | None
+    width: int | None = None
 
 
 _SIGNAL_OF_KIND: dict[str, type[Any]] = {
@@ -322,17 +338,25 @@ def _check_tokens(record: Record, rules: Rules) -> None:
 
 
 def _check_values(record: Record, name: str, values: Array, rules: Rules) -> None:
+    _refuse_where(record, name, *_bad_values(name, values, rules))
+
+
+def wrong_value(name: str, values: Array, rules: Rules) -> tuple[int, str] | None:
+    """The place of the first value of a token column that the format does not allow, and what it does; None if all are right."""
+    bad, _, expected = _bad_values(name, values, rules)
+    return (int(bad.argmax()), expected) if bad.any() else None
+
+
+def _bad_values(name: str, values: Array, rules: Rules) -> tuple[Array, Array, str]:
+    """Which values a token column may not hold, the values, and what it may."""
     if values.dtype == np.int32:
         bad = (values < 0) | (values >= rules.vocab_size)
-        _refuse_where(record, name, bad, values, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary")
-    elif name == "log_tail_mass":
-        _refuse_where(record, name, ~(values <= MASS_TOLERANCE), values, "the ln of a mass, nats (-inf for none)")
-    elif name.endswith("entropy"):
-        bad = ~np.isfinite(values) | (values < -1e-3)
-        _refuse_where(record, name, bad, values, "an entropy, nats: finite and not negative")
-    else:
-        bad = ~np.isfinite(values) | (values > MASS_TOLERANCE)
-        _refuse_where(record, name, bad, values, "a logprob, nats: finite and not above 0")
+        return bad, values, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary"
+    if name == "log_tail_mass":
+        return ~(values <= MASS_TOLERANCE), values, "the ln of a mass, nats (-inf for none)"
+    if name.endswith("entropy"):
+        return ~np.isfinite(values) | (values < -1e-3), values, "an entropy, nats: finite and not negative"
+    return ~np.isfinite(values) | (values > MASS_TOLERANCE), values, "a logprob, nats: finite and not above 0"
 
 
 def _check_topk(record: Record, signal: TopK, rules: Rules, rounding: float) -> None:
@@ -346,7 +370,7 @@ def _check_topk(record: Record, signal: TopK, rules: Rules, rounding: float) -> 
             record,
             f"signal keeps {ids.shape[1]} ids a token; expected at most {most}, as the fingerprint says",
         )
-    if signal.temperature != rules.temperature:
+    if np.float32(signal.temperature) != np.float32(rules.temperature):  # as it is packed
         _refuse(record, f"signal is at temperature {signal.temperature}; expected {rules.temperature}")
     bad = (ids < -1) | (ids >= rules.vocab_size)
     _refuse_where(record, "signal.ids", bad, ids, f"an id from 0 to {rules.vocab_size - 1}, or -1 for an empty slot")

@@ -1,4 +1,4 @@
-"""One shard: an Arrow IPC file, written batch by batch with a digest of each, read one checked batch at a time."""
+"""One shard as it is written: an Arrow IPC file, batch by batch, with a digest of each (`batch.py` reads them)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from cache import codec
-from cache.commit import SHARDS, BatchEntry, CommitRecord
+from cache.commit import SHARDS, BatchEntry, CommitRecord, canonical_json
+from cache.message import most_bytes
 from cache.schema import FORMAT_VERSION, SCHEMA, CacheError, Record, to_batch
 from cache.statistics import Statistics
 from cache.store import Store
@@ -66,11 +67,17 @@ class OpenShard:
 
     def _write_batch(self) -> None:
         first = not self._batches
-        self._ipc.write_batch(to_batch(self._records, self._signals))
+        batch = to_batch(self._records, self._signals)
+        self._ipc.write_batch(batch)
         self._index.add_signals(_stored_bytes(self._signals))
         data = self._sink.take()
         start = _schema_end(data) if first else 0
         message = memoryview(data)[start:]
+        if batch.nbytes > most_bytes(len(message)):  # never of real rows, and readers refuse it
+            raise CacheError(
+                f"a record batch of {batch.nbytes:,} bytes packs to {len(message):,}, which no real rows do; the one"
+                f" that begins with row {self._records[0].row_id} was not written."
+            )
         digest = hashlib.sha256(message).hexdigest()
         self._batches.append(BatchEntry(self._file.num_bytes + start, len(message), len(self._records), digest))
         self._file.write(data)
@@ -123,7 +130,7 @@ class _RowIndex:
 
     def columns(self) -> dict[str, Any]:
         policies = [list(policy) for policy in self._policies]
-        return {**self._lists, "policies": policies, "statistics": self._statistics.to_json()}
+        return {**self._lists, "policies": policies, "statistics_json": canonical_json(self._statistics.to_json())}
 
 
 def _metadata() -> dict[str, str]:
@@ -151,35 +158,3 @@ def _options() -> ipc.IpcWriteOptions:
 def _schema_end(data: bytes) -> int:
     """Where the schema message that opens an Arrow file ends: magic, continuation, length, that many bytes."""
     return _MAGIC_BYTES + 8 + int.from_bytes(data[12:16], "little")
-
-
-def read_batch(store: Store, record: CommitRecord, index: int, check: bool = True) -> pa.RecordBatch:
-    """Record batch `index` of a shard; with `check` its digest is compared first. CacheError on any damage."""
-    entry = record.batches[index]
-    try:
-        if check and (size := store.size(record.shard)) != record.shard_bytes:
-            if size is None:
-                raise FileNotFoundError
-            raise _damage(store, record, f"has {size} bytes, its commit record says {record.shard_bytes}")
-        message = store.read_range(record.shard, entry.offset, entry.num_bytes)
-        digest = hashlib.sha256(message).hexdigest() if check else entry.sha256
-        if digest != entry.sha256:
-            first = sum(batch.num_rows for batch in record.batches[:index])
-            raise _damage(
-                store, record, f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
-                f" {digest[:8]}…, its commit record says {entry.sha256[:8]}…",
-            )  # fmt: skip
-        return ipc.read_record_batch(message, SCHEMA)
-    except FileNotFoundError:
-        raise _damage(store, record, "is missing, though a commit record names it") from None
-    except (pa.ArrowException, OSError) as error:
-        raise _damage(store, record, f"cannot be read ({error})") from error
-
-
-def _damage(store: Store, record: CommitRecord, problem: str) -> CacheError:
-    return CacheError(f"{store.path(record.shard)} {problem}. {advice(record)}")
-
-
-def advice(record: CommitRecord) -> str:
-    """What to do about a damaged shard."""
-    return f"Delete it and commits/{record.name} and rerun stage one, which fills in its rows; other rows are kept."

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cache import commit
+from cache.batch import advice, read_batch
 from cache.codec import ROUNDING_NATS
 from cache.commit import BatchEntry, CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
+from cache.fingerprint import load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
-from cache.reader import BatchRows
-from cache.schema import CacheError, check_record
-from cache.shard import advice, read_batch
+from cache.plain import plain
+from cache.schema import CacheError, Rules, check_record
 from cache.store import Root, Store, StoreError, open_store
 
 
@@ -34,28 +36,59 @@ class Finding:
     record: str | None = None
 
     def __str__(self) -> str:
-        return self.message
+        return plain(self.message)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What every record of the cache must name: None where the file beside the shards is damaged itself."""
+
+    fingerprint: str | None = None
+    rules: Rules | None = None
+    heads: frozenset[str | None] = frozenset()
 
 
 def verify(root: Root) -> list[Finding]:
     """All faults of the cache at `root`, empty if it is sound; damage never raises.
 
-    CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards
+    What looks damaged is read again: what is right then is told too, as a fault of the machine that costs no rows.
+    Shards are looked at by as many threads as there are CPUs. CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards
     without a commit record are no faults: readers ignore them.
     """
     store = open_store(root)
     record_names = commit.record_names(store)
     if store.size(commit.FINGERPRINT) is None and not record_names:
         raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
-    findings = _collect(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
+    findings = _look(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
     fingerprint = None if findings else load_fingerprint(store)
-    head_findings = _collect(store, commit.HEAD, partial(_verify_head, store))
-    heads = set() if head_findings else {head_digest(store)}
+    head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
+    expected = _Expected()
+    if fingerprint is not None:
+        expected = replace(expected, fingerprint=fingerprint.digest, rules=fingerprint.rules)
+    if not head_findings:
+        expected = replace(expected, heads=frozenset([head_digest(store)]))
     findings += head_findings
-    for name in record_names:
-        find = partial(_verify_commit, store, name, fingerprint, heads)
-        findings += _collect(store, commit.record_path(name), find, name)
+
+    def look(name: str) -> list[Finding]:
+        return _look(store, commit.record_path(name), partial(_verify_commit, store, name, expected), name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(look, record_names):
+            findings += found
     return findings
+
+
+def _look(store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None) -> list[Finding]:
+    """What `find` finds, if it finds something twice: one bad read of memory, disk or network is no damage."""
+    if not _collect(store, file, find, record):
+        return []
+    found = _collect(store, file, find, record)
+    if found and record is not None and store.size(commit.record_path(record)) is None:
+        return []  # withdrawn meanwhile
+    if found:
+        return found
+    text = f"{store.path(file)}: it or what it names was read wrong once and right the second time. Nothing is damaged"
+    return [Finding(file, f"{text} there; look at this machine's memory, disk and network.")]
 
 
 def _collect(
@@ -67,11 +100,13 @@ def _collect(
         found.extend(find())
     except StoreError:  # tells nothing about the file
         raise
+    except commit.Misnamed as error:
+        found.append(Finding(file, str(error)))
     except CacheError as error:
         found.append(Finding(file, str(error), record=record))
-    except Exception as error:  # damage takes any form: a missing key, a file that is a folder, an Arrow error
-        remedy = "Delete it and rerun stage one; other committed rows are kept."
-        found.append(Finding(file, f"{store.path(file)} cannot be read ({error!r}). {remedy}", record=record))
+    except FileNotFoundError:
+        remedy = "Rerun stage one, which writes what is missing; other committed rows are kept."
+        found.append(Finding(file, f"{store.path(file)} is missing. {remedy}", record=record))
     return found
 
 
@@ -95,18 +130,14 @@ def _verify_head(store: Store) -> Iterator[Finding]:
         yield Finding(commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length.")
 
 
-def _verify_commit(
-    store: Store, name: str, fingerprint: Fingerprint | None, heads: set[str | None]
-) -> Iterator[Finding]:
-    """Faults of one shard; `heads` holds the digest of the cache's head, or nothing where that is damaged itself."""
+def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
+    """Faults of one shard."""
     record = commit.read_record(store, name)
     path = store.path(record.shard)
-    if name != record.name:
-        file = commit.record_path(name)
-        yield Finding(file, f"{store.path(file)} should be called {record.name}; give it that name.")
-    if fingerprint and record.fingerprint != fingerprint.digest:
+    _ = record.statistics  # decoded and checked here
+    if expected.fingerprint not in (None, record.fingerprint):
         yield _foreign(path, record, commit.FINGERPRINT, "under another fingerprint")
-    if heads and record.head_sha256 not in heads:
+    if expected.heads and record.head_sha256 not in expected.heads:
         yield _foreign(path, record, commit.HEAD, "with another teacher head")
     size = store.size(record.shard)
     if size is None:
@@ -120,7 +151,7 @@ def _verify_commit(
             problem += f"; it has {size} bytes of {record.shard_bytes}"
         yield from _locate(store, record, problem)
     else:
-        yield from _verify_rows(store, record, fingerprint)
+        yield from _verify_rows(store, record, expected.rules)
 
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
@@ -152,20 +183,23 @@ def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
         first += entry.num_rows
 
 
-def _verify_rows(store: Store, record: CommitRecord, fingerprint: Fingerprint | None) -> Iterator[Finding]:
+def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Iterator[Finding]:
     """Decodes every row and checks it as the writer did."""
-    finding = partial(Finding, record.shard, record=record.name)
     path = store.path(record.shard)
-    found: list[str] = []
-    for index in range(len(record.batches)):
-        rows = BatchRows(read_batch(store, record, index))
-        for row in range(rows.batch.num_rows):
+    for index, (first, entry) in enumerate(_first_rows(record)):
+        try:
+            rows = read_batch(store, record, index, rules)
+        except StoreError:
+            raise
+        except CacheError as error:
+            yield Finding(record.shard, str(error), (first, first + entry.num_rows - 1), record.name)
+            continue
+        for row in range(entry.num_rows):
             try:
                 decoded = rows.record(row)
-                if fingerprint:
-                    check_record(decoded, fingerprint.rules, ROUNDING_NATS)
+                if rules is not None:
+                    check_record(decoded, rules, ROUNDING_NATS)
             except CacheError as error:
-                yield finding(f"{path} row {len(found)}: {error} {advice(record)}", (len(found), len(found)))
-            found.append(rows.batch["row_id"][row].as_py())
-    if found != record.row_ids:
-        yield finding(f"{path} holds other rows than its commit record names. {advice(record)}")
+                number = first + row
+                text = f"{path} row {number}: {error} {advice(record)}"
+                yield Finding(record.shard, text, (number, number), record.name)

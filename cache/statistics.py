@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from cache.schema import Array, Record
 
 BINS_PER_OCTAVE = 8
 _LEAST_BIN = -40 * BINS_PER_OCTAVE  # 2**-40, about 1e-12; all that is smaller, 0 included, falls in the bin below
+_MOST_BINS = 1024 * BINS_PER_OCTAVE  # of a float64
 HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
 
 
@@ -45,6 +47,33 @@ class Statistics:
         """Plain JSON; a histogram maps bin numbers, as text, to tokens."""
         histograms = {name: {str(b): n for b, n in sorted(h.items())} for name, h in self.histograms.items()}
         return {**vars(self), "finish_reasons": dict(self.finish_reasons), "histograms": histograms}
+
+
+_NAMES = vars(Statistics()).keys()
+
+
+def check_statistics(part: Any, expected: tuple[int, int, int]) -> bool:
+    """Whether these are statistics as `to_json` gives them, with the expected rows, prompt and scored tokens."""
+    if not isinstance(part, dict) or part.keys() != _NAMES:
+        return False
+    signal_bytes, reasons, histograms = part["signal_bytes"], part["finish_reasons"], part["histograms"]
+    if (part["rows"], part["prompt_tokens"], part["scored_tokens"]) != expected or not _are_counts([signal_bytes]):
+        return False
+    if not isinstance(reasons, dict) or not _are_counts(reasons.values()):
+        return False
+    if not isinstance(histograms, dict) or not histograms.keys() <= set(HISTOGRAMS):
+        return False
+    return all(isinstance(h, dict) and _are_counts(h.values()) and all(map(_is_bin, h)) for h in histograms.values())
+
+
+def _are_counts(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+@lru_cache(maxsize=_MOST_BINS)
+def _is_bin(name: str) -> bool:
+    digits = name.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 6 and _LEAST_BIN - 1 <= int(name) < _MOST_BINS
 
 
 def merge(parts: Iterable[dict[str, Any]]) -> Statistics:

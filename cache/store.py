@@ -1,15 +1,17 @@
 """Where a cache lies: the few storage operations, on a local directory and on an object store through fsspec.
 
-Nothing else in this package writes, renames or deletes a file. Files are named relative to the cache's root, with "/".
+Nothing else in this package writes, renames or deletes a file. Files are named relative to the cache's root: FILE or
+FOLDER/FILE. A store touches nothing outside its root, whatever a name says and wherever a link leads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
+import stat
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +25,13 @@ import pyarrow as pa
 from cache.schema import CacheError
 
 TEMPORARY = ".tmp-"
+TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
+WITHDRAWN = "withdrawn"
 STALE_SECONDS = 24 * 3600
+MOST_BYTES_READ = 32 * 2**20  # of a whole file: sealed JSON
 _CHUNK = 1 << 24
 _READERS = 16  # requests to an object store at a time
+_PART = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 
 Root: TypeAlias = "str | PathLike[str] | Store"
 
@@ -95,7 +101,26 @@ class Store(ABC):
 
     def names(self, folder: str) -> list[str]:
         """The published files of a folder, sorted; none if there is no such folder."""
-        return sorted(name for name in self.sizes(folder) if not name.startswith("."))
+        return sorted(name for name in self._names(folder) if not name.startswith("."))
+
+    @abstractmethod
+    def _names(self, folder: str) -> Iterable[str]: ...
+
+    def _check(self, name: str) -> None:
+        """StoreError unless the name, of a file or a folder, can only lie below the root."""
+        parts = name.split("/") if name else []
+        if len(parts) > 2 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
+            raise StoreError(
+                f"{self.root}: {name!r} cannot be the name of a cache's file; expected FILE or FOLDER/FILE. Nothing was"
+                " changed; move what is called so out of the cache."
+            )
+
+    def _check_size(self, name: str, num_bytes: int) -> None:
+        if num_bytes > MOST_BYTES_READ:
+            raise CacheError(
+                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. It is not what this"
+                " program wrote: move it out of the cache and rerun."
+            )
 
     @abstractmethod
     def sizes(self, folder: str) -> dict[str, int]:
@@ -107,10 +132,15 @@ class Store(ABC):
 
     @abstractmethod
     def modified(self, name: str) -> float:
-        """When a file was last written, in seconds since the epoch."""
+        """When a file was last written, in seconds since the epoch, by the storage's clock."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes: ...
+    def now(self) -> float:
+        """The same clock now. Writers' own clocks differ by hours; this one wrote every file's time."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file; CacheError if it has more than `MOST_BYTES_READ` bytes."""
 
     @abstractmethod
     def read_many(self, names: list[str]) -> list[bytes | None]:
@@ -146,14 +176,20 @@ class Store(ABC):
         """Removes a published file, if it is there."""
 
     @abstractmethod
+    def set_aside(self, name: str) -> str:
+        """Moves a published file, if it is there, to the folder `withdrawn`; returns its new name."""
+
+    @abstractmethod
     def check_create(self) -> None:
         """Raises StoreError where `create` would not keep two writers apart."""
 
     def remove_stale(self, names: Iterable[str]) -> None:
         """Removes those files that nobody has written to for `STALE_SECONDS`; a commit takes a fraction of a second."""
+        now = None
         for name in names:
             with suppress(OSError):
-                if time.time() - self.modified(name) > STALE_SECONDS:
+                now = self.now() if now is None else now
+                if now - self.modified(name) > STALE_SECONDS:
                     self.remove(name)
 
 
@@ -164,19 +200,23 @@ def open_store(root: Root) -> Store:
     text = os.fspath(root)
     if "://" not in text:
         return LocalStore(Path(text))
-    if text.startswith("file://"):
-        return LocalStore(Path(text.removeprefix("file://")))
+    if text.startswith(("file://", "local://")):
+        return LocalStore(Path(text.split("://", 1)[1]))
     return ObjectStore(text)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """A file that this user may not read says nothing of its content: StoreError, which is no damage."""
+def _reading(path: str) -> Iterator[None]:
+    """What the machine fails to read says nothing of the file's content: StoreError, which is no damage."""
     try:
-        yield path
-    except PermissionError as error:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        what = "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
         raise StoreError(
-            f"{path}: no permission to read it; nothing was changed: look at its owner and mode, and rerun."
+            f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit of open files,"
+            " and rerun."
         ) from error
 
 
@@ -190,53 +230,103 @@ class LocalStore(Store):
     def path(self, name: str) -> str:
         return str(self._folder / name)
 
+    def _locate(self, name: str, *, follow: bool = True) -> Path:
+        """The file's path; StoreError if it leaves the root, also through a link (with `follow`, its own too)."""
+        return Path(self._text(name, follow=follow))
+
+    def _text(self, name: str, *, follow: bool = True) -> str:
+        self._check(name)
+        path = f"{self.root}/{name}" if name else self.root
+        folder = f"{self.root}/{name.rpartition('/')[0]}" if "/" in name else ""
+        places = [folder] * bool(folder) + [path] * bool(name and follow)
+        if any(os.path.islink(place) for place in places):  # noqa: PTH114 - a Path costs more than the call
+            target = os.path.realpath(path if follow else folder)
+            if not Path(target).is_relative_to(os.path.realpath(self.root)):
+                raise StoreError(
+                    f"{path} leads to {target}, outside the cache; nothing was changed. Move the file itself into the"
+                    " cache, or the whole cache to where it is."
+                )
+        return path
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[int]:
+        """A file descriptor for reading; CacheError if it is a folder, a pipe or a device."""
+        path = self._text(name)
+        with _reading(path):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait for a writer
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise CacheError(f"{path} is not a regular file; move it out of the cache and rerun.")
+                yield fd
+            finally:
+                os.close(fd)
+
+    def _names(self, folder: str) -> list[str]:
+        path = self._locate(folder)
+        with _reading(str(path)), suppress(FileNotFoundError):
+            return os.listdir(path)  # noqa: PTH208 - 10,000 names are wanted, no paths
+        return []
+
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        with _reading(self._folder / folder) as path, suppress(FileNotFoundError), os.scandir(path) as entries:
+        path = self._locate(folder)
+        with _reading(str(path)), suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # a temporary file that was published since
-                    found[entry.name] = entry.stat().st_size
+                    found[entry.name] = entry.stat(follow_symlinks=False).st_size
         return found
 
     def size(self, name: str) -> int | None:
-        with _reading(self._folder / name) as path, suppress(FileNotFoundError):
+        path = self._locate(name)
+        with _reading(str(path)), suppress(FileNotFoundError):
             return path.stat().st_size
         return None
 
     def modified(self, name: str) -> float:
-        return (self._folder / name).stat().st_mtime
+        return self._locate(name, follow=False).lstat().st_mtime
+
+    def now(self) -> float:
+        draft = self.draft("")
+        try:
+            draft.write(b"1")
+            return draft.path.stat().st_mtime
+        finally:
+            draft.discard()
 
     def read(self, name: str) -> bytes:
-        with _reading(self._folder / name) as path:
-            return path.read_bytes()
+        with self._open(name) as fd:
+            size = os.fstat(fd).st_size
+            self._check_size(name, size)
+            return _read_at(fd, 0, size)
 
     def read_many(self, names: list[str]) -> list[bytes | None]:
         return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
-        with _reading(self._folder / name) as path, pa.memory_map(str(path)) as source:
-            if offset >= source.size():
-                return pa.py_buffer(b"")
-            source.seek(offset)
-            return source.read_buffer(num_bytes)
+        with self._open(name) as fd:  # not mapped: a disk's error would be SIGBUS
+            left = max(0, os.fstat(fd).st_size - offset)
+            return pa.py_buffer(_read_at(fd, offset, min(num_bytes, left)))
 
     def hash(self, name: str) -> str:
-        with _reading(self._folder / name) as path, path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with self._open(name) as fd:
+            while chunk := os.read(fd, _CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def local_copy(self, name: str) -> Path:
-        return self._folder / name
+        return self._locate(name)
 
     def draft(self, folder: str) -> Draft:
-        path = self._folder / folder
+        path = self._locate(folder)
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
             sync(path.parent)
         return Draft(path, self._rename)
 
     def create(self, name: str, data: bytes) -> bool:
-        path = self._folder / name
-        draft = self.draft(str(Path(name).parent))
+        path = self._locate(name, follow=False)
+        draft = self.draft(name.rpartition("/")[0])
         try:
             draft.write(data)
             draft.finish()
@@ -250,14 +340,39 @@ class LocalStore(Store):
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            (self._folder / name).unlink()
+            self._locate(name, follow=False).unlink()
+
+    def set_aside(self, name: str) -> str:
+        folder = self._locate(WITHDRAWN)
+        folder.mkdir(exist_ok=True)
+        path, new = self._locate(name, follow=False), _aside(name)
+        with suppress(FileNotFoundError):
+            path.rename(self._folder / new)
+            sync(folder)
+            sync(path.parent)
+        return new
 
     def check_create(self) -> None:
         pass  # a hard link is never made over a file
 
     def _rename(self, path: Path, name: str) -> None:
-        path.rename(self._folder / name)
-        sync((self._folder / name).parent)
+        target = self._locate(name, follow=False)
+        path.rename(target)
+        sync(target.parent)
+
+
+def _read_at(fd: int, offset: int, num_bytes: int) -> bytes:
+    """Bytes of a file from `offset` on, fewer where it ends before."""
+    parts = []
+    while num_bytes and (part := os.pread(fd, num_bytes, offset)):
+        parts.append(part)
+        offset, num_bytes = offset + len(part), num_bytes - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _aside(name: str) -> str:
+    """A new name in the folder of withdrawn files, which keeps apart what was withdrawn at different times."""
+    return f"{WITHDRAWN}/{secrets.token_hex(4)}-{name.rsplit('/', 1)[-1]}"
 
 
 def sync(path: Path) -> None:
@@ -281,6 +396,7 @@ class ObjectStore(Store):
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url} cannot be opened ({error}); install what its protocol needs.") from error
         self._copies: dict[str, Path] = {}
+        self._sizes: dict[str, int] = {}  # as last listed
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -290,7 +406,12 @@ class ObjectStore(Store):
                 found = self._fs.ls(self._key(folder), detail=True)
             except FileNotFoundError:
                 return {}
-        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        self._sizes |= {f"{folder}/{name}": size for name, size in sizes.items()}
+        return sizes
+
+    def _names(self, folder: str) -> Iterable[str]:
+        return self.sizes(folder)
 
     def size(self, name: str) -> int | None:
         with self._requests():
@@ -303,7 +424,16 @@ class ObjectStore(Store):
         with self._requests():
             return float(self._fs.modified(self._key(name)).timestamp())
 
+    def now(self) -> float:
+        name = f"{TEMPORARY}{secrets.token_hex(8)}"
+        try:
+            self.create(name, b"1")
+            return self.modified(name)
+        finally:
+            self.remove(name)
+
     def read(self, name: str) -> bytes:
+        self._check_size(name, self._sizes.get(name) or self.size(name) or 0)
         with self._requests():
             return bytes(self._fs.cat_file(self._key(name)))
 
@@ -347,6 +477,13 @@ class ObjectStore(Store):
         with self._requests(), suppress(FileNotFoundError):
             self._fs.rm_file(self._key(name))
 
+    def set_aside(self, name: str) -> str:
+        new = _aside(name)
+        with self._requests(), suppress(FileNotFoundError):
+            self._fs.cp_file(self._key(name), self._key(new))
+            self._fs.rm_file(self._key(name))
+        return new
+
     def check_create(self) -> None:
         name = f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -360,6 +497,7 @@ class ObjectStore(Store):
         )
 
     def _key(self, name: str) -> str:
+        self._check(name)
         return f"{self._prefix}/{name}" if name else self._prefix
 
     def _local_folder(self) -> Path:

@@ -6,17 +6,19 @@ takes the place of a shard is committed before the shard is withdrawn, and reade
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from cache import commit
+from cache.batch import read_batch
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import load_fingerprint, store_fingerprint
-from cache.heads import head_digest, store_head
-from cache.reader import BatchRows, Snapshot, open_cache
-from cache.schema import CacheError
-from cache.shard import OpenShard, read_batch
+from cache.heads import check_heads, head_digest, store_head
+from cache.reader import Snapshot, open_cache, rules_of
+from cache.schema import CacheError, Rules
+from cache.shard import OpenShard
 from cache.store import Root, Store, open_store
 
 _CHUNK = 1 << 24
@@ -74,10 +76,13 @@ def prune(
     else:
         assert max_bytes is not None
         plan = [(record, []) for record in _oldest(snapshot, max_bytes)]
-    pruned = Pruned()
+    pruned, records = Pruned(), {record.name: record for record in snapshot.commit_records()}
+    rules = rules_of(snapshot.store, snapshot.fingerprint, records)
+    named = Counter(record.shard for record in records.values())
     with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
         for record, rows in plan:
-            _prune_shard(snapshot.store, record, rows, pruned, dry_run)
+            named[record.shard] -= 1
+            _prune_shard(snapshot.store, record, rows, pruned, dry_run, rules, named[record.shard] > 0)
     return pruned
 
 
@@ -129,29 +134,32 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     return found
 
 
-def _prune_shard(store: Store, record: CommitRecord, stay: list[int], pruned: Pruned, dry_run: bool) -> None:
+def _prune_shard(
+    store: Store, record: CommitRecord, stay: list[int], pruned: Pruned, dry_run: bool, rules: Rules, is_shared: bool
+) -> None:
     gone = sorted(set(range(len(record.row_ids))) - set(stay))
     tokens = sum(record.num_completion_tokens[row] for row in gone)
     freed = record.num_bytes
     if stay and dry_run:
         freed = freed * tokens // sum(record.num_completion_tokens)
     elif stay:
-        freed -= _rewrite(store, record, stay).num_bytes
+        freed -= _rewrite(store, record, stay, rules).num_bytes
     if not dry_run:
         store.remove(commit.record_path(record.name))
-        store.remove(record.shard)
+        if not is_shared:  # no writer names a shard twice
+            store.remove(record.shard)
     pruned.rows += len(gone)
     pruned.scored_tokens += tokens
     pruned.shards += not stay
     pruned.num_bytes += freed
 
 
-def _rewrite(store: Store, record: CommitRecord, rows: list[int]) -> CommitRecord:
+def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) -> CommitRecord:
     """Commits some rows of a shard as a shard of their own, their signals as they are stored."""
     shard, first, wanted = OpenShard(store), 0, set(rows)
     try:
         for index, entry in enumerate(record.batches):
-            batch = BatchRows(read_batch(store, record, index))
+            batch = read_batch(store, record, index, rules)
             for row in range(entry.num_rows):
                 if first + row in wanted:
                     shard.append(batch.record(row), batch.packed(row))
@@ -204,13 +212,15 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
         store.root, lambda: sum(len(record.row_ids) for record in commit.read_records(store, {}).values())
     ):
         store.check_create()
-        tokenizer = first.tokenizer_file()
-        text = tokenizer.read_bytes().decode() if tokenizer else None
-        committed_as = next((record.fingerprint for record in commit.read_records(store, {}).values()), None)
+        text = _tokenizer_text(first)
+        own = list(commit.read_records(store, {}).values())
+        committed_as = next((record.fingerprint for record in own), None)
+        if first.fingerprint.rules.kind == "hidden":
+            check_heads(store, own, next(iter(heads), None))
         stored = store_fingerprint(store, first.fingerprint, text, committed_as)
         for snapshot in snapshots:
             if head_digest(store) is None and (head := snapshot.head()):
-                store_head(store, head)
+                store_head(store, head, own)
         there = set(commit.record_names(store))
         copied = []
         for snapshot in snapshots:
@@ -227,8 +237,26 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
     )  # fmt: skip
 
 
+def _tokenizer_text(snapshot: Snapshot) -> str | None:
+    path = snapshot.tokenizer_file()
+    try:
+        return path.read_bytes().decode() if path else None
+    except UnicodeDecodeError as error:
+        raise CacheError(f"{snapshot.store.path(commit.TOKENIZER)} is not UTF-8 text ({error}).") from error
+
+
 def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     """Copies a shard and commits it; False if another process has done so meanwhile."""
+    if target.size(record.shard) is not None and target.hash(record.shard) != record.shard_sha256:
+        raise CacheError(
+            f"{target.path(record.shard)} is there and another file than the one of this name in {source.root};"
+            " nothing was written over it, what was copied is kept. Move one of them to a cache of its own."
+        )
+    if source.size(record.shard) != record.shard_bytes:
+        raise CacheError(
+            f"{source.path(record.shard)} has not the {record.shard_bytes:,} bytes that its commit record says; run"
+            " `python -m cache verify` on that cache. What was copied is kept."
+        )
     draft = target.draft(commit.SHARDS)
     try:
         for start in range(0, record.shard_bytes, _CHUNK):

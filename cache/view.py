@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.commit import TOKENIZER
+from cache.plain import plain
 from cache.reader import Snapshot
 from cache.schema import CacheError, Float32, Full, Hidden, Int32, Record, TeacherHead, TopK, to_float32
 
@@ -19,6 +20,8 @@ WIDTH = 100
 NUM_TOP = 5
 IDS_PER_TILE = 8_192
 _MOST_POLICIES = 12
+_CHARACTERS_PER_COLUMN = 16  # combining ones take no column
+_PIECE = 10_000  # characters that `textwrap`, which is quadratic in a word, is given at a time
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -49,7 +52,7 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 def _wrap(label: str, value: str) -> list[str]:
     """Text beside a label, on as many lines as it takes."""
-    return textwrap.wrap(value, WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+    return textwrap.wrap(plain(value[:_PIECE]), WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
 
 
 def _quantile_lines(quantiles: dict[str, dict[str, float] | None]) -> Iterator[str]:
@@ -71,7 +74,7 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield f"{'run':<34}{'policy step':>12}{'age':>8}  {'policy':<18}{'refresh':>8}{'rows':>10}"
     for policy in policies[-_MOST_POLICIES:]:
-        run, name = fit(policy["run_id"], 33), fit(policy["policy_hash"], 17)
+        run, name = fit(plain(policy["run_id"]), 33), fit(plain(policy["policy_hash"]), 17)
         step, age, refresh = policy["policy_step"], policy["age"], policy["refresh_index"]
         yield f"{run:<34}{step:>12,}{age:>8,}  {name:<18}{refresh:>8,}{policy['rows']:>10,}"
     if len(policies) > _MOST_POLICIES:
@@ -90,24 +93,24 @@ def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]
         if record.teacher_logprobs is not None:
             gap = float((record.behaviour_logprobs.astype(np.float64) - record.teacher_logprobs).sum())
         numbers = f"{record.refresh_index:>7}{record.policy_step:>9,}{len(record.completion_ids):>8,}"
-        cells = f"{name}  {pad(record.prompt_id, 14)}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
+        cells = f"{name}  {pad(plain(record.prompt_id), 14)}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
         yield fit(f"{cells}  {_one_line(record.completion_text)}", WIDTH)
 
 
 def _one_line(text: str) -> str:
-    """The beginning of a text, each run of white space as one space, what a terminal would obey as a dot."""
+    """The beginning of a text, each run of white space as one space, what a terminal would obey as its escape."""
     words = " ".join(text[: 10 * WIDTH].split())
-    return "".join(c if c.isprintable() else "·" for c in words[:WIDTH])
+    return plain(words[:WIDTH])
 
 
 def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
     """The lines that `python -m cache show` prints for row `index`: its text, then two lines a token."""
     record = snapshot[index]
     unit = snapshot.index["unit"][index].as_py()
-    yield f"row {record.row_id}, number {index} of {len(snapshot)}, unit {unit}"
+    yield f"row {record.row_id}, number {index} of {len(snapshot)}, unit {plain(unit)}"
     policy = f"policy {record.policy_hash} at step {record.policy_step:,}, refresh {record.refresh_index}"
-    yield f"run {record.run_id}, {policy}"
-    yield f"prompt {record.prompt_id}, occurrence {record.occurrence}, sample {record.sample_index}"
+    yield plain(f"run {record.run_id}, {policy}")
+    yield f"prompt {plain(record.prompt_id)}, occurrence {record.occurrence}, sample {record.sample_index}"
     yield from _text_lines(f"prompt, {len(record.prompt_ids)} tokens", record.prompt_text)
     ending = f"{len(record.completion_ids)} tokens, {record.finish_reason}"
     yield from _text_lines(f"completion, {ending}", record.completion_text)
@@ -118,8 +121,10 @@ def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
 def _text_lines(title: str, text: str) -> Iterator[str]:
     yield ""
     yield f"--- {title} ---"
-    for line in text.splitlines():
-        yield from textwrap.wrap(line, WIDTH) or [""]
+    for line in text.split("\n"):
+        line = plain(line.expandtabs(4).removesuffix("\r"))
+        for start in range(0, len(line) or 1, _PIECE):
+            yield from textwrap.wrap(line[start : start + _PIECE], WIDTH) or [""]
 
 
 def _token_lines(record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]) -> Iterator[str]:
@@ -143,11 +148,13 @@ def _number(value: float | None, width: int) -> str:
 
 def fit(text: str, width: int) -> str:
     """`text`, cut to `width` columns of a terminal."""
-    if _columns(text) <= width:
-        return text
-    while _columns(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    used = kept = 0
+    for place, character in enumerate(text):
+        used += _columns(character)
+        if used > width or place >= _CHARACTERS_PER_COLUMN * width:
+            return text[:kept] + "…"
+        kept = place + 1 if used < width else kept
+    return text
 
 
 def pad(text: str, width: int) -> str:
@@ -180,7 +187,7 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
         text = tokenizer.decode([token], skip_special_tokens=False)
         if not text or "\ufffd" in text:  # part of a character: its name in the vocabulary
             text = tokenizer.id_to_token(token) or str(token)
-        return json.dumps(text, ensure_ascii=False)
+        return plain(json.dumps(text, ensure_ascii=False))
 
     return name
 

@@ -122,7 +122,8 @@ def test_a_record_that_was_written_keeps_its_shard_though_the_disk_fails_then(tm
 def test_leftovers_are_ignored_reported_and_removed_after_a_day(tmp_path):
     write(tmp_path, range(3))
     shard = tmp_path / "shards" / files(tmp_path / "shards")[0]
-    left = [tmp_path / "shards/.tmp-0123", tmp_path / "commits/.tmp-4567", tmp_path / "shards/g9-abc-def.arrow"]
+    names = ("shards/.tmp-0123456789abcdef", "commits/.tmp-0123456789abcdef", "shards/g9-0123456789ab-01234567.arrow")
+    left = [tmp_path / name for name in names]
     for path in left:
         path.write_bytes(shard.read_bytes()[:100])
     assert_holds(tmp_path, list(range(3)))

@@ -1,5 +1,7 @@
 """Damage of every kind is found and named, and repair withdraws no more than what is damaged."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -176,24 +178,36 @@ def test_repair_keeps_every_sound_shard_whatever_happened_beside_them(tmp_path: 
     assert len(commit.record_names(open_store(root))) == len(list((root / commit.SHARDS).glob("*.arrow"))) == 3
 
 
-@pytest.mark.parametrize(("method", "folder"), [("open", commit.SHARDS), ("read_bytes", commit.COMMITS)])
-def test_files_that_may_not_be_read_are_no_damage_and_are_not_withdrawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, folder: str
+@pytest.mark.parametrize("folder", [commit.SHARDS, commit.COMMITS])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.EACCES, "no permission to read it"), (errno.EMFILE, "Too many open files"),
+        (errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle"),
+    ],
+)  # fmt: skip
+def test_files_that_the_machine_fails_to_read_are_no_damage_and_are_not_withdrawn(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    code: int,
+    said: str,
 ) -> None:
     three_shards(tmp_path)
-    original = getattr(Path, method)
+    original = os.open
 
-    def deny(path: Path, *args: object, **kwargs: object) -> object:
-        if path.parent.name == folder:
-            raise PermissionError(13, "Permission denied", str(path))
+    def fail(path: Path, *args: int, **kwargs: int) -> int:
+        if Path(path).parent.name == folder:
+            raise OSError(code, os.strerror(code), str(path))
         return original(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, method, deny)
+        patch.setattr(os, "open", fail)
         assert main(["verify", "--repair", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"error: {tmp_path}/{folder}/")
-    assert "no permission to read it; nothing was changed" in captured.err
+    assert f"{said}; nothing was changed" in captured.err
     assert captured.err.count("\n") == 1
     assert (verify(tmp_path), len(cache.open(tmp_path))) == ([], 9)

@@ -232,8 +232,8 @@ def test_view_lists_the_rows_in_order_a_page_at_a_time(tmp_path, run):
 def test_neither_the_worst_nor_the_longest_decode_more_than_they_print(tmp_path, run, monkeypatch):
     write(tmp_path, range(9))
     decoded = []
-    decode = cache.reader.codec.decode
-    monkeypatch.setattr("cache.reader.codec.decode", lambda packed: decoded.append(1) or decode(packed))
+    decode = cache.batch.codec.decode
+    monkeypatch.setattr("cache.batch.codec.decode", lambda *packed: decoded.append(1) or decode(*packed))
     run("show", tmp_path, "--worst", 2)
     run("show", tmp_path, "--longest", 2)
     assert len(decoded) == 4
@@ -310,7 +310,7 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
         assert (code, out, err) == (
             2,
             "",
-            f"error: {tmp_path}/odd/fingerprint.json: Is a directory; mend that and rerun.\n",
+            f"error: {tmp_path}/odd/fingerprint.json is not a regular file; move it out of the cache and rerun.\n",
         )
 
 

@@ -290,7 +290,7 @@ def test_verify_checks_the_rows_behind_sound_digests(tmp_path, monkeypatch):
         writer.commit("g0")
     (finding,) = cache.verify(tmp_path)
     assert finding.rows == (0, 0)
-    assert f"{finding.file} row 0: row {row_id(3)}: teacher_logprobs[1] is -inf" in str(finding)
+    assert f"{finding.file} is not what was committed: row {row_id(3)}: teacher_logprobs[1] is -inf" in str(finding)
 
 
 def test_there_must_be_a_cache(tmp_path):

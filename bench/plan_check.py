@@ -172,7 +172,7 @@ def _random_model(role: str, options: Options) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             _model_config(role, options.tiny), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    teachers.restore_rotary(model)
+    teachers.restore_buffers(model)
     return model.eval()
 
 

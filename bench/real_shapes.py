@@ -5,8 +5,9 @@
 Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16), then, each part by `--only`:
   zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both against fp32;
   stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
-  memory  five refreshes: memory allocated after each.
-`--processes N` runs `stages` under torchrun, a GPU each; its figures are noted as `stages_on_N`.
+  memory  six refreshes of 640 rollouts, each scored in forwards of many shapes: memory allocated after each.
+`--processes N` runs `stages` and `memory` under torchrun, a GPU each; figures are noted as `stages_on_N`, `memory_on_N`.
+On a CPU: `--device cpu --tiny`.
 Writes real_shapes.json: figures, each part's with its device and versions.
 """
 
@@ -119,10 +120,9 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: 
         "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
         "--max_steps", "8", "--refresh_every", "4",
     ])  # fmt: skip
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
     started = time.perf_counter()
     for stage in ("rollout", "train"):
-        subprocess.run([sys.executable, "-m", *launcher, f"stages.{stage}", *common], check=True)
+        _launch(stage, common, processes)
     records = metrics.read(Path("runs/real_shapes/metrics.jsonl"))
     clocks = {r["start"]: r for r in records if r["kind"] == "clock"}.values()
     seconds = {phase: sum(c[phase] for c in clocks) for phase in metrics.PHASES}
@@ -149,22 +149,33 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: 
     }
 
 
-def run_memory(models: Path, dataset: Path, device: str) -> dict[str, Any]:
-    """Memory allocated after each of five refreshes, and its spread against the first."""
+def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
+    """Memory allocated after each of six refreshes, and its largest growth in weights of the teacher that a process holds."""
     shutil.rmtree("runs/memory", ignore_errors=True)
+    size = ["--num_prompts", "512", "--rollouts_per_refresh", "640", "--max_new_tokens", "128", "--score_tokens", "8192",
+            "--rollouts_per_unit", "160"]  # fmt: skip
+    tiny_size = ["--num_prompts", "64", "--rollouts_per_refresh", "32", "--max_new_tokens", "8", "--score_tokens", "512",
+                 "--rollouts_per_unit", "16"]  # fmt: skip
     common = _common(models, dataset, device, "memory", [
-        "--num_prompts", "16", "--rollouts_per_refresh", "16", "--max_new_tokens", "8", "--batch_size", "8",
-        "--group_size", "1", "--grad_accum", "1", "--max_steps", "6", "--refresh_every", "1", "--rollouts_per_unit", "16",
+        *(tiny_size if tiny else size), "--batch_size", "32", "--group_size", "2", "--grad_accum", "1",
+        "--max_steps", "14", "--refresh_every", "2", "--warmup_steps", "2", "--checkpoint_every", "50",
     ])  # fmt: skip
     for stage in ("rollout", "train"):
-        subprocess.run([sys.executable, "-m", f"stages.{stage}", *common], check=True)
-    after = [
-        r["memory_allocated_bytes"] for r in metrics.read(Path("runs/memory/metrics.jsonl")) if r["kind"] == "refresh"
-    ]
+        _launch(stage, common, processes)
+    records = [r for r in metrics.read(Path("runs/memory/metrics.jsonl")) if r["kind"] == "refresh"]
+    after = [r["memory_allocated_bytes"] for r in records]
+    weights = sum(path.stat().st_size for path in (models / "teacher").glob("*.safetensors")) / processes
     return {
         "allocated_bytes_after_refresh": after,
-        "largest_change": max(abs(a / after[0] - 1) for a in after) if after[0] else 0.0,
+        "teacher_bytes_a_process": weights,
+        "largest_growth_in_teachers": (max(after) - after[0]) / weights,
+        "probe_gap": [r["probe_gap"] for r in records],
     }
+
+
+def _launch(stage: str, flags: list[str], processes: int) -> None:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    subprocess.run([sys.executable, "-m", *launcher, f"stages.{stage}", *flags], check=True)
 
 
 def _common(models: Path, dataset: Path, device: str, name: str, more: list[str]) -> list[str]:
@@ -182,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--only", choices=["zero3", "stages", "memory"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--processes", type=int, default=1, help="of `stages`")
+    parser.add_argument("--processes", type=int, default=1, help="of `stages` and `memory`")
     parser.add_argument("--tiny", action="store_true", help="small shapes: does everything run?")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -192,7 +203,7 @@ def main() -> None:
     print(f"models made after {time.perf_counter() - started:.0f} s", flush=True)
     parts = {
         "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny, options.processes),
-        "memory": lambda: run_memory(options.models, options.dataset, options.device),
+        "memory": lambda: run_memory(options.models, options.dataset, options.device, options.tiny, options.processes),
         "zero3": lambda: check_zero3(options.models, options.device),  # last: it sets this process up for DeepSpeed
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +218,7 @@ def main() -> None:
     }
     for name, part in parts.items():
         if options.only in (None, name):
-            key = f"stages_on_{options.processes}" if name == "stages" and options.processes > 1 else name
+            key = f"{name}_on_{options.processes}" if name != "zero3" and options.processes > 1 else name
             found[key] = part() | {"machine": machine}
             path.write_text(json.dumps(found, indent=1))
             print(key, json.dumps(found[key], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)

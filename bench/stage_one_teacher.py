@@ -95,7 +95,7 @@ def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype =
         )
     if dtype != torch.bfloat16:
         model.to(dtype)
-    teachers.restore_rotary(model)  # drawn in bf16 with the rest; loading keeps them in fp32
+    teachers.restore_buffers(model)  # drawn in bf16 with the rest; loading keeps them in fp32
     return model.eval().requires_grad_(False)
 
 

@@ -14,9 +14,14 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":  # signals first: what follows imports for seconds
+    from stages.runtime import ending
+
+    ending.install()
+
 import json
 
-from stages.loops import measure, setup
+from stages.loops import measure, preflight, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
 from stages.runtime.errors import command
@@ -25,10 +30,12 @@ from stages.runtime.run import open_run
 
 def main() -> None:
     run = open_run(__doc__ or "")
+    run.claim()
     has_teacher = bool(run.config.models.teacher_model)
-    vocabulary = setup.shared_vocabulary(run.config) if has_teacher else setup.cached_vocabulary(run.config)
-    evaluation = measure.open_evaluation(run, vocabulary)
-    student, position = setup.current_student(run, vocabulary)
+    read = setup.shared_vocabulary if has_teacher else setup.cached_vocabulary
+    ready = preflight.check_early(run, preflight.Work(scores=has_teacher, evaluates=True), read)
+    evaluation = measure.open_evaluation(run, ready.vocabulary, ready.heldout)
+    student, position = setup.current_student(run, ready.vocabulary)
     if run.config.train.export_checkpoint == "best":  # what was exported is what is measured
         checkpoint.load_best(run.folder / "checkpoints", student.trainable)
     label = "after" if position.step else "before"

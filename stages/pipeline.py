@@ -13,24 +13,30 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from stages.loops import measure, refresh, setup
+if __name__ == "__main__":  # signals first: what follows imports for seconds
+    from stages.runtime import ending
+
+    ending.install()
+
+from stages.loops import measure, preflight, refresh, setup
 from stages.models.teacher import TeacherLoader
-from stages.report import summary, write_report
+from stages.report import own_config, summary, write_report
 from stages.runtime.errors import command
 from stages.runtime.run import open_run
-from stages.runtime.split import rows_per_micro_step
-from stages.train import train
+from stages.train import train, write_model_card
 
 
 def main() -> None:
     run = open_run(__doc__ or "")
+    run.claim()
+    setup.check_history(run)
     refresh.refuse_role(run.config)
-    rows_per_micro_step(run.config, run.world.size)
-    vocabulary = setup.shared_vocabulary(run.config)
-    evaluation = measure.open_evaluation(run, vocabulary)
+    everything = preflight.Work(generates=True, scores=True, trains=True, evaluates=True)
+    ready = preflight.check_early(run, everything)
+    vocabulary, prompts = ready.vocabulary, ready.prompts
+    evaluation = measure.open_evaluation(run, vocabulary, ready.heldout)
     student, position = setup.current_student(run, vocabulary)
     measure.measure_teacher(evaluation)
-    prompts = refresh.prompts_of(run, vocabulary)
     if position.step == 0:
         with TeacherLoader(run.config, run.world) as teacher:
             measure.measure(evaluation, student, 0, "before", teacher)
@@ -40,7 +46,10 @@ def main() -> None:
         measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:
-        run.metrics.say(summary(write_report(run.folder, run.config), run.folder, run.config))
+        if (run.folder / "student").is_dir():
+            write_model_card(run, run.config.train.max_steps)
+        config = own_config(run.folder, run.config)
+        run.metrics.say(summary(write_report(run.folder, config), run.folder, config))
     run.metrics.close()
 
 

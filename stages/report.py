@@ -14,6 +14,11 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":  # signals first: what follows imports for seconds
+    from stages.runtime import ending
+
+    ending.install()
+
 import json
 import sys
 from pathlib import Path
@@ -21,8 +26,9 @@ from typing import Any
 
 import cache
 from stages.runtime import config as configuration
-from stages.runtime import metrics, page, rounds
+from stages.runtime import history, metrics, page, rounds
 from stages.runtime.config import Config
+from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
@@ -30,6 +36,7 @@ from stages.runtime.gate_summary import gate_summary
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
 NOTICEABLE_POINTS = 1.0  # a smaller change of accuracy is called none
+NOTICEABLE_CUT = 0.05  # a smaller share of cut completions is in the figures alone
 
 
 def write_report(folder: Path, config: Config) -> Report:
@@ -47,7 +54,7 @@ def collect(folder: Path, config: Config) -> Report:
     report: Report = {
         "before": _measures(evaluations["before"]),
         "after": _measures(evaluations["after"]),
-        "teacher": {"accuracy": evaluations["teacher"].get("accuracy")},
+        "teacher": {name: evaluations["teacher"].get(name) for name in ("accuracy", "cut_share")},
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
@@ -68,7 +75,7 @@ def verdict(report: Report) -> str:
     done = f"{run['steps']} of {run['max_steps']} steps"
     if after["forward_kl"] is None and after["accuracy"] is None and after["on_student"]["forward_kl"] is None:
         return f"Unfinished: {done}, and nothing measured after them."
-    found = _answers_and_divergence(report)
+    found = _answers_and_divergence(report) + _cut_clause(report)
     if run["steps"] < run["max_steps"]:
         return f"Unfinished, {done}; as last measured: {found}"
     return found[0].upper() + found[1:]
@@ -92,6 +99,13 @@ def _answers_and_divergence(report: Report) -> str:
     return f"the student did not improve on the answers ({solved}); {divergence}."
 
 
+def _cut_clause(report: Report) -> str:
+    """Of the rollouts trained on and of the answers after training: what was cut, if it is much."""
+    shares = {"completions": report["cache"]["cut_share"], "held-out answers": report["after"]["cut_share"]}
+    much = [cut_sentence(share, what) for what, share in shares.items() if (share or 0) >= NOTICEABLE_CUT]
+    return f" {'; '.join(much)}." if much else ""
+
+
 def summary(report: Report, folder: Path, config: Config) -> str:
     """What the demo prints last: the verdict, the table, where the time went, and what to do next."""
     run, stored = report["run"], report["cache"]
@@ -101,10 +115,14 @@ def summary(report: Report, folder: Path, config: Config) -> str:
             f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly forward KL);"
             f" mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end {_show(run['last_step_gate'], '{:.3f}')}"
         )
+    spans = run["configurations"]
+    if len(spans) > 1:
+        lines += [f"keys    {_span(span)}" for span in spans[1:]]
     if stored["rows"]:
         lines.append(
             f"cache   {stored['rows']:,} rollouts, {stored['scored_tokens']:,} scored tokens,"
-            f" {stored['bytes_per_token']:.1f} bytes a token ({stored['signal_bytes_per_token']:.1f} of them teacher signal)"
+            f" {stored['bytes_per_token']:.1f} bytes a token ({stored['signal_bytes_per_token']:.1f} of them teacher signal);"
+            f" {cut_sentence(stored['cut_share'])}"
         )
     lines += [
         "",
@@ -116,12 +134,18 @@ def summary(report: Report, folder: Path, config: Config) -> str:
     return "\n".join(lines)
 
 
+def _span(span: Report) -> str:
+    changed = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in span["changed"].items())
+    return f"steps {span['steps'][0]} to {span['steps'][1]} with {changed or 'the same keys, elsewhere or by other versions'}"
+
+
 def _table(report: Report) -> list[str]:
     """Before, after and teacher, aligned."""
     before, after = report["before"], report["after"]
     own_before, own_after = before["on_student"], after["on_student"]
     rows = [
         ("held-out problems solved", before["accuracy"], after["accuracy"], "{:.1%}"),
+        ("held-out answers cut at max_new_tokens", before["cut_share"], after["cut_share"], "{:.1%}"),
         ("forward KL on its own text, nats/token", own_before["forward_kl"], own_after["forward_kl"], "{:.4f}"),
         ("reverse KL on its own text", own_before["reverse_kl"], own_after["reverse_kl"], "{:.4f}"),
         ("same most likely token, its own text", own_before["top1_agreement"], own_after["top1_agreement"], "{:.1%}"),
@@ -129,7 +153,7 @@ def _table(report: Report) -> list[str]:
         ("reverse KL on teacher text", before["reverse_kl"], after["reverse_kl"], "{:.4f}"),
         ("same most likely token, teacher text", before["top1_agreement"], after["top1_agreement"], "{:.1%}"),
     ]
-    teacher = [report["teacher"]["accuracy"], *[None] * (len(rows) - 1)]
+    teacher = [report["teacher"]["accuracy"], report["teacher"]["cut_share"], *[None] * (len(rows) - 2)]
     return [f"{'':<40}{'before':>10}{'after':>10}{'teacher':>10}"] + [
         f"{name:<40}" + "".join(f"{_show(value, form):>10}" for value in (old, new, best))
         for (name, old, new, form), best in zip(rows, teacher, strict=True)
@@ -157,6 +181,8 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
         "first_step_share_forward": first.get("share_forward"),
         "first_step_gate": first.get("gate"),
         "last_step_gate": last.get("gate"),
+        "configurations": _spelled(history.spans(records)),
+        "warnings": [record["text"] for record in records if record["kind"] == "warning"],
     }
 
 
@@ -180,16 +206,17 @@ def _measures(found: dict[str, Any]) -> Report:
     return {
         **{name: found.get(name) for name in MEASURES},
         "accuracy": found.get("accuracy"),
-        "on_student": {name: own.get(name) for name in MEASURES},
+        "cut_share": found.get("cut_share"),
+        "on_student": {name: own.get(name) for name in (*MEASURES, "cut_share")},
     }
 
 
 def _cache(root: str) -> Report:
     keys = ("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token")
     if not cache.exists(root):
-        return dict.fromkeys(keys)
+        return dict.fromkeys((*keys, "cut_share"))
     found = cache.open(root).summary()
-    return {key: found[key] for key in keys}
+    return {key: found[key] for key in keys} | {"cut_share": cut_share(found["finish_reasons"])}
 
 
 def _seconds(records: list[dict[str, Any]]) -> Report:
@@ -236,8 +263,8 @@ def _show(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _own_config(folder: Path, given: Config) -> Config:
-    """What the run was made with; where it lies now, `given` says."""
+def own_config(folder: Path, given: Config) -> Config:
+    """What the newest steps of the run were trained with; where it lies now, `given` says."""
     path = folder / "config.yaml"
     if not path.exists():
         return given
@@ -254,7 +281,7 @@ def main() -> None:
         raise UserError(
             f"there is no run at {folder}; run `python -m stages.pipeline` with the same configuration first."
         )
-    config = _own_config(folder, given)
+    config = own_config(folder, given)
     print(summary(write_report(folder, config), folder, config))
 
 

@@ -21,11 +21,18 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":  # signals first: what follows imports for seconds
+    from stages.runtime import ending
+
+    ending.install()
+
 import sys
+from pathlib import Path
 
 import cache
-from stages.loops import follow, progress, refresh, roles, schedule, setup
+from stages.loops import follow, preflight, progress, refresh, roles, schedule, setup
 from stages.models.teacher import TeacherLoader
+from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
 from stages.runtime.run import Run, open_run
 
@@ -36,18 +43,22 @@ def main() -> None:
         _follow(arguments)
         return
     run = open_run(__doc__ or "")
-    vocabulary = setup.shared_vocabulary(run.config)
     role = run.config.rollout.role
+    if role == "generate" and "://" not in run.config.unscored_root:
+        run.claim(Path(run.config.unscored_root))
+    elif role != "score":  # any number of these, beside their generator
+        run.claim()
     position = setup.newest_position(run)
     due = 0 if position.step == 0 else position.newest + 1
     if due and not schedule.due(run.config, position):
         run.metrics.say(f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own")
         return
+    ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
+    vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
         if role == "score":
             num_units = roles.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:
-            prompts = refresh.prompts_of(run, vocabulary)
             student, _ = setup.current_student(run, vocabulary)
             if role == "generate":
                 num_units = roles.generate_rollouts(
@@ -77,12 +88,14 @@ def tell(run: Run, num_units: int) -> None:
     generates_only = run.config.rollout.role == "generate"
     root = run.config.unscored_root if generates_only else run.config.cache_root
     summary = cache.open(root).summary()
-    how = progress.last_line(run)
+    how, cut = progress.last_line(run), cut_share(summary["finish_reasons"])
     run.metrics.say(
         (f"{how}\n" if how else "")
         + f"{num_units} units written; {root} holds {summary['rows']} rollouts, {summary['scored_tokens']}"
-        f" {'tokens' if generates_only else 'scored tokens'}, {summary['bytes_per_token']:.1f} bytes a token\n"
-        f"look:  python -m cache show {root} --index 0\n"
+        f" {'tokens' if generates_only else 'scored tokens'}, {summary['bytes_per_token']:.1f} bytes a token"
+        + (f"; {cut_sentence(cut)}" if cut is not None else "")
+        + "\n"
+        + f"look:  python -m cache show {root} --index 0\n"
         + (
             f"next:  python -m stages.rollout --role score with the same configuration; then {root} may be deleted"
             if generates_only

@@ -14,23 +14,31 @@ if not __package__:  # run as a file: the repository's root is importable, not s
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":  # signals first: what follows imports for seconds
+    from stages.runtime import ending
+
+    ending.install()
+
 import time
+from typing import Any
 
 import cache
 from stages.data.prompts import Prompt
-from stages.loops import fit, measure, refresh, schedule, setup, versions
+from stages.loops import fit, measure, preflight, refresh, schedule, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
-from stages.models.student import Student
-from stages.runtime import checkpoint
+from stages.models.student import Student, policy_hash
+from stages.runtime import checkpoint, history, metrics
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
+from stages.runtime.files import replace_text
 from stages.runtime.run import Run, open_run
-from stages.runtime.split import rows_per_micro_step
 
 
 def main() -> None:
     run = open_run(__doc__ or "")
+    run.claim()
+    setup.check_history(run)
     if run.config.refresh.refresh_mode == "external":
         _await_cache(run)
     if not cache.exists(run.config.cache_root):
@@ -38,20 +46,22 @@ def main() -> None:
             f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout` with the same"
             " configuration first, or name one with --cache_dir."
         )
-    vocabulary = setup.cached_vocabulary(run.config)
-    student, _ = setup.current_student(run, vocabulary)
-    train(run, student, vocabulary)
+    ready = preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
+    student, _ = setup.current_student(run, ready.vocabulary)
+    train(run, student, ready.vocabulary, ready.prompts)
+
+
+def _work(config: Config) -> preflight.Work:
+    """Without refreshes no teacher is asked; held-out KLs are measured on text that it may have written before."""
+    inline = config.refreshes and config.refresh.refresh_mode == "inline"
+    if inline:
+        refresh.refuse_role(config)
+    return preflight.Work(generates=inline, scores=inline, trains=True, evaluates=bool(config.eval.eval_every))
 
 
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
     """Trains to max_steps and exports the student to `runs/<name>/student`; refreshes read the prompts if not given."""
-    rows_per_micro_step(run.config, run.world.size)
-    check_caches(run.config)
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
-    if inline:  # better now than at the first refresh
-        refresh.refuse_role(run.config)
-        wanted = setup.fingerprint(run.config, vocabulary, run.config.teacher_signal)
-        cache.open(run.config.cache_root).fingerprint.compare(wanted, run.config.cache_root)
     training = fit.prepare(run, student)
     if prompts is None:
         prompts = refresh.prompts_of(run, vocabulary) if inline else []
@@ -65,6 +75,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
 
     evaluate = heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None
     schedule.fit(run, training, refresh_now, evaluate)
+    kept = None
     if run.config.train.export_checkpoint == "best":
         kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
         if kept is None:
@@ -73,11 +84,28 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
                 " held-out KL was measured; raise max_steps, or set export_checkpoint: last."
             )
         run.metrics.say(f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text")
-    if run.world.is_main:
-        students.export(student, run.folder / "student")
-    run.world.barrier()
+    _export(run, student, training.step if kept is None else kept.step)
     run.log_totals("train")
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+
+
+def _export(run: Run, student: Student, step: int) -> None:
+    """Writes the student of `step`, with a model card, unless the run has exported just that (collective)."""
+    run.world.barrier()
+    if not run.world.is_main:
+        return
+    folder, now = run.folder / "student", {"step": step, "policy_hash": policy_hash(student)}
+    last: dict[str, Any] = next((r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {})
+    if not (now.items() <= last.items() and (folder / "README.md").exists()):
+        students.export(student, folder)
+        write_model_card(run, step)
+        run.metrics.log("export", **now)
+
+
+def write_model_card(run: Run, step: int) -> None:
+    """The exported student's README.md (main process)."""
+    text = history.model_card(metrics.read(run.metrics.path), run.config, step)
+    replace_text(run.folder / "student" / "README.md", text)
 
 
 def _await_cache(run: Run) -> None:
@@ -85,28 +113,13 @@ def _await_cache(run: Run) -> None:
     told = False
     while not run.world.gather(cache.exists(run.config.cache_root))[0]:
         if not told:
+            if run.world.is_main:
+                run.metrics.keep_config()  # the follower's
             run.metrics.say(
                 f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}` begins"
             )
         told = True
         time.sleep(versions.POLL_SECONDS)
-
-
-def check_caches(config: Config) -> None:
-    """Refuses caches that are not there, or that cannot be trained on together or with this loss."""
-    own = cache.open(config.cache_root).fingerprint
-    check_loss(config, config.cache_root, own)
-    for root in config.run.extra_caches:
-        if not cache.exists(root):
-            raise UserError(f"extra_caches: there is no teacher cache at {root}.")
-        other = cache.open(root).fingerprint
-        for name in ("tokenizer", "vocab_size"):
-            if other.must_match[name] != own.must_match[name]:
-                raise UserError(
-                    f"extra_caches: the {name} of {root} is {other.must_match[name]}, that of {config.cache_root} is"
-                    f" {own.must_match[name]}; only caches of one tokenizer and vocabulary cut can be mixed."
-                )
-        check_loss(config, root, other)
 
 
 def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
@@ -120,29 +133,6 @@ def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
             " teacher_model that fits whole on the device."
         )
     return lambda training: measure.on_teacher_text(evaluation, training.student)
-
-
-def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
-    """Refuses a loss that the rows of the cache at `root`, whoever wrote them, cannot support."""
-    signal, recorded = stored.must_match["signal"], stored.recorded
-    if signal["kind"] in ("topk", "nucleus") and config.loss.temperature != signal["temperature"]:
-        raise UserError(
-            f"{root} holds {signal['kind']} rows at temperature {signal['temperature']}, the loss is at"
-            f" {config.loss.temperature}; only hidden and full rows serve other temperatures."
-        )
-    if config.loss.rkl == "mc" and (recorded.get("sample_top_p", 1) < 1 or recorded.get("sample_top_k", 0) > 0):
-        raise UserError(
-            f"{root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
-            f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."
-        )
-    names = "sample_temperature", "sample_top_p", "sample_top_k"
-    sampled = tuple(recorded.get(name, whole) for name, whole in zip(names, (1, 1, 0), strict=True))
-    if config.refresh.drift_to_forward and sampled != (config.loss.temperature, 1, 0):
-        raise UserError(
-            f"{root} was sampled with temperature {sampled[0]}, top_p {sampled[1]} and top_k {sampled[2]}: drift_to_forward"
-            f" would take that for drift; use rows drawn at the loss's temperature ({config.loss.temperature}) from the whole"
-            " distribution, or drift_to_forward 0."
-        )
 
 
 if __name__ == "__main__":

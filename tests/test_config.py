@@ -356,3 +356,41 @@ def test_a_file_that_lists_every_key_may_have_any_schedule(tmp_path: Path) -> No
 def test_a_later_source_may_take_the_schedule_from_an_earlier_ones_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "linear.yaml", "tau_schedule: linear\ntau_end: 0.3\n")
     assert parse("--config", path, "--tau_schedule", "constant").gate.tau_end == 0.3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "chat_template_kwargs: &a {x: *a}", "tau: " + "[" * 5000 + "]" * 5000, "max_steps: " + "9" * 5000, "max_steps: " + "9" * 50,
+        "max_steps: 0x" + "f" * 5000, "tau: 2020-13-45", "tau: !!timestamp xyz", "tau: !!binary '***'", "? [a, b]\n: 1", "tau: 1\0",
+        "chat_template_kwargs: {d: !!set {a}}", "- a", "tau: !!python/object/apply:os.getcwd []", "tau: " + "x" * 5000,
+        "chat_template_kwargs:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n  b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+        "  c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\n  d: [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]",
+    ],
+)  # fmt: skip
+def test_whatever_a_file_holds_is_data_or_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse("--config", str(path))
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_encoding_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("run_name: café\n".encode("latin1"))
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        parse("--config", str(path))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "...", "a/b", ""])
+def test_a_run_stays_below_its_folder(name: str) -> None:
+    with pytest.raises(UserError, match="run_name"):
+        parse("--run_name", name)
+
+
+@pytest.mark.parametrize("name", ["2021-02-30", "1e5", "12", "true", ".hidden", "null"])
+def test_a_name_that_looks_like_something_else_is_written_and_read_as_itself(tmp_path: Path, name: str) -> None:
+    (tmp_path / "c.yaml").write_text(configuration.to_yaml(parse("--run_name", name)))
+    assert parse("--config", str(tmp_path / "c.yaml")).run.run_name == name

@@ -4,18 +4,17 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from stages.models import checkpoints
+from stages.models import checkpoints, ends
 from stages.models.decoding import steps
 from stages.models.decoding.sampling import sampling_logits
 from stages.models.generation import Sampling
-from stages.runtime.errors import UserError
+from stages.models.readout import readout_of
 from tests.helpers import ROOT, STUDENT
 from tests.small_models import (
     CONFIGS,
@@ -47,6 +46,7 @@ def test_a_bf16_model_gives_unrounded_logits(
 ) -> None:
     model = copy.deepcopy(student_model).to(torch.bfloat16)
     head = model.get_output_embeddings()
+    readout_of(model)  # a forward of its own
     states, scores = [], []
     model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output))
     original = steps.choose
@@ -248,19 +248,13 @@ def test_the_checkpoints_generation_config_does_not_change_rollouts(
     student_model: Any, tokenizer: Any, opinionated: str, prompts: list[np.ndarray]
 ) -> None:
     model = checkpoints.load_model(opinionated, "main", torch.float32, "sdpa")
-    assert checkpoints.eos_ids(model, tokenizer) == (1, 3)  # of all its settings these are used
+    assert set(ends.checkpoint_ends(opinionated, "main")) == {1, 3}  # of all its settings these are used
     for sampling in (Sampling(40, temperature=1.2), Sampling(40, greedy=True)):
         expected = run(student_model, prompts, sampling, eos_ids=(1, 3))
         found = run(model, prompts, sampling, eos_ids=(1, 3))
         for a, b in zip(expected, found, strict=True):
             assert same(a, b)
             assert np.array_equal(a.logprobs, b.logprobs)
-
-
-def test_a_model_without_any_eos_is_a_sentence() -> None:
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    with pytest.raises(UserError, match="no EOS token"):
-        checkpoints.eos_ids(model, SimpleNamespace(eos_token_id=None))
 
 
 def test_a_model_in_training_is_put_back_into_training(student_model: Any, prompts: list[np.ndarray]) -> None:

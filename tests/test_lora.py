@@ -111,13 +111,16 @@ def test_values_and_gradients_on_cuda_are_those_of_the_cpu(run: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_without_gradients_an_update_far_below_a_step_of_bfloat16_is_kept(bias: bool, device: str) -> None:
+@pytest.mark.parametrize(("bias", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_without_gradients_an_update_far_below_a_step_of_bfloat16_is_kept(
+    bias: bool, dropout: float, device: str
+) -> None:
     """PEFT adds it to values that were rounded before, where most of it is lost."""
     torch.manual_seed(0)
     model: Any = get_peft_model(
-        nn.Sequential(nn.Linear(256, 256, bias=bias)).to(torch.bfloat16), LoraConfig(r=16, target_modules=["0"])
-    )
+        nn.Sequential(nn.Linear(256, 256, bias=bias)).to(torch.bfloat16),
+        LoraConfig(r=16, target_modules=["0"], lora_dropout=dropout),
+    ).eval()
     layer = model.base_model.model[0]
     layer.lora_B.default.weight.data.normal_(0, 2e-4)
     x = torch.randn(512, 256).to(torch.bfloat16)

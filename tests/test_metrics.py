@@ -1,15 +1,14 @@
-"""What a run logs: metrics.jsonl survives what a crash cuts off, a run on the site is one run."""
+"""What a run logs: metrics.jsonl survives what a crash cuts off, and nothing is written by who does nothing."""
 
-import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from stages.runtime.errors import UserError
 from stages.runtime.metrics import read as read_metrics
 from tests.helpers import make_run
 from tests.tiny_runs import TINY
+
+
+def kinds(path: Path) -> list[str]:
+    return [record["kind"] for record in read_metrics(path)]
 
 
 def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -18,40 +17,42 @@ def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: P
     with run.metrics.path.open("a") as file:
         file.write('{"kind": "step", "st')
     make_run(tmp_path, **TINY).metrics.log("evaluation", step=2)
-    assert [record["kind"] for record in read_metrics(run.metrics.path)] == ["step", "evaluation"]
+    assert kinds(run.metrics.path) == ["config", "step", "evaluation"]
 
 
-def test_all_starts_of_a_run_are_one_run_on_the_site_and_other_folders_another(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    values = TINY | {"wandb_project": "p", "wandb_mode": "offline"}
-    ids = []
-    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
-        run = make_run(folder, **values)
-        assert run.metrics._wandb.id == (run.folder / "wandb_id").read_text()
-        ids.append(run.metrics._wandb.id)
-        run.metrics.close()
-    assert ids[0] == ids[1] != ids[2]
-
-
-def test_a_project_on_the_site_without_its_package_is_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"wandb cannot be imported here .*or leave wandb_project empty"):
-        make_run(tmp_path, **(TINY | {"wandb_project": "p"}))
-
-
-def test_the_site_gets_the_numbers_of_nested_tables_too(tmp_path: Path) -> None:
+def test_a_command_that_does_nothing_leaves_no_folder_and_its_records_come_with_the_first_work(tmp_path: Path) -> None:
     run = make_run(tmp_path, **TINY)
-    sent: list[tuple[dict[str, float], int]] = []
+    run.metrics.log("packing", packed=True)
+    run.log_totals("train")
+    assert list(tmp_path.iterdir()) == []
+    run.metrics.log("step", step=1, loss=0.5)
+    assert kinds(run.metrics.path) == ["packing", "clock", "memory", "config", "step"]
+    assert (run.folder / "config.yaml").exists()
 
-    class Site:
-        def log(self, values: dict[str, float], step: int) -> None:
-            sent.append((values, step))
 
-    site: Any = Site()
-    run.metrics._wandb = site
-    table = {"0-3": {"tokens": 7, "rkl": 0.5}, "other runs": {"tokens": 2, "rkl": None}}
-    run.metrics.log("gate", step=4, tau=0.25, by_age=table, gate_histogram=[1, 2], reason="none")
-    numbers = {"tau": 0.25, "by_age/0-3/tokens": 7, "by_age/0-3/rkl": 0.5, "by_age/other runs/tokens": 2}
-    assert sent == [({"gate/step": 4, **{f"gate/{name}": value for name, value in numbers.items()}}, 4)]
+def test_going_back_to_a_step_drops_what_lies_beyond_it_with_the_first_record(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    for step in (1, 2, 3):
+        run.metrics.log("step", step=step, loss=0.5)
+        run.metrics.log("gate", step=step)
+    run.metrics.log("refresh", step=3, refresh_index=1)
+    run.metrics.log("evaluation", label="after", step=3)
+    again = make_run(tmp_path, **(TINY | {"lr": 0.25}))
+    kept = run.metrics.path.read_bytes()
+    again.metrics.rewind(1, 0)
+    assert run.metrics.path.read_bytes() == kept
+    again.metrics.log("step", step=2, loss=0.25)
+    found = read_metrics(run.metrics.path)
+    assert [(r["kind"], r.get("step") or r["from_step"]) for r in found] == [
+        ("config", 1), ("step", 1), ("gate", 1), ("config", 2), ("step", 2),
+    ]  # fmt: skip
+
+
+def test_the_configuration_of_a_run_is_that_of_its_newest_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    run.metrics.log("step", step=1, loss=0.5)
+    kept = (run.folder / "config.yaml").read_bytes()
+    make_run(tmp_path, **(TINY | {"tau": 0.75})).metrics.log("evaluation", label="after", step=1)
+    assert (run.folder / "config.yaml").read_bytes() == kept
+    make_run(tmp_path, **(TINY | {"tau": 0.75})).metrics.log("step", step=2, loss=0.5)
+    assert b"tau: 0.75" in (run.folder / "config.yaml").read_bytes()

@@ -21,7 +21,6 @@ from tests.helpers import (
     TEACHER,
     Forker,
     assert_same_weights,
-    make_run,
     records_of,
     refused,
     run_python,
@@ -77,6 +76,25 @@ def test_the_report_has_its_fixed_keys(piped: Path) -> None:
             assert 0 < values["top1_agreement"] < 1
         assert 0 <= report[label]["accuracy"] <= 1
     assert report["teacher"]["accuracy"] >= 0.75
+
+
+def test_every_record_says_how_much_was_cut(piped: Path) -> None:
+    snapshot = cache.open(piped / "cache")
+    cut = [snapshot[i].finish_reason == "length" for i in range(len(snapshot))]
+    report = json.loads((piped / "report.json").read_text())
+    assert report["cache"]["cut_share"] == sum(cut) / len(cut)
+    (refresh,) = records_of(piped, "refresh")
+    of_refresh = [c for c, row in zip(cut, snapshot.index.to_pylist(), strict=True) if row["refresh_index"] == 1]
+    assert refresh["cut_share"] == sum(of_refresh) / len(of_refresh)
+    written = [record for record in records_of(piped, "rollout_progress") if not record["evaluation"]]
+    assert sum(r["cut_rollouts"] for r in written if not r["rollouts_left"]) == sum(cut)
+    assert all(0 <= step["cut_share"] <= 1 for step in records_of(piped, "step"))
+    for label in ("before", "after", "teacher"):
+        found = json.loads((piped / "eval" / f"{label}.json").read_text())
+        assert report[label]["cut_share"] == found["cut_share"]
+        assert 0 <= found["cut_share"] <= 1
+        if label != "teacher":
+            assert 0 <= report[label]["on_student"]["cut_share"] <= 1
 
 
 def test_the_report_agrees_with_the_cache_and_the_clock(piped: Path) -> None:
@@ -303,10 +321,3 @@ def test_the_original_flags_run_verbatim(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     torchrun("-m", "stages.pipeline", *overlay(tmp_path), *ORIGINAL_FLAGS).expect_success()
     check_original(tmp_path / "run")
-
-
-def test_changed_keys_are_told_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path)
-    assert "changed" not in capsys.readouterr().out
-    make_run(tmp_path, tau=0.75)
-    assert "going on with changed keys: tau: 0.75" in capsys.readouterr().out

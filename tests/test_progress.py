@@ -43,16 +43,17 @@ def test_counts_give_the_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         seconds = {"generate": 2.0, "score": 3.0, "write": 1.0, "rows": 0.0}
         monkeypatch.setattr(shown._clock, "seconds", seconds)
         monkeypatch.setattr(shown._clock, "total", lambda: 8.0)
-        shown.add(Counts(10, generated_tokens=400, scored_tokens=800, padded_tokens=1000))
+        shown.add(Counts(10, cut_rollouts=6, generated_tokens=400, scored_tokens=800, padded_tokens=1000))
     (found,) = records_of(run.folder, "rollout_progress")
     assert (found["rollouts_per_second"], found["eta_seconds"]) == (10 / 8, 24)
     assert (found["generated_tokens_per_second"], found["scored_tokens_per_second"]) == (200, 200)
     assert found["padding_waste"] == pytest.approx(0.2)
+    assert found["cut_share"] == 0.6
     assert (found["share_generate"], found["share_score"], found["share_write"]) == (2 / 8, 3 / 8, 1 / 8)
     line = progress.last_line(run)
     assert line == (
-        "10 rollouts in 8 s, 1.2 a second: 200 tokens/s generated, 200 scored; time: 25.0% generating, 37.5% scoring,"
-        " 12.5% waiting for the writer; padding 20.0%"
+        "10 rollouts in 8 s, 1.2 a second: 200 tokens/s generated, 200 scored; 60 % of completions were cut at max_new_tokens;"
+        " time: 25.0% generating, 37.5% scoring, 12.5% waiting for the writer; padding 20.0%"
     )
 
 

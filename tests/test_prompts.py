@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.data import prompts as prompts_module
 from stages.data.prompts import (
     PromptSet,
     check_gsm8k,
@@ -18,7 +18,6 @@ from stages.data.prompts import (
     load_checker,
     template_fingerprint,
     training_prompts,
-    turns_of,
     vocabulary_fingerprint,
 )
 from stages.models.checkpoints import load_tokenizer, vocabulary_cut
@@ -95,53 +94,26 @@ def test_a_local_file_of_tulu3s_schema_gives_one_prompt_a_row(tmp_path: Path, to
     assert all(prompt.row["source"] == "ai2-adapt-dev/some_source" for prompt in found.prompts)
 
 
-def test_tulu3_is_the_name_of_a_hub_data_set(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+def test_a_hub_data_set_has_a_name_and_perhaps_a_configuration(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None, str]] = []
 
-    def load(name: str, *, split: str) -> Any:
-        from datasets import Dataset
+    def load(name: str, config: str | None, *, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(TULU3)
 
-        asked.append((name, split))
-        return Dataset.from_list(TULU3)
-
-    monkeypatch.setattr(prompts_module, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(taken(tmp_path, tokenizer, "tulu3").prompts) == len(TULU3)
-    assert asked == [("allenai/tulu-3-sft-mixture", "train")]
-
-
-def test_turns_end_with_the_last_user_message() -> None:
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"},
-    ]
-    assert turns_of({"messages": turns}) == turns[:4]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {},
-        {"text": "x"},
-        {"messages": []},
-        {"messages": [{"role": "assistant", "content": "x"}]},
-        {"prompt": ""},
-        {"prompt": None, "messages": None},
-    ],
-)
-def test_a_record_without_a_user_turn_has_no_prompt(row: dict[str, Any]) -> None:
-    assert turns_of(row) is None
-
-
-def test_the_first_column_that_is_filled_wins() -> None:
-    assert turns_of({"messages": [], "prompt": "a", "question": "b"}) == [{"role": "user", "content": "a"}]
+    assert len(taken(tmp_path, tokenizer, "openai/gsm8k:main").prompts) == len(TULU3)
+    assert asked == [("allenai/tulu-3-sft-mixture", None, "train"), ("openai/gsm8k", "main", "train")]
 
 
 def test_turns_of_another_shape_are_a_sentence_not_a_crash(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"messages": [{"from": "human", "value": "How many?"}]}]
-    assert "data.jsonl" in refusal(tmp_path, tokenizer, jsonl(tmp_path, rows))
+    rows = [{"messages": [{"speaker": "human", "says": "How many?"}]}]
+    assert "data.jsonl gave no prompts (1 of 1 records skipped: 1 whose turns have no role)" in refusal(
+        tmp_path, tokenizer, jsonl(tmp_path, rows)
+    )
 
 
 def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None:
@@ -236,7 +208,7 @@ def test_a_prompt_of_exactly_the_limit_is_kept(tmp_path: Path, tokenizer: Any) -
     path = jsonl(tmp_path, [{"prompt": "pens"}])
     length = len(taken(tmp_path, tokenizer, path).prompts[0].ids)
     assert taken(tmp_path, tokenizer, path, max_prompt_tokens=length).num_skipped == 0
-    assert "all 1 are longer" in refusal(tmp_path, tokenizer, path, max_prompt_tokens=length - 1)
+    assert "1 longer than max_prompt_tokens" in refusal(tmp_path, tokenizer, path, max_prompt_tokens=length - 1)
 
 
 def test_an_overlong_prompt_is_an_error_where_that_is_asked_for(tmp_path: Path, tokenizer: Any) -> None:
@@ -266,8 +238,162 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, tokenizer: A
 def test_a_data_set_that_is_nowhere_is_one_sentence(tmp_path: Path, tokenizer: Any) -> None:
     message = refusal(tmp_path, tokenizer, "nobody/nothing-of-this-name")
     assert (
-        "nobody/nothing-of-this-name (split train) is neither a local .jsonl/.parquet nor found on the hub" in message
+        "nobody/nothing-of-this-name (split train) is neither a local file or folder nor a data set that the hub"
+        in message
     )
+
+
+# Skipped records and several data sets
+
+
+def test_skipped_records_are_counted_by_reason(tmp_path: Path, tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "pens " * 40}, {"prompt": ""}]
+    rows += [{"messages": [{"role": "assistant", "content": "x"}]}] * 2
+    rows += [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}]
+    found = taken(tmp_path, tokenizer, jsonl(tmp_path, rows), max_prompt_tokens=20)
+    assert found.skipped == {
+        "longer than max_prompt_tokens 20": 1, "with an empty prompt": 1, "without a user turn": 2,
+        "with content of type image_url (only text is read)": 1,
+    }  # fmt: skip
+    assert found.summary.startswith(
+        f"1 prompts from {tmp_path}/data.jsonl (5 of 6 records skipped: 2 without a user turn, 1 "
+    )
+
+
+def test_a_data_set_that_is_mostly_skipped_is_refused_unless_that_is_allowed(tmp_path: Path, tokenizer: Any) -> None:
+    path = jsonl(tmp_path, [{"prompt": "a"}] * 40 + [{"text": "b"}] * 60)
+    message = refusal(tmp_path, tokenizer, path)
+    assert "60 of 100 records skipped: 60 without a column that holds a prompt" in message
+    assert "allow_skipped 0.5" in message
+    assert len(taken(tmp_path, tokenizer, path, allow_skipped=0.6).prompts) == 40
+
+
+def test_a_template_that_refuses_some_records_costs_those_alone(tmp_path: Path) -> None:
+    strict = load_tokenizer(str(ROOT / STUDENT), "main")
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+    system = {"role": "system", "content": "b"}
+    rows = [{"messages": [*first, {"role": "user", "content": "b"}]} for first in ([], [system], [])]
+    found = taken(tmp_path, strict, jsonl(tmp_path, rows))
+    assert len(found.prompts) == 2
+    assert found.skipped == {"that the chat template refuses (no system)": 1}
+
+
+def test_a_data_set_without_any_prompt_is_given_up_early(tmp_path: Path, tokenizer: Any) -> None:
+    assert "200 of 200 records skipped" in refusal(tmp_path, tokenizer, jsonl(tmp_path, [{"text": "b"}] * 600))
+
+
+def test_data_sets_are_mixed_by_their_weights(tmp_path: Path, tokenizer: Any) -> None:
+    a = jsonl(tmp_path, [{"prompt": f"a{i}"} for i in range(30)], "a.jsonl")
+    b = jsonl(tmp_path, [{"prompt": f"b{i}"} for i in range(4)], "b.jsonl")
+    weights = json.dumps({a: 3, b: 1})
+    found = taken(tmp_path, tokenizer, weights, num_prompts=16)
+    assert found.drawn == {a: 12, b: 4}
+    assert found.summary == f"16 prompts: 12 from {a}, 4 from {b}"
+    again = taken(tmp_path, tokenizer, weights, num_prompts=8)
+    assert [p.prompt_id for p in again.prompts] == [p.prompt_id for p in found.prompts[:8]]
+    assert again.drawn == {a: 6, b: 2}
+
+
+def test_all_of_several_data_sets_repeats_the_one_that_ends_first(tmp_path: Path, tokenizer: Any) -> None:
+    a = jsonl(tmp_path, [{"prompt": f"a{i}"} for i in range(6)], "a.jsonl")
+    b = jsonl(tmp_path, [{"prompt": f"b{i}"} for i in range(2)], "b.jsonl")
+    found = taken(tmp_path, tokenizer, json.dumps([a, b]))
+    assert found.drawn == {a: 6, b: 6} or found.drawn == {a: 6, b: 5}
+    assert len({p.prompt_id for p in found.prompts}) == 8
+
+
+@pytest.mark.parametrize("value", ["{a.jsonl: 0}", "{a.jsonl: x}", "[a.jsonl, a.jsonl]", "[]", "{}", "[[a]]", "[1]"])
+def test_a_mixture_that_is_none_is_one_sentence(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"config key data\.dataset"):
+        make_config(tmp_path, dataset=value)
+
+
+@pytest.mark.parametrize(
+    "name", ["007", "null", "data[1].jsonl", "a: b", "{a}.jsonl", "[draft] {x}.jsonl", "1e3", "openai/gsm8k:main"]
+)
+def test_the_name_of_a_data_set_stays_text(tmp_path: Path, name: str) -> None:
+    assert make_config(tmp_path, dataset=name).data.dataset == name
+
+
+def test_a_system_prompt_is_added_where_there_is_none(tmp_path: Path) -> None:
+    roles = load_tokenizer(str(ROOT / STUDENT), "main")
+    roles.chat_template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+    rows = [{"prompt": "a"}, {"prompt": "b", "system": "own"}]
+    found = taken(tmp_path, roles, jsonl(tmp_path, rows), system_prompt="Be brief.").prompts
+    assert sorted(p.text for p in found) == ["system=Be brief.;user=a;", "system=own;user=b;"]
+
+
+# Encoding
+
+
+def byte_tokenizer(around: str = "", template: str | None = None) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+    if around:
+        backend.post_processor = TemplateProcessing(single=around, special_tokens=[("<eos>", 1), ("<bos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["Two and two", "<bos>Two and two"])
+@pytest.mark.parametrize("around", ["<bos> $A <eos>", "<bos> $A"])
+def test_a_plain_text_begins_with_bos_once_and_does_not_end(around: str, text: str) -> None:
+    tokenizer = byte_tokenizer(around)
+    body = tokenizer("Two and two", add_special_tokens=False)["input_ids"]
+    assert encode([{"role": "user", "content": text}], {}, tokenizer, {}).ids.tolist() == [2, *body]
+
+
+def test_a_template_that_writes_bos_is_all_there_is() -> None:
+    tokenizer = byte_tokenizer("<bos> $A <eos>", "<bos>{{ messages[0].content }}")
+    assert (
+        encode([{"role": "user", "content": "a"}], {}, tokenizer, {}).ids.tolist()
+        == tokenizer("<bos>a", add_special_tokens=False)["input_ids"]
+    )
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}", "ab"),  # would print the list
+        ("{{ messages[0].content | tojson }}", '"ab"'),
+        ("{{ 'x' + messages[0].content }}", "xab"),  # would raise
+        ("{% for part in messages[0].content %}<{{ part.text }}>{% endfor %}", "<a><b>"),
+        ("{% if messages[0].content is string %}s{% else %}{% for p in messages[0].content %}{{ p.text }}/{% endfor %}{% endif %}", "a/b/"),
+        (None, "ab"),
+    ],
+)  # fmt: skip
+def test_text_parts_reach_templates_that_read_them(template: str | None, expected: str) -> None:
+    tokenizer = byte_tokenizer(template=template)
+    assert encode([{"role": "user", "content": PARTS}], {}, tokenizer, {}).text == expected
+
+
+def test_a_null_beside_tool_calls_becomes_text_for_a_template_that_needs_it() -> None:
+    turns: list[dict[str, Any]] = [{"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert encode(turns, {}, byte_tokenizer(template="{{ 'x' + messages[0].content }}"), {}).text == "x"
+
+
+def test_half_a_surrogate_pair_is_skipped(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b \\ud800"}\n')
+    assert taken(tmp_path, tokenizer, str(tmp_path / "a.jsonl")).num_skipped == 1
+
+
+def test_a_records_own_tools_win_over_those_of_the_configuration(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template="{{ tools | map(attribute='name') | join(',') }}")
+    rows = [{"prompt": "a"}, {"prompt": "b", "tools": json.dumps([{"name": "own"}])}]
+    found = taken(tmp_path, tokenizer, jsonl(tmp_path, rows), chat_template_kwargs="{tools: [{name: all}]}")
+    assert sorted(p.text for p in found.prompts) == ["all", "own"]
 
 
 # Answer checkers

@@ -23,13 +23,14 @@ STEP = {
     "kind": "step", "loss": 0.2, "rkl": 0.5, "fkl": 0.2, "gate": 0.9, "share_forward": 0.12, "grad_norm": 0.3,
     "tokens": 100, "seconds": 0.5,
 }  # fmt: skip
+CACHE = {"rows": 8, "scored_tokens": 80, "bytes_per_token": 9.0, "signal_bytes_per_token": 6.0}
 CLOCK = {"kind": "clock", "load": 1.0, "rollout": 2.0, "score": 3.0, "train": 4.0, "evaluate": 5.0, "total": 20.0}
 
 
 def evaluation(accuracy: float | None, kl: float) -> dict[str, Any]:
     sample = {"prompt": "How many?", "completion": "<script>alert(1)</script>", "solved": True}
-    texts = {"forward_kl": kl, "reverse_kl": 2 * kl, "top1_agreement": 0.5, "tokens": 10}
-    return {**texts, "accuracy": accuracy, "on_student": texts, "samples": [sample]}
+    texts = {"forward_kl": kl, "reverse_kl": 2 * kl, "top1_agreement": 0.5, "tokens": 10, "cut_share": 0.5}
+    return {**texts, "accuracy": accuracy, "cut_share": 0.03, "on_student": texts, "samples": [sample]}
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def folder(config: Config) -> Path:
     for label, found in (
         ("before", evaluation(0.3, 0.2)),
         ("after", evaluation(0.8, 0.05)),
-        ("teacher", {"accuracy": 0.95, "samples": []}),
+        ("teacher", {"accuracy": 0.95, "cut_share": 0.02, "samples": []}),
     ):
         (config.run_folder / "eval" / f"{label}.json").write_text(json.dumps(found))
     records = [
@@ -59,20 +60,24 @@ def test_the_figures_are_those_of_the_files(folder: Path, config: Config) -> Non
     found = report.write_report(folder, config)
     assert json.loads((folder / "report.json").read_text()) == found
     assert found["before"] == {
-        "forward_kl": 0.2, "reverse_kl": 0.4, "top1_agreement": 0.5, "accuracy": 0.3,
-        "on_student": {"forward_kl": 0.2, "reverse_kl": 0.4, "top1_agreement": 0.5},
+        "forward_kl": 0.2, "reverse_kl": 0.4, "top1_agreement": 0.5, "accuracy": 0.3, "cut_share": 0.03,
+        "on_student": {"forward_kl": 0.2, "reverse_kl": 0.4, "top1_agreement": 0.5, "cut_share": 0.5},
     }  # fmt: skip
     assert found["after"]["accuracy"] == 0.8
-    assert found["teacher"] == {"accuracy": 0.95}
+    assert found["teacher"] == {"accuracy": 0.95, "cut_share": 0.02}
     assert found["ratios"]["on_student"] == {"forward_kl": 0.25, "reverse_kl": 0.25}
     assert found["run"]["refreshes"] == 1
     assert found["run"]["first_step_share_forward"] == 0.12
-    assert found["cache"] == dict.fromkeys(("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token"))
+    assert found["cache"] == dict.fromkeys(
+        ("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token", "cut_share")
+    )
 
 
 def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: Config) -> None:
     found = report.collect(folder, config)
     assert found["run"] == {
+        "configurations": [],
+        "warnings": [],
         "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
         "first_step_share_forward": 0.12, "first_step_gate": 0.9, "last_step_gate": 0.95,
     }  # fmt: skip
@@ -85,7 +90,22 @@ def test_the_cache_figures_are_the_caches_own(folder: Path, config: Config) -> N
     found = report.collect(folder, config)["cache"]
     assert found["rows"] == 3
     assert found["scored_tokens"] == 1 + 2 + 3
+    assert found.pop("cut_share") == own["finish_reasons"]["length"] / 3
     assert found == {name: own[name] for name in found}
+
+
+def test_the_verdict_says_how_much_was_cut(folder: Path, config: Config) -> None:
+    found = report.collect(folder, config)
+    assert "cut" not in found["verdict"]
+    answers = changed(found, "after", cut_share=0.25)
+    assert report.verdict(answers).endswith(". 25 % of held-out answers were cut at max_new_tokens.")
+    both = changed(answers, "cache", cut_share=0.61)
+    assert "61 % of completions were cut at max_new_tokens; 25 % of held-out answers" in report.verdict(both)
+    lines = report.summary(both | {"cache": both["cache"] | CACHE}, folder, config).splitlines()
+    assert any(line.split()[-3:] == ["3.0%", "25.0%", "2.0%"] and "cut at max_new_tokens" in line for line in lines)
+    assert any(
+        line.startswith("cache ") and line.endswith("61 % of completions were cut at max_new_tokens") for line in lines
+    )
 
 
 def test_the_clocks_of_a_resumed_run_add_up(folder: Path, config: Config) -> None:
@@ -151,7 +171,7 @@ def test_what_is_not_a_number_is_null(folder: Path, config: Config) -> None:
     found = report.write_report(folder, config)
     assert json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail) == found
     assert found["after"]["forward_kl"] is None
-    assert found["after"]["on_student"] == dict.fromkeys(report.MEASURES)
+    assert found["after"]["on_student"] == dict.fromkeys((*report.MEASURES, "cut_share"))
     assert found["run"]["last_step_gate"] is None
     assert "at the end –" in report.summary(found, folder, config)
 
@@ -218,7 +238,7 @@ def test_the_command_reports_the_configuration_of_the_run(
 def test_a_moved_run_is_read_where_it_lies(folder: Path, config: Config, tmp_path: Path) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
     moved = folder.rename(tmp_path / "elsewhere")
-    own = report._own_config(moved, make_config(tmp_path, run_name="elsewhere", max_steps=9))
+    own = report.own_config(moved, make_config(tmp_path, run_name="elsewhere", max_steps=9))
     assert own.run_folder == moved
     assert own.cache_root == str(moved / "cache")
     assert own.train.max_steps == 2

@@ -256,7 +256,13 @@ def test_an_interrupt_is_one_line_and_what_is_committed_is_kept(
     os.kill(workers[0].pid, signal.SIGINT)
     workers[0].join(60)
     assert workers[0].exitcode == 130
-    assert (where / "err-0").read_text().strip().splitlines()[-1].startswith("interrupted; run the same command again")
+    assert (
+        (where / "err-0")
+        .read_text()
+        .strip()
+        .splitlines()[-1]
+        .startswith("interrupted (Ctrl-C); run the same command again")
+    )
     assert "Traceback" not in (where / "err-0").read_text()
     kept = cache.open(cache_of(tmp_path))
     assert kept.verify() == []

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stages.loops import feed, fit, refresh, schedule
 from stages.loops.drift import drift_of, row_sums
 from stages.loops.schedule import due
 from stages.runtime.checkpoint import Position, Refresh
-from stages.runtime.config import Config
+from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
@@ -246,6 +247,37 @@ def test_refreshes_write_whole_groups_one_after_the_other() -> None:
     config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.5, max_age=9)
     assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 60), range(60, 80)]
     assert [rollouts_of(config_of(rollouts_per_refresh=40), i) for i in range(2)] == [range(40), range(40, 80)]
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"max_steps": 3, "refresh_every": 32}, [24]),
+        ({"max_steps": 3, "refresh_every": 32, "group_size": 5, "rollouts_per_refresh": 100}, [25]),
+        ({"max_steps": 7, "refresh_every": 3}, [24, 24, 8]),
+        ({"max_steps": 7, "refresh_every": 2, "refresh_min_steps": 3}, [24, 24, 8]),
+        ({"max_steps": 7, "refresh_mode": "off"}, [56]),
+        ({"max_steps": 7, "refresh_every": 0, "refresh_drift": 0.1}, [56, 48, 40]),
+        ({"max_steps": 7, "refresh_every": 3, "refresh_drift": 0.1}, [24, 24, 24, 24, 24, 16, 8]),
+        ({"max_steps": 9, "refresh_mode": "external", "refresh_every": 2, "max_staleness": 3}, [32, 32]),
+        ({"max_steps": 7, "refresh_every": 3, "replay_share": 0.5, "max_age": 9}, [24, 12, 4]),
+    ],
+    ids=str,
+)
+def test_no_more_is_written_than_the_steps_until_the_next_rows_can_read(
+    values: dict[str, Any], sizes: list[int]
+) -> None:
+    config = config_of(**({"batch_size": 8, "rollouts_per_refresh": 1000} | values))
+    places = [rollouts_of(config, index) for index in range(len(sizes))]
+    assert [len(place) for place in places] == sizes
+    assert all(place.start == before.stop for before, place in pairwise(places))
+
+
+def test_fewer_rollouts_than_the_steps_read_stay_as_they_are() -> None:
+    demo = config_of(max_steps=96, batch_size=64, refresh_every=16, rollouts_per_refresh=512)
+    assert [rollouts_of(demo, index) for index in range(6)] == [range(512 * i, 512 * (i + 1)) for i in range(6)]
+    default = parse_arguments([], "")
+    assert {len(rollouts_of(default, index)) for index in range(8)} == {8192}
 
 
 def test_a_share_of_the_rows_is_replaced_and_a_crash_does_not_change_which(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data sets -> chat turns up to the last user message -> chat template -> prompt ids."""
+"""Records -> chat template -> prompt ids: what is drawn of the data sets, and what is skipped and why."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import numpy as np
-from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from stages.data.conversations import TEXTS, TURNS, Turn, Unusable, conversation, plain
+from stages.data.records import Record, one_line, open_records
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
-NAMED = {"tulu3": "allenai/tulu-3-sft-mixture"}
-Turns = list[dict[str, str]]
 Checker = Callable[[dict[str, Any], str], bool]
+
+FEW = 50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
+HOPELESS = 200  # records without a prompt after which a data set is given up
+SHOWN = 4  # reasons
 
 
 @dataclass(frozen=True)
@@ -38,70 +41,239 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptSet:
     prompts: list[Prompt]
-    num_skipped: int  # longer than max_prompt_tokens, under overlong: skip
+    drawn: dict[str, int]  # prompts by data set
+    skipped: Counter[str]  # records by reason
+    num_records: int  # looked at
+
+    @property
+    def num_skipped(self) -> int:
+        return self.skipped.total()
+
+    @property
+    def summary(self) -> str:
+        """`512 prompts from a.jsonl (9 of 521 records skipped: 9 without a user turn)`"""
+        names = ", ".join(f"{number} from {name}" for name, number in self.drawn.items())
+        text = f"{len(self.prompts)} prompts" + (
+            f": {names}" if len(self.drawn) > 1 else f" from {next(iter(self.drawn))}"
+        )
+        return text + (f" ({_skips(self.skipped, self.num_records)})" if self.skipped else "")
 
 
 def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    data = _open(config.data.dataset, config.data.dataset_split)
-    limit = config.data.num_prompts or len(data)
-    return _take(config, tokenizer, data, config.data.dataset, _order(config, data), limit)
+    """`num_prompts` prompts of `dataset` (0: all) in a seeded order; several data sets take turns by their weights.
+
+    A data set that ends before the others starts again; prompts end where all have. Errors: UserError where one cannot be read,
+    has no prompts, or where more than `allow_skipped` of its records are skipped.
+    """
+    return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """`eval_prompts` prompts of eval_dataset, or of dataset after its first num_prompts in the seeded order."""
     if config.eval.eval_dataset:
-        data = _open(config.eval.eval_dataset, config.eval.eval_split)
-        return _take(
-            config,
-            tokenizer,
-            data,
-            config.eval.eval_dataset,
-            list(range(len(data))),
-            config.eval.eval_prompts,
-        )
-    data = _open(config.data.dataset, config.data.dataset_split)
+        name = config.eval.eval_dataset
+        records = open_records(name, config.eval.eval_split)
+        return _mixed([_Source(name, 1.0, records, range(len(records)), config, tokenizer)], config.eval.eval_prompts)
     if config.data.num_prompts == 0:
         raise UserError("num_prompts 0 trains on the whole data set: name an eval_dataset, or give num_prompts.")
-    both = config.data.num_prompts + config.eval.eval_prompts
-    taken = _take(config, tokenizer, data, config.data.dataset, _order(config, data), both)
+    taken = _mixed(_sources(config, tokenizer), config.data.num_prompts + config.eval.eval_prompts)
     held_out = taken.prompts[config.data.num_prompts :]
+    names = ", ".join(taken.drawn)
     if not held_out:
-        raise UserError(f"dataset {config.data.dataset} has no prompts beyond num_prompts; name an eval_dataset.")
+        raise UserError(f"dataset {names} has no prompts beyond num_prompts; name an eval_dataset.")
     seen = {prompt.prompt_id for prompt in taken.prompts[: config.data.num_prompts]}
     unseen = [prompt for prompt in held_out if prompt.prompt_id not in seen]
     if not unseen:
-        raise UserError(
-            f"dataset {config.data.dataset}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset."
-        )
-    return PromptSet(unseen, taken.num_skipped)
+        raise UserError(f"dataset {names}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset.")
+    return replace(taken, prompts=unseen)
 
 
-def encode(turns: Turns, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Prompt:
-    """Applies the chat template with a generation prompt; a tokenizer without a template gets the plain text."""
-    if tokenizer.chat_template:
+# --- drawing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Source:
+    """A data set whose prompts are drawn in `order`."""
+
+    name: str
+    weight: float
+    records: Sequence[Record]
+    order: Sequence[int]
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt] = field(default_factory=list)
+    num_drawn: int = 0
+    num_records: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.num_records == len(self.order)
+
+    def check(self) -> None:
+        """UserError where too few of the records are prompts."""
+        if not self.num_records:
+            return
+        skips = _skips(self.skipped, self.num_records)
+        if not self.prompts:
+            raise UserError(
+                f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a user turn, or text in"
+                f" {_quoted(TEXTS)}, found columns {', '.join(self.columns)}."
+            )
+        allowed = self.config.data.allow_skipped
+        if self.num_records > FEW and self.skipped.total() > allowed * self.num_records:
+            raise UserError(
+                f"dataset {self.name}: {skips}; that is more than allow_skipped {allowed:g} of them. Mend the data set, or"
+                " raise allow_skipped."
+            )
+
+    def next_prompt(self) -> Prompt | None:
+        while not self.has_ended:
+            if self.num_records == HOPELESS and not self.prompts and self.config.data.allow_skipped < 1:
+                self.check()
+            index = self.order[self.num_records]
+            self.num_records += 1
+            try:
+                self.prompts.append(self._prompt(index))
+                return self.prompts[-1]
+            except Unusable as reason:
+                self.skipped[str(reason)] += 1
+        return None
+
+    def _prompt(self, index: int) -> Prompt:
+        data = self.config.data
         try:
-            templated = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
-            text = cast(str, templated)  # not ids, as it is not tokenized
-        except jinja2.TemplateError as error:
-            raise UserError(f"the student's chat template refuses a prompt ({error}): {str(turns)[:120]}") from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            record = self.records[index]
+        except UserError:
+            raise
+        except Exception as error:  # of a decoder
+            raise Unusable(f"that cannot be read ({one_line(error)})") from error
+        if len(self.columns) < 20:
+            self.columns |= dict.fromkeys(record)
+        found = conversation(record, data.system_prompt)
+        prompt = encode(found.turns, record, self.tokenizer, data.chat_template_kwargs, found.tools)
+        if len(prompt.ids) > data.max_prompt_tokens:
+            if data.overlong == "error":
+                raise UserError(
+                    f"dataset {self.name}: a prompt has {len(prompt.ids)} tokens, max_prompt_tokens is"
+                    f" {data.max_prompt_tokens} (overlong: error): {prompt.text[:80]!r}. Raise it, or use overlong: skip."
+                )
+            raise Unusable(f"longer than max_prompt_tokens {data.max_prompt_tokens}")
+        return prompt
+
+
+def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source]:
+    names = config.data.dataset
+    weights = names if isinstance(names, dict) else {names: 1.0}
+    sources = []
+    for name, weight in weights.items():
+        records = open_records(name, config.data.dataset_split)
+        order = np.random.default_rng(config.run.seed).permutation(len(records)).tolist()
+        sources.append(_Source(name, weight, records, order, config, tokenizer))
+    return sources
+
+
+def _mixed(sources: list[_Source], limit: int) -> PromptSet:
+    """Up to `limit` prompts, each from the data set that is furthest behind its share of them."""
+    prompts: list[Prompt] = []
+    whole = sum(source.weight for source in sources)
+    while len(prompts) < limit and not all(source.has_ended for source in sources):
+        source = max(sources, key=lambda each: each.weight / whole * (len(prompts) + 1) - each.num_drawn)
+        prompt = source.next_prompt()
+        if prompt is None:
+            if not source.prompts or all(each.has_ended for each in sources):
+                break
+            prompt = source.prompts[source.num_drawn % len(source.prompts)]
+        source.num_drawn += 1
+        prompts.append(prompt)
+    for source in sources:
+        source.check()
+    skipped = sum((source.skipped for source in sources), Counter[str]())
+    return PromptSet(
+        prompts, {each.name: each.num_drawn for each in sources}, skipped, sum(each.num_records for each in sources)
+    )
+
+
+def _skips(skipped: Counter[str], num_records: int) -> str:
+    reasons = [f"{number} {reason}" for reason, number in skipped.most_common(SHOWN)]
+    rest = skipped.total() - sum(number for _, number in skipped.most_common(SHOWN))
+    return f"{skipped.total()} of {num_records} records skipped: " + ", ".join(
+        reasons + [f"{rest} for other reasons"] * (rest > 0)
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------------
+
+
+def encode(
+    turns: list[Turn],
+    row: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict[str, Any],
+    tools: Sequence[Any] = (),
+) -> Prompt:
+    """Applies the chat template with a generation prompt; a tokenizer without a template gets the plain text.
+
+    Errors: `Unusable` where the template refuses the turns, or where they give no token.
+    """
+    if tokenizer.chat_template:
+        text = _templated(turns, tokenizer, kwargs | ({"tools": list(tools)} if tools else {}))
     else:
-        text = "\n".join(turn["content"] for turn in turns)
-        ids = tokenizer(text)["input_ids"]
-    array = np.asarray(ids, dtype=np.int32)
+        text = "\n".join(str(turn["content"]) for turn in plain(turns))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("with half a surrogate pair, which is no Unicode text") from None
+    array = np.asarray(_text_ids(text, tokenizer), dtype=np.int32)
+    if not len(array):
+        raise Unusable("with an empty prompt")
     return Prompt(hashlib.sha256(array.tobytes()).hexdigest()[:16], array, text, row)
 
 
-def turns_of(row: dict[str, Any]) -> Turns | None:
-    """The turns of a record up to its last user message: `messages`, `prompt` (text or turns), or `question`."""
-    value = next((row[key] for key in ("messages", "prompt", "question") if row.get(key)), None)
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
-        return None
-    turns = [{"role": turn["role"], "content": turn.get("content") or ""} for turn in value]
-    last_user = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
-    return turns[: last_user + 1] or None
+def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a template's text, or of a plain one with what the tokenizer puts before a text and not what it puts after it."""
+    ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokenizer.chat_template:
+        return ids
+    around = cast(list[int], tokenizer(text)["input_ids"])
+    begin = next((i for i in range(len(around) - len(ids) + 1) if around[i : i + len(ids)] == ids), 0)
+    before = around[:begin]
+    return ids if ids[:begin] == before else before + ids
+
+
+def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
+    """The turns as they are, or with text for parts and nulls where the template does not take those."""
+    as_text = plain(turns)
+    has_parts = any(isinstance(turn.get("content"), list) for turn in turns)
+    tries = [as_text] if has_parts and not _takes_parts(tokenizer, kwargs) else [turns] + [as_text] * (as_text != turns)
+    for attempt in tries:
+        try:
+            return _render(attempt, tokenizer, kwargs)
+        except Exception as error:  # a template is a program: it may raise anything
+            refusal = one_line(error)[:120]
+    raise Unusable(f"that the chat template refuses ({refusal})")
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:
+    """Whether the template reads a text part, rather than to raise, or to print it as a Python or JSON value."""
+    word = "part-0f3a"
+    try:
+        text = _render([{"role": "user", "content": [{"type": "text", "text": word}]}], tokenizer, kwargs)
+    except Exception:
+        return False
+    return word in text and f"'{word}'" not in text and f'"{word}"' not in text
+
+
+def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
+    return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
+
+
+# --- answers ------------------------------------------------------------------------------------------------------------
 
 
 def load_checker(spec: str) -> Checker | None:
@@ -119,7 +291,7 @@ def load_checker(spec: str) -> Checker | None:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"answer_checker {spec}: {path} cannot be imported ({_first_line(error)}).") from error
+        raise UserError(f"answer_checker {spec}: {path} cannot be imported ({one_line(error)}).") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"answer_checker {spec}: {path} has no function {name}.")
     return getattr(module, name)
@@ -137,60 +309,7 @@ def check_gsm8k(row: dict[str, Any], completion: str) -> bool:
         return False
 
 
-def _open(name: str, split: str) -> Dataset:
-    path = Path(name)
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise UserError(f"dataset {name} does not exist (looked in {Path.cwd()}).")
-        try:
-            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        except Exception as error:
-            raise UserError(f"dataset {name} cannot be read as {kinds[path.suffix]}: {_first_line(error)}") from error
-    try:
-        return load_dataset(NAMED.get(name, name), split=split)
-    except Exception as error:
-        raise UserError(
-            f"dataset {name} (split {split}) is neither a local .jsonl/.parquet nor found on the hub: {_first_line(error)}"
-        ) from error
-
-
-def _order(config: Config, data: Dataset) -> list[int]:
-    return np.random.default_rng(config.run.seed).permutation(len(data)).tolist()
-
-
-def _take(
-    config: Config, tokenizer: PreTrainedTokenizerBase, data: Dataset, name: str, order: list[int], limit: int
-) -> PromptSet:
-    prompts: list[Prompt] = []
-    num_skipped = 0
-    for prompt in _encoded(config, tokenizer, data, order):
-        if len(prompt.ids) > config.data.max_prompt_tokens:
-            if config.data.overlong == "error":
-                raise UserError(
-                    f"dataset {name}: a prompt has {len(prompt.ids)} tokens, max_prompt_tokens is"
-                    f" {config.data.max_prompt_tokens} (overlong: error): {prompt.text[:80]!r}. Raise it, or use overlong: skip."
-                )
-            num_skipped += 1
-            continue
-        prompts.append(prompt)
-        if len(prompts) == limit:
-            break
-    if not prompts:
-        why = f"all {num_skipped} are longer than max_prompt_tokens" if num_skipped else "no record has a prompt"
-        raise UserError(
-            f"dataset {name} gave no prompts ({why}); expected `messages` with a user turn, `prompt` or `question`,"
-            f" found columns {', '.join(data.column_names)}."
-        )
-    return PromptSet(prompts, num_skipped)
-
-
-def _encoded(config: Config, tokenizer: PreTrainedTokenizerBase, data: Dataset, order: list[int]) -> Iterator[Prompt]:
-    for index in order:
-        row = data[index]
-        turns = turns_of(row)
-        if turns is not None:
-            yield encode(turns, row, tokenizer, config.data.chat_template_kwargs)
+# --- fingerprints --------------------------------------------------------------------------------------------------------
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -201,7 +320,3 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
     """Hash of the token -> id map below the vocabulary cut: equal for tokenizers that differ only in padding."""
     pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i < vocab_size)
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

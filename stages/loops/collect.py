@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 import cache
 from stages.data.prompts import Prompt
 from stages.loops.budgets import slots_of_run
-from stages.loops.progress import Counts, Progress
+from stages.loops.progress import Progress, counts_of
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
 from stages.models.generation import Completion, Generate, Sampling, rollout_engine
@@ -108,7 +108,7 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
             with progress.phase("generate"):
                 turns.to_student(teacher)
                 rows = write_unit(unit, author, generate, num_slots) if unit else []
-            counts = Counts(len(rows), generated_tokens=sum(len(row.completion_ids) for row in rows))
+            counts = counts_of(rows, generated=True)
             if get_teacher is None:
                 writing.append(rows)
             else:

@@ -31,6 +31,8 @@ from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
+EXPLODED = 100.0  # times the largest weight at the start, and 1
+MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
 
@@ -62,6 +64,8 @@ class Training:
         adaptive: the gate's threshold for the next step where it follows the divergences seen.
         caps: how large a forward may be.
         step: optimizer steps done.
+        size_at_start: largest trained weight as this process began.
+        last_forward: rows and host tensors of this process' first forward in the last step.
     """
 
     student: Student
@@ -71,6 +75,8 @@ class Training:
     caps: Caps
     adaptive: AdaptiveTau | None = None
     step: int = 0
+    size_at_start: float = 0.0
+    last_forward: tuple[list[str], MicroBatch] | None = None
 
     @property
     def engine(self) -> Any:
@@ -97,7 +103,8 @@ def prepare(run: Run, student: Student) -> Training:
     elif world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
-    return Training(student, module, optimizer, scheduler, caps, gating.starting(run.config, {}))
+    adaptive = gating.starting(run.config, {})
+    return Training(student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student))
 
 
 def lr_factor(train: TrainSection, step: int) -> float:
@@ -155,14 +162,74 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
     return is_best
 
 
-def save_checkpoint(run: Run, training: Training, position: Position) -> None:
-    """The state after `training.step` steps, on the rows that `position` names."""
+def save_checkpoint(run: Run, training: Training, position: Position) -> Path:
+    """Keeps the state after `training.step` steps, on the rows that `position` names; returns its folder (collective).
+
+    UserError, and no checkpoint, where the weights have exploded or their forward is not finite.
+    """
+    _check_sound(run, training)
     adaptive = training.adaptive
     position = replace(position, step=training.step, adaptive_tau={} if adaptive is None else adaptive.state())
-    checkpoint.save(
+    return checkpoint.save(
         run.folder / "checkpoints", position, training.student.trainable, training.optimizer, training.scheduler,
         run.world, run.config.train.keep_checkpoints, training.engine,
     )  # fmt: skip
+
+
+def largest_weight(student: Student) -> float:
+    """The largest |trained weight|; infinite or NaN if one is."""
+    norms = [p.detach().abs().max() for p in student.trainable.values() if p.numel()]
+    return float(torch.stack([norm.float() for norm in norms]).max())
+
+
+@torch.no_grad()
+def _check_sound(run: Run, training: Training) -> None:
+    """UserError if this student is not one to go on from: its weights, or its forward on rows of the last step (collective)."""
+    size, bound = largest_weight(training.student), EXPLODED * max(1.0, training.size_at_start)
+    problem = "" if size <= bound else f"the largest trained weight is {size:.3g}, it was {training.size_at_start:.3g}"
+    if not problem and training.last_forward is not None:
+        row_ids, inputs = training.last_forward
+        was_training, module = training.module.training, getattr(training.module, "module", training.module)
+        module.eval()
+        out = module(on_device(inputs, run.world.device))[1]
+        module.train(was_training)
+        if not math.isfinite(float((out.rkl + out.fkl).sum())):
+            problem = f"the forward on rows {', '.join(row_ids[:MOST_NAMED])} is not finite"
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
+    if found:
+        raise UserError(f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}")
+
+
+def _how_to_go_on(run: Run) -> str:
+    kept = checkpoint.complete(run.folder / "checkpoints")
+    steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
+    where = f"no checkpoint of it was written, those of steps {steps} are kept" if kept else "no checkpoint was written"
+    back = "; --resume_from STEP goes on from one of them" if kept else ""
+    return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
+
+
+def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tuple[str, float]]:
+    """This rank's rows whose divergences are not finite, else those with the largest; (row id, nats a token)."""
+    rows: list[tuple[str, float]] = []
+    forwards = [forward for forward in batch.forwards if not forward.is_idle]
+    for forward, out in zip(forwards, outputs, strict=True):
+        parts = (out.rkl + out.fkl).detach().float().cpu().split([pool.lengths[key][1] for key in forward.row_ids])
+        rows += [(key, float(part.mean())) for key, part in zip(forward.row_ids, parts, strict=True)]
+    broken = [row for row in rows if not math.isfinite(row[1])]
+    return (broken or sorted(rows, key=lambda row: -row[1]))[:MOST_NAMED]
+
+
+def _not_finite(run: Run, training: Training, grad_norm: float, suspects: list[tuple[str, float]]) -> UserError:
+    """What to say of a step whose gradient is not finite (collective)."""
+    everyone = run.world.gather(suspects)
+    broken = [(rank, *row) for rank, rows in enumerate(everyone) for row in rows if not math.isfinite(row[1])]
+    shown = broken or [(rank, *row) for rank, rows in enumerate(everyone) for row in rows]
+    named = ", ".join(f"{key} of rank {rank} ({value:.3g} nats a token)" for rank, key, value in shown[:MOST_NAMED])
+    return UserError(
+        f"the gradient of step {training.step + 1} is not finite (norm {grad_norm});"
+        f"{'' if training.engine else ' the weights were not updated;'} {'rows' if broken else 'its largest divergences: rows'}"
+        f" {named}; {_how_to_go_on(run)} `python -m cache verify` says whether the rows are sound."
+    )
 
 
 def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
@@ -179,7 +246,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     gates: list[Tensor] = []
     drifts: list[Tensor] = []
     first: list[cache.Record] = []
-    waited = 0.0
+    num_cut, waited = 0, 0.0
     for index, forward in enumerate(batch.forwards):
         asked = time.perf_counter()
         rows, inputs = next(batch.inputs)
@@ -188,18 +255,23 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
         last = index == len(batch.forwards) - 1
         keys, lengths = forward.row_ids, [len(record.completion_ids) for record in rows]
         thresholds = gating.of_rows(config, pool, tau, keys, lengths, world.device)
+        if index == 0:
+            training.last_forward = keys, replace(inputs, tau=thresholds)
         inputs = replace(on_device(inputs, world.device), tau=thresholds)
         out = _backward(training, inputs, world.size, last)
         if not forward.is_idle:
             assert out.student_logprobs is not None
             outputs.append(out)
+            num_cut += sum(record.finish_reason == "length" for record in rows)
             groups = gating.groups_of(pool, training.step, keys, lengths, world.device)
             gates.append(gating.statistics_of(config, out, inputs, groups))
             drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
     lr = training.scheduler.get_last_lr()[0]
     values, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs, gates, drifts))
+    if not math.isfinite(grad_norm):
+        raise _not_finite(run, training, grad_norm, _suspects(batch, pool, outputs))
     times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    drift = _report(run, training, pool, batch, tau, values, grad_norm, lr, times)
+    drift = _report(run, training, pool, batch, tau, [num_cut, *values], grad_norm, lr, times)
     _trace(run, training, first, outputs)
     return drift
 
@@ -220,7 +292,10 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
 
 
 def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[list[float], float]:
-    """Clips, steps, clears; returns `sums`, read from the device, and the gradient norm before clipping."""
+    """Clips, steps, clears; returns `sums`, read from the device, and the gradient norm before clipping.
+
+    Without a step where that norm is not finite (DeepSpeed has stepped by then).
+    """
     engine = training.engine
     if engine is not None:
         engine.step()
@@ -232,11 +307,7 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
             training.optimizer.step()
         training.optimizer.zero_grad()
     if not math.isfinite(grad_norm):
-        weights = "" if engine else " the weights were not updated;"  # DeepSpeed has stepped by now
-        raise UserError(
-            f"the gradient of step {training.step + 1} is not finite (norm {grad_norm});{weights} training stops."
-            " The last checkpoint is kept. Lower lr or max_grad_norm, or look at the rows with `python -m cache verify`."
-        )
+        return values, grad_norm
     training.scheduler.step()
     training.step += 1
     return values, grad_norm
@@ -258,11 +329,15 @@ def _report(
     run: Run, training: Training, pool: Pool, batch: Batch, tau: float | None, values: list[float], grad_norm: float,
     lr: float, times: dict[str, float],
 ) -> Drift:  # fmt: skip
-    """A `step` and a `gate` record of the global batch; moves an adaptive τ, returns the drift (collective)."""
+    """A `step` and a `gate` record of the global batch; moves an adaptive τ, returns the drift (collective).
+
+    `values`: this rank's rows that were cut at max_new_tokens, then `_sums`.
+    """
+    own_cut, *values = values
     num_means = 1 + len(MEANS)
     num_sums = num_means + gating.LENGTH
     spread_R3 = _spread_rows(run, batch, np.array(values[num_sums:]).reshape(-1, NUM_SUMS))
-    reduced = run.world.sum([*values[:num_sums], *spread_R3.flatten().tolist()])
+    num_cut, *reduced = run.world.sum([own_cut, *values[:num_sums], *spread_R3.flatten().tolist()])
     drift = drift_of(
         batch.row_ids,
         np.array(reduced[num_sums:]).reshape(-1, NUM_SUMS),
@@ -276,7 +351,9 @@ def _report(
     staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
         "step", step=training.step, loss=reduced[0], **means, **gating.step_figures(gate, tau), grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=batch.total_tokens, staleness=staleness, drift=drift.drift, ess=drift.ess, ess_rows=drift.ess_rows,
+        lr=lr, tokens=batch.total_tokens, mean_completion_tokens=batch.total_tokens / len(batch.row_ids),
+        cut_share=num_cut / len(batch.row_ids), staleness=staleness, drift=drift.drift, ess=drift.ess,
+        ess_rows=drift.ess_rows,
         **times,
     )  # fmt: skip
     run.metrics.log("gate", step=training.step, **gating.gate_record(gate, tau))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from stages.data.prompts import Prompt
-from stages.loops import refresh, setup, versions
+from stages.loops import preflight, refresh, versions
 from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
 from stages.models.student import Student, load_student, policy_hash
@@ -43,8 +43,8 @@ def follow(run: Run) -> None:
             " are written beside it; set refresh_mode: external for both."
         )
     refresh.refuse_role(run.config)
-    vocabulary = setup.shared_vocabulary(run.config)
-    prompts = refresh.prompts_of(run, vocabulary)
+    ready = preflight.check_early(run, preflight.Work(generates=True, scores=True))
+    vocabulary, prompts = ready.vocabulary, ready.prompts
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
     start = Version(0, 0, policy_hash(student), len(rollouts_of(run.config, 0)))
@@ -75,7 +75,8 @@ def _write(
     if wanted != version.num_rollouts:
         raise UserError(
             f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would write {wanted};"
-            " leave rollouts_per_refresh, replay_share and group_size as they are in the run."
+            " leave rollouts_per_refresh, replay_share, group_size, batch_size, max_steps and the refresh keys as they are in"
+            " the run."
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,18 +15,25 @@ import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
-from stages.data.prompts import Prompt, heldout_prompts, load_checker
+from stages.data.checkers import open_checker, solved
+from stages.data.prompts import Prompt, heldout_prompts
 from stages.loops import setup
 from stages.loops.collect import Author, collect, plan, slots_for
 from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models import checkpoints
+from stages.models import checkpoints, ends
 from stages.models.generation import Completion, Sampling, generate
 from stages.models.student import Student, policy_hash
-from stages.models.teacher import Teacher, TeacherLoader, load_plain_model, plain_model_fits, plain_teacher
+from stages.models.teacher import (
+    Teacher,
+    TeacherLoader,
+    check_writer,
+    load_plain_model,
+    plain_model_fits,
+    plain_teacher,
+)
 from stages.runtime.config import SignalSection
-from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
@@ -35,6 +42,7 @@ AUTO_ROWS = 64
 UNIT_ROWS = 256  # of evaluation texts, at most: few prompts, which several processes share
 HIDDEN = SignalSection(signal="hidden")
 Result = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Evaluation:
         subject = {
             "prompts": setup.short_hash("".join(ids)), "seed": config.run.seed, "max_new_tokens": config.rollout.max_new_tokens,
             "teacher_text": config.eval.eval_teacher_text, "answer_checker": config.eval.answer_checker,
+            "eos_token": config.rollout.eos_token,
         }  # fmt: skip
         return subject | ({"teacher": config.models.teacher_model} if config.models.teacher_model else {})
 
@@ -65,29 +74,16 @@ class Evaluation:
         return self.run.config.eval.eval_teacher_text or str(self.folder / "teacher_text")
 
 
-def open_evaluation(run: Run, vocabulary: Vocabulary) -> Evaluation:
-    given = run.config.eval.eval_teacher_text
-    if given:
-        kind = cache.open(given).fingerprint.must_match["signal"]["kind"]
-        if kind != "hidden":
-            raise UserError(f"eval_teacher_text {given} holds {kind} rows; exact KLs need a cache of signal hidden.")
-        if setup.vocabulary_of(run.config, given).size != vocabulary.size:
-            raise UserError(f"eval_teacher_text {given} has another vocabulary cut than this run ({vocabulary.size}).")
-        if not len(cache.open(given)):
-            raise UserError(
-                f"eval_teacher_text {given} holds no rows; write teacher completions to it, or leave it empty."
-            )
-    evaluation = Evaluation(run, vocabulary, heldout_prompts(run.config, vocabulary.tokenizer).prompts)
-    if run.world.is_main:
-        evaluation.folder.mkdir(parents=True, exist_ok=True)
-    run.world.barrier()
-    return evaluation
+def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> Evaluation:
+    """Reads the held-out prompts if they are not given."""
+    return Evaluation(run, vocabulary, prompts or heldout_prompts(run.config, vocabulary.tokenizer).prompts)
 
 
 def measure(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None) -> Result:
     """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
 
-    KLs are exact over the shared vocabulary, nats a token. What needs a teacher or a checker that is not there is null.
+    KLs are exact over the shared vocabulary, nats a token. `cut_share`: of the answers, or of the text measured on, what
+    max_new_tokens cut off. What needs a teacher or a checker that is not there is null.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
     subject = {"policy_hash": policy_hash(student), **evaluation.subject} | ({"with_teacher": True} if teacher else {})
@@ -99,7 +95,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
         result = on_teacher_text(evaluation, student)
         result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
         result["on_student"] = _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
-    return _keep(run, path, result | {"of": subject})
+    return _keep(run, path, result | {"of": subject}, step)
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
@@ -111,21 +107,22 @@ def measure_teacher(evaluation: Evaluation) -> Result:
     run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         if not run.config.models.teacher_model:
-            result: Result = {"accuracy": None, "samples": []}
+            result: Result = {"accuracy": None, "cut_share": None, "samples": []}
         elif not plain_model_fits(run.config, run.world):
             run.metrics.say(
                 "the plain teacher does not fit on this device: its accuracy is not measured"
                 + ("" if run.config.eval.eval_teacher_text else ", nor KLs on its text (give eval_teacher_text)")
             )
-            result = {"accuracy": None, "samples": []}
+            result = {"accuracy": None, "cut_share": None, "samples": []}
         else:
             result = _with_plain_teacher(evaluation)
-    return _keep(run, path, result | {"of": evaluation.subject})
+    return _keep(run, path, result | {"of": evaluation.subject}, 0)
 
 
 def _with_plain_teacher(evaluation: Evaluation) -> Result:
     run = evaluation.run
     model = load_plain_model(run.config, run.world)
+    check_writer(model)
     rollout, models = run.config.rollout, run.config.models
 
     def author(sampling: Sampling) -> Author:
@@ -133,7 +130,7 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
         tokenizer = evaluation.vocabulary.tokenizer
         return Author(
             model, tokenizer, "teacher", setup.short_hash(source), 0, sampling, evaluation.vocabulary.size,
-            checkpoints.eos_ids(model, tokenizer), lambda: torch.autocast(run.world.device.type, enabled=False),
+            ends.teacher_ends(run.config, tokenizer, evaluation.vocabulary.size), lambda: torch.autocast(run.world.device.type, enabled=False),
         )  # fmt: skip
 
     result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
@@ -194,7 +191,7 @@ def _on_student(evaluation: Evaluation, student: Student, step: int, label: str,
 
 
 def _nothing() -> Result:
-    return {"forward_kl": None, "reverse_kl": None, "top1_agreement": None, "tokens": None}
+    return dict.fromkeys(("forward_kl", "reverse_kl", "top1_agreement", "tokens", "cut_share"))
 
 
 @torch.no_grad()
@@ -217,31 +214,34 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
         sums += torch.stack([found.fkl.double().sum(), found.rkl.double().sum(), agree.double().sum(),
                              torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device)]).cpu()  # fmt: skip
     student.model.train(was_training)
-    forward, reverse, agreed, tokens = run.world.sum(sums.tolist())
+    num_cut = float(sum(record.finish_reason == "length" for record in own))
+    forward, reverse, agreed, tokens, cut = run.world.sum([*sums.tolist(), num_cut])
     return {
         "forward_kl": forward / tokens,
         "reverse_kl": reverse / tokens,
         "top1_agreement": agreed / tokens,
         "tokens": int(tokens),
+        "cut_share": cut / len(row_ids),
     }
 
 
 def _solve(evaluation: Evaluation, author: Author) -> Result:
-    """Greedy completions of the held-out prompts: the share that the checker accepts, and a few samples (collective)."""
-    run = evaluation.run
-    checker = load_checker(run.config.eval.answer_checker)
+    """Greedy completions of the held-out prompts: shares that the checker accepts and that were cut, samples (collective)."""
+    run, spec = evaluation.run, evaluation.run.config.eval.answer_checker
+    checker = open_checker(spec)
     own = evaluation.prompts[run.world.rank :: run.world.size]
     num_slots = slots_for(run, author, scores_too=False)
-    written = _greedy(author, own, num_slots) if own else []
-    texts = [cast(str, author.tokenizer.decode(c.ids, skip_special_tokens=True)) for c in written]
-    verdicts = [checker(p.row, text) if checker else None for p, text in zip(own, texts, strict=True)]
-    found = [
-        {"prompt": p.text, "completion": text, "solved": verdict}
-        for p, text, verdict in zip(own, texts, verdicts, strict=True)
-    ]
+    found = []
+    for prompt, written in zip(own, _greedy(author, own, num_slots) if own else [], strict=True):
+        text = cast(str, author.tokenizer.decode(written.ids, skip_special_tokens=True))
+        verdict = solved(checker, spec, prompt, text) if checker else None
+        found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
     everything = _interleave(run.world.gather(found))
-    accuracy = float(np.mean([f["solved"] for f in everything])) if checker else None
-    return {"accuracy": accuracy, "samples": everything[:NUM_SAMPLES]}
+    return {
+        "accuracy": float(np.mean([sample["solved"] for _, sample in everything])) if checker else None,
+        "cut_share": float(np.mean([reason == "length" for reason, _ in everything])),
+        "samples": [sample for _, sample in everything[:NUM_SAMPLES]],
+    }
 
 
 def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Completion]:
@@ -252,7 +252,7 @@ def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Compl
         )  # fmt: skip
 
 
-def _interleave(parts: list[list[Result]]) -> list[Result]:
+def _interleave(parts: list[list[T]]) -> list[T]:
     """Undoes the [rank::size] split."""
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
@@ -261,11 +261,14 @@ def _interleave(parts: list[list[Result]]) -> list[Result]:
 def _kept(path: Path, subject: Result) -> Result | None:
     """An earlier result, if it is one of the same subject."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if subject.items() <= found.get("of", {}).items() else None
+    return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
 
 
-def _keep(run: Run, path: Path, result: Result) -> Result:
+def _keep(run: Run, path: Path, result: Result, step: int) -> Result:
+    """Writes a result to `path` and to the records (collective)."""
     if run.world.is_main:
         replace_text(path, json.dumps(result, indent=1))
+    figures = {name: value for name, value in result.items() if name not in ("text_rows", "of")}
+    run.metrics.log("evaluation", label=path.stem, step=step, **figures)
     run.world.barrier()
     return result

@@ -11,7 +11,9 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+import cache
 from stages.runtime import metrics
+from stages.runtime.cuts import cut_sentence
 from stages.runtime.metrics import Clock
 from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
@@ -27,12 +29,19 @@ _SHARES = {
 
 @dataclass
 class Counts:
-    """Work done: rollouts, tokens drawn, tokens that the teacher read, and those with padding."""
+    """Work done: rollouts, those cut off at max_new_tokens, tokens drawn, read by the teacher, and read with padding."""
 
     rollouts: int = 0
+    cut_rollouts: int = 0
     generated_tokens: int = 0
     scored_tokens: int = 0
     padded_tokens: int = 0
+
+
+def counts_of(rows: list[cache.Record], *, generated: bool) -> Counts:
+    """Of the rows of a unit; `generated`: their tokens were drawn now."""
+    num_cut = sum(row.finish_reason == "length" for row in rows)
+    return Counts(len(rows), num_cut, sum(len(row.completion_ids) for row in rows) if generated else 0)
 
 
 class Progress:
@@ -67,7 +76,7 @@ class Progress:
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
         self._run.metrics.log(PROGRESS, **record)
-        self._bar.set_postfix_str(_rates(record), refresh=False)
+        self._bar.set_postfix_str(f"{_rates(record)}, {record['cut_share']:.0%} cut at max_new_tokens", refresh=False)
         self._bar.update(int(sums[0]))
 
     def shares(self) -> dict[str, float]:
@@ -84,6 +93,7 @@ class Progress:
             "start": self._run.clock.started,
             **self._of,
             **vars(done),
+            "cut_share": _ratio(done.cut_rollouts, done.rollouts),
             "rollouts_left": self._total - done.rollouts,
             "seconds": total,
             "rollouts_per_second": rate,
@@ -126,5 +136,5 @@ def last_line(run: Run) -> str:
     shares = ", ".join(f"{last[f'share_{name}']:.1%} {text}" for name, text in _SHARES.items() if last[f"share_{name}"])
     return (
         f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a second: {_rates(last)};"
-        f" time: {shares}; padding {last['padding_waste']:.1%}"
+        f" {cut_sentence(last['cut_share'])}; time: {shares}; padding {last['padding_waste']:.1%}"
     )

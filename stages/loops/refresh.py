@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
-import torch
+from collections import Counter
 
 import cache
-from dualkl.divergences import gather_logprobs
-from stages.data.alignment import align, at_scored
 from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
 from stages.loops.collect import Author, Unit, collect, missing_units, plan
+from stages.loops.leaks import memory_after_refresh
+from stages.loops.probe import check_generator
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models.generation import Sampling, generate
 from stages.models.student import Student, policy_hash
 from stages.models.teacher import Teacher, TeacherLoader
 from stages.models.turns import Turns
+from stages.runtime import cuts
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
-from stages.runtime.files import replace_text
 from stages.runtime.run import Run
-from stages.runtime.split import rollouts_of
+from stages.runtime.split import pool_size, rollouts_of, steps_of
 
-PROBE_ROWS = 8
-PROBE_TOLERANCE = 0.02  # nats, mean |generator - trainer|
 TOLERATED_IDLE = 0.2  # of the processes' time
 
 
@@ -72,6 +66,12 @@ def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index
         first_rollout=places.start, num_rollouts=len(places), group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
     )  # fmt: skip
+    asked, steps = config.refresh.rollouts_per_refresh, steps_of(config, refresh_index)
+    if pool_size(config, refresh_index) < asked:
+        run.metrics.say(
+            f"rollouts_per_refresh {asked} is lowered to {len(places)} for refresh {refresh_index}: at most {steps} steps of"
+            f" batch_size {config.train.batch_size} read them before the next refresh or the end"
+        )
     num_rounds = -(-len(units) // size)
     idle = 1 - len(units) / (num_rounds * size)
     if idle > TOLERATED_IDLE:
@@ -94,8 +94,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> str:
 
 def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
     found = training_prompts(run.config, vocabulary.tokenizer)
-    skipped = f" ({found.num_skipped} longer than max_prompt_tokens skipped)" if found.num_skipped else ""
-    run.metrics.say(f"{len(found.prompts)} prompts from {run.config.data.dataset}{skipped}")
+    run.metrics.say(found.summary)
     return found.prompts
 
 
@@ -109,84 +108,16 @@ def refresh(
             run, student, vocabulary, prompts, refresh_index=refresh_index, step=step, teacher=teacher
         )
     probe = check_generator(run, student, refresh_index)
-    allocated = torch.cuda.memory_allocated(run.world.device) if run.world.device.type == "cuda" else 0
     run.metrics.log(
         "refresh", step=step, refresh_index=refresh_index, units=num_units, policy_hash=policy_hash(student),
-        reason=reason, memory_allocated_bytes=allocated, **probe,
+        reason=reason, cut_share=cut_share(run, refresh_index), **memory_after_refresh(run), **probe,
     )  # fmt: skip
 
 
-def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str, float]:
-    """Compares generator and trainer on a fixed probe batch, and both with the version of the refresh before.
-
-    An adapter that never reaches the generator looks like staleness, with a finite loss; here it is an error.
-    """
-    snapshot = cache.open(run.config.cache_root)
-    records = [snapshot[i] for i in range(min(PROBE_ROWS, len(snapshot)))]
-    path = run.folder / "probe.json"
-    if path.exists():
-        wanted = json.loads(path.read_text())["row_ids"]
-        records = [snapshot[snapshot.position(row_id)] for row_id in wanted]
-    if not records:
-        return {}
-    trainer = trainer_logprobs(student, records)
-    generator = generator_logprobs(run, student, records)
-    gap = float(np.abs(trainer - generator).mean())
-    if gap > PROBE_TOLERANCE:
-        raise UserError(
-            f"generator and trainer disagree by {gap:.4f} nats a token on the probe batch (at most {PROBE_TOLERANCE} is"
-            f" rounding) at refresh {refresh_index}: the rollouts would not be the student's. Use dtype fp32, or report this."
-        )
-    moved = _moved(run, trainer, refresh_index, [record.row_id for record in records])
-    return {"probe_gap": gap, "probe_moved": moved}
-
-
-def _moved(run: Run, logprobs: np.ndarray, refresh_index: int, row_ids: list[str]) -> float:
-    """Mean |change| of the trainer's probe logprobs since the refresh before; no change is an error."""
-    path = run.folder / "probe.json"
-    history = json.loads(path.read_text())["logprobs"] if path.exists() else {}
-    before = history.get(str(refresh_index - 1))
-    moved = float(np.abs(logprobs - np.asarray(before, dtype=np.float32)).mean()) if before else 0.0
-    if before and moved == 0.0:
-        raise UserError(
-            f"the student's logprobs on the probe batch did not change between refresh {refresh_index - 1} and"
-            f" {refresh_index}: training does not reach the weights that generate. Is lr 0, or the adapter inactive?"
-        )
-    run.world.barrier()
-    if run.world.is_main:
-        kept = {str(refresh_index): logprobs.tolist()} | {
-            k: v for k, v in history.items() if int(k) == refresh_index - 1
-        }
-        replace_text(path, json.dumps({"row_ids": row_ids, "logprobs": kept}))
-    run.world.barrier()
-    return moved
-
-
-@torch.no_grad()
-def trainer_logprobs(student: Student, records: list[cache.Record]) -> np.ndarray:
-    """The student's logprobs [N] of the records' completions, by the training forward."""
-    was_training = student.model.training
-    student.model.eval()
-    aligned = align(
-        [r.prompt_ids for r in records],
-        [r.completion_ids for r in records],
-        student.tokenizer.pad_token_id,
-        student.device,
-        packed=student.packs,
-    )
-    hidden_Nd = at_scored(student.hidden(aligned), aligned)
-    student.model.train(was_training)
-    return gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
-
-
-def generator_logprobs(run: Run, student: Student, records: list[cache.Record]) -> np.ndarray:
-    """The same logprobs at temperature 1 by the rollout engine, forced along the completions."""
-    sampling = Sampling(run.config.rollout.max_new_tokens)
-    with student.autocast():
-        completions = generate(
-            student.model, [r.prompt_ids for r in records], [0] * len(records), sampling, vocab_size=student.vocab_size,
-            eos_ids=student.eos_ids, pad_id=student.tokenizer.pad_token_id, micro_batch=len(records),
-            forced=[r.completion_ids for r in records],
-        )  # fmt: skip
-    lengths = [len(record.completion_ids) for record in records]
-    return np.concatenate([c.logprobs[:n] for c, n in zip(completions, lengths, strict=True)])
+def cut_share(run: Run, refresh_index: int) -> float | None:
+    """Of the committed rows of a refresh of this run those that were cut at max_new_tokens; None without any."""
+    reasons: Counter[str] = Counter()
+    for record in cache.open(run.config.cache_root).commit_records():
+        if all(run_id == run.run_id and refresh == refresh_index for run_id, _, _, refresh in record.policies):
+            reasons.update(record.statistics["finish_reasons"])
+    return cuts.cut_share(reasons)

@@ -15,7 +15,7 @@ import cache
 from stages.data.prompts import Prompt
 from stages.loops import setup
 from stages.loops.collect import collect
-from stages.loops.progress import Counts, Progress
+from stages.loops.progress import Progress, counts_of
 from stages.loops.refresh import planned_units, scored_writer, tokenizer_json
 from stages.loops.scoring import Scoring, score_rows, teacher_head
 from stages.loops.setup import Vocabulary
@@ -67,7 +67,7 @@ def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teac
         while units := _next_units(run, inbox, progress):
             own = units[world.rank] if world.rank < len(units) else None
             rows = inbox.read(own) if own else []
-            counts = Counts(len(rows))
+            counts = counts_of(rows, generated=False)
             with progress.phase("score"):
                 score_rows(run, rows, scoring, loaded, writing, progress, counts)
             if own:

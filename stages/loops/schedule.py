@@ -5,6 +5,7 @@ Every decision follows from what a checkpoint holds, so that a run that was kill
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,18 +16,19 @@ from tqdm import tqdm
 import cache
 from stages.data.batches import Pool, live_pool, replayed
 from stages.loops import fit as steps
-from stages.loops import gating, versions
+from stages.loops import gating, setup, versions
 from stages.loops.drift import Drift
 from stages.loops.feed import global_batches
 from stages.loops.fit import Training, save_checkpoint
+from stages.loops.refresh import cut_share
 from stages.loops.versions import Version
 from stages.models.student import policy_hash
-from stages.runtime import checkpoint
+from stages.runtime import checkpoint, ending
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-from stages.runtime.split import rollouts_of
+from stages.runtime.split import pool_size, rollouts_of
 
 
 def due(config: Config, position: Position) -> str:
@@ -63,8 +65,8 @@ def _too_old(config: Config, position: Position) -> bool:
 
 
 def resume(run: Run, training: Training) -> Position | None:
-    """Loads the newest checkpoint of this run, if there is one."""
-    path = checkpoint.latest(run.folder / "checkpoints")
+    """Loads the checkpoint that this run goes on from, if there is one; later ones are discarded (collective)."""
+    path = setup.checkpoint_to_go_on_from(run)
     if path is None:
         if run.world.is_main:
             checkpoint.forget_best(run.folder / "checkpoints")
@@ -73,6 +75,9 @@ def resume(run: Run, training: Training) -> Position | None:
     position = checkpoint.load(
         path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
     )
+    run.world.barrier()
+    if run.world.is_main and run.config.train.resume_from:
+        checkpoint.discard_after(run.folder / "checkpoints", checkpoint.step_of(path))
     training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
     run.metrics.say(f"going on from {path}")
@@ -100,17 +105,18 @@ def fit(
         + (", the student's layers are compiled in the first step" if is_compiled else "")
     )
     run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
-    pool, snapshot = None, None
+    pool, snapshot, began = None, None, training.step
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
-    with bar:
+    with bar, ending.finishing():
         while training.step < config.train.max_steps:
             reason = due(config, position)
             if reason:
                 save_checkpoint(run, training, position)
                 index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
                 if arrivals is None:
-                    refresh(training, index, reason)
+                    with ending.at_once():  # the checkpoint is there, and committed units are kept
+                        refresh(training, index, reason)
                     position = _taken_up(
                         run, replace(position, refreshes=position.refreshes | {index: author}), index, pool
                     )
@@ -123,9 +129,22 @@ def fit(
                 pool, snapshot = open_pool(run, position)
                 position = replace(position, pool_age=pool.mean_age)
             position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
-    save_checkpoint(run, training, position)
+        if training.step > began:
+            save_checkpoint(run, training, position)
     if arrivals is not None:
         versions.set_finished(run, True)
+
+
+def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
+    """Between two steps: ends the command if a signal asked any process to end, with a checkpoint (collective)."""
+    number = int(run.world.max([float(ending.asked())])[0])
+    if not number or training.step >= run.config.train.max_steps:
+        return
+    path = save_checkpoint(run, training, position)
+    run.metrics.close()
+    run.world.barrier()  # the first to leave is noticed by a launcher, which ends the others
+    line = f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to go on from {path}"
+    raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
 
 def _fit_pool(
@@ -148,6 +167,7 @@ def _fit_pool(
             bar.update(1)
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
+            _stop_if_asked(run, training, position)
             if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
                 break
             if training.step % train.checkpoint_every == 0 and training.step < train.max_steps:
@@ -171,7 +191,7 @@ def _taken_up(run: Run, position: Position, index: int, pool: Pool | None) -> Po
     policy, kept = run.config.refresh, None
     if policy.replay_share:
         before = open_pool(run, position)[0] if pool is None else pool
-        count = policy.rollouts_per_refresh - len(rollouts_of(run.config, index))
+        count = pool_size(run.config, index) - len(rollouts_of(run.config, index))
         kept = replayed(before, position.step, policy.max_age, count)
     return replace(position, refresh_index=index, opened_at=position.step, recent=[], kept=kept)
 
@@ -254,6 +274,7 @@ def _take_up_arrivals(
     while (index := arrivals.newest(position)) < 0 or (
         index == position.refresh_index and _too_old(run.config, position)
     ):
+        _stop_if_asked(run, training, position)
         if run.world.is_main:
             versions.point_to(run.folder, position)
         if not told:
@@ -271,6 +292,6 @@ def _take_up_arrivals(
     author = position.refreshes[index]
     run.metrics.log(
         "refresh", step=position.step, refresh_index=index, policy_hash=author.policy_hash, policy_step=author.step,
-        reason=author.reason,
+        reason=author.reason, cut_share=cut_share(run, index),
     )  # fmt: skip
     return _taken_up(run, position, index, pool)

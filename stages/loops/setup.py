@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,10 +15,12 @@ from stages.loops.collect import Author
 from stages.models import checkpoints
 from stages.models.generation import Sampling
 from stages.models.student import Student, load_student, policy_hash
-from stages.runtime import checkpoint
+from stages.runtime import checkpoint, history, metrics
 from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+
+NO_TEACHER = "teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without."
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def shared_vocabulary(config: Config) -> Vocabulary:
     """Compares the two tokenizers; reads configurations and tokenizers only."""
     models = config.models
     if not models.teacher_model:
-        raise UserError("teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without.")
+        raise UserError(NO_TEACHER)
     student = checkpoints.load_tokenizer(models.student_model, models.student_revision)
     teacher = checkpoints.load_tokenizer(models.teacher_model, models.teacher_revision)
     rows = [
@@ -107,19 +110,38 @@ def _sampling(config: Config) -> dict[str, Any]:
     }
 
 
+def check_history(run: Run) -> None:
+    """Refuses a finished run with other keys than it was trained with; says which keys of an unfinished one are new."""
+    trained = history.last_config(metrics.read(run.metrics.path))
+    position = newest_position(run)
+    history.refuse_other_keys(run.folder, run.config, trained, position.step)
+    changed = history.describe_changes(trained, run.config)
+    if changed and position.step < run.config.train.max_steps:
+        run.metrics.say(f"going on with changed keys: {changed}")
+
+
 def newest_position(run: Run) -> checkpoint.Position:
-    """Where the run's newest checkpoint stands; the beginning if it has none."""
-    newest = checkpoint.latest(run.folder / "checkpoints")
-    return checkpoint.Position(0, 0) if newest is None else checkpoint.read_position(newest)
+    """Where the checkpoint stands that the run goes on from; the beginning if it has none."""
+    start = checkpoint_to_go_on_from(run)
+    return checkpoint.Position(0, 0) if start is None else checkpoint.read_position(start)
+
+
+def checkpoint_to_go_on_from(run: Run) -> Path | None:
+    """The newest checkpoint, or that of `resume_from` until a step after it is taken: the same command then goes on."""
+    folder, step = run.folder / "checkpoints", run.config.train.resume_from
+    last = history.last_config(metrics.read(run.metrics.path)) if step else None
+    if not step or (last is not None and history.goes_on(last, run.config)):
+        return checkpoint.latest(folder)
+    return checkpoint.of_step(folder, step)
 
 
 def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
-    """The student with the weights of the run's newest checkpoint, and where that stands."""
+    """The student with the weights of the checkpoint that the run goes on from, and where that stands."""
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
-        newest = checkpoint.latest(run.folder / "checkpoints")
-        if newest is not None:
-            checkpoint.load_weights(newest, student.trainable)
+        start = checkpoint_to_go_on_from(run)
+        if start is not None:
+            checkpoint.load_weights(start, student.trainable)
         return student, newest_position(run)
 
 

@@ -7,6 +7,7 @@ is complete. `finished` says that no more will come.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,18 @@ def point_to(run_folder: Path, position: Position) -> None:
 def newest(run_folder: Path) -> Version | None:
     """The version to write from, or None if none was published."""
     path = run_folder / "versions" / "newest.json"
-    return Version(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = Version(**json.loads(path.read_bytes()))
+        numbers = (found.refresh_index, found.step, found.num_rollouts)
+        if not re.fullmatch("[0-9a-f]{16}", found.policy_hash) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError("a value is not of its kind")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not what training writes ({str(error)[:200]}); restart stages.train, which writes it anew."
+        ) from None
+    return found
 
 
 def load(run_folder: Path, student: Student, version: Version) -> None:

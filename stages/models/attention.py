@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.data.alignment import Aligned, Packing
+from stages.models.exact import decoder_of
 from stages.runtime.errors import UserError
 
 PACKED = "dualkl_packed"
@@ -36,12 +37,17 @@ def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
     Errors: `UserError` under `on` where the model cannot be packed.
     """
     reason = "packing is off" if wanted is False else refusal(model)
-    if reason and wanted is True:
-        raise UserError(f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto.")
+    refuse_padding(model, wanted, reason)
     if not reason and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED)
         _mark_windows(model)
     return reason
+
+
+def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> None:
+    """`UserError` under `on` where `reason` keeps the model from packed rows."""
+    if reason and wanted is True:
+        raise UserError(f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto.")
 
 
 def _mark_windows(model: PreTrainedModel) -> None:
@@ -80,6 +86,12 @@ def model_inputs(aligned: Aligned, implementation: str) -> dict[str, Any]:
         return shared | {"attention_mask": nothing, "packing": packing}
     bounds = {"cu_seq_lens_q": packing.bounds, "cu_seq_lens_k": packing.bounds}
     return shared | bounds | {"max_length_q": packing.longest, "max_length_k": packing.longest}
+
+
+def decoder_states(model: PreTrainedModel, aligned: Aligned) -> Tensor:
+    """Last hidden states [B, T, d] after the final norm."""
+    inputs = model_inputs(aligned, model.config._attn_implementation)
+    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def packed_attention(

@@ -17,9 +17,12 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
+from stages.models.readout import output_weights, readout_of
+from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SOFTCAP = "attn_logit_softcapping"
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 
 
@@ -54,7 +57,11 @@ def load_config(name: str, revision: str) -> Any:
 def load_tokenizer(name: str, revision: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer of", name, revision=revision)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise UserError(
+                f"the tokenizer of {name} has no pad, EOS, BOS or UNK token to pad with; give it a pad_token."
+            )
     return tokenizer
 
 
@@ -64,31 +71,29 @@ def load_model(name: str, revision: str, dtype: torch.dtype, attn_implementation
     Of the checkpoint's generation_config (Qwen3's has temperature 0.6, top_p 0.95, top_k 20) only those ids are kept: the
     rest would silently make rollouts off-policy.
     """
-    model = _load(
-        AutoModelForCausalLM.from_pretrained, "model", name,
-        revision=revision, dtype=dtype, attn_implementation=attn_implementation,
-    )  # fmt: skip
+    if attn_implementation == "sdpa" and getattr(load_config(name, revision).get_text_config(), SOFTCAP, None):
+        say_once(f"{name} attends eagerly: sdpa does not cap its attention logits")
+        attn_implementation = "eager"
+    settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    try:
+        model = _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
+    except UserError as error:
+        if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        say_once(f"{name} attends eagerly: transformers has no sdpa attention for models of its type")
+        model = _load(
+            AutoModelForCausalLM.from_pretrained, "model", name, **(settings | {"attn_implementation": "eager"})
+        )
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     return model.eval()
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All ids that end a completion: those of the generation config and the tokenizer's own."""
-    own = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    if not ids:
-        raise UserError("the student has no EOS token, neither in its tokenizer nor in its generation_config.json.")
-    return tuple(sorted(ids))
-
-
 def head_of(model: PreTrainedModel) -> Head:
-    """The lm_head as `dualkl` takes it, with the logit scale and soft-cap of the models that have one."""
-    output = model.get_output_embeddings()
-    text = model.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return Head(output.weight, bias=getattr(output, "bias", None), scale=scale, softcap=softcap)
+    """The lm_head as `dualkl` takes it, with the logit scale and soft-cap that a forward of the model shows."""
+    weight, bias = output_weights(model)
+    readout = readout_of(model)
+    return Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
 
 
 def vocabulary_cut(
@@ -122,5 +127,6 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
     except (OSError, ValueError) as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{what} {name} cannot be loaded: it is neither a model folder here nor on the hub ({line})"
+            f"{what} {name} cannot be loaded"
+            + (f" ({line})" if Path(name).is_dir() else f": it is neither a model folder here nor on the hub ({line})")
         ) from error

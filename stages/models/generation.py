@@ -24,6 +24,10 @@ from stages.models.decoding.origin import origin_of
 from stages.models.decoding.sampling import Sampling
 from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.decoding.weights import DecodingWeights
+from stages.models.exact import decoder_of
+from stages.models.plain_generation import PlainEngine, way_to_write
+from stages.models.readout import readout_of
+from stages.runtime.errors import UserError
 
 __all__ = ["Completion", "Generate", "Sampling", "generate", "rollout_engine"]
 
@@ -81,27 +85,18 @@ def rollout_engine(model: PreTrainedModel | PeftModel) -> Iterator[Generate]:
     effect in the second: weights, however they are written or replaced, their device, and adapters, switched, disabled,
     merged, scaled or loaded. Each call looks for that once, a pass over the weights.
     """
-    engine = _Engine(model)
+    plain = way_to_write(model)
+    if plain is not None and plain.refused:
+        raise UserError(plain.refused)
+    engine = _Engine(model) if plain is None else _Plain(model, use_cache=plain.use_cache)
     try:
         yield engine
     finally:
         engine.close()
 
 
-class _Engine:
-    """Keeps between calls what is expensive to make: it is made for the weights and the autocast of the first call."""
-
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self.model = model
-        self.base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-        self._weights: DecodingWeights | None = None
-        self._decoder: Decoder | None = None
-        self._dtype: torch.dtype | None = None
-        self._made_for: list[object] = []
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+class _Calls:
+    """What engines have in common: a call's rows as requests, and rows without a token."""
 
     def __call__(
         self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,
@@ -120,9 +115,45 @@ class _Engine:
         done = {request.index: nothing for request in requests if request.limit == 0}
         requests_left = [request for request in requests if request.limit > 0]
         if requests_left:
-            with self._ready():
-                done |= _write(self._decoder_for(requests_left, method, num_slots), requests_left, num_slots)
+            done |= self._written(requests_left, method, num_slots)
         return [done[request.index] for request in requests]
+
+    def _written(self, requests: list[Request], method: Method, num_slots: int) -> dict[int, Completion]:
+        raise NotImplementedError
+
+
+class _Plain(_Calls):
+    """transformers' `generate`."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
+        self._engine = PlainEngine(model, use_cache)
+
+    def close(self) -> None:
+        """It keeps nothing."""
+
+    def _written(self, requests: list[Request], method: Method, num_slots: int) -> dict[int, Completion]:
+        rows = self._engine.write(requests, method, num_slots)
+        return {index: _completion(row, method.eos_ids) for index, row in rows}
+
+
+class _Engine(_Calls):
+    """Keeps between calls what is expensive to make: it is made for the weights and the autocast of the first call."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        self.base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+        self._weights: DecodingWeights | None = None
+        self._decoder: Decoder | None = None
+        self._dtype: torch.dtype | None = None
+        self._made_for: list[object] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def _written(self, requests: list[Request], method: Method, num_slots: int) -> dict[int, Completion]:
+        with self._ready():
+            return dict(_write(self._decoder_for(requests, method, num_slots), requests, num_slots))
 
     def close(self) -> None:
         self._decoder = self._weights = None
@@ -136,9 +167,10 @@ class _Engine:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         now: list[object] = [dtype, *origin_of(self.base)]
         if self._weights is None or now != self._made_for:
-            check_served(self.base, self.base.get_decoder())
+            check_served(self.base, decoder_of(self.base))
+            readout_of(self.base)  # measured, where it is not yet, on the model's own layers
             self._weights = self._decoder = None  # their memory first
-            self._weights = DecodingWeights(self.base.get_decoder(), dtype)
+            self._weights = DecodingWeights(decoder_of(self.base), dtype)
             self._dtype, self._made_for = dtype, now
         self.model.eval()
         try:
@@ -244,9 +276,12 @@ def _ended(decoder: Decoder, rows: dict[int, _Row]) -> Iterator[tuple[int, Compl
     slots = [slot for slot in rows if not live[slot]]
     if not slots:
         return
-    for slot, (ids, logprobs, entropy) in zip(slots, decoder.take(slots), strict=True):
-        reason = "eos" if ids[-1] in decoder.method.eos_ids else "length"
-        yield rows.pop(slot).request.index, Completion(ids, logprobs, entropy, reason)
+    for slot, row in zip(slots, decoder.take(slots), strict=True):
+        yield rows.pop(slot).request.index, _completion(row, decoder.method.eos_ids)
+
+
+def _completion(row: tuple[np.ndarray, np.ndarray, np.ndarray], eos_ids: tuple[int, ...]) -> Completion:
+    return Completion(*row, "eos" if row[0][-1] in eos_ids else "length")
 
 
 def _narrow(decoder: Decoder, rows: dict[int, _Row], widest: int) -> None:

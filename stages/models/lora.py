@@ -27,7 +27,7 @@ def make_lean(model: nn.Module) -> None:
 
 
 class LeanLinear(LoraLinear):
-    """One active plain adapter without dropout on a frozen `nn.Linear` in the dtype of the products: in few passes.
+    """One active plain adapter, no dropout at work, on a frozen `nn.Linear` in the dtype of the products: in few passes.
 
     All else (DoRA, LoRA with a bias, several adapters, merged or disabled ones, quantised weights) is PEFT's forward.
     """
@@ -54,7 +54,8 @@ class LeanLinear(LoraLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
             return None
-        return names[0] if isinstance(self.lora_dropout[names[0]], nn.Identity) else None
+        dropout = self.lora_dropout[names[0]]
+        return names[0] if isinstance(dropout, nn.Identity) or not dropout.training else None
 
 
 def adapted(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -22,8 +23,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned
-from stages.models import checkpoints, lora
-from stages.models.attention import enable_packing, model_inputs
+from stages.models import checkpoints, ends, lora, selfcheck
+from stages.models.attention import decoder_states, enable_packing, refuse_padding
+from stages.models.dropout import own_dropout, switch_off
+from stages.models.exact import decoder_of
+from stages.models.readout import full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
@@ -66,10 +70,8 @@ class Student:
 
     def hidden(self, aligned: Aligned) -> Float[Tensor, "B T d"]:
         """Last hidden states (after the final norm) in the compute dtype; the head is not applied."""
-        inputs = model_inputs(aligned, self.base.config._attn_implementation)
         with self.autocast():
-            output = self.base.get_decoder()(**inputs, use_cache=False)
-        return output.last_hidden_state.to(self.compute_dtype)
+            return decoder_states(self.base, aligned).to(self.compute_dtype)
 
 
 def load_student(config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Student:
@@ -77,13 +79,25 @@ def load_student(config: Config, device: torch.device, vocab_size: int, tokenize
     models = config.models
     load_dtype = checkpoints.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
     base = checkpoints.load_model(models.student_model, models.student_revision, load_dtype, models.attn_implementation)
-    eos = checkpoints.eos_ids(base, tokenizer)
-    if not config.lora.use_lora and models.student_adapter:
-        raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
+    eos = ends.student_ends(config, tokenizer, vocab_size)
     source = checkpoints.identity(models.student_model, models.student_revision)
     student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
     student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
-    return student
+    return checked(student, config.train.packing)
+
+
+def checked(student: Student, packing: bool | str) -> Student:
+    """The student with rows padded where packed ones are not exact (`selfcheck`); `UserError` where it is not served."""
+    base = student.base
+    subject = selfcheck.Subject(
+        base, partial(decoder_states, base), partial(full_forward, base), output_weights(base), side="student"
+    )
+    selfcheck.check_forwards(subject)
+    padded_because = student.padded_because or selfcheck.packing_refused(subject)
+    refuse_padding(base, packing, padded_because)
+    selfcheck.check_training(subject, student.model, packed=not padded_because)
+    selfcheck.check_writing(subject, student.model)
+    return replace(student, padded_because=padded_because)
 
 
 def assemble(
@@ -95,6 +109,7 @@ def assemble(
     `device`: where it will be trained.
     """
     compute_dtype = checkpoints.DTYPES[config.run.dtype]
+    switch_off(base)
     padded_because = enable_packing(base, config.train.packing)
     torch.manual_seed(config.run.seed)
     model = _with_lora(config, base) if config.lora.use_lora else base
@@ -139,12 +154,12 @@ def compile_layers(base: PreTrainedModel) -> None:
 
 
 def _layers(base: PreTrainedModel) -> Any:
-    return getattr(base.get_decoder(), "layers", None)
+    return getattr(decoder_of(base), "layers", None)
 
 
 def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
     def forward(layer: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        if not layer.training:
+        if not layer.training or not torch.is_grad_enabled():
             return type(layer).forward(layer, *arguments, **keywords)
         try:
             return compiled(layer, recompute, *arguments, **keywords)
@@ -179,7 +194,8 @@ def policy_hash(student: Student) -> str:
 
 def export(student: Student, folder: Path) -> None:
     """Writes what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer."""
-    student.model.save_pretrained(str(folder))
+    with own_dropout(student.base):
+        student.model.save_pretrained(str(folder))
     student.tokenizer.save_pretrained(folder)
 
 
@@ -200,16 +216,48 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
             raise UserError(
                 f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
             )
+        _set_dropout(model, config.lora.lora_dropout)
         return model
     targets = config.lora.lora_targets
     names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    if isinstance(names, list) and "lm_head" in names:
-        raise UserError("lora_targets may not name lm_head: the loss applies the head itself, without adapters.")
     settings = LoraConfig(
         r=config.lora.lora_r, lora_alpha=config.lora.lora_alpha, lora_dropout=config.lora.lora_dropout,
-        target_modules=names, task_type="CAUSAL_LM",
+        target_modules=names, exclude_modules=_unadapted(base) if names == "all-linear" else None, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         return get_peft_model(base, settings)
     except ValueError as error:
         raise UserError(f"lora_targets {targets}: {error}") from error
+
+
+def _set_dropout(model: PeftModel, p: float) -> None:
+    """The configured dropout instead of the one that a starting adapter was trained with."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def _unadapted(base: PreTrainedModel) -> list[str] | None:
+    """Linear layers that `all-linear` must leave alone: routers that return more than a product, and the projections whose
+    weights Mamba's fused kernels read without calling the layer."""
+    names = []
+    for name, module in base.named_modules():
+        parent = base.get_submodule(name.rpartition(".")[0])
+        is_mamba = hasattr(parent, "A_log") and hasattr(parent, "D")
+        if isinstance(module, nn.Linear) and (
+            (is_mamba and name.endswith(("out_proj", "dt_proj"))) or not _is_product(module)
+        ):
+            names.append(name)
+    return names or None
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    try:
+        output = layer(layer.weight.new_zeros(1, layer.in_features))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, layer.out_features)

@@ -7,23 +7,29 @@ it in chunks without further collectives.
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned, align
-from stages.models import checkpoints
-from stages.models.attention import enable_packing, model_inputs
+from stages.models import checkpoints, selfcheck
+from stages.models.attention import decoder_states, enable_packing, refuse_padding
+from stages.models.exact import NARROW, in_float32
+from stages.models.readout import full_forward, output_weights, readout_of
 from stages.runtime import distributed
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
@@ -37,9 +43,9 @@ class _Backbone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, aligned: Aligned) -> Tensor:
-        inputs = model_inputs(aligned, self.model.config._attn_implementation)
-        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    def forward(self, batch: Aligned | Tensor) -> Any:
+        """Of a batch its states [B, T, D]; of ids [1, T] `full_forward`, for the check at loading."""
+        return full_forward(self.model, batch) if isinstance(batch, Tensor) else decoder_states(self.model, batch)
 
 
 @dataclass
@@ -80,9 +86,7 @@ class Teacher:
     def close(self) -> None:
         """Gives all memory back."""
         if self.engine is not None:
-            self.engine.destroy()
-            # DeepSpeed's stack of running modules keeps the root of a forward without gradients, and with it all weights
-            importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
+            _destroy(self.engine)
         self.forward = self.engine = self.head = None  # type: ignore[assignment]  # nobody uses a closed teacher
         gc.collect()
         if self.device.type == "cuda":
@@ -116,11 +120,22 @@ def load_teacher(config: Config, world: World) -> Teacher:
 
 
 def load_plain_model(config: Config, world: World) -> PreTrainedModel:
-    """The whole teacher on this process's device, able to generate (evaluation only)."""
+    """The whole teacher on this process's device."""
     models = config.models
     dtype = checkpoints.DTYPES[models.teacher_dtype]
     model = checkpoints.load_model(models.teacher_model, models.teacher_revision, dtype, models.attn_implementation)
     return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
+
+
+def check_writer(model: PreTrainedModel) -> None:
+    """For a teacher that writes text itself (evaluation): finds the engine that it writes right with."""
+    subject = _plain_subject(model, _Backbone(model))
+    selfcheck.check_forwards(subject)
+    selfcheck.check_writing(subject, model)
+
+
+def _plain_subject(model: PreTrainedModel, backbone: _Backbone) -> selfcheck.Subject:
+    return selfcheck.Subject(model, backbone, backbone, output_weights(model), side="teacher")
 
 
 def plain_model_fits(config: Config, world: World) -> bool:
@@ -143,8 +158,20 @@ def _load_plain(config: Config, world: World) -> Teacher:
 
 def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:
     """A model that is loaded already, as a scoring teacher; no second copy. `packing`: as in the configuration."""
-    packs = not enable_packing(model, packing)
-    return Teacher(_Backbone(model), checkpoints.head_of(model), world.device, packs=packs)
+    backbone = _Backbone(model)
+    packs = _checked(_plain_subject(model, backbone), enable_packing(model, packing), packing)
+    return Teacher(backbone, checkpoints.head_of(model), world.device, packs=packs)
+
+
+def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | str) -> bool:
+    """Whether packed rows are exact; `UserError` for a teacher that is not served (collective where the teacher is)."""
+    selfcheck.check_forwards(subject)
+    if not padded_because:
+        padded_because = selfcheck.packing_refused(subject)
+        refuse_padding(subject.model, packing, padded_because)
+        if padded_because:
+            distributed.say_once(f"the teacher scores padded rows: {padded_because}")
+    return not padded_because
 
 
 def _load_zero3(config: Config, world: World) -> Teacher:
@@ -169,37 +196,82 @@ def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: Wor
     import deepspeed
 
     model.requires_grad_(False)
-    packs = not enable_packing(model, packing)
+    padded_because = enable_packing(model, packing)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()
-    restore_rotary(model)
+    restore_buffers(model)
     for name, parameter in model.named_parameters():
         assert hasattr(parameter, "ds_tensor"), f"ZeRO-3 left {name} unpartitioned"
-    return Teacher(engine, _gathered_head(model), world.device, engine, packs)
+    weight, bias = _gathered_head(model)
+    subject = selfcheck.Subject(
+        model, engine, engine, (weight, bias), exact=partial(in_float32, engine.module), side="teacher",
+        agree=lambda gap: world.max([gap])[0],
+    )  # fmt: skip
+    packs = _checked(subject, padded_because, packing)
+    readout = readout_of(model)
+    head = Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
+    return Teacher(engine, head, world.device, engine, packs)
 
 
-def _gathered_head(model: PreTrainedModel) -> Head:
+def _destroy(engine: Any) -> None:
+    """Destroys a ZeRO-3 engine, clears what DeepSpeed's globals keep of it, and empties its weights.
+
+    The stack of running modules keeps the root of a forward without gradients; an `lru_cache` of a coordinator's method
+    keeps modules and coordinator once a trace is complete. What another version of DeepSpeed holds besides is hollow.
+    """
+    module = engine.module
+    engine.destroy()
+    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    getattr(offload, "FWD_MODULE_STACK", []).clear()
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    for method in vars(coordinator.PartitionedParameterCoordinator).values():
+        for cached in _caches_in(method):
+            cached.cache_clear()
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for part in (tensor, getattr(tensor, "ds_tensor", None)):
+            if part is not None:
+                part.data = torch.empty(0, dtype=part.dtype, device=part.device)
+
+
+def _caches_in(function: Any, depth: int = 3) -> Iterator[Any]:
+    """The `lru_cache`s in a decorated function; DeepSpeed's decorators keep what they wrap in a closure alone."""
+    if hasattr(function, "cache_clear"):
+        yield function
+    elif depth:
+        for cell in getattr(function, "__closure__", None) or ():
+            yield from _caches_in(cell.cell_contents, depth - 1)
+
+
+def _gathered_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     import deepspeed
 
     output = model.get_output_embeddings()
     with deepspeed.zero.GatheredParameters(list(output.parameters())):
-        head = checkpoints.head_of(model)
-        bias = None if head.bias is None else head.bias.detach().clone()
-        return Head(head.weight.detach().clone(), bias=bias, scale=head.scale, softcap=head.softcap)
+        weight, bias = output_weights(model)
+        return weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def restore_rotary(model: nn.Module) -> None:
-    """Recomputes rotary frequencies in fp32, as plain loading has them.
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Makes anew, in float32, the computed buffers that plain loading has in float32: rotary frequencies above all.
 
     Loading in bf16 under ZeRO-3 rounds them to bf16, which turns the teacher into another model as positions grow
     (relative error of the last hidden state at 512 tokens 0.115 instead of 0.026).
     """
-    for module in model.modules():
-        if isinstance(getattr(module, "inv_freq", None), Tensor) and hasattr(module, "config"):
-            fresh = type(module)(config=module.config)
-            for name, buffer in fresh.named_buffers():
-                current = getattr(module, name)
-                setattr(module, name, buffer.to(current.device, torch.float32))
+    computed = {
+        f"{prefix}.{name}".lstrip("."): module
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    own = dict(model.named_buffers())
+    rounded = [name for name in computed if name in own and own[name].dtype in NARROW]
+    if not rounded:
+        return
+    with init_empty_weights(include_buffers=False):
+        plain = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    fresh = dict(plain.named_buffers())
+    for name in rounded:
+        if fresh[name].dtype == torch.float32:
+            setattr(computed[name], name.rpartition(".")[2], fresh[name].to(own[name].device))
 
 
 def zero3_settings(config: Config) -> dict[str, Any]:
@@ -210,8 +282,8 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage_three, "bf16": {"enabled": bf16}}
     path = Path(config.models.teacher_ds_config)
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        settings = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise UserError(f"teacher_ds_config {path} cannot be read as JSON: {error}") from error
     settings = _without_auto(settings)
     zero = settings.setdefault("zero_optimization", {}) if isinstance(settings, dict) else None
@@ -225,7 +297,8 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         )
     zero.setdefault("stage3_param_persistence_threshold", 0)  # the default keeps small tensors whole on every card
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
-    settings.setdefault("bf16", {})["enabled"] = bf16
+    given = settings.get("bf16")
+    settings["bf16"] = {**(given if isinstance(given, dict) else {}), "enabled": bf16}
     for key in ("optimizer", "scheduler", "fp16", "train_batch_size", "gradient_accumulation_steps"):
         settings.pop(key, None)
     return settings

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,24 @@ from torch import nn
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
+from stages.runtime.files import publish_folder
 
 # What the libraries raise for a file that is not what was written.
-DAMAGE = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
+NAME = re.compile(r"step-\d{6,}")
 BEST = "best.safetensors"
 
 
@@ -153,10 +167,41 @@ def _tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, by step."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and (path / "state.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below `folder`."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
-    return complete[-1] if complete else None
+    return next(reversed(complete(folder)), None)
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """The complete checkpoint of `step`; UserError that names those that are there."""
+    there = complete(folder)
+    for path in there:
+        if step_of(path) == step:
+            return path
+    raise UserError(
+        f"resume_from {step}: {folder} has no complete checkpoint of that step; there are"
+        f" {', '.join(str(step_of(path)) for path in there) or 'none'}."
+    )
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps, newest first, and best weights of one (main process)."""
+    for path in reversed(complete(folder)):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    kept = best(folder)
+    if kept is not None and kept.step > step:
+        forget_best(folder)
 
 
 def read_position(path: Path) -> Position:
@@ -174,14 +219,22 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what the libraries say of a damaged file into a sentence."""
+def _explained(path: Path, checked: bool = False) -> Iterator[None]:
+    """Turns what the libraries say into a sentence: of damage, or of a machine that could not read sound files.
+
+    `checked`: the files are what was written, so that only the machine, or other versions of the libraries, can be at fault.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except DAMAGE as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
+        if checked or (isinstance(error, OSError) and not isinstance(error, MISSING)) or "os error" in line:
+            raise UserError(
+                f"checkpoint {path} could not be read ({line}). Nothing says that its files are at fault: see to this machine"
+                " (memory, open files, permissions, disk), then run the same command again."
+            ) from error
         raise UserError(
             f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."
         ) from error
@@ -218,7 +271,7 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
             raise UserError(
                 f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
             ) from error
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
     world.barrier()
     return final
@@ -226,18 +279,32 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
 
 def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any, world: World,
          engine: Any = None) -> Position:  # fmt: skip
-    """Puts a checkpoint's state into the given objects."""
+    """Puts a checkpoint's state into the given objects; learning rate and weight decay stay those of the configuration."""
+    own = [(group["initial_lr"], group["weight_decay"]) for group in scheduler.optimizer.param_groups]
     load_weights(path, trainable)
-    with _explained(path):
+    with _explained(path, checked=True):
         if engine is not None:
             engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
         else:
             optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
         state = torch.load(path / "state.pt", weights_only=True)
         scheduler.load_state_dict(state["scheduler"])
+        _set_rates(scheduler, own)
     if len(state["random"]) == world.size:
         _set_random_state(state["random"][world.rank], world)
     return read_position(path)
+
+
+def _set_rates(scheduler: Any, own: list[tuple[float, float]]) -> None:
+    """The (peak learning rate, weight decay) of each group, at the step where the scheduler stands."""
+    scheduler.base_lrs = [peak for peak, _ in own]
+    rates = [
+        peak * factor(scheduler.last_epoch)
+        for peak, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler._last_lr = rates
+    for group, (peak, decay), rate in zip(scheduler.optimizer.param_groups, own, rates, strict=True):
+        group.update(initial_lr=peak, lr=rate, weight_decay=decay)
 
 
 @torch.no_grad()
@@ -245,8 +312,11 @@ def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
     """Copies a checkpoint's trained weights into a student's parameters, after checking the digest of every file."""
     with _explained(path):
         for name, digest in _read_state(path)["files"].items():
-            if _file_digest(path / name) != digest:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"state.json names {name[:100]!r}")
+            if digest != _file_digest(path / name) and digest != _file_digest(path / name):  # one bad read is no damage
                 raise ValueError(f"{name} is not what was written")
+    with _explained(path, checked=True):
         stored = load_file(path / "student.safetensors")
     _copy(path, stored, trainable)
 
@@ -282,17 +352,14 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if final.exists():  # the same step, saved before: never a moment without it
+    if (final / "state.json").is_file():  # the same step, saved before: never a moment without it
         shutil.rmtree(partial)
         return
-    partial.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if final.exists():  # not a checkpoint: out of the way
+        aside = final.with_name(f".incomplete-{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    publish_folder(partial, final)
 
 
 def _random_state(world: World) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    run_name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="folder below runs_dir")
+    run_name: str = Field("run", min_length=1, pattern=r"^[.]*[\w-][\w.-]*$", description="folder below runs_dir")
     runs_dir: str = Field("runs", description="where runs leave their folders")
     cache_dir: str = Field("", description="the teacher cache; empty: <run folder>/cache")
     extra_caches: dict[str, Annotated[Finite, Field(ge=0)]] = Field(
@@ -59,18 +59,47 @@ class LoraSection(Section):
     lora_targets: str = Field("all-linear", description="'all-linear' (head excluded) or names joined by commas")
 
 
+def _weighted(value: Any) -> Any:
+    """A list of data sets, or of {data set: weight}, as one map; each named once."""
+    if not isinstance(value, list) or not all(isinstance(each, str | dict) for each in value):
+        return value
+    pairs = [pair for each in value for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("names a data set twice")
+    return dict(pairs)
+
+
+Weights = Annotated[dict[str, Annotated[Finite, Field(gt=0)]], Field(min_length=1)]
+
+
 class DataSection(Section):
-    dataset: str = Field("tulu3", description="tulu3, a hub data set, or a local .jsonl / .parquet")
-    dataset_split: str = Field("train", description="split of a hub data set")
+    dataset: Annotated[str | Weights, BeforeValidator(_weighted)] = Field(
+        "tulu3",
+        description="tulu3, a hub data set NAME or NAME:CONFIG, a local file or folder, or several: {data set: weight}",
+    )
+    dataset_split: str = Field("train", description="split, where the data set has several")
     num_prompts: int = Field(16384, ge=0, description="prompts drawn from the data set (seeded); 0: all")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt after the chat template, tokens")
     overlong: Literal["skip", "error"] = Field("skip", description="what to do with longer prompts (skips are counted)")
+    allow_skipped: Finite = Field(
+        0.5, ge=0, le=1, description="largest share of a data set's records that may be skipped, of more than 50"
+    )
+    system_prompt: str = Field("", description="system message of records that have none; empty: none")
     chat_template_kwargs: dict[str, Any] = Field({"enable_thinking": False}, description="passed to the chat template")
+
+
+def _joined(value: Any) -> Any:
+    """A list of names as names joined by commas."""
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return ",".join(value) if is_list else value
 
 
 class RolloutSection(Section):
     group_size: int = Field(4, ge=1, description="completions for each prompt")
     max_new_tokens: int = Field(512, ge=1, description="longest completion, tokens")
+    eos_token: Annotated[str, BeforeValidator(_joined)] = Field(
+        "", description="tokens that end a completion, joined by commas, in place of the student's own; empty: its own"
+    )
     sample_temperature: Finite = Field(1.0, gt=0, description="sampling temperature of rollouts")
     sample_top_p: Finite = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     sample_top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
@@ -147,6 +176,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one precedes every refresh)")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    resume_from: int = Field(
+        0, ge=0, description="go on from the checkpoint of this step and discard later ones; 0: from the newest"
+    )
     export_checkpoint: Literal["last", "best"] = Field(
         "last", description="what becomes the student (best: eval_every)"
     )
@@ -188,7 +220,7 @@ class RefreshSection(Section):
 
 class EvalSection(Section):
     eval_dataset: str = Field("", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts")
-    eval_split: str = Field("test", description="split of a hub data set")
+    eval_split: str = Field("test", description="split, where the data set has several")
     eval_prompts: int = Field(256, ge=1, description="held-out prompts measured")
     eval_every: int = Field(0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none")
     answer_checker: str = Field(
@@ -256,8 +288,58 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
 # The resolvers of a first character are tried in order; integers must come before the wider float pattern.
-for _resolvers in _Loader.yaml_implicit_resolvers.values():
-    _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+# Dates stay text: no key is one, and a run's name may look like one.
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = sorted(
+        (pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"),
+        key=lambda pair: pair[0] != "tag:yaml.org,2002:int",
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as text."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+MOST_BYTES, MOST_VALUES, MOST_DEEP, MOST_SHOWN = 2**20, 10_000, 20, 200
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values (texts, numbers, lists, dicts with text keys); ValueError with a short reason for anything else."""
+    try:
+        return _plain(yaml.load(text, _Loader), [MOST_VALUES], 0)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # a constructor raises whatever Python's own functions do
+        raise ValueError(_short(" ".join(str(error).split()) or type(error).__name__)) from None
+
+
+def _plain(value: Any, left: list[int], depth: int) -> Any:
+    left[0] -= 1
+    if left[0] < 0 or depth > MOST_DEEP:
+        raise ValueError(f"it holds more than {MOST_VALUES} values, or more than {MOST_DEEP} levels of them")
+    if isinstance(value, dict):
+        if names := [key for key in value if not isinstance(key, str | int | float)]:
+            raise ValueError(f"a key is {_shown(names[0])}; use text")
+        return {key: _plain(item, left, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, left, depth + 1) for item in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer has more than 64 bits")
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise ValueError(f"a value is of type {type(value).__name__}; use text, numbers, lists and dictionaries")
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _short(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 def parse_arguments(arguments: list[str], description: str) -> Config:
@@ -298,11 +380,11 @@ def _invalid(error: ValidationError) -> str:
     errors = error.errors()
     section, leaf = errors[0]["loc"][:2]
     wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
-    return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {errors[0]['input']!r}."
+    return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {_shown(errors[0]['input'])}."
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -321,17 +403,23 @@ def _read_file(path: Path) -> dict[str, Any]:
     """Leaves of a YAML file, whether they stand in their section or at the top level."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist (looked in {Path.cwd()}).")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(
+            f"config file {path} has {path.stat().st_size} bytes; a configuration has at most {MOST_BYTES}."
+        )
     try:
-        content = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+        content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"config file {path} must hold keys and values, got {type(content).__name__}.")
     leaves: dict[str, Any] = {}
     for key, value in content.items():
         if key in SECTIONS:
             if not isinstance(value, dict):
-                raise UserError(f"{path}: section {key} must hold keys and values, got {value!r}.")
+                raise UserError(f"{path}: section {key} must hold keys and values, got {_shown(value)}.")
             leaves |= _leaves(value, f"in section {key} of {path}")
         else:
             leaves |= _leaves({key: value}, f"in {path}")
@@ -346,6 +434,7 @@ def _leaves(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _unknown_key(key: str, where: str) -> str:
+    key = _short(key)
     near = difflib.get_close_matches(key, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "; `python -m stages.pipeline --help` lists all keys."
     return f"unknown key {key} {where}{hint}"
@@ -356,9 +445,11 @@ def _from_text(leaf: str, text: str) -> Any:
     if annotation is str:
         return text
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         return text
+    is_name = str in get_args(annotation) and not text.startswith(("{", "["))
+    return text if is_name else value
 
 
 def _check(config: Config) -> None:
@@ -382,6 +473,7 @@ def _check(config: Config) -> None:
             f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
             f" {rollout.group_size}; change one of them."
         )
+    _check_adapter(config)
     _check_refresh(config)
     _check_gate(config)
     if loss.gate_on != "rkl" and loss.gating == "fixed":
@@ -402,6 +494,13 @@ def _check(config: Config) -> None:
         )
     if loss.rkl == "mc" and loss.temperature != 1:
         raise UserError("rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact.")
+
+
+def _check_adapter(config: Config) -> None:
+    if config.models.student_adapter and not config.lora.use_lora:
+        raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
+    if "lm_head" in [name.strip() for name in config.lora.lora_targets.split(",")]:
+        raise UserError("lora_targets may not name lm_head: the loss applies the head itself, without adapters.")
 
 
 def _check_gate(config: Config) -> None:

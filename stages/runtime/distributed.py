@@ -17,6 +17,7 @@ from stages.runtime.errors import UserError
 
 # A rank without a unit waits for one that generates: longer than the libraries' ten minutes. A dead rank is the launcher's to see.
 PATIENCE = timedelta(hours=6)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ def start(device: str) -> World:
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=use_cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience])
     return World(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+
+
+def say_once(line: str) -> None:
+    """Prints `line` on the main process unless it has done so before."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    if is_main and line not in _said:
+        print(line, flush=True)
+    _said.add(line)
 
 
 def ensure_process_group(world: World) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import cache
+from stages.runtime import ending
 
 OUT_OF_MEMORY = (
     "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then group_size, batch_size or"
@@ -19,6 +20,11 @@ OUT_OF_MEMORY = (
 )
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG,
+    errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EISDIR, errno.ENOTEMPTY, errno.ENOLCK, errno.ENOMEM,
+}  # fmt: skip
+REMEDIES = {
+    errno.ENOSPC: "Make room", errno.EDQUOT: "Make room", errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "Close other programs", errno.ENOMEM: "Free memory",
 }  # fmt: skip
 
 
@@ -38,26 +44,48 @@ def command(main: Callable[[], None]) -> None:
         _flushed(main)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort it
+        ending.run_tasks()
+        if ending.ends_hard():
+            _leave("", 0)
     except (UserError, cache.CacheError) as error:
         _leave(f"error: {error}", 2)
+    except ending.Stopped as error:
+        _leave(str(error), error.code)
     except torch.OutOfMemoryError as error:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
+    except MemoryError:
+        _leave("error: this machine is out of memory. Close other programs or lower rollouts_per_unit and batch_size; what is"
+               " committed is kept.", 3)  # fmt: skip
     except BrokenPipeError as error:
         if _drop_unread():
             _leave("", CLOSED_PIPE)
-        traceback.print_exception(error)  # a socket
-        _leave("", 1)
+        _fail(error)  # a socket
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            traceback.print_exc()
-            _leave("", 1)
-        _leave(f"error: {error.strerror}: {error.filename or 'a file of the run'}. Make room or choose another folder, then run the"
-               " same command again; what is committed is kept.", 2)  # fmt: skip
+        if error.errno not in DISK_ERRORS | {errno.ENOENT} or not error.filename:
+            _fail(error)
+        _leave(f"error: {machine_error(error)}", 2)
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on from what is committed", 130)
-    except Exception:
-        traceback.print_exc()
-        _leave("", 1)
+    except Exception as error:
+        _fail(error)
+
+
+def machine_error(error: OSError) -> str:
+    """One sentence for what the file system refused, and what to do."""
+    if error.errno == errno.ENOENT:
+        return (
+            f"{error.filename} is not there (any more); was a folder moved or removed while this ran? Put it back, or start"
+            " with another --run_name."
+        )
+    remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")
+    return f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same command again; what is committed is kept."
+
+
+def _fail(error: Exception) -> None:
+    """A mistake of ours: its traceback; none where a signal has ended other processes, which this one finds gone."""
+    ending.end_if_asked(patience=1.0 if torch.distributed.is_initialized() else 0.0)
+    traceback.print_exception(error)
+    _leave("", 1)
 
 
 def _flushed(main: Callable[[], None]) -> None:
@@ -86,10 +114,11 @@ def _is_unread(descriptor: int) -> bool:
 
 def _leave(message: str, code: int) -> None:
     """Ends the process at once: a clean interpreter exit would wait for the collectives of the other ranks."""
+    ending.run_tasks()
     if message:
         print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() or ending.ends_hard():
         os._exit(code)
     raise SystemExit(code)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `path` as a whole or not at all."""
+    """Writes `path` as a whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

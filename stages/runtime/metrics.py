@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.runtime import config as configuration
+from stages.runtime import history, site
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
-from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
+from stages.runtime.watch import Watch
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
+WORK = ("rollout_progress", "step", "refresh", "version", "eval", "evaluation", "export")
+"""Kinds of records that a command writes when it has really done something."""
+COUNTED = {
+    "step": "step", "gate": "step", "eval": "step", "evaluation": "step", "warning": "step", "export": "step",
+    "config": "from_step", "refresh": "refresh_index",
+}  # fmt: skip
+"""What places a record in the run; records beyond the place that a run goes on from are dropped."""
+Record = dict[str, Any]
 
 
 class Clock:
@@ -66,66 +75,111 @@ class Clock:
 
 
 class Metrics:
-    """Appends records to `metrics.jsonl` (and to Weights & Biases) on the main process; silent on the others."""
+    """Appends records to `metrics.jsonl` (docs/metrics.md) and Weights & Biases on the main process; silent on the others.
 
-    def __init__(self, config: Config, world: World, notes: str = "metrics.jsonl") -> None:
+    A command that does nothing leaves nothing: until the first record of `WORK` others are held back, and the folder, its
+    config.yaml and the run on the site are not touched. `keeps_config`: the run's configuration is that of this command.
+    """
+
+    def __init__(self, config: Config, world: World, notes: str = "metrics.jsonl", keeps_config: bool = True) -> None:
         self.path = config.run_folder / notes
         self.world = world
-        self._wandb: Any = None
-        if world.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _end_last_line(self.path)
-            if config.log.wandb_project:
-                self._wandb = _start_wandb(config)
+        self._config, self._keeps_config = config, keeps_config
+        self._held: list[Record] = []
+        self._watch = Watch()
+        self._rewound: tuple[int, int] | None = None
+        self._has_begun = self._has_trained = False
+        self._site = site.open_site(config) if world.is_main and config.log.wandb_project else None
 
     def log(self, kind: str, **values: Any) -> None:
         if not self.world.is_main:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(_scalars(kind, values), step=values.get("step"))
+        if not self._has_begun and kind not in WORK:
+            self._held.append(record)
+            return
+        self._begin()
+        if kind == "step" and self._keeps_config and not self._has_trained:
+            self._has_trained = True
+            self._note_configuration(values["step"])
+        self._write(record)
+        for text in self._watch.look(record):
+            self.say(f"warning: {text}")
+            self._write({"kind": "warning", "time": record["time"], "step": values.get("step", 0), "text": text})
 
     def rewind(self, step: int, refresh_index: int) -> None:
-        """Drops what a run that resumes after `step` and refresh `refresh_index` will write again."""
-        if not (self.world.is_main and self.path.exists()):
-            return
-        last = {"step": step, "refresh_index": refresh_index}
-        counted = {"step": "step", "gate": "step", "eval": "step", "refresh": "refresh_index"}
-        kept = [
-            r for r in read(self.path) if r["kind"] not in counted or r[counted[r["kind"]]] <= last[counted[r["kind"]]]
-        ]
-        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        """Drops what a run that goes on after `step` and refresh `refresh_index` will write again, with its first record."""
+        if self.world.is_main:
+            self._rewound = step, refresh_index
+            if self._has_begun:
+                self._drop_rewound()
+
+    def keep_config(self) -> None:
+        """Writes the run's config.yaml now, for those who wait for it, unless another has trained (main process)."""
+        if not any(record["kind"] == "step" for record in read(self.path)):
+            replace_text(self.path.parent / "config.yaml", configuration.to_yaml(self._config))
 
     def say(self, line: str) -> None:
         if self.world.is_main:
             print(line, flush=True)
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Sends what is left to the site, within `site.PATIENCE` seconds."""
+        if self._site is not None:
+            self._site.close()
 
+    def _begin(self) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(self.path)
+        self._drop_rewound()
+        self._watch = Watch(read(self.path))
+        if self._keeps_config:
+            self.keep_config()
+        for record in self._held:
+            self._write(record)
 
-def _scalars(prefix: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, those of nested tables too, by their path: `gate/by_age/0-3/rkl`."""
-    found: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _scalars(f"{prefix}/{key}", value)
-        elif isinstance(value, int | float):
-            found[f"{prefix}/{key}"] = value
-    return found
+    def _write(self, record: Record) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._site is not None:
+            self._site.send(record)
+
+    def _note_configuration(self, step: int) -> None:
+        """A `config` record where `step` is the first with this configuration, and config.yaml beside it."""
+        record = history.config_record(self._config, self.world, step)
+        if not history.is_same_span(history.last_config(read(self.path)), record):
+            self._write({"kind": "config", "time": round(time.time(), 3), **record})
+        replace_text(self.path.parent / "config.yaml", configuration.to_yaml(self._config))
+
+    def _drop_rewound(self) -> None:
+        if self._rewound is None:
+            return
+        step, refresh_index = self._rewound
+        found = read(self.path)
+        kept = [
+            r
+            for r in found
+            if r.get(COUNTED.get(r["kind"], ""), 0) <= (refresh_index if r["kind"] == "refresh" else step)
+        ]
+        if len(kept) < len(found):
+            replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._watch = Watch(kept)
+        self._rewound = None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """The records of a `metrics.jsonl`; lines that a crash cut off are left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            records.append(record)
     return records
 
 
@@ -134,27 +188,3 @@ def _end_last_line(path: Path) -> None:
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:
             file.write("\n")
-
-
-def _start_wandb(config: Config) -> Any:
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"wandb_project is set, but wandb cannot be imported here ({error}); install it (pip install wandb), or leave"
-            " wandb_project empty: metrics.jsonl has the same records."
-        ) from error
-
-    own = "-score" if config.rollout.role == "score" else ""  # it runs at the same time as its generator
-    path = config.run_folder / f"wandb_id{own}"  # one run on the site for all starts of this run's folder
-    if not path.exists():
-        replace_text(path, secrets.token_hex(4))
-    return wandb.init(
-        project=config.log.wandb_project,
-        name=(config.log.wandb_name or config.run.run_name) + own,
-        mode=config.log.wandb_mode,
-        dir=str(config.run_folder),
-        config=config.model_dump(),
-        id=path.read_text(),
-        resume="allow",
-    )

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from stages.runtime import config as configuration
-from stages.runtime import distributed
+from stages.runtime import distributed, locks
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
-from stages.runtime.files import replace_text
+from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
 
 
@@ -45,6 +45,25 @@ class Run:
         )
         return f"{config.run.run_name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
+    def claim(self, *paths: Path) -> None:
+        """Makes this command the only writer of the run's folder, and of `paths`, until it ends (collective).
+
+        UserError that names the process that writes there already.
+        """
+        problem = ""
+        if self.world.is_main:
+            try:
+                locks.take(self.folder / "run.lock", f"the run in {self.folder}")
+                for path in paths:
+                    locks.take(path.with_name(f"{path.name}.lock"), str(path))
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = machine_error(error)
+        problem = self.world.gather(problem)[0]
+        if problem:
+            raise UserError(problem)
+
     def log_totals(self, stage: str) -> None:
         """Seconds by phase and peak GPU memory so far, of the slowest and the fullest rank (collective)."""
         self.metrics.log("clock", start=self.clock.started, **self.clock.totals(self.world))
@@ -56,7 +75,7 @@ class Run:
 def open_run(
     description: str, arguments: list[str] | None = None, *, only_looks: bool = False, notes: str = "metrics.jsonl"
 ) -> Run:
-    """Reads the command line, joins the other processes, and makes the run's folder with its configuration.
+    """Reads the command line and joins the other processes; the run's folder is made when something is done in it.
 
     `only_looks`: the command is no part of the run, whose own configuration stays. `notes`: the file of its metrics.
     """
@@ -64,9 +83,8 @@ def open_run(
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)
-    metrics = Metrics(config, world, notes)
-    if world.is_main and not only_looks and config.rollout.role != "score":  # a scorer leaves that to its generator
-        _note_changes(config, metrics)
+    keeps_config = not only_looks and config.rollout.role != "score"  # a scorer leaves that to its generator
+    metrics = Metrics(config, world, notes, keeps_config)
     return Run(config, world, metrics, clock)
 
 
@@ -79,14 +97,3 @@ def _quieten_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def _note_changes(config: Config, metrics: Metrics) -> None:
-    """Keeps the configuration beside the run and says which keys differ from the last start."""
-    path = config.run_folder / "config.yaml"
-    text = configuration.to_yaml(config)
-    if path.exists() and path.read_text() != text:
-        old = set(path.read_text().splitlines())
-        changed = [line.strip() for line in text.splitlines() if line not in old]
-        metrics.say(f"going on with changed keys: {'; '.join(changed)}")
-    replace_text(path, text)

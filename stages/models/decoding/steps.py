@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from stages.models import checkpoints
 from stages.models.decoding.attention import check_attended, slot_attention
 from stages.models.decoding.sampling import Sampling, choose
 from stages.models.decoding.slots import Progress, SlotCache
+from stages.models.exact import decoder_of
 from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
@@ -56,7 +57,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, method: Method, num_slots: int, num_places: int, num_tokens: int, compute_dtype: torch.dtype | None) -> None:  # fmt: skip
         """`compute_dtype`: what autocast multiplies in, None without autocast."""
-        self.model, self.decoder, self.method = model, model.get_decoder(), method
+        self.model, self.decoder, self.method = model, decoder_of(model), method
         self.num_slots, self.num_places, self.num_tokens = num_slots, num_places, num_tokens
         self.device = next(model.parameters()).device
         self.progress = Progress.empty(num_slots, num_tokens, self.device)
@@ -157,7 +158,7 @@ class Decoder:
         prompts = [group[0][1].prompt for group in groups]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
         # First all that the device must be handed: such a copy waits for what was launched before it.
-        progress = self._newcomers([request for _, _, request in rows])
+        progress = newcomers([request for _, _, request in rows], self.num_tokens).to(self.device)
         ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
         ends = self._whole([len(prompt) - 1 for prompt in prompts])
         source, slots = self._whole([place for place, _, _ in rows]), self._whole([slot for _, slot, _ in rows])
@@ -172,19 +173,6 @@ class Decoder:
 
     def _whole(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)
-
-    def _newcomers(self, requests: list[Request]) -> Progress:
-        """Rows before their first token, as slots of their own."""
-        progress = Progress.empty(len(requests), self.num_tokens, torch.device("cpu"))
-        for row, request in enumerate(requests):
-            uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(request.limit)
-            progress.uniforms[row, : request.limit] = torch.from_numpy(uniforms)
-            if request.forced is not None:
-                progress.forced[row, : request.limit] = torch.from_numpy(request.forced.astype(np.int64))
-        progress.length = torch.tensor([len(request.prompt) for request in requests])
-        progress.limit = torch.tensor([request.limit for request in requests])
-        progress.active.fill_(True)
-        return progress.to(self.device)
 
     def _allocate(self, keys: list[Tensor], values: list[Tensor]) -> SlotCache:
         """The slots' K and V, shaped like a prefill's; zeros, since a masked NaN would still spoil a sum."""
@@ -218,6 +206,42 @@ class Decoder:
             self._cache.longest = longest
             self._cache.move(source, target)
             self.progress.move(source, target)
+
+
+def newcomers(requests: list[Request], num_tokens: int) -> Progress:
+    """Rows before their first token, as slots of their own, on the host."""
+    progress = Progress.empty(len(requests), num_tokens, torch.device("cpu"))
+    for row, request in enumerate(requests):
+        uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(request.limit)
+        progress.uniforms[row, : request.limit] = torch.from_numpy(uniforms)
+        if request.forced is not None:
+            progress.forced[row, : request.limit] = torch.from_numpy(request.forced.astype(np.int64))
+    progress.length = torch.tensor([len(request.prompt) for request in requests])
+    progress.limit = torch.tensor([request.limit for request in requests])
+    progress.active.fill_(True)
+    return progress
+
+
+def forced_logprobs(
+    model: PreTrainedModel, prompts: list[np.ndarray], completions: list[np.ndarray], head: Callable[[Tensor], Tensor]
+) -> list[np.ndarray]:
+    """What a decoder over slots gives the tokens of given completions, in float32, by the model's own layers.
+
+    Steps are not captured; the caller has entered `exact.in_float32`. `head`: states [B, d] to logits [B, V].
+    """
+    longest = max(map(len, completions))
+    places = longest + max(map(len, prompts))
+    vocabulary = model.config.get_text_config().vocab_size
+    decoder = Decoder(model, Method(Sampling(longest), vocabulary, (), 0), len(prompts), places, longest, torch.float32)
+    decoder._logits = lambda hidden: head(hidden)[:, :vocabulary].contiguous()  # type: ignore[method-assign]
+    pairs = zip(prompts, completions, strict=True)
+    requests = [Request(i, prompt, 0, len(forced), forced) for i, (prompt, forced) in enumerate(pairs)]
+    decoder.clear(len(requests))
+    decoder.fill(list(enumerate(requests)))
+    for step in range(1, longest):
+        decoder._cache.longest = step + max(map(len, prompts))  # type: ignore[union-attr]
+        decoder._step(len(requests))
+    return [logprobs for _, logprobs, _ in decoder.take(list(range(len(requests))))]
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""Answer checkers: found, called, and blamed by name for what they raise."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from typing import Any
+
+import numpy as np
+
+from stages.data.prompts import Checker, Prompt, load_checker
+from stages.runtime.errors import UserError
+
+
+def open_checker(spec: str) -> Checker | None:
+    """`load_checker`'s, if it can be called with a row and a completion; None without one."""
+    try:
+        checker = load_checker(spec)
+    except SystemExit as error:
+        raise UserError(
+            f"answer_checker {spec} ends the program while it is imported (sys.exit); guard that."
+        ) from error
+    if checker is None:
+        return None
+    try:
+        signature = inspect.signature(checker)
+    except (TypeError, ValueError):  # of compiled functions nobody knows
+        return checker
+    try:
+        signature.bind({}, "")
+    except TypeError as error:
+        raise UserError(
+            f"answer_checker {spec} cannot be called with a row and a completion ({error}); it takes {signature}, expected"
+            " (row, completion)."
+        ) from error
+    return checker
+
+
+def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool | float:
+    """The checker's verdict; `UserError` that names it and the row if it raises, or answers neither yes, no nor a number."""
+    try:
+        answer: Any = checker(prompt.row, completion)
+    except Exception as error:
+        raise UserError(
+            f"answer_checker {spec} raised {type(error).__name__} ({error}) on the row {_start(prompt.row)} with the completion"
+            f" {_start(completion)}; mend it, or leave answer_checker empty."
+        ) from error
+    if isinstance(answer, bool | np.bool_):
+        return bool(answer)
+    if isinstance(answer, numbers.Real):
+        return float(answer)
+    raise UserError(
+        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True or False (a number"
+        " counts as a share)."
+    )
+
+
+def _start(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,207 @@
+"""Records of the layouts that people have -> chat turns up to where an assistant speaks, and tools.
+
+Turns reach the chat template with all their fields. What cannot be a prompt raises `Unusable`, whose reason is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Turn = dict[str, Any]
+
+TURNS = ("messages", "conversations", "conversation")
+TEXTS = ("prompt", "question", "problem", "query", "instruction", "input")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+PROMPTING = ("user", "tool", "function", "ipython", "observation")
+"""Roles that an assistant answers: a tool's result is a prompt as a user's message is."""
+CALLS = ("function_call", "tool_call")
+ROLES = {
+    "human": "user", "prompter": "user", "user": "user", "system": "system", "tool": "tool",
+    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "assistant": "assistant",
+    "function_response": "tool", "tool_response": "tool",
+}  # fmt: skip
+"""What data sets call roles, in small letters; others stay as they are."""
+SHAREGPT_ROLES = ROLES | {"observation": "tool", "function": "tool"}
+
+
+class Unusable(Exception):
+    """A record that is no prompt; its text ends the sentence "N records ...": why it is skipped."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    turns: list[Turn]
+    tools: list[dict[str, Any]]
+
+
+def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversation:
+    """The turns up to the last message that an assistant answers, and the tools beside them.
+
+    The prompt is the first filled column of TURNS, TEXTS and `chosen`. A system message is the record's own first turn, else
+    its `system` (or `system_prompt`) column, else `system_prompt`.
+    """
+    for name in MEDIA:
+        if _is_filled(record.get(name)):
+            raise Unusable(f"with {name} (only text is read)")
+    name = next((each for each in (*TURNS, *TEXTS, "chosen") if _is_filled(record.get(each))), "")
+    if not name:
+        is_known = any(each in record for each in (*TURNS, *TEXTS))
+        raise Unusable("with an empty prompt" if is_known else "without a column that holds a prompt")
+    turns = _before_the_answer(_turns(name, record))
+    system = _system(record) or system_prompt
+    if system and not any(turn["role"] in ("system", "developer") for turn in turns):
+        turns = [{"role": "system", "content": system}, *turns]
+    return Conversation(turns, _tools(record))
+
+
+def plain(turns: list[Turn]) -> list[Turn]:
+    """The turns with text parts joined and missing contents empty, for templates that take nothing but text."""
+    return [turn | {"content": _joined(turn.get("content"))} for turn in turns]
+
+
+def _joined(content: Any) -> Any:
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    return "" if content is None else content
+
+
+def _is_text(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return isinstance(part, str)
+    return isinstance(part.get("text"), str) and part.get("type", "text") in ("text", "input_text", "output_text")
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _before_the_answer(turns: list[Turn]) -> list[Turn]:
+    if not any(turn["role"] == "user" for turn in turns):
+        raise Unusable("without a user turn")
+    last = max(i for i, turn in enumerate(turns) if turn["role"] in PROMPTING)
+    if turns[last]["role"] == "user" and not _joined(turns[last]["content"]).strip():
+        raise Unusable("with an empty prompt")
+    return turns[: last + 1]
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def _turns(name: str, record: dict[str, Any]) -> list[Turn]:
+    value = record[name]
+    if isinstance(value, str) and name in TURNS:
+        value = _from_json(value, f"whose {name} are text, but not JSON")
+    if isinstance(value, str):
+        if re.match(r"\s*Human:.*\n\nAssistant:", value, re.DOTALL):
+            return _dialogue(value)
+        if name == "chosen":
+            raise Unusable("with an answer, but no prompt")
+        return _instruction(value, record) if name == "instruction" else [{"role": "user", "content": value}]
+    value = _rows(value)
+    if not isinstance(value, list):
+        raise Unusable(f"whose {name} is {type(value).__name__}, not text or turns")
+    return [_turn(each) for each in value]
+
+
+def _instruction(text: str, record: dict[str, Any]) -> list[Turn]:
+    """Alpaca's and Dolly's columns: what the instruction is about follows it, `history` precedes it."""
+    about = record.get("input") or record.get("context") or ""
+    history = record.get("history") or []
+    if not isinstance(about, str) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Unusable("whose input, context or history are no text")
+    turns = [{"role": role, "content": said} for pair in history for role, said in zip(("user", "assistant"), pair)]
+    return [*turns, {"role": "user", "content": f"{text}\n\n{about}" if about.strip() else text}]
+
+
+def _dialogue(text: str) -> list[Turn]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...`"""
+    said = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": what.strip()} for who, what in zip(said[::2], said[1::2])]
+
+
+def _system(record: dict[str, Any]) -> str:
+    value = record.get("system") or record.get("system_prompt") or ""
+    if not isinstance(value, str):
+        raise Unusable("whose system message is no text")
+    return value if value.strip() else ""
+
+
+def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `tools` as they are; OpenAI's older `functions` become tools."""
+    name = "tools" if _is_filled(record.get("tools")) else "functions"
+    value, why = record.get(name), f"whose {name} are not JSON objects"
+    value = _rows(_from_json(value, why) if isinstance(value, str) and value else value) or []
+    listed = value if isinstance(value, list) else [value]
+    tools = [_from_json(each, why) if isinstance(each, str) else each for each in listed]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable(why)
+    return tools if name == "tools" else [{"type": "function", "function": tool} for tool in tools]
+
+
+def _rows(value: Any) -> Any:
+    """A struct of equally long lists, as `datasets` keeps a sequence of structs, as the list that it stands for."""
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
+        return value
+    return [{k: v for k, v in zip(value, row) if v is not None or k == "content"} for row in zip(*lists)]
+
+
+def _from_json(text: str, why: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        raise Unusable(why) from None
+
+
+# --- turns --------------------------------------------------------------------------------------------------------------
+
+
+def _turn(value: Any) -> Turn:
+    """A turn with `role` and `content`, whatever it calls them; fields without a value are left out."""
+    if isinstance(value, str):
+        value = _from_json(value, "whose turns are text, without a role")
+    role = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    if not isinstance(role, str):
+        raise Unusable("whose turns have no role")
+    names = {"value": "content"} if "content" not in value else {}
+    turn = {
+        names.get(k, k): v for k, v in value.items() if k != "from" and (v is not None or k in ("content", "value"))
+    }
+    turn["role"] = (ROLES if "role" in value else SHAREGPT_ROLES).get(role.lower(), role)
+    if role in CALLS:
+        turn |= {"role": "assistant", "content": "", "tool_calls": _calls(turn.get("content"))}
+    if isinstance(turn.get("tool_calls"), str):
+        turn["tool_calls"] = _from_json(turn["tool_calls"], "whose tool_calls are not JSON")
+    if not turn.get("tool_calls", True):
+        del turn["tool_calls"]
+    if turn.get("content") is None and not {"tool_calls", "function_call"} & turn.keys():
+        turn["content"] = ""
+    _check_content(turn)
+    return turn
+
+
+def _calls(text: Any) -> list[dict[str, Any]]:
+    """The calls of a turn whose role is one of CALLS: one or several of {name, arguments} as JSON."""
+    why = "with a function_call that is not JSON with a name"
+    value = _from_json(text, why) if isinstance(text, str) else text
+    calls = value if isinstance(value, list) else [value]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Unusable(why)
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _check_content(turn: Turn) -> None:
+    """Unusable for images and audio by their names, and for what is neither text nor text parts (tools may say anything)."""
+    content = turn.get("content")
+    for part in content if isinstance(content, list) else []:
+        kind = str(part.get("type") or ", ".join(part)) if isinstance(part, dict) else type(part).__name__
+        if re.search("image|audio|video", kind):
+            raise Unusable(f"with content of type {kind} (only text is read)")
+        if not _is_text(part) and turn["role"] not in PROMPTING[1:]:
+            raise Unusable(f"with content of type {kind}, not text")
+    if not isinstance(content, str | list | None) and turn["role"] not in PROMPTING[1:]:
+        raise Unusable(f"whose content is {type(content).__name__}, not text")

@@ -1,0 +1,373 @@
+"""Data sets where people keep them -> records by index: files, folders, saved data sets, the hub.
+
+Values stay what the file says: no dates or numbers are made of strings, and fields that Arrow adds as null, because another
+record has them, are taken out again. JSON lines are indexed and parsed one by one; a million of them open in a second.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.data.conversations import TEXTS, TURNS
+from stages.runtime.errors import UserError
+
+Record = dict[str, Any]
+Bytes = mmap.mmap | bytes
+
+NAMED = {"tulu3": "allenai/tulu-3-sft-mixture"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of a folder's files, as `datasets` reads them."""
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+BOM = b"\xef\xbb\xbf"
+CHUNK = 2**26
+
+
+def open_records(name: str, split: str) -> Sequence[Record]:
+    """The records of a local file or folder, or of a hub data set `NAME` or `NAME:CONFIG`; at least one.
+
+    `split` counts where there are several: on the hub, in a saved DatasetDict, in a folder whose files name splits.
+    Errors: `UserError` for what is missing, empty, not UTF-8 or broken, with the line; of JSON lines all but the first and
+    the last are parsed, and refused, as they are read.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        records = _file(path)
+    elif path.is_dir():
+        records = _folder(path, split)
+    elif _kind(path) in KINDS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"dataset {name} does not exist (looked in {Path.cwd()}).")
+    else:
+        records = _hub(name, split)
+    if not len(records):
+        raise UserError(f"dataset {name} is empty: it has no records.")
+    return records
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells a file's kind, below one of compression."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def _file(path: Path) -> Sequence[Record]:
+    reader = KINDS.get(_kind(path))
+    if reader is None:
+        raise UserError(
+            f"dataset {path} is of no kind that is read; expected {', '.join(KINDS)}, each also as"
+            f" {' or '.join(COMPRESSIONS)}."
+        )
+    data = _content(path)
+    return reader(path, data) if len(data) else []
+
+
+def _content(path: Path) -> Bytes:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression:
+        try:
+            with pa.input_stream(str(path), compression=compression) as stream:
+                return stream.read()
+        except OSError as error:
+            raise UserError(f"dataset {path} cannot be read as {compression}: {one_line(error)}.") from error
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+class Lines(Sequence[Record]):
+    """The lines of a JSON lines file that are not blank, parsed when they are asked for."""
+
+    def __init__(self, path: Path, data: Bytes) -> None:
+        self.path, self.data = path, data
+        begin = len(BOM) if data[: len(BOM)] == BOM else 0
+        ends = _line_ends(data, begin)
+        starts = np.concatenate([[begin], ends[:-1] + 1])
+        first = np.frombuffer(data, np.uint8)[np.minimum(starts, len(data) - 1)]
+        is_filled = starts < ends
+        for i in np.flatnonzero(is_filled & np.isin(first, list(b" \t\r"))):
+            is_filled[i] = bool(data[starts[i] : ends[i]].strip())
+        self.numbers = np.flatnonzero(is_filled) + 1
+        self.starts, self.ends = starts[is_filled], ends[is_filled]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _record(self.value(index))
+
+    def value(self, index: int) -> Any:
+        line = int(self.numbers[index])
+        text = _text(self.path, self.data[self.starts[index] : self.ends[index]], line)
+        with _refusing(self.path, line):
+            return json.loads(text, strict=False)
+
+
+def _line_ends(data: Bytes, begin: int) -> np.ndarray:
+    """Where the lines end; a file's end ends its last one."""
+    found = []
+    for at in range(begin, len(data), CHUNK):
+        chunk = np.frombuffer(data, np.uint8, count=min(CHUNK, len(data) - at), offset=at)
+        found.append(np.flatnonzero(chunk == 10) + at)
+    return np.concatenate([*found, [] if data[-1:] == b"\n" else [len(data)]]).astype(np.int64)
+
+
+def _json(path: Path, data: Bytes) -> Sequence[Record]:
+    """JSON lines, one array, or values after each other over any number of lines, whatever the file is called."""
+    lines = Lines(path, data)
+    if len(lines) > 1 and _starts_with_object(lines):
+        lines.value(-1)  # a file that was cut off ends within its last line
+        return lines
+    values = _values(_text(path, data[:]), path)
+    if len(values) == 1:
+        values = values[0] if isinstance(values[0], list) else _unwrapped(values[0])
+    return [_record(value) for value in values]
+
+
+def _starts_with_object(lines: Lines) -> bool:
+    try:
+        return isinstance(lines.value(0), dict)
+    except UserError:  # the first line of a value that goes on
+        return False
+
+
+def _unwrapped(value: Any) -> list[Any]:
+    """`{"data": [{...}, ...]}` -> its records; any other single value is a record."""
+    if not isinstance(value, dict) or any(name in value for name in (*TURNS, *TEXTS)):
+        return [value]
+    lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return lists[0] if len(lists) == 1 else [value]
+
+
+def _record(value: Any) -> Record:
+    """A bare list is one of turns, a bare text a prompt."""
+    if isinstance(value, dict):
+        return value
+    return {"messages" if isinstance(value, list) else "prompt": value}
+
+
+def _text(path: Path, data: bytes, line: int = 1) -> str:
+    try:
+        return data.removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise UserError(
+            f"dataset {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file from its encoding,"
+            " for instance with iconv -f latin1 -t utf-8 (or -f utf-16)."
+        ) from error
+
+
+def _csv(path: Path, data: Bytes) -> Sequence[Record]:
+    """A table with a header; every value is a string. Of a .csv the header tells whether , ; or tabs separate."""
+    text = _text(path, data[:])
+    header = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        rows = ((reader.line_num, row) for row in reader if row)
+        _, columns = next(rows, (0, []))
+        return [_row(path, line, columns, row) for line, row in rows]
+    except csv.Error as error:
+        raise UserError(f"dataset {path}, line {reader.line_num} cannot be read as CSV: {error}.") from error
+
+
+def _row(path: Path, line: int, columns: list[str], row: list[str]) -> Record:
+    if len(row) != len(columns):
+        raise UserError(
+            f"dataset {path}, line {line} has {len(row)} fields, its header {len(columns)}; quote fields that hold"
+            " separators or line ends."
+        )
+    return dict(zip(columns, row))
+
+
+class Batches(Sequence[Record]):
+    """The rows of an Arrow table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.batches = table.to_batches()
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches]).tolist()
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        place = bisect.bisect_right(self.ends, index)
+        batch = self.batches[place]
+        row = batch.slice(index - self.ends[place] + batch.num_rows, 1).to_pylist()[0]
+        return without_nulls(row)
+
+
+def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
+    try:
+        return Batches(pq.ParquetFile(pa.py_buffer(data)).read())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"dataset {path} cannot be read as Parquet: {one_line(error)}.") from error
+
+
+Reader = Callable[[Path, Bytes], Sequence[Record]]
+KINDS: dict[str, Reader] = {
+    ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+}  # fmt: skip
+
+
+# --- folders and the hub ------------------------------------------------------------------------------------------------
+
+
+class Joined(Sequence[Record]):
+    """Several files after each other."""
+
+    def __init__(self, parts: list[Sequence[Record]]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        place = bisect.bisect_right(self.ends, index)
+        return self.parts[place][index - self.ends[place] + len(self.parts[place])]
+
+
+def _folder(folder: Path, split: str) -> Sequence[Record]:
+    """What `save_to_disk` wrote, or all data files below, by name; files that name splits count for their own alone."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved(folder, split)
+    files = sorted(path for path in _visible(folder) if _kind(path) in KINDS and path.name not in ABOUT)
+    if not files:
+        raise UserError(f"dataset {folder} is a folder without data files; expected {', '.join(KINDS)} below it.")
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    named = by_split.keys() - {""}
+    wanted = next((each for each, words in SPLITS.items() if split in words), split)
+    if named and wanted not in named:
+        raise UserError(f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}.")
+    return Joined([_file(path) for path in (by_split[wanted] if named else files)])
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _split_of(path: Path) -> str:
+    words = set(re.split(r"[-._ /\d]+", str(path).lower()))
+    return next((split for split, names in SPLITS.items() if words.intersection(names)), "")
+
+
+class Rows(Sequence[Record]):
+    """The rows of a `datasets.Dataset`."""
+
+    def __init__(self, data: Any) -> None:
+        for name, feature in data.features.items():
+            if _is_media(feature):  # refused by name: nothing needs its decoder
+                data = data.cast_column(name, dataclasses.replace(feature, decode=False))
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return without_nulls(self.data[int(index)])
+
+
+def _is_media(feature: Any) -> bool:
+    return type(feature).__name__ in ("Image", "Audio", "Video", "Pdf")
+
+
+def _saved(folder: Path, split: str) -> Rows:
+    import datasets  # takes a second, and most data sets are files
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"dataset {folder} cannot be read as a saved data set: {one_line(error)}.") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"dataset {folder} has no split {split}; it has {', '.join(data)}.")
+        data = data[split]
+    return Rows(data)
+
+
+def _hub(name: str, split: str) -> Rows:
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        return Rows(datasets.load_dataset(NAMED.get(path, path), config or None, split=split))
+    except Exception as error:
+        hint = f" Name one as {path}:CONFIG." if "Config name is missing" in str(error) else ""
+        raise UserError(
+            f"dataset {name} (split {split}) is neither a local file or folder nor a data set that the hub gives:"
+            f" {one_line(error)}.{hint}"
+        ) from error
+
+
+# --- values -------------------------------------------------------------------------------------------------------------
+
+
+def _values(text: str, path: Path) -> list[Any]:
+    decoder, white = json.JSONDecoder(strict=False), re.compile(r"\s*")
+    values, at = [], 0
+    with _refusing(path, 1):
+        while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
+            value, at = decoder.raw_decode(text, at)
+            values.append(value)
+    return values
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, line: int) -> Iterator[None]:
+    """UserError for what is not JSON in a text that begins at `line`."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        where, why = f"line {line + error.lineno - 1}, column {error.colno}", error.msg
+    except RecursionError:
+        where, why = f"line {line}", "nested too deeply"
+    except ValueError as error:
+        where, why = f"line {line}", one_line(error)
+    else:
+        return
+    raise UserError(f"dataset {path}, {where}: this is not JSON that can be read ({why}).")
+
+
+def without_nulls(record: Record) -> Record:
+    """The record without nulls inside its columns: Arrow gives all structs of a column the fields of all of them."""
+    return {name: _without_nulls(value) for name, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    is_turn = "role" in value  # whose content may be null, beside tool calls
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None or (is_turn and k == "content")}
+
+
+def one_line(error: Exception) -> str:
+    """An error's words on one line, without the end of a sentence, at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else f"{text[:299]}…").rstrip(".")

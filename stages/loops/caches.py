@@ -1,0 +1,66 @@
+"""Whether caches can be trained on, together and with the configured loss, or measured on."""
+
+from __future__ import annotations
+
+import cache
+from stages.loops import setup
+from stages.loops.setup import Vocabulary
+from stages.runtime.config import Config
+from stages.runtime.errors import UserError
+
+
+def check_trainable(config: Config, vocabulary: Vocabulary) -> None:
+    """Refuses caches that are not there, or that cannot be trained on together or with this loss.
+
+    The run's own may be written later: it will be of this vocabulary.
+    """
+    if cache.exists(config.cache_root):
+        own = cache.open(config.cache_root).fingerprint
+        check_loss(config, config.cache_root, own)
+    else:
+        own = setup.unscored_fingerprint(config, vocabulary)
+    for root in config.run.extra_caches:
+        if not cache.exists(root):
+            raise UserError(f"extra_caches: there is no teacher cache at {root}.")
+        other = cache.open(root).fingerprint
+        for name in ("tokenizer", "vocab_size"):
+            if other.must_match[name] != own.must_match[name]:
+                raise UserError(
+                    f"extra_caches: the {name} of {root} is {other.must_match[name]}, that of {config.cache_root} is"
+                    f" {own.must_match[name]}; only caches of one tokenizer and vocabulary cut can be mixed."
+                )
+        check_loss(config, root, other)
+
+
+def check_teacher_text(config: Config, root: str, vocabulary: Vocabulary) -> None:
+    """Refuses an `eval_teacher_text` that exact KLs cannot be measured on."""
+    kind = cache.open(root).fingerprint.must_match["signal"]["kind"]
+    if kind != "hidden":
+        raise UserError(f"eval_teacher_text {root} holds {kind} rows; exact KLs need a cache of signal hidden.")
+    if setup.vocabulary_of(config, root).size != vocabulary.size:
+        raise UserError(f"eval_teacher_text {root} has another vocabulary cut than this run ({vocabulary.size}).")
+    if not len(cache.open(root)):
+        raise UserError(f"eval_teacher_text {root} holds no rows; write teacher completions to it, or leave it empty.")
+
+
+def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
+    """Refuses a loss that the rows of the cache at `root`, whoever wrote them, cannot support."""
+    signal, recorded = stored.must_match["signal"], stored.recorded
+    if signal["kind"] in ("topk", "nucleus") and config.loss.temperature != signal["temperature"]:
+        raise UserError(
+            f"{root} holds {signal['kind']} rows at temperature {signal['temperature']}, the loss is at"
+            f" {config.loss.temperature}; only hidden and full rows serve other temperatures."
+        )
+    if config.loss.rkl == "mc" and (recorded.get("sample_top_p", 1) < 1 or recorded.get("sample_top_k", 0) > 0):
+        raise UserError(
+            f"{root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
+            f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."
+        )
+    names = "sample_temperature", "sample_top_p", "sample_top_k"
+    sampled = tuple(recorded.get(name, whole) for name, whole in zip(names, (1, 1, 0), strict=True))
+    if config.refresh.drift_to_forward and sampled != (config.loss.temperature, 1, 0):
+        raise UserError(
+            f"{root} was sampled with temperature {sampled[0]}, top_p {sampled[1]} and top_k {sampled[2]}: drift_to_forward"
+            f" would take that for drift; use rows drawn at the loss's temperature ({config.loss.temperature}) from the whole"
+            " distribution, or drift_to_forward 0."
+        )

@@ -1,0 +1,82 @@
+"""What is random in a checkpoint's training mode is off: distillation measures and trains the student as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers.modeling_utils import PreTrainedModel
+
+RANDOM = "drop"  # in the names of probabilities: resid_pdrop, layerdrop
+NOISE = "jitter"  # of routers: router_jitter_noise, which some models (Phi-MoE) read in evaluation too
+
+
+def switch_off(model: PreTrainedModel) -> None:
+    """Dropout layers, and the numbers in modules and configs that ask for dropout, become 0; router noise is pinned off.
+
+    To be called before adapters come in, whose `lora_dropout` stays. `own_dropout` brings the config's numbers back.
+    """
+    if any(_numbers(holder, NOISE) for holder in [*model.modules(), *_configs(model)]):
+        pin_to_evaluation(model)
+    kept: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, _ in _numbers(module, RANDOM):
+            setattr(module, name, 0.0)
+    for config in _configs(model):
+        for name, value in _numbers(config, RANDOM):
+            kept.append((config, name, value))
+            setattr(config, name, 0.0)
+    model._own_dropout = kept  # type: ignore[assignment]  # typed as if modules held only tensors and modules
+
+
+@contextmanager
+def own_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """The config as the checkpoint had it, for writing it."""
+    kept = getattr(model, "_own_dropout", [])
+    for config, name, value in kept:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in kept:
+            setattr(config, name, 0.0)
+
+
+def pin_to_evaluation(model: PreTrainedModel) -> None:
+    """Modules stay in evaluation mode for good, but for those that recompute activations in training mode.
+
+    For models that draw in training mode what no number switches off (PhiMoE draws its experts).
+    """
+    adapters = {id(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()}
+    for module in model.modules():
+        if module is not model and id(module) not in adapters and not hasattr(module, "gradient_checkpointing"):
+            module.training = False
+            module.train = _stays(module)  # type: ignore[method-assign]
+
+
+def _stays(module: nn.Module) -> Any:
+    def train(mode: bool = True) -> nn.Module:
+        for child in module.children():
+            child.train(mode)
+        return module
+
+    return train
+
+
+def _numbers(holder: Any, word: str) -> list[tuple[str, float]]:
+    return [
+        (name, value)
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value != 0 and word in name
+    ]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Each config object that the model's modules read, once."""
+    found = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    return list(found.values())

@@ -1,0 +1,130 @@
+"""What ends a completion: EOS ids of student and teacher below the vocabulary cut, from files alone; no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from stages.models import checkpoints
+from stages.runtime.config import Config
+from stages.runtime.errors import UserError
+
+MARK = "dualkl0mark"
+
+
+def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a rollout: those of `eos_token`, else the student's own; those that can be drawn, maybe none."""
+    return tuple(i for i in _wanted(config, tokenizer) if i < vocab_size)
+
+
+def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end the teacher's own text: those of its files, and the EOS of the student's tokenizer."""
+    own = _own(config.models.teacher_model, config.models.teacher_revision, tokenizer)
+    named = _named(config.rollout.eos_token, tokenizer) if config.rollout.eos_token else ()
+    drawable = {i for i in {*own, *named} if i < vocab_size}
+    return tuple(sorted(drawable)) or student_ends(config, tokenizer, vocab_size)
+
+
+def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """`UserError` where rollouts have no end, or one that can never be drawn though `eos_token` asks for it."""
+    wanted = _wanted(config, tokenizer)
+    if not wanted:
+        raise UserError(
+            f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in its"
+            " generation_config.json; name the token that ends a completion with eos_token."
+        )
+    undrawable = [i for i in wanted if i >= vocab_size]
+    if len(undrawable) == len(wanted) or (undrawable and config.rollout.eos_token):
+        raise UserError(
+            f"the student's EOS token {_names(undrawable, tokenizer)} can never be drawn: only ids below {vocab_size} are known"
+            " to both student and teacher, so no rollout would end at it; set eos_token to a token that both have."
+        )
+
+
+def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """Sentences on ends that rollouts will not have; none where student and teacher end alike, or `eos_token` is set."""
+    models, own = config.models, _wanted(config, tokenizer)
+    if config.rollout.eos_token:
+        return []
+    found, ends = [], {i for i in own if i < vocab_size}
+    at = _names(sorted(ends), tokenizer)
+    if undrawable := [i for i in own if i >= vocab_size]:
+        found.append(
+            f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below {vocab_size} are known to"
+            f" both student and teacher; rollouts end at {at}"
+        )
+    teacher = checkpoints.load_tokenizer(models.teacher_model, models.teacher_revision)
+    wanted = {*_own(models.teacher_model, models.teacher_revision, teacher), *turn_end(config, teacher)}
+    missing = sorted(wanted - ends)
+    if settable := [i for i in missing if i < vocab_size]:
+        both = ",".join(_name(i, tokenizer) for i in sorted({*ends, *settable}))
+        found.append(
+            f"the teacher ends a turn at {_names(settable, teacher)}, where the student's rollouts go on: they end at {at} alone."
+            f" If they should not, set eos_token: '{both}'"
+        )
+    elif missing and not wanted & ends:
+        found.append(
+            f"the teacher ends a turn at {_names(missing, teacher)}, which the student cannot draw (only ids below {vocab_size}"
+            f" are shared); rollouts end at {at}"
+        )
+    return found
+
+
+def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special token that the chat template writes right after what an assistant says; none without template or token."""
+    if not tokenizer.chat_template:
+        return ()
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": MARK}]
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **config.data.chat_template_kwargs)
+    except Exception:  # whatever a template raises: prompts will tell
+        return ()
+    _, mark, rest = text.rpartition(MARK)
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if mark else []
+    first = next((i for i in ids if str(tokenizer.decode([i])).strip()), None)
+    return (first,) if first in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids} else ()
+
+
+@lru_cache(maxsize=16)
+def checkpoint_ends(name: str, revision: str) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, or of config.json where there is none: those a loaded model would have."""
+    try:
+        found = GenerationConfig.from_pretrained(name, revision="main" if Path(name).is_dir() else revision)
+    except OSError as error:
+        if (Path(name) / "generation_config.json").is_file():
+            raise UserError(f"{name}/generation_config.json cannot be read as JSON; mend or remove it.") from error
+        found = GenerationConfig.from_model_config(checkpoints.load_config(name, revision))
+    own = found.eos_token_id
+    return tuple(i for i in (own if isinstance(own, list) else [own]) if i is not None)
+
+
+def _wanted(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if config.rollout.eos_token:
+        return _named(config.rollout.eos_token, tokenizer)
+    return _own(config.models.student_model, config.models.student_revision, tokenizer)
+
+
+def _own(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(sorted({tokenizer.eos_token_id, *checkpoint_ends(name, revision)} - {None}))
+
+
+def _named(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of tokens joined by commas, or of the one token that is all of `text`."""
+    vocabulary = tokenizer.get_vocab()
+    names = [text] if text in vocabulary else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in vocabulary]
+    if unknown:
+        raise UserError(f"eos_token: {unknown[0]!r} is not a token of the student's tokenizer.")
+    return tuple(sorted({vocabulary[name] for name in names}))
+
+
+def _name(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return " and ".join(f"'{_name(i, tokenizer)}' (id {i})" for i in ids)

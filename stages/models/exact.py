@@ -1,0 +1,125 @@
+"""Forwards in float32 whatever a model's dtype, and with short windows: what two ways of computing one thing differ by
+is then either rounding of some 1e-6 or a difference that counts.
+
+Weights are widened one at a time, as they are used: no second copy of the model is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers.modeling_utils import PreTrainedModel
+
+NARROW = (torch.bfloat16, torch.float16)
+LINEAR_ROWS = 32_768  # of a weight that are widened together: an lm_head of 152,064 would take gigabytes
+WINDOW = 8
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")  # names in configs and attention modules
+_MOVERS = {
+    "__getitem__", "view", "reshape", "transpose", "permute", "t", "unbind", "chunk", "split", "expand", "detach",
+    "unsqueeze", "squeeze", "narrow", "select", "flatten", "unflatten", "data_ptr", "size", "numel", "dim", "__len__",
+}  # fmt: skip
+"""They only move or describe: what they are given is widened by the function that computes with it."""
+
+
+class _Widening(TorchFunctionMode):
+    """Every function of torch computes in float32: two-byte arguments are widened, dtypes asked for replaced."""
+
+    active = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self.active or name in _MOVERS:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            found = func(*args, **kwargs)
+            return torch.float32 if isinstance(found, torch.dtype) and found in NARROW else found
+        if func is linear and len(args[1]) > LINEAR_ROWS and args[1].dtype in NARROW:
+            return linear_by_parts(*args, **kwargs)
+        if func is embedding:
+            return _wide(func(*args, **kwargs))
+        if (name.endswith("_") and not name.startswith("__")) or name in ("__set__", "__setitem__"):
+            return func(args[0], *tree_map(_wide, args[1:]), **tree_map(_wide, kwargs))
+        return func(*tree_map(_wide, args), **tree_map(_wide, kwargs))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in NARROW else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def linear_by_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + bias in float32."""
+    out = torch.cat([linear(x.float(), part.float()) for part in weight.split(LINEAR_ROWS)], dim=-1)
+    return out if bias is None else out + bias.float()
+
+
+@contextmanager
+def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
+    """No gradients, no autocast, float32 throughout. `sharded`: a ZeRO-3 engine's module, whose hooks move weights as they
+    are."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mode = _Widening()
+    with ExitStack() as stack:
+        for module in sharded.modules() if sharded is not None else ():
+            _pause_around_hooks(module, mode, stack)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(mode)
+        yield
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes the hidden states that the lm_head reads; Llama 4's `get_decoder` gives the whole model."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder
+
+
+@contextmanager
+def float32_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Flash kernels take two-byte numbers only: without them for as long as this lasts."""
+    own = model.config._attn_implementation
+    if "flash" in own:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        if "flash" in own:
+            model.set_attn_implementation(own)
+
+
+def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) -> None:
+    """The mode is off from a module's first hook to its last, before and after its forward."""
+
+    def set_to(active: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            mode.active = active
+
+        return hook
+
+    for register in (module.register_forward_pre_hook, module.register_forward_hook):
+        stack.callback(register(set_to(False), prepend=True).remove)
+        stack.callback(register(set_to(True)).remove)
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Windows and chunks of attention that configs and modules name are `WINDOW` long, so that short rows show them."""
+    holders: list[Any] = list(model.modules())
+    holders += list({id(c): c for module in holders if (c := getattr(module, "config", None)) is not None}.values())
+    with ExitStack() as stack:
+        for holder in holders:
+            for name in WINDOWS:
+                value = vars(holder).get(name)
+                if isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:
+                    stack.callback(setattr, holder, name, value)
+                    setattr(holder, name, WINDOW)
+        yield

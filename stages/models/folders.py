@@ -1,0 +1,167 @@
+"""What a model's files tell before its weights are read: whether it is a decoder, and whether its weights are all there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from stages.models import checkpoints
+from stages.runtime.config import Config
+from stages.runtime.errors import UserError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers looks for them."""
+TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
+READS_HIDDEN = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|gate_proj|up_proj)\.lora_A\.")
+
+
+def open_config(side: str, name: str, revision: str) -> Any:
+    """The model's config.json; `UserError`, saying what `side` ("student_model") names instead, if it is no language model."""
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(f"{side} {name} is a file; give the folder of a model that transformers can load.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{side} {name} has no config.json: {_instead(folder)}.")
+    if folder.is_dir() and not any(path for pattern in TOKENIZER for path in folder.glob(pattern)):
+        raise UserError(
+            f"{side} {name} has no tokenizer (tokenizer.json); copy that of the model that it was made from."
+        )
+    config = checkpoints.load_config(name, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{side} {name} ({config.model_type}) is an encoder-decoder; give a decoder-only language model."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{side} {name} is of type {config.model_type}, which transformers does not load as a causal language model; give a"
+            " decoder-only language model."
+        )
+    return config
+
+
+def check_weights(side: str, name: str) -> None:
+    """`UserError` where weight files of a local folder are missing, cut off, or of a kind that transformers does not load."""
+    folder = Path(name)
+    if not folder.is_dir() or "transformers_weights" in (folder / "config.json").read_text():
+        return
+    first = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
+    if first is None:
+        raise UserError(f"{side} {name} has no weights (expected {WEIGHTS[0]} or {WEIGHTS[1]}): {_instead(folder)}.")
+    shards = [first]
+    if first.suffix == ".json":
+        shards = [folder / shard for shard in sorted(set(_index(side, first)["weight_map"].values()))]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise UserError(
+                f"{side} {name} lacks {len(missing)} of the {len(shards)} files that {first.name} names, the first is"
+                f" {missing[0]}; download them."
+            )
+    for shard in shards:
+        _check_whole(side, shard)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder seems to be."""
+    if (folder / "adapter_config.json").is_file():
+        base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return f"it is a LoRA adapter; give the model that it adapts ({base}), and this folder as student_adapter"
+    if any(folder.glob("*.gguf")):
+        return "it holds GGUF files, which are for llama.cpp; give the checkpoint that they were made from"
+    if any(folder.glob("*/config.json")):
+        inner = sorted(path.parent for path in folder.glob("*/config.json"))[-1]
+        return f"did you mean {inner}?"
+    return f"it holds {', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'}"
+
+
+def _index(side: str, path: Path) -> dict[str, Any]:
+    content = _json(path)
+    if not isinstance(content.get("weight_map"), dict):
+        raise UserError(f"{side}: {path} is not an index of weights; download it again.")
+    return content
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_whole(side: str, path: Path) -> None:
+    """Compares a file's size with what its safetensors header says; reads the header alone."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise UserError(
+                f"{side}: {path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` there."
+            )
+    if path.suffix != ".safetensors":
+        return
+    try:
+        start, tensors = _header(path)
+        wanted = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{side}: {path} ({size:,} bytes) has no safetensors header; download it again.") from None
+    if size != wanted:
+        raise UserError(
+            f"{side}: {path} has {size:,} bytes, its header says {wanted:,}; it was cut off or changed, download it again."
+        )
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of the header of a safetensors file, and its tensors by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("longer than its file")
+        tensors = json.loads(file.read(length))
+    tensors.pop("__metadata__", None)
+    return 8 + length, tensors
+
+
+def check_adapter(config: Config, student: Any) -> list[str]:
+    """Remarks on `student_adapter` for the student of that config.json; `UserError` where it cannot be put on it."""
+    if not config.models.student_adapter:
+        return []
+    folder = Path(config.models.student_adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter.")
+    settings = _json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise UserError(
+            f"student_adapter {folder} is of type {settings.get('peft_type')}; only LoRA can be trained on."
+        )
+    if settings.get("modules_to_save") or "lm_head" in (settings.get("target_modules") or []):
+        raise UserError(
+            f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
+        )
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file() and not weights.with_suffix(".bin").is_file():
+        raise UserError(f"student_adapter {folder} has no adapter_model.safetensors.")
+    base = settings.get("base_model_name_or_path")
+    if weights.is_file():
+        _check_whole("student_adapter", weights)
+        _check_width(folder, weights, student.get_text_config(), base)
+    found = []
+    if Path(str(base)).name != Path(config.models.student_model).name:
+        found.append(f"student_adapter {folder} was trained on {base}; here it goes on {config.models.student_model}")
+    if settings.get("r") != config.lora.lora_r:
+        found.append(
+            f"student_adapter {folder} has rank {settings.get('r')}, which is kept; lora_r {config.lora.lora_r} is not read"
+        )
+    return found
+
+
+def _check_width(folder: Path, weights: Path, student: Any, base: Any) -> None:
+    """Layers that read hidden states must be as wide as the student's."""
+    for key, entry in _header(weights)[1].items():
+        if READS_HIDDEN.search(key) and entry["shape"][1] != student.hidden_size:
+            raise UserError(
+                f"student_adapter {folder} is for hidden states of width {entry['shape'][1]} ({base}), the student's are"
+                f" {student.hidden_size} wide; give the adapter's own base as student_model."
+            )

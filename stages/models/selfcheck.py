@@ -1,0 +1,256 @@
+"""A model against itself when it is loaded: a few short rows show whether every way that the stages compute its logits is
+the model's own. What differs takes a slower right way, with a line that says so, or is refused in a sentence.
+
+Compared, in float32 and with attention windows of a few tokens: the model's own forward of one row alone against (1) its
+forward of the row's first half (it must not look ahead), (2) padded rows through decoder and head, (3) packed rows,
+(4) training mode, (5) the engine that writes rollouts. What only long rows show is not seen: rotary embeddings that change
+beyond a length, windows that neither a config nor a module names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.data.alignment import Aligned, align
+from stages.models.decoding.attention import check_served
+from stages.models.decoding.steps import forced_logprobs as slots_logprobs
+from stages.models.dropout import pin_to_evaluation
+from stages.models.exact import decoder_of, float32_attention, in_float32, linear_by_parts, short_windows
+from stages.models.plain_generation import Plain, note_plain
+from stages.models.plain_generation import forced_logprobs as plain_logprobs
+from stages.models.readout import EXACT, check_ids, note_readout, readout_of, relative_gap
+from stages.runtime.distributed import say_once
+from stages.runtime.errors import UserError
+
+LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
+FEW = 4  # tokens that `generate` writes for the check: it is slow where a state is updated without kernels
+WRITTEN = 5e-3  # nats; float32 against float32
+CACHED = 2e-4  # nats: `generate` with a cache, where several times as far as without one
+FLASH_SLACK = 4.0  # over the model's own rounding, where a kernel takes two-byte numbers only
+BY_CHUNKS = ("reformer",)
+"""Attend within chunks that end where the row does, so that what short rows show says nothing of longer ones."""
+T = TypeVar("T")
+
+
+@dataclass
+class Subject:
+    """A loaded model and how the stages compute with it. All of it is collective where `agree` is.
+
+    `hidden`: a batch to the decoder's states; `full`: ids [1, T] to states [T, d] and the model's own logits [T, V];
+    `agree`: the largest of all ranks' numbers, so that they decide alike.
+    """
+
+    model: PreTrainedModel
+    hidden: Callable[[Aligned], Tensor]
+    full: Callable[[Tensor], tuple[Tensor, Tensor]]
+    weights: tuple[Tensor, Tensor | None]
+    exact: Callable[[], AbstractContextManager[None]] = in_float32
+    agree: Callable[[float], float] = float
+    side: str = "model"
+    rows: list[np.ndarray] = field(default_factory=list)
+    expected: list[Tensor] = field(default_factory=list)  # of each row, its own logits [T, V]
+
+    def __post_init__(self) -> None:
+        first, other = (check_ids(self.model, LONG, seed)[0].cpu().numpy() for seed in (0, 1))
+        self.rows = [first, first[:SHORT], other]
+
+    @property
+    def kind(self) -> str:
+        return f"{self.side} of type {self.model.config.model_type}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        with float32_attention(self.model), self.exact(), short_windows(self.model):
+            yield
+
+    def aligned(self, packed: bool) -> Aligned:
+        prompts, completions = [row[:PROMPT] for row in self.rows], [row[PROMPT:] for row in self.rows]
+        return align(prompts, completions, 0, self.device, packed=packed)
+
+    def found(self, packed: bool) -> list[Tensor]:
+        """Each row's logits by `hidden` and the head."""
+        states = self.hidden(self.aligned(packed))
+        parts = states[0].split([len(row) for row in self.rows]) if packed else states
+        return [self.logits(part[: len(row)]) for part, row in zip(parts, self.rows, strict=True)]
+
+    def logits(self, hidden_Td: Tensor) -> Tensor:
+        return readout_of(self.model)(linear_by_parts(hidden_Td, *self.weights))
+
+    def gap(self, packed: bool) -> float:
+        """How far the rows are from their own logits, relative."""
+        gaps = [relative_gap(found, wanted) for found, wanted in zip(self.found(packed), self.expected, strict=True)]
+        return self.agree(max(gaps))
+
+
+def check_forwards(subject: Subject) -> None:
+    """Measures the readout; `UserError` where the model looks ahead, or padded rows or the head give other logits."""
+    if subject.model.config.model_type in BY_CHUNKS:
+        raise UserError(
+            f"a {subject.kind} cannot be used: a token's logits depend on how long its row is. Choose another model."
+        )
+    with subject.exactly():
+        for row in subject.rows:
+            ids = torch.from_numpy(row)[None].to(subject.device)
+            hidden, logits = _tried(subject, partial(subject.full, ids))
+            if subject.agree(float(logits.isnan().any())):
+                raise UserError(
+                    f"a {subject.kind} gave NaN or infinite values for a few token ids; check its weights and its dtype."
+                )
+            if not subject.expected:
+                note_readout(subject.model, hidden, logits, *subject.weights)
+            subject.expected.append(logits.float())
+        ahead = subject.agree(relative_gap(subject.expected[1], subject.expected[0][:SHORT]))
+        padded = _tried(subject, lambda: subject.gap(packed=False))
+    if not ahead < EXACT:
+        raise UserError(
+            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on, so that it looks ahead."
+            " Choose a decoder-only model."
+        )
+    if not padded < EXACT:
+        raise UserError(
+            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other logits than its own"
+            f" forward of each row alone (by {padded:.1%}). Choose a model of another type."
+        )
+
+
+def packing_refused(subject: Subject) -> str:
+    """Why rows must be padded though the model seems to take packed ones; empty where both are the same."""
+    bound = EXACT
+    try:
+        if "flash" in subject.model.config._attn_implementation:
+            with torch.no_grad(), torch.autocast(subject.device.type, torch.bfloat16), short_windows(subject.model):
+                bound, gap = FLASH_SLACK * subject.gap(packed=False) + EXACT, subject.gap(packed=True)
+        else:
+            with subject.exactly():
+                gap = subject.gap(packed=True)
+    except UserError as error:
+        return str(error).partition("; use --packing")[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"packed rows failed: {_first_line(error)}"
+    return "" if gap < bound else f"packed rows give other logits, by {gap:.1%}"
+
+
+def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed: bool) -> None:
+    """Sees to it that training mode computes what evaluation mode does; `UserError` where it cannot be made to."""
+
+    def gap() -> float:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.eval()
+        try:
+            with subject.exactly():
+                return _tried(subject, lambda: subject.gap(packed))
+        finally:
+            model.eval()
+
+    if not gap() < EXACT:
+        pin_to_evaluation(subject.model)
+        if not (found := gap()) < EXACT:
+            raise UserError(
+                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own by {found:.1%}, and"
+                " this is not dropout that can be switched off. Choose a student_model of another type."
+            )
+
+
+def forced_gap(
+    subject: Subject, engine: Callable[[list[np.ndarray], list[np.ndarray]], list[np.ndarray]], num_tokens: int
+) -> float:  # fmt: skip
+    """Largest distance, in nats, of an engine's logprobs of the rows' last tokens from the model's own."""
+    starts = [max(PROMPT, len(row) - num_tokens) for row in subject.rows]
+    prompts, completions = (
+        [row[:n] for row, n in zip(subject.rows, starts, strict=True)],
+        [row[n:] for row, n in zip(subject.rows, starts, strict=True)],
+    )
+    gap = 0.0
+    with subject.exactly():
+        written = engine(prompts, completions)
+    for found, logits, completion, start in zip(written, subject.expected, completions, starts, strict=True):
+        targets = torch.from_numpy(completion).to(logits.device)[:, None]
+        wanted = logits[start - 1 : -1].log_softmax(-1).gather(1, targets)[:, 0].cpu().numpy()
+        distance = np.abs(found - wanted).max()
+        gap = max(gap, float(distance) if np.isfinite(distance) else math.inf)
+    return gap
+
+
+def _tried(subject: Subject, forward: Callable[[], T]) -> T:
+    try:
+        return forward()
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"a {subject.kind} cannot be used: its forward of a few token ids failed ({_first_line(error)})."
+            " Choose a decoder-only model that needs no other inputs."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200].rstrip('.')}"
+
+
+def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
+    """Notes by which engine `model` (with its adapters, if any) writes rollouts: the built-in one, or `generate`.
+
+    Where not even `generate` gives the logprobs of the model's own forward, `rollout_engine` will refuse.
+    """
+    base = subject.model
+
+    def slots(prompts: list[np.ndarray], completions: list[np.ndarray]) -> list[np.ndarray]:
+        check_served(base, decoder_of(base))
+        return slots_logprobs(base, prompts, completions, subject.logits)
+
+    _, reason = _written(subject, slots, LONG)
+    if not reason:
+        return
+    anew, why = _written(subject, partial(_plainly, model, False), FEW)
+    cached, why_not = _written(subject, partial(_plainly, model, True), FEW)
+    if not why_not and cached > max(CACHED, 4 * anew):
+        why_not = f"its cached steps are {cached:.2g} nats off"
+    if why and why_not:
+        refused = (
+            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`, {why}."
+            " Choose a student_model of another type."
+        )
+        note_plain(model, Plain(use_cache=False, refused=refused))
+        return
+    note_plain(model, Plain(use_cache=not why_not))
+    how = f"`generate` without a cache ({why_not.rstrip('.')})" if why_not else "`generate`"
+    say_once(f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}")
+
+
+def _plainly(
+    model: PreTrainedModel | PeftModel, use_cache: bool, prompts: list[np.ndarray], completions: list[np.ndarray]
+) -> list[np.ndarray]:
+    return plain_logprobs(model, prompts, completions, use_cache)
+
+
+def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_tokens: int) -> tuple[float, str]:
+    """How far an engine's logprobs of the rows' last `num_tokens` are from the model's, and why they are not these."""
+    try:
+        gap = forced_gap(subject, engine, num_tokens)
+    except UserError as error:
+        return math.inf, str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return math.inf, f"its decode step failed ({_first_line(error)})"
+    return gap, "" if gap < WRITTEN else f"its logprobs differ from those of a forward by {gap:.3g} nats"

@@ -1,0 +1,154 @@
+"""How a process ends, whatever ends it: signals, locks to give back, records to send. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGUSR2: "SIGUSR2"}
+ECHO_SECONDS = 2.0  # under torchrun a signal of the terminal comes twice: by itself, and forwarded
+
+
+class Stopped(BaseException):
+    """Training ended early, at a step boundary; the message is for the user, `code` the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Process:
+    """What this process was asked, and what it does about it."""
+
+    asked = 0  # the signal that asked it to end
+    asked_at = 0.0
+    finishes = 0  # > 0: what is under way ends by itself at a safe place
+    ends_hard = False
+    tasks: list[tuple[Callable[[], None], bool]] = []  # noqa: RUF012
+    reader = writer = -1
+
+
+def install() -> None:
+    """From now on a signal ends this process in order: at once with a sentence, or where `finishing` says, at a safe place.
+
+    A thread waits for signals: the main one may be deep in a library for a long time. A second signal ends at once. Signals
+    that the process was told to ignore stay ignored. For the first lines of a command, before its imports.
+    """
+    _Process.reader, _Process.writer = os.pipe()
+    os.set_blocking(_Process.writer, False)
+    for number in NAMES:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _noted)
+    signal.set_wakeup_fd(_Process.writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, name="signals", daemon=True).start()
+    os.register_at_fork(after_in_child=_uninstall)
+
+
+def asked() -> int:
+    """The signal that asked this process to end, 0 if none did."""
+    return _Process.asked
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Inside, a first signal is left to the caller, who looks at `asked` at every safe place."""
+    _Process.finishes += 1
+    try:
+        yield
+    finally:
+        _Process.finishes -= 1
+        if _Process.asked and not _Process.finishes and sys.exc_info()[0] is None:
+            _end_now(_Process.asked)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Inside `finishing`: what is under way may be dropped, a signal ends it at once."""
+    finishes, _Process.finishes = _Process.finishes, 0
+    if _Process.asked:
+        _end_now(_Process.asked)
+    try:
+        yield
+    finally:
+        _Process.finishes = finishes
+
+
+def at_end(task: Callable[[], None], quick: bool = False) -> None:
+    """`task` runs when the command ends in order, a quick one also where a signal ends it at once; the last one first."""
+    _Process.tasks.append((task, quick))
+
+
+def run_tasks(quick_only: bool = False) -> None:
+    while _Process.tasks:
+        task, is_quick = _Process.tasks.pop()
+        if is_quick or not quick_only:
+            task()
+
+
+def end_if_asked(patience: float = 0.0) -> None:
+    """Ends the process if a signal asked for it, or does within `patience` seconds: what failed since is its consequence."""
+    time.sleep(patience)
+    if _Process.asked:
+        _end_now(_Process.asked)
+
+
+def abandon() -> None:
+    """Some library's own exit would take too long: the process ends without it."""
+    _Process.ends_hard = True
+
+
+def ends_hard() -> bool:
+    return _Process.ends_hard
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """Python's side of a handler; the watching thread does the work."""
+
+
+def _watch() -> None:
+    while data := os.read(_Process.reader, 64):
+        for number in data:
+            if number in NAMES:
+                _take(number)
+
+
+def _take(number: int) -> None:
+    now = time.monotonic()
+    if not _Process.asked:
+        _Process.asked, _Process.asked_at = number, now
+        if _Process.finishes:
+            _tell(f"\n{NAMES[signal.Signals(number)]}: stopping after this step; again to stop at once")
+        else:
+            _end_now(number)
+    elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
+        _end_now(number)
+
+
+def _end_now(number: int) -> None:
+    how = NAMES[signal.Signals(number)]
+    _tell(f"\ninterrupted ({how}); run the same command again to go on from what is committed")
+    try:
+        run_tasks(quick_only=True)
+    finally:
+        os._exit(128 + number)
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # nobody reads it
+        os.write(2, f"{line}\n".encode())
+
+
+def _uninstall() -> None:
+    """A forked child has no watching thread, and its signals are not its parent's."""
+    signal.set_wakeup_fd(-1)
+    for number in NAMES:
+        if signal.getsignal(number) is _noted:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _Process.tasks.clear()
+    _Process.asked = _Process.finishes = 0

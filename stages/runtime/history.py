@@ -1,0 +1,150 @@
+"""Which configuration trained which steps: `config` records in metrics.jsonl, one where a first step is taken with it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.config import Config
+from stages.runtime.distributed import World
+from stages.runtime.errors import UserError
+
+PACKAGES = ("dualkl", "torch", "transformers", "peft", "accelerate", "deepspeed")
+FREE = {
+    "run_name", "runs_dir", "device", "teacher_ds_zero3", "teacher_ds_config", "attn_implementation", "gen_micro_batch",
+    "lp_micro_batch", "score_tokens", "rollouts_per_unit", "role", "score_patience", "offload_idle", "grad_accum",
+    "micro_batch_tokens", "packing", "compile", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
+    "export_checkpoint", "resume_from", "wandb_project", "wandb_name", "wandb_mode", "trace_every",
+}  # fmt: skip
+"""Keys that decide how a run is computed, kept or shown, not what is trained and measured."""
+MOST_NAMED = 5
+Record = dict[str, Any]
+
+
+def config_record(config: Config, world: World, step: int) -> Record:
+    """What a `config` record holds: the configuration from `step` on, and the command, versions and processes."""
+    return {
+        "from_step": step, "config": config.model_dump(), "command": command_line(), "versions": versions(),
+        "processes": world.size, "device": world.device.type,
+    }  # fmt: skip
+
+
+def command_line() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+    return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def last_config(records: Iterable[Record]) -> Record | None:
+    """The newest `config` record, None for a run that has not trained, or began before there were any."""
+    return next(iter(reversed(_configs(records))), None)
+
+
+def _configs(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if record["kind"] == "config"]
+
+
+def is_same_span(before: Record | None, now: Record) -> bool:
+    """Whether steps under `now` belong to the span that `before` began; the command may be worded in another way."""
+    names = ("config", "versions", "processes", "device")
+    return before is not None and all(before.get(name) == json.loads(json.dumps(now[name])) for name in names)
+
+
+def changes(before: Record, now: Record) -> dict[str, list[Any]]:
+    """Keys whose values differ between two dumped configurations: [before, now]."""
+    old, new = (
+        {leaf: value for section in config.values() for leaf, value in section.items()} for config in (before, now)
+    )
+    new = json.loads(json.dumps(new))
+    return {leaf: [old[leaf], new[leaf]] for leaf in new if leaf in old and old[leaf] != new[leaf]}
+
+
+def goes_on(last: Record, config: Config) -> bool:
+    """Whether steps have been taken with this configuration, `resume_from` included."""
+    found = changes(last["config"], config.model_dump())
+    return "resume_from" not in found and found.keys() <= FREE
+
+
+def spans(records: list[Record]) -> list[Record]:
+    """The configurations of a run in order: steps (first, last), what changed from the one before, command, versions.
+
+    Empty for a run that has not trained, or began before such records were kept.
+    """
+    configs = _configs(records)
+    last = max((record["step"] for record in records if record["kind"] == "step"), default=0)
+    ends = [*(record["from_step"] - 1 for record in configs[1:]), last][: len(configs)]
+    found = []
+    for number, (record, end) in enumerate(zip(configs, ends, strict=True)):
+        before = configs[number - 1] if number else record
+        kept = {name: record.get(name) for name in ("command", "versions", "processes", "device")}
+        found.append(
+            {"steps": [record["from_step"], end], "changed": changes(before["config"], record["config"]), **kept}
+        )
+    return found
+
+
+def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step: int) -> None:
+    """UserError if the run in `folder` stands at `step`, its end, and was trained with other keys than `config`'s."""
+    if trained is None or step < config.train.max_steps:
+        return
+    found = {leaf: pair for leaf, pair in changes(trained["config"], config.model_dump()).items() if leaf not in FREE}
+    if not found:
+        return
+    old, new = (", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in list(found.items())[:MOST_NAMED]) for i in (0, 1))
+    more = f" (and {len(found) - MOST_NAMED} more)" if len(found) > MOST_NAMED else ""
+    raise UserError(
+        f"the run in {folder} is finished: it was trained to step {step} with {old}, this command asks for {new}{more}. Nothing"
+        " was changed. Give another --run_name for another run, the keys it was trained with to see this one, or max_steps"
+        f" above {step} to train it further."
+    )
+
+
+def describe_changes(trained: Record | None, config: Config) -> str:
+    """The keys that differ from those of the steps before, e.g. `lr: 0.1 (was 0.2)`; empty if none do."""
+    found = changes(trained["config"], config.model_dump()) if trained is not None else {}
+    return "; ".join(f"{leaf}: {new} (was {old})" for leaf, (old, new) in found.items())
+
+
+def model_card(records: list[Record], config: Config, step: int) -> str:
+    """README.md of an exported student of `step`: what it is, which configuration trained which steps, what was measured."""
+    models, lora = config.models, config.lora.use_lora
+    how = f"LoRA, rank {config.lora.lora_r}" if lora else "all weights trained"
+    lines = [
+        "---", f"base_model: {json.dumps(models.student_model)}", f"library_name: {'peft' if lora else 'transformers'}",
+        "tags: [distillation]", "---", "",
+        f"# {config.run.run_name}", "",
+        f"Distilled from {models.teacher_model or 'cached rows of a teacher'} into {models.student_model} ({how});"
+        f" weights of step {step}.", "",
+        "| steps | trained with |", "|---|---|",
+    ]  # fmt: skip
+    names = ("tau", "alpha", "gating", "rkl", "fkl", "temperature", "lr", "batch_size", "max_steps", "seed", "dataset")
+    first = next((record["config"] for record in _configs(records)), config.model_dump())
+    values = {leaf: value for section in first.values() for leaf, value in section.items()}
+    for number, span in enumerate(spans(records)):
+        what = [f"{name} {values[name]}" for name in names if name in values] if not number else []
+        what += [f"{leaf} {new} (was {old})" for leaf, (old, new) in span["changed"].items()]
+        lines.append(f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |")
+    last = last_config(records)
+    made = ", ".join(f"{name} {version}" for name, version in (last or {}).get("versions", {}).items())
+    lines += ["", f"Made with {made}." if made else ""]
+    for record in [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step][-1:]:
+        found = [(name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))]
+        shown = ", ".join(f"{name} KL {value:.4f}" for name, value in found if value is not None)
+        lines += ["", f"On held-out teacher text: {shown} nats a token."] if shown else []
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,97 @@
+"""Warnings with figures about a training that goes wrong slowly, from the records as they are written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from statistics import fmean, median
+from typing import Any
+
+WINDOW = 8  # steps that are averaged, at the beginning and now
+RECENT = 16  # steps before, that a spike is compared with
+SPIKE, GRADIENT_SPIKE = 3.0, 10.0  # times the median of the recent steps
+LEAST_LOSS = 0.1  # nats above the median: smaller jumps are noise
+COLLAPSED, LONGER = 0.25, 2.0  # of what it was in the first steps
+MOST_CUT = 0.5
+LOST_MASS, LOST_TIMES = 0.02, 2.0
+Record = dict[str, Any]
+
+
+class Watch:
+    """Looks at every record; each warning comes once, a spike's again after `RECENT` steps."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._norms: deque[float] = deque(maxlen=RECENT)
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, deque[float]] = {}
+        self._quiet_until: dict[str, int] = {}
+        for record in records:
+            self.look(record)
+
+    def look(self, record: Record) -> list[str]:
+        """What there is to warn of after this record."""
+        found = []
+        if (cut := _number(record, "cut_share")) is not None and cut > MOST_CUT:
+            found += self._once(
+                "cut", f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows lack their end"
+            )
+        if record.get("kind") == "step" and isinstance(record.get("step"), int):
+            found += self._spikes(record) + self._drifts(record)
+        return found
+
+    def _spikes(self, record: Record) -> list[str]:
+        found = []
+        for name, seen, times, least in (
+            ("loss", self._losses, SPIKE, LEAST_LOSS), ("grad_norm", self._norms, GRADIENT_SPIKE, 0.0),
+        ):  # fmt: skip
+            value = _number(record, name)
+            if value is None:
+                continue
+            usual = median(seen) if len(seen) == RECENT else value
+            if value > times * usual and value - usual > least:
+                text = f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the median of the {RECENT} steps before ({usual:.4g})" if usual else f"{name} rose from 0 to {value:.4g} at step {record['step']}"  # fmt: skip
+                found += self._once(name, f"{text}; if it stays there, lower lr", record["step"], RECENT)
+            seen.append(value)
+        return found
+
+    def _drifts(self, record: Record) -> list[str]:
+        found = []
+        surprise = _number(record, "student_logprob")
+        for name, value in (
+            ("surprise", None if surprise is None else -surprise),
+            ("length", _number(record, "mean_completion_tokens")),
+            ("mass", _number(record, "teacher_support_mass")),
+        ):
+            if value is None:
+                continue
+            first = self._first.setdefault(name, [])
+            last = self._last.setdefault(name, deque(maxlen=WINDOW))
+            last.append(value)
+            if len(first) < WINDOW:
+                first.append(value)
+            else:
+                found += self._compare(name, fmean(first), fmean(last), record["step"])
+        return found
+
+    def _compare(self, name: str, before: float, now: float, step: int) -> list[str]:
+        if name == "surprise" and now < COLLAPSED * before:
+            text = f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g} nats by step {step}: its entropy collapses; lower lr or alpha, or refresh less often"
+        elif name == "length" and now > LONGER * before:
+            text = f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step}; look at the rows (python -m cache show CACHE --longest 5)"
+        elif name == "mass" and 1 - now > max(LOST_MASS, LOST_TIMES * (1 - before)):
+            text = f"the teacher's probability on the kept ids fell from {before:.3f} to {now:.3f} by step {step}: more of it is outside what the cache holds; raise signal_k, or use signal: hidden"
+        else:
+            return []
+        return self._once(name, text)
+
+    def _once(self, name: str, text: str, step: int = 0, pause: int = 10**9) -> list[str]:
+        if step < self._quiet_until.get(name, 0):
+            return []
+        self._quiet_until[name] = step + pause
+        return [text]
+
+
+def _number(record: Record, name: str) -> float | None:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) and value == value else None

@@ -48,12 +48,13 @@ def main() -> None:
         run.claim(Path(run.config.unscored_root))
     elif role != "score":  # any number of these, beside their generator
         run.claim()
+    setup.check_history(run)
     position = setup.newest_position(run)
     due = 0 if position.step == 0 else position.newest + 1
+    ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
     if due and not schedule.due(run.config, position):
         run.metrics.say(f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own")
         return
-    ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
         if role == "score":

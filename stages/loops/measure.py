@@ -76,7 +76,15 @@ class Evaluation:
 
 def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> Evaluation:
     """Reads the held-out prompts if they are not given."""
-    return Evaluation(run, vocabulary, prompts or heldout_prompts(run.config, vocabulary.tokenizer).prompts)
+    return Evaluation(run, vocabulary, prompts or heldout_of(run, vocabulary))
+
+
+def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
+    """The held-out prompts; says what was skipped to draw them."""
+    found = heldout_prompts(run.config, vocabulary.tokenizer)
+    if found.skipped:
+        run.metrics.say(f"held out: {found.summary}")
+    return found.prompts
 
 
 def measure(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None) -> Result:

@@ -14,8 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cache
 from stages.data.checkers import open_checker
-from stages.data.prompts import Prompt, heldout_prompts
+from stages.data.prompts import Prompt
 from stages.loops import caches, refresh, setup
+from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
 from stages.models import ends, folders
 from stages.models.positions import positions_of
@@ -71,7 +72,7 @@ def check_early(
         ends.check_ends(config, vocabulary.tokenizer, vocabulary.size)
         remarks += ends.remarks(config, vocabulary.tokenizer, vocabulary.size) if len(sides) > 1 else []
     prompts = refresh.prompts_of(run, vocabulary) if work.generates else []
-    heldout = heldout_prompts(config, vocabulary.tokenizer).prompts if work.evaluates else []
+    heldout = heldout_of(run, vocabulary) if work.evaluates else []
     for what, some in (("prompts", prompts), ("held-out prompts", heldout)):
         if some:
             _check_ids(what, some, vocabulary)

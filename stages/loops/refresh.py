@@ -68,16 +68,17 @@ def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index
     )  # fmt: skip
     asked, steps = config.refresh.rollouts_per_refresh, steps_of(config, refresh_index)
     if pool_size(config, refresh_index) < asked:
-        run.metrics.say(
-            f"rollouts_per_refresh {asked} is lowered to {len(places)} for refresh {refresh_index}: at most {steps} steps of"
+        run.metrics.say_once(
+            f"rollouts_per_refresh {asked} is lowered to {len(places)}: at most {steps} steps of"
             f" batch_size {config.train.batch_size} read them before the next refresh or the end"
         )
     num_rounds = -(-len(units) // size)
     idle = 1 - len(units) / (num_rounds * size)
     if idle > TOLERATED_IDLE:
         even = -(-len(places) // (num_rounds * size))
-        run.metrics.say(
-            f"{len(units)} units over {size} processes leave {idle:.0%} of them idle; rollouts_per_unit {even} would not"
+        run.metrics.say_once(
+            f"{len(units)} unit{'s' * (len(units) != 1)} over {size} processes leave {idle:.0%} of them idle;"
+            f" rollouts_per_unit {even} would not"
         )
     return units
 

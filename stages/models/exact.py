@@ -78,9 +78,14 @@ def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """What makes the hidden states that the lm_head reads; Llama 4's `get_decoder` gives the whole model."""
+    """What makes the hidden states that the lm_head reads.
+
+    `get_decoder` of Llama 4 gives the whole model, that of ModernBERT's decoder the matrix of its head.
+    """
     decoder = model.get_decoder()
-    return model.model if decoder is model else decoder
+    if decoder is model:
+        return model.model
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 @contextmanager

@@ -207,12 +207,9 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
                 f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
             )
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        heads = {
-            name
-            for name, _ in model.named_parameters()
-            if "lm_head" in name and ("lora_" in name or "modules_to_save" in name)
-        }
-        if heads or model.active_peft_config.modules_to_save:
+        head = model.get_base_model().get_output_embeddings()
+        adapts_head = any("lora_" in name for name, _ in head.named_parameters())
+        if adapts_head or model.active_peft_config.modules_to_save:
             raise UserError(
                 f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
             )

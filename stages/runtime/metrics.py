@@ -86,6 +86,7 @@ class Metrics:
         self.world = world
         self._config, self._keeps_config = config, keeps_config
         self._held: list[Record] = []
+        self._said: set[str] = set()
         self._watch = Watch()
         self._rewound: tuple[int, int] | None = None
         self._has_begun = self._has_trained = False
@@ -122,6 +123,12 @@ class Metrics:
     def say(self, line: str) -> None:
         if self.world.is_main:
             print(line, flush=True)
+
+    def say_once(self, line: str) -> None:
+        """Says a line that holds for the whole run, however often it comes up."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def close(self) -> None:
         """Sends what is left to the site, within `site.PATIENCE` seconds."""

@@ -6,7 +6,6 @@ What needs transformers is imported by the fixtures that need it: the tests of `
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,10 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ROOT = Path(__file__).resolve().parent.parent
-_PRELOAD = [
-    "stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations",
-    "tests.frozen_imports",
-]  # fmt: skip
 
 
 def pytest_collection_finish() -> None:
@@ -106,17 +101,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Forker:
     """Clean processes that have imported everything already."""
-    from tests import helpers
+    from tests.helpers import make_forker
 
-    saved = dict(os.environ)
-    wanted = helpers.environment()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    os.environ.clear()
-    os.environ.update(wanted)
-    try:
-        context.Process(target=int).start()  # the server keeps the environment it is started in
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
-    return helpers.Forker(context, tmp_path_factory.mktemp("forked"))
+    return make_forker(tmp_path_factory.mktemp("forked"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,6 +28,11 @@ DEMO = ["--config", "pipeline.yaml"]
 SMALL = [
     *DEMO, "--max_steps", "4", "--refresh_every", "2", "--rollouts_per_refresh", "32", "--rollouts_per_unit", "16",
     "--batch_size", "16", "--num_prompts", "64", "--eval_prompts", "16", "--checkpoint_every", "1",
+]  # fmt: skip
+
+_PRELOAD = [
+    "stages.pipeline", "stages.evaluate", "stages.rollout", "peft", "deepspeed", "transformers.integrations",
+    "tests.frozen_imports",
 ]  # fmt: skip
 
 
@@ -125,7 +131,11 @@ class Forker:
 
     def start(self, module: str, *arguments: str, processes: int = 1) -> list[Any]:
         """The processes of `python -m MODULE ARGUMENTS`, running."""
-        return self._start(_run_module, (module, arguments), processes, {})[0]
+        return self.launch(module, *arguments, processes=processes)[0]
+
+    def launch(self, module: str, *arguments: str, processes: int = 1) -> tuple[list[Any], Path]:
+        """The same, and the folder of what they print: `out-RANK` and `err-RANK`."""
+        return self._start(_run_module, (module, arguments), processes, {})
 
     def _start(
         self, function: Callable[..., None], arguments: tuple[Any, ...], processes: int, variables: dict[str, str]
@@ -144,6 +154,22 @@ class Forker:
         for worker in workers:
             worker.start()
         return workers, where
+
+
+def make_forker(folder: Path) -> Forker:
+    """A forker whose processes print into `folder`."""
+    saved = dict(os.environ)
+    wanted = environment()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        context.Process(target=int).start()  # the server keeps the environment it is started in
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+    return Forker(context, folder)
 
 
 def _in_process(

@@ -185,9 +185,9 @@ def test_stage_one_says_that_nothing_is_due_after_training(staged: Path, forked:
 
 def test_stage_one_checks_what_it_is_given_even_where_nothing_is_due(staged: Path, forked: Forker) -> None:
     flags = [*small(staged.parent, lora_dropout=0.1), "--attn_implementation", "nowhere"]
-    assert "attn_implementation nowhere" in forked.stage("stages.rollout", *flags).expect_refusal()
+    forked.stage("stages.rollout", *flags).expect_sentence("attn_implementation nowhere")
     flags = [*small(staged.parent, lora_dropout=0.1), "--teacher_model", "nowhere"]
-    assert "is finished: it was trained to step 4" in forked.stage("stages.rollout", *flags).expect_refusal()
+    forked.stage("stages.rollout", *flags).expect_sentence("is finished: it was trained to step 4")
 
 
 def test_stage_one_can_be_extended_with_another_run_on_the_same_cache(

@@ -16,9 +16,8 @@ from stages.loops.writing import UnitWriter
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-from tests import helpers
 from tests.helpers import Forker, make_run, prompts_of, records_of, small
-from tests.test_survival import assert_same_rows
+from tests.kill_campaign import assert_same_rows
 from tests.tiny_runs import student_of
 
 VALUES: dict[str, Any] = {
@@ -250,7 +249,7 @@ def test_an_interrupt_is_one_line_and_what_is_committed_is_kept(
     arguments = small(tmp_path, **(VALUES | {"score_patience": 2, "rollouts_per_unit": 4}), role=name)
     if name == "score":
         generate(tmp_path, rollouts_per_unit=4, rollouts_per_refresh=20)  # it ends by waiting
-    workers, where = forked._start(helpers._run_module, ("stages.rollout", tuple(arguments)), 1, {})
+    workers, where = forked.launch("stages.rollout", *arguments)
     while workers[0].is_alive() and not list((cache_of(tmp_path) / "commits").glob("*.json")):
         time.sleep(0.01)
     os.kill(workers[0].pid, signal.SIGINT)

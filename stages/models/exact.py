@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     decoder = model.get_decoder()
     if decoder is model:
         return model.model
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
 
 
 @contextmanager

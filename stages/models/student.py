@@ -207,7 +207,7 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
                 f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
             )
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        head = model.get_base_model().get_output_embeddings()
+        head = cast(PreTrainedModel, model.get_base_model()).get_output_embeddings()
         adapts_head = any("lora_" in name for name, _ in head.named_parameters())
         if adapts_head or model.active_peft_config.modules_to_save:
             raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cache
@@ -18,7 +19,7 @@ from stages.data.prompts import Prompt
 from stages.loops import caches, refresh, setup
 from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
-from stages.models import ends, folders
+from stages.models import checkpoints, ends, folders
 from stages.models.positions import positions_of
 from stages.models.teacher import zero3_settings
 from stages.runtime.config import Config
@@ -65,7 +66,7 @@ def check_early(
     config = run.config
     _check_settings(run, work)
     sides = _open_models(config, work)
-    remarks = folders.check_adapter(config, sides[0].config) if work != SCORING else []
+    remarks = folders.check_adapter(config) if work != SCORING else []
     vocabulary = read_vocabulary(config)
     _check_caches(config, work, vocabulary, sides[0])
     if work.generates or work.evaluates:
@@ -84,10 +85,20 @@ def check_early(
         )
     for side, is_loaded in zip(sides, (work != SCORING, work.scores), strict=False):
         if is_loaded:
-            folders.check_weights(side.key, side.name)
+            _check_weights(config, side)
     for remark in [*remarks, *_about_sizes(config, work, Ready(vocabulary, prompts, heldout))]:
         run.metrics.say(remark)
     return Ready(vocabulary, prompts, heldout)
+
+
+def _check_weights(config: Config, side: Side) -> None:
+    """Of a local folder: its files are whole, hold what config.json asks for, and what is put on the student fits it."""
+    folders.check_weights(side.key, side.name)
+    if Path(side.name).is_dir():
+        attention = config.models.attn_implementation
+        model = checkpoints.load_model(side.name, "main", torch.bfloat16, attention, reads_weights=False)
+        if side.key == "student_model":
+            folders.check_student(config, model)
 
 
 def _check_settings(run: Run, work: Work) -> None:

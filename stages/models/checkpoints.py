@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from dualkl import Head
 from stages.models.readout import output_weights, readout_of
 from stages.runtime.distributed import say_once
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SOFTCAP = "attn_logit_softcapping"
@@ -65,28 +65,57 @@ def load_tokenizer(name: str, revision: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, revision: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+def load_model(
+    name: str, revision: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
+) -> PreTrainedModel:
     """A causal language model in eval mode that generates by nothing but its EOS and pad ids.
 
     Of the checkpoint's generation_config (Qwen3's has temperature 0.6, top_p 0.95, top_k 20) only those ids are kept: the
-    rest would silently make rollouts off-policy.
+    rest would silently make rollouts off-policy. `reads_weights=False` compares names and shapes alone, in a fraction of a
+    second, and gives a model without weights (on the meta device).
+    Errors: `UserError` where the checkpoint lacks a tensor, or has one of another shape; what the model does not use is said.
     """
     if attn_implementation == "sdpa" and getattr(load_config(name, revision).get_text_config(), SOFTCAP, None):
         say_once(f"{name} attends eagerly: sdpa does not cap its attention logits")
         attn_implementation = "eager"
-    settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    settings: dict[str, Any] = {
+        "revision": revision, "dtype": dtype, "attn_implementation": attn_implementation,
+        "output_loading_info": True, "ignore_mismatched_sizes": True,  # reported, and refused below
+    }  # fmt: skip
+    if not reads_weights:
+        settings["device_map"] = "meta"
     try:
-        model = _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
+        model, found = _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
     except UserError as error:
         if attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
         say_once(f"{name} attends eagerly: transformers has no sdpa attention for models of its type")
-        model = _load(
-            AutoModelForCausalLM.from_pretrained, "model", name, **(settings | {"attn_implementation": "eager"})
-        )
+        settings["attn_implementation"] = "eager"
+        model, found = _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
+    _check_complete(name, found)
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     return model.eval()
+
+
+def _check_complete(name: str, found: dict[str, Any]) -> None:
+    """Refuses what transformers would fill with random numbers; says what it would leave out."""
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, built = mismatched[0]
+        raise UserError(
+            f"model {name}: tensor {key} has shape {tuple(stored)} in the weights, but its config.json makes it {tuple(built)};"
+            " config.json belongs to other weights."
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model {name} lacks {len(missing)} of the tensors that its config.json asks for, the first is {missing[0]}:"
+            " they would be random numbers. Get the whole checkpoint, or the config.json that belongs to it."
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        say_once(
+            f"warning: {name}: {len(unused)} tensors of its weights have no place in the model that its config.json describes"
+            f" and are left out, the first is {unused[0]}"
+        )
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -120,13 +149,18 @@ def vocabulary_cut(
 
 
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
-    if Path(name).is_dir():
+    is_folder = Path(name).is_dir()
+    if is_folder:
         kwargs.pop("revision")
     try:
         return function(name, **kwargs)
-    except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{what} {name} cannot be loaded"
-            + (f" ({line})" if Path(name).is_dir() else f": it is neither a model folder here nor on the hub ({line})")
-        ) from error
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a missing package, a broken pickle, a config.json of wrong types ...
+        line = first_line(error)
+        where = (
+            ""
+            if is_folder or not isinstance(error, OSError | ValueError)
+            else ": it is neither a model folder here nor on the hub"
+        )
+        raise UserError(f"{what} {name} cannot be loaded{where} ({line})") from error

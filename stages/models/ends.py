@@ -92,14 +92,20 @@ def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
 @lru_cache(maxsize=16)
 def checkpoint_ends(name: str, revision: str) -> tuple[int, ...]:
     """EOS ids of generation_config.json, or of config.json where there is none: those a loaded model would have."""
+    path = Path(name) / "generation_config.json"
     try:
         found = GenerationConfig.from_pretrained(name, revision="main" if Path(name).is_dir() else revision)
-    except OSError as error:
-        if (Path(name) / "generation_config.json").is_file():
-            raise UserError(f"{name}/generation_config.json cannot be read as JSON; mend or remove it.") from error
+    except Exception as error:  # whatever a malformed file makes it raise
+        if path.is_file():
+            raise UserError(f"{path} cannot be read as a generation config; mend or remove it.") from error
         found = GenerationConfig.from_model_config(checkpoints.load_config(name, revision))
     own = found.eos_token_id
-    return tuple(i for i in (own if isinstance(own, list) else [own]) if i is not None)
+    ids = own if isinstance(own, list) else [own]
+    wrong = [i for i in ids if i is not None and (type(i) is not int or i < 0)]
+    if wrong:
+        where = path if path.is_file() else f"{name}'s config.json"
+        raise UserError(f"{where} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it.")
+    return tuple(i for i in ids if i is not None)
 
 
 def _wanted(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -115,7 +121,8 @@ def _own(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def _named(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids of tokens joined by commas, or of the one token that is all of `text`."""
     vocabulary = tokenizer.get_vocab()
-    names = [text] if text in vocabulary else [name.strip() for name in text.split(",")]
+    parts = [text] if text in vocabulary else text.split(",")
+    names = [part if part in vocabulary else part.strip() for part in parts]
     unknown = [name for name in names if name not in vocabulary]
     if unknown:
         raise UserError(f"eos_token: {unknown[0]!r} is not a token of the student's tokenizer.")

@@ -1,22 +1,24 @@
-"""What a model's files tell before its weights are read: whether it is a decoder, and whether its weights are all there."""
+"""What the files of models and adapters tell before weights are read: what they are, and whether all is there and fits."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_utils import PreTrainedModel
 
 from stages.models import checkpoints
+from stages.models.student import new_lora
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them."""
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
-READS_HIDDEN = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|gate_proj|up_proj)\.lora_A\.")
 
 
 def open_config(side: str, name: str, revision: str) -> Any:
@@ -124,30 +126,34 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, tensors
 
 
-def check_adapter(config: Config, student: Any) -> list[str]:
-    """Remarks on `student_adapter` for the student of that config.json; `UserError` where it cannot be put on it."""
+def check_adapter(config: Config) -> list[str]:
+    """Remarks on `student_adapter`; `UserError` where its files say that the student cannot be trained with it."""
     if not config.models.student_adapter:
         return []
     folder = Path(config.models.student_adapter)
-    if not (folder / "adapter_config.json").is_file():
+    path = folder / "adapter_config.json"
+    if not path.is_file():
         raise UserError(f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter.")
-    settings = _json(folder / "adapter_config.json")
+    settings = _json(path)
+    if not settings:
+        raise UserError(f"student_adapter: {path} is not a JSON object; copy it again.")
     if settings.get("peft_type") != "LORA":
         raise UserError(
             f"student_adapter {folder} is of type {settings.get('peft_type')}; only LoRA can be trained on."
         )
-    if settings.get("modules_to_save") or "lm_head" in (settings.get("target_modules") or []):
-        raise UserError(
-            f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
-        )
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if settings.get(key):
+            raise UserError(
+                f"student_adapter {folder} has {key} ({settings[key]}); only an adapter of LoRA layers alone can be trained on."
+            )
+    if "lm_head" in (settings.get("target_modules") or []):
+        raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file() and not weights.with_suffix(".bin").is_file():
         raise UserError(f"student_adapter {folder} has no adapter_model.safetensors.")
-    base = settings.get("base_model_name_or_path")
     if weights.is_file():
         _check_whole("student_adapter", weights)
-        _check_width(folder, weights, student.get_text_config(), base)
-    found = []
+    found, base = [], settings.get("base_model_name_or_path")
     if Path(str(base)).name != Path(config.models.student_model).name:
         found.append(f"student_adapter {folder} was trained on {base}; here it goes on {config.models.student_model}")
     if settings.get("r") != config.lora.lora_r:
@@ -157,11 +163,35 @@ def check_adapter(config: Config, student: Any) -> list[str]:
     return found
 
 
-def _check_width(folder: Path, weights: Path, student: Any, base: Any) -> None:
-    """Layers that read hidden states must be as wide as the student's."""
-    for key, entry in _header(weights)[1].items():
-        if READS_HIDDEN.search(key) and entry["shape"][1] != student.hidden_size:
+def check_student(config: Config, model: PreTrainedModel) -> None:
+    """`UserError` where the adapter that is configured does not fit the student; `model` has no weights (meta device)."""
+    if not config.lora.use_lora:
+        return
+    if not config.models.student_adapter:
+        new_lora(config, model)
+        return
+    folder = Path(config.models.student_adapter)
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.init_lora_weights = False  # of LoRA, which check_adapter has seen to
+        wanted = get_peft_model_state_dict(PeftModel(model, settings), save_embedding_layers=False)
+        stored = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # PEFT raises many kinds
+        raise UserError(f"student_adapter {folder} cannot be put on the student ({first_line(error)})") from error
+    base, advice = settings.base_model_name_or_path, "give the adapter's own base as student_model."
+    for key in sorted(wanted.keys() & stored.keys()):
+        if wanted[key].shape != stored[key].shape:
             raise UserError(
-                f"student_adapter {folder} is for hidden states of width {entry['shape'][1]} ({base}), the student's are"
-                f" {student.hidden_size} wide; give the adapter's own base as student_model."
+                f"student_adapter {folder} ({base}): {key} has shape {tuple(stored[key].shape)}, on the student it is"
+                f" {tuple(wanted[key].shape)}; {advice}"
+            )
+    for what, keys in (
+        ("lacks", wanted.keys() - stored.keys()),
+        ("has, with no place on it,", stored.keys() - wanted.keys()),
+    ):
+        lora = sorted(key for key in keys if "lora_" in key)
+        if lora:
+            raise UserError(
+                f"student_adapter {folder} ({base}) does not fit the student: it {what} {len(lora)} tensors, the first is"
+                f" {lora[0]}; {advice}"
             )

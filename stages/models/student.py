@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -29,7 +29,7 @@ from stages.models.dropout import own_dropout, switch_off
 from stages.models.exact import decoder_of
 from stages.models.readout import full_forward, output_weights
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -201,20 +201,21 @@ def export(student: Student, folder: Path) -> None:
 
 def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
     if config.models.student_adapter:
-        folder = Path(config.models.student_adapter)
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
-            )
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        folder = config.models.student_adapter
+        try:
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"student_adapter {folder} cannot be put on the student ({first_line(error)})") from error
         head = cast(PreTrainedModel, model.get_base_model()).get_output_embeddings()
-        adapts_head = any("lora_" in name for name, _ in head.named_parameters())
-        if adapts_head or model.active_peft_config.modules_to_save:
-            raise UserError(
-                f"student_adapter {folder} adapts the lm_head or saves whole modules; the loss applies the head itself."
-            )
+        if any("lora_" in name for name, _ in head.named_parameters()):
+            raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")
         _set_dropout(model, config.lora.lora_dropout)
         return model
+    return new_lora(config, base)
+
+
+def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
+    """`base` with a new adapter as the configuration says; `UserError` for a name of `lora_targets` that no layer has."""
     targets = config.lora.lora_targets
     names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     settings = LoraConfig(
@@ -222,9 +223,14 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
         target_modules=names, exclude_modules=_unadapted(base) if names == "all-linear" else None, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        return get_peft_model(base, settings)
+        model = get_peft_model(base, settings)
     except ValueError as error:
         raise UserError(f"lora_targets {targets}: {error}") from error
+    adapted = [f".{name}" for name in cast(LoraModel, model.base_model).targeted_module_names]
+    for name in names if isinstance(names, list) else []:
+        if not any(layer.endswith(f".{name}") for layer in adapted):
+            raise UserError(f"lora_targets {targets}: the student has no layer {name} that can be adapted.")
+    return model
 
 
 def _set_dropout(model: PeftModel, p: float) -> None:

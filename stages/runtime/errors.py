@@ -35,6 +35,12 @@ class UserError(ValueError):
     """A mistake or a condition outside the code; its message is all that the user needs."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:250].rstrip(".")
+
+
 def command(main: Callable[[], None]) -> None:
     """Runs a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3.
 

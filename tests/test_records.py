@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.data.records import open_records
+from stages.data.conversations import Unusable
+from stages.data.records import Rows, open_records
 from stages.runtime.errors import UserError
 
 RECORDS: list[dict[str, Any]] = [
@@ -103,6 +104,54 @@ def test_a_saved_data_set_has_its_splits(tmp_path: Path) -> None:
     assert read(tmp_path / "saved") == RECORDS
     assert read(tmp_path / "saved", "test") == RECORDS[:1]
     assert "no split dev; it has train, test" in refusal(tmp_path / "saved", "dev")
+
+
+@pytest.mark.parametrize("name", ["numpy", "pandas", "torch", "arrow"])
+def test_a_saved_data_set_is_read_whole_whatever_its_format(tmp_path: Path, name: str) -> None:
+    data = datasets.Dataset.from_list(RECORDS).add_column("turns", [[{"role": "user", "content": "a"}]] * 3)
+    data.with_format(name, columns=["answer"]).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == [record | {"turns": [{"role": "user", "content": "a"}]} for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("feature", "empty", "filled"),
+    [
+        (datasets.Image(), None, {"bytes": b"x", "path": None}),
+        (datasets.Audio(), {"bytes": None, "path": None}, {"bytes": b"x", "path": None}),
+        (datasets.Video(), None, {"bytes": None, "path": "a.mp4"}),
+        (datasets.List(datasets.Image()), [], [None, {"bytes": b"x", "path": None}]),
+        (datasets.List({"picture": datasets.Image()}), [{"picture": None}], [{"picture": {"bytes": b"x", "path": None}}]),
+    ],
+)  # fmt: skip
+def test_media_of_any_name_is_refused_by_it(tmp_path: Path, feature: Any, empty: Any, filled: Any) -> None:
+    features = datasets.Features({"prompt": datasets.Value("string"), "picture": feature})
+    table = pa.table({"prompt": ["a", "b"], "picture": [empty, filled]}, schema=features.arrow_schema)
+    pq.write_table(table, tmp_path / "a.parquet")
+    for records in (Rows(datasets.Dataset(table)), open_records(str(tmp_path / "a.parquet"), "train")):
+        assert records[0]["prompt"] == "a"
+        with pytest.raises(Unusable, match=r"^with picture \(only text is read\)$"):
+            records[1]
+
+
+def test_a_tool_that_takes_bytes_and_a_path_is_no_media(tmp_path: Path) -> None:
+    arguments = {"bytes": "x", "path": "a.txt"}
+    (tmp_path / "a.parquet").write_bytes(parquet_of([{"arguments": arguments}]))
+    assert read(tmp_path / "a.parquet") == [{"arguments": arguments}]
+
+
+def test_maps_and_json_columns_are_objects_that_keep_their_nulls(tmp_path: Path) -> None:
+    arguments = pa.array(
+        [[("city", "Rome"), ("unit", None)], [("city", "Rome"), ("city", "Oslo")]], pa.map_(pa.string(), pa.string())
+    )
+    tools = pa.array(['{"default": null}'] * 2, pa.json_())
+    pq.write_table(
+        pa.table({"calls": pa.StructArray.from_arrays([arguments], ["arguments"]), "tools": tools}),
+        tmp_path / "a.parquet",
+    )
+    records = open_records(str(tmp_path / "a.parquet"), "train")
+    assert records[0] == {"calls": {"arguments": {"city": "Rome", "unit": None}}, "tools": {"default": None}}
+    with pytest.raises(Unusable, match="whose arguments has a key twice"):
+        records[1]
 
 
 def test_a_folder_is_its_data_files_by_name(tmp_path: Path) -> None:

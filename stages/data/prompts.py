@@ -117,9 +117,10 @@ class _Source:
             return
         skips = _skips(self.skipped, self.num_records)
         if not self.prompts:
+            found = f", found columns {', '.join(self.columns)}" if self.columns else ""
             raise UserError(
                 f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a user turn, or text in"
-                f" {_quoted(TEXTS)}, found columns {', '.join(self.columns)}."
+                f" {_quoted(TEXTS)}{found}."
             )
         allowed = self.config.data.allow_skipped
         if self.num_records > FEW and self.skipped.total() > allowed * self.num_records:
@@ -145,9 +146,9 @@ class _Source:
         data = self.config.data
         try:
             record = self.records[index]
-        except UserError:
+        except (UserError, Unusable):
             raise
-        except Exception as error:  # of a decoder
+        except Exception as error:  # text that is not UTF-8, a date that Python does not have
             raise Unusable(f"that cannot be read ({one_line(error)})") from error
         if len(self.columns) < 20:
             self.columns |= dict.fromkeys(record)

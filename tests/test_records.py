@@ -75,6 +75,13 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str, da
     assert read(tmp_path / name) == RECORDS
 
 
+def test_a_file_may_be_one_record(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in ("chosen", "messages", "prompt"):
+        (tmp_path / "a.json").write_text(json.dumps({name: turns, "score": 1}))
+        assert read(tmp_path / "a.json") == [{name: turns, "score": 1}]
+
+
 def test_a_dictionary_column_and_large_text_are_text(tmp_path: Path) -> None:
     columns = {
         "question": pa.array(["a", "b", "a"]).dictionary_encode(),

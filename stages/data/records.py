@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.conversations import TEXTS, TURNS, Unusable
+from stages.data.conversations import COLUMNS, Unusable
 from stages.runtime.errors import UserError
 
 Record = dict[str, Any]
@@ -151,7 +151,7 @@ def _starts_with_object(lines: Lines) -> bool:
 
 def _unwrapped(value: Any) -> list[Any]:
     """`{"data": [{...}, ...]}` -> its records; any other single value is a record."""
-    if not isinstance(value, dict) or any(name in value for name in (*TURNS, *TEXTS)):
+    if not isinstance(value, dict) or any(name in value for name in COLUMNS):
         return [value]
     lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
     return lists[0] if len(lists) == 1 else [value]

@@ -36,9 +36,9 @@ def zst(data: bytes) -> bytes:
     return pa.compress(data, "zstd", asbytes=True)
 
 
-def parquet_of(records: list[dict[str, Any]]) -> bytes:
+def parquet_of(records: list[dict[str, Any]] | pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(records), sink)
+    pq.write_table(pa.Table.from_pylist(records) if isinstance(records, list) else records, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -80,6 +80,11 @@ def test_a_file_may_be_one_record(tmp_path: Path) -> None:
     for name in ("chosen", "messages", "prompt"):
         (tmp_path / "a.json").write_text(json.dumps({name: turns, "score": 1}))
         assert read(tmp_path / "a.json") == [{name: turns, "score": 1}]
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,,\na,,\n")
+    assert read(tmp_path / "a.csv") == [{"question": "a", "": ""}]
 
 
 def test_a_dictionary_column_and_large_text_are_text(tmp_path: Path) -> None:
@@ -180,6 +185,7 @@ def test_a_folder_whose_files_name_splits_is_read_by_split(tmp_path: Path) -> No
 
 LATIN = '{"question": "été"}\n'
 GOOD = '{"question": "a"}\n'
+TWICE = parquet_of(pa.table([["1"], ["2"]], names=["a", "a"]))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,7 @@ GOOD = '{"question": "a"}\n'
         ("a.json", b'[{"question": "a"},\n {"question": }]', "line 2, column 15: this is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1"), ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, its header 2"), ("a.csv", b'a,b\n1,"2\n', "as CSV"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "has two columns 'a'; rename or remove one"), ("a.parquet", TWICE, "has two columns 'a'; rename"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"), ("a.parquet", b"", "is empty"),
         ("a.jsonl.gz", b"plain", "cannot be read as gzip"), ("a.jsonl.zst", zst(text_of(RECORDS))[:-5], "cannot be read as zstd"),
         ("a.xlsx", b"x", "is of no kind that is read; expected .jsonl"),

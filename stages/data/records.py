@@ -13,6 +13,7 @@ import io
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,16 @@ def _csv(path: Path, data: Bytes) -> Sequence[Record]:
     try:
         rows = ((reader.line_num, row) for row in reader if row)
         _, columns = next(rows, (0, []))
+        _check_columns(path, columns)
         return [_row(path, line, columns, row) for line, row in rows]
     except csv.Error as error:
         raise UserError(f"dataset {path}, line {reader.line_num} cannot be read as CSV: {error}.") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    twice = [name for name, number in Counter(columns).items() if number > 1 and name.strip()]
+    if twice:
+        raise UserError(f"dataset {path} has two columns {twice[0]!r}; rename or remove one.")
 
 
 def _row(path: Path, line: int, columns: list[str], row: list[str]) -> Record:
@@ -217,9 +225,11 @@ class Batches(Sequence[Record]):
 
 def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
     try:
-        return Batches(pq.ParquetFile(pa.py_buffer(data)).read())
+        table = pq.ParquetFile(pa.py_buffer(data)).read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"dataset {path} cannot be read as Parquet: {one_line(error)}.") from error
+    _check_columns(path, table.column_names)
+    return Batches(table)
 
 
 Reader = Callable[[Path, Bytes], Sequence[Record]]

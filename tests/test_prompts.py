@@ -120,7 +120,11 @@ def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None
     strict = load_tokenizer(str(ROOT / STUDENT), "main")
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
-    assert "System role not supported" in refusal(tmp_path, strict, jsonl(tmp_path, rows))
+    path = jsonl(tmp_path, [*rows * 3, {"text": "a"}])
+    assert refusal(tmp_path, strict, path) == (
+        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System role not supported)."
+        " Mend the template, chat_template_kwargs or the records."
+    )
 
 
 def test_template_arguments_reach_the_template(tmp_path: Path) -> None:

@@ -306,7 +306,13 @@ def test_all_of_several_data_sets_repeats_the_one_that_ends_first(tmp_path: Path
     assert len({p.prompt_id for p in found.prompts}) == 8
 
 
-@pytest.mark.parametrize("value", ["{a.jsonl: 0}", "{a.jsonl: x}", "[a.jsonl, a.jsonl]", "[]", "{}", "[[a]]", "[1]"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{a.jsonl: 0}", "{a.jsonl: x}", "[a.jsonl, a.jsonl]", "[]", "{}", "[[a]]", "[1]", "{1: 1}", "[./a.jsonl, a.jsonl]",
+        "{a.jsonl: 1, b/../a.jsonl: 2}", "[~/a, ~//a]", "[~nobody/a, ~nobody/./a]",
+    ],
+)  # fmt: skip
 def test_a_mixture_that_is_none_is_one_sentence(tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match=r"config key data\.dataset"):
         make_config(tmp_path, dataset=value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -60,11 +61,12 @@ class LoraSection(Section):
 
 
 def _weighted(value: Any) -> Any:
-    """A list of data sets, or of {data set: weight}, as one map; each named once."""
-    if not isinstance(value, list) or not all(isinstance(each, str | dict) for each in value):
+    """A list of data sets, or of {data set: weight}, as one map; each named once, however its path is written."""
+    parts = [value] if isinstance(value, dict) else value
+    if not isinstance(parts, list) or not all(isinstance(each, str | dict) for each in parts):
         return value
-    pairs = [pair for each in value for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
-    if len(dict(pairs)) < len(pairs):
+    pairs = [pair for each in parts for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
+    if len({os.path.realpath(os.path.expanduser(str(name))) for name, _ in pairs}) < len(pairs):  # noqa: PTH111
         raise ValueError("names a data set twice")
     return dict(pairs)
 

@@ -264,6 +264,27 @@ def test_a_file_that_is_no_configuration_is_one_sentence(tmp_path: Path, text: s
     assert path in sentence("--config", path)
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [("tau: 1\nseed: 1\ntau: 2\n", "tau", 3), ("loss: {mix: 0.5}\nloss: {mix: 0.1}\n", "loss", 2), ("dataset:\n  a: 1\n  'a': 3\n", "a", 3)],
+)  # fmt: skip
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, key: str, line: int) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    assert sentence("--config", path) == (
+        f"config file {path} is not valid YAML: the key '{key}' is given twice (line {line}); keep one."
+    )
+
+
+def test_a_data_set_given_twice_in_a_flag_is_refused() -> None:
+    assert sentence("--dataset", "{a: 1, a: 3}") == "config key dataset: the key 'a' is given twice (line 1); keep one."
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    text = "chat_template_kwargs:\n  c: {b: &b {<<: &a {x: 1}, x: 2}}\n  d: {<<: *b, x: 3}\n"
+    config = parse("--config", write(tmp_path / "a.yaml", text))
+    assert config.data.chat_template_kwargs == {"c": {"b": {"x": 2}}, "d": {"x": 3}}
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert parse("--config", write(tmp_path / "a.yaml", "# nothing\n")) == parse()
 

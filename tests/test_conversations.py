@@ -44,6 +44,38 @@ def test_a_tools_result_is_answered_as_a_message_is() -> None:
     assert turns({"messages": whole}) == whole[:3]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_before_the_answer_stays_and_is_the_only_one(role: str) -> None:
+    whole = [*HI, {"role": role, "content": "In French."}, assistant("Salut")]
+    assert turns({"messages": whole, "system": "Other."}, system_prompt="Be brief.") == whole[:2]
+    assert reason({"messages": [user(" "), whole[1]]}) == "with an empty prompt"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"from": "human", "value": "Hi", "role": None, "content": None},
+        {"from": None, "value": None, "role": "user", "content": "Hi"},
+        {"role": "user", "content": None, "value": "Hi"},
+    ],
+)
+def test_null_fields_of_a_turn_do_not_count(turn: dict[str, Any]) -> None:
+    assert turns({"messages": [turn]}) == HI
+
+
+def test_calls_keep_the_null_beside_them_and_get_none() -> None:
+    with_null, without = assistant(None, tool_calls=[CALL]), {"role": "assistant", "tool_calls": [CALL]}
+    assert turns({"messages": [*HI, with_null, RESULT, without, RESULT]}) == [*HI, with_null, RESULT, without, RESULT]
+
+
+@pytest.mark.parametrize("empty", [None, "", False, 0, [], {}])
+def test_media_count_where_they_are_filled(empty: Any) -> None:
+    assert turns({"prompt": "Hi", "image": empty, "audio": empty}) == HI
+    part = {"type": "text", "text": "Hi"}
+    assert turns({"messages": [user([part | {"image": empty}])]}) == [user([part])]
+    assert turns({"messages": [user([{"text": "Hi", "image": empty, "type": None}])]}) == [user([{"text": "Hi"}])]
+
+
 def test_the_first_filled_column_wins() -> None:
     assert turns({"messages": [], "prompt": "a", "question": "b"}) == [user("a")]
 
@@ -67,6 +99,7 @@ def test_the_first_filled_column_wins() -> None:
         ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, [user("Add.\n\n1 and 2")]),
         ({"instruction": "Add.", "context": "1 and 2", "response": "3"}, [user("Add.\n\n1 and 2")]),
         ({"instruction": "Hi", "history": [["a", "b"]], "output": "x"}, [user("a"), assistant("b"), *HI]),
+        ({"instruction": "Hi", "history": [["a", None]], "output": "x"}, [user("a"), assistant(""), *HI]),
         ({"system": "Be brief.", "prompt": "Hi"}, [SYSTEM, *HI]),
         ({"system_prompt": "Be brief.", "question": "Hi", "response": "x"}, [SYSTEM, *HI]),
         ({"system": "Other.", "messages": [SYSTEM, *HI]}, [SYSTEM, *HI]),
@@ -134,6 +167,8 @@ def test_a_system_prompt_gives_way_to_the_records_own() -> None:
         ({"prompt": "Hi", "tools": [3]}, "whose tools are not JSON objects"),
         ({"prompt": "Hi", "system": ["x"]}, "whose system message is no text"),
         ({"instruction": "Hi", "input": 5}, "whose input, context or history are no text"),
+        ({"instruction": "Hi", "history": 5}, "whose input, context or history are no text"),
+        ({"instruction": "Hi", "history": [["a", 5]]}, "whose content is int, not text"),
         ({"chosen": "an answer"}, "with an answer, but no prompt"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "with a function_call that is not JSON with a name"),
     ],

@@ -120,7 +120,11 @@ def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None
     strict = load_tokenizer(str(ROOT / STUDENT), "main")
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
-    assert "System role not supported" in refusal(tmp_path, strict, jsonl(tmp_path, rows))
+    path = jsonl(tmp_path, [*rows * 3, {"text": "a"}])
+    assert refusal(tmp_path, strict, path) == (
+        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System role not supported)."
+        " Mend the template, chat_template_kwargs or the records."
+    )
 
 
 def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
@@ -302,7 +306,13 @@ def test_all_of_several_data_sets_repeats_the_one_that_ends_first(tmp_path: Path
     assert len({p.prompt_id for p in found.prompts}) == 8
 
 
-@pytest.mark.parametrize("value", ["{a.jsonl: 0}", "{a.jsonl: x}", "[a.jsonl, a.jsonl]", "[]", "{}", "[[a]]", "[1]"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{a.jsonl: 0}", "{a.jsonl: x}", "[a.jsonl, a.jsonl]", "[]", "{}", "[[a]]", "[1]", "{1: 1}", "[./a.jsonl, a.jsonl]",
+        "{a.jsonl: 1, b/../a.jsonl: 2}", "[~/a, ~//a]", "[~nobody/a, ~nobody/./a]",
+    ],
+)  # fmt: skip
 def test_a_mixture_that_is_none_is_one_sentence(tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match=r"config key data\.dataset"):
         make_config(tmp_path, dataset=value)

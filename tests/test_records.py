@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.data.records import open_records
+from stages.data.conversations import Unusable
+from stages.data.records import Rows, open_records
 from stages.runtime.errors import UserError
 
 RECORDS: list[dict[str, Any]] = [
@@ -35,9 +36,9 @@ def zst(data: bytes) -> bytes:
     return pa.compress(data, "zstd", asbytes=True)
 
 
-def parquet_of(records: list[dict[str, Any]]) -> bytes:
+def parquet_of(records: list[dict[str, Any]] | pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(records), sink)
+    pq.write_table(pa.Table.from_pylist(records) if isinstance(records, list) else records, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -74,6 +75,18 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str, da
     assert read(tmp_path / name) == RECORDS
 
 
+def test_a_file_may_be_one_record(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in ("chosen", "messages", "prompt"):
+        (tmp_path / "a.json").write_text(json.dumps({name: turns, "score": 1}))
+        assert read(tmp_path / "a.json") == [{name: turns, "score": 1}]
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,,\na,,\n")
+    assert read(tmp_path / "a.csv") == [{"question": "a", "": ""}]
+
+
 def test_a_dictionary_column_and_large_text_are_text(tmp_path: Path) -> None:
     columns = {
         "question": pa.array(["a", "b", "a"]).dictionary_encode(),
@@ -105,6 +118,54 @@ def test_a_saved_data_set_has_its_splits(tmp_path: Path) -> None:
     assert "no split dev; it has train, test" in refusal(tmp_path / "saved", "dev")
 
 
+@pytest.mark.parametrize("name", ["numpy", "pandas", "torch", "arrow"])
+def test_a_saved_data_set_is_read_whole_whatever_its_format(tmp_path: Path, name: str) -> None:
+    data = datasets.Dataset.from_list(RECORDS).add_column("turns", [[{"role": "user", "content": "a"}]] * 3)
+    data.with_format(name, columns=["answer"]).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == [record | {"turns": [{"role": "user", "content": "a"}]} for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("feature", "empty", "filled"),
+    [
+        (datasets.Image(), None, {"bytes": b"x", "path": None}),
+        (datasets.Audio(), {"bytes": None, "path": None}, {"bytes": b"x", "path": None}),
+        (datasets.Video(), None, {"bytes": None, "path": "a.mp4"}),
+        (datasets.List(datasets.Image()), [], [None, {"bytes": b"x", "path": None}]),
+        (datasets.List({"picture": datasets.Image()}), [{"picture": None}], [{"picture": {"bytes": b"x", "path": None}}]),
+    ],
+)  # fmt: skip
+def test_media_of_any_name_is_refused_by_it(tmp_path: Path, feature: Any, empty: Any, filled: Any) -> None:
+    features = datasets.Features({"prompt": datasets.Value("string"), "picture": feature})
+    table = pa.table({"prompt": ["a", "b"], "picture": [empty, filled]}, schema=features.arrow_schema)
+    pq.write_table(table, tmp_path / "a.parquet")
+    for records in (Rows(datasets.Dataset(table)), open_records(str(tmp_path / "a.parquet"), "train")):
+        assert records[0]["prompt"] == "a"
+        with pytest.raises(Unusable, match=r"^with picture \(only text is read\)$"):
+            records[1]
+
+
+def test_a_tool_that_takes_bytes_and_a_path_is_no_media(tmp_path: Path) -> None:
+    arguments = {"bytes": "x", "path": "a.txt"}
+    (tmp_path / "a.parquet").write_bytes(parquet_of([{"arguments": arguments}]))
+    assert read(tmp_path / "a.parquet") == [{"arguments": arguments}]
+
+
+def test_maps_and_json_columns_are_objects_that_keep_their_nulls(tmp_path: Path) -> None:
+    arguments = pa.array(
+        [[("city", "Rome"), ("unit", None)], [("city", "Rome"), ("city", "Oslo")]], pa.map_(pa.string(), pa.string())
+    )
+    tools = pa.array(['{"default": null}'] * 2, pa.json_())
+    pq.write_table(
+        pa.table({"calls": pa.StructArray.from_arrays([arguments], ["arguments"]), "tools": tools}),
+        tmp_path / "a.parquet",
+    )
+    records = open_records(str(tmp_path / "a.parquet"), "train")
+    assert records[0] == {"calls": {"arguments": {"city": "Rome", "unit": None}}, "tools": {"default": None}}
+    with pytest.raises(Unusable, match="whose arguments has a key twice"):
+        records[1]
+
+
 def test_a_folder_is_its_data_files_by_name(tmp_path: Path) -> None:
     (tmp_path / "part-1.jsonl").write_bytes(text_of(RECORDS[1:]))
     (tmp_path / "part-0.parquet").write_bytes(parquet_of(RECORDS[:1]))
@@ -124,6 +185,7 @@ def test_a_folder_whose_files_name_splits_is_read_by_split(tmp_path: Path) -> No
 
 LATIN = '{"question": "été"}\n'
 GOOD = '{"question": "a"}\n'
+TWICE = parquet_of(pa.table([["1"], ["2"]], names=["a", "a"]))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +202,7 @@ GOOD = '{"question": "a"}\n'
         ("a.json", b'[{"question": "a"},\n {"question": }]', "line 2, column 15: this is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1"), ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, its header 2"), ("a.csv", b'a,b\n1,"2\n', "as CSV"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "has two columns 'a'; rename or remove one"), ("a.parquet", TWICE, "has two columns 'a'; rename"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"), ("a.parquet", b"", "is empty"),
         ("a.jsonl.gz", b"plain", "cannot be read as gzip"), ("a.jsonl.zst", zst(text_of(RECORDS))[:-5], "cannot be read as zstd"),
         ("a.xlsx", b"x", "is of no kind that is read; expected .jsonl"),

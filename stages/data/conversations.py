@@ -14,9 +14,11 @@ Turn = dict[str, Any]
 
 TURNS = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "question", "problem", "query", "instruction", "input")
+COLUMNS = (*TURNS, *TEXTS, "chosen")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PROMPTING = ("user", "tool", "function", "ipython", "observation")
 """Roles that an assistant answers: a tool's result is a prompt as a user's message is."""
+SYSTEM = ("system", "developer")
 CALLS = ("function_call", "tool_call")
 ROLES = {
     "human": "user", "prompter": "user", "user": "user", "system": "system", "tool": "tool",
@@ -38,21 +40,21 @@ class Conversation:
 
 
 def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversation:
-    """The turns up to the last message that an assistant answers, and the tools beside them.
+    """The turns up to the last message that is not an assistant's, and the tools beside them.
 
-    The prompt is the first filled column of TURNS, TEXTS and `chosen`. A system message is the record's own first turn, else
-    its `system` (or `system_prompt`) column, else `system_prompt`.
+    The prompt is the first filled one of COLUMNS. A system message is the record's own turn, wherever it stands, else its
+    `system` (or `system_prompt`) column, else `system_prompt`.
     """
     for name in MEDIA:
-        if _is_filled(record.get(name)):
+        if record.get(name):
             raise Unusable(f"with {name} (only text is read)")
-    name = next((each for each in (*TURNS, *TEXTS, "chosen") if _is_filled(record.get(each))), "")
+    name = next((each for each in COLUMNS if _is_filled(record.get(each))), "")
     if not name:
-        is_known = any(each in record for each in (*TURNS, *TEXTS))
+        is_known = any(each in record for each in COLUMNS)
         raise Unusable("with an empty prompt" if is_known else "without a column that holds a prompt")
     turns = _before_the_answer(_turns(name, record))
     system = _system(record) or system_prompt
-    if system and not any(turn["role"] in ("system", "developer") for turn in turns):
+    if system and not any(turn["role"] in SYSTEM for turn in turns):
         turns = [{"role": "system", "content": system}, *turns]
     return Conversation(turns, _tools(record))
 
@@ -71,7 +73,7 @@ def _joined(content: Any) -> Any:
 def _is_text(part: Any) -> bool:
     if not isinstance(part, dict):
         return isinstance(part, str)
-    return isinstance(part.get("text"), str) and part.get("type", "text") in ("text", "input_text", "output_text")
+    return isinstance(part.get("text"), str) and part.get("type") in (None, "text", "input_text", "output_text")
 
 
 def _is_filled(value: Any) -> bool:
@@ -81,9 +83,10 @@ def _is_filled(value: Any) -> bool:
 def _before_the_answer(turns: list[Turn]) -> list[Turn]:
     if not any(turn["role"] == "user" for turn in turns):
         raise Unusable("without a user turn")
-    last = max(i for i, turn in enumerate(turns) if turn["role"] in PROMPTING)
-    if turns[last]["role"] == "user" and not _joined(turns[last]["content"]).strip():
+    *_, asked = (turn for turn in turns if turn["role"] in PROMPTING)
+    if asked["role"] == "user" and not _joined(asked.get("content")).strip():
         raise Unusable("with an empty prompt")
+    last = max(i for i, turn in enumerate(turns) if turn["role"] in (*PROMPTING, *SYSTEM))
     return turns[: last + 1]
 
 
@@ -110,9 +113,12 @@ def _instruction(text: str, record: dict[str, Any]) -> list[Turn]:
     """Alpaca's and Dolly's columns: what the instruction is about follows it, `history` precedes it."""
     about = record.get("input") or record.get("context") or ""
     history = record.get("history") or []
-    if not isinstance(about, str) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    is_list = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not isinstance(about, str) or not is_list:
         raise Unusable("whose input, context or history are no text")
-    turns = [{"role": role, "content": said} for pair in history for role, said in zip(("user", "assistant"), pair)]
+    turns = [
+        _turn({"role": who, "content": said}) for pair in history for who, said in zip(("user", "assistant"), pair)
+    ]
     return [*turns, {"role": "user", "content": f"{text}\n\n{about}" if about.strip() else text}]
 
 
@@ -164,24 +170,32 @@ def _turn(value: Any) -> Turn:
     """A turn with `role` and `content`, whatever it calls them; fields without a value are left out."""
     if isinstance(value, str):
         value = _from_json(value, "whose turns are text, without a role")
-    role = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    said = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
+    role = said.get("role", said.get("from"))
     if not isinstance(role, str):
         raise Unusable("whose turns have no role")
-    names = {"value": "content"} if "content" not in value else {}
-    turn = {
-        names.get(k, k): v for k, v in value.items() if k != "from" and (v is not None or k in ("content", "value"))
-    }
-    turn["role"] = (ROLES if "role" in value else SHAREGPT_ROLES).get(role.lower(), role)
+    names = {"value": "content"} if "content" not in said else {}
+    turn = {names.get(k, k): v for k, v in said.items() if k != "from"}
+    turn["role"] = (ROLES if "role" in said else SHAREGPT_ROLES).get(role.lower(), role)
     if role in CALLS:
         turn |= {"role": "assistant", "content": "", "tool_calls": _calls(turn.get("content"))}
     if isinstance(turn.get("tool_calls"), str):
         turn["tool_calls"] = _from_json(turn["tool_calls"], "whose tool_calls are not JSON")
     if not turn.get("tool_calls", True):
         del turn["tool_calls"]
-    if turn.get("content") is None and not {"tool_calls", "function_call"} & turn.keys():
-        turn["content"] = ""
+    if not {"tool_calls", "function_call"} & turn.keys():
+        turn.setdefault("content", "")
+    elif {"content", "value"} & value.keys():
+        turn.setdefault("content", None)  # templates ask whether it is none
+    if isinstance(turn.get("content"), list):
+        turn["content"] = [_without_empty(part) for part in turn["content"]]
     _check_content(turn)
     return turn
+
+
+def _without_empty(part: Any) -> Any:
+    """A text part without empty fields: templates take one that is named `image` for an image."""
+    return {k: v for k, v in part.items() if v or k == "text"} if isinstance(part, dict) and _is_text(part) else part
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ Checker = Callable[[dict[str, Any], str], bool]
 FEW = 50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
 HOPELESS = 200  # records without a prompt after which a data set is given up
 SHOWN = 4  # reasons
+REFUSED = "that the chat template refuses"
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,17 @@ class _Source:
             return
         skips = _skips(self.skipped, self.num_records)
         if not self.prompts:
+            refused = Counter({why: number for why, number in self.skipped.items() if why.startswith(REFUSED)})
+            if 2 * refused.total() > self.num_records:
+                cause = refused.most_common(1)[0][0].removeprefix(REFUSED).strip()
+                raise UserError(
+                    f"the chat template fails on {refused.total()} of {self.num_records} records of dataset {self.name}, which"
+                    f" gave no prompts {cause}. Mend the template, chat_template_kwargs or the records."
+                )
+            found = f", found columns {', '.join(self.columns)}" if self.columns else ""
             raise UserError(
                 f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a user turn, or text in"
-                f" {_quoted(TEXTS)}, found columns {', '.join(self.columns)}."
+                f" {_quoted(TEXTS)}{found}."
             )
         allowed = self.config.data.allow_skipped
         if self.num_records > FEW and self.skipped.total() > allowed * self.num_records:
@@ -145,9 +154,9 @@ class _Source:
         data = self.config.data
         try:
             record = self.records[index]
-        except UserError:
+        except (UserError, Unusable):
             raise
-        except Exception as error:  # of a decoder
+        except Exception as error:  # text that is not UTF-8, a date that Python does not have
             raise Unusable(f"that cannot be read ({one_line(error)})") from error
         if len(self.columns) < 20:
             self.columns |= dict.fromkeys(record)
@@ -256,7 +265,7 @@ def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: di
             return _render(attempt, tokenizer, kwargs)
         except Exception as error:  # a template is a program: it may raise anything
             refusal = one_line(error)[:120]
-    raise Unusable(f"that the chat template refuses ({refusal})")
+    raise Unusable(f"{REFUSED} ({refusal})")
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:

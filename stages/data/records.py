@@ -9,11 +9,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.conversations import TEXTS, TURNS
+from stages.data.conversations import COLUMNS, Unusable
 from stages.runtime.errors import UserError
 
 Record = dict[str, Any]
@@ -152,7 +152,7 @@ def _starts_with_object(lines: Lines) -> bool:
 
 def _unwrapped(value: Any) -> list[Any]:
     """`{"data": [{...}, ...]}` -> its records; any other single value is a record."""
-    if not isinstance(value, dict) or any(name in value for name in (*TURNS, *TEXTS)):
+    if not isinstance(value, dict) or any(name in value for name in COLUMNS):
         return [value]
     lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
     return lists[0] if len(lists) == 1 else [value]
@@ -186,9 +186,16 @@ def _csv(path: Path, data: Bytes) -> Sequence[Record]:
     try:
         rows = ((reader.line_num, row) for row in reader if row)
         _, columns = next(rows, (0, []))
+        _check_columns(path, columns)
         return [_row(path, line, columns, row) for line, row in rows]
     except csv.Error as error:
         raise UserError(f"dataset {path}, line {reader.line_num} cannot be read as CSV: {error}.") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    twice = [name for name, number in Counter(columns).items() if number > 1 and name.strip()]
+    if twice:
+        raise UserError(f"dataset {path} has two columns {twice[0]!r}; rename or remove one.")
 
 
 def _row(path: Path, line: int, columns: list[str], row: list[str]) -> Record:
@@ -213,15 +220,16 @@ class Batches(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         place = bisect.bisect_right(self.ends, index)
         batch = self.batches[place]
-        row = batch.slice(index - self.ends[place] + batch.num_rows, 1).to_pylist()[0]
-        return without_nulls(row)
+        return _arrow_record(batch.slice(index - self.ends[place] + batch.num_rows, 1))
 
 
 def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
     try:
-        return Batches(pq.ParquetFile(pa.py_buffer(data)).read())
+        table = pq.ParquetFile(pa.py_buffer(data)).read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"dataset {path} cannot be read as Parquet: {one_line(error)}.") from error
+    _check_columns(path, table.column_names)
+    return Batches(table)
 
 
 Reader = Callable[[Path, Bytes], Sequence[Record]]
@@ -277,23 +285,16 @@ def _split_of(path: Path) -> str:
 
 
 class Rows(Sequence[Record]):
-    """The rows of a `datasets.Dataset`."""
+    """The rows of a `datasets.Dataset`, all columns, whatever format it was saved with; no image is decoded."""
 
     def __init__(self, data: Any) -> None:
-        for name, feature in data.features.items():
-            if _is_media(feature):  # refused by name: nothing needs its decoder
-                data = data.cast_column(name, dataclasses.replace(feature, decode=False))
-        self.data = data
+        self.data = data.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Any:
-        return without_nulls(self.data[int(index)])
-
-
-def _is_media(feature: Any) -> bool:
-    return type(feature).__name__ in ("Image", "Audio", "Video", "Pdf")
+        return _arrow_record(self.data[int(index)])
 
 
 def _saved(folder: Path, split: str) -> Rows:
@@ -353,18 +354,31 @@ def _refusing(path: Path, line: int) -> Iterator[None]:
     raise UserError(f"dataset {path}, {where}: this is not JSON that can be read ({why}).")
 
 
-def without_nulls(record: Record) -> Record:
-    """The record without nulls inside its columns: Arrow gives all structs of a column the fields of all of them."""
-    return {name: _without_nulls(value) for name, value in record.items()}
+def _arrow_record(row: pa.RecordBatch | pa.Table) -> Record:
+    """The record of one row. Errors: `Unusable` for images, audio and video, in columns of any name."""
+    values = row.to_pylist()[0]
+    return {field.name: _value(field.name, field.type, values[field.name]) for field in row.schema}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    is_turn = "role" in value  # whose content may be null, beside tool calls
-    return {k: _without_nulls(v) for k, v in value.items() if v is not None or (is_turn and k == "content")}
+def _value(name: str, kind: pa.DataType, value: Any) -> Any:
+    """The value of an Arrow type without nulls in structs: Arrow gives all structs of a column the fields of all of them."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        kinds = {field.name: field.type for field in kind}
+        if kinds.keys() == {"bytes", "path"} and "binary" in str(kinds["bytes"]) and any(value.values()):
+            raise Unusable(f"with {name} (only text is read)")  # so `datasets` keeps Image, Audio and Video
+        is_turn = "role" in kinds  # whose content may be null, beside tool calls
+        return {k: _value(k, kinds[k], v) for k, v in value.items() if v is not None or (is_turn and k == "content")}
+    if pa.types.is_map(kind):
+        if len(dict(value)) < len(value):
+            raise Unusable(f"whose {name} has a key twice")
+        return {k: _value(name, kind.item_type, v) for k, v in value}
+    if pa.types.is_nested(kind):  # lists
+        return [_value(name, kind.value_type, each) for each in value]
+    return value
 
 
 def one_line(error: Exception) -> str:

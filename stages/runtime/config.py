@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -60,11 +61,12 @@ class LoraSection(Section):
 
 
 def _weighted(value: Any) -> Any:
-    """A list of data sets, or of {data set: weight}, as one map; each named once."""
-    if not isinstance(value, list) or not all(isinstance(each, str | dict) for each in value):
+    """A list of data sets, or of {data set: weight}, as one map; each named once, however its path is written."""
+    parts = [value] if isinstance(value, dict) else value
+    if not isinstance(parts, list) or not all(isinstance(each, str | dict) for each in parts):
         return value
-    pairs = [pair for each in value for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
-    if len(dict(pairs)) < len(pairs):
+    pairs = [pair for each in parts for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
+    if len({os.path.realpath(os.path.expanduser(str(name))) for name, _ in pairs}) < len(pairs):  # noqa: PTH111
         raise ValueError("names a data set twice")
     return dict(pairs)
 
@@ -278,7 +280,19 @@ SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in secti
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    """YAML 1.1 reads `1e-4` as a string; people mean a number. PyYAML takes the last of equal keys; people lose the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise UserError(
+                        f"the key {_shown(key.value)} is given twice (line {key.start_mark.line + 1}); keep one"
+                    )
+                seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -308,6 +322,8 @@ def read_yaml(text: str) -> Any:
     """Plain values (texts, numbers, lists, dicts with text keys); ValueError with a short reason for anything else."""
     try:
         return _plain(yaml.load(text, _Loader), [MOST_VALUES], 0)
+    except UserError:
+        raise
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:  # a constructor raises whatever Python's own functions do
@@ -442,14 +458,15 @@ def _unknown_key(key: str, where: str) -> str:
 
 def _from_text(leaf: str, text: str) -> Any:
     annotation = SECTIONS[SECTION_OF[leaf]].model_fields[leaf].annotation
-    if annotation is str:
+    is_name = str in get_args(annotation) and not text.startswith(("{", "["))
+    if annotation is str or is_name:
         return text
     try:
-        value = read_yaml(text)
+        return read_yaml(text)
+    except UserError as error:
+        raise UserError(f"config key {leaf}: {error}.") from None
     except ValueError:
         return text
-    is_name = str in get_args(annotation) and not text.startswith(("{", "["))
-    return text if is_name else value
 
 
 def _check(config: Config) -> None:

@@ -220,13 +220,18 @@ def adapter(folder: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "values", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+    ("values", "part"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts the lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+    ids=str,
 )
 def test_an_adapter_that_changes_the_head_is_one_sentence(
-    forked: Forker, tmp_path: Path, values: dict[str, Any]
+    forked: Forker, tmp_path: Path, values: dict[str, Any], part: str
 ) -> None:
     folder = adapter(tmp_path / "adapter", **({"target_modules": ["q_proj"]} | values))
-    refused(forked, "rollout", tmp_path, "adapts the lm_head or saves whole modules", student_adapter=folder)
+    refused(forked, "rollout", tmp_path, part, student_adapter=folder)
 
 
 def test_a_folder_without_an_adapter_is_one_sentence(forked: Forker, tmp_path: Path) -> None:

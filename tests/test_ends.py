@@ -77,6 +77,14 @@ def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path) -> N
         told(student, student)
 
 
+@pytest.mark.parametrize("value", ['"1"', "-1", "[[1]]", "1.5"])
+def test_an_eos_id_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
+    student = model(tmp_path / "student")
+    (tmp_path / "student" / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(UserError, match=r"generation_config\.json (has the eos_token_id|cannot be read)"):
+        told(student, student)
+
+
 def test_the_teachers_ids_that_the_student_lacks_are_named(tmp_path: Path) -> None:
     student, teacher = model(tmp_path / "student", eos="<|pad|>", ids=0), model(tmp_path / "teacher")
     found, (remark,) = told(student, teacher)

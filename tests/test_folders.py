@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.models import folders
+from stages.models import checkpoints, folders
 from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from tests.helpers import ROOT, STUDENT
@@ -99,22 +100,87 @@ def test_weights_that_are_not_all_there_are_refused(model: Path, change: Callabl
     refused(model, *parts)
 
 
-def adapter(folder: Path, width: int = 224, **values: Any) -> list[str]:
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": STUDENT}
-    write(folder, "adapter_config.json", settings | values)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({name: torch.zeros(4, width)}, folder / "adapter_model.safetensors")
-    flags = ["--student_adapter", str(folder), "--student_model", STUDENT, "--lora_r", "4"]
-    return folders.check_adapter(parse_arguments(flags, ""), AutoConfig.from_pretrained(STUDENT))
+def load(folder: Path) -> Any:
+    """The model without its weights, as the checks before a run see it."""
+    return checkpoints.load_model(str(folder), "main", torch.float32, "sdpa", reads_weights=False)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder: Path, **values: Any) -> None:
+    write(folder, "config.json", json.loads((folder / "config.json").read_text()) | values)
+
+
+def layers(number: int) -> dict[str, Any]:
+    return {"num_hidden_layers": number, "layer_types": ["full_attention"] * number}
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda f: rewrite(f, lambda t: t.pop(NORM)), ("lacks 1 of the tensors", NORM, "random numbers")),
+        (lambda f: configure(f, **layers(9)), ("lacks", "model.layers.")),
+        (lambda f: rewrite(f, lambda t: [t.update({f"module.{key}": t.pop(key)}) for key in list(t)]), ("lacks",)),
+        (lambda f: configure(f, intermediate_size=32), ("has shape", "config.json makes it", "mlp.down_proj")),
+        (lambda f: configure(f, vocab_size=999), ("has shape", "(999, ")),
+        (lambda f: configure(f, num_attention_heads="four"), ("cannot be loaded", "num_attention_heads")),
+        (lambda f: configure(f, quantization_config={"quant_method": "gptq", "bits": 4}), ("cannot be loaded",)),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ("cannot be loaded",)),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_belong_to_the_config_are_refused_unread(
+    model: Path, change: Callable[[Path], Any], parts: Any
+) -> None:
+    change(model)
+    with pytest.raises(UserError) as caught:
+        load(model)
+    assert "\n" not in str(caught.value)
+    for part in (str(model), *parts):
+        assert part in str(caught.value), caught.value
+
+
+def test_weights_that_the_model_has_no_place_for_are_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(model, **layers(1))
+    load(model)
+    assert "tensors of its weights have no place in the model" in capsys.readouterr().out
+
+
+def test_a_package_that_an_attention_needs_is_named(model: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be loaded.*FlashAttention2"):
+        checkpoints.load_model(str(model), "main", torch.bfloat16, "flash_attention_2", reads_weights=False)
+
+
+def adapter(folder: Path, base: Any = STUDENT, **values: Any) -> Any:
+    """The configuration that starts from a new adapter of `base`; `values` change its adapter_config.json."""
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings)).save_pretrained(folder)
+    write(folder, "adapter_config.json", json.loads((folder / "adapter_config.json").read_text()) | values)
+    return parse_arguments(["--student_adapter", str(folder), "--student_model", STUDENT, "--lora_r", "4"], "")
+
+
+def resized(folder: Path, **values: Any) -> str:
+    config = AutoConfig.from_pretrained(STUDENT)
+    config.update(values)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def test_an_adapter_of_the_student_is_accepted(tmp_path: Path) -> None:
-    assert adapter(tmp_path / "adapter") == []
+    config = adapter(tmp_path / "adapter")
+    assert folders.check_adapter(config) == []
+    folders.check_student(config, load(ROOT / STUDENT))
 
 
 def test_another_rank_and_another_base_are_said(tmp_path: Path) -> None:
-    base, rank = adapter(tmp_path / "adapter", r=16, base_model_name_or_path="some/other")
+    config = adapter(tmp_path / "adapter", r=16, base_model_name_or_path="some/other")
+    base, rank = folders.check_adapter(config)
     assert "was trained on some/other" in base
     assert "has rank 16, which is kept; lora_r 4" in rank
 
@@ -122,12 +188,44 @@ def test_another_rank_and_another_base_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"width": 96}, "width 96"),
         ({"peft_type": "IA3"}, "only LoRA"),
-        ({"modules_to_save": ["embed_tokens"]}, "saves whole modules"),
+        ({"modules_to_save": ["embed_tokens"]}, "has modules_to_save"),
+        ({"trainable_token_indices": [1]}, "has trainable_token_indices"),
         ({"target_modules": ["lm_head"]}, "adapts the lm_head"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, values: dict[str, Any], part: str) -> None:
+def test_an_adapter_of_another_kind_is_refused(tmp_path: Path, values: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
-        adapter(tmp_path / "adapter", **values)
+        folders.check_adapter(adapter(tmp_path / "adapter", **values))
+
+
+def test_an_adapter_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    config = adapter(tmp_path / "adapter")
+    write(tmp_path / "adapter", "adapter_config.json", "{nope")
+    with pytest.raises(UserError, match="is not a JSON object"):
+        folders.check_adapter(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "values", "part"),
+    [
+        (layers(9), {}, "has, with no place on it,"),
+        (layers(1), {}, "lacks"),
+        ({"hidden_size": 448}, {}, r"has shape \(448, 4\), on the student it is \(224, 4\)"),
+        ({"intermediate_size": 32}, {}, "down_proj.lora_A.weight has shape"),
+        ({}, {"target_modules": ["c_attn"]}, "cannot be put on the student"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_unread(
+    tmp_path: Path, base: dict[str, Any], values: dict[str, Any], part: str
+) -> None:
+    config = adapter(tmp_path / "adapter", resized(tmp_path / "base", **base), **values)
+    with pytest.raises(UserError, match=part):
+        folders.check_student(config, load(ROOT / STUDENT))
+
+
+@pytest.mark.parametrize("names", ["q_proj,vproj", "vproj"])
+def test_a_name_that_no_layer_has_is_refused(names: str) -> None:
+    config = parse_arguments(["--student_model", STUDENT, "--lora_targets", names], "")
+    with pytest.raises(UserError, match="vproj"):
+        folders.check_student(config, load(ROOT / STUDENT))

@@ -6,8 +6,11 @@ whatever the cache's size.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -40,14 +43,17 @@ class Exported:
 def export(snapshot: Snapshot, form: str, out: str) -> Exported:
     """Writes all rows to the folder `out`, in one of `FORMS`; the columns are those of `cache.decoded`.
 
-    The folder appears under its name when it is complete; until then it is `.NAME-<hex>.partial` beside it, which only
-    a process that is killed leaves behind. CacheError if `out` is neither absent nor an empty folder, if it cannot be
+    The folder appears under its name when it is complete; until then it is `.NAME-<hex>.partial` beside it, locked. What a
+    killed process left of it the next export to `out` removes. CacheError if `out` is neither absent nor an empty folder, if it cannot be
     written, or if bytes of the cache are damaged.
     """
     target = _target(out)
+    held: int | None = None
     partial = target.parent / f".{target.name}-{secrets.token_hex(4)}.partial"
     try:
+        _remove_unlocked(target)
         partial.mkdir(parents=True)
+        held = _lock(partial)
         FORMS[form](snapshot, partial)
         sizes = [path.stat().st_size for path in partial.iterdir()]
         sync(partial)
@@ -57,7 +63,28 @@ def export(snapshot: Snapshot, form: str, out: str) -> Exported:
         raise CacheError(f"{out} cannot be written ({error}); nothing was exported.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     return Exported(len(snapshot), len(sizes), sum(sizes))
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed, or its process ends; None while another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_unlocked(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}-????????.partial"):
+        held = _lock(left) if left.is_dir() and not left.is_symlink() else None
+        if held is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
 
 
 def _target(out: str) -> Path:

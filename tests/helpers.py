@@ -178,7 +178,7 @@ def _in_process(
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(where / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command has its own handlers
     os.chdir(ROOT)
     torch.set_num_threads(1)
     function(*arguments)

@@ -12,6 +12,7 @@ written left. SIGTERM and SIGINT must end a command within a minute, with 143 or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -59,7 +60,8 @@ class Command:
     def send(self, number: int, workers: list[Any] | None = None) -> None:
         for worker in self.workers if workers is None else workers:
             if worker.is_alive():
-                os.kill(worker.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, number)
 
     def join(self, seconds: float) -> bool:
         """Whether all its processes have ended in that time."""

@@ -59,21 +59,9 @@ def test_the_page_is_what_the_results_say() -> None:
     assert architectures.PAGE.read_text() == models_page.page(results)
 
 
-WRONG = {
-    "llama: dynamic rotary embeddings, rows beyond their length",  # as a teacher: the longest row of a batch decides
-    "nemotron_h",  # 2e-4 nats: transformers' cached step is not its own forward
-    "phi3: longrope, rows beyond the original length",  # as a teacher
-    "phimoe",  # switching its router's noise off changes evaluation
-    "phimoe: router_jitter_noise 0.2",
-    "reformer",  # as a teacher
-    "zamba2",  # 2e-3 nats, as nemotron_h
-}
-"""What the last sweep found wrong. A type comes off this list when a sweep finds it right or refused; none comes on."""
-
-
-def test_no_other_type_is_wrong_and_the_common_ones_are_right() -> None:
+def test_no_type_is_wrong_and_the_common_ones_are_right() -> None:
     results = json.loads(architectures.RESULTS.read_text())
-    assert {kind for kind, record in results.items() if record["verdict"] in ("wrong", "breaks")} == WRONG
+    assert {kind for kind, record in results.items() if record["verdict"] in ("wrong", "breaks")} == set()
     assert {kind for kind in models_page.COMMON.values() if results[kind]["verdict"] != "right"} == set()
 
 

@@ -1,6 +1,7 @@
 """`cache.export`: what other tools read of an exported cache, what it refuses, and how much it holds in memory."""
 
 import json
+import os
 import re
 import weakref
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 
 import cache
 from cache.__main__ import main
-from cache.export import export
+from cache.export import _lock, export
 from cache.reader import PLAIN_COLUMNS, Snapshot
 from cache.schema import TEACHER_COLUMNS
 from tests.cache_samples import KINDS, VOCAB, WIDTH, fingerprint, head, log_softmax, record, write
@@ -280,8 +281,13 @@ def test_a_crash_half_way_leaves_no_export(tmp_path, monkeypatch, form):
         with pytest.raises(KeyboardInterrupt):
             export(cache.open(tmp_path / "cache"), form, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-    (tmp_path / ".out-0123abcd.partial").mkdir()  # of a process that was killed
+    left, other = tmp_path / ".out-0123abcd.partial", tmp_path / ".out-4567abcd.partial"
+    for folder in (left, other):  # of a process that was killed, and of one that is at work
+        folder.mkdir()
+    held = _lock(other)
     assert export(cache.open(tmp_path / "cache"), form, str(tmp_path / "out")).rows == 12
+    assert (left.exists(), other.exists()) == (False, True)
+    os.close(held)
 
 
 def test_damage_ends_in_a_sentence_and_leaves_no_export(tmp_path, capsys):

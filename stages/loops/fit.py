@@ -102,7 +102,9 @@ def prepare(run: Run, student: Student) -> Training:
         module, optimizer = world.accelerator.prepare(module, optimizer)
     elif world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
-        module = nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        module = nn.parallel.DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+        )  # else it regroups gradients after the first step: from three processes on a resumed run would sum in another order
     adaptive = gating.starting(run.config, {})
     return Training(student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student))
 

@@ -1,6 +1,6 @@
 """Ends commands at random moments, runs them again until they are done, and compares with runs that nobody disturbed.
 
-    python -m tests.kill_campaign --kills 300 --seed 1 --workers 2 [--output kills.json]
+    python -m tests.kill_campaign --kills 300 --seed 1 --workers 2 [--minutes 60] [--output kills.json]
 
 Kinds: stage one, stage two with inline refreshes and the pipeline, each in 1, 2 and 4 processes; stage two beside a follower
 (external refreshes); `cache export`. Signals: SIGKILL to all processes or to one of them, SIGTERM and SIGINT to all. Moments: any,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -227,14 +228,15 @@ def _writing(folder: Path, moment: str) -> set[str]:
 
 
 def campaign(
-    forked: Forker, folder: Path, kills: int, seed: int, kinds: list[tuple[str, int]] = KINDS
+    forked: Forker, folder: Path, kills: int, seed: int, kinds: list[tuple[str, int]] = KINDS, minutes: float = math.inf
 ) -> dict[str, Any]:
-    """Trials of random kinds until `kills` have landed; counts by kind, way and moment, and what failed."""
+    """Trials of random kinds until `kills` have landed or time is up; counts by kind, way and moment, and what failed."""
+    end = time.monotonic() + 60 * minutes
     dice, ready = random.Random(seed), {}
     counts: Counter[str] = Counter()
     failed: list[str] = []
     trials = landed = 0
-    while landed < kills and trials < 3 * kills + 10:
+    while landed < kills and trials < 3 * kills + 10 and time.monotonic() < end:
         name, processes = dice.choice(kinds)
         trials += 1
         place, number = folder / f"trial-{trials}", dice.choice((1, 2, 2, 3))
@@ -251,14 +253,19 @@ def campaign(
         landed += len(trial.landed)
         for one in trial.landed:
             counts.update([f"{name} x {processes}", one["way"], f"moment: {one['moment']}"])
-        print(f"seed {seed}: {trials} trials, {landed} of {kills} kills, {len(failed)} failed", flush=True)
+        how = ", ".join(f"{one['way']} after {one['after']} s" for one in trial.landed) or "done before a signal"
+        print(
+            f"seed {seed}, trial {trials}: {name} x {processes}, {how}; {landed} of {kills} kills, {len(failed)} not exact",
+            flush=True,
+        )
     return {"seed": seed, "kills": landed, "trials": trials, "counts": dict(counts), "failed": failed}
 
 
 def _worker(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kills-", ignore_cleanup_errors=True) as temporary:
         (Path(temporary) / "forked").mkdir()
-        found = campaign(make_forker(Path(temporary) / "forked"), Path(temporary), options.kills, options.seed)
+        forked = make_forker(Path(temporary) / "forked")
+        found = campaign(forked, Path(temporary), options.kills, options.seed, minutes=options.minutes)
         if found["failed"]:
             kept = Path(tempfile.mkdtemp(prefix="kills-failed-"))
             shutil.copytree(temporary, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("expected-*"))
@@ -273,6 +280,7 @@ def _all(options: argparse.Namespace) -> list[dict[str, Any]]:
         for i in range(options.workers):
             output = Path(temporary) / f"{i}.json"
             arguments = ["--kills", str(share), "--seed", str(options.seed + i), "--output", str(output)]
+            arguments += ["--minutes", str(options.minutes)]
             command = [sys.executable, "-m", "tests.kill_campaign", *arguments]
             running.append((output, subprocess.Popen(command, cwd=ROOT, env=environment())))
         for output, process in running:
@@ -285,6 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300, help="signals that must land on a running command")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after that time")
     parser.add_argument("--workers", type=int, default=1, help="campaigns beside each other")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     options = parser.parse_args()

@@ -141,16 +141,23 @@ CARRIED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("values", [{}, CARRIED], ids=["plain", "with all that steps and refreshes carry over"])
-def test_two_processes_resume_bit_by_bit(tmp_path: Path, forked: Forker, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("values", "processes"),
+    [({}, 2), (CARRIED, 2), ({"batch_size": 12, "rollouts_per_refresh": 12, "grad_accum": 1}, 3)],
+    ids=["plain", "with all that steps and refreshes carry over", "three, whose sums have an order"],
+)
+def test_several_processes_resume_bit_by_bit(
+    tmp_path: Path, forked: Forker, values: dict[str, Any], processes: int
+) -> None:
     found = []
     for name, places in (("whole", [""]), ("cut", ["step 3", ""])):
         folder = tmp_path / name
         folder.mkdir()
         for place in places:
-            forked.call(train_until, folder, small(folder, **(TINY | values)), place, processes=2).expect_success()
-        found.append([torch.load(folder / f"{rank}.pt") for rank in range(2)])
-    for rank in range(2):
+            flags = small(folder, **(TINY | values))
+            forked.call(train_until, folder, flags, place, processes=processes).expect_success()
+        found.append([torch.load(folder / f"{rank}.pt") for rank in range(processes)])
+    for rank in range(processes):
         assert_same_weights(found[1][rank], found[0][0])
 
 

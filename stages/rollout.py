@@ -52,7 +52,7 @@ def main() -> None:
     position = setup.newest_position(run)
     due = 0 if position.step == 0 else position.newest + 1
     ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
-    if due and not schedule.due(run.config, position):
+    if due and not schedule.due(run.config, position) and not schedule.lost(run, position):
         run.metrics.say(f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own")
         return
     vocabulary, prompts = ready.vocabulary, ready.prompts

@@ -54,6 +54,10 @@ class Pool:
         return sum(age < 0 for age in self.ages.values())
 
     @property
+    def num_own(self) -> int:
+        return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
+
+    @property
     def mean_age(self) -> float:
         """Of the rows of this run, in steps, when the pool was opened; 0 without any."""
         ages = [age for age in self.ages.values() if age >= 0]
@@ -108,7 +112,8 @@ def live_pool(
 ) -> Pool:  # fmt: skip
     """Rows of this run by refresh `version` and by earlier ones if no older than `max_age` steps; all rows of other runs.
 
-    `policies`: the policy hash that wrote each refresh of this run; rows of a refresh by another one are left out.
+    `policies`: the policy hash that wrote each refresh of this run. Rows of a refresh by another one are left out; at the
+    start, where they may be all that there is, they count as another run's.
     `kept`: of the earlier rows only these; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
@@ -117,6 +122,8 @@ def live_pool(
         if row["run_id"] != run_id:
             ages[row["row_id"]] = -1
         elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
+            if row["refresh_index"] == version == 0:
+                ages[row["row_id"]] = -1
             continue  # of a trajectory that was given up
         elif row["refresh_index"] == version or (
             row["refresh_index"] < version

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ CLEAR = 8.0
 FP32_ROUNDING = 1e-4  # nats: sums in another order
 MORE = 1.5  # than training's forward a healthy generator may round: merged weights are rounded, too
 SAME = 1e-7  # nats: no direction
+UNSEEN = 1e-5  # nats: what a layer's output may be off by without a word, where no logprob shows it
 BOUND, BROKEN = 3.0, 30.0
 """In units of what rounding moves training's logprobs by: a gap beyond the first is told, beyond the second refused."""
 LAYER_BOUND = 8.0
@@ -107,7 +109,7 @@ def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str,
         **{f"probe_{share.of}": share.value for share in shares},
         **{f"probe_{share.of}_error": share.error for share in shares},
     }  # fmt: skip
-    reasons = [*_of_logprobs(shares, lags, least, len(exact)), *_of_layers(witness.seen(), least)]
+    reasons = [*_of_logprobs(shares, lags, least, len(exact)), *_of_layers(witness.seen(), least, gap)]
     if gap > BROKEN * rounding:
         reasons.append(f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by")
     if reasons:
@@ -175,8 +177,8 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
             )
 
 
-def _of_layers(layers: list[Seen], least: float) -> Iterator[str]:
-    """Why layers that were seen while the generator ran are not the student's."""
+def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
+    """Why layers that were seen while the generator ran are not the student's; `gap`: of the logprobs, nats a token."""
     adapted = [layer for layer in layers if layer.error]
     if adapted:
         weights = np.array([layer.error**-2 for layer in adapted])
@@ -187,17 +189,39 @@ def _of_layers(layers: list[Seen], least: float) -> Iterator[str]:
         if abs(layer.share) > max(LEAST_LAYER_SHARE, SIGNIFICANT_LAYER * layer.error):
             yield f"layer {layer.name} adds {1 + layer.share:.0%} of its adapter's part"
     for layer in layers:
-        if layer.rounding > LAYER_BOUND:
+        if layer.rounding > LAYER_BOUND and gap > UNSEEN:
             yield f"the output of layer {layer.name} differs by {layer.rounding:.0f} times its own rounding"
 
 
 def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
-    """The rows of the run's first probe, and its logprobs at earlier refreshes by their index."""
+    """The rows of the run's first probe, and its logprobs at earlier refreshes by their index.
+
+    Where they cannot be read any more, or rows of it are gone from the cache, another batch begins.
+    """
     snapshot, path = cache.open(run.config.cache_root), run.folder / "probe.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"logprobs": {}}
-    places = [snapshot.position(row_id) for row_id in kept["row_ids"]] if path.exists() else range(len(snapshot))[:ROWS]
+    kept = _read(path)
+    places: Sequence[int] = range(len(snapshot))[:ROWS]
+    if kept and set(kept[0]) <= set(snapshot.row_ids):
+        places = [snapshot.position(row_id) for row_id in kept[0]]
+    elif path.exists():
+        run.metrics.say(
+            "the probe takes other rows: those that it had are gone from the cache, or probe.json is damaged"
+        )
+        kept = None
     rows = [Row(r.row_id, r.prompt_ids, r.completion_ids[:TOKENS]) for r in (snapshot[place] for place in places)]
-    return rows, kept["logprobs"]
+    return rows, kept[1] if kept else {}
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, list[float]]] | None:
+    """Row ids and logprobs by refresh of a probe.json; None where there is none that is whole."""
+    try:
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        row_ids, logprobs = list(kept["row_ids"]), dict(kept["logprobs"])
+        for values in logprobs.values():
+            np.asarray(values, dtype=np.float32)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return (row_ids, logprobs) if row_ids and all(isinstance(row_id, str) for row_id in row_ids) else None
 
 
 def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, rows: list[Row]) -> float:

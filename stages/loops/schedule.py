@@ -44,6 +44,25 @@ def due(config: Config, position: Position) -> str:
     return _measured(config, position)
 
 
+def lost(run: Run, position: Position) -> str:
+    """Why rows are due though `due` asks for none: some of those in use are gone from the cache; "" if none are.
+
+    They were withdrawn as damaged, or pruned. The student that wrote them is another by now, so all are written anew.
+    """
+    if not position.num_rows or position.step >= run.config.train.max_steps:
+        return ""
+    there = _own_pool(run, position, cache.open(run.config.cache_root)).num_own if run.world.is_main else 0
+    missing = position.num_rows - run.world.gather(there)[0]
+    if missing <= 0:
+        return ""
+    found = f"{missing} of the {position.num_rows} rows that were trained on are gone from {run.config.cache_root}"
+    if not run.config.refreshes:
+        run.metrics.say(f"warning: {found}; training goes on with the others, since refresh_mode is off")
+        return ""
+    run.metrics.say(f"{found}: a refresh is due now")
+    return f"lost: {missing} of {position.num_rows} rows were gone"
+
+
 def _measured(config: Config, position: Position) -> str:
     policy, window = config.refresh, config.refresh.drift_window
     if len(position.recent) == window:
@@ -65,7 +84,7 @@ def _too_old(config: Config, position: Position) -> bool:
 
 
 def resume(run: Run, training: Training) -> Position | None:
-    """Loads the checkpoint that this run goes on from, if there is one; later ones are discarded (collective)."""
+    """Loads the checkpoint that this run goes on from, if there is one (collective)."""
     path = setup.checkpoint_to_go_on_from(run)
     if path is None:
         if run.world.is_main:
@@ -75,9 +94,6 @@ def resume(run: Run, training: Training) -> Position | None:
     position = checkpoint.load(
         path, training.student.trainable, training.optimizer, training.scheduler, run.world, training.engine
     )
-    run.world.barrier()
-    if run.world.is_main and run.config.train.resume_from:
-        checkpoint.discard_after(run.folder / "checkpoints", checkpoint.step_of(path))
     training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
     run.metrics.say(f"going on from {path}")
@@ -95,7 +111,8 @@ def fit(
     With `refresh_mode: external` rows come from elsewhere, and are taken up when those of a version are complete.
     """
     config = run.config
-    position = resume(run, training) or Position(0, 0)
+    start = {0: Refresh(0, policy_hash(training.student), "start")}
+    position = resume(run, training) or Position(0, 0, refreshes=start)
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
     if arrivals is not None:
         versions.set_finished(run, training.step >= config.train.max_steps)
@@ -106,12 +123,14 @@ def fit(
     )
     run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
     pool, snapshot, began = None, None, training.step
+    gone = lost(run, position)
     bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
                disable=not run.world.is_main)  # fmt: skip
     with bar, ending.finishing():
         while training.step < config.train.max_steps:
-            reason = due(config, position)
+            reason, gone = due(config, position) or gone, ""
             if reason:
+                _discard_later(run, training.step)
                 save_checkpoint(run, training, position)
                 index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
                 if arrivals is None:
@@ -127,12 +146,20 @@ def fit(
                 position = _take_up_arrivals(run, training, position, arrivals, pool)
             if pool is None or snapshot is None or pool.version != position.refresh_index:
                 pool, snapshot = open_pool(run, position)
-                position = replace(position, pool_age=pool.mean_age)
+                position = replace(position, pool_age=pool.mean_age, num_rows=pool.num_own)
+                _discard_later(run, training.step)
             position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
         if training.step > began:
             save_checkpoint(run, training, position)
     if arrivals is not None:
         versions.set_finished(run, True)
+
+
+def _discard_later(run: Run, step: int) -> None:
+    """Going back (`resume_from`) gives up the checkpoints after `step`, once nothing stands in the way of training."""
+    if run.world.is_main and run.config.train.resume_from:
+        checkpoint.discard_after(run.folder / "checkpoints", step)
+    run.world.barrier()
 
 
 def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
@@ -202,8 +229,7 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     roots = [config.cache_root, *(root for root, weight in config.run.extra_caches.items() if weight)]
     snapshots = [cache.open(root) for root in roots]
     found = [
-        live_pool(snapshot, run.run_id if snapshot is snapshots[0] else "", version, position.opened_at,
-                  config.refresh.max_age, position.policies, position.kept)
+        _own_pool(run, position, snapshot) if snapshot is snapshots[0] else live_pool(snapshot, "", version, 0, 0, {})
         for snapshot in snapshots
     ] if run.world.is_main else []  # fmt: skip
     pool, *others = run.world.gather(found)[0]
@@ -218,8 +244,18 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
     pool.drifts.update({key: drift for key, drift in position.row_drifts.items() if key in pool.ages})
     if pool.num_off_policy:
-        run.metrics.say(f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run (off-policy)")
+        run.metrics.say(
+            f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other weights (off-policy)"
+        )
     return pool, snapshots[0]
+
+
+def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
+    """The rows of this run that `position` trains on, and those of others in its cache."""
+    return live_pool(
+        snapshot, run.run_id, position.refresh_index, position.opened_at, run.config.refresh.max_age, position.policies,
+        position.kept,
+    )  # fmt: skip
 
 
 def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
@@ -255,7 +291,7 @@ class Arrivals:
         assert self._snapshot is not None
         if index and index == position.refresh_index:
             return True  # it was, when it was taken up
-        wanted, rows = position.policies.get(index), set()
+        wanted, rows = position.policies.get(index) if index else None, set()
         for record in self._snapshot.commit_records():
             right = [
                 run_id == self._run.run_id and refresh == index and wanted in (None, policy)

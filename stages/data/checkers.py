@@ -47,7 +47,7 @@ def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool
         ) from error
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
-    if isinstance(answer, numbers.Real) and 0 <= answer <= 1:  # NaN is not
+    if isinstance(answer, numbers.Real) and 0 <= answer <= 1:  # type: ignore[operator]  # NaN is not
         return float(answer)
     raise UserError(
         f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True, False or a share"

@@ -146,11 +146,12 @@ class Lines(Sequence[Record]):
 
 def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
     """Starts, ends and numbers of those lines that are not blank; `number` is that of the first."""
-    first = np.frombuffer(data, np.uint8)[np.minimum(starts, len(data) - 1)]
-    is_filled = starts < ends
-    for i in np.flatnonzero(is_filled & np.isin(first, list(b" \t\r"))):
-        is_filled[i] = bool(data[starts[i] : ends[i]].strip())
-    return np.stack([starts, ends, np.arange(number, number + len(ends))])[:, is_filled]
+    at = np.flatnonzero(starts < ends)
+    lines = np.stack([starts[at], ends[at], number + at])
+    is_filled = np.ones(len(at), bool)
+    for i in np.flatnonzero(np.isin(np.frombuffer(data, np.uint8)[lines[0]], list(b" \t\r"))):
+        is_filled[i] = bool(data[lines[0, i] : lines[1, i]].strip())
+    return lines[:, is_filled]
 
 
 def _unpacked_lines(path: Path) -> list[Lines]:
@@ -294,7 +295,7 @@ LINES = (".jsonl", ".ndjson")
 class Joined(Sequence[Record]):
     """Several files after each other."""
 
-    def __init__(self, parts: list[Sequence[Record]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
 

@@ -161,8 +161,9 @@ def _verify(args: argparse.Namespace) -> int:
     for finding in findings:
         _print(finding)
     if args.repair and (withdrawn := withdraw(args.root, findings)):
-        for name in withdrawn:
-            _print(f"withdrawn: commits/{name}; rerun stage one, which writes its rows again.")
+        for file in withdrawn:
+            _print(f"withdrawn: {file}")
+        _print("Rerun stage one, which writes their rows again.")
         findings = [finding for finding in findings if finding.record is None]
     if findings:
         _print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")

@@ -16,6 +16,7 @@ from cache.store import Store
 _SHOWN = 48
 _MOST_IDS = 2**31  # int32
 _DEPTH = 32
+_MOST_VALUES = 100_000
 _ABSENT = "absent"
 _ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows are kept."
 
@@ -98,7 +99,9 @@ def _load(store: Store) -> dict[str, Any] | None:
     """The body of fingerprint.json, its fields checked but for what a `Fingerprint` checks."""
     path = store.path(FINGERPRINT)
     try:
-        body = unseal(path, store.read(FINGERPRINT), _ADVICE)
+        data = store.read(FINGERPRINT)
+        _check_values(path, data)
+        body = unseal(path, data, _ADVICE)
     except FileNotFoundError:
         return None
     must_match, recorded = body.get("must_match"), body.get("recorded")
@@ -143,12 +146,22 @@ def store_fingerprint(
 
 def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:
     try:
-        copied: dict[str, Any] = json.loads(canonical_json(value))
+        data = canonical_json(value)
+        copied: dict[str, Any] = json.loads(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise CacheError(f"the fingerprint's {name} cannot be written as JSON ({error}).") from error
+    _check_values(f"the fingerprint's {name}", data)
     if _is_deeper(copied, _DEPTH):
         raise CacheError(f"the fingerprint's {name} is nested more than {_DEPTH} deep.")
     return copied
+
+
+def _check_values(what: str, data: bytes) -> None:
+    """CacheError for a JSON text of too many values: decoded, each takes up to 30 times its bytes."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise CacheError(
+            f"{what} holds more than {_MOST_VALUES:,} values; it is no fingerprint that this program writes."
+        )
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

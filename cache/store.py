@@ -393,8 +393,10 @@ class ObjectStore(Store):
         self.root = url.rstrip("/")
         try:
             self._fs, self._prefix = url_to_fs(self.root, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"{url} cannot be opened ({error}); install what its protocol needs.") from error
+        except Exception as error:  # an archive that is none, a package that is missing
+            raise StoreError(
+                f"{url} cannot be opened ({error}); look at its address, and install what its protocol needs."
+            ) from error
         self._copies: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}  # as last listed
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -498,7 +500,7 @@ class ObjectStore(Store):
 
     def _key(self, name: str) -> str:
         self._check(name)
-        return f"{self._prefix}/{name}" if name else self._prefix
+        return "/".join(filter(None, [self._prefix, name]))  # the root of an archive is ""
 
     def _local_folder(self) -> Path:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="dualkl-cache-")

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from cache.plain import plain
 from stages.loops.planning import Machine, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
@@ -46,7 +47,7 @@ def main() -> None:
     own, rest = _own_arguments(sys.argv[1:])
     config = parse_arguments(rest, __doc__ or "")
     plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
-    print(json.dumps(as_json(plan), indent=1) if own.json else table(plan))
+    print(plain(json.dumps(as_json(plan), indent=1) if own.json else table(plan), kept="\n"))
     if not plan.fits:
         raise SystemExit(1)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cache
+from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import history, metrics, page, rounds
 from stages.runtime.config import Config
@@ -282,7 +283,7 @@ def main() -> None:
             f"there is no run at {folder}; run `python -m stages.pipeline` with the same configuration first."
         )
     config = own_config(folder, given)
-    print(summary(write_report(folder, config), folder, config))
+    print(plain(summary(write_report(folder, config), folder, config), kept="\n"))
 
 
 if __name__ == "__main__":

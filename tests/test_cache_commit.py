@@ -157,7 +157,7 @@ def test_rows_that_were_withdrawn_and_written_again_are_read_after_a_refresh(tmp
     before = cache.open(tmp_path)
     damaged = before.commit_records()[0]
     (tmp_path / damaged.shard).write_bytes(b"")
-    assert withdraw(tmp_path, cache.verify(tmp_path)) == [damaged.name]
+    assert withdraw(tmp_path, cache.verify(tmp_path)) == [f"commits/{damaged.name}", damaged.shard]
     write(tmp_path, range(4), unit="a")
     after = before.refresh()
     assert after.commit_records()[0].name == damaged.name

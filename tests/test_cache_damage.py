@@ -110,22 +110,27 @@ def three_shards(root: Path, kind: str = "topk") -> list[commit.CommitRecord]:
     return [commit.read_record(open_store(root), name) for name in commit.record_names(open_store(root))]
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "missing shard", "damaged record"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "missing shard", "damaged record", "cut record", "misspelt record"])
 def test_repair_withdraws_just_what_is_damaged_and_stage_one_fills_it_in(tmp_path: Path, harm: str) -> None:
     records = three_shards(tmp_path)
     damaged = next(r for r in records if r.unit == "g0000-00001")
     path = tmp_path / damaged.shard
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    of_record = tmp_path / commit.COMMITS / damaged.name
+    text = of_record.read_text()
     harms: dict[str, Callable[[], object]] = {
         "flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:100]), "missing shard": path.unlink,
-        "damaged record": lambda: (tmp_path / commit.COMMITS / damaged.name).write_text("{}"),
+        "damaged record": lambda: of_record.write_text("{}"), "cut record": lambda: of_record.write_text(text[:100]),
+        "misspelt record": lambda: of_record.write_text(text.replace(damaged.shard[-14:], "00000000.arrow")),
     }  # fmt: skip
     harms[harm]()
-    assert withdraw(tmp_path, verify(tmp_path)) == [damaged.name]
+    moved = [f"commits/{damaged.name}"] + [damaged.shard] * path.exists()
+    assert withdraw(tmp_path, verify(tmp_path)) == moved
     assert verify(tmp_path) == []
     assert cache.open(tmp_path).row_ids == sorted(row_id(n) for n in (0, 1, 2, 6, 7, 8))
-    assert harm == "damaged record" or not path.exists()
+    assert not path.exists()
+    assert len(list((tmp_path / "withdrawn").iterdir())) == len(moved)
     write(tmp_path, range(3, 6), unit="g0000-00001")
     snapshot = cache.open(tmp_path)
     for number in range(9):

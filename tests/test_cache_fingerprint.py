@@ -111,3 +111,13 @@ def test_a_newer_format_is_not_guessed_at(tmp_path):
     for use in (lambda: cache.open(tmp_path), lambda: cache.Writer(tmp_path, fingerprint())):
         with pytest.raises(cache.CacheError, match=r"has format version 2, this program reads version 1"):
             use()
+
+
+def test_a_fingerprint_of_millions_of_values_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    write(tmp_path, range(2))
+    with pytest.raises(cache.CacheError, match="recorded holds more than 100,000 values"):
+        cache.Fingerprint(fingerprint().must_match, {"x": [{}] * 100_000})
+    (tmp_path / commit.FINGERPRINT).write_bytes(b'{"recorded":{"x":[' + b"{}," * 100_000 + b"{}]}}\n")
+    monkeypatch.setattr("cache.fingerprint.unseal", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(cache.CacheError, match=r"fingerprint\.json holds more than 100,000 values"):
+        cache.open(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_damage_is_found_repaired_and_refilled(root: str) -> None:
     assert (finding.file, finding.rows) == (shard, (0, 2))
     with pytest.raises(cache.CacheError, match=r"rows 0 to 2"):
         cache.open(root)[cache.open(root).position(row_id(0))]
-    assert withdraw(root, [finding]) == [finding.record]
+    assert withdraw(root, [finding])[0] == f"commits/{finding.record}"
     assert len(keys(root)) == 2
     assert_holds(root, [3, 4, 5])
     write(root, range(3), unit="a")
@@ -212,3 +213,24 @@ def test_both_stages_work_on_an_object_store(server: str, tmp_path: Path, monkey
     assert cache.open("s3://bucket/runs/cache").row_ids == cache.open(local.config.cache_root).row_ids
     assert cache.verify("s3://bucket/runs/cache") == []
     assert_same_weights(weights_in(remote.folder / "student"), weights_in(local.folder / "student"))
+
+
+def test_a_cache_at_the_root_of_an_archive_is_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "cache", range(3), unit="a")
+    write(tmp_path / "cache", range(3, 6), unit="b")
+    path = shutil.make_archive(str(tmp_path / "sound"), "zip", tmp_path / "cache")
+    assert main(["verify", f"zip://::{path}"]) == 0
+    assert "is sound: 6 rows" in capsys.readouterr().out
+    shard = cache.open(tmp_path / "cache").commit_records()[0].shard
+    (tmp_path / "cache" / shard).write_bytes(b"")
+    assert (
+        len(cache.verify(f"zip://::{shutil.make_archive(str(tmp_path / 'damaged'), 'zip', tmp_path / 'cache')}")) == 1
+    )
+
+
+def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_text("no archive")
+    with pytest.raises(
+        cache.StoreError, match=r"x\.zip cannot be opened \(File is not a zip file\); look at its address"
+    ):
+        cache.verify(f"zip://::{tmp_path}/x.zip")

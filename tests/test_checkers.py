@@ -36,6 +36,13 @@ def none(row, completion): pass
 def words(row, completion): return "yes"
 async def later(row, completion): return True
 def raises(row, completion): raise KeyError("solution_text")
+def nan(row, completion): return float("nan")
+def infinite(row, completion): return float("inf")
+def huge(row, completion): return 10**400
+def longer(row, completion): return 10**5000
+def five(row, completion): return np.float32(5.0)
+def less(row, completion): return -3
+def leaves(row, completion): raise SystemExit(0)
 number = 3
 """
 
@@ -77,6 +84,13 @@ def test_what_is_no_function_is_one_sentence(spec: Any, name: str, part: str) ->
         ("raises", r"checkers.py:raises raised KeyError \('solution_text'\) on the row .*'id': 17"),
         ("none", "answered None on the row"),
         ("words", "answered 'yes'"),
+        ("nan", "answered nan on the row"),
+        ("infinite", "answered inf"),
+        ("huge", "answered 1000.* between 0 and 1"),
+        ("longer", "answered a value of type int"),
+        ("five", "answered .*5.0"),
+        ("less", "checkers.py:less answered -3 .* expected True, False or a share between 0 and 1"),
+        ("leaves", r"checkers.py:leaves raised SystemExit \(0\)"),
         pytest.param("later", "answered <coroutine", marks=pytest.mark.filterwarnings("ignore:coroutine")),
     ],
 )

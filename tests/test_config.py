@@ -275,6 +275,16 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, k
     )
 
 
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nrun: {seed: 2}", "run: {seed: 2}\nseed: 1", "run: {seed: 1}\ntrain: {seed: 1}"]
+)
+def test_a_key_in_two_places_of_a_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    said = f"config file {path} gives the key seed in two places, in sections or outside; keep one."
+    assert sentence("--config", str(path)) == said
+
+
 def test_a_data_set_given_twice_in_a_flag_is_refused() -> None:
     assert sentence("--dataset", "{a: 1, a: 3}") == "config key dataset: the key 'a' is given twice (line 1); keep one."
 

@@ -4,13 +4,15 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from stages.runtime import errors
-from tests.helpers import ROOT, environment
+import cache
+from stages.runtime import distributed, ending, errors
+from tests.helpers import ROOT, environment, make_run
 
 
 def ends(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -89,3 +91,28 @@ def test_a_broken_socket_keeps_its_traceback(capsys: pytest.CaptureFixture[str])
     code, text = ends(BrokenPipeError(errno.EPIPE, "Broken pipe"), capsys)
     assert code == 1
     assert "BrokenPipeError" in text
+
+
+ESCAPES = "\x1b]0;owned\x07\u202e"
+PRINTED = r"\x1b]0;owned\x07\u202e"
+
+
+@pytest.mark.parametrize("error", [errors.UserError, cache.CacheError, ending.Stopped])
+def test_an_error_cannot_steer_the_terminal_or_begin_a_line(capsys: pytest.CaptureFixture[str], error: Any) -> None:
+    arguments = (f"a column {ESCAPES}\nerror: none", 2)[: 2 if error is ending.Stopped else 1]
+    _, text = ends(error(*arguments), capsys)
+    assert text.count("\n") == 1
+    assert rf"a column {PRINTED}\nerror: none" in text
+    assert text.rstrip("\n").isprintable()
+
+
+def test_a_traceback_keeps_its_lines_and_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = ends(AssertionError(ESCAPES), capsys)
+    assert text.endswith(f"AssertionError: {PRINTED}\n")
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_a_line_of_a_run_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path).metrics.say(f"two\nlines {ESCAPES}")
+    distributed.say_once(f"a tensor {ESCAPES}")
+    assert capsys.readouterr().out == f"two\nlines {PRINTED}\na tensor {PRINTED}\n"

@@ -1,6 +1,7 @@
 """What model folders tell without their weights being read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,7 @@ def sharded(folder: Path) -> None:
         (lambda f: write(f, "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0"), ("Git LFS",)),
         (lambda f: write(f, "model.safetensors", "<html>"), ("no safetensors header",)),
         (sharded, ("lacks 2 of the 3 files", "model-00002-of-00003.safetensors")),
+        (lambda f: os.mkfifo(f / "more.bin"), ("more.bin is not a regular file",)),
     ],
 )  # fmt: skip
 def test_weights_that_are_not_all_there_are_refused(model: Path, change: Callable[[Path], Any], parts: Any) -> None:
@@ -144,6 +146,45 @@ def test_weights_that_do_not_belong_to_the_config_are_refused_unread(
     assert "\n" not in str(caught.value)
     for part in (str(model), *parts):
         assert part in str(caught.value), caught.value
+
+
+def test_the_identity_of_a_folder_does_not_wait_for_a_pipe(model: Path) -> None:
+    before = checkpoints.identity(str(model), "main")
+    os.mkfifo(model / "more.bin")
+    assert checkpoints.identity(str(model), "main") == before
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    write(model, "evil.py", f"open({str(model / 'ran')!r}, 'w')")
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    write(model, "config.json", config | auto_map)
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    write(model, "tokenizer_config.json", tokenizer | {"auto_map": {"AutoTokenizer": ["evil.T", None]}})
+    load(model)
+    checkpoints.load_tokenizer(str(model), "main")
+    write(model, "config.json", config | auto_map | {"model_type": "evil"})
+    with pytest.raises(UserError, match="needs Python code of its own, which is never run"):
+        check(model)
+    assert not (model / "ran").exists()
+
+
+class Program:
+    """What a pickle calls when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a program in a file of weights was run",))
+
+
+def test_a_bin_file_of_more_than_tensors_is_refused_without_advice_to_load_it(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+    load(model)
+    torch.save(tensors | {"more": Program()}, model / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds more than tensors; only safetensors and plain weights are loaded\)$"):
+        load(model)
 
 
 def test_weights_that_the_model_has_no_place_for_are_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

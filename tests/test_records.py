@@ -234,6 +234,57 @@ def test_a_hub_data_set_without_its_configuration_says_how_to_name_one(monkeypat
         assert part in message
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.ndjson.bz2"])
+@pytest.mark.parametrize("size", [3, 8, 64])
+def test_lines_are_found_whatever_the_pieces_and_blank_ones_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    monkeypatch.setattr("stages.data.records.CHUNK", size)
+    lines = [
+        b"\xef\xbb\xbf" + b"\n" * 40,
+        b' {"prompt": "a"}\r\n',
+        b" \r\n" * 30,
+        b'{"prompt": "b"}\n',
+        b"\n" * 200,
+        b'{"prompt": 3}',
+    ]
+    data = b"".join(lines)
+    pack = {".gz": gzip.compress, ".zst": zst, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(data))
+    assert read(tmp_path / name) == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": 3}]
+    (tmp_path / name).write_bytes(pack(data.replace(b'"b"', b"b")))
+    assert f"{name}, line 72, column" in refusal(tmp_path / name)
+    parts = getattr(open_records(str(tmp_path / name), "train"), "parts", [])
+    assert sum(len(part.data) for part in parts) < 100
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet.gz"])
+def test_a_small_file_that_unpacks_to_a_huge_one_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("stages.data.records.CHUNK", 1000)
+    monkeypatch.setattr("stages.data.records.MOST_LINE", 50_000)
+    monkeypatch.setattr("stages.data.records.MOST_WHOLE", 100_000)
+    (tmp_path / name).write_bytes(gzip.compress(b'{"prompt":"a"}\n{"prompt":"' + b"a" * 200_000 + b'"}\n'))
+    bound = "line 2 unpacks to more than 50,000 bytes" if name == "a.jsonl.gz" else "unpacks to more than 100,000 bytes"
+    assert f"{tmp_path / name}" in refusal(tmp_path / name)
+    assert bound in refusal(tmp_path / name)
+
+
+def test_compressed_json_over_several_lines_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS, indent=1).encode()))
+    assert read(tmp_path / "a.jsonl.gz") == RECORDS
+
+
+def test_a_saved_data_set_without_rows_is_said_to_be_empty(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"prompt": []}).save_to_disk(tmp_path)
+    assert "is empty, or one of its splits is" in refusal(tmp_path)
+
+
+def test_a_path_of_a_user_that_there_is_not_does_not_exist() -> None:
+    assert refusal("~nobody-of-this-name/a.jsonl").startswith("dataset ~nobody-of-this-name/a.jsonl does not exist")
+
+
 def test_many_lines_open_at_once(tmp_path: Path) -> None:
     line = b'{"question": "' + b"x" * 80 + b'"}\n'
     (tmp_path / "a.jsonl").write_bytes(line * 300_000)

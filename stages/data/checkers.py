@@ -37,24 +37,27 @@ def open_checker(spec: str) -> Checker | None:
 
 
 def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool | float:
-    """The checker's verdict; `UserError` that names it and the row if it raises, or answers neither yes, no nor a number."""
+    """The checker's verdict; `UserError` that names it and the row if it raises, or answers neither yes, no nor a share."""
     try:
         answer: Any = checker(prompt.row, completion)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"answer_checker {spec} raised {type(error).__name__} ({error}) on the row {_start(prompt.row)} with the completion"
             f" {_start(completion)}; mend it, or leave answer_checker empty."
         ) from error
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
-    if isinstance(answer, numbers.Real):
+    if isinstance(answer, numbers.Real) and 0 <= answer <= 1:  # type: ignore[operator]  # NaN is not
         return float(answer)
     raise UserError(
-        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True or False (a number"
-        " counts as a share)."
+        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True, False or a share"
+        " between 0 and 1."
     )
 
 
 def _start(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of thousands of digits
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -38,7 +38,9 @@ SPLITS = {
 """Words in the names of a folder's files, as `datasets` reads them."""
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BOM = b"\xef\xbb\xbf"
-CHUNK = 2**26
+CHUNK = 2**23
+MOST_LINE, MOST_WHOLE = 2**28, 2**30
+"""Bytes that a compressed file may unpack to: a line of JSON lines, a file of any other kind."""
 
 
 def open_records(name: str, split: str) -> Sequence[Record]:
@@ -48,7 +50,10 @@ def open_records(name: str, split: str) -> Sequence[Record]:
     Errors: `UserError` for what is missing, empty, not UTF-8 or broken, with the line; of JSON lines all but the first and
     the last are parsed, and refused, as they are read.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # of a user that there is not
+        path = Path(name)
     if path.is_file():
         records = _file(path)
     elif path.is_dir():
@@ -78,36 +83,53 @@ def _file(path: Path) -> Sequence[Record]:
             f"dataset {path} is of no kind that is read; expected {', '.join(KINDS)}, each also as"
             f" {' or '.join(COMPRESSIONS)}."
         )
-    data = _content(path)
-    return reader(path, data) if len(data) else []
+    if path.suffix.lower() not in COMPRESSIONS:
+        with path.open("rb") as file:
+            return reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if path.stat().st_size else []
+    if _kind(path) in LINES:
+        parts = _unpacked_lines(path)
+        if _are_records(parts):
+            return Joined(parts)
+    with _unpacking(path) as stream:
+        data = stream.read(MOST_WHOLE + 1)
+    if len(data) > MOST_WHOLE:
+        raise UserError(f"dataset {path} unpacks to more than {MOST_WHOLE:,} bytes; unpack it, or make it .jsonl.")
+    return reader(path, data) if data else []
 
 
-def _content(path: Path) -> Bytes:
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression:
-        try:
-            with pa.input_stream(str(path), compression=compression) as stream:
-                return stream.read()
-        except OSError as error:
-            raise UserError(f"dataset {path} cannot be read as {compression}: {one_line(error)}.") from error
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+@contextlib.contextmanager
+def _unpacking(path: Path) -> Iterator[pa.NativeFile]:
+    compression = COMPRESSIONS[path.suffix.lower()]
+    try:
+        with pa.input_stream(str(path), compression=compression) as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"dataset {path} cannot be read as {compression}: {one_line(error)}.") from error
 
 
 class Lines(Sequence[Record]):
-    """The lines of a JSON lines file that are not blank, parsed when they are asked for."""
+    """The lines of a JSON lines file that are not blank, parsed when they are asked for; `number` is that of the first."""
 
-    def __init__(self, path: Path, data: Bytes) -> None:
+    def __init__(self, path: Path, data: Bytes, number: int = 1) -> None:
         self.path, self.data = path, data
-        begin = len(BOM) if data[: len(BOM)] == BOM else 0
-        ends = _line_ends(data, begin)
-        starts = np.concatenate([[begin], ends[:-1] + 1])
-        first = np.frombuffer(data, np.uint8)[np.minimum(starts, len(data) - 1)]
-        is_filled = starts < ends
-        for i in np.flatnonzero(is_filled & np.isin(first, list(b" \t\r"))):
-            is_filled[i] = bool(data[starts[i] : ends[i]].strip())
-        self.numbers = np.flatnonzero(is_filled) + 1
-        self.starts, self.ends = starts[is_filled], ends[is_filled]
+        begin = len(BOM) if number == 1 and data[: len(BOM)] == BOM else 0
+        found = []
+        for at in range(begin, len(data), CHUNK):
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8, min(CHUNK, len(data) - at), at) == 10) + at
+            if at + CHUNK >= len(data) and data[-1:] != b"\n":  # the file's end ends its last line
+                ends = np.append(ends, len(data))
+            if len(ends):
+                found.append(_filled(data, np.append(begin, ends[:-1] + 1), ends, number))
+                begin, number = int(ends[-1]) + 1, number + len(ends)
+        self.starts, self.ends, self.numbers = np.concatenate([np.zeros((3, 0), np.int64), *found], axis=1)
+        self.next_number = number
+
+    def keep_filled(self) -> None:
+        """Lets go of the bytes of blank lines, where they are most of all."""
+        if 2 * int((self.ends - self.starts).sum()) < len(self.data):
+            self.data = b"".join(self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True))
+            self.ends = np.cumsum(self.ends - self.starts)
+            self.starts = np.append(0, self.ends[:-1])[: len(self.ends)]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -122,25 +144,53 @@ class Lines(Sequence[Record]):
             return json.loads(text, strict=False)
 
 
-def _line_ends(data: Bytes, begin: int) -> np.ndarray:
-    """Where the lines end; a file's end ends its last one."""
-    found = []
-    for at in range(begin, len(data), CHUNK):
-        chunk = np.frombuffer(data, np.uint8, count=min(CHUNK, len(data) - at), offset=at)
-        found.append(np.flatnonzero(chunk == 10) + at)
-    return np.concatenate([*found, [] if data[-1:] == b"\n" else [len(data)]]).astype(np.int64)
+def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
+    """Starts, ends and numbers of those lines that are not blank; `number` is that of the first."""
+    at = np.flatnonzero(starts < ends)
+    lines = np.stack([starts[at], ends[at], number + at])
+    is_filled = np.ones(len(at), bool)
+    for i in np.flatnonzero(np.isin(np.frombuffer(data, np.uint8)[lines[0]], list(b" \t\r"))):
+        is_filled[i] = bool(data[lines[0, i] : lines[1, i]].strip())
+    return lines[:, is_filled]
+
+
+def _unpacked_lines(path: Path) -> list[Lines]:
+    """The lines of a compressed file, which is unpacked piece by piece; none where they are no JSON lines."""
+    found, held, number = [], [b""], 1
+    with _unpacking(path) as stream:
+        while held:
+            piece = stream.read(CHUNK)
+            end = piece.rfind(b"\n") + 1 if piece else 0
+            held.append(piece[:end] if end else piece)
+            if not end and sum(map(len, held)) > MOST_LINE:
+                raise UserError(f"dataset {path}, line {number} unpacks to more than {MOST_LINE:,} bytes; cut it.")
+            if end or not piece:
+                lines = Lines(path, b"".join(held), number)
+                lines.keep_filled()
+                found += [lines] * bool(len(lines))
+                if found and not _starts_with_object(found[0]):
+                    return []  # of another kind
+                number, held = lines.next_number, [piece[end:]] * bool(piece)
+    return found
 
 
 def _json(path: Path, data: Bytes) -> Sequence[Record]:
     """JSON lines, one array, or values after each other over any number of lines, whatever the file is called."""
     lines = Lines(path, data)
-    if len(lines) > 1 and _starts_with_object(lines):
-        lines.value(-1)  # a file that was cut off ends within its last line
+    if _are_records([lines]):
         return lines
     values = _values(_text(path, data[:]), path)
     if len(values) == 1:
         values = values[0] if isinstance(values[0], list) else _unwrapped(values[0])
     return [_record(value) for value in values]
+
+
+def _are_records(parts: list[Lines]) -> bool:
+    """Whether lines, of parts that each have some, are JSON lines: several, the first of them an object."""
+    if sum(map(len, parts)) < 2 or not _starts_with_object(parts[0]):
+        return False
+    parts[-1].value(-1)  # a file that was cut off ends within its last line
+    return True
 
 
 def _starts_with_object(lines: Lines) -> bool:
@@ -236,6 +286,7 @@ Reader = Callable[[Path, Bytes], Sequence[Record]]
 KINDS: dict[str, Reader] = {
     ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
 }  # fmt: skip
+LINES = (".jsonl", ".ndjson")
 
 
 # --- folders and the hub ------------------------------------------------------------------------------------------------
@@ -244,7 +295,7 @@ KINDS: dict[str, Reader] = {
 class Joined(Sequence[Record]):
     """Several files after each other."""
 
-    def __init__(self, parts: list[Sequence[Record]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
 
@@ -302,6 +353,8 @@ def _saved(folder: Path, split: str) -> Rows:
 
     try:
         data = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # from the list of its files
+        raise UserError(f"dataset {folder} is empty, or one of its splits is: it was saved without rows.") from error
     except Exception as error:
         raise UserError(f"dataset {folder} cannot be read as a saved data set: {one_line(error)}.") from error
     if isinstance(data, datasets.DatasetDict):

@@ -37,7 +37,9 @@ def identity(name: str, revision: str) -> str:
         config = load_config(name, revision)
         return f"hub:{name}@{getattr(config, '_commit_hash', None) or revision}"
     digest = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in weight_files(folder):
+        if not path.is_file():  # a pipe would wait for a writer; `folders.check_weights` refuses it
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
@@ -48,6 +50,11 @@ def identity(name: str, revision: str) -> str:
                 file.seek(block * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
                 digest.update(file.read(BLOCK_BYTES))
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """What bears the name of a weight file in a model's folder, whatever it is."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
 def load_config(name: str, revision: str) -> Any:
@@ -148,19 +155,25 @@ def vocabulary_cut(
     return cut
 
 
+def why(error: Exception) -> str:
+    """Why a library did not load a model's files, in a line, without its advice to trust them."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
+    if "weights_only" in str(error):
+        return "a .bin file of it holds more than tensors; only safetensors and plain weights are loaded"
+    return first_line(error)
+
+
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
+    """`function` of a model's folder or hub name; no code of the model's own is run, and nobody is asked whether to."""
     is_folder = Path(name).is_dir()
     if is_folder:
         kwargs.pop("revision")
     try:
-        return function(name, **kwargs)
+        return function(name, trust_remote_code=False, **kwargs)
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a missing package, a broken pickle, a config.json of wrong types ...
-        line = first_line(error)
-        where = (
-            ""
-            if is_folder or not isinstance(error, OSError | ValueError)
-            else ": it is neither a model folder here nor on the hub"
-        )
-        raise UserError(f"{what} {name} cannot be loaded{where} ({line})") from error
+        is_unknown = not is_folder and isinstance(error, OSError | ValueError) and "trust_remote_code" not in str(error)
+        where = ": it is neither a model folder here nor on the hub" if is_unknown else ""
+        raise UserError(f"{what} {name} cannot be loaded{where} ({why(error)})") from error

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.models import checkpoints
 from stages.models.student import new_lora
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError, first_line
+from stages.runtime.errors import UserError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them."""
@@ -50,6 +50,9 @@ def check_weights(side: str, name: str) -> None:
     folder = Path(name)
     if not folder.is_dir() or "transformers_weights" in (folder / "config.json").read_text():
         return
+    for path in checkpoints.weight_files(folder):
+        if not path.is_file():
+            raise UserError(f"{side}: {path} is not a regular file; move it out of the model's folder.")
     first = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if first is None:
         raise UserError(f"{side} {name} has no weights (expected {WEIGHTS[0]} or {WEIGHTS[1]}): {_instead(folder)}.")
@@ -177,7 +180,7 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
         wanted = get_peft_model_state_dict(PeftModel(model, settings), save_embedding_layers=False)
         stored = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # PEFT raises many kinds
-        raise UserError(f"student_adapter {folder} cannot be put on the student ({first_line(error)})") from error
+        raise UserError(f"student_adapter {folder} cannot be put on the student ({checkpoints.why(error)})") from error
     base, advice = settings.base_model_name_or_path, "give the adapter's own base as student_model."
     for key in sorted(wanted.keys() & stored.keys()):
         if wanted[key].shape != stored[key].shape:

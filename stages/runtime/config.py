@@ -436,9 +436,14 @@ def _read_file(path: Path) -> dict[str, Any]:
         if key in SECTIONS:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: section {key} must hold keys and values, got {_shown(value)}.")
-            leaves |= _leaves(value, f"in section {key} of {path}")
+            found = _leaves(value, f"in section {key} of {path}")
         else:
-            leaves |= _leaves({key: value}, f"in {path}")
+            found = _leaves({key: value}, f"in {path}")
+        if twice := leaves.keys() & found.keys():
+            raise UserError(
+                f"config file {path} gives the key {min(twice)} in two places, in sections or outside; keep one."
+            )
+        leaves |= found
     return leaves
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from cache.plain import plain
 from stages.runtime.errors import UserError
 
 # A rank without a unit waits for one that generates: longer than the libraries' ten minutes. A dead rank is the launcher's to see.
@@ -85,7 +86,7 @@ def say_once(line: str) -> None:
     """Prints `line` on the main process unless it has done so before."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     if is_main and line not in _said:
-        print(line, flush=True)
+        print(plain(line), flush=True)
     _said.add(line)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import cache
+from cache.plain import plain
 from stages.runtime import ending
 
 OUT_OF_MEMORY = (
@@ -90,7 +91,7 @@ def machine_error(error: OSError) -> str:
 def _fail(error: Exception) -> None:
     """A mistake of ours: its traceback; none where a signal has ended other processes, which this one finds gone."""
     ending.end_if_asked(patience=1.0 if torch.distributed.is_initialized() else 0.0)
-    traceback.print_exception(error)
+    print(plain("".join(traceback.format_exception(error)), kept="\n"), end="", file=sys.stderr)
     _leave("", 1)
 
 
@@ -122,7 +123,7 @@ def _leave(message: str, code: int) -> None:
     """Ends the process at once: a clean interpreter exit would wait for the collectives of the other ranks."""
     ending.run_tasks()
     if message:
-        print(message, file=sys.stderr)
+        print(plain(message), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized() or ending.ends_hard():

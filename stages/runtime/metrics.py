@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import history, site
 from stages.runtime.config import Config
@@ -122,7 +123,7 @@ class Metrics:
 
     def say(self, line: str) -> None:
         if self.world.is_main:
-            print(line, flush=True)
+            print(plain(line, kept="\n"), flush=True)
 
     def say_once(self, line: str) -> None:
         """Says a line that holds for the whole run, however often it comes up."""

@@ -27,10 +27,15 @@ CACHE = {"rows": 8, "scored_tokens": 80, "bytes_per_token": 9.0, "signal_bytes_p
 CLOCK = {"kind": "clock", "load": 1.0, "rollout": 2.0, "score": 3.0, "train": 4.0, "evaluate": 5.0, "total": 20.0}
 
 
+POLICY = "0123456789abcdef"
+EXPORT = {"kind": "export", "step": 2, "policy_hash": POLICY}
+
+
 def evaluation(accuracy: float | None, kl: float) -> dict[str, Any]:
     sample = {"prompt": "How many?", "completion": "<script>alert(1)</script>", "solved": True}
     texts = {"forward_kl": kl, "reverse_kl": 2 * kl, "top1_agreement": 0.5, "tokens": 10, "cut_share": 0.5}
-    return {**texts, "accuracy": accuracy, "cut_share": 0.03, "on_student": texts, "samples": [sample]}
+    of = {"policy_hash": POLICY}
+    return {**texts, "accuracy": accuracy, "cut_share": 0.03, "on_student": texts, "samples": [sample], "of": of}
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def folder(config: Config) -> Path:
         (config.run_folder / "eval" / f"{label}.json").write_text(json.dumps(found))
     records = [
         CLOCK | {"start": 1, "total": 10.0}, CLOCK | {"start": 1}, STEP | {"step": 1}, {"kind": "refresh", "step": 1, "refresh_index": 1},
-        STEP | {"step": 2, "gate": 0.95}, CLOCK | {"start": 2},
+        STEP | {"step": 2, "gate": 0.95}, EXPORT, CLOCK | {"start": 2},
     ]  # fmt: skip
     (config.run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return config.run_folder
@@ -78,7 +83,7 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
     assert found["run"] == {
         "configurations": [],
         "warnings": [],
-        "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
+        "name": "demo", "steps": 2, "max_steps": 2, "measured_step": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
         "first_step_share_forward": 0.12, "first_step_gate": 0.9, "last_step_gate": 0.95,
     }  # fmt: skip
     assert found["config"]["loss"]["tau"] == config.loss.tau
@@ -159,7 +164,9 @@ def test_an_unfinished_run_is_called_unfinished(folder: Path, config: Config) ->
 
 def test_a_measurement_in_the_middle_is_not_called_the_end(folder: Path, tmp_path: Path) -> None:
     found = report.collect(folder, make_config(tmp_path, max_steps=4))
-    assert found["verdict"].startswith("Unfinished, 2 of 4 steps; as last measured: the student improved by 50.0")
+    assert found["verdict"].startswith(
+        "Unfinished, 2 of 4 steps; as last measured at step 2: the student improved by 50.0"
+    )
 
 
 def test_what_is_not_a_number_is_null(folder: Path, config: Config) -> None:

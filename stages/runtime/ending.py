@@ -40,7 +40,9 @@ def install() -> None:
     A thread waits for signals: the main one may be deep in a library for a long time. A second signal ends at once. Signals
     that the process was told to ignore stay ignored. For the first lines of a command, before its imports.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; DDP warns of a flag that is meant
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # read when torch is imported; DDP warns of a flag that is meant
     _Process.reader, _Process.writer = os.pipe()
     os.set_blocking(_Process.writer, False)
     for number in NAMES:

@@ -72,6 +72,7 @@ def _newest_student(records: list[Report]) -> Report:
 
 
 def _figures(records: list[Report], evaluations: dict[str, Report], config: Config) -> Report:
+    newest = _newest_student(records)
     report: Report = {
         "before": _measures(evaluations["before"]),
         "after": _measures(evaluations["after"]),
@@ -79,7 +80,7 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
-        "run": _run(records, config),
+        "run": _run(records, config) | {"measured_step": newest.get("step") if evaluations["after"] else None},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
@@ -192,7 +193,6 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
         "name": config.run.run_name,
         "steps": len(steps),
         "max_steps": config.train.max_steps,
-        "measured_step": _newest_student(records).get("step"),
         "refreshes": sum(record["kind"] == "refresh" for record in records),
         "refresh_reasons": [
             {"step": record["step"], "reason": record["reason"]}

@@ -191,7 +191,7 @@ def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]
     except (OSError, ValueError, RecursionError) as error:
         say(f"{path} cannot be read ({complaint(error)}): it counts as not measured")
         return {}
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def complaint(error: Exception) -> str:

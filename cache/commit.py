@@ -67,6 +67,9 @@ def seal(body: dict[str, Any]) -> bytes:
     return canonical_json({**body, "sha256": digest}) + b"\n"
 
 
+_MOST_VALUES = 1_000_000
+
+
 def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str = "") -> dict[str, Any]:
     """The body of a sealed JSON file; CacheError, naming `path` and ending in `advice`, unless every byte is right.
 
@@ -77,6 +80,8 @@ def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str 
     if apart and 0 <= start < end:
         text = data[:start] + data[end:]
     try:
+        if text.count(b"{") + text.count(b"[") > _MOST_VALUES:
+            raise ValueError("more objects than any writer makes")
         body = _DECODER.decode(text.decode())
         digest = body.pop("sha256")
         seal_in_order = f'"sha256":"{digest}"'.encode()

@@ -27,12 +27,13 @@ from typing import Any
 import cache
 from cache.plain import plain
 from stages.runtime import config as configuration
-from stages.runtime import history, metrics, page, rounds
+from stages.runtime import history, metrics, page, rounds, schema
 from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
+from stages.runtime.schema import finite
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
@@ -42,16 +43,37 @@ NOTICEABLE_CUT = 0.05  # a smaller share of cut completions is in the figures al
 
 def write_report(folder: Path, config: Config) -> Report:
     """Writes report.json and report.html into the run's `folder` and returns what report.json holds."""
-    report = collect(folder, config)
+    records, evaluations = _read(folder)
+    report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
-    replace_text(folder / "report.html", page.render(report, folder, config))
+    replace_text(folder / "report.html", page.render(report, records, evaluations, folder, config))
     return report
 
 
 def collect(folder: Path, config: Config) -> Report:
     """The figures of a run; the keys before, after, teacher, cache and seconds are fixed, the others may grow."""
-    evaluations = {label: _evaluation(folder, label) for label in ("before", "after", "teacher")}
-    records = _finite(metrics.read(folder / "metrics.jsonl"))
+    return _figures(*_read(folder), config)
+
+
+def _read(folder: Path) -> tuple[list[Report], dict[str, Report]]:
+    """A run's records and evaluations. `after` is left out where it is of another student than the run's newest one."""
+    records = finite(metrics.read(folder / "metrics.jsonl"))
+    labels = ("before", "after", "teacher")
+    evaluations = {label: schema.evaluation(folder / "eval" / f"{label}.json") for label in labels}
+    newest = _newest_student(records)
+    if not newest or evaluations["after"].get("of", {}).get("policy_hash") != newest["policy_hash"]:
+        evaluations["after"] = {}
+    return records, evaluations
+
+
+def _newest_student(records: list[Report]) -> Report:
+    """The newest record of a student that was exported or measured; {} without one. Going back drops those of later steps."""
+    found = (r for r in reversed(records) if r["kind"] == "export" or r.get("label") == "after")
+    return next((record for record in found if record.get("policy_hash")), {})
+
+
+def _figures(records: list[Report], evaluations: dict[str, Report], config: Config) -> Report:
+    newest = _newest_student(records)
     report: Report = {
         "before": _measures(evaluations["before"]),
         "after": _measures(evaluations["after"]),
@@ -59,11 +81,12 @@ def collect(folder: Path, config: Config) -> Report:
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
-        "run": _run(records, config),
+        "run": _run(records, config) | {"measured_step": newest.get("step") if evaluations["after"] else None},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
     report["ratios"] = _ratios(report["before"], report["after"])
+    report = finite(report)  # sums and ratios of extreme values
     report["verdict"] = verdict(report)
     return report
 
@@ -78,7 +101,7 @@ def verdict(report: Report) -> str:
         return f"Unfinished: {done}, and nothing measured after them."
     found = _answers_and_divergence(report) + _cut_clause(report)
     if run["steps"] < run["max_steps"]:
-        return f"Unfinished, {done}; as last measured: {found}"
+        return f"Unfinished, {done}; as last measured at step {run['measured_step']}: {found}"
     return found[0].upper() + found[1:]
 
 
@@ -164,7 +187,7 @@ def _table(report: Report) -> list[str]:
 def _run(records: list[dict[str, Any]], config: Config) -> Report:
     """Steps, refreshes and tokens so far; tokens a second are those of the optimizer steps alone."""
     steps = [record for record in records if record["kind"] == "step"]
-    tokens = sum(step["tokens"] for step in steps)
+    tokens = sum(step.get("tokens", 0) for step in steps)
     seconds = sum(step.get("seconds") or 0.0 for step in steps)
     first, last = (steps[0], steps[-1]) if steps else ({}, {})
     return {
@@ -185,16 +208,6 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
         "configurations": _spelled(history.spans(records)),
         "warnings": [record["text"] for record in records if record["kind"] == "warning"],
     }
-
-
-def _evaluation(folder: Path, label: str) -> dict[str, Any]:
-    path = folder / "eval" / f"{label}.json"
-    return _finite(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _finite(values: Any) -> Any:
-    """The same plain values with None for NaN and infinities, which JSON cannot hold."""
-    return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
 def _spelled(values: Any) -> Any:
@@ -267,7 +280,7 @@ def _show(value: float | None, form: str) -> str:
 def own_config(folder: Path, given: Config) -> Config:
     """What the newest steps of the run were trained with; where it lies now, `given` says."""
     path = folder / "config.yaml"
-    if not path.exists():
+    if not path.is_file():
         return given
     own = configuration.parse_arguments(["--config", str(path)], "")
     place = {"run_name": given.run.run_name, "runs_dir": given.run.runs_dir,

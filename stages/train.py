@@ -31,7 +31,6 @@ from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, history, metrics
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
-from stages.runtime.files import replace_text
 from stages.runtime.run import Run, open_run
 
 
@@ -97,15 +96,13 @@ def _export(run: Run, student: Student, step: int) -> None:
     folder, now = run.folder / "student", {"step": step, "policy_hash": policy_hash(student)}
     last: dict[str, Any] = next((r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {})
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
-        students.export(student, folder)
-        write_model_card(run, step)
+        students.export(student, folder, {"README.md": model_card(run, step)})
         run.metrics.log("export", **now)
 
 
-def write_model_card(run: Run, step: int) -> None:
-    """The exported student's README.md (main process)."""
-    text = history.model_card(metrics.read(run.metrics.path), run.config, step)
-    replace_text(run.folder / "student" / "README.md", text)
+def model_card(run: Run, step: int) -> str:
+    """The exported student's README.md, from the run's records."""
+    return history.model_card(metrics.read(run.metrics.path), run.config, step)
 
 
 def _await_cache(run: Run) -> None:

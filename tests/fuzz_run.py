@@ -217,7 +217,7 @@ def _in_child(use: Callable[[Path], None], folder: Path, path: Path, rng: random
 
 def campaign(seeds: Iterator[int], seconds: float) -> tuple[int, list[str]]:
     """How many cases ran, and what went wrong in which."""
-    end, count, problems = time.monotonic() + seconds, 0, []
+    count, problems = 0, []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz-run-") as temporary:
         base = Path(temporary) / "base"
@@ -225,6 +225,7 @@ def campaign(seeds: Iterator[int], seconds: float) -> tuple[int, list[str]]:
         newest = checkpoint.latest(base / "demo/checkpoints")
         assert newest is not None
         shutil.copy(newest / "student.safetensors", base / "whole.safetensors")
+        end = time.monotonic() + seconds
         for seed in seeds:
             if time.monotonic() > end:
                 break

@@ -74,8 +74,10 @@ def make_config(folder: Path, **values: Any) -> Config:
 
 
 def make_run(folder: Path, **values: Any) -> Run:
-    """A run of the small demo in this process."""
-    return open_run("", small(folder, **values))
+    """A run of the small demo in this process, its folder made as `Run.claim` does."""
+    run = open_run("", small(folder, **values))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return run
 
 
 def prompts_of(config: Config) -> list[Prompt]:

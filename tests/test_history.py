@@ -1,16 +1,18 @@
 """Which configuration trained which steps, what a finished run refuses, and going back to an earlier checkpoint."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from stages.loops import setup
 from stages.runtime import checkpoint, history
 from stages.runtime.errors import UserError
 from stages.runtime.metrics import read
-from tests.helpers import make_run, records_of
+from tests.helpers import make_config, make_run, records_of
 from tests.tiny_runs import TINY, train
 
 SHORT: dict[str, Any] = {"max_steps": 3, "refresh_every": 0, "checkpoint_every": 1, "keep_checkpoints": 9}
@@ -101,6 +103,32 @@ def test_exploded_weights_are_not_kept_and_a_usual_rate_goes_on_from_those_befor
     run = train(tmp_path, **(SHORT | {"max_steps": 4}))
     assert [record["step"] for record in records_of(run.folder, "step")] == [1, 2, 3, 4]
     assert max(losses(run.folder)) < 10
+
+
+def configured(step: int, **values: Any) -> dict[str, Any]:
+    return {"kind": "config", "from_step": step, "config": {"optimizer": {"lr": 1.0} | values}}
+
+
+def test_a_configuration_that_no_step_was_taken_with_is_left_out() -> None:
+    records = [configured(1, lr=0.1), configured(1, lr=0.5), *({"kind": "step", "step": n} for n in (1, 2)),
+               configured(3, lr=0.2), configured(3, lr=0.3), {"kind": "step", "step": 3}, configured(4, lr=9.0)]  # fmt: skip
+    spans = history.spans(records)
+    assert [(span["steps"], span["changed"]) for span in spans] == [([1, 2], {}), ([3, 3], {"lr": [0.5, 0.3]})]
+    card = history.model_card(records, make_config(Path("runs")), 3)
+    assert "| 1 to 2 | lr 0.5 |\n| 3 to 3 | lr 0.3 (was 0.5) |\n" in card
+
+
+def test_paths_are_text_in_the_model_card() -> None:
+    path = "e\U0001f600\n# Title | <img src=x> [a](b) `c` \udcff"
+    records = [configured(1, dataset=path), {"kind": "step", "step": 1}]
+    card = history.model_card(records, make_config(Path("runs"), student_model=path, teacher_model=path), 1)
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"].startswith(path[:-1])
+    assert body.count("\n#") == 1  # the title
+    assert re.findall(r"(?<!\\)[<>`\[\]]", body) == []
+    (row,) = [line for line in body.splitlines() if line.startswith("| 1 to 1")]
+    assert re.findall(r"(?<!\\)\|", row) == ["|"] * 3
+    assert body.replace("\n", "").isprintable()
 
 
 def complete_checkpoint(path: Path) -> Path:

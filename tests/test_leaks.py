@@ -49,8 +49,8 @@ def test_growth_over_refreshes_is_told_with_its_figures(
 def test_the_refresh_of_a_resumed_process_before_its_first_step_is_not_compared_with(tmp_path: Path) -> None:
     run = make_run(tmp_path, **TINY)
     for kind, values, comparable in [
-        ("refresh", {"memory_allocated_bytes": 7}, False), ("step", {"step": 1}, False),
-        ("refresh", {"memory_allocated_bytes": 5}, True), ("refresh", {"memory_allocated_bytes": 3}, True),
+        ("refresh", {"step": 0, "memory_allocated_bytes": 7}, False), ("step", {"step": 1}, False),
+        ("refresh", {"step": 1, "memory_allocated_bytes": 5}, True), ("refresh", {"step": 1, "memory_allocated_bytes": 3}, True),
     ]:  # fmt: skip
         run.metrics.log(kind, **values)
         found = leaks.memory_after_refresh(run)

@@ -6,6 +6,11 @@ from stages.runtime.metrics import read as read_metrics
 from tests.helpers import make_run
 from tests.tiny_runs import TINY
 
+GATE = {
+    "gate_histogram": [1], "divergence_histogram": [1], "histogram_from": 1e-6, "histogram_bins_per_decade": 4,
+    "by_position": {}, "by_age": {},
+}  # fmt: skip
+
 
 def kinds(path: Path) -> list[str]:
     return [record["kind"] for record in read_metrics(path)]
@@ -22,6 +27,7 @@ def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: P
 
 def test_a_command_that_does_nothing_leaves_no_folder_and_its_records_come_with_the_first_work(tmp_path: Path) -> None:
     run = make_run(tmp_path, **TINY)
+    run.folder.rmdir()
     run.metrics.log("packing", packed=True)
     run.log_totals("train")
     assert list(tmp_path.iterdir()) == []
@@ -34,7 +40,7 @@ def test_going_back_to_a_step_drops_what_lies_beyond_it_with_the_first_record(tm
     run = make_run(tmp_path, **TINY)
     for step in (1, 2, 3):
         run.metrics.log("step", step=step, loss=0.5)
-        run.metrics.log("gate", step=step)
+        run.metrics.log("gate", step=step, **GATE)
     run.metrics.log("refresh", step=3, refresh_index=1)
     run.metrics.log("evaluation", label="after", step=3)
     again = make_run(tmp_path, **(TINY | {"lr": 0.25}))

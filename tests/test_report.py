@@ -27,10 +27,15 @@ CACHE = {"rows": 8, "scored_tokens": 80, "bytes_per_token": 9.0, "signal_bytes_p
 CLOCK = {"kind": "clock", "load": 1.0, "rollout": 2.0, "score": 3.0, "train": 4.0, "evaluate": 5.0, "total": 20.0}
 
 
+POLICY = "0123456789abcdef"
+EXPORT = {"kind": "export", "step": 2, "policy_hash": POLICY}
+
+
 def evaluation(accuracy: float | None, kl: float) -> dict[str, Any]:
     sample = {"prompt": "How many?", "completion": "<script>alert(1)</script>", "solved": True}
     texts = {"forward_kl": kl, "reverse_kl": 2 * kl, "top1_agreement": 0.5, "tokens": 10, "cut_share": 0.5}
-    return {**texts, "accuracy": accuracy, "cut_share": 0.03, "on_student": texts, "samples": [sample]}
+    of = {"policy_hash": POLICY}
+    return {**texts, "accuracy": accuracy, "cut_share": 0.03, "on_student": texts, "samples": [sample], "of": of}
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def folder(config: Config) -> Path:
         (config.run_folder / "eval" / f"{label}.json").write_text(json.dumps(found))
     records = [
         CLOCK | {"start": 1, "total": 10.0}, CLOCK | {"start": 1}, STEP | {"step": 1}, {"kind": "refresh", "step": 1, "refresh_index": 1},
-        STEP | {"step": 2, "gate": 0.95}, CLOCK | {"start": 2},
+        STEP | {"step": 2, "gate": 0.95}, EXPORT, CLOCK | {"start": 2},
     ]  # fmt: skip
     (config.run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return config.run_folder
@@ -78,7 +83,7 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
     assert found["run"] == {
         "configurations": [],
         "warnings": [],
-        "name": "demo", "steps": 2, "max_steps": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
+        "name": "demo", "steps": 2, "max_steps": 2, "measured_step": 2, "refreshes": 1, "trained_tokens": 200, "trained_tokens_per_second": 200.0, "refresh_reasons": [],
         "first_step_share_forward": 0.12, "first_step_gate": 0.9, "last_step_gate": 0.95,
     }  # fmt: skip
     assert found["config"]["loss"]["tau"] == config.loss.tau
@@ -159,7 +164,94 @@ def test_an_unfinished_run_is_called_unfinished(folder: Path, config: Config) ->
 
 def test_a_measurement_in_the_middle_is_not_called_the_end(folder: Path, tmp_path: Path) -> None:
     found = report.collect(folder, make_config(tmp_path, max_steps=4))
-    assert found["verdict"].startswith("Unfinished, 2 of 4 steps; as last measured: the student improved by 50.0")
+    assert found["verdict"].startswith(
+        "Unfinished, 2 of 4 steps; as last measured at step 2: the student improved by 50.0"
+    )
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[EXPORT | {"step": 4, "policy_hash": "f" * 16}], [{"kind": "evaluation", "label": "after", "step": 4, "policy_hash": "f" * 16}]],
+    ids=["exported", "measured"],
+)  # fmt: skip
+def test_figures_of_a_student_that_is_not_the_runs_newest_are_not_its_own(
+    folder: Path, config: Config, records: list[dict[str, Any]]
+) -> None:
+    noted(folder, *records)
+    found = report.write_report(folder, config)
+    assert found["after"] == dict.fromkeys(("accuracy", *report.MEASURES, "cut_share")) | {
+        "on_student": dict.fromkeys((*report.MEASURES, "cut_share"))
+    }
+    assert found["run"]["measured_step"] is None
+    assert found["verdict"].endswith("and nothing measured after them.")
+    assert "<dt>after</dt>" not in (folder / "report.html").read_text()
+
+
+def test_figures_of_a_student_that_was_measured_and_not_exported_count(folder: Path, config: Config) -> None:
+    lines = (folder / "metrics.jsonl").read_text().replace('"export"', '"evaluation", "label": "after"')
+    (folder / "metrics.jsonl").write_text(lines)
+    assert report.collect(folder, config)["after"]["accuracy"] == 0.8
+
+
+def test_figures_without_a_record_of_their_student_do_not_count(folder: Path, config: Config) -> None:
+    """As after going back: the records of later steps are gone, eval/after.json is not."""
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "export" not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert report.collect(folder, config)["after"]["accuracy"] is None
+
+
+def test_a_report_of_files_that_a_power_cut_emptied_says_so(
+    folder: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("before", "after", "teacher"):
+        (folder / "eval" / f"{label}.json").write_text("")
+    (folder / "trace").mkdir()
+    cache.Writer(folder / "cache", cache_samples.fingerprint(), (ROOT / STUDENT / "tokenizer.json").read_text())
+    (folder / "trace" / "step-000001.arrow").write_text("")
+    (folder / "trace" / "step-x.arrow").write_text("")
+    (folder / "config.yaml").mkdir()
+    found = report.write_report(folder, report.own_config(folder, config))
+    assert found["before"]["accuracy"] is None
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" cannot be read (")[0][-11:] for line in said] == [
+        "before.json",
+        "/after.json",
+        "eacher.json",
+        "00001.arrow",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("token_id", -5), ("gate", None), ("row_id", 7), ("reverse_kl", "<b>"), ("gate", ...)],
+    ids=str,
+)
+def test_a_trace_of_wrong_columns_is_left_out(
+    folder: Path, config: Config, capsys: pytest.CaptureFixture[str], column: str, value: Any
+) -> None:
+    write_trace(folder, {} if value is ... else {column: [value, value]}, without=column)
+    report.write_report(folder, config)
+    assert "step-000010.arrow cannot be read" in capsys.readouterr().out
+    assert "Where the gate closed" not in (folder / "report.html").read_text()
+
+
+def test_a_trace_whose_offsets_lie_is_left_out(
+    folder: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_trace(folder, {"row_id": ["a" * 32] * 2})
+    data = path.read_bytes()
+    offsets = b"".join(n.to_bytes(4, "little") for n in (0, 32, 64))
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, b"".join(n.to_bytes(4, "little") for n in (0, 2**30, 2**30 + 9))))
+    report.write_report(folder, config)
+    assert "step-000010.arrow cannot be read" in capsys.readouterr().out
+
+
+def test_numbers_at_the_edge_of_what_numbers_can_be_have_a_report(folder: Path, config: Config) -> None:
+    for label, kl in (("before", 1e-300), ("after", 1e40)):
+        (folder / "eval" / f"{label}.json").write_text(json.dumps(evaluation(0.5, kl)))
+    noted(folder, STEP | {"step": 3, "loss": 1e39, "rkl": float("-inf")})
+    assert report.write_report(folder, config)["ratios"]["teacher_text"]["forward_kl"] is None
 
 
 def test_what_is_not_a_number_is_null(folder: Path, config: Config) -> None:
@@ -206,15 +298,23 @@ def test_the_page_stands_alone_and_escapes_what_models_write(folder: Path, confi
     assert "improved by 50.0 points" in html
 
 
-def test_tokens_show_their_gate(folder: Path, config: Config) -> None:
+def write_trace(folder: Path, changed: dict[str, Any], without: str = "") -> Path:
+    """A trace of two tokens, and a cache with the tokenizer that spells them."""
     (folder / "trace").mkdir()
     cache.Writer(folder / "cache", cache_samples.fingerprint(), (ROOT / STUDENT / "tokenizer.json").read_text())
-    trace = pa.table({
+    columns = {
         "row_id": ["a", "a"], "position": [0, 1], "token_id": [5, 6], "gate": [0.25, 0.875], "reverse_kl": [0.5, 0.0625],
         "forward_kl": [0.125, 0.03125],
-    })  # fmt: skip
-    with pa.ipc.new_file(str(folder / "trace" / "step-000010.arrow"), trace.schema) as writer:
+    }  # fmt: skip
+    trace = pa.table({name: column for name, column in columns.items() if name != without} | changed)
+    path = folder / "trace" / "step-000010.arrow"
+    with pa.ipc.new_file(str(path), trace.schema) as writer:
         writer.write_table(trace)
+    return path
+
+
+def test_tokens_show_their_gate(folder: Path, config: Config) -> None:
+    write_trace(folder, {})
     report.write_report(folder, config)
     page = (folder / "report.html").read_text()
     assert "<b>Step 10</b>" in page

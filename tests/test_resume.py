@@ -55,15 +55,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     elif place == "before the probe":
         monkeypatch.setattr(refresh, "check_generator", raising)
     elif place == "while the probe is written":
-        write_text = Path.write_text
 
-        def half(self: Path, text: str, *arguments: Any, **keywords: Any) -> int:
-            if not self.name.startswith("probe"):
-                return write_text(self, text, *arguments, **keywords)
-            write_text(self, text[: len(text) // 2])
+        def half(path: Path, text: str) -> None:
+            path.with_name(f"{path.name}.partial").write_text(text[: len(text) // 2])
             raise Stop
 
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr("stages.loops.probe.replace_text", half)
     elif place == "after the probe":
         check = refresh.check_generator
         monkeypatch.setattr(refresh, "check_generator", lambda *a: [check(*a), raising()])

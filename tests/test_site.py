@@ -115,6 +115,14 @@ def test_all_starts_of_a_run_are_one_run_on_the_site_and_other_folders_another(t
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_a_name_on_the_site_that_a_crash_cut_off_is_made_anew(tmp_path: Path, wandb: Recorder) -> None:
+    run = make_run(tmp_path, **VALUES)
+    (run.folder / "wandb_id").write_text("")
+    run.metrics.log("step", step=1, loss=0.5)
+    run.metrics.close()
+    assert wandb.inits[0]["id"] == (run.folder / "wandb_id").read_text() != ""
+
+
 def test_a_real_run_is_written_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = make_run(tmp_path, **VALUES)

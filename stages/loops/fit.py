@@ -390,5 +390,6 @@ def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list
     table = pa.table(columns | {name: value.float().cpu().numpy() for name, value in values.items()})
     path = Path(run.folder / "trace" / f"step-{training.step:06d}.arrow")
     path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # a file of its own, whatever lay there
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

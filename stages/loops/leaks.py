@@ -48,7 +48,7 @@ def _first_comparable(run: Run) -> int | None:
     """Bytes in the first refresh record behind a step record of this process; None before it and on other ranks."""
     stepped = False
     for record in metrics.read(run.metrics.path) if run.world.is_main else []:
-        if record["time"] < run.clock.started:
+        if record.get("time", 0) < run.clock.started:
             continue
         stepped = stepped or record["kind"] == "step"
         if stepped and record["kind"] == "refresh" and "memory_allocated_bytes" in record:

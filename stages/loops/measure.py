@@ -33,6 +33,7 @@ from stages.models.teacher import (
     plain_model_fits,
     plain_teacher,
 )
+from stages.runtime import schema
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
@@ -95,7 +96,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
     subject = {"policy_hash": policy_hash(student), **evaluation.subject} | ({"with_teacher": True} if teacher else {})
-    found = _kept(path, subject)
+    found = _kept(run, path, subject)
     if found is not None:
         return found
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
@@ -109,7 +110,7 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
 def measure_teacher(evaluation: Evaluation) -> Result:
     """The teacher's own accuracy, and its text on the held-out prompts (written once, by the plain teacher where it fits)."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
-    found = _kept(path, evaluation.subject)
+    found = _kept(run, path, evaluation.subject)
     if found is not None:
         return found
     run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
@@ -177,8 +178,8 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
         return _nothing() | {"measured_on": None}
     snapshot = cache.open(evaluation.teacher_text)
     path, written = evaluation.folder / "teacher.json", None
-    if path.exists() and not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
-        written = json.loads(path.read_text()).get("text_rows")
+    if not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
+        written = schema.evaluation(path, evaluation.run.metrics.say).get("text_rows")
     row_ids = written or snapshot.row_ids
     found = divergences(evaluation.run, student, snapshot, row_ids)
     return found | {"measured_on": _measured_on(evaluation.run, snapshot, row_ids)}
@@ -266,17 +267,19 @@ def _interleave(parts: list[list[T]]) -> list[T]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def _kept(path: Path, subject: Result) -> Result | None:
+def _kept(run: Run, path: Path, subject: Result) -> Result | None:
     """An earlier result, if it is one of the same subject."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = schema.evaluation(path, run.metrics.say)
     return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
 
 
 def _keep(run: Run, path: Path, result: Result, step: int) -> Result:
     """Writes a result to `path` and to the records (collective)."""
     if run.world.is_main:
+        path.parent.mkdir(exist_ok=True)
         replace_text(path, json.dumps(result, indent=1))
     figures = {name: value for name, value in result.items() if name not in ("text_rows", "of")}
+    figures |= {name: value for name, value in result["of"].items() if name == "policy_hash"}
     run.metrics.log("evaluation", label=path.stem, step=step, **figures)
     run.world.barrier()
     return result

@@ -129,7 +129,7 @@ def _rates(record: dict[str, Any]) -> str:
 
 def last_line(run: Run) -> str:
     """What the last record of this start of the run says, for people; empty if there is none (main process)."""
-    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == PROGRESS and r["start"] == run.clock.started]
+    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == PROGRESS and r.get("start") == run.clock.started]
     if not found:
         return ""
     last = found[-1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from stages.models import student as students
 from stages.models.student import Student, policy_hash
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
-from stages.runtime.files import publish_folder, replace_text
+from stages.runtime.files import remove, replace_text
 from stages.runtime.run import Run
 
+NAME = re.compile(r"\d{6,}-[0-9a-f]{8}")
 POLL_SECONDS = 0.5
 KEPT = 3  # versions on disk: a follower may still be reading the one before
 
@@ -43,16 +43,13 @@ class Version:
 
 def publish(run_folder: Path, student: Student, version: Version) -> None:
     """Exports the student, then names it as the newest; a version that is there already is only named."""
-    folder = run_folder / "versions"
-    partial = folder / f".partial-{version.name}"
+    folder, text = run_folder / "versions", json.dumps(asdict(version))
     if not (folder / version.name).exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        students.export(student, partial)
-        (partial / "version.json").write_text(json.dumps(asdict(version)))
-        publish_folder(partial, folder / version.name)
-    replace_text(folder / "newest.json", json.dumps(asdict(version)))
-    for old in sorted(path for path in folder.iterdir() if path.is_dir() and path.name < version.name)[: -(KEPT - 1)]:
-        shutil.rmtree(old)
+        students.export(student, folder / version.name, {"version.json": text})
+    replace_text(folder / "newest.json", text)
+    older = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name)
+    for path in older[: -(KEPT - 1)]:
+        remove(path)
 
 
 def point_to(run_folder: Path, position: Position) -> None:

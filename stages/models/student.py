@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +32,7 @@ from stages.models.exact import decoder_of
 from stages.models.readout import full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, first_line
+from stages.runtime.files import new_folder, publish_folder, replace_text
 
 
 @dataclass(frozen=True)
@@ -192,11 +195,28 @@ def policy_hash(student: Student) -> str:
     return digest.hexdigest()[:16]
 
 
-def export(student: Student, folder: Path) -> None:
-    """Writes what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer."""
-    with own_dropout(student.base):
-        student.model.save_pretrained(str(folder))
-    student.tokenizer.save_pretrained(folder)
+def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
+    """Replaces `folder` by what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer and the texts `notes`.
+
+    UserError, and the folder that was there stays, where the files cannot be written.
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    try:
+        new_folder(partial)
+        with own_dropout(student.base):
+            student.model.save_pretrained(str(partial))
+        student.tokenizer.save_pretrained(partial)
+        for name, text in notes.items():
+            replace_text(partial / name, text)
+        publish_folder(partial, folder)
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):  # as tokenizers say it
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the student could not be written to {folder} ({first_line(error)}). Free space, or make the folder accessible, and"
+            " run the same command again; what is trained is kept."
+        ) from error
 
 
 def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:

@@ -18,16 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
-from stages.runtime.files import publish_folder
+from stages.runtime.files import new_folder, publish_folder, remove
+from stages.runtime.schema import Count, complaint
 
 # What the libraries raise for a file that is not what was written.
 DAMAGE = (
@@ -45,14 +47,17 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 NAME = re.compile(r"step-\d{6,}")
+STRICT = ConfigDict(strict=True, extra="forbid")
 BEST = "best.safetensors"
+WRITTEN = ("student.safetensors", "state.pt")  # in every checkpoint, beside the optimizer's
 
 
 @dataclass(frozen=True)
 class Refresh:
     """Weights that write, or wrote, rollouts: their optimizer step, their policy hash, and why a refresh was due."""
 
-    step: int
+    __pydantic_config__: ClassVar = STRICT
+    step: Count
     policy_hash: str
     reason: str
 
@@ -74,10 +79,11 @@ class Position:
         adaptive_tau: state of the gate's threshold (`dualkl.thresholds.AdaptiveTau.state`); empty where it does not adapt.
     """
 
-    step: int
-    refresh_index: int
-    refreshes: dict[int, Refresh] = field(default_factory=dict)
-    opened_at: int = 0
+    __pydantic_config__: ClassVar = STRICT
+    step: Count
+    refresh_index: Count
+    refreshes: dict[Count, Refresh] = field(default_factory=dict)
+    opened_at: Count = 0
     pool_age: float = 0.0
     num_rows: int = 0
     recent: list[list[float]] = field(default_factory=list)
@@ -98,6 +104,18 @@ class Position:
     def step_of(self, index: int) -> int:
         """The step of the weights that wrote refresh `index`."""
         return self.refreshes[index].step if index in self.refreshes else 0
+
+
+@dataclass(frozen=True)
+class _State:
+    """state.json but for its own sha256: the position, and the sha256 of each other file."""
+
+    __pydantic_config__: ClassVar = STRICT
+    position: Position
+    files: dict[str, str]
+
+
+_STATE = TypeAdapter(_State)
 
 
 @dataclass(frozen=True)
@@ -129,8 +147,9 @@ def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> N
         "step": str(kept.step), "reverse_kl": repr(kept.reverse_kl), "measured_on": kept.measured_on,
         "sha256": _tensor_digest(tensors),
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     partial = folder / f".partial-{BEST}"
+    remove(partial)  # what a crash left, or a link
     try:
         save_file(tensors, partial, metadata=metadata)
         with partial.open("rb") as file:
@@ -200,7 +219,7 @@ def discard_after(folder: Path, step: int) -> None:
     """Removes the checkpoints of later steps, newest first, and best weights of one (main process)."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove(path)
     kept = best(folder)
     if kept is not None and kept.step > step:
         forget_best(folder)
@@ -208,16 +227,20 @@ def discard_after(folder: Path, step: int) -> None:
 
 def read_position(path: Path) -> Position:
     with _explained(path):
-        position = _read_state(path)["position"]
-        refreshes = {int(index): Refresh(**refresh) for index, refresh in position["refreshes"].items()}
-        return Position(**(position | {"refreshes": refreshes}))
+        return _read_state(path).position
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> _State:
     state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
     if state.pop("sha256") != _digest(state):
         raise ValueError("state.json is not what was written")
-    return state
+    try:
+        found = _STATE.validate_json(json.dumps(state))
+    except ValidationError as error:
+        raise ValueError(f"state.json: {complaint(error)}") from error
+    if found.position.step != step_of(path):
+        raise ValueError(f"state.json is that of step {found.position.step}")
+    return found
 
 
 @contextmanager
@@ -248,8 +271,7 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
     final = folder / f"step-{position.step:06d}"
     partial = folder / f".partial-step-{position.step:06d}"
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        new_folder(partial)
     world.barrier()
     random_states = world.gather(_random_state(world))
     if engine is not None:  # DeepSpeed shards the optimizer: every rank writes its part
@@ -274,7 +296,7 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
                 f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
             ) from error
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     world.barrier()
     return final
 
@@ -292,8 +314,8 @@ def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, schedul
         state = torch.load(path / "state.pt", weights_only=True)
         scheduler.load_state_dict(state["scheduler"])
         _set_rates(scheduler, own)
-    if len(state["random"]) == world.size:
-        _set_random_state(state["random"][world.rank], world)
+        if len(state["random"]) == world.size:
+            _set_random_state(state["random"][world.rank], world)
     return read_position(path)
 
 
@@ -313,7 +335,11 @@ def _set_rates(scheduler: Any, own: list[tuple[float, float]]) -> None:
 def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
     """Copies a checkpoint's trained weights into a student's parameters, after checking the digest of every file."""
     with _explained(path):
-        for name, digest in _read_state(path)["files"].items():
+        found = _read_state(path).files
+        optimizer = [file for file in (path / "optimizer.pt", *path.glob("deepspeed/**/*")) if file.is_file()]
+        if unnamed := {*WRITTEN, *(str(file.relative_to(path)) for file in optimizer)} - found.keys():
+            raise ValueError(f"state.json does not name {min(unnamed)[:100]!r}")
+        for name, digest in found.items():
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"state.json names {name[:100]!r}")
             if digest != _file_digest(path / name) and digest != _file_digest(path / name):  # one bad read is no damage
@@ -356,12 +382,8 @@ def _digest(state: dict[str, Any]) -> str:
 def _publish(partial: Path, final: Path) -> None:
     if (final / "state.json").is_file():  # the same step, saved before: never a moment without it
         shutil.rmtree(partial)
-        return
-    if final.exists():  # not a checkpoint: out of the way
-        aside = final.with_name(f".incomplete-{final.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-    publish_folder(partial, final)
+    else:
+        publish_folder(partial, final)
 
 
 def _random_state(world: World) -> dict[str, torch.Tensor]:

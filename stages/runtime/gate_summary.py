@@ -18,11 +18,17 @@ def gate_summary(records: list[Record]) -> Record:
     (summed), tables with `tokens`, `share` of the tokens, and the token means of `COLUMNS`, and the mass on the kept ids.
     """
     gates = [record for record in records if record["kind"] == "gate"]
+    gates = [gate for gate in gates if _bins(gate) == _bins(gates[-1])]  # other versions had others
     if not gates:
         return {}
     steps = {record["step"]: record for record in records if record["kind"] == "step"}
     count = max(1, len(gates) // PART)
     return {"first": _pooled(gates[:count], steps), "last": _pooled(gates[-count:], steps)}
+
+
+def _bins(gate: Record) -> list[float]:
+    lengths = [len(gate[name]) for name in ("gate_histogram", "divergence_histogram")]
+    return [*lengths, gate["histogram_from"], gate["histogram_bins_per_decade"]]
 
 
 def _pooled(gates: list[Record], steps: dict[int, Record]) -> Record:
@@ -33,7 +39,7 @@ def _pooled(gates: list[Record], steps: dict[int, Record]) -> Record:
     kept = {name: gates[0][name] for name in ("histogram_from", "histogram_bins_per_decade")}
     tables = {name: _table([gate[name] for gate in gates]) for name in ("by_position", "by_age")}
     parts = [steps[gate["step"]] for gate in gates if gate["step"] in steps]
-    masses = {name: _mean([(part["tokens"], part.get(name)) for part in parts]) for name in MASSES}
+    masses = {name: _mean([(part.get("tokens", 0), part.get(name)) for part in parts]) for name in MASSES}
     span = [gates[0]["step"], gates[-1]["step"]]
     return {"steps": span, "tau": gates[-1].get("tau"), **summed, **kept, **tables, **masses}
 
@@ -53,10 +59,11 @@ def _table(tables: list[dict[str, Record]]) -> dict[str, Record]:
 
 def _place(name: str) -> tuple[bool, int]:
     start = name.rstrip("+").split("-")[0]
-    return not start.isdigit(), int(start) if start.isdigit() else 0
+    return not start.isdecimal(), int(start) if start.isdecimal() else 0
 
 
 def _mean(weighted: list[tuple[int, float | None]]) -> float | None:
     """Of the values that there are."""
     known = [(weight, value) for weight, value in weighted if value is not None]
-    return sum(weight * value for weight, value in known) / sum(weight for weight, _ in known) if known else None
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -11,6 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from cache.plain import plain
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
@@ -84,18 +88,19 @@ def goes_on(last: Record, config: Config) -> bool:
 def spans(records: list[Record]) -> list[Record]:
     """The configurations of a run in order: steps (first, last), what changed from the one before, command, versions.
 
-    Empty for a run that has not trained, or began before such records were kept.
+    Empty for a run that has not trained, or began before such records were kept. One that no step came after is left out.
     """
     configs = _configs(records)
     last = max((record["step"] for record in records if record["kind"] == "step"), default=0)
     ends = [*(record["from_step"] - 1 for record in configs[1:]), last][: len(configs)]
-    found = []
-    for number, (record, end) in enumerate(zip(configs, ends, strict=True)):
-        before = configs[number - 1] if number else record
+    found, before = list[Record](), None
+    for record, end in zip(configs, ends, strict=True):
+        if end < record["from_step"]:
+            continue
+        changed = changes((before or record)["config"], record["config"])
         kept = {name: record.get(name) for name in ("command", "versions", "processes", "device")}
-        found.append(
-            {"steps": [record["from_step"], end], "changed": changes(before["config"], record["config"]), **kept}
-        )
+        found.append({"steps": [record["from_step"], end], "changed": changed, **kept})
+        before = record
     return found
 
 
@@ -125,26 +130,39 @@ def model_card(records: list[Record], config: Config, step: int) -> str:
     """README.md of an exported student of `step`: what it is, which configuration trained which steps, what was measured."""
     models, lora = config.models, config.lora.use_lora
     how = f"LoRA, rank {config.lora.lora_r}" if lora else "all weights trained"
+    head = {
+        "base_model": models.student_model,
+        "library_name": "peft" if lora else "transformers",
+        "tags": ["distillation"],
+    }
     lines = [
-        "---", f"base_model: {json.dumps(models.student_model)}", f"library_name: {'peft' if lora else 'transformers'}",
-        "tags: [distillation]", "---", "",
+        "---", *yaml.safe_dump(head, sort_keys=False, width=10**6).splitlines(), "---", "",
         f"# {config.run.run_name}", "",
-        f"Distilled from {models.teacher_model or 'cached rows of a teacher'} into {models.student_model} ({how});"
+        f"Distilled from {_shown(models.teacher_model) or 'cached rows of a teacher'} into {_shown(models.student_model)} ({how});"
         f" weights of step {step}.", "",
         "| steps | trained with |", "|---|---|",
     ]  # fmt: skip
     names = ("tau", "alpha", "gating", "rkl", "fkl", "temperature", "lr", "batch_size", "max_steps", "seed", "dataset")
-    first = next((record["config"] for record in _configs(records)), config.model_dump())
-    values = {leaf: value for section in first.values() for leaf, value in section.items()}
-    for number, span in enumerate(spans(records)):
-        what = [f"{name} {values[name]}" for name in names if name in values] if not number else []
-        what += [f"{leaf} {new} (was {old})" for leaf, (old, new) in span["changed"].items()]
+    found = spans(records)
+    of_first = [
+        record["config"] for record in _configs(records) if found and record["from_step"] == found[0]["steps"][0]
+    ]
+    sections = of_first[-1] if of_first else config.model_dump()
+    values = {leaf: value for section in sections.values() for leaf, value in section.items()}
+    for number, span in enumerate(found):
+        what = [f"{name} {_shown(values[name])}" for name in names if name in values] if not number else []
+        what += [f"{_shown(leaf)} {_shown(new)} (was {_shown(old)})" for leaf, (old, new) in span["changed"].items()]
         lines.append(f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |")
     last = last_config(records)
-    made = ", ".join(f"{name} {version}" for name, version in (last or {}).get("versions", {}).items())
+    made = ", ".join(f"{_shown(name)} {_shown(version)}" for name, version in (last or {}).get("versions", {}).items())
     lines += ["", f"Made with {made}." if made else ""]
     for record in [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step][-1:]:
-        found = [(name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))]
-        shown = ", ".join(f"{name} KL {value:.4f}" for name, value in found if value is not None)
+        pairs = [(name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))]
+        shown = ", ".join(f"{name} KL {value:.4f}" for name, value in pairs if value is not None)
         lines += ["", f"On held-out teacher text: {shown} nats a token."] if shown else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _shown(value: Any) -> str:
+    """A path or a setting as text of a page in Markdown: on one line, and neither markup nor HTML."""
+    return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", plain(str(value)))

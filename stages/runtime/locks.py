@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.runtime import ending
+from stages.runtime import ending, files
 from stages.runtime.errors import UserError
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -34,7 +34,7 @@ def take(path: Path, what: str) -> None:
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = files.open_regular(path, os.O_RDWR | os.O_CREAT)
         try:
             _claim(descriptor, path, what)
         except BaseException:
@@ -130,7 +130,7 @@ def _read_text(path: str) -> str:
 def _is_there(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 

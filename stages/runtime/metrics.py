@@ -11,7 +11,7 @@ from typing import Any
 
 from cache.plain import plain
 from stages.runtime import config as configuration
-from stages.runtime import history, site
+from stages.runtime import files, history, schema, site
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.files import replace_text
@@ -150,8 +150,7 @@ class Metrics:
             self._write(record)
 
     def _write(self, record: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        files.append(self.path, json.dumps(record) + "\n")
         if self._site is not None:
             self._site.send(record)
 
@@ -179,20 +178,19 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; lines that a crash cut off are left out."""
+    """The records of a `metrics.jsonl`; lines that a crash cut off, or that lack what their kind must hold, are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+    for line in (files.read(path) or b"").decode(errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+        if schema.is_record(record):
             records.append(record)
     return records
 
 
 def _end_last_line(path: Path) -> None:
     """Closes a line that a crash cut off, so that the next record has a line of its own."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
+    if not (files.read(path) or b"\n").endswith(b"\n"):
+        files.append(path, "\n")

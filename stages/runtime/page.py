@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,25 +11,33 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 from markupsafe import Markup
+from pydantic import TypeAdapter
 
 import cache
-from stages.runtime import metrics, rounds
+from stages.runtime import metrics, rounds, schema
 from stages.runtime.config import Config, to_yaml
+from stages.runtime.files import read
 from stages.runtime.rounds import Round
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report_template.html"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # apart for colour-blind readers
 TRACED_ROWS = 2
+TOKENS = TypeAdapter(list[schema.Token])
 USES = {
     "generate": ("generating", BLUE), "score": ("scoring", "#56b4e9"), "write": ("waiting for the writer", "#e69f00"),
     "rows": ("waiting for rollouts", "#cc79a7"), "other": ("other", "#dfe3e8"),
 }  # fmt: skip
 
 
-def render(report: dict[str, Any], folder: Path, config: Config) -> str:
+def render(
+    report: dict[str, Any],
+    records: list[dict[str, Any]],
+    evaluations: dict[str, dict[str, Any]],
+    folder: Path,
+    config: Config,
+) -> str:
     """The page as text: no scripts, no outside resources, all run texts escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    records = metrics.read(folder / "metrics.jsonl")
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
         pictures=[Markup(svg) for svg in _pictures(records)],
@@ -38,7 +45,7 @@ def render(report: dict[str, Any], folder: Path, config: Config) -> str:
         phases=_phases(report["seconds"]),
         uses=[(*USES[name], share) for name, share in report["stage_one"]["shares"].items() if share],
         round_pictures=[Markup(svg) for svg in _round_pictures(rounds.rounds_of(records))],
-        samples=_samples(folder),
+        samples=_samples(evaluations),
         traces=_traces(folder, config),
         config_text=to_yaml(config),
         show=lambda value, form: "–" if value is None else form.format(value),
@@ -208,12 +215,9 @@ def _phases(seconds: dict[str, float]) -> list[tuple[str, float, float]]:
     return [(name, value, 100 * value / total) for name, value in named]
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
+def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The same prompts before, after and by the teacher."""
-    found = {}
-    for label in ("before", "after", "teacher"):
-        path = folder / "eval" / f"{label}.json"
-        found[label] = json.loads(path.read_text()).get("samples", []) if path.exists() else []
+    found = {label: evaluation.get("samples", []) for label, evaluation in evaluations.items()}
     count = max(len(samples) for samples in found.values())
     rows = []
     for i in range(count):
@@ -224,24 +228,28 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
     """Tokens with λ and KLs of a few rows of the first and the last trace."""
-    files = sorted((folder / "trace").glob("step-*.arrow"))
+    files = sorted(path for path in (folder / "trace").glob("step-*.arrow") if path.stem[5:].isdecimal())
     tokenizer = cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
     if tokenizer is None:
         return []
     from tokenizers import Tokenizer
 
     decoder = Tokenizer.from_file(str(tokenizer))
-    return [
-        {"step": int(path.stem.split("-")[1]), "rows": _trace_rows(path, decoder)}
-        for path in dict.fromkeys((files[0], files[-1]))
-    ]
+    found = []
+    for path in dict.fromkeys((files[0], files[-1])):
+        try:
+            found.append({"step": int(path.stem[5:]), "rows": _trace_rows(path, decoder)})
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            print(f"{path} cannot be read ({schema.complaint(error)}): the page leaves it out")
+    return found
 
 
 def _trace_rows(path: Path, decoder: Any) -> list[list[dict[str, Any]]]:
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all().to_pylist()
+    data = read(path)
+    table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
+    table.validate(full=True)  # offsets that lie would end the interpreter
     rows: dict[str, list[dict[str, Any]]] = {}
-    for token in table:
+    for token in TOKENS.dump_python(TOKENS.validate_python(table.to_pylist())):
         text = decoder.decode([token["token_id"]], skip_special_tokens=False)
         rows.setdefault(token["row_id"], []).append(token | {"text": text})
     return sorted(rows.values(), key=lambda tokens: min(t["gate"] for t in tokens))[:TRACED_ROWS]

@@ -21,6 +21,9 @@ from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
 
+FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
+"""What a run writes into, and removes from, below its own folder."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,11 +51,12 @@ class Run:
     def claim(self, *paths: Path) -> None:
         """Makes this command the only writer of the run's folder, and of `paths`, until it ends (collective).
 
-        UserError that names the process that writes there already.
+        UserError that names the process that writes there already, or a link in the place of one of the run's own folders.
         """
         problem = ""
         if self.world.is_main:
             try:
+                _refuse_links(self.folder)
                 locks.take(self.folder / "run.lock", f"the run in {self.folder}")
                 for path in paths:
                     locks.take(path.with_name(f"{path.name}.lock"), str(path))
@@ -70,6 +74,15 @@ class Run:
         on_gpu = self.world.device.type == "cuda"
         peak = float(torch.cuda.max_memory_allocated(self.world.device)) if on_gpu else 0.0
         self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
+
+
+def _refuse_links(folder: Path) -> None:
+    for path in (folder / name for name in FOLDERS):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link; a run replaces and removes files there, so it must be a folder of the run's own. Remove the"
+                " link, or keep the whole run elsewhere with --runs_dir."
+            )
 
 
 def open_run(

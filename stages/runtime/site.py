@@ -7,6 +7,7 @@ what is logged for a step below its own counter. `step` and `time` are the axes 
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import threading
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ import numpy as np
 from stages.runtime import ending
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
-from stages.runtime.files import replace_text
+from stages.runtime.files import read, replace_text
 
 PATIENCE = 20.0  # seconds that a command waits at its end for the site; metrics.jsonl has everything by then
 BY_STEP = ("step", "gate", "eval", "evaluation", "refresh", "warning")
@@ -150,11 +151,13 @@ def _start(config: Config) -> Any:
 
     own = "-score" if config.rollout.role == "score" else ""  # it runs at the same time as its generator
     path = Path(config.run_folder / f"wandb_id{own}")
-    if not path.exists():
-        replace_text(path, secrets.token_hex(4))
+    name = (read(path) or b"").decode(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", name):  # none yet, or what a crash left
+        name = secrets.token_hex(4)
+        replace_text(path, name)
     options: dict[str, Any] = {
         "project": config.log.wandb_project, "name": (config.log.wandb_name or config.run.run_name) + own,
-        "dir": str(config.run_folder), "config": config.model_dump(), "id": path.read_text(), "resume": "allow",
+        "dir": str(config.run_folder), "config": config.model_dump(), "id": name, "resume": "allow",
     }  # fmt: skip
     try:
         run = wandb.init(mode=config.log.wandb_mode, **options)

@@ -1,0 +1,213 @@
+"""What records of metrics.jsonl, eval/*.json and traces must hold: checked once where they are read, so that readers may rely on it.
+
+Files of a run may have been cut off by a crash, written by another version, or come from somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError
+
+from stages.runtime import files
+
+DEPTH = 32
+LARGEST = 1e40  # beyond fp32's numbers
+
+
+def _figure(value: Any) -> Any:
+    if value is not None and (type(value) not in (int, float) or LARGEST < abs(value) != math.inf):
+        raise ValueError("must be a number or null")
+    return value
+
+
+Figure = Annotated[Any, PlainValidator(_figure)]
+"""A number, NaN and infinities too, or None."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
+Bins = Annotated[list[Count], Field(min_length=1, max_length=200)]
+Name = Annotated[str, StringConstraints(max_length=40)]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Figures(_Checked):
+    """Whatever else it holds is a number too."""
+
+    __pydantic_extra__: dict[str, Figure]
+
+
+class Record(_Checked):
+    kind: str
+    time: Amount = 0
+
+
+class Configured(Record):
+    from_step: Count
+    config: dict[str, dict[str, Any]]
+    command: str = ""
+    versions: dict[str, str] = {}
+
+
+class Step(_Figures):
+    kind: str
+    step: Count
+    tokens: Count = 0
+
+
+class GroupRow(_Figures):
+    tokens: Annotated[int, Field(ge=1, le=2**53)]
+
+
+class Gate(Record):
+    step: Count
+    tau: Figure = None
+    gate_histogram: Bins
+    divergence_histogram: Bins
+    histogram_from: Annotated[float, Field(ge=1e-30, le=1)]
+    histogram_bins_per_decade: Annotated[int, Field(ge=1, le=100)]
+    by_position: dict[Name, GroupRow]
+    by_age: dict[Name, GroupRow]
+
+
+class Refreshed(Record):
+    step: Count
+    refresh_index: Count = 0
+    reason: str = ""
+    memory_allocated_bytes: Count = 0
+
+
+class Measured(_Checked):
+    forward_kl: Figure = None
+    reverse_kl: Figure = None
+    top1_agreement: Figure = None
+    cut_share: Figure = None
+
+
+class Sample(_Checked):
+    prompt: str
+    completion: str
+    solved: bool | None = None
+
+
+class Evaluation(Measured):
+    """eval/*.json."""
+
+    accuracy: Figure = None
+    on_student: Measured | None = None
+    samples: list[Sample] = []
+    text_rows: list[str] | None = None
+    of: dict[str, Any] = {}
+
+
+class Evaluated(Record):
+    step: Count = 0
+    label: str = ""
+    policy_hash: str = ""
+    forward_kl: Figure = None
+    reverse_kl: Figure = None
+
+
+class Progressed(Record):
+    began: Amount = 0
+    evaluation: bool = True  # older runs did not say
+
+
+class Round(Progressed):
+    seconds: Amount
+    rollouts: Amount
+    generated_tokens: Amount
+    scored_tokens: Amount
+    padded_tokens: Amount
+    share_generate: Amount
+    share_score: Amount
+    share_write: Amount
+    share_rows: Amount
+    peak_memory_bytes: Amount
+
+
+class Exported(Record):
+    step: Count
+    policy_hash: str
+
+
+class Warned(Record):
+    step: Count = 0
+    text: str
+
+
+class Clocked(Record):
+    start: Amount
+    load: Amount
+    rollout: Amount
+    score: Amount
+    train: Amount
+    evaluate: Amount
+    total: Amount
+
+
+class Token(_Checked):
+    """A row of trace/*.arrow."""
+
+    row_id: str
+    token_id: Annotated[int, Field(ge=0, lt=2**31)]
+    gate: float
+    reverse_kl: float
+    forward_kl: float
+
+
+KINDS: dict[str, type[BaseModel]] = {
+    "config": Configured, "step": Step, "gate": Gate, "refresh": Refreshed, "evaluation": Evaluated, "eval": Evaluated,
+    "export": Exported, "warning": Warned, "clock": Clocked,
+}  # fmt: skip
+
+
+def is_record(value: Any) -> bool:
+    """Whether a line of metrics.jsonl is a record with all that its kind must hold; other kinds must only be records."""
+    if not isinstance(value, dict) or is_deeper(value, DEPTH):
+        return False
+    kind = KINDS.get(str(value.get("kind")), Record)
+    if value.get("kind") == "rollout_progress":
+        kind = Round if value.get("evaluation") is False else Progressed
+    try:
+        kind.model_validate(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """What the evaluation in eval/`path` found, {} where there is none; one that cannot be read counts as none, which is said."""
+    try:
+        data = files.read(path)
+        found = {} if data is None else finite(json.loads(data))
+        Evaluation.model_validate(found)
+    except (OSError, ValueError, RecursionError) as error:
+        say(f"{path} cannot be read ({complaint(error)}): it counts as not measured")
+        return {}
+    return found
+
+
+def complaint(error: Exception) -> str:
+    """Where and what, in one line, of an error of reading or checking."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part)[:40] for part in first['loc'])}: {first['msg']}"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def finite(values: Any) -> Any:
+    """The same plain values with None for NaN and infinities, which JSON cannot hold."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and maps are nested more than `depth` times."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(is_deeper(one, depth - 1) for one in inner if isinstance(one, dict | list))

@@ -275,7 +275,8 @@ def _worker(options: argparse.Namespace) -> dict[str, Any]:
 
 def _all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """`workers` campaigns beside each other, with seeds that follow each other."""
-    share, results, running = -(-options.kills // options.workers), [], []
+    share, running = -(-options.kills // options.workers), []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for i in range(options.workers):
             output = Path(temporary) / f"{i}.json"

@@ -152,7 +152,7 @@ def test_only_folders_named_as_versions_are_removed(tmp_path: Path, monkeypatch:
     (tmp_path / "versions/elsewhere/precious").write_text("")
     (tmp_path / "versions/000000-00000000").symlink_to(tmp_path / "versions/elsewhere")
     for index in range(1, 6):
-        versions.publish(tmp_path, None, versions.Version(index, index, f"{index:016x}", 4))  # type: ignore[arg-type]
+        versions.publish(tmp_path, None, versions.Version(index, index, f"{index:016x}", 4))
     left = sorted(path.name for path in (tmp_path / "versions").iterdir())
     assert left == sorted((*kept, "newest.json", *(f"{index:06d}-00000000" for index in (3, 4, 5))))
     assert (tmp_path / "versions/elsewhere/precious").exists()

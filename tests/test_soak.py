@@ -29,9 +29,10 @@ def soak(folder: Path, flags: list[str]) -> None:
         with (folder / "soak.jsonl").open("a") as file:
             file.write(json.dumps(held) + "\n")
 
-    refresh.refresh = watched
     assert stage_two.refresh is refresh
-    save_weights(folder, flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refresh, "refresh", watched)
+        save_weights(folder, flags)
 
 
 @pytest.mark.timeout(1800)

@@ -48,7 +48,7 @@ def append(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Writes `path` as a whole or not at all, durably. Its folder must be there: that of a run that was moved is not made anew."""
     partial = path.with_name(f"{path.name}.partial")
-    remove(partial)  # what a crash left, or a link
+    partial.unlink(missing_ok=True)  # what a crash left, or a link
     try:
         with os.fdopen(open_regular(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(_encoded(text))

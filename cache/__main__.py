@@ -163,7 +163,9 @@ def _verify(args: argparse.Namespace) -> int:
     if args.repair and (withdrawn := withdraw(args.root, findings)):
         for file in withdrawn:
             _print(f"withdrawn: {file}")
-        _print("Rerun stage one, which writes their rows again.")
+        _print(
+            "Stage one, run again, writes rows of a run that has not trained; a run that trains on them refreshes when it goes on."
+        )
         findings = [finding for finding in findings if finding.record is None]
     if findings:
         _print(f"{len(findings)} fault{'s' * (len(findings) != 1)} in {args.root}.")

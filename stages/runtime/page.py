@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pydantic import TypeAdapter
 
 import cache
+from cache.plain import plain
 from stages.runtime import metrics, rounds, schema
 from stages.runtime.config import Config, to_yaml
 from stages.runtime.files import read
@@ -240,7 +241,7 @@ def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
         try:
             found.append({"step": int(path.stem[5:]), "rows": _trace_rows(path, decoder)})
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-            print(f"{path} cannot be read ({schema.complaint(error)}): the page leaves it out")
+            print(plain(f"{path} cannot be read ({schema.complaint(error)}): the page leaves it out"))
     return found
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from cache.plain import plain
 from stages.runtime import ending
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, first_line
 from stages.runtime.files import read, replace_text
 
 PATIENCE = 20.0  # seconds that a command waits at its end for the site; metrics.jsonl has everything by then
@@ -70,10 +71,9 @@ class Site:
         thread.join(PATIENCE)
         if thread.is_alive():
             ending.abandon()  # wandb's own exit would wait for the site
-            print(
+            _tell(
                 f"wandb did not take all records within {PATIENCE:.0f} s; metrics.jsonl has them, and `wandb sync` sends what"
-                f" is in {self._config.run_folder / 'wandb'}",
-                flush=True,
+                f" is in {self._config.run_folder / 'wandb'}"
             )
 
     def _work(self) -> None:
@@ -84,8 +84,7 @@ class Site:
                 self._log(run, record)
             run.finish()
         except Exception as error:  # whatever it raises, the training goes on
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            print(f"wandb stopped taking records ({line}); metrics.jsonl has them all", flush=True)
+            _tell(f"wandb stopped taking records ({first_line(error)}); metrics.jsonl has them all")
             while self._records.get() is not None:
                 pass
 
@@ -162,11 +161,8 @@ def _start(config: Config) -> Any:
     try:
         run = wandb.init(mode=config.log.wandb_mode, **options)
     except Exception as error:  # no network, no key: what is kept here can be sent later
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(
-            f"wandb cannot be reached ({line}); records are kept in {config.run_folder / 'wandb'} for `wandb sync`",
-            flush=True,
-        )
+        where = config.run_folder / "wandb"
+        _tell(f"wandb cannot be reached ({first_line(error)}); records are kept in {where} for `wandb sync`")
         run = wandb.init(mode="offline", **options)
     for axis in ("step", "time"):
         run.define_metric(axis)
@@ -175,3 +171,7 @@ def _start(config: Config) -> Any:
     for kind in ("rollout_progress", "clock", "memory"):
         run.define_metric(f"{kind}/*", step_metric="time")
     return run
+
+
+def _tell(line: str) -> None:
+    print(plain(line), flush=True)

@@ -98,7 +98,8 @@ def verdict(report: Report) -> str:
         return "Not trained yet."
     done = f"{run['steps']} of {run['max_steps']} steps"
     if after["forward_kl"] is None and after["accuracy"] is None and after["on_student"]["forward_kl"] is None:
-        return f"Unfinished: {done}, and nothing measured after them."
+        state = "Finished" if run["steps"] >= run["max_steps"] else "Unfinished"
+        return f"{state}: {done}, and nothing measured after them."
     found = _answers_and_divergence(report) + _cut_clause(report)
     if run["steps"] < run["max_steps"]:
         return f"Unfinished, {done}; as last measured at step {run['measured_step']}: {found}"

@@ -154,10 +154,10 @@ def test_the_verdict_compares_only_what_was_measured_twice(folder: Path, config:
     assert "on teacher text forward KL fell to 0.50 ×" in report.verdict(without_teacher)
 
 
-def test_an_unfinished_run_is_called_unfinished(folder: Path, config: Config) -> None:
+def test_a_run_that_was_not_measured_at_its_end_says_so(folder: Path, config: Config) -> None:
     (folder / "eval" / "after.json").unlink()
     found = report.write_report(folder, config)
-    assert found["verdict"].startswith("Unfinished: 2 of 2 steps, and nothing measured")
+    assert found["verdict"].startswith("Finished: 2 of 2 steps, and nothing measured")
     assert found["after"]["accuracy"] is None
     assert "–" in report.summary(found, folder, config)
 

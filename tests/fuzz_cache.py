@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -327,35 +327,43 @@ def make_bases(folder: Path) -> None:
         write(folder / kind, range(6), kind)
 
 
-def campaign(seeds: Any, seconds: float) -> tuple[int, list[str]]:
+def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
     """How many cases ran, and what went wrong in which."""
-    end, count, problems = time.monotonic() + seconds, 0, []
     with tempfile.TemporaryDirectory(prefix="fuzz-cache-") as folder:
         make_bases(Path(folder) / "bases")
         (Path(folder) / "victim").mkdir()
         (Path(folder) / "victim" / "precious.txt").write_text("the only copy")
-        for seed in seeds:
-            if time.monotonic() > end:
-                break
-            work = Path(folder) / f"case-{seed}"
-            work.mkdir()
-            if problem := run_case(seed, Path(folder) / "bases", work):
-                problems.append(problem)
-                print(problem, flush=True)
-            shutil.rmtree(work)
-            count += 1
+        return each_case(seeds, seconds, Path(folder), lambda seed, work: run_case(seed, Path(folder) / "bases", work))
+
+
+def each_case(
+    seeds: Iterable[int], seconds: float, folder: Path, run: Callable[[int, Path], str | None]
+) -> tuple[int, list[str]]:
+    """Runs the case of each seed in a folder of its own until time is up; how many, and what went wrong."""
+    end, count, problems = time.monotonic() + seconds, 0, []
+    for seed in seeds:
+        if time.monotonic() > end:
+            break
+        work = folder / f"case-{seed}"
+        work.mkdir()
+        if problem := run(seed, work):
+            problems.append(problem)
+            print(problem, flush=True)
+        shutil.rmtree(work)
+        count += 1
     return count, problems
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_command(description: str, campaign: Callable[[Iterable[int], float], tuple[int, list[str]]]) -> int:
+    """The command line of a fuzzer; 1 if a case went wrong."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
-    args = parser.parse_args()
-    count, problems = campaign(iter(range(args.seed, sys.maxsize)), args.minutes * 60)
-    print(f"{count} cases from {args.seed} on, {len(problems)} went wrong")
+    options = parser.parse_args()
+    count, problems = campaign(range(options.seed, sys.maxsize), options.minutes * 60)
+    print(f"{count} cases from {options.seed} on, {len(problems)} went wrong")
     return bool(problems)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(__doc__, campaign))

@@ -8,7 +8,6 @@ its own. That process may end with success or one sentence, within `SECONDS` and
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -18,9 +17,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from stages.runtime import checkpoint, distributed, history, metrics
 from stages.runtime.checkpoint import _digest
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
-from tests.fuzz_cache import MEGABYTES, RAW, SECONDS, flip, mutate_json, tree
+from tests.fuzz_cache import MEGABYTES, RAW, SECONDS, each_case, flip, mutate_json, run_command, tree
 from tests.helpers import DEMO, ROOT, STUDENT, run_python, small
 from tests.tiny_runs import TINY
 
@@ -215,9 +213,8 @@ def _in_child(use: Callable[[Path], None], folder: Path, path: Path, rng: random
         os._exit(code)
 
 
-def campaign(seeds: Iterator[int], seconds: float) -> tuple[int, list[str]]:
-    """How many cases ran, and what went wrong in which."""
-    count, problems = 0, []
+def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
+    """How many cases ran, and what went wrong in which; the seconds begin when the run that they change is there."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz-run-") as temporary:
         base = Path(temporary) / "base"
@@ -225,29 +222,8 @@ def campaign(seeds: Iterator[int], seconds: float) -> tuple[int, list[str]]:
         newest = checkpoint.latest(base / "demo/checkpoints")
         assert newest is not None
         shutil.copy(newest / "student.safetensors", base / "whole.safetensors")
-        end = time.monotonic() + seconds
-        for seed in seeds:
-            if time.monotonic() > end:
-                break
-            work = Path(temporary) / f"case-{seed}"
-            work.mkdir()
-            if problem := run_case(seed, base, work):
-                problems.append(problem)
-                print(problem, flush=True)
-            shutil.rmtree(work)
-            count += 1
-    return count, problems
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
-    options = parser.parse_args()
-    count, problems = campaign(iter(range(options.seed, sys.maxsize)), options.minutes * 60)
-    print(f"{count} cases from {options.seed} on, {len(problems)} went wrong")
-    return bool(problems)
+        return each_case(seeds, seconds, Path(temporary), lambda seed, work: run_case(seed, base, work))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(__doc__ or "", campaign))

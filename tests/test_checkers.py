@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.data.checkers import open_checker, solved
+from stages.data.checkers import check_gsm8k, load_checker, open_checker, solved
 from stages.data.prompts import Prompt
 from stages.runtime.errors import UserError
 
@@ -105,3 +105,62 @@ def test_a_file_that_ends_the_program_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match="ends the program"):
         open_checker(f"{tmp_path / 'script.py'}:check")
+
+
+# Found
+
+
+@pytest.mark.parametrize(
+    ("completion", "accepted"),
+    [
+        ("... so she has 1,234 left.", True),
+        ("#### 1234", True),
+        ("The answer is 1234.", True),
+        ("The answer is 1234.0.", True),
+        ("1234 and then 5", False),
+        ("1233", False),
+        ("no number", False),
+        ("", False),
+        ("-1234", False),
+    ],
+)
+def test_the_gsm8k_checker_takes_the_last_number(completion: str, accepted: bool) -> None:
+    assert check_gsm8k({"answer": "Some steps 7*8=56\n#### 1,234"}, completion) is accepted
+
+
+def test_the_gsm8k_checker_is_known_by_name() -> None:
+    assert load_checker("gsm8k") is check_gsm8k
+    assert load_checker("") is None
+
+
+def test_a_checker_of_ones_own_is_loaded_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def right(row, completion):\n    return row['answer'] in completion\n")
+    checker = load_checker(f"{path}:right")
+    assert checker is not None
+    assert checker({"answer": "4"}, "it is 4")
+    assert not checker({"answer": "4"}, "it is 5")
+
+
+def test_the_demo_checker_is_loaded_by_path() -> None:
+    checker = load_checker("examples/word_problems.py:check")
+    assert checker is not None
+    assert checker({"answer": 4}, "2 + 2 = 4. The answer is 4.")
+
+
+@pytest.mark.parametrize("spec", ["nowhere.py:check", "gsm9k", "examples/word_problems.py", ":check"])
+def test_a_checker_that_is_not_there_says_what_is_expected(spec: str) -> None:
+    with pytest.raises(UserError, match=r"expected gsm8k or path/to/file.py:function"):
+        load_checker(spec)
+
+
+def test_a_checker_file_without_the_function_names_it() -> None:
+    with pytest.raises(UserError, match="has no function nothing"):
+        load_checker("examples/word_problems.py:nothing")
+
+
+def test_a_checker_file_that_does_not_import_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import a_module_that_is_not_there\n")
+    with pytest.raises(UserError, match=r"broken\.py"):
+        load_checker(f"{path}:check")

@@ -12,10 +12,8 @@ import pytest
 
 from stages.data.prompts import (
     PromptSet,
-    check_gsm8k,
     encode,
     heldout_prompts,
-    load_checker,
     template_fingerprint,
     training_prompts,
     vocabulary_fingerprint,
@@ -404,65 +402,6 @@ def test_a_records_own_tools_win_over_those_of_the_configuration(tmp_path: Path)
     rows = [{"prompt": "a"}, {"prompt": "b", "tools": json.dumps([{"name": "own"}])}]
     found = taken(tmp_path, tokenizer, jsonl(tmp_path, rows), chat_template_kwargs="{tools: [{name: all}]}")
     assert sorted(p.text for p in found.prompts) == ["all", "own"]
-
-
-# Answer checkers
-
-
-@pytest.mark.parametrize(
-    ("completion", "accepted"),
-    [
-        ("... so she has 1,234 left.", True),
-        ("#### 1234", True),
-        ("The answer is 1234.", True),
-        ("The answer is 1234.0.", True),
-        ("1234 and then 5", False),
-        ("1233", False),
-        ("no number", False),
-        ("", False),
-        ("-1234", False),
-    ],
-)
-def test_the_gsm8k_checker_takes_the_last_number(completion: str, accepted: bool) -> None:
-    assert check_gsm8k({"answer": "Some steps 7*8=56\n#### 1,234"}, completion) is accepted
-
-
-def test_the_gsm8k_checker_is_known_by_name() -> None:
-    assert load_checker("gsm8k") is check_gsm8k
-    assert load_checker("") is None
-
-
-def test_a_checker_of_ones_own_is_loaded_by_path(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text("def right(row, completion):\n    return row['answer'] in completion\n")
-    checker = load_checker(f"{path}:right")
-    assert checker is not None
-    assert checker({"answer": "4"}, "it is 4")
-    assert not checker({"answer": "4"}, "it is 5")
-
-
-def test_the_demo_checker_is_loaded_by_path() -> None:
-    checker = load_checker("examples/word_problems.py:check")
-    assert checker is not None
-    assert checker({"answer": 4}, "2 + 2 = 4. The answer is 4.")
-
-
-@pytest.mark.parametrize("spec", ["nowhere.py:check", "gsm9k", "examples/word_problems.py", ":check"])
-def test_a_checker_that_is_not_there_says_what_is_expected(spec: str) -> None:
-    with pytest.raises(UserError, match=r"expected gsm8k or path/to/file.py:function"):
-        load_checker(spec)
-
-
-def test_a_checker_file_without_the_function_names_it() -> None:
-    with pytest.raises(UserError, match="has no function nothing"):
-        load_checker("examples/word_problems.py:nothing")
-
-
-def test_a_checker_file_that_does_not_import_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "broken.py"
-    path.write_text("import a_module_that_is_not_there\n")
-    with pytest.raises(UserError, match=r"broken\.py"):
-        load_checker(f"{path}:check")
 
 
 # Token maps

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import numbers
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.data.prompts import Checker, Prompt, load_checker
-from stages.runtime.errors import UserError
+from stages.data.prompts import Prompt
+from stages.runtime.errors import UserError, one_line
+
+Checker = Callable[[dict[str, Any], str], bool]
 
 
 def open_checker(spec: str) -> Checker | None:
@@ -61,3 +68,36 @@ def _start(value: Any) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def load_checker(spec: str) -> Checker | None:
+    """`gsm8k`, or `path/to/file.py:function`; empty gives None."""
+    if not spec:
+        return None
+    if spec == "gsm8k":
+        return check_gsm8k
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location("answer_checker", path) if Path(path).is_file() else None
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist.")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"answer_checker {spec}: {path} cannot be imported ({one_line(error)}).") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"answer_checker {spec}: {path} has no function {name}.")
+    return getattr(module, name)
+
+
+def check_gsm8k(row: dict[str, Any], completion: str) -> bool:
+    """True if the last number of `completion` is the one after `####` in `row["answer"]`."""
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*", completion)
+    if not numbers:
+        return False
+    expected = str(row["answer"]).split("####")[-1]
+    try:
+        return float(numbers[-1].replace(",", "").rstrip(".")) == float(expected.replace(",", ""))
+    except ValueError:
+        return False

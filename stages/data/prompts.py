@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stages.data.conversations import TEXTS, TURNS, Turn, Unusable, conversation, plain
-from stages.data.records import Record, one_line, open_records
+from stages.data.records import Record, open_records
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError
-
-Checker = Callable[[dict[str, Any], str], bool]
+from stages.runtime.errors import UserError, one_line
 
 FEW = 50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
 HOPELESS = 200  # records without a prompt after which a data set is given up
@@ -280,42 +275,6 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> 
 
 def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
     return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
-
-
-# --- answers ------------------------------------------------------------------------------------------------------------
-
-
-def load_checker(spec: str) -> Checker | None:
-    """`gsm8k`, or `path/to/file.py:function`; empty gives None."""
-    if not spec:
-        return None
-    if spec == "gsm8k":
-        return check_gsm8k
-    path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("answer_checker", path) if Path(path).is_file() else None
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist.")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"answer_checker {spec}: {path} cannot be imported ({one_line(error)}).") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"answer_checker {spec}: {path} has no function {name}.")
-    return getattr(module, name)
-
-
-def check_gsm8k(row: dict[str, Any], completion: str) -> bool:
-    """True if the last number of `completion` is the one after `####` in `row["answer"]`."""
-    numbers = re.findall(r"-?\d[\d,]*\.?\d*", completion)
-    if not numbers:
-        return False
-    expected = str(row["answer"]).split("####")[-1]
-    try:
-        return float(numbers[-1].replace(",", "").rstrip(".")) == float(expected.replace(",", ""))
-    except ValueError:
-        return False
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------------------

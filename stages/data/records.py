@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.data.conversations import COLUMNS, Unusable
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, one_line
 
 Record = dict[str, Any]
 Bytes = mmap.mmap | bytes
@@ -432,9 +432,3 @@ def _value(name: str, kind: pa.DataType, value: Any) -> Any:
     if pa.types.is_nested(kind):  # lists
         return [_value(name, kind.value_type, each) for each in value]
     return value
-
-
-def one_line(error: Exception) -> str:
-    """An error's words on one line, without the end of a sentence, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 300 else f"{text[:299]}…").rstrip(".")

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from dualkl import Head
 from stages.models.readout import output_weights, readout_of
 from stages.runtime.distributed import say_once
-from stages.runtime.errors import UserError, first_line
+from stages.runtime.errors import UserError, one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SOFTCAP = "attn_logit_softcapping"
@@ -161,7 +161,7 @@ def why(error: Exception) -> str:
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
     if "weights_only" in str(error):
         return "a .bin file of it holds more than tensors; only safetensors and plain weights are loaded"
-    return first_line(error)
+    return one_line(error)
 
 
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:

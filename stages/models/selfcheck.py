@@ -32,7 +32,7 @@ from stages.models.plain_generation import Plain, note_plain
 from stages.models.plain_generation import forced_logprobs as plain_logprobs
 from stages.models.readout import EXACT, check_ids, note_readout, readout_of, relative_gap
 from stages.runtime.distributed import say_once
-from stages.runtime.errors import UserError, first_line
+from stages.runtime.errors import UserError, one_line
 
 LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
 FEW = 4  # tokens that `generate` writes for the check: it is slow where a state is updated without kernels
@@ -144,7 +144,7 @@ def packing_refused(subject: Subject) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"packed rows failed: {type(error).__name__}: {first_line(error)}"
+        return f"packed rows failed: {type(error).__name__}: {one_line(error)}"
     return "" if gap < bound else f"packed rows give other logits, by {gap:.1%}"
 
 
@@ -198,7 +198,7 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise UserError(
-            f"a {subject.kind} cannot be used: its forward of a few token ids failed ({type(error).__name__}: {first_line(error)})."
+            f"a {subject.kind} cannot be used: its forward of a few token ids failed ({type(error).__name__}: {one_line(error)})."
             " Choose a decoder-only model that needs no other inputs."
         ) from error
 
@@ -248,5 +248,5 @@ def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_toke
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return math.inf, f"its decode step failed ({type(error).__name__}: {first_line(error)})"
+        return math.inf, f"its decode step failed ({type(error).__name__}: {one_line(error)})"
     return gap, "" if gap < WRITTEN else f"its logprobs differ from those of a forward by {gap:.3g} nats"

@@ -31,7 +31,7 @@ from stages.models.dropout import own_dropout, switch_off
 from stages.models.exact import decoder_of
 from stages.models.readout import full_forward, output_weights
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError, first_line
+from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import new_folder, publish_folder, replace_text
 
 
@@ -214,7 +214,7 @@ def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"the student could not be written to {folder} ({first_line(error)}). Free space, or make the folder accessible, and"
+            f"the student could not be written to {folder} ({one_line(error)}). Free space, or make the folder accessible, and"
             " run the same command again; what is trained is kept."
         ) from error
 
@@ -225,7 +225,7 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
         try:
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"student_adapter {folder} cannot be put on the student ({first_line(error)})") from error
+            raise UserError(f"student_adapter {folder} cannot be put on the student ({one_line(error)})") from error
         head = cast(PreTrainedModel, model.get_base_model()).get_output_embeddings()
         if any("lora_" in name for name, _ in head.named_parameters()):
             raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")

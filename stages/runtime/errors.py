@@ -36,10 +36,10 @@ class UserError(ValueError):
     """A mistake or a condition outside the code; its message is all that the user needs."""
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, and the second where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:250].rstrip(".")
+def one_line(error: Exception) -> str:
+    """A library's words on one line, without the end of a sentence, at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else f"{text[:299]}…").rstrip(".")
 
 
 def command(main: Callable[[], None]) -> None:

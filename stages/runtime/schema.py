@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError
 
 from stages.runtime import files
+from stages.runtime.errors import one_line
 
 DEPTH = 32
 LARGEST = 1e40  # beyond fp32's numbers
@@ -199,7 +200,7 @@ def complaint(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(part)[:40] for part in first['loc'])}: {first['msg']}"
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return one_line(error)
 
 
 def finite(values: Any) -> Any:

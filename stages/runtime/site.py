@@ -20,7 +20,7 @@ import numpy as np
 from cache.plain import plain
 from stages.runtime import ending
 from stages.runtime.config import Config
-from stages.runtime.errors import UserError, first_line
+from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import read, replace_text
 
 PATIENCE = 20.0  # seconds that a command waits at its end for the site; metrics.jsonl has everything by then
@@ -84,7 +84,7 @@ class Site:
                 self._log(run, record)
             run.finish()
         except Exception as error:  # whatever it raises, the training goes on
-            _tell(f"wandb stopped taking records ({first_line(error)}); metrics.jsonl has them all")
+            _tell(f"wandb stopped taking records ({one_line(error)}); metrics.jsonl has them all")
             while self._records.get() is not None:
                 pass
 
@@ -162,7 +162,7 @@ def _start(config: Config) -> Any:
         run = wandb.init(mode=config.log.wandb_mode, **options)
     except Exception as error:  # no network, no key: what is kept here can be sent later
         where = config.run_folder / "wandb"
-        _tell(f"wandb cannot be reached ({first_line(error)}); records are kept in {where} for `wandb sync`")
+        _tell(f"wandb cannot be reached ({one_line(error)}); records are kept in {where} for `wandb sync`")
         run = wandb.init(mode="offline", **options)
     for axis in ("step", "time"):
         run.define_metric(axis)

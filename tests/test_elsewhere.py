@@ -103,6 +103,19 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_training_waits_for_the_first_rows_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of what stage one writes is there; no version was published, since the student at the start is known."""
+    newest, waits = schedule.Arrivals.newest, []
+    monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
+    monkeypatch.setattr(schedule.time, "sleep", waits.append)
+    run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_staleness": 6}))
+    assert "waiting for rollouts of refresh 0 (step 0)" in capsys.readouterr().out
+    assert len(waits) == 2
+    assert [step["step"] for step in records_of(run.folder, "step")] == [1, 2]
+
+
 def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Run:
     """Both sides in this process; the follower is the slowest there can be: it writes only while training waits."""
     run = make_run(folder, **(EXTERNAL | values))

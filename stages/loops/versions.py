@@ -53,9 +53,12 @@ def publish(run_folder: Path, student: Student, version: Version) -> None:
 
 
 def point_to(run_folder: Path, position: Position) -> None:
-    """Makes `newest.json` name the version that `position` waits for, where a trajectory that was given up left another."""
+    """Makes `newest.json` name the version that `position` waits for, where a trajectory that was given up left another.
+
+    The student at the start (refresh 0) is known to everybody, and never published.
+    """
     awaited, found = position.refreshes.get(position.newest), newest(run_folder)
-    if awaited is None or (found is not None and found.policy_hash == awaited.policy_hash):
+    if not position.newest or awaited is None or (found is not None and found.policy_hash == awaited.policy_hash):
         return
     folder = run_folder / "versions" / f"{position.newest:06d}-{awaited.policy_hash[:8]}"
     if not folder.exists():

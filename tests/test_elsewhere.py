@@ -107,7 +107,8 @@ def test_training_waits_for_the_first_rows_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of what stage one writes is there; no version was published, since the student at the start is known."""
-    newest, waits = schedule.Arrivals.newest, []
+    newest = schedule.Arrivals.newest
+    waits: list[float] = []
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
     monkeypatch.setattr(schedule.time, "sleep", waits.append)
     run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_staleness": 6}))

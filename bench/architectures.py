@@ -63,17 +63,37 @@ EXACT = 1e-4  # nats: fp32 against fp32
 STEPS = 5e-4  # nats: the cached steps of transformers' `generate` against its own forward, where a state is kept along the row
 SAME = 1e-5  # the loss where teacher and student are one model
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+}
 TIES = 0.03  # share of tokens
 SECONDS_A_TYPE, TYPES_A_WORKER = 600, 100
 SETTINGS: dict[str, Any] = {
-    "device": "cpu", "dtype": "fp32", "teacher_dtype": "fp32", "teacher_ds_zero3": "false", "compile": "false",
-    "rollouts_per_refresh": 8, "rollouts_per_unit": 8, "batch_size": 8, "num_prompts": 8, "max_new_tokens": 16,
-    "max_steps": 1, "warmup_steps": 0, "lr": 1e-4, "refresh_every": 0, "checkpoint_every": 100, "trace_every": 0,
-    "lora_r": 4, "lora_alpha": 8, "signal_k": 32, "gen_micro_batch": 8, "eval_prompts": 8,
-}  # fmt: skip
+    "device": "cpu",
+    "dtype": "fp32",
+    "teacher_dtype": "fp32",
+    "teacher_ds_zero3": "false",
+    "compile": "false",
+    "rollouts_per_refresh": 8,
+    "rollouts_per_unit": 8,
+    "batch_size": 8,
+    "num_prompts": 8,
+    "max_new_tokens": 16,
+    "max_steps": 1,
+    "warmup_steps": 0,
+    "lr": 1e-4,
+    "refresh_every": 0,
+    "checkpoint_every": 100,
+    "trace_every": 0,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "signal_k": 32,
+    "gen_micro_batch": 8,
+    "eval_prompts": 8,
+}
 
 
 # --- one run, judged ---------------------------------------------------------------------------------------------------
@@ -115,9 +135,17 @@ class Models:
 
 
 def flags(run: Path, models: Models, **values: Any) -> list[str]:
-    keys = SETTINGS | {"student_model": models.student, "teacher_model": models.teacher, "runs_dir": run.parent}
+    keys = SETTINGS | {
+        "student_model": models.student,
+        "teacher_model": models.teacher,
+        "runs_dir": run.parent,
+    }
     keys |= {"run_name": run.name, "student_adapter": models.adapter or ""} | values
-    return ["--config", "pipeline.yaml", *(part for key, value in keys.items() for part in (f"--{key}", str(value)))]
+    return [
+        "--config",
+        "pipeline.yaml",
+        *(part for key, value in keys.items() for part in (f"--{key}", str(value))),
+    ]
 
 
 def stage(main: Callable[[], None], arguments: list[str]) -> None:
@@ -142,7 +170,9 @@ def reference_logprobs(
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    return np.concatenate([row_logprobs(model, row.prompt_ids, row.completion_ids, vocabulary) for row in rows])
+    return np.concatenate(
+        [row_logprobs(model, row.prompt_ids, row.completion_ids, vocabulary) for row in rows]
+    )
 
 
 def row_logprobs(model: Any, prompt: np.ndarray, completion: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -168,12 +198,17 @@ def judge(found: Found, run: Path, models: Models, name: str, **values: Any) -> 
     teacher = expected
     if models.teacher != models.student or models.adapter:
         teacher = reference_logprobs(models.teacher, rows, vocabulary)
-    written, within = np.concatenate([row.behaviour_logprobs for row in rows]), STEPS if found.by_generate else EXACT
+    written, within = (
+        np.concatenate([row.behaviour_logprobs for row in rows]),
+        STEPS if found.by_generate else EXACT,
+    )
     found.compare(f"{name}: behaviour", written, expected, within)
     found.compare(f"{name}: teacher", np.concatenate([row.teacher_logprobs for row in rows]), teacher)
     found.compare(f"{name}: student without gradients", watch.logprobs, expected)
     step = next(record for record in _records(run) if record["kind"] == "step")
-    found.compare(f"{name}: student in training", np.array([step["student_logprob"]]), expected.mean(keepdims=True))
+    found.compare(
+        f"{name}: student in training", np.array([step["student_logprob"]]), expected.mean(keepdims=True)
+    )
     if models.teacher == models.student and not models.adapter and not abs(step["loss"]) < SAME:
         found.wrong.append(f"{name}: the loss of a student that is its teacher is {step['loss']:.2g}")
     if not np.isfinite(step["grad_norm"]):
@@ -250,10 +285,15 @@ def sweep_seed(kind: str, folder: Path, seed: int) -> dict[str, Any]:
         return {"verdict": "not built", "because": because}
     record = as_student(models, folder / "sdpa", leak)
     if record["verdict"] == "refused" and "attn_implementation" in record["because"]:
-        record = as_student(models, folder / "eager", leak, attn_implementation="eager") | {"attention": "eager"}
+        record = as_student(models, folder / "eager", leak, attn_implementation="eager") | {
+            "attention": "eager"
+        }
     if record["verdict"] == "refused":
         teacher = as_teacher(models[0], folder, record.get("attention", "sdpa"))
-        record |= {"teacher": teacher, "verdict": "wrong" if teacher.startswith(("wrong", "breaks")) else "refused"}
+        record |= {
+            "teacher": teacher,
+            "verdict": "wrong" if teacher.startswith(("wrong", "breaks")) else "refused",
+        }
     return record
 
 
@@ -271,7 +311,9 @@ def as_student(models: list[Path], folder: Path, leak: float, **values: Any) -> 
     except Exception as error:
         return {"verdict": "breaks", "because": _sentence(error), "where": _where(error)} | vars(found)
     if leak > EXACT:
-        found.wrong.append(f"its forward looks ahead: a log-probability moves by {leak:.2g} with what follows")
+        found.wrong.append(
+            f"its forward looks ahead: a log-probability moves by {leak:.2g} with what follows"
+        )
     return {"verdict": "wrong" if found.wrong else "right"} | vars(found)
 
 
@@ -296,7 +338,9 @@ def save(kind: str, folder: Path, seed: int = 0) -> Path:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # a part's: checkpoints have the whole's
+    if (
+        model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):  # a part's: checkpoints have the whole's
         tiny_types.config_of(kind).save_pretrained(folder)
     return folder
 
@@ -322,7 +366,9 @@ def stirred_adapter(exported: Path, folder: Path) -> Path:
     for name, weight in weights.items():
         if ("lora_B" in name or "lora_embedding_B" in name) and weight.any():
             weights[name] = torch.randn(weight.shape, generator=random) * 0.1
-    assert any(weight.abs().max() > 0.1 for name, weight in weights.items() if "lora_B" in name), "no adapter moved"
+    assert any(weight.abs().max() > 0.1 for name, weight in weights.items() if "lora_B" in name), (
+        "no adapter moved"
+    )
     save_file(weights, path, {"format": "pt"})
     return folder
 
@@ -333,7 +379,9 @@ def _sentence(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    return " < ".join(f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in reversed(frames[-4:]))
+    return " < ".join(
+        f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in reversed(frames[-4:])
+    )
 
 
 # --- all types ---------------------------------------------------------------------------------------------------------
@@ -386,14 +434,24 @@ class Worker:
 
 def main() -> None:
     os.environ.update(ENVIRONMENT)  # before the workers import anything
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="these alone, whatever is known of them")
-    parser.add_argument("--again", action="store_true", help="also the types that have a result with these versions")
-    parser.add_argument("--workers", type=int, default=1, help="processes that sweep at a time, up to 2 GiB each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TYPE", help="these alone, whatever is known of them"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="also the types that have a result with these versions"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that sweep at a time, up to 2 GiB each"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    known = {kind for kind, found in results.items() if found["versions"] == versions() and not arguments.again}
+    known = {
+        kind for kind, found in results.items() if found["versions"] == versions() and not arguments.again
+    }
     kinds = arguments.only or [kind for kind in all_types() if kind not in known]
     run_types(kinds, results, arguments.out, arguments.workers)
     if arguments.out == RESULTS:
@@ -440,7 +498,12 @@ def all_types() -> list[str]:
     """Those of `COMMON` first, settings within types last."""
     return list(
         dict.fromkeys(
-            [*COMMON.values(), *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *tiny_types.ENCODER_DECODERS, *tiny_types.VARIANTS]
+            [
+                *COMMON.values(),
+                *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+                *tiny_types.ENCODER_DECODERS,
+                *tiny_types.VARIANTS,
+            ]
         )
     )
 

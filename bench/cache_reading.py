@@ -31,9 +31,14 @@ import cache
 V, K, T, UNIT = 151_936, 64, 256, 128
 SIGNAL = {"kind": "topk", "k": K, "temperature": 1.0}
 MUST_MATCH = {
-    "teacher": "random", "teacher_dtype": "bfloat16", "tokenizer": "none", "chat_template": "", "chat_template_kwargs": {},
-    "vocab_size": V, "signal": SIGNAL,
-}  # fmt: skip
+    "teacher": "random",
+    "teacher_dtype": "bfloat16",
+    "tokenizer": "none",
+    "chat_template": "",
+    "chat_template_kwargs": {},
+    "vocab_size": V,
+    "signal": SIGNAL,
+}
 
 
 def rows(seed: int) -> Iterator[dict[str, Any]]:
@@ -50,11 +55,16 @@ def rows(seed: int) -> Iterator[dict[str, Any]]:
         ids = np.stack([_distinct(row, rng) for row in ids]).astype(np.int32)
         completion = ids[:, 0]
         yield {
-            "completion_ids": completion, "behaviour_logprobs": kept[:, 0] - rng.random(T).astype(np.float32),
-            "behaviour_entropy": rng.random(T) * 3, "teacher_logprobs": kept[:, 0], "teacher_entropy": rng.random(T) * 3,
-            "log_tail_mass": tail, "top1_id": completion, "top1_logprob": kept[:, 0],
+            "completion_ids": completion,
+            "behaviour_logprobs": kept[:, 0] - rng.random(T).astype(np.float32),
+            "behaviour_entropy": rng.random(T) * 3,
+            "teacher_logprobs": kept[:, 0],
+            "teacher_entropy": rng.random(T) * 3,
+            "log_tail_mass": tail,
+            "top1_id": completion,
+            "top1_logprob": kept[:, 0],
             "signal": cache.TopK(ids, kept.astype(np.float32), tail.astype(np.float32)),
-        }  # fmt: skip
+        }
 
 
 def _distinct(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -81,13 +91,21 @@ def write(root: Path, num_bytes: float) -> None:
                 number = unit * UNIT + i
                 writer.append(
                     cache.Record(
-                        row_id=hashlib.sha256(str(number).encode()).hexdigest()[:32], prompt_id=f"p{number // 4}",
-                        occurrence=0, sample_index=number % 4, refresh_index=0, run_id="bench", policy_step=0,
-                        policy_hash="0" * 16, finish_reason="length", prompt_text="How much is it?",
-                        completion_text="word " * (T // 2), prompt_ids=np.arange(64, dtype=np.int32),
+                        row_id=hashlib.sha256(str(number).encode()).hexdigest()[:32],
+                        prompt_id=f"p{number // 4}",
+                        occurrence=0,
+                        sample_index=number % 4,
+                        refresh_index=0,
+                        run_id="bench",
+                        policy_step=0,
+                        policy_hash="0" * 16,
+                        finish_reason="length",
+                        prompt_text="How much is it?",
+                        completion_text="word " * (T // 2),
+                        prompt_ids=np.arange(64, dtype=np.int32),
                         **distinct[number % len(distinct)],
                     )
-                )  # fmt: skip
+                )
             written += writer.commit(f"g0000-{unit:06d}").num_bytes
             unit += 1
 
@@ -121,9 +139,12 @@ def measure_stream(root: Path) -> dict[str, float]:
     watcher.join()
     size = sum(record.shard_bytes for record in snapshot.commit_records())
     return {
-        "rows": num_rows, "tokens_per_second": num_rows * T / seconds, "megabytes_per_second": size / seconds / 1e6,
-        "anonymous_mib_before": before["RssAnon"], "anonymous_mib_peak": peak["RssAnon"],
-    }  # fmt: skip
+        "rows": num_rows,
+        "tokens_per_second": num_rows * T / seconds,
+        "megabytes_per_second": size / seconds / 1e6,
+        "anonymous_mib_before": before["RssAnon"],
+        "anonymous_mib_peak": peak["RssAnon"],
+    }
 
 
 def _memory() -> dict[str, float]:
@@ -135,7 +156,9 @@ def _memory() -> dict[str, float]:
 def in_a_process(name: str, *arguments: str) -> dict[str, float]:
     """The figures of one `measure_` function in a process of its own."""
     command = [sys.executable, __file__, "--measure", name, *arguments]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     return found
 
 
@@ -149,7 +172,9 @@ def import_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="sizes, 10^9 bytes")
     parser.add_argument("--folder", type=Path, default=Path("runs/cache_reading"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -160,16 +185,20 @@ def main() -> None:
         print(json.dumps({"open": measure_open, "stream": measure_stream}[name](Path(root))))
         return
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-        "import_seconds": import_seconds(), "caches": {},
-    }  # fmt: skip
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "import_seconds": import_seconds(),
+        "caches": {},
+    }
     for gigabytes in options.gigabytes:
         root = options.folder / f"{gigabytes:g}GB"
         start = time.perf_counter()
         write(root, gigabytes * 1e9)
         print(f"{root} stands after {time.perf_counter() - start:.0f} s", file=sys.stderr)
         summary = cache.open(root).summary()
-        kept = {name: summary[name] for name in ("bytes", "rows", "shards", "scored_tokens", "bytes_per_token")}
+        kept = {
+            name: summary[name] for name in ("bytes", "rows", "shards", "scored_tokens", "bytes_per_token")
+        }
         found = kept | in_a_process("open", str(root)) | in_a_process("stream", str(root))
         results["caches"][f"{gigabytes:g} GB"] = found
         print(json.dumps(found))

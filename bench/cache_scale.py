@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import cache
-from tests.cache_samples import fingerprint, record
+from tests.support.cache_samples import fingerprint, record
 
 LAST = 100
 
@@ -42,14 +42,18 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="where the cache goes (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary) / "cache"
         total, commits = timed(lambda: write(root, range(options.shards)))
-        print(f"{options.shards:,} shards written in {total:.0f} s; commits of the first {LAST}: {_of(commits[:LAST])}")
+        print(
+            f"{options.shards:,} shards written in {total:.0f} s; commits of the first {LAST}: {_of(commits[:LAST])}"
+        )
         print(f"commits of the last {LAST}: {_of(commits[-LAST:])}")
         opened, snapshot = timed(lambda: cache.open(root))
         print(f"open: {opened:.2f} s, {len(snapshot):,} rows")

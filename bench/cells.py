@@ -83,11 +83,15 @@ class Program:
         elif options.table:
             path = options.out / self.file
             if not path.is_file():
-                raise SystemExit(f"{path} does not exist; measure first, or give the folder of the results as --out.")
+                raise SystemExit(
+                    f"{path} does not exist; measure first, or give the folder of the results as --out."
+                )
             print(self.table(json.loads(path.read_text())))
         else:
             if options.device == "cuda" and not torch.cuda.is_available():
-                raise SystemExit("torch sees no GPU here; --device cpu --tiny only tries whether everything runs.")
+                raise SystemExit(
+                    "torch sees no GPU here; --device cpu --tiny only tries whether everything runs."
+                )
             run(options, self.select(options), options.out / self.file)
 
     def select(self, options: argparse.Namespace) -> list[Cell]:
@@ -108,15 +112,24 @@ class Program:
         parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
         parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
         parser.add_argument("--tiny", action="store_true", help="tiny shapes: does everything run?")
-        parser.add_argument("--minutes", type=float, default=self.minutes, help="begin no cell after this time")
+        parser.add_argument(
+            "--minutes", type=float, default=self.minutes, help="begin no cell after this time"
+        )
         parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs of one small part")
         return parser.parse_args(arguments)
 
 
 def identity(cell: Cell, tiny: bool) -> Record:
     """Versions, sources and sizes that a result depends on."""
-    versions = {"tiny": tiny, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version()}
-    return versions | {name: version(name) for name in cell.packages} | {"sources": sources_digest(cell.sources)}
+    versions = {
+        "tiny": tiny,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version(),
+    }
+    return (
+        versions | {name: version(name) for name in cell.packages} | {"sources": sources_digest(cell.sources)}
+    )
 
 
 def is_done(record: Record | None, cell: Cell, tiny: bool) -> bool:
@@ -175,7 +188,11 @@ def table(found: Found) -> str:
     texts = []
     for device, cells in found.items():
         rows = [
-            [name, record["status"], "; ".join(f"{key} {number(value, 3)}" for key, value in figures(record).items())]
+            [
+                name,
+                record["status"],
+                "; ".join(f"{key} {number(value, 3)}" for key, value in figures(record).items()),
+            ]
             for name, record in cells.items()
         ]
         texts.append(f"## {device}\n\n" + markdown(["cell", "status", "figures"], rows))

@@ -60,7 +60,9 @@ def train(options: argparse.Namespace) -> None:
     while (elapsed := time.perf_counter() - started) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = (
-                1e-3 * min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds)))
+                1e-3
+                * min(1, (step + 1) / 50)
+                * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds)))
             )
         batch = sequences[torch.randint(len(sequences), (options.batch,), generator=random)].long()
         with torch.autocast(options.device, torch.bfloat16):
@@ -83,13 +85,24 @@ def train(options: argparse.Namespace) -> None:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, tiny: bool) -> Any:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} if tiny else {
-        "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12}  # fmt: skip
+    shape = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        if tiny
+        else {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12}
+    )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Qwen3Config(
-        vocab_size=len(tokenizer), num_attention_heads=10, num_key_value_heads=5, head_dim=64,
-        max_position_embeddings=LENGTH, tie_word_embeddings=True, **shape,
-    ), dtype=torch.float32)  # fmt: skip
+    return AutoModelForCausalLM.from_config(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            num_attention_heads=10,
+            num_key_value_heads=5,
+            head_dim=64,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+            **shape,
+        ),
+        dtype=torch.float32,
+    )
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -105,7 +118,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def read_text(path: Path) -> str:
     data = path.read_bytes()
-    return (zstandard.ZstdDecompressor().stream_reader(data).read() if path.suffix == ".zst" else data).decode()
+    return (
+        zstandard.ZstdDecompressor().stream_reader(data).read() if path.suffix == ".zst" else data
+    ).decode()
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, path: Path) -> list[np.ndarray]:
@@ -124,9 +139,12 @@ def arithmetic_rows(tokenizer: Any, path: Path) -> list[np.ndarray]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         turns = record.get("messages") or [
-            {"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["solution"]},
-        ]  # fmt: skip
-        rows.append(np.array(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False), np.int32))
+            {"role": "user", "content": record["question"]},
+            {"role": "assistant", "content": record["solution"]},
+        ]
+        rows.append(
+            np.array(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False), np.int32)
+        )
     return rows
 
 
@@ -170,11 +188,13 @@ def to_table(signals: list[cache.TopK]) -> pa.Table:
     ids, logprobs = np.concatenate([s.ids for s in signals]), np.concatenate([s.logprobs for s in signals])
     kept = ids >= 0
     offsets = pa.array(np.r_[0, np.cumsum(kept.sum(1))].astype(np.int32))
-    return pa.table({
-        "ids": pa.ListArray.from_arrays(offsets, pa.array(ids[kept])),
-        "logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs[kept])),
-        "tail": pa.array(np.concatenate([s.log_tail_mass for s in signals])),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "ids": pa.ListArray.from_arrays(offsets, pa.array(ids[kept])),
+            "logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs[kept])),
+            "tail": pa.array(np.concatenate([s.log_tail_mass for s in signals])),
+        }
+    )
 
 
 def of_table(table: pa.Table) -> list[cache.TopK]:
@@ -208,7 +228,9 @@ def parquet_zstd() -> Format:
         pq.write_table(to_table(signals), sink, compression="zstd", use_dictionary=False)
         return [sink.getvalue()]
 
-    return Format("Parquet, zstd", encode, lambda b: of_table(pq.read_table(io.BytesIO(b[0]), use_threads=False)))
+    return Format(
+        "Parquet, zstd", encode, lambda b: of_table(pq.read_table(io.BytesIO(b[0]), use_threads=False))
+    )
 
 
 def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
@@ -223,7 +245,10 @@ def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
         found = []
         for signal in signals:
             exact = (
-                torch.from_numpy(signal.logprobs[:, :num_exact].copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+                torch.from_numpy(signal.logprobs[:, :num_exact].copy())
+                .to(torch.bfloat16)
+                .view(torch.uint16)
+                .numpy()
             )
             terms = (signal.logprobs[:, num_exact:].astype(np.float64) @ solve.T).astype(np.float32)
             planes = (signal.ids[..., None] >> np.arange(bits - 1, -1, -1)) & 1
@@ -236,12 +261,20 @@ def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
         num_terms = len(TERMS[config])
         for blob in blobs:
             first, second = 2 * LENGTH * num_exact, 4 * LENGTH * num_terms
-            exact = (np.frombuffer(blob, np.uint16, LENGTH * num_exact).astype(np.uint32) << 16).view(np.float32)
-            terms = np.frombuffer(blob, np.float32, LENGTH * num_terms, first).reshape(LENGTH, -1).astype(np.float64)
+            exact = (np.frombuffer(blob, np.uint16, LENGTH * num_exact).astype(np.uint32) << 16).view(
+                np.float32
+            )
+            terms = (
+                np.frombuffer(blob, np.float32, LENGTH * num_terms, first)
+                .reshape(LENGTH, -1)
+                .astype(np.float64)
+            )
             packed_ids = np.frombuffer(blob, np.uint8, offset=first + second).reshape(LENGTH, -1)
             planes = np.unpackbits(packed_ids, axis=1)[:, : k * bits].reshape(LENGTH, k, bits)
             ids = planes.astype(np.int32) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int32))
-            logprobs = np.concatenate([exact.reshape(LENGTH, -1), (terms @ basis.T).astype(np.float32)], axis=1)
+            logprobs = np.concatenate(
+                [exact.reshape(LENGTH, -1), (terms @ basis.T).astype(np.float32)], axis=1
+            )
             mass = np.exp(logprobs.astype(np.float64)).sum(1)
             tail = np.log(np.maximum(1 - mass, 1e-8))
             total = np.logaddexp(np.log(mass), tail)
@@ -258,7 +291,10 @@ def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
 def hidden_states(folder: str, rows: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states [N, d] of all positions, and the lm_head [V, d], fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    states = [model.model(input_ids=torch.from_numpy(row).long()[None].to(device)).last_hidden_state[0] for row in rows]
+    states = [
+        model.model(input_ids=torch.from_numpy(row).long()[None].to(device)).last_hidden_state[0]
+        for row in rows
+    ]
     return torch.cat(states), model.get_output_embeddings().weight.detach()
 
 
@@ -268,7 +304,12 @@ def top_k(states: torch.Tensor, head: torch.Tensor, k: int, p: float) -> list[ca
     for start in range(0, len(states) // LENGTH * LENGTH, LENGTH):
         part = states[start : start + LENGTH]
         kept = compress(
-            part, head, torch.zeros(LENGTH, dtype=torch.long, device=part.device), k=k, p=p, floor=min(FLOOR, k)
+            part,
+            head,
+            torch.zeros(LENGTH, dtype=torch.long, device=part.device),
+            k=k,
+            p=p,
+            floor=min(FLOOR, k),
         )
         found.append(cache.TopK(*(t.cpu().numpy() for t in (kept.ids, kept.logprobs, kept.log_tail_mass))))
     return found
@@ -315,17 +356,23 @@ def widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 
-def measure_format(form: Format, exact: list[cache.TopK], states: torch.Tensor, head: torch.Tensor) -> dict[str, float]:
+def measure_format(
+    form: Format, exact: list[cache.TopK], states: torch.Tensor, head: torch.Tensor
+) -> dict[str, float]:
     num_tokens = LENGTH * len(exact)
     num_kept = sum(int((s.ids >= 0).sum()) for s in exact)
     blobs, encoding = timed(lambda: form.encode(exact))
     decoded, decoding = timed(lambda: form.decode(blobs))
     kl = np.concatenate([divergence(a, b) for a, b in zip(exact, decoded, strict=True)])
-    assert all(np.array_equal(a.ids[a.ids >= 0], b.ids[b.ids >= 0]) for a, b in zip(exact, decoded, strict=True))
+    assert all(
+        np.array_equal(a.ids[a.ids >= 0], b.ids[b.ids >= 0]) for a, b in zip(exact, decoded, strict=True)
+    )
     errors = {}
     for name, mix in (("reverse", 1.0), ("forward", 0.0)):
         wanted = gradient(exact, states, head, mix)
-        errors[f"{name}_gradient_error"] = float((gradient(decoded, states, head, mix) - wanted).norm() / wanted.norm())
+        errors[f"{name}_gradient_error"] = float(
+            (gradient(decoded, states, head, mix) - wanted).norm() / wanted.norm()
+        )
     size = sum(map(len, blobs))
     return {
         "kept_ids_per_token": num_kept / num_tokens,
@@ -440,7 +487,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("train")
     make.add_argument("--tokenizer", type=Path, required=True)

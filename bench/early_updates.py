@@ -81,9 +81,12 @@ def measure_sums(device: str, gemms: tuple[tuple[int, int, int], ...], seconds: 
 
 def make_student(device: str, tiny: bool, folder: Path) -> Student:
     config = Qwen3Config(
-        vocab_size=512 if tiny else 151_936, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
-        tie_word_embeddings=True, **(TINY if tiny else SHAPES["student"]),
-    )  # fmt: skip
+        vocab_size=512 if tiny else 151_936,
+        num_key_value_heads=2 if tiny else 8,
+        head_dim=16 if tiny else 128,
+        tie_word_embeddings=True,
+        **(TINY if tiny else SHAPES["student"]),
+    )
     torch.manual_seed(1)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -128,14 +131,21 @@ def measure_student(student: Student, lr: float, num_steps: int) -> list[dict[st
     optimizer = torch.optim.AdamW(student.trainable.values(), weight_decay=0.0)
     found, before = [], exact()
     for step in range(num_steps + 1):
-        truth, probe, generator = exact(), trainer_logprobs(student, rows), generator_logprobs(run, student, rows)
+        truth, probe, generator = (
+            exact(),
+            trainer_logprobs(student, rows),
+            generator_logprobs(run, student, rows),
+        )
         logits = at_scored(student.hidden(aligned), aligned).float() @ student.head.weight.float().t()
         losses = torch.nn.functional.cross_entropy(logits, aligned.targets.long(), reduction="none")
         record = {
-            "step": step, "moved": distance(truth, before), "training_fp32": distance(-losses.detach().cpu().numpy(), truth),
-            "probe_fp32": distance(probe, truth), "generator_fp32": distance(generator, truth),
+            "step": step,
+            "moved": distance(truth, before),
+            "training_fp32": distance(-losses.detach().cpu().numpy(), truth),
+            "probe_fp32": distance(probe, truth),
+            "generator_fp32": distance(generator, truth),
             "generator_probe": distance(generator, probe),
-        }  # fmt: skip
+        }
         found.append(record)
         print(json.dumps(record), flush=True)
         for group in optimizer.param_groups:
@@ -147,7 +157,9 @@ def measure_student(student: Student, lr: float, num_steps: int) -> list[dict[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lr", type=float, default=8e-5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5, help="of one timing")
@@ -157,9 +169,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     gemms = ((512, 256, 256),) if options.tiny else GEMMS
     found = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "torch": torch.__version__,
-        "lr": options.lr, "sums": measure_sums(options.device, gemms, options.seconds),
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "lr": options.lr,
+        "sums": measure_sums(options.device, gemms, options.seconds),
+    }
     print(json.dumps(found["sums"], indent=1), flush=True)
     student = make_student(options.device, options.tiny, options.out)
     found["student"] = measure_student(student, options.lr, options.steps)

@@ -120,7 +120,8 @@ def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
     if cell.contender.name != "dual_kl":
         return [cell]
     variants = [
-        replace(cell.contender, name=f"dual_kl@{rows}", settings=({"chunk_rows": rows},)) for rows in chunk_rows
+        replace(cell.contender, name=f"dual_kl@{rows}", settings=({"chunk_rows": rows},))
+        for rows in chunk_rows
     ]
     return [replace(cell, contender=variant) for variant in variants]
 
@@ -156,7 +157,9 @@ def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
     }
     if device == "cuda":
         steps["student_forward_fp32"] = lambda: torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        steps["teacher_forward_fp32"] = lambda: torch.mm(teacher_hidden, teacher_weight.T, out_dtype=torch.float32)
+        steps["teacher_forward_fp32"] = lambda: torch.mm(
+            teacher_hidden, teacher_weight.T, out_dtype=torch.float32
+        )
     found: Record = {"ms": {}}
     for name, step in steps.items():
         try:
@@ -242,10 +245,14 @@ def errors_of(loss: Tensor, columns: Columns, step: Step, wanted: Reference) -> 
     assert step.hidden.grad is not None
     found: Record = {
         "loss": abs(float(loss) - wanted.loss) / abs(wanted.loss),
-        "dX": relative_error(step.hidden.grad[wanted.positions.to(step.hidden.device)], wanted.hidden_gradient),
+        "dX": relative_error(
+            step.hidden.grad[wanted.positions.to(step.hidden.device)], wanted.hidden_gradient
+        ),
     }
     if step.weight.grad is not None:
-        found["dW"] = relative_error(step.weight.grad[wanted.ids.to(step.weight.device)], wanted.weight_gradient)
+        found["dW"] = relative_error(
+            step.weight.grad[wanted.ids.to(step.weight.device)], wanted.weight_gradient
+        )
     tolerances = []
     for name, column in columns.items():
         gap_N = (column.detach().double().cpu() - wanted.columns[name]).abs()
@@ -257,16 +264,23 @@ def errors_of(loss: Tensor, columns: Columns, step: Step, wanted: Reference) -> 
     return found
 
 
-def measure_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float) -> Record:
+def measure_cell(
+    cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float
+) -> Record:
     """Time, memory and errors of one cell; raises what the contender raises."""
     step = Step(problem, cell.head)
     chosen, tried = choose_settings(cell, problem, step, settings, device)
     timing = measure(step, device, seconds)
     peak = peak_bytes(step, device)
     found: Record = {
-        "status": "ok", "settings": chosen, "tried": tried, "ms": timing.median, "ms_least": timing.least,
-        "repeats": timing.repeats, "extra_gib": peak / 2**30,
-    }  # fmt: skip
+        "status": "ok",
+        "settings": chosen,
+        "tried": tried,
+        "ms": timing.median,
+        "ms_least": timing.least,
+        "repeats": timing.repeats,
+        "extra_gib": peak / 2**30,
+    }
     try:
         loss, columns = step()
         found["errors"] = errors_of(loss, columns, step, problem.reference(cell.kind, cell.contender.job))
@@ -276,7 +290,9 @@ def measure_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], d
     return found
 
 
-def try_cell(cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float) -> Record:
+def try_cell(
+    cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float
+) -> Record:
     """`measure_cell`, or what went wrong."""
     try:
         if device not in cell.contender.devices:
@@ -321,7 +337,11 @@ def settings_for(cell: Cell, before: Record | None, options: argparse.Namespace)
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is missing, cell by cell, shapes one after the other."""
-    device, started, results = options.device, time.monotonic(), Results(options.out / "loss.json", options.device)
+    device, started, results = (
+        options.device,
+        time.monotonic(),
+        Results(options.out / "loss.json", options.device),
+    )
     seconds = options.seconds or (1.0 if options.quick else 2.0)
     selected = select(options)
     todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c)]
@@ -388,7 +408,9 @@ def tables(found: dict[str, dict[str, Record]]) -> str:
 
 
 def device_tables(device: str, cells: dict[str, Record]) -> list[str]:
-    floors = {name.removesuffix("/floor"): record for name, record in cells.items() if name.endswith("/floor")}
+    floors = {
+        name.removesuffix("/floor"): record for name, record in cells.items() if name.endswith("/floor")
+    }
     measured = {name: record for name, record in cells.items() if not name.endswith("/floor")}
     ours = {name: record for name, record in measured.items() if name.endswith("/dual_kl")}
     versions = sorted({f"torch {r['torch']}, triton {r['triton']}, CUDA {r['cuda']}" for r in cells.values()})
@@ -406,11 +428,17 @@ def floor_table(floors: dict[str, Record]) -> str:
     names = ["student_forward", "by_hidden", "by_weight", "teacher_forward"]
     names += ["student_forward_fp32", "teacher_forward_fp32"]
     rows = [
-        [shape, *(number(r["ms"].get(name), 2) for name in names), number(r["product_tflops"], 0),
-         number(r["copy_tb_per_second"], 2)]
+        [
+            shape,
+            *(number(r["ms"].get(name), 2) for name in names),
+            number(r["product_tflops"], 0),
+            number(r["copy_tb_per_second"], 2),
+        ]
         for shape, r in floors.items()
-    ]  # fmt: skip
-    return markdown(["shape", *(f"{n.replace('_', ' ')}, ms" for n in names), "product, TFLOP/s", "copy, TB/s"], rows)
+    ]
+    return markdown(
+        ["shape", *(f"{n.replace('_', ' ')}, ms" for n in names), "product, TFLOP/s", "copy, TB/s"], rows
+    )
 
 
 def cell_table(cells: dict[str, Record]) -> str:
@@ -423,9 +451,13 @@ def cell_table(cells: dict[str, Record]) -> str:
         if record["status"] == "ok":
             errors = record["errors"]
             row += [
-                show_settings(record["settings"]), number(record["ms"], 1), number(record["ratio"], 2),
-                number(record["extra_gib"], 2), scientific(errors.get("dX")), scientific(errors.get("dW")),
-            ]  # fmt: skip
+                show_settings(record["settings"]),
+                number(record["ms"], 1),
+                number(record["ratio"], 2),
+                number(record["extra_gib"], 2),
+                scientific(errors.get("dX")),
+                scientific(errors.get("dW")),
+            ]
         else:
             row += ["", record["status"], "", "", "", ""]
         rows.append(row)
@@ -446,18 +478,24 @@ def error_table(cells: dict[str, Record]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the headline rows, one setting each")
     parser.add_argument("--only", nargs="+", metavar="GLOB", help="cells by name")
     parser.add_argument("--again", action="store_true", help="measure cells that are there already")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the results")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny shape: does everything run?")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no cell after this time")
     parser.add_argument("--seconds", type=float, help="of timed runs a cell (default 2; 1 with --quick)")
-    parser.add_argument("--chunk-rows", type=int, nargs="+", help="dual_kl@ROWS: chunks of this many positions")
+    parser.add_argument(
+        "--chunk-rows", type=int, nargs="+", help="dual_kl@ROWS: chunks of this many positions"
+    )
     return parser.parse_args(arguments)
 
 

@@ -145,8 +145,17 @@ def build_liger_fused(problem: Problem, kind: str, settings: Settings) -> LossFu
     def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Columns]:
         labels, ignore_index, temperature = None, -100, 1.0
         return function.apply(
-            hidden, weight, *teacher, labels, settings["beta"], ignore_index, temperature, accumulate, None, None
-        ), {}  # fmt: skip
+            hidden,
+            weight,
+            *teacher,
+            labels,
+            settings["beta"],
+            ignore_index,
+            temperature,
+            accumulate,
+            None,
+            None,
+        ), {}
 
     return loss
 
@@ -192,11 +201,14 @@ def build_orda(problem: Problem, kind: str, settings: Settings) -> LossFunction:
     chunks = {"dynamic": orda.ChunkSize.dynamic, "fast": orda.ChunkSize.fast}
     chunk_size = chunks[rows]() if isinstance(rows, str) else orda.ChunkSize.nrows(rows)
     options = {
-        "student_ce_weight": 0.0, "kl_weight": 1.0, "kl_divergence": "entropy_adaptive", "entropy_gate": gate,
+        "student_ce_weight": 0.0,
+        "kl_weight": 1.0,
+        "kl_divergence": "entropy_adaptive",
+        "entropy_gate": gate,
         "config": orda.KernelConfig(
             chunk_size=chunk_size, assume_valid_labels=True, grad_weight_accumulation=settings["accum"]
         ),
-    }  # fmt: skip
+    }
     labels = torch.zeros(problem.shape.num_rows, dtype=torch.long, device=problem.hidden_Nd.device)
     given = problem.teacher(kind)
     if isinstance(given, LogitsTeacher):
@@ -230,14 +242,23 @@ CONTENDERS = (
     _liger("liger_chunked_jsd_compiled", "jsd", 0.5, compiled=True),
     _liger("liger_chunked_reverse_compiled", "reverse", 1.0, compiled=True),
     Contender(
-        "liger_fused_linear_jsd", "jsd", ("hidden",), build_liger_fused,
-        ({"beta": 0.5, "accum": "none"}, {"beta": 0.5, "accum": "fp32"}), "liger-kernel", ("cuda",),
+        "liger_fused_linear_jsd",
+        "jsd",
+        ("hidden",),
+        build_liger_fused,
+        ({"beta": 0.5, "accum": "none"}, {"beta": 0.5, "accum": "fp32"}),
+        "liger-kernel",
+        ("cuda",),
     ),
     _trl("trl_reverse", "reverse", 1.0),
     _trl("trl_forward", "forward", 0.0),
     _trl("trl_jsd", "jsd", 0.5),
     Contender(
-        "orda_entropy_gate", "entropy", ("hidden", "full"), build_orda,
-        tuple({"rows": rows, "accum": "auto"} for rows in ("dynamic", "fast", 2048)), "orda-kernel",
+        "orda_entropy_gate",
+        "entropy",
+        ("hidden", "full"),
+        build_orda,
+        tuple({"rows": rows, "accum": "auto"} for rows in ("dynamic", "fast", 2048)),
+        "orda-kernel",
     ),
-)  # fmt: skip
+)

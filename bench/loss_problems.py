@@ -120,7 +120,9 @@ def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
     return Problem(shape, *model(shape.width), *model(shape.teacher_width))
 
 
-def objective(job: str, logits_NV: Tensor, teacher: Tensor | TopKTeacher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def objective(
+    job: str, logits_NV: Tensor, teacher: Tensor | TopKTeacher
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, R, F, λ) per position by their definitions, in the dtype of the logits; differentiable in the loss.
 
     `teacher` is logits [N, V] or a top-k teacher whose slots are all filled. Jobs: "gated" (the dual KL of `CONFIG`),
@@ -179,17 +181,25 @@ def make_reference(problem: Problem, kind: str, job: str) -> Reference:
         del logits_NV, gradient_NV, columns
     loss_N, rkl_N, fkl_N, gate_N = (torch.cat(column) for column in zip(*parts))
     return Reference(
-        float(loss_N.mean()), {"rkl": rkl_N, "fkl": fkl_N, "gate": gate_N},
-        positions.cpu(), torch.cat(hidden_gradients), ids.cpu(), weight_gradient.cpu(),
-    )  # fmt: skip
+        float(loss_N.mean()),
+        {"rkl": rkl_N, "fkl": fkl_N, "gate": gate_N},
+        positions.cpu(),
+        torch.cat(hidden_gradients),
+        ids.cpu(),
+        weight_gradient.cpu(),
+    )
 
 
-def _teacher_rows(problem: Problem, kind: str, rows: slice, teacher_weight_VD: Tensor | None) -> Tensor | TopKTeacher:
+def _teacher_rows(
+    problem: Problem, kind: str, rows: slice, teacher_weight_VD: Tensor | None
+) -> Tensor | TopKTeacher:
     if teacher_weight_VD is not None:
         return problem.teacher_hidden_ND[rows].double() @ teacher_weight_VD.T
     teacher = problem.teacher(kind)
     if isinstance(teacher, TopKTeacher):
-        return TopKTeacher(teacher.ids[rows], teacher.logprobs[rows].double(), teacher.log_tail_mass[rows].double())
+        return TopKTeacher(
+            teacher.ids[rows], teacher.logprobs[rows].double(), teacher.log_tail_mass[rows].double()
+        )
     assert isinstance(teacher, LogitsTeacher)
     return teacher.logits[rows].double()
 

@@ -76,7 +76,10 @@ def ceilings(device: str, seconds: float) -> Record:
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     source = torch.ones(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    product, copy = measure(lambda: a @ b, device, seconds), measure(lambda: target.copy_(source), device, seconds)
+    product, copy = (
+        measure(lambda: a @ b, device, seconds),
+        measure(lambda: target.copy_(source), device, seconds),
+    )
     return {
         "product_tflops": 2 * size**3 / product.median / 1e9,
         "copy_tb_per_second": 2 * source.nbytes / copy.median / 1e9,
@@ -135,7 +138,9 @@ class Results:
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
-        self.all: dict[str, dict[str, Record]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.all: dict[str, dict[str, Record]] = (
+            json.loads(self.path.read_text()) if self.path.exists() else {}
+        )
         self.here = self.all.setdefault(torch.cuda.get_device_name() if device == "cuda" else "cpu", {})
 
     def put(self, name: str, record: Record) -> None:

@@ -6,10 +6,20 @@ from typing import Any
 
 Record = dict[str, Any]
 COMMON = {
-    "Qwen2, Qwen2.5": "qwen2", "Qwen3": "qwen3", "Qwen3-MoE": "qwen3_moe", "Llama": "llama", "Mistral": "mistral",
-    "Gemma 2": "gemma2", "Gemma 3, text": "gemma3_text", "Phi-3": "phi3", "OLMo 2": "olmo2", "SmolLM3": "smollm3",
-    "Granite": "granite", "GPT-2": "gpt2", "GPT-OSS": "gpt_oss",
-}  # fmt: skip
+    "Qwen2, Qwen2.5": "qwen2",
+    "Qwen3": "qwen3",
+    "Qwen3-MoE": "qwen3_moe",
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Gemma 2": "gemma2",
+    "Gemma 3, text": "gemma3_text",
+    "Phi-3": "phi3",
+    "OLMo 2": "olmo2",
+    "SmolLM3": "smollm3",
+    "Granite": "granite",
+    "GPT-2": "gpt2",
+    "GPT-OSS": "gpt_oss",
+}
 """Models that people bring most, and their types."""
 
 HEAD = """# Models
@@ -37,23 +47,37 @@ rotary embeddings that change at lengths beyond a few hundred tokens are not jud
 def page(results: dict[str, Record]) -> str:
     """The whole page in Markdown."""
     versions = {
-        " ".join(f"{name} {number}," for name, number in record["versions"].items()) for record in results.values()
+        " ".join(f"{name} {number}," for name, number in record["versions"].items())
+        for record in results.values()
     }
     dates = sorted({record["date"] for record in results.values()})
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     head = HEAD.format(
-        dates=f" ({span})", versions=" or ".join(sorted(versions)).rstrip(","), size="two to four layers of width 64"
+        dates=f" ({span})",
+        versions=" or ".join(sorted(versions)).rstrip(","),
+        size="two to four layers of width 64",
     )
     excluded = [f"`{kind}`" for kind, record in results.items() if record["verdict"] == "excluded"]
     results = {kind: record for kind, record in results.items() if record["verdict"] != "excluded"}
     types = {kind: record for kind, record in results.items() if ":" not in kind}
     variants = {kind: record for kind, record in results.items() if ":" in kind}
-    parts = [head, *_common(types), *_counts(types), *_table(types), *_excluded(excluded), *_variants(variants)]
+    parts = [
+        head,
+        *_common(types),
+        *_counts(types),
+        *_table(types),
+        *_excluded(excluded),
+        *_variants(variants),
+    ]
     return "\n".join(parts) + "\n"
 
 
 def _common(results: dict[str, Record]) -> list[str]:
-    rows = [f"| {name} | `{kind}` | {outcome(results[kind])} |" for name, kind in COMMON.items() if kind in results]
+    rows = [
+        f"| {name} | `{kind}` | {outcome(results[kind])} |"
+        for name, kind in COMMON.items()
+        if kind in results
+    ]
     return ["## Common models", "", "| model | type | result |", "|---|---|---|", *rows, ""]
 
 
@@ -69,12 +93,13 @@ def _counts(results: dict[str, Record]) -> list[str]:
     )
     teachers = sum(record.get("teacher") == "right" for record in results.values())
     return [
-        "## All types", "",
+        "## All types",
+        "",
         f"{len(results)} types: {len(right)} right ({padded} of them padded, {plain} by generate), {len(refused)} refused as"
         f" students ({teachers} of them right as teachers), {len(not_built)} not built, {len(wrong)} wrong"
         + (f" ({', '.join(wrong)})." if wrong else "."),
         "",
-    ]  # fmt: skip
+    ]
 
 
 def _table(results: dict[str, Record]) -> list[str]:
@@ -86,12 +111,21 @@ def _excluded(kinds: list[str]) -> list[str]:
     """What is said of encoder-decoders."""
     if not kinds:
         return []
-    return [f"Not tried, since they are encoder-decoders and have no causal class: {', '.join(sorted(kinds))}.", ""]
+    return [
+        f"Not tried, since they are encoder-decoders and have no causal class: {', '.join(sorted(kinds))}.",
+        "",
+    ]
 
 
 def _variants(results: dict[str, Record]) -> list[str]:
     rows = [f"| {kind} | {outcome(record)} |" for kind, record in sorted(results.items())]
-    return ["## Settings that change how a type computes", "", "| type and setting | result |", "|---|---|", *rows]
+    return [
+        "## Settings that change how a type computes",
+        "",
+        "| type and setting | result |",
+        "|---|---|",
+        *rows,
+    ]
 
 
 def outcome(record: Record) -> str:

@@ -94,17 +94,38 @@ class Setting:
 
 REAL = Setting(
     replace(
-        stage_two.REAL, completion_tokens=256, rows_per_step=128, num_steps=16,
-        model=Qwen3Config(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                          num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960,
-                          tie_word_embeddings=True),
+        stage_two.REAL,
+        completion_tokens=256,
+        rows_per_step=128,
+        num_steps=16,
+        model=Qwen3Config(
+            vocab_size=151_936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40_960,
+            tie_word_embeddings=True,
+        ),
     ),
-    "8B", stage_one_teacher.FULL, num_prompt_tokens=128, rows_per_unit=1024, num_warm_up_rows=512,
-)  # fmt: skip
+    "8B",
+    stage_one_teacher.FULL,
+    num_prompt_tokens=128,
+    rows_per_unit=1024,
+    num_warm_up_rows=512,
+)
 TINY = Setting(
-    replace(stage_two.TINY, rows_per_step=4, num_steps=2), "tiny", stage_one_teacher.TINY, num_prompt_tokens=6,
-    rows_per_unit=4, num_warm_up_rows=4, trl_steps=1, trl_batches=(4, 2),
-)  # fmt: skip
+    replace(stage_two.TINY, rows_per_step=4, num_steps=2),
+    "tiny",
+    stage_one_teacher.TINY,
+    num_prompt_tokens=6,
+    rows_per_unit=4,
+    num_warm_up_rows=4,
+    trl_steps=1,
+    trl_batches=(4, 2),
+)
 
 
 # --- what both sides share -----------------------------------------------------------------------------------------
@@ -154,14 +175,29 @@ def say(text: str) -> None:
 def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: int) -> Run:
     """`auto` batch sizes ask for the teacher's config.json, which is written here."""
     student = setting.student
-    stage_one_teacher.teacher_config(setting.teacher, setting.teacher_size).save_pretrained(folder / "teacher")
+    stage_one_teacher.teacher_config(setting.teacher, setting.teacher_size).save_pretrained(
+        folder / "teacher"
+    )
     flags = {
-        "run_name": name, "runs_dir": folder, "device": device, "dtype": student.dtype, "lora_r": student.lora_r,
-        "teacher_model": folder / "teacher", "teacher_ds_zero3": False, "group_size": 1,
-        "max_prompt_tokens": setting.num_prompt_tokens, "max_new_tokens": student.completion_tokens, "rollouts_per_unit": min(setting.rows_per_unit, num_rows),
-        "rollouts_per_refresh": num_rows, "signal_k": student.k, "batch_size": student.rows_per_step, "grad_accum": 1,
-        "max_steps": student.num_steps, "refresh_every": 0, "trace_every": 0,
-    }  # fmt: skip
+        "run_name": name,
+        "runs_dir": folder,
+        "device": device,
+        "dtype": student.dtype,
+        "lora_r": student.lora_r,
+        "teacher_model": folder / "teacher",
+        "teacher_ds_zero3": False,
+        "group_size": 1,
+        "max_prompt_tokens": setting.num_prompt_tokens,
+        "max_new_tokens": student.completion_tokens,
+        "rollouts_per_unit": min(setting.rows_per_unit, num_rows),
+        "rollouts_per_refresh": num_rows,
+        "signal_k": student.k,
+        "batch_size": student.rows_per_step,
+        "grad_accum": 1,
+        "max_steps": student.num_steps,
+        "refresh_every": 0,
+        "trace_every": 0,
+    }
     return open_run("", [part for key, value in flags.items() for part in (f"--{key}", str(value))])
 
 
@@ -218,9 +254,12 @@ def stage_one(setting: Setting, device: str) -> StageOne:
 def measure_stage_one(setting: Setting, bench: Bench) -> Record:
     done: StageOne = bench.make("stage one", lambda: stage_one(setting, bench.device))
     return {
-        "rollouts_per_second": setting.num_rows / done.seconds, "stage_one_seconds": done.seconds,
-        "num_rollouts": setting.num_rows, **shares_of(done.run), "stage_one_peak_gib": done.peak_gib,
-    }  # fmt: skip
+        "rollouts_per_second": setting.num_rows / done.seconds,
+        "stage_one_seconds": done.seconds,
+        "num_rollouts": setting.num_rows,
+        **shares_of(done.run),
+        "stage_one_peak_gib": done.peak_gib,
+    }
 
 
 def train(run: Run, training: fit.Training, num_steps: int) -> None:
@@ -246,15 +285,22 @@ def measure_both(setting: Setting, bench: Bench) -> Record:
     say(f"stage two: {seconds['stage two']:.1f} s")
     tokens = setting.num_rows * setting.student.completion_tokens
     return found | {
-        "tokens_per_second": tokens / (done.seconds + seconds["stage two"]), "stage_two_seconds": seconds["stage two"],
+        "tokens_per_second": tokens / (done.seconds + seconds["stage two"]),
+        "stage_two_seconds": seconds["stage two"],
         "stage_two_peak_gib": peak_gib(bench.device),
-    }  # fmt: skip
+    }
 
 
 def shares_of(run: Run) -> Record:
     """Rates and shares of stage one's parts, as the run itself notes them."""
     last = [record for record in metrics.read(run.metrics.path) if record["kind"] == "rollout_progress"][-1]
-    names = ("generated_tokens_per_second", "scored_tokens_per_second", "share_generate", "share_score", "share_write")
+    names = (
+        "generated_tokens_per_second",
+        "scored_tokens_per_second",
+        "share_generate",
+        "share_score",
+        "share_write",
+    )
     return {name: last[name] for name in names}
 
 
@@ -273,19 +319,30 @@ def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, 
             forget_accelerate()
     measured = steps[TRL_WARM_UP:]
     assert len(measured) == setting.trl_steps
-    mean = {name: sum(step[name] for step in measured) / len(measured) for name in ("generate", "teacher", "whole")}
+    mean = {
+        name: sum(step[name] for step in measured) / len(measured)
+        for name in ("generate", "teacher", "whole")
+    }
     return {
         "rollouts_per_second": batch / (mean["generate"] + mean["teacher"]),
         "tokens_per_second": batch * setting.student.completion_tokens / mean["whole"],
-        "generate_seconds": mean["generate"], "teacher_seconds": mean["teacher"], "step_seconds": mean["whole"],
-        "peak_gib": peak_gib(bench.device), "num_rollouts": batch * len(measured), "steps": steps,
-    }  # fmt: skip
+        "generate_seconds": mean["generate"],
+        "teacher_seconds": mean["teacher"],
+        "step_seconds": mean["whole"],
+        "peak_gib": peak_gib(bench.device),
+        "num_rollouts": batch * len(measured),
+        "steps": steps,
+    }
 
 
 def trl_trainer(
-    setting: Setting, batch: int, cache_implementation: str | None, device: str, folder: Path,
+    setting: Setting,
+    batch: int,
+    cache_implementation: str | None,
+    device: str,
+    folder: Path,
     steps: list[dict[str, float]],
-) -> Any:  # fmt: skip
+) -> Any:
     """A trainer that appends to `steps` the seconds of each: `generate`, the `teacher`'s forward, and the `whole`."""
     import datasets
     from peft import LoraConfig
@@ -319,25 +376,44 @@ def trl_trainer(
             clocks.append(time.perf_counter())
             steps.append(dict(seconds) | {"whole": clocks[-1] - clocks[-2]})
             seconds.clear()
-            say(f"step {len(steps)}: " + ", ".join(f"{name} {value:.1f} s" for name, value in steps[-1].items()))
+            say(
+                f"step {len(steps)}: "
+                + ", ".join(f"{name} {value:.1f} s" for name, value in steps[-1].items())
+            )
 
     model = stage_two.base_model(setting.student, device)
     model.generation_config = GenerationConfig(pad_token_id=0)
     arguments = DistillationConfig(
-        output_dir=str(folder), max_steps=num_steps, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        max_completion_length=num_tokens, cache_implementation=cache_implementation, gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=setting.student.dtype == "bf16",
-        use_cpu=device == "cpu", learning_rate=1e-4, optim="adamw_torch_fused", logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        max_completion_length=num_tokens,
+        cache_implementation=cache_implementation,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=setting.student.dtype == "bf16",
+        use_cpu=device == "cpu",
+        learning_rate=1e-4,
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     texts = [" ".join(map(word_of, ids)) for ids in prompts_of(setting, batch * num_steps).tolist()]
     rank = setting.student.lora_r
     return Timed(
-        model=model, teacher_model=teacher_model(setting, device), args=arguments,
-        train_dataset=datasets.Dataset.from_dict({"prompt": texts}), processing_class=tokenizer_of(setting.vocab_size),
-        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+        model=model,
+        teacher_model=teacher_model(setting, device),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer_of(setting.vocab_size),
+        peft_config=LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[Clock()],
-    )  # fmt: skip
+    )
 
 
 def forget_accelerate() -> None:
@@ -359,7 +435,9 @@ def cells(tiny: bool) -> list[Cell]:
     }
     peers = ("transformers", "peft", "trl")
     return [
-        Cell("ours/stage_one", partial(measure_stage_one, setting), (*SOURCES, *OURS), ("transformers", "peft")),
+        Cell(
+            "ours/stage_one", partial(measure_stage_one, setting), (*SOURCES, *OURS), ("transformers", "peft")
+        ),
         Cell("ours/both", partial(measure_both, setting), (*SOURCES, *OURS), ("transformers", "peft")),
         *(
             Cell(f"trl/{name}", partial(measure_trl, setting, batch, kind), SOURCES, peers)
@@ -388,7 +466,9 @@ def _rates(record: Record, measured: dict[str, Record]) -> list[str]:
         return [record["status"], "", "", ""]
     texts = []
     for rate in RATES:
-        best = max((other.get(rate, 0.0) for name, other in measured.items() if name.startswith("trl/")), default=0.0)
+        best = max(
+            (other.get(rate, 0.0) for name, other in measured.items() if name.startswith("trl/")), default=0.0
+        )
         own = record.get(rate)
         texts += [number(own, 1), number(own / best if own and best else None, 2)]
     return texts

@@ -72,7 +72,9 @@ def profiled(step: Callable[[], None], device: str) -> list[Event]:
 
 def kind_of(event: Event, shortest: float) -> str:
     """The class of a kernel; `shortest`: seconds below which a product is short."""
-    found = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name, re.IGNORECASE)), "other")
+    found = next(
+        (kind for kind, pattern in KINDS.items() if re.search(pattern, event.name, re.IGNORECASE)), "other"
+    )
     if found == "products":
         return "long_products" if event.seconds >= shortest else "short_products"
     return found
@@ -103,4 +105,6 @@ def parts(events: list[Event], step_seconds: float, shortest: float) -> Record:
 
 def least_weights(decoder: nn.Module) -> int:
     """Numbers in the least weight matrix of the decoder's layers, adapters left out."""
-    return min(p.numel() for name, p in decoder.layers.named_parameters() if p.ndim == 2 and "lora_" not in name)
+    return min(
+        p.numel() for name, p in decoder.layers.named_parameters() if p.ndim == 2 and "lora_" not in name
+    )

@@ -94,7 +94,9 @@ class Row:
 
     def __str__(self) -> str:
         note = "" if self.is_within else f"  beyond {100 * TOLERANCE:.0f} %"
-        return f"{self.phase:<10}{self.planned / GIB:>13.2f}{self.measured / GIB:>14.2f}{self.ratio:>8.2f}{note}"
+        return (
+            f"{self.phase:<10}{self.planned / GIB:>13.2f}{self.measured / GIB:>14.2f}{self.ratio:>8.2f}{note}"
+        )
 
 
 TITLE = f"{'phase':<10}{'planned GiB':>13}{'measured GiB':>14}{'ratio':>8}"
@@ -106,20 +108,50 @@ def arguments(options: Options) -> list[str]:
         _model_config(role, options.tiny).save_pretrained(options.folder / role)
     rows = 4 if options.tiny else options.rows
     return [
-        "--student_model", str(options.folder / "student"), "--teacher_model", str(options.folder / "teacher"),
-        "--teacher_ds_zero3", "false", "--max_prompt_tokens", str(PROMPT_TOKENS), "--gen_micro_batch", str(rows),
-        "--max_new_tokens", "8" if options.tiny else str(options.new_tokens), "--rollouts_per_unit", str(rows),
-        "--score_tokens", "512" if options.tiny else options.score_tokens, "--rollouts_per_refresh", str(rows),
-        "--group_size", "1", "--batch_size", str(rows), "--grad_accum", "1", "--max_steps", "2", "--refresh_every", "0",
-        "--trace_every", "0", "--device", options.device,
-    ]  # fmt: skip
+        "--student_model",
+        str(options.folder / "student"),
+        "--teacher_model",
+        str(options.folder / "teacher"),
+        "--teacher_ds_zero3",
+        "false",
+        "--max_prompt_tokens",
+        str(PROMPT_TOKENS),
+        "--gen_micro_batch",
+        str(rows),
+        "--max_new_tokens",
+        "8" if options.tiny else str(options.new_tokens),
+        "--rollouts_per_unit",
+        str(rows),
+        "--score_tokens",
+        "512" if options.tiny else options.score_tokens,
+        "--rollouts_per_refresh",
+        str(rows),
+        "--group_size",
+        "1",
+        "--batch_size",
+        str(rows),
+        "--grad_accum",
+        "1",
+        "--max_steps",
+        "2",
+        "--refresh_every",
+        "0",
+        "--trace_every",
+        "0",
+        "--device",
+        options.device,
+    ]
 
 
 def _model_config(role: str, tiny: bool) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=512 if tiny else 151_936, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
-        tie_word_embeddings=True, max_position_embeddings=40_960, **(TINY if tiny else SHAPES[role]),
-    )  # fmt: skip
+        vocab_size=512 if tiny else 151_936,
+        num_key_value_heads=2 if tiny else 8,
+        head_dim=16 if tiny else 128,
+        tie_word_embeddings=True,
+        max_position_embeddings=40_960,
+        **(TINY if tiny else SHAPES[role]),
+    )
 
 
 def measure(options: Options, peak: Peak) -> Iterator[tuple[str, int]]:
@@ -144,9 +176,15 @@ def _stage_one(run: Run, student: Student, options: Options, peak: Peak) -> Iter
     author, config = setup.student_author(run, student, 0), run.config
     rows = config.rollout.rollouts_per_unit
     (unit,) = plan(
-        _prompts(rows), seed=0, run_id=run.run_id, policy_hash=author.policy_hash, refresh_index=0, num_rollouts=rows,
-        group_size=1, rollouts_per_unit=rows,
-    )  # fmt: skip
+        _prompts(rows),
+        seed=0,
+        run_id=run.run_id,
+        policy_hash=author.policy_hash,
+        refresh_index=0,
+        num_rollouts=rows,
+        group_size=1,
+        rollouts_per_unit=rows,
+    )
     kept = {"kind": "topk", "k": config.teacher_signal.signal_k, "temperature": 1.0}
     print_ = cache.Fingerprint({"vocab_size": student.vocab_size, "signal": kept})
     scoring = Scoring(config.teacher_signal, student.vocab_size, 0)
@@ -196,7 +234,9 @@ def _student(run: Run, options: Options) -> Student:
 
 def _prompts(count: int) -> list[Prompt]:
     random = np.random.default_rng(0)
-    return [Prompt(f"p{i}", random.integers(1, 500, PROMPT_TOKENS).astype(np.int32), "", {}) for i in range(count)]
+    return [
+        Prompt(f"p{i}", random.integers(1, 500, PROMPT_TOKENS).astype(np.int32), "", {}) for i in range(count)
+    ]
 
 
 def planned_peaks(options: Options, gib: float) -> dict[str, float]:
@@ -213,8 +253,12 @@ def compare(options: Options, gib: float, peak: Peak) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="rollouts generated at once, and in a training forward")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=64, help="rollouts generated at once, and in a training forward"
+    )
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--score_tokens", default="16384", help="a number or auto")
     parser.add_argument("--folder", type=Path, default=Path("runs/plan_check"))
@@ -222,7 +266,9 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("it measures a GPU's memory, and torch sees no GPU here")
-    options = Options(given.folder, rows=given.rows, new_tokens=given.new_tokens, score_tokens=given.score_tokens)
+    options = Options(
+        given.folder, rows=given.rows, new_tokens=given.new_tokens, score_tokens=given.score_tokens
+    )
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     shapes = {"rows": given.rows, "new_tokens": given.new_tokens, "score_tokens": given.score_tokens}
     given.out.mkdir(parents=True, exist_ok=True)

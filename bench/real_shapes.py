@@ -35,8 +35,18 @@ from stages.runtime import config as configuration
 from stages.runtime import distributed, metrics
 
 SHAPES = {
-    "student": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "teacher": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "student": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "teacher": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
 }
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CHAT_TEMPLATE = (
@@ -51,11 +61,18 @@ def make_model(role: str, folder: Path, tokenizer: PreTrainedTokenizerFast, tiny
         return
     shape = TINY if tiny else SHAPES[role]
     model_config = Qwen3Config(
-        vocab_size=151_936, num_key_value_heads=8 if not tiny else 2, head_dim=128 if not tiny else 16,
-        max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True, initializer_range=0.02 if role == "student" else 0.03, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **shape,
-    )  # fmt: skip
+        vocab_size=151_936,
+        num_key_value_heads=8 if not tiny else 2,
+        head_dim=128 if not tiny else 16,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.02 if role == "student" else 0.03,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
     torch.manual_seed(1 if role == "student" else 2)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
@@ -71,7 +88,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         data = zstandard.ZstdDecompressor().decompress(data)
     plain = Path("tokenizer.tmp.json")
     plain.write_bytes(data)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(plain), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(plain), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     plain.unlink()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -113,13 +132,51 @@ def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, 
 def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
     """stages.rollout, then stages.train through one refresh; rates, of all processes together, from the records they leave."""
     shutil.rmtree("runs/real_shapes", ignore_errors=True)
-    size = ["--num_prompts", "512", "--rollouts_per_refresh", "2048", "--max_new_tokens", "256", "--batch_size", "256"]
-    tiny_size = ["--num_prompts", "8", "--rollouts_per_refresh", "32", "--max_new_tokens", "8", "--batch_size", "8"]
-    common = _common(models, dataset, device, "real_shapes", [
-        *(tiny_size if tiny else size), "--group_size", "4", "--grad_accum", "4", "--gen_micro_batch", "512",
-        "--rollouts_per_unit", "512", "--lp_micro_batch", "64", "--score_tokens", "32768",
-        "--max_steps", "8", "--refresh_every", "4",
-    ])  # fmt: skip
+    size = [
+        "--num_prompts",
+        "512",
+        "--rollouts_per_refresh",
+        "2048",
+        "--max_new_tokens",
+        "256",
+        "--batch_size",
+        "256",
+    ]
+    tiny_size = [
+        "--num_prompts",
+        "8",
+        "--rollouts_per_refresh",
+        "32",
+        "--max_new_tokens",
+        "8",
+        "--batch_size",
+        "8",
+    ]
+    common = _common(
+        models,
+        dataset,
+        device,
+        "real_shapes",
+        [
+            *(tiny_size if tiny else size),
+            "--group_size",
+            "4",
+            "--grad_accum",
+            "4",
+            "--gen_micro_batch",
+            "512",
+            "--rollouts_per_unit",
+            "512",
+            "--lp_micro_batch",
+            "64",
+            "--score_tokens",
+            "32768",
+            "--max_steps",
+            "8",
+            "--refresh_every",
+            "4",
+        ],
+    )
     started = time.perf_counter()
     for stage in ("rollout", "train"):
         _launch(stage, common, processes)
@@ -152,14 +209,53 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: 
 def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
     """Memory allocated after each of six refreshes, and its largest growth in weights of the teacher that a process holds."""
     shutil.rmtree("runs/memory", ignore_errors=True)
-    size = ["--num_prompts", "512", "--rollouts_per_refresh", "640", "--max_new_tokens", "128", "--score_tokens", "8192",
-            "--rollouts_per_unit", "160"]  # fmt: skip
-    tiny_size = ["--num_prompts", "64", "--rollouts_per_refresh", "32", "--max_new_tokens", "8", "--score_tokens", "512",
-                 "--rollouts_per_unit", "16"]  # fmt: skip
-    common = _common(models, dataset, device, "memory", [
-        *(tiny_size if tiny else size), "--batch_size", "32", "--group_size", "2", "--grad_accum", "1",
-        "--max_steps", "14", "--refresh_every", "2", "--warmup_steps", "2", "--checkpoint_every", "50",
-    ])  # fmt: skip
+    size = [
+        "--num_prompts",
+        "512",
+        "--rollouts_per_refresh",
+        "640",
+        "--max_new_tokens",
+        "128",
+        "--score_tokens",
+        "8192",
+        "--rollouts_per_unit",
+        "160",
+    ]
+    tiny_size = [
+        "--num_prompts",
+        "64",
+        "--rollouts_per_refresh",
+        "32",
+        "--max_new_tokens",
+        "8",
+        "--score_tokens",
+        "512",
+        "--rollouts_per_unit",
+        "16",
+    ]
+    common = _common(
+        models,
+        dataset,
+        device,
+        "memory",
+        [
+            *(tiny_size if tiny else size),
+            "--batch_size",
+            "32",
+            "--group_size",
+            "2",
+            "--grad_accum",
+            "1",
+            "--max_steps",
+            "14",
+            "--refresh_every",
+            "2",
+            "--warmup_steps",
+            "2",
+            "--checkpoint_every",
+            "50",
+        ],
+    )
     for stage in ("rollout", "train"):
         _launch(stage, common, processes)
     records = [r for r in metrics.read(Path("runs/memory/metrics.jsonl")) if r["kind"] == "refresh"]
@@ -174,19 +270,39 @@ def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: 
 
 
 def _launch(stage: str, flags: list[str], processes: int) -> None:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    launcher = (
+        ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        if processes > 1
+        else []
+    )
     subprocess.run([sys.executable, "-m", *launcher, f"stages.{stage}", *flags], check=True)
 
 
 def _common(models: Path, dataset: Path, device: str, name: str, more: list[str]) -> list[str]:
     return [
-        "--student_model", str(models / "student"), "--teacher_model", str(models / "teacher"), "--dataset", str(dataset),
-        "--device", device, "--run_name", name, "--teacher_ds_zero3", "--max_prompt_tokens", "512", "--trace_every", "0", *more,
-    ]  # fmt: skip
+        "--student_model",
+        str(models / "student"),
+        "--teacher_model",
+        str(models / "teacher"),
+        "--dataset",
+        str(dataset),
+        "--device",
+        device,
+        "--run_name",
+        name,
+        "--teacher_ds_zero3",
+        "--max_prompt_tokens",
+        "512",
+        "--trace_every",
+        "0",
+        *more,
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("runs/models"))
@@ -202,9 +318,15 @@ def main() -> None:
         make_model(role, options.models / role, tokenizer, options.tiny, options.device)
     print(f"models made after {time.perf_counter() - started:.0f} s", flush=True)
     parts = {
-        "stages": lambda: run_stages(options.models, options.dataset, options.device, options.tiny, options.processes),
-        "memory": lambda: run_memory(options.models, options.dataset, options.device, options.tiny, options.processes),
-        "zero3": lambda: check_zero3(options.models, options.device),  # last: it sets this process up for DeepSpeed
+        "stages": lambda: run_stages(
+            options.models, options.dataset, options.device, options.tiny, options.processes
+        ),
+        "memory": lambda: run_memory(
+            options.models, options.dataset, options.device, options.tiny, options.processes
+        ),
+        "zero3": lambda: check_zero3(
+            options.models, options.device
+        ),  # last: it sets this process up for DeepSpeed
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "real_shapes.json"
@@ -221,7 +343,12 @@ def main() -> None:
             key = f"{name}_on_{options.processes}" if name != "zero3" and options.processes > 1 else name
             found[key] = part() | {"machine": machine}
             path.write_text(json.dumps(found, indent=1))
-            print(key, json.dumps(found[key], indent=1), f"after {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                key,
+                json.dumps(found[key], indent=1),
+                f"after {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

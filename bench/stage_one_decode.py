@@ -58,31 +58,64 @@ class Shape:
 
 
 STUDENT = Shape(
-    {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
-    batches=(64, 256), prompt=128, new=256, shortest=16, longest=512,
-)  # fmt: skip
+    {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+    },
+    batches=(64, 256),
+    prompt=128,
+    new=256,
+    shortest=16,
+    longest=512,
+)
 TINY = Shape(
-    {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300},
-    batches=(4,), prompt=8, new=12, shortest=2, longest=20,
-)  # fmt: skip
+    {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 300,
+    },
+    batches=(4,),
+    prompt=8,
+    new=12,
+    shortest=2,
+    longest=20,
+)
 
 
 def cells(tiny: bool) -> list[Cell]:
     shape = TINY if tiny else STUDENT
     kinds = {
-        "steps": steps, "whole": partial(whole, group=1), "groups": partial(whole, group=4), "spread": spread,
-        "parts": parts, "generate": partial(theirs, cache="dynamic"), "generate-static": partial(theirs, cache="static"),
-    }  # fmt: skip
+        "steps": steps,
+        "whole": partial(whole, group=1),
+        "groups": partial(whole, group=4),
+        "spread": spread,
+        "parts": parts,
+        "generate": partial(theirs, cache="dynamic"),
+        "generate-static": partial(theirs, cache="static"),
+    }
     return [
-        Cell(f"decode/{kind}/{batch}", partial(_measured, function, shape, batch, kind.startswith("generate")), SOURCES)
+        Cell(
+            f"decode/{kind}/{batch}",
+            partial(_measured, function, shape, batch, kind.startswith("generate")),
+            SOURCES,
+        )
         for kind, function in kinds.items()
         for batch in shape.batches
     ]
 
 
-def _measured(function: Callable[..., Record], shape: Shape, batch: int, is_plain: bool, bench: Bench) -> Record:
+def _measured(
+    function: Callable[..., Record], shape: Shape, batch: int, is_plain: bool, bench: Bench
+) -> Record:
     make = make_model if is_plain else make_adapted
     model = bench.make(make.__name__, lambda: make(shape, bench.device))
     reset_peak(bench.device)
@@ -92,9 +125,13 @@ def _measured(function: Callable[..., Record], shape: Shape, batch: int, is_plai
 
 def make_model(shape: Shape, device: str) -> Any:
     config = Qwen3Config(
-        **shape.config, max_position_embeddings=40_960, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        **shape.config,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -104,7 +141,9 @@ def make_model(shape: Shape, device: str) -> Any:
 
 def make_adapted(shape: Shape, device: str) -> Any:
     """The same with LoRA in its modules; its adapter adds nothing, but is merged like any other."""
-    lora = LoraConfig(r=min(64, shape.config["hidden_size"]), target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=min(64, shape.config["hidden_size"]), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(make_model(shape, device), lora).eval().get_base_model()
 
 
@@ -116,7 +155,9 @@ def floor_ms(bench: Bench, model: Any, shape: Shape, batch: int) -> float:
     """Milliseconds of a step that only reads its weights (or multiplies by them) and its keys and values."""
     weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     places = shape.prompt + shape.new / 2
-    kv_bytes = 4 * shape.config["num_hidden_layers"] * shape.config["num_key_value_heads"] * shape.config["head_dim"]
+    kv_bytes = (
+        4 * shape.config["num_hidden_layers"] * shape.config["num_key_value_heads"] * shape.config["head_dim"]
+    )
     copy, product = bench.ceilings["copy_tb_per_second"] * 1e9, bench.ceilings["product_tflops"] * 1e9
     return max(2 * weights / copy, 2 * weights * batch / product) + batch * places * kv_bytes / copy
 
@@ -124,9 +165,12 @@ def floor_ms(bench: Bench, model: Any, shape: Shape, batch: int) -> float:
 def against_floor(bench: Bench, model: Any, shape: Shape, batch: int, ms: float) -> Record:
     floor = floor_ms(bench, model, shape, batch)
     return {
-        "tokens_per_second": 1e3 * batch / ms, "floor_tokens_per_second": 1e3 * batch / floor, "share_of_floor": floor / ms,
-        "step_ms": ms, "floor_ms": floor,
-    }  # fmt: skip
+        "tokens_per_second": 1e3 * batch / ms,
+        "floor_tokens_per_second": 1e3 * batch / floor,
+        "share_of_floor": floor / ms,
+        "step_ms": ms,
+        "floor_ms": floor,
+    }
 
 
 def method_of(shape: Shape, new: int) -> Method:
@@ -178,8 +222,9 @@ def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
     lengths = np.random.default_rng(1).permutation(lengths)
     requests = [
-        Request(i, prompt, i, int(n)) for i, (prompt, n) in enumerate(zip(prompts_of(shape, 4 * batch), lengths, strict=True))
-    ]  # fmt: skip
+        Request(i, prompt, i, int(n))
+        for i, (prompt, n) in enumerate(zip(prompts_of(shape, 4 * batch), lengths, strict=True))
+    ]
     with rollout_engine(model) as opened:
         engine: Any = opened  # `write` lets each request have a limit of its own
         method = method_of(shape, shape.longest)
@@ -200,7 +245,9 @@ def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Re
         settings["cache_implementation"] = "static"
 
     def call() -> None:
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=shape.new, **settings)
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=shape.new, **settings
+        )
         assert found.shape[1] == shape.prompt + shape.new
 
     first = seconds_of(call, bench.device)
@@ -215,7 +262,9 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     places = shape.prompt + shape.new // 2
     config, dtype = model.config, torch.bfloat16
     size = (batch, config.num_key_value_heads, places, config.head_dim)
-    slots = SlotCache([torch.randn(size, device=device, dtype=dtype)], [torch.randn(size, device=device, dtype=dtype)])
+    slots = SlotCache(
+        [torch.randn(size, device=device, dtype=dtype)], [torch.randn(size, device=device, dtype=dtype)]
+    )
     slots.longest = places
     slots.begin_step(
         torch.full((batch,), places - 1, device=device), torch.ones(batch, dtype=torch.bool, device=device)
@@ -226,14 +275,21 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     with DecodingWeights(model.get_decoder(), None).swapped():
         modules = list(model.model.modules())
         # As read in a step; those of an MLP of one launch lie behind it.
-        modules += [own for module in modules if isinstance(module, FusedMLP) for own in module._mlp[0].children()]
+        modules += [
+            own for module in modules if isinstance(module, FusedMLP) for own in module._mlp[0].children()
+        ]
     linears = [module for module in modules if isinstance(module, torch.nn.Linear)]
     norms = [module for module in modules if "Norm" in type(module).__name__]
-    inputs = {n: torch.randn(batch, n, device=device, dtype=dtype) for n in {layer.in_features for layer in linears}}
+    inputs = {
+        n: torch.randn(batch, n, device=device, dtype=dtype) for n in {layer.in_features for layer in linears}
+    }
     hidden = inputs[config.hidden_size]
     normed = {len(hidden[0]): hidden, config.head_dim: query.squeeze(2)}
     logits = decoder._logits(hidden)
-    uniforms, forced = torch.rand(batch, dtype=torch.float64, device=device), torch.full((batch,), -1, device=device)
+    uniforms, forced = (
+        torch.rand(batch, dtype=torch.float64, device=device),
+        torch.full((batch,), -1, device=device),
+    )
     attention = model.model.layers[0].self_attn
     layers = range(config.num_hidden_layers)
     from stages.models.decoding.attention import attend
@@ -248,7 +304,10 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         "head_ms": lambda: decoder._logits(hidden),
         "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),
     }
-    return {name: measure(replayable(function, device), bench.device, bench.seconds).median for name, function in functions.items()}  # fmt: skip
+    return {
+        name: measure(replayable(function, device), bench.device, bench.seconds).median
+        for name, function in functions.items()
+    }
 
 
 def replayable(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

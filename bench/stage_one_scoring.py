@@ -45,7 +45,9 @@ class Scoring:
         generator = torch.Generator(device).manual_seed(0)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.shape, self.device = shape, device
-        self.hidden_ND = torch.randn(shape.num_rows, shape.width, generator=generator, device=device).to(dtype)
+        self.hidden_ND = torch.randn(shape.num_rows, shape.width, generator=generator, device=device).to(
+            dtype
+        )
         weight_VD = torch.randn(shape.num_ids, shape.width, generator=generator, device=device)
         self.weight_VD = weight_VD.mul_(3 * shape.width**-0.5).to(dtype)
         self.sampled_N = torch.arange(shape.num_rows, device=device) % shape.num_ids
@@ -87,7 +89,10 @@ def measure_selection(options: dict[str, Any], shape: Shape, bench: Bench) -> Re
     }
     with mock.patch("dualkl.kernels.selectable", return_value=False):
         record["plain_ms"] = measured(lambda: scoring.selection(**options)) * scale
-    record |= {"product_ms": measured(scoring.product), "compress_ms": measured(lambda: scoring.whole(**options))}
+    record |= {
+        "product_ms": measured(scoring.product),
+        "compress_ms": measured(lambda: scoring.whole(**options)),
+    }
     record["selection_over_topk"] = record["selection_ms"] / record["topk_ms"]
     record["selection_over_product"] = record["selection_ms"] / record["product_ms"]
     record["compress_over_product"] = record["compress_ms"] / record["product_ms"]

@@ -42,8 +42,18 @@ from stages.runtime.run import Run, open_run
 
 VOCABULARY = 151_936
 SHAPES: dict[str, dict[str, int]] = {
-    "32B": {"hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64},
-    "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "32B": {
+        "hidden_size": 5120,
+        "intermediate_size": 25_600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 SOURCES = (
@@ -80,13 +90,20 @@ FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 4, 48, 503, 8)
 def teacher_config(shape: str, size: Size) -> Qwen3Config:
     tiny = shape == "tiny"
     return Qwen3Config(
-        vocab_size=size.vocabulary, num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
-        max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=False, initializer_range=0.03, **SHAPES[shape],
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        num_key_value_heads=2 if tiny else 8,
+        head_dim=16 if tiny else 128,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.03,
+        **SHAPES[shape],
+    )
 
 
-def make_teacher_model(shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def make_teacher_model(
+    shape: str, size: Size, device: str, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     """A Qwen3 model of that shape with seeded weights, drawn on the device in bf16 whatever its dtype."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -105,14 +122,24 @@ def unscored_rows(size: Size) -> list[cache.Record]:
     noise = -dice.random(size.completion)
     return [
         cache.Record(
-            row_id=f"{i:032x}", prompt_id=f"p{i}", occurrence=0, sample_index=0, refresh_index=0, run_id="bench",
-            policy_step=0, policy_hash="0" * 16, finish_reason="length", prompt_text="", completion_text="",
+            row_id=f"{i:032x}",
+            prompt_id=f"p{i}",
+            occurrence=0,
+            sample_index=0,
+            refresh_index=0,
+            run_id="bench",
+            policy_step=0,
+            policy_hash="0" * 16,
+            finish_reason="length",
+            prompt_text="",
+            completion_text="",
             prompt_ids=dice.integers(0, size.vocabulary, size.prompt),
             completion_ids=dice.integers(0, size.vocabulary, size.completion),
-            behaviour_logprobs=noise, behaviour_entropy=-noise,
+            behaviour_logprobs=noise,
+            behaviour_entropy=-noise,
         )
         for i in range(size.rows)
-    ]  # fmt: skip
+    ]
 
 
 def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
@@ -120,7 +147,9 @@ def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
     return open_run("", arguments)
 
 
-def median_rate(step: Callable[[list[cache.Record]], int], rows: list[cache.Record], size: Size, device: str) -> float:
+def median_rate(
+    step: Callable[[list[cache.Record]], int], rows: list[cache.Record], size: Size, device: str
+) -> float:
     """Tokens a second; `step` takes rows and returns their tokens. One run on few rows before those that count."""
     step(rows[: size.warm_up])
     rates = []
@@ -154,8 +183,14 @@ def open_cache(root: Path, size: Size) -> cache.Writer:
     return cache.Writer(root, cache.Fingerprint({"vocab_size": size.vocabulary, "signal": signal}))
 
 
-def score_and_write(run: Run, teacher: Teacher, rows: list[cache.Record], writer: cache.Writer, size: Size,
-                    shares: list[float]) -> int:  # fmt: skip
+def score_and_write(
+    run: Run,
+    teacher: Teacher,
+    rows: list[cache.Record],
+    writer: cache.Writer,
+    size: Size,
+    shares: list[float],
+) -> int:
     """A unit by the path of stage one, down to its commit; notes the share of time that waited for the writer."""
     scoring = Scoring(SignalSection(signal="topk", signal_k=size.k), size.vocabulary, 0)
     counts = Counts(len(rows))
@@ -177,23 +212,34 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
     rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
         run = bench_run(Path(folder), size, device, "--teacher_ds_zero3", "false")
-        teacher = teachers.plain_teacher(make_teacher_model(shape, size, device), run.world, run.config.train.packing)
+        teacher = teachers.plain_teacher(
+            make_teacher_model(shape, size, device), run.world, run.config.train.packing
+        )
         shares: list[float] = []
         backbone = median_rate(lambda some: forward_batches(teacher, some, size, False), rows, size, device)
         bare = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
-        roots = [Path(folder) / f"cache{i}" for i in range(1 + size.repeats)]  # a run opens one, for many units
+        roots = [
+            Path(folder) / f"cache{i}" for i in range(1 + size.repeats)
+        ]  # a run opens one, for many units
         with ExitStack() as stack:
             caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
             scored = median_rate(
-                lambda some: score_and_write(run, teacher, some, next(caches), size, shares), rows, size, device
+                lambda some: score_and_write(run, teacher, some, next(caches), size, shares),
+                rows,
+                size,
+                device,
             )
         assert [len(cache.open(root)) for root in roots] == [size.warm_up] + [len(rows)] * size.repeats
         teacher.close()
     return {
-        "backbone_tokens_per_second": backbone, "bare_tokens_per_second": bare, "scored_tokens_per_second": scored,
-        "scored_share_of_bare": scored / bare, "scored_share_of_backbone": scored / backbone,
-        "share_waiting_for_writer": statistics.median(shares[1:]), "peak_gib": peak_gib(device),
-    }  # fmt: skip
+        "backbone_tokens_per_second": backbone,
+        "bare_tokens_per_second": bare,
+        "scored_tokens_per_second": scored,
+        "scored_share_of_bare": scored / bare,
+        "scored_share_of_backbone": scored / backbone,
+        "share_waiting_for_writer": statistics.median(shares[1:]),
+        "peak_gib": peak_gib(device),
+    }
 
 
 @torch.no_grad()
@@ -216,7 +262,9 @@ def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
         def measure(teacher: Teacher, timed: bool) -> tuple[float, Tensor]:
             rate = 0.0
             if timed:
-                rate = median_rate(lambda some: forward_batches(teacher, some, size, True), rows, size, device)
+                rate = median_rate(
+                    lambda some: forward_batches(teacher, some, size, True), rows, size, device
+                )
             found = logprobs_of(teacher, ids)
             teacher.close()
             release(device)
@@ -234,11 +282,14 @@ def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
         sharded = teachers.sharded_teacher(model, settings, run.world, run.config.train.packing)
         zero3_rate, zero3_logprobs = measure(sharded, timed=True)
     return {
-        "plain_tokens_per_second": plain_rate, "zero3_tokens_per_second": zero3_rate,
-        "zero3_share_of_plain": zero3_rate / plain_rate, "equality_tokens": size.equality_tokens,
+        "plain_tokens_per_second": plain_rate,
+        "zero3_tokens_per_second": zero3_rate,
+        "zero3_share_of_plain": zero3_rate / plain_rate,
+        "equality_tokens": size.equality_tokens,
         "max_logprob_gap_zero3_plain": float((zero3_logprobs - plain_logprobs).abs().max()),
-        "max_logprob_gap_plain_fp32": float((plain_logprobs - exact).abs().max()), "peak_gib": peak_gib(device),
-    }  # fmt: skip
+        "max_logprob_gap_plain_fp32": float((plain_logprobs - exact).abs().max()),
+        "peak_gib": peak_gib(device),
+    }
 
 
 def cells(tiny: bool) -> list[Cell]:

@@ -79,15 +79,47 @@ class Setting:
 
 
 REAL = Setting(
-    Qwen3Config(vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=True),
-    "bf16", (64, 193), 512, 64, 16_384, 96, 5, 64,
-)  # fmt: skip
+    Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    ),
+    "bf16",
+    (64, 193),
+    512,
+    64,
+    16_384,
+    96,
+    5,
+    64,
+)
 TINY = Setting(
-    Qwen3Config(vocab_size=503, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True),
-    "fp32", (2, 7), 12, 8, 64, 8, 4, 4,
-)  # fmt: skip
+    Qwen3Config(
+        vocab_size=503,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    ),
+    "fp32",
+    (2, 7),
+    12,
+    8,
+    64,
+    8,
+    4,
+    4,
+)
 
 
 @dataclass(frozen=True)
@@ -126,14 +158,28 @@ def _row(setting: Setting, number: int, random: np.random.Generator) -> cache.Re
     ids = first[:, None] + 7 * np.arange(k)  # distinct
     signal = cache.TopK(ids, logprobs[:, :k], logprobs[:, k], 1.0)
     return cache.Record(
-        row_id=f"{number:032x}", prompt_id=f"p{number}", occurrence=0, sample_index=0, refresh_index=0, run_id="bench",
-        policy_step=0, policy_hash="0" * 16, finish_reason="length", prompt_text="", completion_text="",
+        row_id=f"{number:032x}",
+        prompt_id=f"p{number}",
+        occurrence=0,
+        sample_index=0,
+        refresh_index=0,
+        run_id="bench",
+        policy_step=0,
+        policy_hash="0" * 16,
+        finish_reason="length",
+        prompt_text="",
+        completion_text="",
         prompt_ids=random.integers(2, size, random.integers(*setting.prompt_tokens)),
-        completion_ids=ids[:, 0].astype(np.int32), behaviour_logprobs=logprobs[:, 0],
-        behaviour_entropy=np.ones(tokens, np.float32), teacher_logprobs=logprobs[:, 0],
-        teacher_entropy=np.ones(tokens, np.float32), log_tail_mass=logprobs[:, k],
-        top1_id=ids[:, 0].astype(np.int32), top1_logprob=logprobs[:, 0], signal=signal,
-    )  # fmt: skip
+        completion_ids=ids[:, 0].astype(np.int32),
+        behaviour_logprobs=logprobs[:, 0],
+        behaviour_entropy=np.ones(tokens, np.float32),
+        teacher_logprobs=logprobs[:, 0],
+        teacher_entropy=np.ones(tokens, np.float32),
+        log_tail_mass=logprobs[:, k],
+        top1_id=ids[:, 0].astype(np.int32),
+        top1_logprob=logprobs[:, 0],
+        signal=signal,
+    )
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------
@@ -150,16 +196,27 @@ def make_student(run: Run, setting: Setting) -> Student:
     """A student as `load_student` makes it, of weights that are drawn on the device."""
     base = base_model(setting, run.world.device.type)
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    return students.assemble(run.config, base, tokenizer, "bench", setting.model.vocab_size, (1,), run.world.device)
+    return students.assemble(
+        run.config, base, tokenizer, "bench", setting.model.vocab_size, (1,), run.world.device
+    )
 
 
 def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
     """The run's own steps over the synthetic cache, and one more under the profiler."""
     flags = {
-        "runs_dir": folder, "cache_dir": folder / "cache", "device": device, "dtype": setting.dtype, "lora_r": setting.lora_r,
-        "batch_size": setting.rows_per_step, "grad_accum": 1, "micro_batch_tokens": setting.forward_tokens,
-        "lp_micro_batch": setting.rows_per_step, "max_steps": setting.num_steps + 1, "refresh_every": 0, "trace_every": 0,
-    }  # fmt: skip
+        "runs_dir": folder,
+        "cache_dir": folder / "cache",
+        "device": device,
+        "dtype": setting.dtype,
+        "lora_r": setting.lora_r,
+        "batch_size": setting.rows_per_step,
+        "grad_accum": 1,
+        "micro_batch_tokens": setting.forward_tokens,
+        "lp_micro_batch": setting.rows_per_step,
+        "max_steps": setting.num_steps + 1,
+        "refresh_every": 0,
+        "trace_every": 0,
+    }
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)
     student = make_student(run, setting)
@@ -224,19 +281,36 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
     packing = keys["packing"] == "on"
     rows_per_forward = 1 if packing else setting.rows_per_step // accumulation
     arguments = trl.SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=setting.num_steps, per_device_train_batch_size=rows_per_forward,
-        gradient_accumulation_steps=accumulation, max_length=setting.forward_tokens, packing=packing, use_liger_kernel=True,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=setting.dtype == "bf16",
-        use_cpu=device == "cpu", learning_rate=1e-4, optim="adamw_torch_fused", logging_steps=1, save_strategy="no",
-        report_to="none", completion_only_loss=True, num_train_epochs=100,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=setting.num_steps,
+        per_device_train_batch_size=rows_per_forward,
+        gradient_accumulation_steps=accumulation,
+        max_length=setting.forward_tokens,
+        packing=packing,
+        use_liger_kernel=True,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=setting.dtype == "bf16",
+        use_cpu=device == "cpu",
+        learning_rate=1e-4,
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        completion_only_loss=True,
+        num_train_epochs=100,
+    )
     lora = LoraConfig(
         r=setting.lora_r, lora_alpha=2 * setting.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     trainer = trl.SFTTrainer(
-        model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(columns), processing_class=_tokenizer(),
-        peft_config=lora, callbacks=[Clock()],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=_tokenizer(),
+        peft_config=lora,
+        callbacks=[Clock()],
+    )
     weights = _weights_gib(device)
     started = time.perf_counter()
     trainer.train()
@@ -280,12 +354,15 @@ def measure(name: str, setting: Setting, bench: Bench) -> Record:
     rate, seconds = bench.ceilings["product_tflops"] * 1e12, sum(steps.seconds) / len(steps.seconds)
     num_tokens = rows.tokens_per_step
     return {
-        "seconds_per_step": seconds, "tokens_per_second": num_tokens / seconds,
+        "seconds_per_step": seconds,
+        "tokens_per_second": num_tokens / seconds,
         "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
         "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
-        "gib_above_weights": steps.gib_above_weights, "tokens_per_step": num_tokens, "note": steps.note,
+        "gib_above_weights": steps.gib_above_weights,
+        "tokens_per_step": num_tokens,
+        "note": steps.note,
         "parts": steps.profile.parts(num_tokens, seconds, rate) if steps.profile else None,
-    }  # fmt: skip
+    }
 
 
 class Rows:
@@ -296,7 +373,9 @@ class Rows:
         self.folder = Path(self._temporary.name)
         write_rows(setting, self.folder / "cache")
         lengths = cache.open(self.folder / "cache").index.to_pylist()
-        self.tokens_per_step = sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in lengths) / 2
+        self.tokens_per_step = (
+            sum(row["num_prompt_tokens"] + row["num_completion_tokens"] for row in lengths) / 2
+        )
 
 
 def _weights_gib(device: str) -> float | None:
@@ -316,7 +395,9 @@ def flops_per_step(setting: Setting, num_tokens: float) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(setting.model)
     frozen = sum(
-        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name
+        p.numel()
+        for name, p in model.named_parameters()
+        if "embed_tokens" not in name and "lm_head" not in name
     )
     scored = setting.rows_per_step * setting.completion_tokens
     return 4 * frozen * num_tokens + 4 * setting.model.vocab_size * setting.model.hidden_size * scored
@@ -327,17 +408,31 @@ def table(found: Found) -> str:
     rows = []
     for device, here in found.items():
         measured = {name: record for name, record in here.items() if name in CELLS}
-        trl = max((r.get("tokens_per_second", 0) for name, r in measured.items() if name.startswith("trl")), default=0)
+        trl = max(
+            (r.get("tokens_per_second", 0) for name, r in measured.items() if name.startswith("trl")),
+            default=0,
+        )
         for name, record in measured.items():
             if record["status"] != "ok":
                 rows.append([device, name, record["status"], "", "", "", ""])
                 continue
-            rate, wait, memory = (record[key] for key in ("tokens_per_second", "wait_share", "gib_above_weights"))
+            rate, wait, memory = (
+                record[key] for key in ("tokens_per_second", "wait_share", "gib_above_weights")
+            )
             rows.append(
-                [device, name, f"{rate:,.0f}", f"{rate / trl:.2f}" if trl else "", f"{record['mfu']:.1%}",
-                 "" if wait is None else f"{wait:.2%}", "" if memory is None else f"{memory:.1f}"]
-            )  # fmt: skip
-    return markdown(["device", "cell", "tokens/s", "× TRL's best", "MFU", "waiting", "GiB above weights"], rows)
+                [
+                    device,
+                    name,
+                    f"{rate:,.0f}",
+                    f"{rate / trl:.2f}" if trl else "",
+                    f"{record['mfu']:.1%}",
+                    "" if wait is None else f"{wait:.2%}",
+                    "" if memory is None else f"{memory:.1f}",
+                ]
+            )
+    return markdown(
+        ["device", "cell", "tokens/s", "× TRL's best", "MFU", "waiting", "GiB above weights"], rows
+    )
 
 
 PROGRAM = Program(__doc__ or "", "stage_two.json", cells, table, minutes=8.0)

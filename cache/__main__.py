@@ -64,14 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     which = show.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
     which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
-    which.add_argument("--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id, or enough of its beginning")
     which.add_argument(
-        "--worst", type=int, metavar="N", help="the N rows that the student likes most and the teacher least:"
+        "--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id, or enough of its beginning"
+    )
+    which.add_argument(
+        "--worst",
+        type=int,
+        metavar="N",
+        help="the N rows that the student likes most and the teacher least:"
         " the largest sum over tokens of behaviour - teacher logprob",
-    )  # fmt: skip
+    )
     which.add_argument("--longest", type=int, metavar="N", help="the N rows of the most tokens")
     show.add_argument("--tokens", action="store_true", help="of several rows, print each token by token too")
-    check = commands.add_parser("verify", help="check every digest and every row; exit code 1 if anything is wrong")
+    check = commands.add_parser(
+        "verify", help="check every digest and every row; exit code 1 if anything is wrong"
+    )
     check.add_argument(
         "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
     )
@@ -79,17 +86,27 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("--to", choices=list(FORMS), required=True, help="the format of OUT")
     old = commands.add_parser("prune", help="remove rows by age, policy or size")
     rule = old.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--max_age", type=int, help="rows more than this many optimizer steps old; needs --at_step")
-    rule.add_argument("--policy", action="append", default=[], help="rows of this policy (give it again for more)")
-    rule.add_argument("--max_bytes", type=int, help="whole shards, oldest policy first, until the cache is this small")
+    rule.add_argument(
+        "--max_age", type=int, help="rows more than this many optimizer steps old; needs --at_step"
+    )
+    rule.add_argument(
+        "--policy", action="append", default=[], help="rows of this policy (give it again for more)"
+    )
+    rule.add_argument(
+        "--max_bytes", type=int, help="whole shards, oldest policy first, until the cache is this small"
+    )
     old.add_argument("--at_step", type=int, help="the step at which ages are counted")
     old.add_argument("--run_id", help="the run whose steps these are, where the cache has rows of several")
     old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
-    union = commands.add_parser("merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT")
+    union = commands.add_parser(
+        "merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT"
+    )
     for command in (summary, page, show, check, copy, old, union):
         command.add_argument("root", metavar="ROOT", help="directory or URL of the cache")
     copy.add_argument("out", metavar="OUT", help="a new or empty folder, which appears when it is complete")
-    union.add_argument("sources", nargs="+", metavar="SOURCE", help="caches to copy from; they stay as they are")
+    union.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="caches to copy from; they stay as they are"
+    )
     return parser
 
 
@@ -101,7 +118,9 @@ def _print(text: object = "") -> None:
 def _summary(args: argparse.Namespace) -> int:
     summary = open_cache(args.root).summary()
     if args.json:
-        print(json.dumps(summary, indent=1).replace("\x7f", "\\u007f"))  # the one control that JSON leaves as it is
+        print(
+            json.dumps(summary, indent=1).replace("\x7f", "\\u007f")
+        )  # the one control that JSON leaves as it is
     else:
         _print(summary_text(summary))
     return 0
@@ -176,12 +195,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     pruned = prune(
-        args.root, max_age=args.max_age, at_step=args.at_step, run_id=args.run_id, policies=args.policy,
-        max_bytes=args.max_bytes, dry_run=args.dry_run,
-    )  # fmt: skip
+        args.root,
+        max_age=args.max_age,
+        at_step=args.at_step,
+        run_id=args.run_id,
+        policies=args.policy,
+        max_bytes=args.max_bytes,
+        dry_run=args.dry_run,
+    )
     what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
     how = "would be removed" if args.dry_run else "removed"
-    _print(f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows.")
+    _print(
+        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows."
+    )
     return 0
 
 
@@ -196,9 +222,14 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "summary": _summary, "view": _view, "show": _show, "verify": _verify, "export": _export, "prune": _prune,
+    "summary": _summary,
+    "view": _view,
+    "show": _show,
+    "verify": _verify,
+    "export": _export,
+    "prune": _prune,
     "merge": _merge,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     sys.exit(main())

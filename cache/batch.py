@@ -45,7 +45,8 @@ class BatchRows:
         """Row `row` of the batch, its signal decoded and normalised. CacheError if the signal is damaged."""
         fields: dict[str, Any] = {name: self.batch.column(name)[row].as_py() for name in SCALAR_COLUMNS}
         fields |= {
-            name: values[offsets[row] : offsets[row + 1]].copy() for name, (offsets, values) in self._lists.items()
+            name: values[offsets[row] : offsets[row + 1]].copy()
+            for name, (offsets, values) in self._lists.items()
         }
         packed = self.packed(row)
         if packed is None:
@@ -61,7 +62,9 @@ class BatchRows:
         return None if buffer is None else memoryview(buffer)
 
 
-def read_batch(store: Store, record: CommitRecord, index: int, rules: Rules | None, check: bool = True) -> BatchRows:
+def read_batch(
+    store: Store, record: CommitRecord, index: int, rules: Rules | None, check: bool = True
+) -> BatchRows:
     """Record batch `index` of a shard; with `check` its digest is compared first. CacheError on any damage."""
     entry = record.batches[index]
     try:
@@ -76,13 +79,17 @@ def read_batch(store: Store, record: CommitRecord, index: int, rules: Rules | No
     if digest != entry.sha256:
         first = sum(batch.num_rows for batch in record.batches[:index])
         raise damage(
-            store, record, f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
+            store,
+            record,
+            f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
             f" {digest[:8]}…, its commit record says {entry.sha256[:8]}…",
-        )  # fmt: skip
+        )
     return decode_batch(store, record, index, message, rules)
 
 
-def decode_batch(store: Store, record: CommitRecord, index: int, message: pa.Buffer, rules: Rules | None) -> BatchRows:
+def decode_batch(
+    store: Store, record: CommitRecord, index: int, message: pa.Buffer, rules: Rules | None
+) -> BatchRows:
     """The rows of a message whose digest is right. CacheError unless it holds what record and fingerprint say.
 
     Digests protect against accidents, not people: nothing of the message is used before it is found to hold together.
@@ -104,7 +111,9 @@ def _check_columns(batch: pa.RecordBatch, record: CommitRecord, index: int, rule
     first = sum(entry.num_rows for entry in record.batches[:index])
     rows = slice(first, first + record.batches[index].num_rows)
     if batch.num_rows != record.batches[index].num_rows:
-        raise CacheError(f"record batch {index} has {batch.num_rows} rows, not {record.batches[index].num_rows}")
+        raise CacheError(
+            f"record batch {index} has {batch.num_rows} rows, not {record.batches[index].num_rows}"
+        )
     is_scored = rules.kind != "none" if rules else batch.column("signal").null_count == 0
     for name in SCHEMA.names:
         expected = 0 if is_scored or name not in (*TEACHER_COLUMNS, "signal") else batch.num_rows
@@ -123,7 +132,9 @@ def _check_columns(batch: pa.RecordBatch, record: CommitRecord, index: int, rule
             _check_lists(name, batch.column(name), counts[rows], rules, record.row_ids[rows])
 
 
-def _check_lists(name: str, column: pa.ListArray, counts: list[int], rules: Rules | None, row_ids: list[str]) -> None:
+def _check_lists(
+    name: str, column: pa.ListArray, counts: list[int], rules: Rules | None, row_ids: list[str]
+) -> None:
     offsets = column.offsets.to_numpy()
     if column.values.null_count or not np.array_equal(np.diff(offsets), counts):
         raise CacheError(f"column {name} has other lengths than the commit record says")

@@ -24,7 +24,10 @@ _HEADER = struct.Struct(
 _LENGTH = struct.Struct("<I")
 _TOPK, _HIDDEN, _FULL = 1, 2, 3
 _KINDS = {"topk": _TOPK, "nucleus": _TOPK, "hidden": _HIDDEN, "full": _FULL}
-_FREE_NUMBERS, _NUMBERS_PER_BYTE = 2**25, 16  # T * width that a signal may unpack to: less than 1 GB while it does
+_FREE_NUMBERS, _NUMBERS_PER_BYTE = (
+    2**25,
+    16,
+)  # T * width that a signal may unpack to: less than 1 GB while it does
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 1
@@ -57,7 +60,9 @@ def _encode_matrix(signal: Hidden | Full) -> bytes:
     header = _HEADER.pack(CODEC_VERSION, kind, _DTYPES.index(signal.dtype), *array.shape, 0.0)
     size = array.dtype.itemsize
     bits = array.reshape(-1).view(f"u{size}")
-    rotated = (bits << 1) | (bits >> (8 * size - 1))  # the exponent alone in the highest byte (of bfloat16, float32)
+    rotated = (bits << 1) | (
+        bits >> (8 * size - 1)
+    )  # the exponent alone in the highest byte (of bfloat16, float32)
     return header + b"".join(_pack(plane) for plane in _split(rotated, size))
 
 
@@ -93,7 +98,9 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
     except CacheError:
         raise
     except (struct.error, zstandard.ZstdError, IndexError, KeyError, ValueError, MemoryError) as error:
-        raise CacheError(f"the packed signal does not decode ({error}); run `python -m cache verify` on it.") from error
+        raise CacheError(
+            f"the packed signal does not decode ({error}); run `python -m cache verify` on it."
+        ) from error
 
 
 def _check_size(num_tokens: int, width: int, num_bytes: int) -> None:
@@ -110,7 +117,9 @@ def _check_rules(kind: int, width: int, temperature: float, rules: Rules) -> Non
         raise ValueError(f"its kind is {kind}, the fingerprint says {rules.kind}")
     if kind == _TOPK:
         if not 1 <= width <= (rules.k or rules.vocab_size):
-            raise ValueError(f"it keeps {width} ids a token, the fingerprint allows {rules.k or rules.vocab_size}")
+            raise ValueError(
+                f"it keeps {width} ids a token, the fingerprint allows {rules.k or rules.vocab_size}"
+            )
         if temperature != np.float32(rules.temperature):
             raise ValueError(f"it is at temperature {temperature}, the fingerprint's is {rules.temperature}")
     expected = {_HIDDEN: rules.width, _FULL: rules.vocab_size}.get(kind)
@@ -153,7 +162,9 @@ def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
     yield np.concatenate(escapes).view(np.uint8)
 
 
-def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float, version: int) -> TopK:
+def _decode_topk(
+    source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float, version: int
+) -> TopK:
     if not 1 <= num_bits <= 31:
         raise ValueError(f"ids of {num_bits} bits")
     counts = source.join(num_tokens, _bytes_for(width)).astype(np.int64)
@@ -161,7 +172,9 @@ def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, te
         raise ValueError(f"a token keeps {counts.max()} ids of {width}")
     kept = np.arange(width) < counts[:, None]
     is_full = bool(kept.all())
-    found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view("<i4")
+    found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view(
+        "<i4"
+    )
     ids = found.reshape(kept.shape) if is_full else _in_slots(found, kept, np.int32, -1)
     log_kept, log_tail = _masses(source.join(num_tokens, 3))
     codes = _read_codes(source, kept, is_full, num_planes=version)

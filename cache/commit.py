@@ -53,12 +53,16 @@ def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "No space left on" if full else f"{error.strerror or error} while writing to"
         remedy = "free space" if full else "mend that"
-        raise CacheError(f"{problem} {root}: {count_kept()} committed rows are kept; {remedy} and rerun.") from error
+        raise CacheError(
+            f"{problem} {root}: {count_kept()} committed rows are kept; {remedy} and rerun."
+        ) from error
 
 
 def canonical_json(value: Any) -> bytes:
     """The one form of a JSON value that digests are taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def seal(body: dict[str, Any]) -> bytes:
@@ -95,7 +99,9 @@ def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str 
     content = head.removesuffix(b",") + tail if tail == b"}\n" else head + tail.removeprefix(b",")
     actual = hashlib.sha256(content.removesuffix(b"\n")).hexdigest()
     if actual != digest or not content.endswith(b"}\n"):
-        raise CacheError(f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}")
+        raise CacheError(
+            f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}"
+        )
     assert isinstance(body, dict)
     return body
 
@@ -239,13 +245,17 @@ def _wrong_fields(record: CommitRecord) -> Iterator[str]:
         yield "fingerprint or shard_sha256"
     if record.head_sha256 is not None and not is_digest(record.head_sha256):
         yield "head_sha256"
-    if not (isinstance(record.shard, str) and SHARD_NAME.fullmatch(record.shard) and is_count(record.shard_bytes)):
+    if not (
+        isinstance(record.shard, str) and SHARD_NAME.fullmatch(record.shard) and is_count(record.shard_bytes)
+    ):
         yield "shard or shard_bytes"
     if not all(_is_entry(entry, record.shard_bytes) for entry in record.batches):
         yield "batches"
     num_rows = sum(entry.num_rows for entry in record.batches)
     of_rows = (record.row_ids, record.prompt_ids, record.num_prompt_tokens, record.num_completion_tokens)
-    if any(type(values) is not list or len(values) != num_rows for values in (*of_rows, record.policy_of_row)):
+    if any(
+        type(values) is not list or len(values) != num_rows for values in (*of_rows, record.policy_of_row)
+    ):
         yield "the number of rows"
     if not (num_rows and _are_names(record.row_ids) and len(set(record.row_ids)) == num_rows):
         yield "row_ids"
@@ -298,7 +308,9 @@ def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, Comm
     """
     found = record_names(store)
     shards = set(store.names(SHARDS)) if known else set()
-    kept = {name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards}
+    kept = {
+        name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards
+    }
     return _complete(store, found, kept)
 
 

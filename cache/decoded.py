@@ -26,7 +26,10 @@ def decoded_schema(snapshot: Snapshot) -> pa.Schema:
     kind = snapshot.fingerprint.rules.kind
     fields = [pa.field(name, SCHEMA.field(name).type) for name in PLAIN_COLUMNS]
     if kind in ("topk", "nucleus"):
-        fields += [pa.field("signal_ids", _nested(pa.int32())), pa.field("signal_logprobs", _nested(pa.float32()))]
+        fields += [
+            pa.field("signal_ids", _nested(pa.int32())),
+            pa.field("signal_logprobs", _nested(pa.float32())),
+        ]
     elif kind in _MATRICES:
         signal = snapshot[0].signal if len(snapshot) else None
         is_half = isinstance(signal, Hidden | Full) and signal.dtype == "float16"
@@ -82,7 +85,9 @@ def _matrix(record: Record, dtype: np.dtype[np.generic]) -> Array:
     return values if dtype == np.float16 else to_float32(values, signal.dtype)
 
 
-def _lists(first: Record, values: list[Array], widths: npt.NDArray[np.integer], row_lengths: list[int]) -> pa.ListArray:
+def _lists(
+    first: Record, values: list[Array], widths: npt.NDArray[np.integer], row_lengths: list[int]
+) -> pa.ListArray:
     """list<list>: `values` of all rows, cut into one list a token by `widths`, those into rows by `row_lengths`."""
     inner, outer = _offsets(widths), _offsets(row_lengths)
     if inner[-1] > _MOST_VALUES:

@@ -28,7 +28,10 @@ from cache.store import sync
 
 _Writer: TypeAlias = Any  # a ParquetWriter or a RecordBatchStreamWriter
 FILE_BYTES = 500 * 10**6  # a file that has grown to this is closed; `datasets` cuts at the same size
-_DATASETS_NAMES = {"halffloat": "float16", "float": "float32"}  # where `datasets` does not say what Arrow says
+_DATASETS_NAMES = {
+    "halffloat": "float16",
+    "float": "float32",
+}  # where `datasets` does not say what Arrow says
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,22 @@ def _to_datasets(snapshot: Snapshot, folder: Path) -> None:
     info = json.dumps({"info": {"features": features}})
     schema = schema.with_metadata({**_metadata(snapshot), "huggingface": info})
     parts = _write_files(
-        _batches(snapshot, schema), lambda sink: ipc.new_stream(sink, schema), lambda number: folder / f"{number}.arrow"
+        _batches(snapshot, schema),
+        lambda sink: ipc.new_stream(sink, schema),
+        lambda number: folder / f"{number}.arrow",
     )
     names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
         part.rename(folder / name)
     state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names], "_fingerprint": _content_digest(snapshot)[:16],
-        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": _content_digest(snapshot)[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
         "_split": None,
-    }  # fmt: skip
+    }
     description = json.dumps(_meaning(snapshot), ensure_ascii=False, sort_keys=True)
     about = {"citation": "", "description": description, "features": features, "homepage": "", "license": ""}
     for file_name, value in (("state.json", state), ("dataset_info.json", about)):
@@ -143,7 +152,9 @@ def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _write_files(
-    batches: Iterable[pa.RecordBatch], open_file: Callable[[pa.NativeFile], _Writer], path_of: Callable[[int], Path]
+    batches: Iterable[pa.RecordBatch],
+    open_file: Callable[[pa.NativeFile], _Writer],
+    path_of: Callable[[int], Path],
 ) -> list[Path]:
     """Writes batches to files, the next one begun when one has `FILE_BYTES`; one without rows if there are none."""
     source = iter(batches)

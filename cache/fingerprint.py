@@ -44,12 +44,16 @@ class Fingerprint:
                 f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}."
             )
         if not is_count(vocab_size, 1, _MOST_IDS):
-            raise CacheError(f"the fingerprint's vocab_size is {vocab_size!r}; expected a number of ids >= 1.")
+            raise CacheError(
+                f"the fingerprint's vocab_size is {vocab_size!r}; expected a number of ids >= 1."
+            )
         k, temperature = signal.get("k"), signal.get("temperature", 1.0)
         if k is not None and not is_count(k, 1, _MOST_IDS):
             raise CacheError(f"the fingerprint's signal keeps k = {k!r} ids; expected a number of ids >= 1.")
         if type(temperature) not in (int, float) or not 0 < temperature < _MOST_IDS:
-            raise CacheError(f"the fingerprint's signal is at temperature {temperature!r}; expected a number above 0.")
+            raise CacheError(
+                f"the fingerprint's signal is at temperature {temperature!r}; expected a number above 0."
+            )
 
     @property
     def digest(self) -> str:
@@ -167,7 +171,9 @@ def _check_values(what: str, data: bytes) -> None:
 def _is_deeper(value: Any, depth: int) -> bool:
     if not isinstance(value, dict | list):
         return False
-    return depth == 0 or any(_is_deeper(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+    return depth == 0 or any(
+        _is_deeper(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _differences(own: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -189,6 +195,7 @@ def _show(value: Any, other: Any) -> tuple[str, str]:
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, same - _SHOWN // 2)
     shown = [
-        ("…" if start else "") + t[start : start + _SHOWN] + ("…" if len(t) > start + _SHOWN else "") for t in texts
+        ("…" if start else "") + t[start : start + _SHOWN] + ("…" if len(t) > start + _SHOWN else "")
+        for t in texts
     ]
     return shown[0], shown[1]

@@ -140,12 +140,16 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(bytes(memoryview(store.read_range(file, 8, length))).decode())
         scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
-        is_right = math.isfinite(scale) and 0 <= softcap < math.inf and header["weight"]["dtype"] in _NAMES.values()
+        is_right = (
+            math.isfinite(scale) and 0 <= softcap < math.inf and header["weight"]["dtype"] in _NAMES.values()
+        )
         is_right = is_right and header.keys() <= {"__metadata__", "weight", "bias"}
         for name, rank in (("weight", 2), ("bias", 1)):
             is_right = is_right and (name not in header or _fits(header[name], rank, size - 8 - length))
         is_right = is_right and ("bias" not in header or header["bias"]["dtype"] == "F32")
-        is_right = is_right and ("bias" not in header or header["bias"]["shape"] == header["weight"]["shape"][:1])
+        is_right = is_right and (
+            "bias" not in header or header["bias"]["shape"] == header["weight"]["shape"][:1]
+        )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise wrong from None
     if not is_right:
@@ -156,7 +160,11 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
 def _fits(entry: dict[str, Any], rank: int, num_bytes: int) -> bool:
     """Whether an array of the header lies within the file and has as many bytes as its shape takes."""
     (first, last), shape = entry["data_offsets"], entry["shape"]
-    if not all(is_count(n) for n in (first, last)) or len(shape) != rank or not all(is_count(n, 1) for n in shape):
+    if (
+        not all(is_count(n) for n in (first, last))
+        or len(shape) != rank
+        or not all(is_count(n, 1) for n in shape)
+    ):
         return False
     itemsize = {"BF16": 2, "F16": 2, "F32": 4}.get(entry["dtype"], 0)
     return first <= last <= num_bytes and last - first == math.prod(shape) * itemsize > 0

@@ -12,7 +12,9 @@ import struct
 from cache.schema import CacheError
 
 FREE_BYTES = 128 * 2**20
-_BYTES_PER_BYTE = 256  # beyond FREE_BYTES; plain columns and packed signals of real rows unpack to less than 8
+_BYTES_PER_BYTE = (
+    256  # beyond FREE_BYTES; plain columns and packed signals of real rows unpack to less than 8
+)
 _MOST_BUFFERS = 256
 _RECORD_BATCH, _ZSTD = 3, 1  # MessageHeader, CompressionType
 _BUFFER = struct.Struct("<qq")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 
-_STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls (C0, DEL, C1), bidi and other formats, surrogates, line ends
+_STEERING = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # controls (C0, DEL, C1), bidi and other formats, surrogates, line ends
 _JOINERS = "\u200c\u200d"  # formats that Persian, Hindi and emoji are written with, and that only join
 
 

@@ -47,7 +47,9 @@ def open_cache(root: Root) -> Snapshot:
     store = open_store(root)
     fingerprint = load_fingerprint(store)
     if fingerprint is None:
-        raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+        raise CacheError(
+            f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
+        )
     records = commit.read_records(store, {})
     return Snapshot(store, fingerprint, records, _Batches(store, rules_of(store, fingerprint, records)))
 
@@ -108,7 +110,9 @@ class Snapshot(Sequence[Record]):
         starts = np.cumsum([0, *counts])
         self._shard_of = np.repeat(np.arange(len(counts)), counts)[self._kept]
         self._row_of = self._kept - starts[self._shard_of]
-        self._batch_ends = [np.cumsum([batch.num_rows for batch in record.batches]) for record in self._shards]
+        self._batch_ends = [
+            np.cumsum([batch.num_rows for batch in record.batches]) for record in self._shards
+        ]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -166,7 +170,10 @@ class Snapshot(Sequence[Record]):
         rows: dict[int, list[int]] = {}  # by batch, in the order of the least row id
         for batch, row in zip(batch_of_row.tolist(), self._kept.tolist(), strict=True):
             rows.setdefault(batch, []).append(row)
-        return [Place(*batches[b], np.sort(np.array(own, np.int64)) - (ends[b] - sizes[b])) for b, own in rows.items()]
+        return [
+            Place(*batches[b], np.sort(np.array(own, np.int64)) - (ends[b] - sizes[b]))
+            for b, own in rows.items()
+        ]
 
     def read_place(self, place: Place) -> list[Record]:
         """The rows of a place, decoded; nothing of the batch is kept. CacheError if its bytes are damaged."""
@@ -195,7 +202,9 @@ class Snapshot(Sequence[Record]):
 
     def refresh(self) -> Snapshot:
         """A newer snapshot; what this one has read and checked is shared with it."""
-        return Snapshot(self.store, self.fingerprint, commit.read_records(self.store, self._records), self._batches)
+        return Snapshot(
+            self.store, self.fingerprint, commit.read_records(self.store, self._records), self._batches
+        )
 
     def commit_records(self) -> list[CommitRecord]:
         """The commit record of each shard, sorted by file name."""

@@ -39,7 +39,9 @@ def _shards_of(store: Store, name: str, there: list[str]) -> list[str]:
     named, stem = _shard_of(store, name), f"{commit.SHARDS}/{name.rpartition('-')[0]}"
     if named in there:
         return [named]
-    return [shard for shard in there if commit.SHARD_NAME.fullmatch(shard) and shard.rsplit("-", 2)[0] == stem]
+    return [
+        shard for shard in there if commit.SHARD_NAME.fullmatch(shard) and shard.rsplit("-", 2)[0] == stem
+    ]
 
 
 def _shard_of(store: Store, name: str) -> str | None:

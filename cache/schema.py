@@ -46,7 +46,9 @@ def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -
     """`value` as a contiguous array of `dtype`; CacheError on another rank, or if a conversion would lose integers."""
     array, wanted = np.asarray(value), np.dtype(dtype)
     if array.ndim != ndim:
-        raise CacheError(f"{name} has shape {list(array.shape)}; expected {ndim} dimension{'s' * (ndim != 1)}.")
+        raise CacheError(
+            f"{name} has shape {list(array.shape)}; expected {ndim} dimension{'s' * (ndim != 1)}."
+        )
     if array.dtype != wanted:
         if array.size and array.dtype.kind not in ("iu" if wanted.kind in "iu" else "iuf"):
             raise CacheError(f"{name} is an array of {array.dtype}; expected {wanted}.")
@@ -149,7 +151,9 @@ class TeacherHead:
             return
         object.__setattr__(self, "bias", as_array("head.bias", self.bias, np.float32, 1))
         if len(self.bias) != len(self.weight):
-            raise CacheError(f"head.bias has {len(self.bias)} entries; expected {len(self.weight)}, as its weight.")
+            raise CacheError(
+                f"head.bias has {len(self.bias)} entries; expected {len(self.weight)}, as its weight."
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -267,8 +271,12 @@ class Rules:
 
 
 _SIGNAL_OF_KIND: dict[str, type[Any]] = {
-    "none": type(None), "topk": TopK, "nucleus": TopK, "hidden": Hidden, "full": Full,
-}  # fmt: skip
+    "none": type(None),
+    "topk": TopK,
+    "nucleus": TopK,
+    "hidden": Hidden,
+    "full": Full,
+}
 SIGNAL_KINDS = tuple(_SIGNAL_OF_KIND)
 
 
@@ -317,7 +325,9 @@ def _check_identity(record: Record) -> None:
         if not 0 <= getattr(record, name) < 2**bits:
             _refuse(record, f"{name} is {getattr(record, name)}; expected a count from 0 to 2**{bits} - 1")
     if record.finish_reason not in FINISH_REASONS:
-        _refuse(record, f"finish_reason is {record.finish_reason!r}; expected one of {', '.join(FINISH_REASONS)}")
+        _refuse(
+            record, f"finish_reason is {record.finish_reason!r}; expected one of {', '.join(FINISH_REASONS)}"
+        )
 
 
 def _check_tokens(record: Record, rules: Rules) -> None:
@@ -329,11 +339,15 @@ def _check_tokens(record: Record, rules: Rules) -> None:
     for name in TOKEN_COLUMNS:
         values = getattr(record, name)
         if name in TEACHER_COLUMNS and (values is not None) != scored:
-            _refuse(record, f"{name} is {'missing' if scored else 'given'}, but the signal kind is {rules.kind}")
+            _refuse(
+                record, f"{name} is {'missing' if scored else 'given'}, but the signal kind is {rules.kind}"
+            )
         if values is None:
             continue
         if name != "prompt_ids" and len(values) != num_tokens:
-            _refuse(record, f"{name} has {len(values)} entries; expected {num_tokens}, one a completion token")
+            _refuse(
+                record, f"{name} has {len(values)} entries; expected {num_tokens}, one a completion token"
+            )
         _check_values(record, name, values, rules)
 
 
@@ -373,7 +387,9 @@ def _check_topk(record: Record, signal: TopK, rules: Rules, rounding: float) -> 
     if np.float32(signal.temperature) != np.float32(rules.temperature):  # as it is packed
         _refuse(record, f"signal is at temperature {signal.temperature}; expected {rules.temperature}")
     bad = (ids < -1) | (ids >= rules.vocab_size)
-    _refuse_where(record, "signal.ids", bad, ids, f"an id from 0 to {rules.vocab_size - 1}, or -1 for an empty slot")
+    _refuse_where(
+        record, "signal.ids", bad, ids, f"an id from 0 to {rules.vocab_size - 1}, or -1 for an empty slot"
+    )
     _check_topk_order(record, ids, logprobs)
     _refuse_where(record, "signal.log_tail_mass", np.isnan(tail), tail, "the ln of a mass, nats")
     mass = np.exp(logprobs.astype(np.float64)).sum(1) + np.exp(tail.astype(np.float64))
@@ -398,7 +414,9 @@ def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
     twice[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         position, slot = np.argwhere(twice)[0]
-        _refuse(record, f"signal.ids[{position}] keeps id {ordered[position, slot]} twice; expected each id once")
+        _refuse(
+            record, f"signal.ids[{position}] keeps id {ordered[position, slot]} twice; expected each id once"
+        )
 
 
 def _check_topk_columns(record: Record, signal: TopK, tolerance: float) -> None:
@@ -412,14 +430,19 @@ def _check_topk_columns(record: Record, signal: TopK, tolerance: float) -> None:
     with np.errstate(invalid="ignore"):
         bad = filled & ~(np.abs(record.top1_logprob - signal.logprobs[:, 0]) <= tolerance)
     _refuse_where(record, "top1_logprob", bad, record.top1_logprob, "the logprob in the signal's slot 0")
-    bad = ~(np.abs(np.exp(record.log_tail_mass) - np.exp(signal.log_tail_mass)) <= min(tolerance, 3 * MASS_TOLERANCE))
+    bad = ~(
+        np.abs(np.exp(record.log_tail_mass) - np.exp(signal.log_tail_mass))
+        <= min(tolerance, 3 * MASS_TOLERANCE)
+    )
     _refuse_where(record, "log_tail_mass", bad, record.log_tail_mass, "the signal's own log_tail_mass")
 
 
 def _check_states(record: Record, name: str, array: Array, width: int | None) -> None:
     num_tokens = len(record.completion_ids)
     if len(array) != num_tokens or (array.shape[1] != width if width else not array.shape[1]):
-        _refuse(record, f"signal.{name} has shape {list(array.shape)}; expected [{num_tokens}, {width or 'D'}]")
+        _refuse(
+            record, f"signal.{name} has shape {list(array.shape)}; expected [{num_tokens}, {width or 'D'}]"
+        )
     bad = (array & 0x7F80) == 0x7F80 if array.dtype == np.uint16 else ~np.isfinite(array)
     if bad.any():
         shown = to_float32(array, "bfloat16") if array.dtype == np.uint16 else array

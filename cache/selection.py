@@ -50,7 +50,9 @@ def by_prompt(snapshot: Snapshot, beginning: str) -> list[int]:
         raise CacheError(f"{snapshot.root}: no prompt id begins with {beginning!r}.")
     if beginning not in found and len(found) > 1:
         named = ", ".join(found[:_MOST_NAMED]) + (", …" if len(found) > _MOST_NAMED else "")
-        raise CacheError(f"{snapshot.root}: {len(found)} prompt ids begin with {beginning!r} ({named}); give one.")
+        raise CacheError(
+            f"{snapshot.root}: {len(found)} prompt ids begin with {beginning!r} ({named}); give one."
+        )
     prompt = beginning if beginning in found else found[0]
     refreshes = snapshot.index["refresh_index"].to_pylist()
     return sorted((i for i, own in enumerate(prompt_ids) if own == prompt), key=lambda i: refreshes[i])
@@ -70,7 +72,9 @@ def worst(snapshot: Snapshot, count: int) -> list[int]:
     """
     _check_count(snapshot, "--worst", count)
     if snapshot.fingerprint.rules.kind == "none":
-        raise CacheError(f"{snapshot.root} is not scored (signal kind none): it has no teacher logprobs for --worst.")
+        raise CacheError(
+            f"{snapshot.root} is not scored (signal kind none): it has no teacher logprobs for --worst."
+        )
     table = snapshot.to_table(["behaviour_logprobs", "teacher_logprobs"])
     return _largest(_row_sums(table["behaviour_logprobs"]) - _row_sums(table["teacher_logprobs"]), count)
 

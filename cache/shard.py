@@ -58,9 +58,16 @@ class OpenShard:
         name = f"{SHARDS}/{stem}-{digest[:12]}-{secrets.token_hex(4)}.arrow"
         self._file.publish(name)
         return CommitRecord(
-            unit=unit, fingerprint=fingerprint, shard=name, shard_bytes=self._file.num_bytes, shard_sha256=digest,
-            batches=self._batches, row_ids=self.row_ids, head_sha256=head, **self._index.columns(),
-        )  # fmt: skip
+            unit=unit,
+            fingerprint=fingerprint,
+            shard=name,
+            shard_bytes=self._file.num_bytes,
+            shard_sha256=digest,
+            batches=self._batches,
+            row_ids=self.row_ids,
+            head_sha256=head,
+            **self._index.columns(),
+        )
 
     def discard(self) -> None:
         self._file.discard()
@@ -79,7 +86,9 @@ class OpenShard:
                 f" that begins with row {self._records[0].row_id} was not written."
             )
         digest = hashlib.sha256(message).hexdigest()
-        self._batches.append(BatchEntry(self._file.num_bytes + start, len(message), len(self._records), digest))
+        self._batches.append(
+            BatchEntry(self._file.num_bytes + start, len(message), len(self._records), digest)
+        )
         self._file.write(data)
         self._records, self._signals, self._tokens, self._signal_bytes = [], [], 0, 0
 
@@ -113,8 +122,11 @@ class _RowIndex:
     def __init__(self) -> None:
         self._policies: dict[tuple[Any, ...], int] = {}
         self._lists: dict[str, list[Any]] = {
-            "policy_of_row": [], "prompt_ids": [], "num_prompt_tokens": [], "num_completion_tokens": [],
-        }  # fmt: skip
+            "policy_of_row": [],
+            "prompt_ids": [],
+            "num_prompt_tokens": [],
+            "num_completion_tokens": [],
+        }
         self._statistics = Statistics()
 
     def add_signals(self, num_bytes: int) -> None:
@@ -130,7 +142,11 @@ class _RowIndex:
 
     def columns(self) -> dict[str, Any]:
         policies = [list(policy) for policy in self._policies]
-        return {**self._lists, "policies": policies, "statistics_json": canonical_json(self._statistics.to_json())}
+        return {
+            **self._lists,
+            "policies": policies,
+            "statistics_json": canonical_json(self._statistics.to_json()),
+        }
 
 
 def _metadata() -> dict[str, str]:

@@ -58,7 +58,9 @@ def verify(root: Root) -> list[Finding]:
     store = open_store(root)
     record_names = commit.record_names(store)
     if store.size(commit.FINGERPRINT) is None and not record_names:
-        raise CacheError(f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote.")
+        raise CacheError(
+            f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
+        )
     findings = _look(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
     fingerprint = None if findings else load_fingerprint(store)
     head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
@@ -78,7 +80,9 @@ def verify(root: Root) -> list[Finding]:
     return findings
 
 
-def _look(store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None) -> list[Finding]:
+def _look(
+    store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None
+) -> list[Finding]:
     """What `find` finds, if it finds something twice: one bad read of memory, disk or network is no damage."""
     if not _collect(store, file, find, record):
         return []
@@ -119,7 +123,11 @@ def _verify_fingerprint(store: Store) -> Iterator[Finding]:
     expected = tokenizer_digest(store)
     actual = None if store.size(commit.TOKENIZER) is None else store.hash(commit.TOKENIZER)
     if expected is not None and actual != expected:
-        state = "is missing" if actual is None else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
+        state = (
+            "is missing"
+            if actual is None
+            else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
+        )
         remedy = "Put the tokenizer's tokenizer.json there; rows do not depend on it."
         yield Finding(commit.TOKENIZER, f"{store.path(commit.TOKENIZER)} {state}. {remedy}")
 
@@ -127,7 +135,9 @@ def _verify_fingerprint(store: Store) -> Iterator[Finding]:
 def _verify_head(store: Store) -> Iterator[Finding]:
     head = load_head(store)
     if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
-        yield Finding(commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length.")
+        yield Finding(
+            commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length."
+        )
 
 
 def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
@@ -156,7 +166,9 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
     """A sound shard beside a file that is not the one it was written with: withdrawing it would lose rows for nothing."""
-    remedy = f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
+    remedy = (
+        f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
+    )
     return Finding(record.shard, f"{path} was written {how} than the cache's. {remedy}")
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from cache.schema import Array, Record
 
 BINS_PER_OCTAVE = 8
-_LEAST_BIN = -40 * BINS_PER_OCTAVE  # 2**-40, about 1e-12; all that is smaller, 0 included, falls in the bin below
+_LEAST_BIN = (
+    -40 * BINS_PER_OCTAVE
+)  # 2**-40, about 1e-12; all that is smaller, 0 included, falls in the bin below
 _MOST_BINS = 1024 * BINS_PER_OCTAVE  # of a float64
 HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
 
@@ -30,7 +32,9 @@ class Statistics:
     scored_tokens: int = 0
     signal_bytes: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    histograms: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
+    histograms: dict[str, Counter[int]] = field(
+        default_factory=lambda: {name: Counter() for name in HISTOGRAMS}
+    )
 
     def add(self, record: Record) -> None:
         self.rows += 1
@@ -57,13 +61,17 @@ def check_statistics(part: Any, expected: tuple[int, int, int]) -> bool:
     if not isinstance(part, dict) or part.keys() != _NAMES:
         return False
     signal_bytes, reasons, histograms = part["signal_bytes"], part["finish_reasons"], part["histograms"]
-    if (part["rows"], part["prompt_tokens"], part["scored_tokens"]) != expected or not _are_counts([signal_bytes]):
+    if (part["rows"], part["prompt_tokens"], part["scored_tokens"]) != expected or not _are_counts(
+        [signal_bytes]
+    ):
         return False
     if not isinstance(reasons, dict) or not _are_counts(reasons.values()):
         return False
     if not isinstance(histograms, dict) or not histograms.keys() <= set(HISTOGRAMS):
         return False
-    return all(isinstance(h, dict) and _are_counts(h.values()) and all(map(_is_bin, h)) for h in histograms.values())
+    return all(
+        isinstance(h, dict) and _are_counts(h.values()) and all(map(_is_bin, h)) for h in histograms.values()
+    )
 
 
 def _are_counts(values: Iterable[Any]) -> bool:
@@ -73,7 +81,9 @@ def _are_counts(values: Iterable[Any]) -> bool:
 @lru_cache(maxsize=_MOST_BINS)
 def _is_bin(name: str) -> bool:
     digits = name.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and len(digits) < 6 and _LEAST_BIN - 1 <= int(name) < _MOST_BINS
+    return (
+        digits.isascii() and digits.isdigit() and len(digits) < 6 and _LEAST_BIN - 1 <= int(name) < _MOST_BINS
+    )
 
 
 def merge(parts: Iterable[dict[str, Any]]) -> Statistics:

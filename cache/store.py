@@ -213,7 +213,9 @@ def _reading(path: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        what = "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
+        what = (
+            "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
+        )
         raise StoreError(
             f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit of open files,"
             " and rerun."
@@ -253,7 +255,9 @@ class LocalStore(Store):
         """A file descriptor for reading; CacheError if it is a folder, a pipe or a device."""
         path = self._text(name)
         with _reading(path):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait for a writer
+            fd = os.open(
+                path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            )  # opening a pipe must not wait for a writer
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise CacheError(f"{path} is not a regular file; move it out of the cache and rerun.")
@@ -408,7 +412,9 @@ class ObjectStore(Store):
                 found = self._fs.ls(self._key(folder), detail=True)
             except FileNotFoundError:
                 return {}
-        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        sizes = {
+            entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"
+        }
         self._sizes |= {f"{folder}/{name}": size for name, size in sizes.items()}
         return sizes
 
@@ -472,7 +478,9 @@ class ObjectStore(Store):
             try:
                 self._fs.pipe_file(self._key(name), data, mode="create")
             except FileExistsError:
-                return self._fs.cat_file(self._key(name)) == data  # a put whose answer was lost was sent again
+                return (
+                    self._fs.cat_file(self._key(name)) == data
+                )  # a put whose answer was lost was sent again
         return True
 
     def remove(self, name: str) -> None:

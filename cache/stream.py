@@ -57,7 +57,14 @@ def stream(
 
     Raises CacheError for arguments out of range at once, and for a damaged batch when its window is reached.
     """
-    counts = {"seed": seed, "epoch": epoch, "rank": rank, "worker": worker, "start": start, "ahead": ahead - 1}
+    counts = {
+        "seed": seed,
+        "epoch": epoch,
+        "rank": rank,
+        "worker": worker,
+        "start": start,
+        "ahead": ahead - 1,
+    }
     wrong = [name for name, value in counts.items() if value < 0]
     if wrong or rank >= num_ranks or worker >= num_workers:
         raise CacheError(
@@ -67,7 +74,9 @@ def stream(
     share, num_shares = rank * num_workers + worker, num_ranks * num_workers
     first, end = len(snapshot) * share // num_shares, len(snapshot) * (share + 1) // num_shares
     if start > end - first:
-        raise CacheError(f"start is {start}; rank {rank}, worker {worker} has {end - first} rows in an epoch.")
+        raise CacheError(
+            f"start is {start}; rank {rank}, worker {worker} has {end - first} rows in an epoch."
+        )
     places = snapshot.places()
     permuted = [places[i] for i in np.random.default_rng([seed, epoch]).permutation(len(places))]
     windows = _windows(_cut(permuted, first, end), [seed, epoch, num_shares, share], start)

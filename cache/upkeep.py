@@ -88,13 +88,17 @@ def prune(
 
 def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str | None) -> _IsDoomed:
     if at_step is None or max_age < 0:
-        raise CacheError("an age needs the step at which it is counted, and is at least 0: give at_step and max_age.")
+        raise CacheError(
+            "an age needs the step at which it is counted, and is at least 0: give at_step and max_age."
+        )
     runs = sorted({policy[0] for record in snapshot.commit_records() for policy in record.policies})
     if run_id is None and len(runs) == 1:
         run_id = runs[0]
     if run_id not in runs:
         which = "steps of which run?" if run_id is None else f"there is no run {run_id}."
-        raise CacheError(f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; give run_id.")
+        raise CacheError(
+            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; give run_id."
+        )
     return lambda run, step, _: run == run_id and at_step - step > max_age
 
 
@@ -103,7 +107,9 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
     for policy in policies:
         found = [name for name in known if policy and name.startswith(policy)]
         if len(found) != 1:
-            raise CacheError(f"{snapshot.root}: {len(found)} policies begin with {policy!r}; see `summary` for them.")
+            raise CacheError(
+                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; see `summary` for them."
+            )
     return lambda _run, _step, name: name.startswith(tuple(policies))
 
 
@@ -124,7 +130,9 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     left = snapshot.summary()["bytes"]
     beside = left - sum(record.num_bytes for record in records)
     if beside > max_bytes:
-        raise CacheError(f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}.")
+        raise CacheError(
+            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}."
+        )
     found = []
     for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
         if left <= max_bytes:
@@ -135,7 +143,13 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
 
 
 def _prune_shard(
-    store: Store, record: CommitRecord, stay: list[int], pruned: Pruned, dry_run: bool, rules: Rules, is_shared: bool
+    store: Store,
+    record: CommitRecord,
+    stay: list[int],
+    pruned: Pruned,
+    dry_run: bool,
+    rules: Rules,
+    is_shared: bool,
 ) -> None:
     gone = sorted(set(range(len(record.row_ids))) - set(stay))
     tokens = sum(record.num_completion_tokens[row] for row in gone)
@@ -164,7 +178,9 @@ def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) 
                 if first + row in wanted:
                     shard.append(batch.record(row), batch.packed(row))
             first += entry.num_rows
-        new = shard.publish(record.unit, commit.file_stem(record.unit), record.fingerprint, record.head_sha256)
+        new = shard.publish(
+            record.unit, commit.file_stem(record.unit), record.fingerprint, record.head_sha256
+        )
     finally:
         shard.discard()
     if not commit.write_record(store, new):  # an earlier prune got this far
@@ -228,13 +244,16 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
                 if record.name not in there and _copy(snapshot.store, store, record):
                     copied.append(record)
                 there.add(record.name)
-    differences = [text for snapshot in snapshots for text in stored.compare(snapshot.fingerprint, store.root)]
+    differences = [
+        text for snapshot in snapshots for text in stored.compare(snapshot.fingerprint, store.root)
+    ]
     return Merged(
-        shards=len(copied), rows=sum(len(record.row_ids) for record in copied),
+        shards=len(copied),
+        rows=sum(len(record.row_ids) for record in copied),
         num_bytes=sum(record.num_bytes for record in copied),
         shards_there=sum(len(snapshot.commit_records()) for snapshot in snapshots) - len(copied),
         differences=list(dict.fromkeys(differences)),
-    )  # fmt: skip
+    )
 
 
 def _tokenizer_text(snapshot: Snapshot) -> str | None:
@@ -260,7 +279,9 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     draft = target.draft(commit.SHARDS)
     try:
         for start in range(0, record.shard_bytes, _CHUNK):
-            draft.write(memoryview(source.read_range(record.shard, start, min(_CHUNK, record.shard_bytes - start))))
+            draft.write(
+                memoryview(source.read_range(record.shard, start, min(_CHUNK, record.shard_bytes - start)))
+            )
         if draft.sha256 != record.shard_sha256:
             raise CacheError(
                 f"{source.path(record.shard)} is damaged (sha256 {draft.sha256[:8]}…, its commit record says"

@@ -40,7 +40,9 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines.append(("teacher head", f"{summary['head_bytes']:,} bytes"))
     reasons = summary["finish_reasons"]
     lines.append(("finish reasons", ", ".join(f"{k} {n:,}" for k, n in sorted(reasons.items())) or "-"))
-    lines.append(("refreshes", ", ".join(f"{k}: {n:,} rows" for k, n in summary["refresh_indices"].items()) or "-"))
+    lines.append(
+        ("refreshes", ", ".join(f"{k}: {n:,} rows" for k, n in summary["refresh_indices"].items()) or "-")
+    )
     if summary["duplicate_rows"]:
         lines.append(("written twice", f"{summary['duplicate_rows']:,} rows; one copy of each is read"))
     if summary["leftover_files"]:
@@ -52,7 +54,9 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 def _wrap(label: str, value: str) -> list[str]:
     """Text beside a label, on as many lines as it takes."""
-    return textwrap.wrap(plain(value[:_PIECE]), WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+    return textwrap.wrap(
+        plain(value[:_PIECE]), WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
+    )
 
 
 def _quantile_lines(quantiles: dict[str, dict[str, float] | None]) -> Iterator[str]:
@@ -127,7 +131,9 @@ def _text_lines(title: str, text: str) -> Iterator[str]:
             yield from textwrap.wrap(line[start : start + _PIECE], WIDTH) or [""]
 
 
-def _token_lines(record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]) -> Iterator[str]:
+def _token_lines(
+    record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]
+) -> Iterator[str]:
     yield "nats: logprob of the token under student and teacher, their entropies H; tail: mass not kept"
     yield f"{'pos':>5}  {'token':<20}{'student':>10}{'teacher':>10}{'student H':>11}{'teacher H':>11}{'tail':>10}"
     teacher = (record.teacher_logprobs, record.teacher_entropy, record.log_tail_mass)
@@ -136,10 +142,14 @@ def _token_lines(record: Record, top: tuple[Int32, Float32] | None, name_of: Cal
         mass = None if tail is None else float(np.exp(tail))
         numbers = _number(float(record.behaviour_logprobs[t]), 10) + _number(logprob, 10)
         numbers += _number(float(record.behaviour_entropy[t]), 11) + _number(entropy, 11)
-        yield f"{t:>5}  {pad(name_of(token), 20)}{numbers}" + (f"{'-':>10}" if mass is None else f"{mass:>10.1e}")
+        yield f"{t:>5}  {pad(name_of(token), 20)}{numbers}" + (
+            f"{'-':>10}" if mass is None else f"{mass:>10.1e}"
+        )
         if top is not None:
             kept = [(i, p) for i, p in zip(top[0][t].tolist(), top[1][t].tolist(), strict=True) if i >= 0]
-            yield fit("       top: " + "  ".join(f"{fit(name_of(i), 12)} {100 * p:.3g}%" for i, p in kept), WIDTH)
+            yield fit(
+                "       top: " + "  ".join(f"{fit(name_of(i), 12)} {100 * p:.3g}%" for i, p in kept), WIDTH
+            )
 
 
 def _number(value: float | None, width: int) -> str:
@@ -164,7 +174,9 @@ def pad(text: str, width: int) -> str:
 
 
 def _columns(text: str) -> int:
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
 
 
 def token_names(snapshot: Snapshot) -> Callable[[int], str]:
@@ -202,7 +214,9 @@ def top_ids(record: Record, head: Callable[[], TeacherHead | None]) -> tuple[Int
         return signal.ids[:, :NUM_TOP], np.exp(signal.logprobs[:, :NUM_TOP])
     if isinstance(signal, Full):
         logits = signal.logits
-        return _top_of_tiles(len(logits), logits.shape[1], lambda ids: to_float32(logits[:, ids], signal.dtype))
+        return _top_of_tiles(
+            len(logits), logits.shape[1], lambda ids: to_float32(logits[:, ids], signal.dtype)
+        )
     weights = head() if isinstance(signal, Hidden) else None
     if weights is None:
         return None
@@ -219,7 +233,9 @@ def _logits(states: Float32, head: TeacherHead, ids: slice) -> Float32:
     return np.tanh(logits / head.softcap) * np.float32(head.softcap) if head.softcap else logits
 
 
-def _top_of_tiles(num_positions: int, num_ids: int, logits_of: Callable[[slice], Float32]) -> tuple[Int32, Float32]:
+def _top_of_tiles(
+    num_positions: int, num_ids: int, logits_of: Callable[[slice], Float32]
+) -> tuple[Int32, Float32]:
     """Top ids and probabilities from logits of a part of the vocabulary at a time."""
     width = min(NUM_TOP, num_ids)
     best = np.full((num_positions, width), -np.inf, np.float32)

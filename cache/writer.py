@@ -141,17 +141,23 @@ class Writer:
     def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
         """The record that committed the shard, or None if another writer committed the same rows first."""
         if self.fingerprint.rules.kind == "hidden" and self._head is None:
-            raise CacheError(f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun.")
+            raise CacheError(
+                f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun."
+            )
         record = shard.publish(unit, stem, self.fingerprint.digest, self._head)
         try:
             is_first = commit.write_record(self.store, record)
-            if is_first and self.store.size(record.shard) is None:  # a writer that slept for a day between the two
+            if (
+                is_first and self.store.size(record.shard) is None
+            ):  # a writer that slept for a day between the two
                 self.store.remove(commit.record_path(record.name))
                 raise CacheError(
                     f"{self.store.path(record.shard)} was removed before its rows were committed; they were not. Rerun"
                     " stage one, which writes them again."
                 )
-        except OSError:  # of a directory; a put to an object store that failed here may still arrive: its shard stays
+        except (
+            OSError
+        ):  # of a directory; a put to an object store that failed here may still arrive: its shard stays
             if self.store.size(commit.record_path(record.name)) is None:
                 self.store.remove(record.shard)
             raise
@@ -205,4 +211,6 @@ class Writer:
         num_rows = self._num_pending
         self._drop()
         if kind is None and num_rows:
-            raise AssertionError(f"{num_rows} appended rows were not committed; call commit(unit) before leaving.")
+            raise AssertionError(
+                f"{num_rows} appended rows were not committed; call commit(unit) before leaving."
+            )

@@ -13,7 +13,9 @@ def cut_vocabulary(vocab_size: int | None, sizes: dict[str, int]) -> int:
     if vocab_size is None:
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"The vocabularies differ ({found}); set vocab_size to the number of ids that they share.")
+            raise ValueError(
+                f"The vocabularies differ ({found}); set vocab_size to the number of ids that they share."
+            )
         return next(iter(sizes.values()))
     for name, size in sizes.items():
         if not 1 <= vocab_size <= size:

@@ -67,17 +67,26 @@ class DualKLConfig:
         _check_range("alpha", self.alpha, self.alpha >= 0, "a number >= 0")
         _check_range("mix", self.mix, 0 <= self.mix <= 1, "a number in [0, 1]")
         check_temperature(self.temperature)
-        _check_range("importance_cap", self.importance_cap, self.importance_cap > 0, "a number > 0 (inf is allowed)")
+        _check_range(
+            "importance_cap", self.importance_cap, self.importance_cap > 0, "a number > 0 (inf is allowed)"
+        )
         _check_range("tail_floor", self.tail_floor, 0 <= self.tail_floor < 1, "a probability in [0, 1)")
         if self.vocab_size is not None:
             _check_range("vocab_size", self.vocab_size, self.vocab_size >= 1, "a number of ids >= 1, or None")
         _check_range(
-            "teacher_smoothing", self.teacher_smoothing, 0 <= self.teacher_smoothing < 1, "a probability in [0, 1)"
+            "teacher_smoothing",
+            self.teacher_smoothing,
+            0 <= self.teacher_smoothing < 1,
+            "a probability in [0, 1)",
         )
         if self.gating == "fixed" and self.gate_on != "rkl":
-            raise ValueError(f"gate_on is {self.gate_on!r}, but gating 'fixed' has no gate that could look at it.")
+            raise ValueError(
+                f"gate_on is {self.gate_on!r}, but gating 'fixed' has no gate that could look at it."
+            )
         if self.objective == "jsd":
-            _check_range("mix", self.mix, 0 < self.mix < 1, "β in (0, 1) under objective 'jsd', which is 0 at 0 and 1")
+            _check_range(
+                "mix", self.mix, 0 < self.mix < 1, "β in (0, 1) under objective 'jsd', which is 0 at 0 and 1"
+            )
             for name, needed in (("gating", "fixed"), ("rkl", "exact"), ("fkl", "full")):
                 value = getattr(self, name)
                 if value != needed:

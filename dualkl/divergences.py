@@ -71,7 +71,11 @@ def compare(
     if isinstance(teacher, TopKTeacher) and not student_hidden.is_cuda:
         check_topk_values(teacher, num_ids)
     prepared = prepare_head(head, student_hidden, num_ids)
-    dense = None if isinstance(teacher, TopKTeacher) else DenseTarget(teacher, num_ids, temperature, student_hidden)
+    dense = (
+        None
+        if isinstance(teacher, TopKTeacher)
+        else DenseTarget(teacher, num_ids, temperature, student_hidden)
+    )
     parts = []
     with torch.autocast(student_hidden.device.type, enabled=False):
         for rows in row_chunks(student_hidden.shape[0], chunk_rows, num_ids, 4, student_hidden):

@@ -33,14 +33,18 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
-            raise ValueError(f"The head's weight has shape {list(self.weight.shape)}; expected [vocabulary, width].")
+            raise ValueError(
+                f"The head's weight has shape {list(self.weight.shape)}; expected [vocabulary, width]."
+            )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
                 f"The head's bias has shape {list(self.bias.shape)}; expected [{self.weight.shape[0]}], "
                 "one number per row of its weight."
             )
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"The head's softcap is {self.softcap}; expected a number > 0, or None for no cap.")
+            raise ValueError(
+                f"The head's softcap is {self.softcap}; expected a number > 0, or None for no cap."
+            )
 
 
 def as_head(lm_head: Tensor | Head) -> Head:
@@ -105,7 +109,9 @@ class HeadGradient:
     multiplied for an input that needs no gradient.
     """
 
-    def __init__(self, head: PreparedHead, hidden: Tensor, lm_head: Head, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, head: PreparedHead, hidden: Tensor, lm_head: Head, needs: tuple[bool, bool, bool]
+    ) -> None:
         self.head = head
         self.hidden_Nd = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight_Vd = torch.empty_like(lm_head.weight, dtype=head.dtype) if needs[1] else None
@@ -145,7 +151,9 @@ class HeadGradient:
         return self.hidden_Nd, weight_Vd, bias_V
 
 
-def row_chunks(num_rows: int, chunk_rows: int | None, num_ids: int, num_buffers: int, like: Tensor) -> Iterator[slice]:
+def row_chunks(
+    num_rows: int, chunk_rows: int | None, num_ids: int, num_buffers: int, like: Tensor
+) -> Iterator[slice]:
     """Slices of at most `chunk_rows` positions each, as equal as possible.
 
     Without `chunk_rows`, as many positions as keep `num_buffers` arrays [rows, num_ids] of the statistics dtype

@@ -71,7 +71,12 @@ gradient [N, V] of the loss by hidden @ weight.T + bias, or None). The gradient'
 
 
 def plain_steps(
-    teacher: Teacher, head: PreparedHead, hidden: Tensor, num_ids: int, config: DualKLConfig, differentiate: bool
+    teacher: Teacher,
+    head: PreparedHead,
+    hidden: Tensor,
+    num_ids: int,
+    config: DualKLConfig,
+    differentiate: bool,
 ) -> Step:
     """The step in plain PyTorch: any device, any dtype."""
     dense = None
@@ -129,7 +134,9 @@ def dense_step(
     logp_NV, logq_NV = log_normalise_(logits_NV), log_normalise_(teacher_NV)
     top_N1 = logq_NV.argmax(1, keepdim=True) if config.fkl == "argmax" else None
     sampled_logp_N = None if sampled is None else _at(logp_NV, sampled.ids)
-    mix = _mix_outcomes_(logp_NV, logq_NV, top_N1, sampled_logp_N, sampled, gradient_scale_N, config, gate_inputs)
+    mix = _mix_outcomes_(
+        logp_NV, logq_NV, top_N1, sampled_logp_N, sampled, gradient_scale_N, config, gate_inputs
+    )
     _add_onehot_(mix.gradient_NC, mix.onehot_N, sampled)
     return StepResult(mix.rkl_N, mix.fkl_N, mix.gate_N, mix.loss_N, sampled_logp_N)
 
@@ -163,7 +170,9 @@ def topk_step(
     top_N1 = torch.zeros_like(bucket.index_NK[:, :1]) if config.fkl == "argmax" else None
     log_tail_N = split.logp_NC[:, -1].clone()
     scale_N = None if gradient_scale_N is None else torch.where(bucket.filled_N, gradient_scale_N, 0)
-    mix = _mix_outcomes_(split.logp_NC, bucket.logq_NC, top_N1, sampled_logp_N, sampled, scale_N, config, gate_inputs)
+    mix = _mix_outcomes_(
+        split.logp_NC, bucket.logq_NC, top_N1, sampled_logp_N, sampled, scale_N, config, gate_inputs
+    )
     if scale_N is not None:
         _spread_(split, bucket, mix.gradient_NC)
         _add_onehot_(split.outside_NV, mix.onehot_N, sampled)

@@ -111,7 +111,11 @@ class DenseTarget:
             logits_NV = self._head.logits(source.to(self._head.weight_Vd.dtype)).to(self._dtype)
         if self._temperature != 1.0:
             logits_NV.div_(self._temperature)
-        return smooth(log_normalise_(logits_NV), self._smoothing, 1 / self._num_ids) if self._smoothing else logits_NV
+        return (
+            smooth(log_normalise_(logits_NV), self._smoothing, 1 / self._num_ids)
+            if self._smoothing
+            else logits_NV
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +181,9 @@ def compress(
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in row_chunks(hidden.shape[0], chunk_rows, num_ids, 3, hidden):
             source_ND = hidden[rows].to(prepared.weight_Vd.dtype)
-            parts.append(_compress_rows(source_ND, prepared, temperature, sampled_ids[rows], min(k, num_ids), p, floor))
+            parts.append(
+                _compress_rows(source_ND, prepared, temperature, sampled_ids[rows], min(k, num_ids), p, floor)
+            )
     if not parts:
         return _nothing_compressed(min(k, num_ids), hidden)
     return Compressed(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -235,7 +241,9 @@ def _compress_on_cuda(
     """`_compress_chunk` by the kernels, of raw products (of finished logits if `head` is None), which are not changed."""
     from dualkl.kernels.selection import largest
 
-    ids_NK, logprobs_NK, log_tail_N, entropy_N, sampled_N = largest(logits_NW, num_ids, head, temperature, sampled_N, k)
+    ids_NK, logprobs_NK, log_tail_N, entropy_N, sampled_N = largest(
+        logits_NW, num_ids, head, temperature, sampled_N, k
+    )
     kept_NK = logprobs_NK > LEAST_LOGPROB
     if p < 1.0:
         inside_NK = _in_nucleus(logprobs_NK, p, floor)
@@ -349,8 +357,12 @@ def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | Non
         (kept_NK[:, 1:] & ~kept_NK[:, :-1]).any(1),
         "has an empty slot (id -1) before a kept id; expected them last",
     )
-    _refuse(((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice")
-    _refuse((logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0")
+    _refuse(
+        ((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice"
+    )
+    _refuse(
+        (logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0"
+    )
     _refuse(
         filled_N & ~((mass_N - 1).abs() <= 1e-4),
         "has masses that do not add up to 1 (kept ids and tail: {value:.6f}, tolerance 1e-4); "

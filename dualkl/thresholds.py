@@ -64,7 +64,10 @@ def bin_edges(device: torch.device | str = "cpu") -> Float[Tensor, " E"]:
 
 
 def tau_for_share(
-    histogram: Int[Tensor, " B"] | Float[Tensor, " B"], share: float, gating: Literal["soft", "hard"], alpha: float
+    histogram: Int[Tensor, " B"] | Float[Tensor, " B"],
+    share: float,
+    gating: Literal["soft", "hard"],
+    alpha: float,
 ) -> Float[Tensor, ""]:
     """The τ in nats, float64, at which the mean of λ over the histogram's positions is `share`; NaN without positions.
 
@@ -87,8 +90,12 @@ def tau_for_share(
     mean_E = below_E.cummax(0).values / counts_B.sum()
     # `gather` on a one-element index: plain indexing by a tensor would wait for its value.
     upper = torch.searchsorted(mean_E, mean_E.new_full((1,), share)).clamp_(1, NUM_BINS)
-    (mean_low, mean_high), (low, high) = ((x.gather(0, upper - 1), x.gather(0, upper)) for x in (mean_E, edges_E))
-    part = ((share - mean_low) / (mean_high - mean_low).clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+    (mean_low, mean_high), (low, high) = (
+        (x.gather(0, upper - 1), x.gather(0, upper)) for x in (mean_E, edges_E)
+    )
+    part = ((share - mean_low) / (mean_high - mean_low).clamp(min=torch.finfo(torch.float64).tiny)).clamp(
+        0, 1
+    )
     return torch.where(counts_B.sum() > 0, low + (high - low) * part, torch.nan)[0]
 
 
@@ -107,7 +114,9 @@ class AdaptiveTau:
     @classmethod
     def from_state(cls, state: dict[str, float], device: torch.device | str = "cpu") -> "AdaptiveTau":
         """What `state` described, to the last bit."""
-        return cls(*(torch.full((), state[x], dtype=torch.float64, device=device) for x in ("tau", "num_updates")))
+        return cls(
+            *(torch.full((), state[x], dtype=torch.float64, device=device) for x in ("tau", "num_updates"))
+        )
 
     def state(self) -> dict[str, float]:
         """Two floats for a checkpoint. Waits for the device."""
@@ -136,4 +145,6 @@ def adapt(
     wanted = tau_for_share(histogram, share, gating, alpha)
     counted, num_updates = ~wanted.isnan(), current.num_updates + 1
     moved = current.tau + (wanted - current.tau) * (1 / num_updates).clamp(min=rate)
-    return AdaptiveTau(torch.where(counted, moved, current.tau), torch.where(counted, num_updates, current.num_updates))
+    return AdaptiveTau(
+        torch.where(counted, moved, current.tau), torch.where(counted, num_updates, current.num_updates)
+    )

@@ -37,10 +37,17 @@ CHAT_TEMPLATE = (
 )
 MAX_TOKENS = 112
 TEACHER = Qwen3Config(
-    vocab_size=0, hidden_size=224, intermediate_size=640, num_hidden_layers=4, num_attention_heads=7,
-    num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
-    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=0,
+    hidden_size=224,
+    intermediate_size=640,
+    num_hidden_layers=4,
+    num_attention_heads=7,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=512,
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    tie_word_embeddings=True,
+)
 STUDENT_NEURONS = 96
 
 
@@ -55,14 +62,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT],
-        clean_up_tokenization_spaces=False, padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [P, MAX_TOKENS] int16, right-padded, and labels of the same shape (-100 outside the completion)."""
     pool = list(problems("train", num_problems, seed))
     prompts = tokenizer([f"{USER}{p.question}{ASSISTANT}" for p in pool])["input_ids"]
@@ -76,7 +89,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int) -> 
     return ids, labels
 
 
-def fine_tune(model, data, *, steps: int, horizon: int, lr: float, warmup: int, seed: int, bf16: bool, log) -> None:
+def fine_tune(
+    model, data, *, steps: int, horizon: int, lr: float, warmup: int, seed: int, bf16: bool, log
+) -> None:
     """Cross-entropy on the completions: AdamW, warm-up, cosine to 5 % at `horizon` steps, batch 64, clipping at 1."""
     ids, labels = data
     device = next(model.parameters()).device
@@ -93,7 +108,9 @@ def fine_tune(model, data, *, steps: int, horizon: int, lr: float, warmup: int, 
         batch, target = ids[rows, :width].long().to(device), labels[rows, :width].long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(input_ids=batch).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -111,9 +128,13 @@ def accuracy(model, tokenizer, pool) -> float:
         part = pool[start : start + 100]
         batch = tokenizer([f"{USER}{p.question}{ASSISTANT}" for p in part], return_tensors="pt", padding=True)
         out = model.generate(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
-            max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         solved += sum(check({"answer": p.answer}, text) for p, text in zip(part, texts, strict=True))
     return solved / len(pool)
@@ -138,7 +159,12 @@ def prune(teacher: Qwen3ForCausalLM, data, num_neurons: int) -> Qwen3ForCausalLM
     student = Qwen3ForCausalLM(config).to(device)
     state = teacher.state_dict()
     for i, layer in enumerate(teacher.model.layers):
-        keep = (activations[i] * layer.mlp.down_proj.weight.float().norm(dim=0)).topk(num_neurons).indices.sort().values
+        keep = (
+            (activations[i] * layer.mlp.down_proj.weight.float().norm(dim=0))
+            .topk(num_neurons)
+            .indices.sort()
+            .values
+        )
         prefix = f"model.layers.{i}.mlp."
         for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
             state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"].index_select(dim, keep)
@@ -165,7 +191,9 @@ def write_problems(out: Path, name: str, split: str, num_problems: int, seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("examples/arithmetic"))
     parser.add_argument("--teacher_steps", type=int, default=2400)
     parser.add_argument("--student_steps", type=int, default=12)
@@ -178,7 +206,9 @@ def main() -> None:
     tokenizer = make_tokenizer()
     write_problems(options.out, "train.jsonl", "train", 3000, seed=options.seed + 1)
     write_problems(options.out, "heldout.jsonl", "heldout", 300, seed=options.seed + 1)
-    tuning = list(problems("heldout", 400, seed=options.seed + 2))  # other draws than the shipped held-out file
+    tuning = list(
+        problems("heldout", 400, seed=options.seed + 2)
+    )  # other draws than the shipped held-out file
     data = encode(tokenizer, 120_000, seed=options.seed)
     print(f"{len(tokenizer)} tokens, data after {time.time() - start:.0f} s", flush=True)
 
@@ -191,8 +221,17 @@ def main() -> None:
         if step % every == 0 or step < 3:
             print(f"teacher step {step}: loss {loss:.3f} after {time.time() - start:.0f} s", flush=True)
 
-    fine_tune(teacher, data, steps=options.teacher_steps, horizon=options.teacher_steps, lr=2e-3, warmup=50,
-              seed=options.seed, bf16=True, log=log)  # fmt: skip
+    fine_tune(
+        teacher,
+        data,
+        steps=options.teacher_steps,
+        horizon=options.teacher_steps,
+        lr=2e-3,
+        warmup=50,
+        seed=options.seed,
+        bf16=True,
+        log=log,
+    )
     teacher = save(teacher, tokenizer, options.out / "teacher")
     print(
         f"teacher: {teacher.num_parameters():,} parameters, solves {accuracy(teacher, tokenizer, tuning):.1%}",
@@ -200,10 +239,21 @@ def main() -> None:
     )
 
     student = prune(teacher, data, STUDENT_NEURONS)
-    fine_tune(student, data, steps=options.student_steps, horizon=160, lr=1e-3, warmup=10, seed=options.seed + 1,
-              bf16=False, log=lambda *_: None)  # fmt: skip
+    fine_tune(
+        student,
+        data,
+        steps=options.student_steps,
+        horizon=160,
+        lr=1e-3,
+        warmup=10,
+        seed=options.seed + 1,
+        bf16=False,
+        log=lambda *_: None,
+    )
     student = save(student, tokenizer, options.out / "student")
-    print(f"student: {student.num_parameters():,} parameters, solves {accuracy(student, tokenizer, tuning):.1%}")
+    print(
+        f"student: {student.num_parameters():,} parameters, solves {accuracy(student, tokenizer, tuning):.1%}"
+    )
     print(f"{time.time() - start:.0f} s")
 
 

@@ -78,7 +78,9 @@ def _boxes(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 def _reads(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     a, b = r.randint(2, 9), r.randint(2, 10)
     c = r.randint(a * b + 1, 99)
-    question = f"{n} reads {a} pages a day for {b} days. The book has {c} pages. How many pages are still to read?"
+    question = (
+        f"{n} reads {a} pages a day for {b} days. The book has {c} pages. How many pages are still to read?"
+    )
     return question, [(a, "*", b), (c, "-", a * b)]
 
 
@@ -99,7 +101,9 @@ def _shares(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 def _price(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     a, b = r.randint(2, 9), r.randint(2, 10)
     c = r.randint(a * b + 1, 99)
-    question = f"{n} buys {a} {t} for {b} dollars each and pays with {c} dollars. How much money does {n} get back?"
+    question = (
+        f"{n} buys {a} {t} for {b} dollars each and pays with {c} dollars. How much money does {n} get back?"
+    )
     return question, [(a, "*", b), (c, "-", a * b)]
 
 
@@ -119,7 +123,9 @@ def _packs(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     b, q = r.randint(2, 9), r.randint(3, 11)
     total = b * q
     c = r.randint(1, total - 1)
-    question = f"{n} has {total - c} {t} and gets {c} more, then packs them in bags of {b}. How many bags are there?"
+    question = (
+        f"{n} has {total - c} {t} and gets {c} more, then packs them in bags of {b}. How many bags are there?"
+    )
     return question, [(total - c, "+", c), (total, "/", b)]
 
 
@@ -140,9 +146,7 @@ def _two_shops(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 def _saves(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     a, b, c = r.randint(2, 9), r.randint(3, 10), r.randint(5, 60)
     d = r.randint(2, min(90, a * b + c - 1))
-    question = (
-        f"{n} saves {a} dollars a week for {b} weeks, gets {c} dollars as a gift and spends {d}. How much is left?"
-    )
+    question = f"{n} saves {a} dollars a week for {b} weeks, gets {c} dollars as a gift and spends {d}. How much is left?"
     return question, [(a, "*", b), (a * b, "+", c), (a * b + c, "-", d)]
 
 
@@ -155,8 +159,21 @@ def _loses_twice(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 
 
 TEMPLATES: tuple[Callable[[random.Random, str, str], tuple[str, list[Step]]], ...] = (
-    _buy, _lose, _boxes, _reads, _gives, _shares, _price, _older, _twice, _packs, _rows, _two_shops, _saves, _loses_twice,
-)  # fmt: skip
+    _buy,
+    _lose,
+    _boxes,
+    _reads,
+    _gives,
+    _shares,
+    _price,
+    _older,
+    _twice,
+    _packs,
+    _rows,
+    _two_shops,
+    _saves,
+    _loses_twice,
+)
 
 
 def problems(split: str, num_problems: int, seed: int) -> Iterator[Problem]:
@@ -178,13 +195,17 @@ def check(row: dict, completion: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--split", choices=["train", "heldout"], required=True)
     parser.add_argument("--num_problems", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for problem in problems(options.split, options.num_problems, options.seed):
-        print(json.dumps({"question": problem.question, "answer": problem.answer, "solution": problem.solution}))
+        print(
+            json.dumps({"question": problem.question, "answer": problem.answer, "solution": problem.solution})
+        )
 
 
 if __name__ == "__main__":

@@ -42,10 +42,14 @@ def main() -> None:
     with TeacherLoader(run.config, run.world) as teacher:
         found = {
             "teacher": measure.measure_teacher(evaluation),
-            label: measure.measure(evaluation, student, position.step, label, teacher if has_teacher else None),
+            label: measure.measure(
+                evaluation, student, position.step, label, teacher if has_teacher else None
+            ),
         }
     run.log_totals("evaluate")
-    run.metrics.say(json.dumps({k: {n: v for n, v in r.items() if n != "samples"} for k, r in found.items()}, indent=1))
+    run.metrics.say(
+        json.dumps({k: {n: v for n, v in r.items() if n != "samples"} for k, r in found.items()}, indent=1)
+    )
 
 
 if __name__ == "__main__":

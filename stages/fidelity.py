@@ -96,7 +96,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.plot(x, y, "o-", color=colour, label=label)
         for row, size, error in zip(rows, x, y, strict=True):
             text = str(row["k"]) if row["p"] == 1 else f"{row['p']:g}"
-            axes.annotate(text, (size, error), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+            axes.annotate(
+                text, (size, error), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour
+            )
     axes.set(xscale="log", yscale="log", xlabel="signal, bytes a token", ylabel="error of the gradient, %")
     axes.set_title("What a stored signal costs, and what it changes", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -41,7 +41,9 @@ def main() -> None:
     if position.step == 0:
         with TeacherLoader(run.config, run.world) as teacher:
             measure.measure(evaluation, student, 0, "before", teacher)
-            refresh.write_rollouts(run, student, vocabulary, prompts, refresh_index=0, step=0, teacher=teacher)
+            refresh.write_rollouts(
+                run, student, vocabulary, prompts, refresh_index=0, step=0, teacher=teacher
+            )
     train(run, student, vocabulary, prompts)
     with TeacherLoader(run.config, run.world) as teacher:
         measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)

@@ -43,7 +43,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is one sentence, not one a retry
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # a hub out of reach is one sentence, not one a retry
     own, rest = _own_arguments(sys.argv[1:])
     config = parse_arguments(rest, __doc__ or "")
     plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
@@ -96,7 +98,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "student_parameters": plan.student.parameters,
         "teacher_parameters": plan.teacher.parameters,
         "trained_parameters": plan.trained,
-        "phases": {p.name: {"peak": round(p.peak), **{k: round(v) for k, v in p.parts.items()}} for p in plan.phases},
+        "phases": {
+            p.name: {"peak": round(p.peak), **{k: round(v) for k, v in p.parts.items()}} for p in plan.phases
+        },
         "tokens_per_second": plan.rates,
         "hours": plan.hours,
         "launch_bound_seconds": plan.launch_bound,
@@ -119,7 +123,9 @@ def table(plan: Plan) -> str:
     else:
         verdict = f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
     reads = (
-        f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory" if plan.host_bytes else ""
+        f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory"
+        if plan.host_bytes
+        else ""
     )
     lines = [
         f"{verdict} A plan, not a measurement.",
@@ -135,17 +141,24 @@ def table(plan: Plan) -> str:
             f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
             f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
         )
-    bound = [
-        f"bound     generate: at most so fast, no estimate: the launches of a decode step alone take {1e3 * plan.launch_bound:.2f} ms"
-    ] if plan.launch_bound else []  # fmt: skip
-    return "\n".join([
-        *lines, "",
-        f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,} rollouts with refreshes",
-        *bound,
-        f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
-        f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
-        " (--mean_completion_tokens, --mean_prompt_tokens)",
-    ])  # fmt: skip
+    bound = (
+        [
+            f"bound     generate: at most so fast, no estimate: the launches of a decode step alone take {1e3 * plan.launch_bound:.2f} ms"
+        ]
+        if plan.launch_bound
+        else []
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,} rollouts with refreshes",
+            *bound,
+            f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
+            f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
+            " (--mean_completion_tokens, --mean_prompt_tokens)",
+        ]
+    )
 
 
 if __name__ == "__main__":

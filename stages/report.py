@@ -81,7 +81,8 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "cache": _cache(config.cache_root),
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
-        "run": _run(records, config) | {"measured_step": newest.get("step") if evaluations["after"] else None},
+        "run": _run(records, config)
+        | {"measured_step": newest.get("step") if evaluations["after"] else None},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
@@ -97,7 +98,11 @@ def verdict(report: Report) -> str:
     if not run["steps"]:
         return "Not trained yet."
     done = f"{run['steps']} of {run['max_steps']} steps"
-    if after["forward_kl"] is None and after["accuracy"] is None and after["on_student"]["forward_kl"] is None:
+    if (
+        after["forward_kl"] is None
+        and after["accuracy"] is None
+        and after["on_student"]["forward_kl"] is None
+    ):
         state = "Finished" if run["steps"] >= run["max_steps"] else "Unfinished"
         return f"{state}: {done}, and nothing measured after them."
     found = _answers_and_divergence(report) + _cut_clause(report)
@@ -171,9 +176,19 @@ def _table(report: Report) -> list[str]:
     rows = [
         ("held-out problems solved", before["accuracy"], after["accuracy"], "{:.1%}"),
         ("held-out answers cut at max_new_tokens", before["cut_share"], after["cut_share"], "{:.1%}"),
-        ("forward KL on its own text, nats/token", own_before["forward_kl"], own_after["forward_kl"], "{:.4f}"),
+        (
+            "forward KL on its own text, nats/token",
+            own_before["forward_kl"],
+            own_after["forward_kl"],
+            "{:.4f}",
+        ),
         ("reverse KL on its own text", own_before["reverse_kl"], own_after["reverse_kl"], "{:.4f}"),
-        ("same most likely token, its own text", own_before["top1_agreement"], own_after["top1_agreement"], "{:.1%}"),
+        (
+            "same most likely token, its own text",
+            own_before["top1_agreement"],
+            own_after["top1_agreement"],
+            "{:.1%}",
+        ),
         ("forward KL on teacher text", before["forward_kl"], after["forward_kl"], "{:.4f}"),
         ("reverse KL on teacher text", before["reverse_kl"], after["reverse_kl"], "{:.4f}"),
         ("same most likely token, teacher text", before["top1_agreement"], after["top1_agreement"], "{:.1%}"),
@@ -247,7 +262,9 @@ def _ratios(before: Report, after: Report) -> Report:
         return new / old if old and new is not None else None
 
     return {
-        "on_student": {name: ratio(before["on_student"][name], after["on_student"][name]) for name in MEASURES[:2]},
+        "on_student": {
+            name: ratio(before["on_student"][name], after["on_student"][name]) for name in MEASURES[:2]
+        },
         "teacher_text": {name: ratio(before[name], after[name]) for name in MEASURES[:2]},
     }
 
@@ -260,7 +277,9 @@ def _divergence_clause(ratios: Report) -> str:
         return "divergences were not measured both before and after"
     forward, reverse = round(found["forward_kl"], 2), round(found["reverse_kl"], 2)  # as printed
     word = "fell" if max(forward, reverse) < 1 else "rose" if min(forward, reverse) > 1 else "went"
-    return f"on {where} forward KL {word} to {forward:.2f} × and reverse KL to {reverse:.2f} × of what they were"
+    return (
+        f"on {where} forward KL {word} to {forward:.2f} × and reverse KL to {reverse:.2f} × of what they were"
+    )
 
 
 def _time_line(seconds: Report) -> str:
@@ -284,8 +303,11 @@ def own_config(folder: Path, given: Config) -> Config:
     if not path.is_file():
         return given
     own = configuration.parse_arguments(["--config", str(path)], "")
-    place = {"run_name": given.run.run_name, "runs_dir": given.run.runs_dir,
-             "cache_dir": given.run.cache_dir or own.run.cache_dir}  # fmt: skip
+    place = {
+        "run_name": given.run.run_name,
+        "runs_dir": given.run.runs_dir,
+        "cache_dir": given.run.cache_dir or own.run.cache_dir,
+    }
     return own.model_copy(update={"run": own.run.model_copy(update=place)})
 
 

@@ -53,7 +53,9 @@ def main() -> None:
     due = 0 if position.step == 0 else position.newest + 1
     ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
     if due and not schedule.due(run.config, position) and not schedule.lost(run, position):
-        run.metrics.say(f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own")
+        run.metrics.say(
+            f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own"
+        )
         return
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
@@ -77,7 +79,9 @@ def _follow(arguments: list[str]) -> None:
     folder, rest = arguments[place + 1 : place + 2], arguments[:place] + arguments[place + 2 :]
     if not folder or folder[0].startswith("--"):
         raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
-    run = open_run(__doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl")
+    run = open_run(
+        __doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl"
+    )
     follow.follow(run)
 
 

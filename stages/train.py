@@ -55,7 +55,9 @@ def _work(config: Config) -> preflight.Work:
     inline = config.refreshes and config.refresh.refresh_mode == "inline"
     if inline:
         refresh.refuse_role(config)
-    return preflight.Work(generates=inline, scores=inline, trains=True, evaluates=bool(config.eval.eval_every))
+    return preflight.Work(
+        generates=inline, scores=inline, trains=True, evaluates=bool(config.eval.eval_every)
+    )
 
 
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
@@ -64,7 +66,9 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     training = fit.prepare(run, student)
     if prompts is None:
         prompts = refresh.prompts_of(run, vocabulary) if inline else []
-    external = run.config.refresh.refresh_mode == "external"  # its follower compares what generates with what trains
+    external = (
+        run.config.refresh.refresh_mode == "external"
+    )  # its follower compares what generates with what trains
     if not external and checkpoint.latest(run.folder / "checkpoints") is None:
         refresh.check_generator(run, student, 0)
 
@@ -82,7 +86,9 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
                 f"export_checkpoint: best, but the run in {run.folder} reached step {training.step} with eval_every 0, so no"
                 " held-out KL was measured; raise max_steps, or set export_checkpoint: last."
             )
-        run.metrics.say(f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text")
+        run.metrics.say(
+            f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text"
+        )
     _export(run, student, training.step if kept is None else kept.step)
     run.log_totals("train")
     run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
@@ -94,7 +100,9 @@ def _export(run: Run, student: Student, step: int) -> None:
     if not run.world.is_main:
         return
     folder, now = run.folder / "student", {"step": step, "policy_hash": policy_hash(student)}
-    last: dict[str, Any] = next((r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {})
+    last: dict[str, Any] = next(
+        (r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {}
+    )
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
         students.export(student, folder, {"README.md": model_card(run, step)})
         run.metrics.log("export", **now)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.helpers import Forker
+    from tests.support.helpers import Forker
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -82,8 +82,8 @@ def _model(name: str) -> Any:
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """The root of a cache of 16 rollouts with the signal asked for; written once."""
-    from tests.helpers import make_run
-    from tests.tiny_runs import TINY, student_of, write_rollouts
+    from tests.support.helpers import make_run
+    from tests.support.tiny_runs import TINY, student_of, write_rollouts
 
     made: dict[tuple[Any, ...], str] = {}
 
@@ -101,6 +101,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Forker:
     """Clean processes that have imported everything already."""
-    from tests.helpers import make_forker
+    from tests.support.helpers import make_forker
 
     return make_forker(tmp_path_factory.mktemp("forked"))

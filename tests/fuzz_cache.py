@@ -31,14 +31,36 @@ import pyarrow.ipc as ipc
 import cache
 from cache.__main__ import main as command
 from cache.schema import MASS_TOLERANCE
-from tests.cache_samples import KINDS, VOCAB, write
+from tests.support.cache_samples import KINDS, VOCAB, write
 
 SECONDS, MEGABYTES = 10, 1_000
 NUMBERS = (0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63, -(2**63), 10**400, 0.5, 1e308, True)
 ODD: tuple[Any, ...] = (
-    None, "", "x", "../../x", "/etc/passwd", "a\x1b[2J\u202e", [], {}, [[]], {"a": {}}, [0] * 1000, "9" * 5000, *NUMBERS,
-)  # fmt: skip
-RAW = (b"NaN", b"-Infinity", b"1e999", b"[" * 100_000, b'{"a":' * 2_000, b'"\\ud800"', b"\xff", b"\xed\xa0\x80", b"")
+    None,
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "a\x1b[2J\u202e",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [0] * 1000,
+    "9" * 5000,
+    *NUMBERS,
+)
+RAW = (
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"[" * 100_000,
+    b'{"a":' * 2_000,
+    b'"\\ud800"',
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"",
+)
 
 
 def canonical(value: Any) -> bytes:
@@ -65,7 +87,9 @@ def mutate_json(body: Any, rng: random.Random) -> Any:
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
         for key, inner in list(items):
             places.append((value, key))
             walk(inner)
@@ -143,16 +167,29 @@ def fuzz_signal(root: Path, rng: random.Random) -> None:
     row = rng.randrange(len(values))
     old = values[row] or b"\2\1\0\0" + bytes(12)
     values[row] = rng.choice((lambda: flip(old, rng), lambda: flip(old, rng, 16), lambda: bomb(rng)))()
-    put_batch(root, batch.set_column(position, batch.schema.field(position), pa.array(values, pa.large_binary())))
+    put_batch(
+        root, batch.set_column(position, batch.schema.field(position), pa.array(values, pa.large_binary()))
+    )
 
 
 def bomb(rng: random.Random) -> bytes:
     """A few bytes that declare, and where they can unpack to, a great deal."""
     size = rng.choice((1 << 20, 1 << 28, 1 << 33))
     block = struct.pack("<I", 1 << 1 | (1 << 17) << 3)[:3] + b"\0"
-    frame = b"\x28\xb5\x2f\xfd" + bytes([0b11000000, 0x38]) + struct.pack("<Q", size) + block * min(size >> 17, 20_000)
-    header = struct.pack("<BBBxIIf", 2, rng.choice((1, 2, 3)), rng.choice((0, 1, 2, 8, 31)), *rng.choices(
-        (1, 2, 5, 7, VOCAB, 2**20, 2**31, 2**32 - 1), k=2), 1.0)  # fmt: skip
+    frame = (
+        b"\x28\xb5\x2f\xfd"
+        + bytes([0b11000000, 0x38])
+        + struct.pack("<Q", size)
+        + block * min(size >> 17, 20_000)
+    )
+    header = struct.pack(
+        "<BBBxIIf",
+        2,
+        rng.choice((1, 2, 3)),
+        rng.choice((0, 1, 2, 8, 31)),
+        *rng.choices((1, 2, 5, 7, VOCAB, 2**20, 2**31, 2**32 - 1), k=2),
+        1.0,
+    )
     return header + (struct.pack("<I", len(frame)) + frame) * 4
 
 
@@ -219,7 +256,9 @@ def fuzz_names(root: Path, rng: random.Random) -> None:
         shutil.move(path.parent, outside / "folder")
         path.parent.symlink_to(outside / "folder")
     else:
-        odd = rng.choice(("x\n.json", "\x1b[2J.json", "..json", "a\\b.json", "\u202ex.json", "y" * 200 + ".json"))
+        odd = rng.choice(
+            ("x\n.json", "\x1b[2J.json", "..json", "a\\b.json", "\u202ex.json", "y" * 200 + ".json")
+        )
         shutil.copy(path, path.parent / odd)
 
 
@@ -243,8 +282,16 @@ def _message_of(batch: pa.RecordBatch, compression: pa.Codec | None) -> bytes:
 
 
 FUZZERS: tuple[Callable[[Path, random.Random], None], ...] = (
-    fuzz_message, fuzz_columns, fuzz_signal, fuzz_record, fuzz_record, fuzz_fingerprint, fuzz_head, fuzz_raw, fuzz_names,
-)  # fmt: skip
+    fuzz_message,
+    fuzz_columns,
+    fuzz_signal,
+    fuzz_record,
+    fuzz_record,
+    fuzz_fingerprint,
+    fuzz_head,
+    fuzz_raw,
+    fuzz_names,
+)
 
 
 def use(root: Path) -> None:
@@ -303,13 +350,17 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _in_child(root: Path, fuzz: Callable[[Path, random.Random], None], rng: random.Random, work: Path) -> None:
+def _in_child(
+    root: Path, fuzz: Callable[[Path, random.Random], None], rng: random.Random, work: Path
+) -> None:
     code = 1
     try:
         log = os.open(work / "log", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "w", closefd=False), "utf-8") for fd in (1, 2))
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(fd, "w", closefd=False), "utf-8") for fd in (1, 2)
+        )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(SECONDS)
         fuzz(root, rng)
@@ -333,7 +384,9 @@ def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
         make_bases(Path(folder) / "bases")
         (Path(folder) / "victim").mkdir()
         (Path(folder) / "victim" / "precious.txt").write_text("the only copy")
-        return each_case(seeds, seconds, Path(folder), lambda seed, work: run_case(seed, Path(folder) / "bases", work))
+        return each_case(
+            seeds, seconds, Path(folder), lambda seed, work: run_case(seed, Path(folder) / "bases", work)
+        )
 
 
 def each_case(
@@ -356,7 +409,9 @@ def each_case(
 
 def run_command(description: str, campaign: Callable[[Iterable[int], float], tuple[int, list[str]]]) -> int:
     """The command line of a fuzzer; 1 if a case went wrong."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     options = parser.parse_args()

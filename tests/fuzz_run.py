@@ -39,16 +39,24 @@ from stages.runtime.checkpoint import _digest
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
 from tests.fuzz_cache import MEGABYTES, RAW, SECONDS, each_case, flip, mutate_json, run_command, tree
-from tests.helpers import DEMO, ROOT, STUDENT, run_python, small
-from tests.tiny_runs import TINY
+from tests.support.helpers import DEMO, ROOT, STUDENT, run_python, small
+from tests.support.tiny_runs import TINY
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "What is 2 plus 2?", "answer": "4"},
-    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+    {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        ]
+    },
     {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]},
     {"instruction": "add", "input": "1 and 2", "output": "3", "history": [["a", "b"]]},
-    {"messages": [{"role": "user", "content": "w"}], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-]  # fmt: skip
+    {
+        "messages": [{"role": "user", "content": "w"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    },
+]
 YAML = (
     b"&a [*a]",
     b"!!python/object:os.system {}",
@@ -67,7 +75,9 @@ def make_base(folder: Path) -> None:
     run_python("-m", "stages.pipeline", *small(folder, **values)).expect_success()
     position = checkpoint.read_position(checkpoint.latest(folder / "demo/checkpoints") or folder)
     (folder / "demo/versions").mkdir()
-    version = versions.Version(position.newest, position.step, position.refreshes[position.newest].policy_hash, 16)
+    version = versions.Version(
+        position.newest, position.step, position.refreshes[position.newest].policy_hash, 16
+    )
     (folder / "demo/versions/newest.json").write_text(json.dumps(vars(version)))
     shutil.copytree(ROOT / STUDENT, folder / "model")
     data = folder / "data"
@@ -134,7 +144,8 @@ def use_checkpoint(folder: Path) -> None:
         return
     checkpoint.read_position(newest)
     trainable = {
-        name: nn.Parameter(torch.zeros_like(tensor)) for name, tensor in load_file(folder / "whole.safetensors").items()
+        name: nn.Parameter(torch.zeros_like(tensor))
+        for name, tensor in load_file(folder / "whole.safetensors").items()
     }
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -156,10 +167,14 @@ def _config(folder: Path, *flags: str) -> Config:
 
 
 USES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "config": (use_config, "config.yaml"), "prompts": (use_prompts, "data/*"), "metrics": (use_run, "demo/metrics.jsonl"),
-    "results": (use_run, "demo/eval/*.json"), "versions": (use_run, "demo/versions/newest.json"),
-    "checkpoints": (use_checkpoint, "demo/checkpoints/*/*"), "models": (use_model, "model/*"),
-}  # fmt: skip
+    "config": (use_config, "config.yaml"),
+    "prompts": (use_prompts, "data/*"),
+    "metrics": (use_run, "demo/metrics.jsonl"),
+    "results": (use_run, "demo/eval/*.json"),
+    "versions": (use_run, "demo/versions/newest.json"),
+    "checkpoints": (use_checkpoint, "demo/checkpoints/*/*"),
+    "models": (use_model, "model/*"),
+}
 
 
 def _one_line(error: Exception) -> None:

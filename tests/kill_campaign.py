@@ -31,16 +31,33 @@ from typing import Any
 import numpy as np
 
 import cache
-from tests.helpers import Forker, assert_same_weights, environment, make_forker, records_of, small, weights_in
+from tests.support.helpers import (
+    Forker,
+    assert_same_weights,
+    environment,
+    make_forker,
+    records_of,
+    small,
+    weights_in,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 VALUES: dict[str, Any] = {
-    "rollouts_per_refresh": 48, "rollouts_per_unit": 8, "max_steps": 6, "refresh_every": 3, "checkpoint_every": 2,
-    "lora_dropout": 0.1, "eval_prompts": 8, "trace_every": 1,
-}  # fmt: skip
+    "rollouts_per_refresh": 48,
+    "rollouts_per_unit": 8,
+    "max_steps": 6,
+    "refresh_every": 3,
+    "checkpoint_every": 2,
+    "lora_dropout": 0.1,
+    "eval_prompts": 8,
+    "trace_every": 1,
+}
 EXTERNAL = {"refresh_mode": "external", "max_staleness": 2}
 BEFORE = {"rollout": [], "train": ["rollout"], "pipeline": [], "external": [], "export": ["rollout"]}
-KINDS = [(kind, n) for n in (1, 2, 4) for kind in ("rollout", "train", "pipeline")] + [("external", 1), ("export", 1)]
+KINDS = [(kind, n) for n in (1, 2, 4) for kind in ("rollout", "train", "pipeline")] + [
+    ("external", 1),
+    ("export", 1),
+]
 WAYS = ("kill all", "kill all", "kill one", "terminate", "interrupt")
 MOMENTS = ("any", "any", "checkpoint", "shard")
 CODES = {"terminate": (signal.SIGTERM, 143), "interrupt": (signal.SIGINT, 130)}
@@ -100,7 +117,9 @@ class Kind:
             ]
         if self.name == "export":
             out = str(folder / "exported")
-            return [self._start("cache.__main__", ["export", "--to", "parquet", str(folder / "demo/cache"), out])]
+            return [
+                self._start("cache.__main__", ["export", "--to", "parquet", str(folder / "demo/cache"), out])
+            ]
         return [self._start(f"stages.{self.name}", small(folder, **VALUES))]
 
     def _start(self, module: str, arguments: list[str]) -> Command:
@@ -132,19 +151,27 @@ class Kind:
         if self.name == "export":
             left, right = (sorted((f / "exported").rglob("*.parquet")) for f in (folder, self.expected))
             assert [path.name for path in left] == [path.name for path in right]
-            assert all(a.read_bytes() == b.read_bytes() for a, b in zip(left, right, strict=True)), "exported bytes"
+            assert all(a.read_bytes() == b.read_bytes() for a, b in zip(left, right, strict=True)), (
+                "exported bytes"
+            )
         else:
             assert_same_rows(folder / "demo/cache", self.expected / "demo/cache")
         if self.name in ("train", "pipeline", "external"):
-            assert_same_weights(weights_in(folder / "demo/student"), weights_in(self.expected / "demo/student"))
+            assert_same_weights(
+                weights_in(folder / "demo/student"), weights_in(self.expected / "demo/student")
+            )
             for name in ("step", "refresh"):
-                found, wanted = ([r["step"] for r in records_of(f / "demo", name)] for f in (folder, self.expected))
+                found, wanted = (
+                    [r["step"] for r in records_of(f / "demo", name)] for f in (folder, self.expected)
+                )
                 assert found == wanted, f"{name} records {found} instead of {wanted}"
         if self.name == "pipeline":
             for label in ("before", "after", "teacher"):
                 texts = [(f / "demo/eval" / f"{label}.json").read_text() for f in (folder, self.expected)]
                 assert json.loads(texts[0]) == json.loads(texts[1]), f"eval/{label}.json"
-        left_over = [str(path) for path in folder.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")]
+        left_over = [
+            str(path) for path in folder.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")
+        ]
         assert not left_over, f"left over: {left_over}"
 
 
@@ -228,7 +255,12 @@ def _writing(folder: Path, moment: str) -> set[str]:
 
 
 def campaign(
-    forked: Forker, folder: Path, kills: int, seed: int, kinds: list[tuple[str, int]] = KINDS, minutes: float = math.inf
+    forked: Forker,
+    folder: Path,
+    kills: int,
+    seed: int,
+    kinds: list[tuple[str, int]] = KINDS,
+    minutes: float = math.inf,
 ) -> dict[str, Any]:
     """Trials of random kinds until `kills` have landed or time is up; counts by kind, way and moment, and what failed."""
     end = time.monotonic() + 60 * minutes
@@ -253,7 +285,10 @@ def campaign(
         landed += len(trial.landed)
         for one in trial.landed:
             counts.update([f"{name} x {processes}", one["way"], f"moment: {one['moment']}"])
-        how = ", ".join(f"{one['way']} after {one['after']} s" for one in trial.landed) or "done before a signal"
+        how = (
+            ", ".join(f"{one['way']} after {one['after']} s" for one in trial.landed)
+            or "done before a signal"
+        )
         print(
             f"seed {seed}, trial {trials}: {name} x {processes}, {how}; {landed} of {kills} kills, {len(failed)} not exact",
             flush=True,
@@ -291,7 +326,9 @@ def _all(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=300, help="signals that must land on a running command")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after that time")

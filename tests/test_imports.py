@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"stages", "dualkl", "cache", "tests", "bench", "examples"}
 FORBIDDEN = {
     "stages": OURS - {"stages", "dualkl", "cache"},
-    "dualkl": OURS - {"dualkl"} | {"transformers", "datasets", "peft", "pyarrow", "deepspeed", "accelerate", "yaml"},
+    "dualkl": OURS - {"dualkl"}
+    | {"transformers", "datasets", "peft", "pyarrow", "deepspeed", "accelerate", "yaml"},
     "cache": OURS - {"cache"} | {"torch", "transformers", "datasets", "peft", "deepspeed", "accelerate"},
 }
 
@@ -31,13 +32,17 @@ def imported_packages(path: Path) -> set[str]:
 def test_a_package_imports_only_what_its_layer_may(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    found = {str(path.relative_to(ROOT)): sorted(imported_packages(path) & FORBIDDEN[package]) for path in files}
+    found = {
+        str(path.relative_to(ROOT)): sorted(imported_packages(path) & FORBIDDEN[package]) for path in files
+    }
     assert {path: names for path, names in found.items() if names} == {}
 
 
 def test_the_walk_sees_imports_inside_functions(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("import os.path\ndef f():\n    from torch.nn import Linear\n    import cache.reader as r\n")
+    path.write_text(
+        "import os.path\ndef f():\n    from torch.nn import Linear\n    import cache.reader as r\n"
+    )
     assert imported_packages(path) == {"os", "torch", "cache"}
 
 
@@ -58,6 +63,8 @@ def test_the_cache_is_imported_in_half_a_second() -> None:
     code = "import time; start = time.perf_counter(); import cache; print(time.perf_counter() - start)"
     seconds = []
     for _ in range(3):  # the best of three: other processes may hold the machine
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.5

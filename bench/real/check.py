@@ -24,18 +24,46 @@ from bench.real.models import real_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [
-    "What is the capital of Italy?", "Name two colours of the rainbow.", "How many days are in a week?",
-    "Write a short sentence about rain.", "What do bees make?", "Which is larger, the sun or the moon?",
-    "Say hello in French.", "What is 7 plus 5?", "Name a fruit that is red.", "Why do people sleep?",
-    "What is ice made of?", "Complete: the cat sat on the",
-]  # fmt: skip
+    "What is the capital of Italy?",
+    "Name two colours of the rainbow.",
+    "How many days are in a week?",
+    "Write a short sentence about rain.",
+    "What do bees make?",
+    "Which is larger, the sun or the moon?",
+    "Say hello in French.",
+    "What is 7 plus 5?",
+    "Name a fruit that is red.",
+    "Why do people sleep?",
+    "What is ice made of?",
+    "Complete: the cat sat on the",
+]
 SIZES: dict[str, Any] = {
-    "device": "cpu", "num_prompts": 0, "max_new_tokens": 12, "max_prompt_tokens": 64, "answer_checker": "",
-    "rollouts_per_refresh": 12, "rollouts_per_unit": 6, "group_size": 1, "batch_size": 12, "grad_accum": 1, "lp_micro_batch": 4,
-    "gen_micro_batch": 12, "max_steps": 4, "refresh_every": 1, "warmup_steps": 0, "checkpoint_every": 100, "trace_every": 0,
-    "signal_k": 32, "teacher_ds_zero3": "true", "score_tokens": 256, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0,
-    "eval_every": 0, "chat_template_kwargs": "{}",
-}  # fmt: skip
+    "device": "cpu",
+    "num_prompts": 0,
+    "max_new_tokens": 12,
+    "max_prompt_tokens": 64,
+    "answer_checker": "",
+    "rollouts_per_refresh": 12,
+    "rollouts_per_unit": 6,
+    "group_size": 1,
+    "batch_size": 12,
+    "grad_accum": 1,
+    "lp_micro_batch": 4,
+    "gen_micro_batch": 12,
+    "max_steps": 4,
+    "refresh_every": 1,
+    "warmup_steps": 0,
+    "checkpoint_every": 100,
+    "trace_every": 0,
+    "signal_k": 32,
+    "teacher_ds_zero3": "true",
+    "score_tokens": 256,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "eval_every": 0,
+    "chat_template_kwargs": "{}",
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16", "teacher_dtype": "bf16", "use_lora": "true", "lr": 2e-4},
     "fp32": {"dtype": "fp32", "teacher_dtype": "fp32", "use_lora": "false", "lr": 1e-5},
@@ -53,9 +81,17 @@ def check(name: str, right: bool, found: str) -> None:
 
 def run_stages(runs: Path, name: str, models: tuple[Path, Path], dataset: Path) -> None:
     teacher, student = models
-    values = SIZES | VARIANTS[name] | {
-        "run_name": name, "runs_dir": runs, "teacher_model": teacher, "student_model": student, "dataset": dataset,
-    }  # fmt: skip
+    values = (
+        SIZES
+        | VARIANTS[name]
+        | {
+            "run_name": name,
+            "runs_dir": runs,
+            "teacher_model": teacher,
+            "student_model": student,
+            "dataset": dataset,
+        }
+    )
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     for stage in ("rollout", "train"):
         started = time.perf_counter()
@@ -92,7 +128,9 @@ def check_logprobs(run: Path, name: str, models: tuple[Path, Path]) -> None:
         gaps = np.concatenate([getattr(row, f"{what}_logprobs") - exact(model, row) for row in own])
         found = float(np.abs(gaps).mean())
         check(
-            f"{name}: {what} logprobs", found <= NEAR[name], f"{found:.2g} nats a token from fp32, {gaps.size} tokens"
+            f"{name}: {what} logprobs",
+            found <= NEAR[name],
+            f"{found:.2g} nats a token from fp32, {gaps.size} tokens",
         )
 
 
@@ -106,9 +144,14 @@ def check_records(run: Path, name: str, teacher_bytes: float) -> None:
     losses = [step["loss"] for step in steps]
     finite = all(math.isfinite(step[key]) for step in steps for key in ("loss", "grad_norm"))
     check(f"{name}: steps", len(losses) == 4 and finite, f"losses {losses}")
-    growth = max((r["memory_allocated_bytes"] for r in refreshes), default=0) - refreshes[0]["memory_allocated_bytes"]
+    growth = (
+        max((r["memory_allocated_bytes"] for r in refreshes), default=0)
+        - refreshes[0]["memory_allocated_bytes"]
+    )
     check(
-        f"{name}: memory over {len(refreshes)} refreshes", growth <= 0.01 * teacher_bytes, f"{growth:,} bytes of growth"
+        f"{name}: memory over {len(refreshes)} refreshes",
+        growth <= 0.01 * teacher_bytes,
+        f"{growth:,} bytes of growth",
     )
     probe = [f"{r['probe_gap']:.2g} of {r['probe_bound']:.2g}" for r in refreshes]
     within = all(r["probe_gap"] <= r["probe_bound"] and r["probe_moved"] > 0 for r in refreshes)
@@ -121,19 +164,32 @@ def check_export(run: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run / "student"
-    loader: Any = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
-    model, tokenizer = loader.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    loader: Any = (
+        AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
+    )
+    model, tokenizer = (
+        loader.from_pretrained(folder, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     chat = [{"role": "user", "content": PROMPTS[0]}]
-    inputs: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     start = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, start:]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    check(f"{name}: the exported student", any(letter.isalpha() for letter in text), f"{PROMPTS[0]} -> {text!r}")
+    check(
+        f"{name}: the exported student", any(letter.isalpha() for letter in text), f"{PROMPTS[0]} -> {text!r}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / ".real" / "models", help="where the pair is, or goes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / ".real" / "models", help="where the pair is, or goes"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / ".real" / "runs")
     options = parser.parse_args()
     started = time.perf_counter()

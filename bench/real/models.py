@@ -28,10 +28,16 @@ DROPPED = (13, 14, 15, 16, 17, 18)
 """Of 30 layers, those without which the student is nearest to the teacher: 0.9 nats a token of forward KL."""
 OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 INNER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def real_pair(folder: Path) -> tuple[Path, Path]:
@@ -81,10 +87,19 @@ def _save(layers: list[int], weights: dict[str, Tensor], tokenizer: Any, folder:
     """The model of these layers of the file, in bf16, with all that `from_pretrained` reads."""
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = LlamaConfig(
-        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=len(layers), num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0}, **ids,
-    )  # fmt: skip
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=len(layers),
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        **ids,
+    )
     state = {name: weights[own] for own, name in OUTER.items()}
     for place, layer in enumerate(layers):
         for own, name in INNER.items():
@@ -94,7 +109,9 @@ def _save(layers: list[int], weights: dict[str, Tensor], tokenizer: Any, folder:
                 weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
             state[f"model.layers.{place}.{name}.weight"] = weight
     model = LlamaForCausalLM(config)
-    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # which is the embedding
+    assert model.load_state_dict(state, strict=False).missing_keys == [
+        "lm_head.weight"
+    ]  # which is the embedding
     model.tie_weights()
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(**ids)
@@ -104,8 +121,12 @@ def _save(layers: list[int], weights: dict[str, Tensor], tokenizer: Any, folder:
 
 def _tokenizer(fields: Any) -> PreTrainedTokenizerFast:
     """From the file's vocabulary and merges. Digits stand alone, as the model was trained."""
-    tokens, merges, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    tokens, merges, kinds = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
+    )
+    bpe = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges])
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -114,8 +135,12 @@ def _tokenizer(fields: Any) -> PreTrainedTokenizerFast:
         [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds) if kind == 3]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token=tokens[0], bos_token=tokens[1], eos_token=tokens[2], pad_token=tokens[2],
+        tokenizer_object=bpe,
+        unk_token=tokens[0],
+        bos_token=tokens[1],
+        eos_token=tokens[2],
+        pad_token=tokens[2],
         model_max_length=8192,
-    )  # fmt: skip
+    )
     tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
     return tokenizer

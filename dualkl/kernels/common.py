@@ -66,9 +66,21 @@ def activate(raw, bias_ptr, offsets, valid, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def mix(
-    rkl, fkl, signal, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr,
-):  # fmt: skip
+    rkl,
+    fkl,
+    signal,
+    cross_entropy,
+    logp_y,
+    teacher_logp_y,
+    behaviour_logp_y,
+    tau,
+    alpha,
+    fixed,
+    log_cap,
+    GATING: tl.constexpr,
+    MC: tl.constexpr,
+    ARGMAX: tl.constexpr,
+):
     """(λ, loss, advantage) of one row: `dualkl.gates` and `dualkl.estimators` on scalars."""
     if GATING == SOFT:
         gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - signal)))

@@ -32,18 +32,46 @@ from dualkl.kernels.common import (
 
 @triton.jit
 def dense_kernel(
-    student_ptr, student_stride, width, num_ids,
-    student_bias_ptr, student_inner, student_outer,
-    teacher_ptr, teacher_stride, teacher_width,
-    teacher_bias_ptr, teacher_inner, teacher_outer,
-    gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-    sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-    out_ptr, out_stride,
-    tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap, smoothing,
-    LANES: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
-    GATE_ON: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+    student_ptr,
+    student_stride,
+    width,
+    num_ids,
+    student_bias_ptr,
+    student_inner,
+    student_outer,
+    teacher_ptr,
+    teacher_stride,
+    teacher_width,
+    teacher_bias_ptr,
+    teacher_inner,
+    teacher_outer,
+    gradient_ptr,
+    gradient_stride,
+    gradient_factor,
+    weights_ptr,
+    sampled_ptr,
+    teacher_logprobs_ptr,
+    behaviour_logprobs_ptr,
+    out_ptr,
+    out_stride,
+    tau,
+    tau_ptr,
+    entropy_ptr,
+    alpha,
+    fixed,
+    log_cap,
+    smoothing,
+    LANES: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    GATING: tl.constexpr,
+    MC: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    JSD: tl.constexpr,
+    GATE_ON: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -62,13 +90,17 @@ def dense_kernel(
             j = start + columns
             known = j < num_ids
             t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
-            t, _t_slope = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
+            t, _t_slope = activate(
+                t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
+            )
             t = tl.where(j < num_live, at_least(t, LEAST), LEAST)
             new_max_t = tl.maximum(max_t, tl.max(t, 1))
             sum_t = sum_t * tl.exp(max_t - new_max_t) + tl.sum(tl.exp(t - new_max_t[:, None]), 1)
             max_t = new_max_t
         given_max_t = tl.max(max_t, 0)
-        given_log_total_t = tl.log(tl.sum((sum_t * tl.exp(max_t - given_max_t)).to(tl.float64), 0).to(tl.float32))
+        given_log_total_t = tl.log(
+            tl.sum((sum_t * tl.exp(max_t - given_max_t)).to(tl.float64), 0).to(tl.float32)
+        )
 
     max_z = tl.full([LANES], LEAST, tl.float32)
     max_t = tl.full([LANES], LEAST, tl.float32)
@@ -84,7 +116,9 @@ def dense_kernel(
         z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
         t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
         z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
-        t, _t_slope = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
+        t, _t_slope = activate(
+            t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
+        )
         if SMOOTHED:
             t = smooth(t, given_max_t, given_log_total_t, smoothing, num_ids)
         z = tl.where(j < num_live, at_least(z, LEAST), LEAST)
@@ -154,7 +188,9 @@ def dense_kernel(
         y = tl.load(sampled_ptr + row)
         legal = (y >= 0) & (y < num_ids)
         z_y = tl.load(student_ptr + y, mask=legal, other=float("nan"))
-        z_y, _y_slope = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
+        z_y, _y_slope = activate(
+            z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED
+        )
         logp_y = at_least(z_y - row_max_z - log_total_z, LEAST)
         teacher_logp_y = tl.load(teacher_logprobs_ptr + row)
         behaviour_logp_y = tl.load(behaviour_logprobs_ptr + row)
@@ -169,9 +205,21 @@ def dense_kernel(
     if tau_ptr is not None:
         tau = tl.load(tau_ptr + row)
     gate, loss, advantage = mix(
-        rkl, fkl, signal, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
-        GATING, MC, ARGMAX,
-    )  # fmt: skip
+        rkl,
+        fkl,
+        signal,
+        cross_entropy,
+        logp_y,
+        teacher_logp_y,
+        behaviour_logp_y,
+        tau,
+        alpha,
+        fixed,
+        log_cap,
+        GATING,
+        MC,
+        ARGMAX,
+    )
     student_to_mixture = 0.0
     if JSD:
         lanes_student = tl.zeros([LANES], tl.float32)  # Σ p ln (p / m)
@@ -181,8 +229,12 @@ def dense_kernel(
             known = j < num_ids
             z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
             t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
-            z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
-            t, _t_slope = activate(t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED)
+            z, slope = activate(
+                z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED
+            )
+            t, _t_slope = activate(
+                t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
+            )
             if SMOOTHED:
                 t = smooth(t, given_max_t, given_log_total_t, smoothing, num_ids)
             u = at_least(z, LEAST) - row_max_z
@@ -215,7 +267,9 @@ def dense_kernel(
             known = j < num_ids
             z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0, eviction_policy="evict_first")
             t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0, eviction_policy="evict_first")
-            z, slope = activate(z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED)
+            z, slope = activate(
+                z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED
+            )
             t, _t_slope = activate(
                 t_raw.to(tl.float32), teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
             )
@@ -229,7 +283,9 @@ def dense_kernel(
                 student_ratio, _teacher_ratio = over_mixture((u - v) + log_quotient, fixed)
                 g = forward * (p * (student_ratio - student_to_mixture))
             else:
-                g = outcome_gradient(p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX)
+                g = outcome_gradient(
+                    p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX
+                )
             if MC:
                 g += tl.where(j == y, onehot, 0.0)
             g = tl.where(j < num_live, g * slope, 0.0)

@@ -80,11 +80,15 @@ def steps(
         else:
             assert isinstance(teacher, LogitsTeacher)
             target_NV = teacher.logits.detach()[rows, :num_ids]
-        return dense_rows(logits_NW, head, target_NV, teacher_head, part, config, gradient_NV, num_ids, out_CN)
+        return dense_rows(
+            logits_NW, head, target_NV, teacher_head, part, config, gradient_NV, num_ids, out_CN
+        )
 
     def step(rows: slice, group: Positions, hidden_Nd: Tensor) -> tuple[StepResult, Tensor | None]:
         num_rows = len(hidden_Nd)
-        num_columns = (common.FLOORED if isinstance(teacher, TopKTeacher) else common.STUDENT_LOGPROB).value + 1
+        num_columns = (
+            common.FLOORED if isinstance(teacher, TopKTeacher) else common.STUDENT_LOGPROB
+        ).value + 1
         out_CN = torch.empty(num_columns, num_rows, device=hidden.device)
         gradient_NV = gradient_NW[:num_rows, :num_ids] if differentiate else None
         for start in range(0, num_rows, chunk_size):
@@ -152,7 +156,14 @@ def dense_rows(
     if len(logits_NW):
         dense_kernel[(len(logits_NW),)](
             *(logits_NW, logits_NW.stride(0), logits_NW.shape[1], num_ids, bias_V, inner, outer),
-            *(teacher_NV, teacher_NV.stride(0), teacher_NV.shape[1], teacher_bias_V, teacher_inner, teacher_outer),
+            *(
+                teacher_NV,
+                teacher_NV.stride(0),
+                teacher_NV.shape[1],
+                teacher_bias_V,
+                teacher_inner,
+                teacher_outer,
+            ),
             *_common_arguments(logits_NW, head, chunk, config, gradient_NV, out_CN),
             config.teacher_smoothing,
             LANES=DENSE.lanes,
@@ -226,7 +237,9 @@ def _common_arguments(
 
 def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[str, object]:
     gating = {"soft": common.SOFT, "hard": common.HARD, "fixed": common.FIXED}[config.gating]
-    gate_on = {"rkl": common.ON_RKL, "fkl": common.ON_FKL, "teacher_entropy": common.ON_ENTROPY}[config.gate_on]
+    gate_on = {"rkl": common.ON_RKL, "fkl": common.ON_FKL, "teacher_entropy": common.ON_ENTROPY}[
+        config.gate_on
+    ]
     return {
         "GATING": gating.value,
         "MC": config.rkl == "mc",
@@ -240,4 +253,6 @@ def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[
 def _result(out_CN: Tensor, chunk: Positions) -> StepResult:
     rkl_N, fkl_N, gate_N, loss_N, logprob_N, *rest = out_CN
     tail_N, floored_N = rest if rest else (None, None)
-    return StepResult(rkl_N, fkl_N, gate_N, loss_N, None if chunk.sampled is None else logprob_N, tail_N, floored_N)
+    return StepResult(
+        rkl_N, fkl_N, gate_N, loss_N, None if chunk.sampled is None else logprob_N, tail_N, floored_N
+    )

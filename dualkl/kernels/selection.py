@@ -47,10 +47,28 @@ def largest(
     shape = {"LANES": LANES, "STEPS": STEPS, "CAPPED": capped, "enable_fp_fusion": True}
     if num_rows:
         groups_kernel[(num_rows, num_segments)](
-            *source, logits_NW.shape[1], *head_arguments, maxima, sums, parts, num_segments, **shape, num_warps=4
+            *source,
+            logits_NW.shape[1],
+            *head_arguments,
+            maxima,
+            sums,
+            parts,
+            num_segments,
+            **shape,
+            num_warps=4,
         )
         choose_kernel[(num_rows,)](
-            *(*source, *head_arguments, sampled_N.contiguous(), maxima, sums, parts, hits, num_hits, *columns),
+            *(
+                *source,
+                *head_arguments,
+                sampled_N.contiguous(),
+                maxima,
+                sums,
+                parts,
+                hits,
+                num_hits,
+                *columns,
+            ),
             num_segments,
             SEGMENTS=triton.next_power_of_2(num_segments),
             **shape,

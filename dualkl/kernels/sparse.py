@@ -33,17 +33,43 @@ MARK = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def sparse_kernel(
-    student_ptr, student_stride, width, num_ids,
-    student_bias_ptr, student_inner, student_outer,
-    ids_ptr, logprobs_ptr, log_tail_ptr, num_slots, log_floor,
-    gradient_ptr, gradient_stride, gradient_factor, weights_ptr,
-    sampled_ptr, teacher_logprobs_ptr, behaviour_logprobs_ptr,
-    out_ptr, out_stride,
-    tau, tau_ptr, entropy_ptr, alpha, fixed, log_cap,
-    LANES: tl.constexpr, SLOTS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    GATING: tl.constexpr, MC: tl.constexpr, ARGMAX: tl.constexpr, JSD: tl.constexpr,
-    GATE_ON: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+    student_ptr,
+    student_stride,
+    width,
+    num_ids,
+    student_bias_ptr,
+    student_inner,
+    student_outer,
+    ids_ptr,
+    logprobs_ptr,
+    log_tail_ptr,
+    num_slots,
+    log_floor,
+    gradient_ptr,
+    gradient_stride,
+    gradient_factor,
+    weights_ptr,
+    sampled_ptr,
+    teacher_logprobs_ptr,
+    behaviour_logprobs_ptr,
+    out_ptr,
+    out_stride,
+    tau,
+    tau_ptr,
+    entropy_ptr,
+    alpha,
+    fixed,
+    log_cap,
+    LANES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr,
+    GATING: tl.constexpr,
+    MC: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    JSD: tl.constexpr,
+    GATE_ON: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -71,7 +97,9 @@ def sparse_kernel(
 
     # The student's kept and sampled logits; then marks in place of the kept ones.
     z_kept = tl.load(student_ptr + ids, mask=kept, other=0.0)
-    z_kept, slope_kept = activate(z_kept, student_bias_ptr, ids, kept, student_inner, student_outer, STUDENT_CAPPED)
+    z_kept, slope_kept = activate(
+        z_kept, student_bias_ptr, ids, kept, student_inner, student_outer, STUDENT_CAPPED
+    )
     z_kept = tl.where(kept, z_kept, float("-inf"))
     y = 0
     z_y = 0.0
@@ -79,7 +107,9 @@ def sparse_kernel(
         y = tl.load(sampled_ptr + row)
         legal = (y >= 0) & (y < num_ids)
         z_y = tl.load(student_ptr + y, mask=legal, other=float("nan"))
-        z_y, _y_slope = activate(z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED)
+        z_y, _y_slope = activate(
+            z_y, student_bias_ptr, y, legal, student_inner, student_outer, STUDENT_CAPPED
+        )
     tl.debug_barrier()
     tl.store(student_ptr + ids, tl.full([SLOTS], MARK, tl.float32), mask=kept)
     tl.debug_barrier()
@@ -133,9 +163,21 @@ def sparse_kernel(
     if tau_ptr is not None:
         tau = tl.load(tau_ptr + row)
     gate, loss, advantage = mix(
-        rkl, fkl, signal, cross_entropy, logp_y, teacher_logp_y, behaviour_logp_y, tau, alpha, fixed, log_cap,
-        GATING, MC, ARGMAX,
-    )  # fmt: skip
+        rkl,
+        fkl,
+        signal,
+        cross_entropy,
+        logp_y,
+        teacher_logp_y,
+        behaviour_logp_y,
+        tau,
+        alpha,
+        fixed,
+        log_cap,
+        GATING,
+        MC,
+        ARGMAX,
+    )
     student_ratio = l
     tail_ratio = l_tail
     student_to_mixture = 0.0
@@ -164,7 +206,9 @@ def sparse_kernel(
             g_tail = forward * (p_tail * (tail_ratio - student_to_mixture))
         else:
             g_kept = outcome_gradient(p, q, l - rkl, slot == 0, reverse, forward, onehot, MC, ARGMAX)
-            g_tail = outcome_gradient(p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX)
+            g_tail = outcome_gradient(
+                p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX
+            )
         if MC:
             g_kept += tl.where(ids == y, onehot, 0.0)
         share = tl.where(total_out == 0.0, 0.0, g_tail / total_out)

@@ -49,10 +49,21 @@ def take_largest(keys, valid, k):
 
 @triton.jit
 def groups_kernel(
-    logits_ptr, stride, width, num_ids, bias_ptr, inner, outer,
-    maxima_ptr, sums_ptr, parts_ptr, num_segments,
-    LANES: tl.constexpr, STEPS: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    stride,
+    width,
+    num_ids,
+    bias_ptr,
+    inner,
+    outer,
+    maxima_ptr,
+    sums_ptr,
+    parts_ptr,
+    num_segments,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
     """Each group's maximum and sum of exp(z - maximum); each segment's maximum, Σ e^u and Σ e^u u, u = z - maximum."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
@@ -84,15 +95,33 @@ def groups_kernel(
     shrink = tl.exp(shift)
     tl.store(parts_ptr + part * 3, part_max)
     tl.store(parts_ptr + part * 3 + 1, tl.sum((shrink * sum_z).to(tl.float64), 0).to(tl.float32))
-    tl.store(parts_ptr + part * 3 + 2, tl.sum((shrink * (moment + sum_z * shift)).to(tl.float64), 0).to(tl.float32))
+    tl.store(
+        parts_ptr + part * 3 + 2, tl.sum((shrink * (moment + sum_z * shift)).to(tl.float64), 0).to(tl.float32)
+    )
 
 
 @triton.jit
 def choose_kernel(
-    logits_ptr, stride, num_ids, bias_ptr, inner, outer, sampled_ptr,
-    maxima_ptr, sums_ptr, parts_ptr, hits_ptr, num_hits, out_ptr, out_stride, num_segments,
-    SEGMENTS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    stride,
+    num_ids,
+    bias_ptr,
+    inner,
+    outer,
+    sampled_ptr,
+    maxima_ptr,
+    sums_ptr,
+    parts_ptr,
+    hits_ptr,
+    num_hits,
+    out_ptr,
+    out_stride,
+    num_segments,
+    SEGMENTS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
     """The row's statistics, the groups that hold its largest logits, and the mass of all other groups."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SEGMENTS)
@@ -133,10 +162,23 @@ def choose_kernel(
 
 @triton.jit
 def pick_kernel(
-    logits_ptr, stride, num_ids, bias_ptr, inner, outer,
-    hits_ptr, num_hits, packed_ptr, k, out_ptr, out_stride,
-    HITS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    stride,
+    num_ids,
+    bias_ptr,
+    inner,
+    outer,
+    hits_ptr,
+    num_hits,
+    packed_ptr,
+    k,
+    out_ptr,
+    out_stride,
+    HITS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
     """The k largest logits of the chosen groups, key and id in one int64, in no order; ln of the mass of the rest."""
     row = tl.program_id(0).to(tl.int64)
     GROUP: tl.constexpr = STEPS * VECTOR
@@ -158,7 +200,9 @@ def pick_kernel(
     outside_max = tl.load(out_ptr + OUTSIDE_MAX * out_stride + row)
     outside_sum = tl.load(out_ptr + OUTSIDE_SUM * out_stride + row)
     tail_max = tl.maximum(outside_max, tl.max(tl.where(left, z, LEAST), 0))
-    tail_sum = outside_sum * tl.exp(outside_max - tail_max) + tl.sum(tl.where(left, tl.exp(z - tail_max), 0.0), 0)
+    tail_sum = outside_sum * tl.exp(outside_max - tail_max) + tl.sum(
+        tl.where(left, tl.exp(z - tail_max), 0.0), 0
+    )
     row_max = tl.load(out_ptr + ROW_MAX * out_stride + row)
     log_total = tl.load(out_ptr + LOG_TOTAL * out_stride + row)
     tl.store(out_ptr + LOG_TAIL * out_stride + row, (tail_max - row_max) + tl.log(tail_sum) - log_total)

@@ -91,7 +91,12 @@ class Aligned:
 
 
 def align(
-    prompts: list[np.ndarray], completions: list[np.ndarray], pad_id: int, device: torch.device, *, packed: bool = False
+    prompts: list[np.ndarray],
+    completions: list[np.ndarray],
+    pad_id: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
 ) -> Aligned:
     """Puts B prompts (each of at least one token) and their completions into one batch on `device`, queued there."""
     sequences = [np.concatenate([p, c]).astype(np.int64) for p, c in zip(prompts, completions, strict=True)]

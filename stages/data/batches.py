@@ -70,7 +70,8 @@ class Pool:
         return replace(
             self,
             extras=(*self.extras, Extra(keys, weight, snapshot)),
-            ages=self.ages | {key: found.ages[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
+            ages=self.ages
+            | {key: found.ages[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
             lengths=self.lengths
             | {key: found.lengths[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
         )
@@ -107,9 +108,14 @@ class MicroBatch:
 
 
 def live_pool(
-    snapshot: cache.Snapshot, run_id: str, version: int, at_step: int, max_age: int, policies: dict[int, str],
+    snapshot: cache.Snapshot,
+    run_id: str,
+    version: int,
+    at_step: int,
+    max_age: int,
+    policies: dict[int, str],
     kept: Collection[str] | None = None,
-) -> Pool:  # fmt: skip
+) -> Pool:
     """Rows of this run by refresh `version` and by earlier ones if no older than `max_age` steps; all rows of other runs.
 
     `policies`: the policy hash that wrote each refresh of this run. Rows of a refresh by another one are left out; at the
@@ -242,7 +248,9 @@ def to_tensors(
 ) -> MicroBatch:
     """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
     teacher = teacher_of(records, head, device, vocab_size)  # first: it refuses rows that are not scored
-    aligned = align([r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed)
+    aligned = align(
+        [r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed
+    )
     sampled = Sampled(
         aligned.targets,
         _cat([cast(np.ndarray, r.teacher_logprobs) for r in records]).to(device),
@@ -253,8 +261,15 @@ def to_tensors(
     return MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy)
 
 
-def pinned_tensors(records: list[cache.Record], weight: float, head: Head | None, pad_id: int, vocab_size: int,
-                   *, packed: bool) -> MicroBatch:  # fmt: skip
+def pinned_tensors(
+    records: list[cache.Record],
+    weight: float,
+    head: Head | None,
+    pad_id: int,
+    vocab_size: int,
+    *,
+    packed: bool,
+) -> MicroBatch:
     """As `to_tensors`, in page-locked host memory and checked there: `on_device` copies it without waiting."""
     batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
     if isinstance(batch.teacher, TopKTeacher):
@@ -277,7 +292,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})  # type: ignore[type-var]
 
 
-def teacher_of(records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int) -> AnyTeacher:
+def teacher_of(
+    records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int
+) -> AnyTeacher:
     """The loss's teacher for the scored positions of `records`, row after row.
 
     Top-k values are checked here, on the host, where they are not checked by the loss: on a GPU it looks at shapes only.
@@ -293,16 +310,22 @@ def teacher_of(records: list[cache.Record], head: Head | None, device: torch.dev
         teacher = TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
         if device.type != "cpu":
             check_topk_values(teacher, vocab_size)
-        return TopKTeacher(ids.to(device), logprobs.to(device), tail.to(device), temperature=first.temperature)
+        return TopKTeacher(
+            ids.to(device), logprobs.to(device), tail.to(device), temperature=first.temperature
+        )
     if isinstance(first, cache.Hidden):
         if head is None:
-            raise UserError("the cache holds hidden states but no teacher head; run `python -m cache verify` on it.")
+            raise UserError(
+                "the cache holds hidden states but no teacher head; run `python -m cache verify` on it."
+            )
         hidden = cast(list[cache.Hidden], signals)
         return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in hidden]).to(device), head)
     if isinstance(first, cache.Full):
         full = cast(list[cache.Full], signals)
         return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in full]).to(device).float())
-    raise UserError(f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it.")
+    raise UserError(
+        f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it."
+    )
 
 
 def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head | None:
@@ -329,4 +352,6 @@ def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
 
 
 def _cat(parts: list[np.ndarray] | list[Tensor]) -> Tensor:
-    return torch.cat([part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts])
+    return torch.cat(
+        [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts]
+    )

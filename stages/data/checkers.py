@@ -77,9 +77,13 @@ def load_checker(spec: str) -> Checker | None:
     if spec == "gsm8k":
         return check_gsm8k
     path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("answer_checker", path) if Path(path).is_file() else None
+    module_spec = (
+        importlib.util.spec_from_file_location("answer_checker", path) if Path(path).is_file() else None
+    )
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist.")
+        raise UserError(
+            f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist."
+        )
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
     try:

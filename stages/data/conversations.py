@@ -21,10 +21,19 @@ PROMPTING = ("user", "tool", "function", "ipython", "observation")
 SYSTEM = ("system", "developer")
 CALLS = ("function_call", "tool_call")
 ROLES = {
-    "human": "user", "prompter": "user", "user": "user", "system": "system", "tool": "tool",
-    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "assistant": "assistant",
-    "function_response": "tool", "tool_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "prompter": "user",
+    "user": "user",
+    "system": "system",
+    "tool": "tool",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
 """What data sets call roles, in small letters; others stay as they are."""
 SHAREGPT_ROLES = ROLES | {"observation": "tool", "function": "tool"}
 
@@ -73,7 +82,12 @@ def _joined(content: Any) -> Any:
 def _is_text(part: Any) -> bool:
     if not isinstance(part, dict):
         return isinstance(part, str)
-    return isinstance(part.get("text"), str) and part.get("type") in (None, "text", "input_text", "output_text")
+    return isinstance(part.get("text"), str) and part.get("type") in (
+        None,
+        "text",
+        "input_text",
+        "output_text",
+    )
 
 
 def _is_filled(value: Any) -> bool:
@@ -117,7 +131,9 @@ def _instruction(text: str, record: dict[str, Any]) -> list[Turn]:
     if not isinstance(about, str) or not is_list:
         raise Unusable("whose input, context or history are no text")
     turns = [
-        _turn({"role": who, "content": said}) for pair in history for who, said in zip(("user", "assistant"), pair)
+        _turn({"role": who, "content": said})
+        for pair in history
+        for who, said in zip(("user", "assistant"), pair)
     ]
     return [*turns, {"role": "user", "content": f"{text}\n\n{about}" if about.strip() else text}]
 
@@ -195,7 +211,11 @@ def _turn(value: Any) -> Turn:
 
 def _without_empty(part: Any) -> Any:
     """A text part without empty fields: templates take one that is named `image` for an image."""
-    return {k: v for k, v in part.items() if v or k == "text"} if isinstance(part, dict) and _is_text(part) else part
+    return (
+        {k: v for k, v in part.items() if v or k == "text"}
+        if isinstance(part, dict) and _is_text(part)
+        else part
+    )
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:

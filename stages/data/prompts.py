@@ -18,7 +18,9 @@ from stages.data.records import Record, open_records
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 
-FEW = 50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
+FEW = (
+    50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
+)
 HOPELESS = 200  # records without a prompt after which a data set is given up
 SHOWN = 4  # reasons
 REFUSED = "that the chat template refuses"
@@ -69,9 +71,13 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     if config.eval.eval_dataset:
         name = config.eval.eval_dataset
         records = open_records(name, config.eval.eval_split)
-        return _mixed([_Source(name, 1.0, records, range(len(records)), config, tokenizer)], config.eval.eval_prompts)
+        return _mixed(
+            [_Source(name, 1.0, records, range(len(records)), config, tokenizer)], config.eval.eval_prompts
+        )
     if config.data.num_prompts == 0:
-        raise UserError("num_prompts 0 trains on the whole data set: name an eval_dataset, or give num_prompts.")
+        raise UserError(
+            "num_prompts 0 trains on the whole data set: name an eval_dataset, or give num_prompts."
+        )
     taken = _mixed(_sources(config, tokenizer), config.data.num_prompts + config.eval.eval_prompts)
     held_out = taken.prompts[config.data.num_prompts :]
     names = ", ".join(taken.drawn)
@@ -80,7 +86,9 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     seen = {prompt.prompt_id for prompt in taken.prompts[: config.data.num_prompts]}
     unseen = [prompt for prompt in held_out if prompt.prompt_id not in seen]
     if not unseen:
-        raise UserError(f"dataset {names}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset.")
+        raise UserError(
+            f"dataset {names}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset."
+        )
     return replace(taken, prompts=unseen)
 
 
@@ -113,7 +121,9 @@ class _Source:
             return
         skips = _skips(self.skipped, self.num_records)
         if not self.prompts:
-            refused = Counter({why: number for why, number in self.skipped.items() if why.startswith(REFUSED)})
+            refused = Counter(
+                {why: number for why, number in self.skipped.items() if why.startswith(REFUSED)}
+            )
             if 2 * refused.total() > self.num_records:
                 cause = refused.most_common(1)[0][0].removeprefix(REFUSED).strip()
                 raise UserError(
@@ -195,7 +205,10 @@ def _mixed(sources: list[_Source], limit: int) -> PromptSet:
         source.check()
     skipped = sum((source.skipped for source in sources), Counter[str]())
     return PromptSet(
-        prompts, {each.name: each.num_drawn for each in sources}, skipped, sum(each.num_records for each in sources)
+        prompts,
+        {each.name: each.num_drawn for each in sources},
+        skipped,
+        sum(each.num_records for each in sources),
     )
 
 
@@ -254,7 +267,11 @@ def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: di
     """The turns as they are, or with text for parts and nulls where the template does not take those."""
     as_text = plain(turns)
     has_parts = any(isinstance(turn.get("content"), list) for turn in turns)
-    tries = [as_text] if has_parts and not _takes_parts(tokenizer, kwargs) else [turns] + [as_text] * (as_text != turns)
+    tries = (
+        [as_text]
+        if has_parts and not _takes_parts(tokenizer, kwargs)
+        else [turns] + [as_text] * (as_text != turns)
+    )
     for attempt in tries:
         try:
             return _render(attempt, tokenizer, kwargs)
@@ -274,7 +291,9 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> 
 
 
 def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
+    return cast(
+        str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+    )
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------------------

@@ -85,7 +85,11 @@ def _file(path: Path) -> Sequence[Record]:
         )
     if path.suffix.lower() not in COMPRESSIONS:
         with path.open("rb") as file:
-            return reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if path.stat().st_size else []
+            return (
+                reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                if path.stat().st_size
+                else []
+            )
     if _kind(path) in LINES:
         parts = _unpacked_lines(path)
         if _are_records(parts):
@@ -93,7 +97,9 @@ def _file(path: Path) -> Sequence[Record]:
     with _unpacking(path) as stream:
         data = stream.read(MOST_WHOLE + 1)
     if len(data) > MOST_WHOLE:
-        raise UserError(f"dataset {path} unpacks to more than {MOST_WHOLE:,} bytes; unpack it, or make it .jsonl.")
+        raise UserError(
+            f"dataset {path} unpacks to more than {MOST_WHOLE:,} bytes; unpack it, or make it .jsonl."
+        )
     return reader(path, data) if data else []
 
 
@@ -127,7 +133,9 @@ class Lines(Sequence[Record]):
     def keep_filled(self) -> None:
         """Lets go of the bytes of blank lines, where they are most of all."""
         if 2 * int((self.ends - self.starts).sum()) < len(self.data):
-            self.data = b"".join(self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True))
+            self.data = b"".join(
+                self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True)
+            )
             self.ends = np.cumsum(self.ends - self.starts)
             self.starts = np.append(0, self.ends[:-1])[: len(self.ends)]
 
@@ -163,7 +171,9 @@ def _unpacked_lines(path: Path) -> list[Lines]:
             end = piece.rfind(b"\n") + 1 if piece else 0
             held.append(piece[:end] if end else piece)
             if not end and sum(map(len, held)) > MOST_LINE:
-                raise UserError(f"dataset {path}, line {number} unpacks to more than {MOST_LINE:,} bytes; cut it.")
+                raise UserError(
+                    f"dataset {path}, line {number} unpacks to more than {MOST_LINE:,} bytes; cut it."
+                )
             if end or not piece:
                 lines = Lines(path, b"".join(held), number)
                 lines.keep_filled()
@@ -284,8 +294,13 @@ def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
 
 Reader = Callable[[Path, Bytes], Sequence[Record]]
 KINDS: dict[str, Reader] = {
-    ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-}  # fmt: skip
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
 LINES = (".jsonl", ".ndjson")
 
 
@@ -313,14 +328,18 @@ def _folder(folder: Path, split: str) -> Sequence[Record]:
         return _saved(folder, split)
     files = sorted(path for path in _visible(folder) if _kind(path) in KINDS and path.name not in ABOUT)
     if not files:
-        raise UserError(f"dataset {folder} is a folder without data files; expected {', '.join(KINDS)} below it.")
+        raise UserError(
+            f"dataset {folder} is a folder without data files; expected {', '.join(KINDS)} below it."
+        )
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     named = by_split.keys() - {""}
     wanted = next((each for each, words in SPLITS.items() if split in words), split)
     if named and wanted not in named:
-        raise UserError(f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}.")
+        raise UserError(
+            f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}."
+        )
     return Joined([_file(path) for path in (by_split[wanted] if named else files)])
 
 
@@ -354,7 +373,9 @@ def _saved(folder: Path, split: str) -> Rows:
     try:
         data = datasets.load_from_disk(str(folder))
     except IndexError as error:  # from the list of its files
-        raise UserError(f"dataset {folder} is empty, or one of its splits is: it was saved without rows.") from error
+        raise UserError(
+            f"dataset {folder} is empty, or one of its splits is: it was saved without rows."
+        ) from error
     except Exception as error:
         raise UserError(f"dataset {folder} cannot be read as a saved data set: {one_line(error)}.") from error
     if isinstance(data, datasets.DatasetDict):
@@ -424,7 +445,11 @@ def _value(name: str, kind: pa.DataType, value: Any) -> Any:
         if kinds.keys() == {"bytes", "path"} and "binary" in str(kinds["bytes"]) and any(value.values()):
             raise Unusable(f"with {name} (only text is read)")  # so `datasets` keeps Image, Audio and Video
         is_turn = "role" in kinds  # whose content may be null, beside tool calls
-        return {k: _value(k, kinds[k], v) for k, v in value.items() if v is not None or (is_turn and k == "content")}
+        return {
+            k: _value(k, kinds[k], v)
+            for k, v in value.items()
+            if v is not None or (is_turn and k == "content")
+        }
     if pa.types.is_map(kind):
         if len(dict(value)) < len(value):
             raise Unusable(f"whose {name} has a key twice")

@@ -115,7 +115,11 @@ def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_
 
 def trained_parameters(config: Config, student: Shape) -> int:
     lora = config.lora
-    return memory.lora_parameters(student, lora.lora_r, lora.lora_targets) if lora.use_lora else student.parameters
+    return (
+        memory.lora_parameters(student, lora.lora_r, lora.lora_targets)
+        if lora.use_lora
+        else student.parameters
+    )
 
 
 # --- what `auto` stands for, given free bytes of a card
@@ -141,7 +145,9 @@ def score_tokens(config: Config, teacher: Shape, gathered: float, free: float, d
 
 def train_tokens(config: Config, student: Shape, free: float, device_bytes: float) -> int:
     """The same of a training forward and its backward, beside the optimizer's state, if every token is scored."""
-    return _most_tokens(lambda tokens: total(step_parts(config, student, tokens, tokens, device_bytes)), free * MARGIN)
+    return _most_tokens(
+        lambda tokens: total(step_parts(config, student, tokens, tokens, device_bytes)), free * MARGIN
+    )
 
 
 def _most_tokens(bytes_of: Callable[[int], float], room: float) -> int:
@@ -189,7 +195,9 @@ def card_bytes(world: World) -> int:
     return torch.cuda.get_device_properties(world.device).total_memory
 
 
-def slots_of_run(config: Config, world: World, model_config: Any, *, is_teacher: bool, scores_too: bool) -> int:
+def slots_of_run(
+    config: Config, world: World, model_config: Any, *, is_teacher: bool, scores_too: bool
+) -> int:
     """gen_micro_batch: as given, or what fits beside the models that are loaded now (collective).
 
     `is_teacher`: it is the teacher that writes, from weights of no other copy. `scores_too`: the same process scores
@@ -206,10 +214,16 @@ def slots_of_run(config: Config, world: World, model_config: Any, *, is_teacher:
     itemsize = _teacher_itemsize(config) if is_teacher else checkpoints.DTYPES[config.run.dtype].itemsize
     beside = 0.0
     if scores_too and models.teacher_model and not config.rollout.offload_idle:
-        teacher = _shape(checkpoints.load_config(models.teacher_model, models.teacher_revision), "gen_micro_batch")
-        gathered = gathered_bytes(config, teacher, world.size) if models.teacher_ds_zero3 and not is_teacher else 0.0
+        teacher = _shape(
+            checkpoints.load_config(models.teacher_model, models.teacher_revision), "gen_micro_batch"
+        )
+        gathered = (
+            gathered_bytes(config, teacher, world.size) if models.teacher_ds_zero3 and not is_teacher else 0.0
+        )
         beside = beside_slots(config, teacher, gathered, card_bytes(world))
-    return gen_rows(config, shape, itemsize, free - (0 if is_teacher else copied_bytes(config, shape)), beside)
+    return gen_rows(
+        config, shape, itemsize, free - (0 if is_teacher else copied_bytes(config, shape)), beside
+    )
 
 
 def beside_slots(config: Config, teacher: Shape, gathered: float, device_bytes: float) -> float:
@@ -243,7 +257,9 @@ def train_caps_of_run(config: Config, world: World, student_config: Any) -> Caps
     shape, models = _shape(student_config, "micro_batch_tokens"), config.models
     added = total(state_parts(config, shape, world.size, world.student_is_deepspeed))
     if config.teacher_signal.signal == "hidden" and models.teacher_model:
-        teacher = _shape(checkpoints.load_config(models.teacher_model, models.teacher_revision), "micro_batch_tokens")
+        teacher = _shape(
+            checkpoints.load_config(models.teacher_model, models.teacher_revision), "micro_batch_tokens"
+        )
         added += memory.head_bytes(teacher, _teacher_itemsize(config))
     return train_caps(config, train_tokens(config, shape, free - added, card_bytes(world)))
 

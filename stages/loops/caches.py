@@ -36,11 +36,17 @@ def check_teacher_text(config: Config, root: str, vocabulary: Vocabulary) -> Non
     """Refuses an `eval_teacher_text` that exact KLs cannot be measured on."""
     kind = cache.open(root).fingerprint.must_match["signal"]["kind"]
     if kind != "hidden":
-        raise UserError(f"eval_teacher_text {root} holds {kind} rows; exact KLs need a cache of signal hidden.")
+        raise UserError(
+            f"eval_teacher_text {root} holds {kind} rows; exact KLs need a cache of signal hidden."
+        )
     if setup.vocabulary_of(config, root).size != vocabulary.size:
-        raise UserError(f"eval_teacher_text {root} has another vocabulary cut than this run ({vocabulary.size}).")
+        raise UserError(
+            f"eval_teacher_text {root} has another vocabulary cut than this run ({vocabulary.size})."
+        )
     if not len(cache.open(root)):
-        raise UserError(f"eval_teacher_text {root} holds no rows; write teacher completions to it, or leave it empty.")
+        raise UserError(
+            f"eval_teacher_text {root} holds no rows; write teacher completions to it, or leave it empty."
+        )
 
 
 def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
@@ -51,7 +57,9 @@ def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
             f"{root} holds {signal['kind']} rows at temperature {signal['temperature']}, the loss is at"
             f" {config.loss.temperature}; only hidden and full rows serve other temperatures."
         )
-    if config.loss.rkl == "mc" and (recorded.get("sample_top_p", 1) < 1 or recorded.get("sample_top_k", 0) > 0):
+    if config.loss.rkl == "mc" and (
+        recorded.get("sample_top_p", 1) < 1 or recorded.get("sample_top_k", 0) > 0
+    ):
         raise UserError(
             f"{root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
             f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."

@@ -61,9 +61,17 @@ class Author:
 
 
 def plan(
-    prompts: Sequence[Prompt], *, seed: int, run_id: str, policy_hash: str, refresh_index: int,
-    num_rollouts: int, group_size: int, rollouts_per_unit: int, first_rollout: int = 0,
-) -> list[Unit]:  # fmt: skip
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    run_id: str,
+    policy_hash: str,
+    refresh_index: int,
+    num_rollouts: int,
+    group_size: int,
+    rollouts_per_unit: int,
+    first_rollout: int = 0,
+) -> list[Unit]:
     """The units of a refresh: the next `num_rollouts / group_size` prompts in turn, `group_size` completions each.
 
     `first_rollout`: how many rollouts the refreshes before it plan.
@@ -73,7 +81,9 @@ def plan(
     for index in range(first_rollout // group_size, (first_rollout + num_rollouts) // group_size):
         prompt = prompts[index % len(prompts)]
         for sample in range(group_size):
-            row_id = _row_id(seed, policy_hash, prompt.prompt_id, occurrences[prompt.prompt_id], sample, refresh_index)
+            row_id = _row_id(
+                seed, policy_hash, prompt.prompt_id, occurrences[prompt.prompt_id], sample, refresh_index
+            )
             rows.append(PlannedRow(row_id, prompt, occurrences[prompt.prompt_id], sample, refresh_index))
         occurrences[prompt.prompt_id] += 1
     starts = range(0, len(rows), rollouts_per_unit)
@@ -85,8 +95,15 @@ def missing_units(units: Sequence[Unit], committed_ids: set[str]) -> list[Unit]:
     return [unit for unit in units if not all(row.row_id in committed_ids for row in unit.rows)]
 
 
-def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callable[[], Teacher] | None,
-            writer: cache.Writer, signal: SignalSection, elsewhere: Set[str] = frozenset()) -> int:  # fmt: skip
+def collect(
+    run: Run,
+    units: Sequence[Unit],
+    author: Author,
+    get_teacher: Callable[[], Teacher] | None,
+    writer: cache.Writer,
+    signal: SignalSection,
+    elsewhere: Set[str] = frozenset(),
+) -> int:
     """Writes the units that `writer`'s cache lacks, spread over the ranks; returns how many there were (collective).
 
     Each rank makes one unit a round; ranks without a unit join the others' ZeRO-3 forwards with dummies. Rows are encoded
@@ -128,7 +145,9 @@ def collect(run: Run, units: Sequence[Unit], author: Author, get_teacher: Callab
 def slots_for(run: Run, author: Author, *, scores_too: bool) -> int:
     """Rows decoded together: `gen_micro_batch`, or as many as the free memory holds (collective)."""
     is_teacher = not any(parameter.requires_grad for parameter in author.model.parameters())
-    return slots_of_run(run.config, run.world, author.model.config, is_teacher=is_teacher, scores_too=scores_too)
+    return slots_of_run(
+        run.config, run.world, author.model.config, is_teacher=is_teacher, scores_too=scores_too
+    )
 
 
 def write_unit(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[cache.Record]:
@@ -144,10 +163,14 @@ def _row_id(*parts: object) -> str:
 def _write(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[Completion]:
     with author.autocast():
         completions = generate(
-            [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows], author.sampling,
-            vocab_size=author.vocab_size, eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id,
+            [row.prompt.ids for row in unit.rows],
+            [int(row.row_id, 16) for row in unit.rows],
+            author.sampling,
+            vocab_size=author.vocab_size,
+            eos_ids=author.eos_ids,
+            pad_id=author.tokenizer.pad_token_id,
             micro_batch=num_slots,
-        )  # fmt: skip
+        )
     for row, completion in zip(unit.rows, completions, strict=True):
         if not np.isfinite(completion.logprobs).all():
             raise UserError(
@@ -159,10 +182,19 @@ def _write(unit: Unit, author: Author, generate: Generate, num_slots: int) -> li
 
 def _record(row: PlannedRow, completion: Completion, author: Author) -> cache.Record:
     return cache.Record(
-        row_id=row.row_id, prompt_id=row.prompt.prompt_id, occurrence=row.occurrence, sample_index=row.sample_index,
-        refresh_index=row.refresh_index, run_id=author.run_id, policy_step=author.policy_step,
-        policy_hash=author.policy_hash, finish_reason=completion.finish_reason, prompt_text=row.prompt.text,
+        row_id=row.row_id,
+        prompt_id=row.prompt.prompt_id,
+        occurrence=row.occurrence,
+        sample_index=row.sample_index,
+        refresh_index=row.refresh_index,
+        run_id=author.run_id,
+        policy_step=author.policy_step,
+        policy_hash=author.policy_hash,
+        finish_reason=completion.finish_reason,
+        prompt_text=row.prompt.text,
         completion_text=cast(str, author.tokenizer.decode(completion.ids, skip_special_tokens=True)),
-        prompt_ids=row.prompt.ids, completion_ids=completion.ids, behaviour_logprobs=completion.logprobs,
+        prompt_ids=row.prompt.ids,
+        completion_ids=completion.ids,
+        behaviour_logprobs=completion.logprobs,
         behaviour_entropy=completion.entropy,
-    )  # fmt: skip
+    )

@@ -25,7 +25,9 @@ def row_sums(student_logprobs: Tensor, behaviour_logprobs: Tensor, lengths: Sequ
         rows = rows.pin_memory().to(student_logprobs.device, non_blocking=True)
     ratio_N = student_logprobs.double() - behaviour_logprobs.double()
     terms_N3 = torch.stack([-ratio_N, ratio_N.exp(), (2 * ratio_N).exp()], dim=1)
-    return torch.zeros(len(lengths), NUM_SUMS, dtype=torch.float64, device=ratio_N.device).index_add(0, rows, terms_N3)
+    return torch.zeros(len(lengths), NUM_SUMS, dtype=torch.float64, device=ratio_N.device).index_add(
+        0, rows, terms_N3
+    )
 
 
 @dataclass(frozen=True)

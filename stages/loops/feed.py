@@ -62,7 +62,10 @@ def global_batches(
     `caps` of a forward must be the same on all ranks.
     """
     device = run.world.device
-    heads = {own.root: teacher_head_of(own, device) for own in (snapshot, *(extra.snapshot for extra in pool.extras))}
+    heads = {
+        own.root: teacher_head_of(own, device)
+        for own in (snapshot, *(extra.snapshot for extra in pool.extras))
+    }
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
 
     def make(step: tuple[int, Forward]) -> tuple[list[cache.Record], MicroBatch]:
@@ -101,7 +104,9 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
     return row_ids, sum(pool.lengths[row_id][1] for row_id in row_ids), forwards
 
 
-def cut_forwards(pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool) -> Iterator[list[str]]:
+def cut_forwards(
+    pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool
+) -> Iterator[list[str]]:
     """A rank's rows of a step, cut by `grad_accum`, then by cache, then by the caps on rows and tokens of a forward."""
     for start in range(0, len(row_ids), micro_rows):
         for of_one_cache in by_cache(row_ids[start : start + micro_rows]):

@@ -15,7 +15,15 @@ from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
 from dualkl.targets import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
-from stages.data.batches import AnyTeacher, MicroBatch, dual_kl_head, micro_batches, num_tokens, teacher_of, to_tensors
+from stages.data.batches import (
+    AnyTeacher,
+    MicroBatch,
+    dual_kl_head,
+    micro_batches,
+    num_tokens,
+    teacher_of,
+    to_tensors,
+)
 from stages.loops.fit import loss_config
 from stages.loops.writing import to_numpy
 from stages.models.student import Student
@@ -57,7 +65,9 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
     tokens, exact = 0, {"rkl": 0.0, "fkl": 0.0, "gate": 0.0, "gradient": 0.0}
     student.model.eval()
     for records in micro_batches(_first_rows(snapshot), num_tokens, ROWS_PER_FORWARD, None):
-        batch = to_tensors(records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size)
+        batch = to_tensors(
+            records, 1.0, head, student.tokenizer.pad_token_id, run.world.device, student.vocab_size
+        )
         with torch.no_grad():
             states = at_scored(student.hidden(batch.aligned), batch.aligned)
         wanted, gradient = _loss(student, states, batch, batch.teacher, config)
@@ -72,10 +82,12 @@ def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, A
             setting.errors += torch.stack([delta.double().sum() for delta in deltas]).cpu()
             setting.gradient += float((other - gradient).double().square().sum())
     return {
-        "cache": snapshot.root, "tokens": tokens, "vocab_size": student.vocab_size,
+        "cache": snapshot.root,
+        "tokens": tokens,
+        "vocab_size": student.vocab_size,
         "exact": {name: exact[name] / tokens for name in ("rkl", "fkl", "gate")},
         "signals": [_result(setting, tokens, exact["gradient"]) for setting in settings],
-    }  # fmt: skip
+    }
 
 
 def _first_rows(snapshot: cache.Snapshot) -> Iterator[cache.Record]:
@@ -130,13 +142,21 @@ def _compress(teacher: AnyTeacher, targets: Tensor, setting: Setting, vocab_size
             vocab_size=vocab_size,
         )
     assert isinstance(teacher, LogitsTeacher)
-    return compress_logits(teacher.logits[:, :vocab_size], targets, k=setting.k, p=setting.p, floor=setting.floor)
+    return compress_logits(
+        teacher.logits[:, :vocab_size], targets, k=setting.k, p=setting.p, floor=setting.floor
+    )
 
 
 def _result(setting: Setting, tokens: int, squared_gradient: float) -> dict[str, Any]:
     rkl, fkl, gate = (setting.errors / tokens).tolist()
     return {
-        "signal": setting.name, "k": setting.k, "p": setting.p, "kept_ids": setting.num_kept / tokens,
-        "bytes_per_token": setting.num_bytes / tokens, "reverse_kl_error": rkl, "forward_kl_error": fkl,
-        "gate_error": gate, "gradient_error": (setting.gradient / squared_gradient) ** 0.5 if squared_gradient else 0.0,
-    }  # fmt: skip
+        "signal": setting.name,
+        "k": setting.k,
+        "p": setting.p,
+        "kept_ids": setting.num_kept / tokens,
+        "bytes_per_token": setting.num_bytes / tokens,
+        "reverse_kl_error": rkl,
+        "forward_kl_error": fkl,
+        "gate_error": gate,
+        "gradient_error": (setting.gradient / squared_gradient) ** 0.5 if squared_gradient else 0.0,
+    }

@@ -49,9 +49,15 @@ class StudentLoss(nn.Module):
         hidden_Nd = at_scored(self._student.hidden(batch.aligned), batch.aligned)
         entropy_N = batch.teacher_entropy if self._config.gate_on == "teacher_entropy" else None
         out = dual_kl(
-            hidden_Nd, self._student.head, batch.teacher, self._config, batch.sampled, batch.weights, tau=batch.tau,
+            hidden_Nd,
+            self._student.head,
+            batch.teacher,
+            self._config,
+            batch.sampled,
+            batch.weights,
+            tau=batch.tau,
             teacher_entropy=entropy_N,
-        )  # fmt: skip
+        )
         return out.loss, out
 
 
@@ -94,7 +100,10 @@ def prepare(run: Run, student: Student) -> Training:
     caps = train_caps_of_run(run.config, world, student.base.config)
     module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
     optimizer = torch.optim.AdamW(
-        student.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=world.device.type == "cuda"
+        student.trainable.values(),
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        fused=world.device.type == "cuda",
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
     if world.student_is_deepspeed:
@@ -106,7 +115,9 @@ def prepare(run: Run, student: Student) -> Training:
             module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
         )  # else it regroups gradients after the first step: from three processes on a resumed run would sum in another order
     adaptive = gating.starting(run.config, {})
-    return Training(student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student))
+    return Training(
+        student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student)
+    )
 
 
 def lr_factor(train: TrainSection, step: int) -> float:
@@ -171,11 +182,19 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> Path:
     """
     _check_sound(run, training)
     adaptive = training.adaptive
-    position = replace(position, step=training.step, adaptive_tau={} if adaptive is None else adaptive.state())
+    position = replace(
+        position, step=training.step, adaptive_tau={} if adaptive is None else adaptive.state()
+    )
     return checkpoint.save(
-        run.folder / "checkpoints", position, training.student.trainable, training.optimizer, training.scheduler,
-        run.world, run.config.train.keep_checkpoints, training.engine,
-    )  # fmt: skip
+        run.folder / "checkpoints",
+        position,
+        training.student.trainable,
+        training.optimizer,
+        training.scheduler,
+        run.world,
+        run.config.train.keep_checkpoints,
+        training.engine,
+    )
 
 
 def largest_weight(student: Student) -> float:
@@ -188,7 +207,11 @@ def largest_weight(student: Student) -> float:
 def _check_sound(run: Run, training: Training) -> None:
     """UserError if this student is not one to go on from: its weights, or its forward on rows of the last step (collective)."""
     size, bound = largest_weight(training.student), EXPLODED * max(1.0, training.size_at_start)
-    problem = "" if size <= bound else f"the largest trained weight is {size:.3g}, it was {training.size_at_start:.3g}"
+    problem = (
+        ""
+        if size <= bound
+        else f"the largest trained weight is {size:.3g}, it was {training.size_at_start:.3g}"
+    )
     if not problem and training.last_forward is not None:
         row_ids, inputs = training.last_forward
         was_training, module = training.module.training, getattr(training.module, "module", training.module)
@@ -199,13 +222,19 @@ def _check_sound(run: Run, training: Training) -> None:
             problem = f"the forward on rows {', '.join(row_ids[:MOST_NAMED])} is not finite"
     found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
     if found:
-        raise UserError(f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}")
+        raise UserError(
+            f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}"
+        )
 
 
 def _how_to_go_on(run: Run) -> str:
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
-    where = f"no checkpoint of it was written, those of steps {steps} are kept" if kept else "no checkpoint was written"
+    where = (
+        f"no checkpoint of it was written, those of steps {steps} are kept"
+        if kept
+        else "no checkpoint was written"
+    )
     back = "; --resume_from STEP goes on from one of them" if kept else ""
     return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
 
@@ -215,18 +244,28 @@ def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tup
     rows: list[tuple[str, float]] = []
     forwards = [forward for forward in batch.forwards if not forward.is_idle]
     for forward, out in zip(forwards, outputs, strict=True):
-        parts = (out.rkl + out.fkl).detach().float().cpu().split([pool.lengths[key][1] for key in forward.row_ids])
+        parts = (
+            (out.rkl + out.fkl)
+            .detach()
+            .float()
+            .cpu()
+            .split([pool.lengths[key][1] for key in forward.row_ids])
+        )
         rows += [(key, float(part.mean())) for key, part in zip(forward.row_ids, parts, strict=True)]
     broken = [row for row in rows if not math.isfinite(row[1])]
     return (broken or sorted(rows, key=lambda row: -row[1]))[:MOST_NAMED]
 
 
-def _not_finite(run: Run, training: Training, grad_norm: float, suspects: list[tuple[str, float]]) -> UserError:
+def _not_finite(
+    run: Run, training: Training, grad_norm: float, suspects: list[tuple[str, float]]
+) -> UserError:
     """What to say of a step whose gradient is not finite (collective)."""
     everyone = run.world.gather(suspects)
     broken = [(rank, *row) for rank, rows in enumerate(everyone) for row in rows if not math.isfinite(row[1])]
     shown = broken or [(rank, *row) for rank, rows in enumerate(everyone) for row in rows]
-    named = ", ".join(f"{key} of rank {rank} ({value:.3g} nats a token)" for rank, key, value in shown[:MOST_NAMED])
+    named = ", ".join(
+        f"{key} of rank {rank} ({value:.3g} nats a token)" for rank, key, value in shown[:MOST_NAMED]
+    )
     return UserError(
         f"the gradient of step {training.step + 1} is not finite (norm {grad_norm});"
         f"{'' if training.engine else ' the weights were not updated;'} {'rows' if broken else 'its largest divergences: rows'}"
@@ -242,7 +281,9 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     started = time.perf_counter()
     config, world = run.config, run.world
     training.module.train()
-    torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)  # dropout, apart on every rank
+    torch.manual_seed(
+        (config.run.seed * 1_000_003 + training.step) * 4096 + world.rank
+    )  # dropout, apart on every rank
     tau = gating.threshold(config, training.step, training.adaptive)
     outputs: list[DualKLOutput] = []
     gates: list[Tensor] = []
@@ -287,7 +328,11 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
         engine.backward(loss * world_size)
         return out
     module = training.module
-    with module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) and not last else nullcontext():
+    with (
+        module.no_sync()
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not last
+        else nullcontext()
+    ):
         loss, out = module(batch)
         (loss * world_size).backward()
     return out
@@ -328,9 +373,16 @@ def _sums(outputs: list[DualKLOutput], gates: list[Tensor], drifts: list[Tensor]
 
 
 def _report(
-    run: Run, training: Training, pool: Pool, batch: Batch, tau: float | None, values: list[float], grad_norm: float,
-    lr: float, times: dict[str, float],
-) -> Drift:  # fmt: skip
+    run: Run,
+    training: Training,
+    pool: Pool,
+    batch: Batch,
+    tau: float | None,
+    values: list[float],
+    grad_norm: float,
+    lr: float,
+    times: dict[str, float],
+) -> Drift:
     """A `step` and a `gate` record of the global batch; moves an adaptive τ, returns the drift (collective).
 
     `values`: this rank's rows that were cut at max_new_tokens, then `_sums`.
@@ -352,12 +404,23 @@ def _report(
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
     staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
     run.metrics.log(
-        "step", step=training.step, loss=reduced[0], **means, **gating.step_figures(gate, tau), grad_norm=grad_norm, refresh_index=pool.version,
-        lr=lr, tokens=batch.total_tokens, mean_completion_tokens=batch.total_tokens / len(batch.row_ids),
-        cut_share=num_cut / len(batch.row_ids), staleness=staleness, drift=drift.drift, ess=drift.ess,
+        "step",
+        step=training.step,
+        loss=reduced[0],
+        **means,
+        **gating.step_figures(gate, tau),
+        grad_norm=grad_norm,
+        refresh_index=pool.version,
+        lr=lr,
+        tokens=batch.total_tokens,
+        mean_completion_tokens=batch.total_tokens / len(batch.row_ids),
+        cut_share=num_cut / len(batch.row_ids),
+        staleness=staleness,
+        drift=drift.drift,
+        ess=drift.ess,
         ess_rows=drift.ess_rows,
         **times,
-    )  # fmt: skip
+    )
     run.metrics.log("gate", step=training.step, **gating.gate_record(gate, tau))
     return drift
 
@@ -369,7 +432,9 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
     places: dict[str, list[int]] = {}
     for place in range(first, (world.rank + 1) * size // world.size):
         places.setdefault(batch.row_ids[place], []).append(place)
-    order = [places[key].pop(0) for forward in batch.forwards if not forward.is_idle for key in forward.row_ids]
+    order = [
+        places[key].pop(0) for forward in batch.forwards if not forward.is_idle for key in forward.row_ids
+    ]
     spread_R3 = np.zeros((size, own_R3.shape[1]))
     spread_R3[order] = own_R3
     return spread_R3

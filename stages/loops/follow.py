@@ -69,7 +69,12 @@ def _wanted(run: Run, start: Version) -> Version | None:
 
 
 def _write(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], version: Version, teacher: TeacherLoader
+    run: Run,
+    student: Student,
+    vocabulary: Vocabulary,
+    prompts: list[Prompt],
+    version: Version,
+    teacher: TeacherLoader,
 ) -> None:
     wanted = len(rollouts_of(run.config, version.refresh_index))
     if wanted != version.num_rollouts:
@@ -81,12 +86,22 @@ def _write(
     if version.refresh_index:
         versions.load(run.folder, student, version)
     num_units = refresh.write_rollouts(
-        run, student, vocabulary, prompts, refresh_index=version.refresh_index, step=version.step, teacher=teacher
+        run,
+        student,
+        vocabulary,
+        prompts,
+        refresh_index=version.refresh_index,
+        step=version.step,
+        teacher=teacher,
     )
     probe = refresh.check_generator(run, student, version.refresh_index)
     run.metrics.log(
-        "version", step=version.step, refresh_index=version.refresh_index, units=num_units,
-        policy_hash=version.policy_hash, **probe,
-    )  # fmt: skip
+        "version",
+        step=version.step,
+        refresh_index=version.refresh_index,
+        units=num_units,
+        policy_hash=version.policy_hash,
+        **probe,
+    )
     run.log_totals("rollout")
     run.metrics.say(f"refresh {version.refresh_index} (step {version.step}): {num_units} units written")

@@ -58,7 +58,12 @@ def threshold(config: Config, step: int, adaptive: AdaptiveTau | None) -> float 
 
 
 def of_rows(
-    config: Config, pool: Pool, tau: float | None, keys: Sequence[str], lengths: Sequence[int], device: torch.device
+    config: Config,
+    pool: Pool,
+    tau: float | None,
+    keys: Sequence[str],
+    lengths: Sequence[int],
+    device: torch.device,
 ) -> Tensor | float | None:
     """τ for the scored tokens of these rows: lower, so nearer to forward KL, the more a row has drifted.
 
@@ -72,7 +77,9 @@ def of_rows(
     return queued(tau_N.astype(np.float32), device)
 
 
-def groups_of(pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int], device: torch.device) -> Tensor:
+def groups_of(
+    pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int], device: torch.device
+) -> Tensor:
     """The group, by age at 0-based `step` and place in its completion, of each scored token of these rows."""
     ages = np.array([pool.ages[key] for key in keys])
     of_age = np.digitize(ages + step - pool.opened_at, AGE_BOUNDS)
@@ -84,7 +91,9 @@ def groups_of(pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int]
 
 def statistics_of(config: Config, out: DualKLOutput, batch: MicroBatch, groups: Tensor) -> Tensor:
     """LENGTH counts and sums of one forward, float64, on its device."""
-    divergence_N = {"rkl": out.rkl, "fkl": out.fkl, "teacher_entropy": batch.teacher_entropy}[config.loss.gate_on]
+    divergence_N = {"rkl": out.rkl, "fkl": out.fkl, "teacher_entropy": batch.teacher_entropy}[
+        config.loss.gate_on
+    ]
     return gate_statistics.gate_statistics(
         out,
         math.inf if batch.tau is None else batch.tau,
@@ -102,9 +111,13 @@ def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) ->
     loss, gate = config.loss, config.gate
     assert loss.gating != "fixed"
     return adapt(
-        adaptive, divergence_counts(statistics), share=gate.tau_share, gating=loss.gating, alpha=loss.alpha,
+        adaptive,
+        divergence_counts(statistics),
+        share=gate.tau_share,
+        gating=loss.gating,
+        alpha=loss.alpha,
         rate=gate.tau_rate,
-    )  # fmt: skip
+    )
 
 
 def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | None]:

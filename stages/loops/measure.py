@@ -64,10 +64,13 @@ class Evaluation:
         ids = [prompt.prompt_id for prompt in self.prompts]
         config = self.run.config
         subject = {
-            "prompts": setup.short_hash("".join(ids)), "seed": config.run.seed, "max_new_tokens": config.rollout.max_new_tokens,
-            "teacher_text": config.eval.eval_teacher_text, "answer_checker": config.eval.answer_checker,
+            "prompts": setup.short_hash("".join(ids)),
+            "seed": config.run.seed,
+            "max_new_tokens": config.rollout.max_new_tokens,
+            "teacher_text": config.eval.eval_teacher_text,
+            "answer_checker": config.eval.answer_checker,
             "eos_token": config.rollout.eos_token,
-        }  # fmt: skip
+        }
         return subject | ({"teacher": config.models.teacher_model} if config.models.teacher_model else {})
 
     @property
@@ -88,14 +91,18 @@ def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
     return found.prompts
 
 
-def measure(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None) -> Result:
+def measure(
+    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None
+) -> Result:
     """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
 
     KLs are exact over the shared vocabulary, nats a token. `cut_share`: of the answers, or of the text measured on, what
     max_new_tokens cut off. What needs a teacher or a checker that is not there is null.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
-    subject = {"policy_hash": policy_hash(student), **evaluation.subject} | ({"with_teacher": True} if teacher else {})
+    subject = {"policy_hash": policy_hash(student), **evaluation.subject} | (
+        {"with_teacher": True} if teacher else {}
+    )
     found = _kept(run, path, subject)
     if found is not None:
         return found
@@ -103,7 +110,9 @@ def measure(evaluation: Evaluation, student: Student, step: int, label: str, tea
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)
         result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
-        result["on_student"] = _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
+        result["on_student"] = (
+            _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
+        )
     return _keep(run, path, result | {"of": subject}, step)
 
 
@@ -120,7 +129,11 @@ def measure_teacher(evaluation: Evaluation) -> Result:
         elif not plain_model_fits(run.config, run.world):
             run.metrics.say(
                 "the plain teacher does not fit on this device: its accuracy is not measured"
-                + ("" if run.config.eval.eval_teacher_text else ", nor KLs on its text (give eval_teacher_text)")
+                + (
+                    ""
+                    if run.config.eval.eval_teacher_text
+                    else ", nor KLs on its text (give eval_teacher_text)"
+                )
             )
             result = {"accuracy": None, "cut_share": None, "samples": []}
         else:
@@ -138,9 +151,16 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
         source = checkpoints.identity(models.teacher_model, models.teacher_revision)
         tokenizer = evaluation.vocabulary.tokenizer
         return Author(
-            model, tokenizer, "teacher", setup.short_hash(source), 0, sampling, evaluation.vocabulary.size,
-            ends.teacher_ends(run.config, tokenizer, evaluation.vocabulary.size), lambda: torch.autocast(run.world.device.type, enabled=False),
-        )  # fmt: skip
+            model,
+            tokenizer,
+            "teacher",
+            setup.short_hash(source),
+            0,
+            sampling,
+            evaluation.vocabulary.size,
+            ends.teacher_ends(run.config, tokenizer, evaluation.vocabulary.size),
+            lambda: torch.autocast(run.world.device.type, enabled=False),
+        )
 
     result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
     if not run.config.eval.eval_teacher_text:
@@ -153,14 +173,21 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
     return result
 
 
-def _write_text(evaluation: Evaluation, author: Author, root: str, get_teacher: Callable[[], Teacher]) -> list[str]:
+def _write_text(
+    evaluation: Evaluation, author: Author, root: str, get_teacher: Callable[[], Teacher]
+) -> list[str]:
     """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
-        evaluation.prompts, seed=run.config.run.seed, run_id=author.run_id, policy_hash=author.policy_hash, refresh_index=0,
-        num_rollouts=len(evaluation.prompts), group_size=1,
+        evaluation.prompts,
+        seed=run.config.run.seed,
+        run_id=author.run_id,
+        policy_hash=author.policy_hash,
+        refresh_index=0,
+        num_rollouts=len(evaluation.prompts),
+        group_size=1,
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
-    )  # fmt: skip
+    )
     print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
     head = teacher_head(get_teacher().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
@@ -188,12 +215,16 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
 def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
     """A hash over these rows, the bytes of their shards, what they mean, and the dtype in which a student reads them."""
     wanted = set(row_ids)
-    shards = {record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)}
+    shards = {
+        record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)
+    }
     parts = [run.config.run.dtype, snapshot.fingerprint.must_match, sorted(wanted), sorted(shards)]
     return setup.short_hash(json.dumps(parts, sort_keys=True))
 
 
-def _on_student(evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader) -> Result:
+def _on_student(
+    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader
+) -> Result:
     root = str(evaluation.folder / f"on_student_{label}")
     row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher.get)
     return divergences(evaluation.run, student, cache.open(root), row_ids)
@@ -213,15 +244,23 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     sums = torch.zeros(4, dtype=torch.float64)
     if not row_ids:
         return _nothing()
-    own = [snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]]
+    own = [
+        snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]
+    ]
     pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
     for records in micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None):
         batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
         hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
         found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
         agree = found.student_top1 == found.teacher_top1
-        sums += torch.stack([found.fkl.double().sum(), found.rkl.double().sum(), agree.double().sum(),
-                             torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device)]).cpu()  # fmt: skip
+        sums += torch.stack(
+            [
+                found.fkl.double().sum(),
+                found.rkl.double().sum(),
+                agree.double().sum(),
+                torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device),
+            ]
+        ).cpu()
     student.model.train(was_training)
     num_cut = float(sum(record.finish_reason == "length" for record in own))
     forward, reverse, agreed, tokens, cut = run.world.sum([*sums.tolist(), num_cut])
@@ -256,9 +295,15 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
 def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Completion]:
     with author.autocast():
         return generate(
-            author.model, [p.ids for p in prompts], [0] * len(prompts), author.sampling, vocab_size=author.vocab_size,
-            eos_ids=author.eos_ids, pad_id=author.tokenizer.pad_token_id, micro_batch=num_slots,
-        )  # fmt: skip
+            author.model,
+            [p.ids for p in prompts],
+            [0] * len(prompts),
+            author.sampling,
+            vocab_size=author.vocab_size,
+            eos_ids=author.eos_ids,
+            pad_id=author.tokenizer.pad_token_id,
+            micro_batch=num_slots,
+        )
 
 
 def _interleave(parts: list[list[T]]) -> list[T]:

@@ -19,7 +19,10 @@ from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
 
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
-PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
+PACKED_ID_BYTES, PACKED_TOKEN_BYTES = (
+    2.3,
+    5,
+)  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
 HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: of the raw states and of the raw logits
 PLAIN_COLUMN_BYTES = 33  # docs/results.md: 447 - 414 bytes a token; the demo's are 26
 
@@ -117,7 +120,9 @@ class _Sizes:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
 
 
-def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, mean_prompt: float = 0.0) -> Plan:
+def make_plan(
+    config: Config, machine: Machine, mean_completion: float = 0.0, mean_prompt: float = 0.0
+) -> Plan:
     """The plan of `config` on `machine`; means of 0 stand for their upper bounds, max_new_tokens and max_prompt_tokens.
 
     With role generate or score `machine` is the cards of those processes, which do nothing else. Errors: `UserError` for a
@@ -140,10 +145,21 @@ def make_plan(config: Config, machine: Machine, mean_completion: float = 0.0, me
     each = bytes_per_token(config, teacher)
     kept_head = memory.head_bytes(teacher, sizes.teacher_b) if config.teacher_signal.signal == "hidden" else 0
     plan = Plan(
-        machine, student, teacher, sizes.trained, phases, rates, hours, launch_bound, rollouts, completion, prompt,
-        rollouts * completion * each + kept_head, each,
+        machine,
+        student,
+        teacher,
+        sizes.trained,
+        phases,
+        rates,
+        hours,
+        launch_bound,
+        rollouts,
+        completion,
+        prompt,
+        rollouts * completion * each + kept_head,
+        each,
         0.0 if config.rollout.role == "generate" else float(teacher.parameters * sizes.teacher_b),
-    )  # fmt: skip
+    )
     plan.advice.extend([] if plan.fits else _advice(sizes, plan.worst))
     return plan
 
@@ -212,9 +228,15 @@ def _writing(sizes: _Sizes, state: Parts) -> _Writing:
     takes_turns = config.rollout.offload_idle
     student, teacher, gathered = state | _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
     moves = takes_turns and not config.models.teacher_ds_zero3
-    copied = {"merged LoRA copy" if config.lora.use_lora else "weights in dtype": budgets.copied_bytes(config, shape)}
+    copied = {
+        "merged LoRA copy" if config.lora.use_lora else "weights in dtype": budgets.copied_bytes(
+            config, shape
+        )
+    }
     writing = student | copied | ({} if moves or apart else teacher)
-    beside = 0.0 if takes_turns or apart else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
+    beside = (
+        0.0 if takes_turns or apart else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
+    )
     slots = _slots(sizes, shape, sizes.student_b, writing, beside)
     kept = budgets.slot_parts(config, shape, sizes.student_b, slots)
     prefill = budgets.prefill_bytes(config, shape, sizes.student_b, slots)
@@ -251,7 +273,9 @@ def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
 def _step_tokens(sizes: _Sizes) -> int:
     """The padded tokens of the largest training forward."""
     config, longest = sizes.config, sizes.longest
-    free = sizes.machine.usable - total(_student_parts(sizes)) - total(_state_parts(sizes)) - _kept_head(sizes)
+    free = (
+        sizes.machine.usable - total(_student_parts(sizes)) - total(_state_parts(sizes)) - _kept_head(sizes)
+    )
     fitting = budgets.train_tokens(config, sizes.student, free, sizes.card)
     caps = budgets.train_caps(config, fitting)
     rows = rows_per_micro_step(config, sizes.machine.num_gpus)
@@ -272,7 +296,9 @@ def _step_parts(sizes: _Sizes) -> Parts:
     parts = budgets.step_parts(sizes.config, sizes.student, tokens, scored, sizes.card)
     update = float(memory.update_bytes(sizes.trained, sizes.machine.num_gpus, sizes.machine.zero2))
     parts["loss"] += _kept_head(sizes)
-    return parts | {"activations": max(parts["activations"], update)}  # they are gone when the optimizer steps
+    return parts | {
+        "activations": max(parts["activations"], update)
+    }  # they are gone when the optimizer steps
 
 
 def _evaluation_parts(sizes: _Sizes, student: Parts) -> Parts:
@@ -306,7 +332,8 @@ def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
         "logits": "gen_micro_batch",
         "selection": "score_tokens",
         "activations": {"train": "micro_batch_tokens or lp_micro_batch, or set gradient_checkpointing"}.get(
-            phase.name, "score_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens"
+            phase.name,
+            "score_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens",
         ),
         "loss": "signal hidden or full to topk",
         "optimizer": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2 (recipes/accelerate_zero2.yaml)",
@@ -331,13 +358,21 @@ def _speeds(
     """Rates in completion tokens/s of all cards, hours by phase, launch bound, rollouts written in all; of a role its own."""
     config, machine, role = sizes.config, sizes.machine, sizes.config.rollout.role
     gpu, num_gpus = machine.gpu, machine.num_gpus
-    writing = _writing(sizes, _state_parts(sizes) if role == "both" else {})  # as in refreshes, which are most of it
+    writing = _writing(
+        sizes, _state_parts(sizes) if role == "both" else {}
+    )  # as in refreshes, which are most of it
     per_forward = writing.score_tokens
     scored = per_forward * completion / (completion + prompt)
     zero3 = config.models.teacher_ds_zero3
-    step = speed.train_seconds(sizes.student, gpu, completion + prompt, completion,
-                               frozen=config.lora.use_lora, checkpointing=config.train.gradient_checkpointing,
-                               compiled=config.train.compile is not False)  # fmt: skip
+    step = speed.train_seconds(
+        sizes.student,
+        gpu,
+        completion + prompt,
+        completion,
+        frozen=config.lora.use_lora,
+        checkpointing=config.train.gradient_checkpointing,
+        compiled=config.train.compile is not False,
+    )
     score = speed.forward_seconds(sizes.teacher, sizes.teacher_b, gpu, per_forward, scored, zero3, num_gpus)
     decode = speed.decode_seconds(sizes.student, sizes.student_b, gpu, writing.slots, prompt + completion / 2)
     launches = speed.launch_seconds(sizes.student)

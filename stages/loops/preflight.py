@@ -61,7 +61,7 @@ class Side:
 
 def check_early(
     run: Run, work: Work, read_vocabulary: Callable[[Config], Vocabulary] = setup.shared_vocabulary
-) -> Ready:  # fmt: skip
+) -> Ready:
     """Refuses in one sentence what cannot work, says what will not be as configured; reads no weights."""
     config = run.config
     _check_settings(run, work)
@@ -185,10 +185,13 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
     raise UserError(
         f"{len(outside)} of {len(prompts)} {what} hold '{token}' (id {token_id}), which"
         f" {'the chat template of the student writes' if written else 'stands in their text'}: only ids below {size} are known to"
-        " both student and teacher; " + (
-            "use a chat template without it, or a teacher that has it." if written else "remove it from the data set."
+        " both student and teacher; "
+        + (
+            "use a chat template without it, or a teacher that has it."
+            if written
+            else "remove it from the data set."
         )
-    )  # fmt: skip
+    )
 
 
 def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list[Side]) -> None:

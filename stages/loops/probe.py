@@ -32,7 +32,10 @@ from stages.runtime.run import Run
 
 ROWS, TOKENS = 32, 128
 """Of the probe batch: rows, and of each completion its first tokens."""
-OTHERS = {"without_adapter": "the student without its adapter", "refresh_before": "that of the refresh before"}
+OTHERS = {
+    "without_adapter": "the student without its adapter",
+    "refresh_before": "that of the refresh before",
+}
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Of a forward in fp32, with padding."""
 SIGNIFICANT, SIGNIFICANT_LAYER = 6.0, 8.0
@@ -98,17 +101,26 @@ def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str,
 
     lengths = [len(row.completion_ids) for row in rows]
     least = LEAST_SHARE[student.compute_dtype]
-    lags = [found for of, other in others.items() if (found := share_of(of, trainer, exact, other, trainer, lengths))]
+    lags = [
+        found
+        for of, other in others.items()
+        if (found := share_of(of, trainer, exact, other, trainer, lengths))
+    ]
     shares = [
-        found for of, other in others.items() if (found := share_of(of, generator, exact, other, trainer, lengths))
+        found
+        for of, other in others.items()
+        if (found := share_of(of, generator, exact, other, trainer, lengths))
     ]
     gap, rounding = _distance(trainer, generator), max(_distance(trainer, exact), FP32_ROUNDING)
     figures = {
-        "probe_gap": gap, "probe_bound": BOUND * rounding, "probe_tokens": len(exact), "probe_trainer_rounding": rounding,
+        "probe_gap": gap,
+        "probe_bound": BOUND * rounding,
+        "probe_tokens": len(exact),
+        "probe_trainer_rounding": rounding,
         "probe_generator_rounding": _distance(generator, exact),
         **{f"probe_{share.of}": share.value for share in shares},
         **{f"probe_{share.of}_error": share.error for share in shares},
-    }  # fmt: skip
+    }
     reasons = [*_of_logprobs(shares, lags, least, len(exact)), *_of_layers(witness.seen(), least, gap)]
     if gap > BROKEN * rounding:
         reasons.append(f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by")
@@ -133,7 +145,12 @@ def _distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def share_of(
-    of: str, logprobs: np.ndarray, exact: np.ndarray, other: np.ndarray, rounded: np.ndarray, lengths: list[int]
+    of: str,
+    logprobs: np.ndarray,
+    exact: np.ndarray,
+    other: np.ndarray,
+    rounded: np.ndarray,
+    lengths: list[int],
 ) -> Share | None:
     """How far `logprobs` are on the way from `exact` to `other`; None where these are the same. All [N], rows in turn.
 
@@ -208,7 +225,9 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
             "the probe takes other rows: those that it had are gone from the cache, or probe.json is damaged"
         )
         kept = None
-    rows = [Row(r.row_id, r.prompt_ids, r.completion_ids[:TOKENS]) for r in (snapshot[place] for place in places)]
+    rows = [
+        Row(r.row_id, r.prompt_ids, r.completion_ids[:TOKENS]) for r in (snapshot[place] for place in places)
+    ]
     return rows, kept[1] if kept else {}
 
 
@@ -249,12 +268,17 @@ def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None 
     was_training = student.model.training
     student.model.eval()
     aligned = align(
-        [row.prompt_ids for row in rows], [row.completion_ids for row in rows], student.tokenizer.pad_token_id,
-        student.device, packed=student.packs if packed is None else packed,
-    )  # fmt: skip
+        [row.prompt_ids for row in rows],
+        [row.completion_ids for row in rows],
+        student.tokenizer.pad_token_id,
+        student.device,
+        packed=student.packs if packed is None else packed,
+    )
     hidden_Nd = at_scored(student.hidden(aligned), aligned)
     student.model.train(was_training)
-    return gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
+    return (
+        gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
+    )
 
 
 def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
@@ -272,9 +296,15 @@ def generator_logprobs(run: Run, student: Student, rows: Sequence[Row]) -> np.nd
     sampling = Sampling(run.config.rollout.max_new_tokens)
     with student.autocast():
         completions = generate(
-            student.model, [r.prompt_ids for r in rows], [0] * len(rows), sampling, vocab_size=student.vocab_size,
-            eos_ids=student.eos_ids, pad_id=student.tokenizer.pad_token_id, micro_batch=len(rows),
+            student.model,
+            [r.prompt_ids for r in rows],
+            [0] * len(rows),
+            sampling,
+            vocab_size=student.vocab_size,
+            eos_ids=student.eos_ids,
+            pad_id=student.tokenizer.pad_token_id,
+            micro_batch=len(rows),
             forced=[r.completion_ids for r in rows],
-        )  # fmt: skip
+        )
     lengths = [len(row.completion_ids) for row in rows]
     return np.concatenate([c.logprobs[:n] for c, n in zip(completions, lengths, strict=True)])

@@ -23,8 +23,11 @@ WAITS = ("write", "rows")  # for the thread that writes, for a generator
 
 
 _SHARES = {
-    "generate": "generating", "score": "scoring", "write": "waiting for the writer", "rows": "waiting for rollouts",
-}  # fmt: skip
+    "generate": "generating",
+    "score": "scoring",
+    "write": "waiting for the writer",
+    "rows": "waiting for rollouts",
+}
 
 
 @dataclass
@@ -54,7 +57,10 @@ class Progress:
         self._run = run
         self._clock = Clock((*PHASES, *WAITS))
         self._total, self._done = num_rollouts, Counts()
-        self._of = {"began": round(time.time(), 3), "evaluation": run.clock.is_evaluating}  # tells records apart
+        self._of = {
+            "began": round(time.time(), 3),
+            "evaluation": run.clock.is_evaluating,
+        }  # tells records apart
         self._bar = tqdm(
             total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
         )
@@ -76,7 +82,9 @@ class Progress:
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
         self._run.metrics.log(PROGRESS, **record)
-        self._bar.set_postfix_str(f"{_rates(record)}, {record['cut_share']:.0%} cut at max_new_tokens", refresh=False)
+        self._bar.set_postfix_str(
+            f"{_rates(record)}, {record['cut_share']:.0%} cut at max_new_tokens", refresh=False
+        )
         self._bar.update(int(sums[0]))
 
     def shares(self) -> dict[str, float]:
@@ -119,7 +127,9 @@ def _ratio(amount: float, seconds: float) -> float:
 
 def _rates(record: dict[str, Any]) -> str:
     generated, scored = record["generated_tokens_per_second"], record["scored_tokens_per_second"]
-    parts = [f"{generated:,.0f} tokens/s generated"] * bool(generated) + [f"{scored:,.0f} scored"] * bool(scored)
+    parts = [f"{generated:,.0f} tokens/s generated"] * bool(generated) + [f"{scored:,.0f} scored"] * bool(
+        scored
+    )
     if record["peak_memory_bytes"]:
         parts.append(
             f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB, peak {record['peak_memory_bytes'] / 2**30:.1f}"
@@ -129,11 +139,17 @@ def _rates(record: dict[str, Any]) -> str:
 
 def last_line(run: Run) -> str:
     """What the last record of this start of the run says, for people; empty if there is none (main process)."""
-    found = [r for r in metrics.read(run.metrics.path) if r["kind"] == PROGRESS and r.get("start") == run.clock.started]
+    found = [
+        r
+        for r in metrics.read(run.metrics.path)
+        if r["kind"] == PROGRESS and r.get("start") == run.clock.started
+    ]
     if not found:
         return ""
     last = found[-1]
-    shares = ", ".join(f"{last[f'share_{name}']:.1%} {text}" for name, text in _SHARES.items() if last[f"share_{name}"])
+    shares = ", ".join(
+        f"{last[f'share_{name}']:.1%} {text}" for name, text in _SHARES.items() if last[f"share_{name}"]
+    )
     return (
         f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a second: {_rates(last)};"
         f" {cut_sentence(last['cut_share'])}; time: {shares}; padding {last['padding_waste']:.1%}"

@@ -25,9 +25,15 @@ TOLERATED_IDLE = 0.2  # of the processes' time
 
 
 def write_rollouts(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], *, refresh_index: int, step: int,
+    run: Run,
+    student: Student,
+    vocabulary: Vocabulary,
+    prompts: list[Prompt],
+    *,
+    refresh_index: int,
+    step: int,
     teacher: TeacherLoader,
-) -> int:  # fmt: skip
+) -> int:
     """Writes what is missing of refresh `refresh_index`; returns the number of units written (collective)."""
     config = run.config
     refuse_role(config)
@@ -43,7 +49,9 @@ def write_rollouts(
 
     head = teacher_head(load().head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
     with scored_writer(config, vocabulary, head) as writer:
-        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[0]:  # loading is collective: one answer
+        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[
+            0
+        ]:  # loading is collective: one answer
             load()
         return collect(run, units, author, teacher.get, writer, config.teacher_signal)
 
@@ -62,10 +70,16 @@ def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index
     config, size = run.config, run.world.size
     places = rollouts_of(config, refresh_index)
     units = plan(
-        prompts, seed=config.run.seed, run_id=run.run_id, policy_hash=author.policy_hash, refresh_index=refresh_index,
-        first_rollout=places.start, num_rollouts=len(places), group_size=config.rollout.group_size,
+        prompts,
+        seed=config.run.seed,
+        run_id=run.run_id,
+        policy_hash=author.policy_hash,
+        refresh_index=refresh_index,
+        first_rollout=places.start,
+        num_rollouts=len(places),
+        group_size=config.rollout.group_size,
         rollouts_per_unit=config.rollout.rollouts_per_unit,
-    )  # fmt: skip
+    )
     asked, steps = config.refresh.rollouts_per_refresh, steps_of(config, refresh_index)
     if pool_size(config, refresh_index) < asked:
         run.metrics.say_once(
@@ -100,9 +114,14 @@ def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 
 
 def refresh(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], refresh_index: int, step: int,
+    run: Run,
+    student: Student,
+    vocabulary: Vocabulary,
+    prompts: list[Prompt],
+    refresh_index: int,
+    step: int,
     reason: str,
-) -> None:  # fmt: skip
+) -> None:
     """A refresh between two optimizer steps: new rows, the teacher's memory given back, the generator checked."""
     with TeacherLoader(run.config, run.world) as teacher:
         num_units = write_rollouts(
@@ -110,15 +129,24 @@ def refresh(
         )
     probe = check_generator(run, student, refresh_index)
     run.metrics.log(
-        "refresh", step=step, refresh_index=refresh_index, units=num_units, policy_hash=policy_hash(student),
-        reason=reason, cut_share=cut_share(run, refresh_index), **memory_after_refresh(run), **probe,
-    )  # fmt: skip
+        "refresh",
+        step=step,
+        refresh_index=refresh_index,
+        units=num_units,
+        policy_hash=policy_hash(student),
+        reason=reason,
+        cut_share=cut_share(run, refresh_index),
+        **memory_after_refresh(run),
+        **probe,
+    )
 
 
 def cut_share(run: Run, refresh_index: int) -> float | None:
     """Of the committed rows of a refresh of this run those that were cut at max_new_tokens; None without any."""
     reasons: Counter[str] = Counter()
     for record in cache.open(run.config.cache_root).commit_records():
-        if all(run_id == run.run_id and refresh == refresh_index for run_id, _, _, refresh in record.policies):
+        if all(
+            run_id == run.run_id and refresh == refresh_index for run_id, _, _, refresh in record.policies
+        ):
             reasons.update(record.statistics["finish_reasons"])
     return cuts.cut_share(reasons)

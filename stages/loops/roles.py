@@ -31,7 +31,13 @@ Policy = tuple[int, str]  # refresh index and policy hash: what one plan is for
 
 
 def generate_rollouts(
-    run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt], *, refresh_index: int, step: int
+    run: Run,
+    student: Student,
+    vocabulary: Vocabulary,
+    prompts: list[Prompt],
+    *,
+    refresh_index: int,
+    step: int,
 ) -> int:
     """Writes, unscored, what neither cache has of refresh `refresh_index`; returns the number of units (collective)."""
     config = run.config
@@ -56,7 +62,9 @@ def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teac
         return 0
     with run.clock.phase("load"):
         loaded = teacher.get()
-        head = teacher_head(loaded.head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
+        head = (
+            teacher_head(loaded.head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
+        )
     scoring = Scoring(config.teacher_signal, vocabulary.size, vocabulary.tokenizer.pad_token_id)
     num_units = 0
     with (
@@ -111,7 +119,10 @@ class Found:
         return sum(max(0, planned - self.there.get(policy, 0)) for policy, planned in self.planned.items())
 
     def __str__(self) -> str:
-        parts = [f"refresh {refresh} by policy {policy}: {count}" for (refresh, policy), count in self.there.items()]
+        parts = [
+            f"refresh {refresh} by policy {policy}: {count}"
+            for (refresh, policy), count in self.there.items()
+        ]
         return f"of {sum(self.planned.values())} planned rollouts there are {' and '.join(parts) or 'none'}"
 
 
@@ -161,10 +172,17 @@ class Inbox:
 
     def read(self, record: cache.CommitRecord) -> list[cache.Record]:
         """The rows of a unit, in the order in which they were committed."""
-        root, end = self._run.config.unscored_root, time.monotonic() + 60 * self._run.config.rollout.score_patience
-        while (snapshot := self._open(root)) is None or record.name not in {r.name for r in snapshot.commit_records()}:
+        root, end = (
+            self._run.config.unscored_root,
+            time.monotonic() + 60 * self._run.config.rollout.score_patience,
+        )
+        while (snapshot := self._open(root)) is None or record.name not in {
+            r.name for r in snapshot.commit_records()
+        }:
             if time.monotonic() > end:  # a shared file system shows it to one node before the other
-                raise UserError(f"{root} does not show commits/{record.name} on this machine; is it the same folder?")
+                raise UserError(
+                    f"{root} does not show commits/{record.name} on this machine; is it the same folder?"
+                )
             time.sleep(POLL_SECONDS)
         return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
 

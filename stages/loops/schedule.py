@@ -101,7 +101,10 @@ def resume(run: Run, training: Training) -> Position | None:
 
 
 def fit(
-    run: Run, training: Training, refresh: Callable[[Training, int, str], None], evaluate: steps.Evaluate | None = None
+    run: Run,
+    training: Training,
+    refresh: Callable[[Training, int, str], None],
+    evaluate: steps.Evaluate | None = None,
 ) -> None:
     """Trains from the current step to `max_steps`; `refresh(training, index, reason)` writes the rows of refresh `index`.
 
@@ -124,15 +127,23 @@ def fit(
     run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
     pool, snapshot, began = None, None, training.step
     gone = lost(run, position)
-    bar = tqdm(total=config.train.max_steps, initial=training.step, unit="step", desc="training",
-               disable=not run.world.is_main)  # fmt: skip
+    bar = tqdm(
+        total=config.train.max_steps,
+        initial=training.step,
+        unit="step",
+        desc="training",
+        disable=not run.world.is_main,
+    )
     with bar, ending.finishing():
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
             if reason:
                 _discard_later(run, training.step)
                 save_checkpoint(run, training, position)
-                index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
+                index, author = (
+                    position.newest + 1,
+                    Refresh(training.step, policy_hash(training.student), reason),
+                )
                 if arrivals is None:
                     with ending.at_once():  # the checkpoint is there, and committed units are kept
                         refresh(training, index, reason)
@@ -175,9 +186,15 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
 
 
 def _fit_pool(
-    run: Run, training: Training, position: Position, pool: Pool, snapshot: cache.Snapshot, arrivals: Arrivals | None,
-    bar: tqdm, evaluate: steps.Evaluate | None,
-) -> Position:  # fmt: skip
+    run: Run,
+    training: Training,
+    position: Position,
+    pool: Pool,
+    snapshot: cache.Snapshot,
+    arrivals: Arrivals | None,
+    bar: tqdm,
+    evaluate: steps.Evaluate | None,
+) -> Position:
     """Trains on the rows of `pool` until new ones are due, or have arrived, or must be waited for, or to the end."""
     train, every = run.config.train, run.config.refresh.refresh_every
     last = train.max_steps
@@ -228,10 +245,16 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     config, version = run.config, position.refresh_index
     roots = [config.cache_root, *(root for root, weight in config.run.extra_caches.items() if weight)]
     snapshots = [cache.open(root) for root in roots]
-    found = [
-        _own_pool(run, position, snapshot) if snapshot is snapshots[0] else live_pool(snapshot, "", version, 0, 0, {})
-        for snapshot in snapshots
-    ] if run.world.is_main else []  # fmt: skip
+    found = (
+        [
+            _own_pool(run, position, snapshot)
+            if snapshot is snapshots[0]
+            else live_pool(snapshot, "", version, 0, 0, {})
+            for snapshot in snapshots
+        ]
+        if run.world.is_main
+        else []
+    )
     pool, *others = run.world.gather(found)[0]
     snapshots = [snapshot.refresh() for snapshot in snapshots]  # at least what the main rank has seen
     for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
@@ -253,9 +276,14 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
 def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
     """The rows of this run that `position` trains on, and those of others in its cache."""
     return live_pool(
-        snapshot, run.run_id, position.refresh_index, position.opened_at, run.config.refresh.max_age, position.policies,
+        snapshot,
+        run.run_id,
+        position.refresh_index,
+        position.opened_at,
+        run.config.refresh.max_age,
+        position.policies,
         position.kept,
-    )  # fmt: skip
+    )
 
 
 def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
@@ -263,7 +291,9 @@ def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
     run.world.barrier()
     if run.world.is_main:
         num_rollouts = len(rollouts_of(run.config, index))
-        versions.publish(run.folder, training.student, Version(index, author.step, author.policy_hash, num_rollouts))
+        versions.publish(
+            run.folder, training.student, Version(index, author.step, author.policy_hash, num_rollouts)
+        )
     run.world.barrier()
 
 
@@ -298,7 +328,9 @@ class Arrivals:
                 for run_id, _, policy, refresh in record.policies
             ]
             if any(right):
-                rows |= {row for row, of in zip(record.row_ids, record.policy_of_row, strict=True) if right[of]}
+                rows |= {
+                    row for row, of in zip(record.row_ids, record.policy_of_row, strict=True) if right[of]
+                }
         return len(rows) >= len(rollouts_of(self._run.config, index))
 
 
@@ -327,7 +359,12 @@ def _take_up_arrivals(
         save_checkpoint(run, training, position)
     author = position.refreshes[index]
     run.metrics.log(
-        "refresh", step=position.step, refresh_index=index, policy_hash=author.policy_hash, policy_step=author.step,
-        reason=author.reason, cut_share=cut_share(run, index),
-    )  # fmt: skip
+        "refresh",
+        step=position.step,
+        refresh_index=index,
+        policy_hash=author.policy_hash,
+        policy_step=author.step,
+        reason=author.reason,
+        cut_share=cut_share(run, index),
+    )
     return _taken_up(run, position, index, pool)

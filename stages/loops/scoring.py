@@ -60,20 +60,31 @@ class ScoredBatch:
         for row in self.rows:
             part = slice(start, start + len(row.completion_ids))
             own = {name: array[part] for name, array in columns.items()}
-            plain: dict[str, Any] = {name: array for name, array in own.items() if not name.startswith("signal_")}
+            plain: dict[str, Any] = {
+                name: array for name, array in own.items() if not name.startswith("signal_")
+            }
             yield replace(row, signal=self._signal(own), **plain)
             start = part.stop
 
     def _signal(self, own: dict[str, np.ndarray]) -> cache.Signal:
         if "signal_ids" in own:
-            return cache.TopK(own["signal_ids"], own["signal_logprobs"], own["log_tail_mass"], temperature=1.0)
+            return cache.TopK(
+                own["signal_ids"], own["signal_logprobs"], own["log_tail_mass"], temperature=1.0
+            )
         if "signal_hidden" in own:
             return cache.Hidden(own["signal_hidden"], self.hidden_dtype)
         return cache.Full(own["signal_logits"], self.hidden_dtype)
 
 
-def score_rows(run: Run, rows: list[cache.Record], scoring: Scoring, teacher: Teacher, writing: UnitWriter,
-               progress: Progress, counts: Counts) -> None:  # fmt: skip
+def score_rows(
+    run: Run,
+    rows: list[cache.Record],
+    scoring: Scoring,
+    teacher: Teacher,
+    writing: UnitWriter,
+    progress: Progress,
+    counts: Counts,
+) -> None:
     """Scores a unit's rows (none: a rank without a unit), hands them to the writer and counts them (collective).
 
     The host is one forward behind the device, which so has always one more to do.
@@ -107,7 +118,9 @@ def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: in
     for first in reversed(range(num_rows)):
         longest = lengths[order[first]]
         most = max(1, min(max_tokens // longest, max_rows or num_rows, num_rows - first))
-        costs = np.arange(1, most + 1) * longest + FORWARD_COST * max_tokens + least[first + 1 : first + most + 1]
+        costs = (
+            np.arange(1, most + 1) * longest + FORWARD_COST * max_tokens + least[first + 1 : first + most + 1]
+        )
         end[first] = first + 1 + int(costs.argmin())
         least[first] = costs.min()
     batches, first = [], 0

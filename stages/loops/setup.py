@@ -86,7 +86,9 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
 
 def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Fingerprint:
     """The same for rows that no teacher has seen."""
-    return cache.Fingerprint({**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config))
+    return cache.Fingerprint(
+        {**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config)
+    )
 
 
 def _prompting(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -152,9 +154,16 @@ def student_author(run: Run, student: Student, step: int, greedy: bool = False) 
         rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k, greedy
     )
     return Author(
-        student.model, student.tokenizer, run.run_id, policy_hash(student), step, sampling, student.vocab_size,
-        student.eos_ids, student.autocast,
-    )  # fmt: skip
+        student.model,
+        student.tokenizer,
+        run.run_id,
+        policy_hash(student),
+        step,
+        sampling,
+        student.vocab_size,
+        student.eos_ids,
+        student.autocast,
+    )
 
 
 def short_hash(text: str) -> str:

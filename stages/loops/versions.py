@@ -47,7 +47,9 @@ def publish(run_folder: Path, student: Student, version: Version) -> None:
     if not (folder / version.name).exists():
         students.export(student, folder / version.name, {"version.json": text})
     replace_text(folder / "newest.json", text)
-    older = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name)
+    older = sorted(
+        path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
+    )
     for path in older[: -(KEPT - 1)]:
         remove(path)
 
@@ -58,7 +60,11 @@ def point_to(run_folder: Path, position: Position) -> None:
     The student at the start (refresh 0) is known to everybody, and never published.
     """
     awaited, found = position.refreshes.get(position.newest), newest(run_folder)
-    if not position.newest or awaited is None or (found is not None and found.policy_hash == awaited.policy_hash):
+    if (
+        not position.newest
+        or awaited is None
+        or (found is not None and found.policy_hash == awaited.policy_hash)
+    ):
         return
     folder = run_folder / "versions" / f"{position.newest:06d}-{awaited.policy_hash[:8]}"
     if not folder.exists():
@@ -77,7 +83,9 @@ def newest(run_folder: Path) -> Version | None:
     try:
         found = Version(**json.loads(path.read_bytes()))
         numbers = (found.refresh_index, found.step, found.num_rollouts)
-        if not re.fullmatch("[0-9a-f]{16}", found.policy_hash) or any(type(n) is not int or n < 0 for n in numbers):
+        if not re.fullmatch("[0-9a-f]{16}", found.policy_hash) or any(
+            type(n) is not int or n < 0 for n in numbers
+        ):
             raise ValueError("a value is not of its kind")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
@@ -89,7 +97,11 @@ def newest(run_folder: Path) -> Version | None:
 def load(run_folder: Path, student: Student, version: Version) -> None:
     """Copies a published version's weights into `student`; UserError if they are not what was published."""
     folder = run_folder / "versions" / version.name
-    stored = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    stored = {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
     with torch.no_grad():
         if isinstance(student.model, PeftModel):
             set_peft_model_state_dict(student.model, stored)

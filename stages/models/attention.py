@@ -47,7 +47,9 @@ def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
 def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> None:
     """`UserError` under `on` where `reason` keeps the model from packed rows."""
     if reason and wanted is True:
-        raise UserError(f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto.")
+        raise UserError(
+            f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto."
+        )
 
 
 def _mark_windows(model: PreTrainedModel) -> None:
@@ -108,11 +110,15 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, T, h], key and value [B, G, T, h] to ([B, T, H, h], None)."""
     if packing is None:
-        assert attention_mask is None or attention_mask.numel(), "the model does not hand `packing` to its attention"
+        assert attention_mask is None or attention_mask.numel(), (
+            "the model does not hand `packing` to its attention"
+        )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     for name in UNSERVED:
         if kwargs.get(name) is not None:
-            raise UserError(f"packed rows cannot be served: the model's attention uses {name}; use --packing off.")
+            raise UserError(
+                f"packed rows cannot be served: the model's attention uses {name}; use --packing off."
+            )
     _check_window(module, sliding_window)
     q_THh, k_TGh, v_TGh = (states[0].transpose(0, 1) for states in (query, key, value))
     if dropout == 0 and varlen_usable(query, value):
@@ -166,25 +172,39 @@ def _varlen(
 
 @torch.compiler.disable  # lengths differ from batch to batch: tracing would never end
 def _by_groups(
-    q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, packing: Packing, scaling: float | None, window: int | None,
+    q_THh: Tensor,
+    k_TGh: Tensor,
+    v_TGh: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    window: int | None,
     dropout: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One SDPA call for sequences of like lengths, padded on the right, where causal attention never looks."""
     heads = [states.shape[1] for states in (q_THh, k_TGh, v_TGh)]
     one_width = q_THh.shape[-1] == v_TGh.shape[-1]
     together = [torch.cat([q_THh, k_TGh, v_TGh], dim=1)] if one_width else [q_THh, k_TGh, v_TGh]
     parts = []
     for grid in packing.groups.grids:
-        taken = [states.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2) for states in together]
+        taken = [
+            states.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2)
+            for states in together
+        ]
         q, k, v = taken[0].split(heads, dim=1) if one_width else taken
         length = grid.shape[1]
         mask = None if window is None or length <= window else _window_mask(length, window, grid.device)
         if mask is not None:  # no fused kernel takes a mask and groups heads
             k, v = (repeat_kv(states, heads[0] // heads[1]) for states in (k, v))
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packing.groups.places)
 

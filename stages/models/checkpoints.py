@@ -36,7 +36,9 @@ def identity(name: str, revision: str) -> str:
     if not folder.is_dir():
         config = load_config(name, revision)
         return f"hub:{name}@{getattr(config, '_commit_hash', None) or revision}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
+    digest = hashlib.sha256(
+        (folder / "config.json").read_bytes() if (folder / "config.json").exists() else b""
+    )
     for path in weight_files(folder):
         if not path.is_file():  # a pipe would wait for a writer; `folders.check_weights` refuses it
             continue
@@ -82,13 +84,18 @@ def load_model(
     second, and gives a model without weights (on the meta device).
     Errors: `UserError` where the checkpoint lacks a tensor, or has one of another shape; what the model does not use is said.
     """
-    if attn_implementation == "sdpa" and getattr(load_config(name, revision).get_text_config(), SOFTCAP, None):
+    if attn_implementation == "sdpa" and getattr(
+        load_config(name, revision).get_text_config(), SOFTCAP, None
+    ):
         say_once(f"{name} attends eagerly: sdpa does not cap its attention logits")
         attn_implementation = "eager"
     settings: dict[str, Any] = {
-        "revision": revision, "dtype": dtype, "attn_implementation": attn_implementation,
-        "output_loading_info": True, "ignore_mismatched_sizes": True,  # reported, and refused below
-    }  # fmt: skip
+        "revision": revision,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported, and refused below
+    }
     if not reads_weights:
         settings["device_map"] = "meta"
     try:
@@ -143,7 +150,9 @@ def vocabulary_cut(
     maps = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
     for side, ids, rows in (("student", maps[0], student_rows), ("teacher", maps[1], teacher_rows)):
         if max(ids) >= rows:
-            raise UserError(f"the {side}'s tokenizer has id {max(ids)}, but its model has only {rows} embeddings.")
+            raise UserError(
+                f"the {side}'s tokenizer has id {max(ids)}, but its model has only {rows} embeddings."
+            )
     cut = min(max(maps[0]), max(maps[1])) + 1
     conflicts = [i for i in range(cut) if maps[0].get(i) != maps[1].get(i)]
     if conflicts:
@@ -174,6 +183,10 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a missing package, a broken pickle, a config.json of wrong types ...
-        is_unknown = not is_folder and isinstance(error, OSError | ValueError) and "trust_remote_code" not in str(error)
+        is_unknown = (
+            not is_folder
+            and isinstance(error, OSError | ValueError)
+            and "trust_remote_code" not in str(error)
+        )
         where = ": it is neither a model folder here nor on the hub" if is_unknown else ""
         raise UserError(f"{what} {name} cannot be loaded{where} ({why(error)})") from error

@@ -52,9 +52,15 @@ def pin_to_evaluation(model: PreTrainedModel) -> None:
 
     For models that draw in training mode what no number switches off (PhiMoE draws its experts).
     """
-    adapters = {id(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()}
+    adapters = {
+        id(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()
+    }
     for module in model.modules():
-        if module is not model and id(module) not in adapters and not hasattr(module, "gradient_checkpointing"):
+        if (
+            module is not model
+            and id(module) not in adapters
+            and not hasattr(module, "gradient_checkpointing")
+        ):
             module.training = False
             module.train = _stays(module)  # type: ignore[method-assign]
 

@@ -104,7 +104,9 @@ def checkpoint_ends(name: str, revision: str) -> tuple[int, ...]:
     wrong = [i for i in ids if i is not None and (type(i) is not int or i < 0)]
     if wrong:
         where = path if path.is_file() else f"{name}'s config.json"
-        raise UserError(f"{where} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it.")
+        raise UserError(
+            f"{where} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it."
+        )
     return tuple(i for i in ids if i is not None)
 
 

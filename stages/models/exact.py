@@ -20,11 +20,35 @@ from transformers.modeling_utils import PreTrainedModel
 NARROW = (torch.bfloat16, torch.float16)
 LINEAR_ROWS = 32_768  # of a weight that are widened together: an lm_head of 152,064 would take gigabytes
 WINDOW = 8
-WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")  # names in configs and attention modules
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+)  # names in configs and attention modules
 _MOVERS = {
-    "__getitem__", "view", "reshape", "transpose", "permute", "t", "unbind", "chunk", "split", "expand", "detach",
-    "unsqueeze", "squeeze", "narrow", "select", "flatten", "unflatten", "data_ptr", "size", "numel", "dim", "__len__",
-}  # fmt: skip
+    "__getitem__",
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "t",
+    "unbind",
+    "chunk",
+    "split",
+    "expand",
+    "detach",
+    "unsqueeze",
+    "squeeze",
+    "narrow",
+    "select",
+    "flatten",
+    "unflatten",
+    "data_ptr",
+    "size",
+    "numel",
+    "dim",
+    "__len__",
+}
 """They only move or describe: what they are given is widened by the function that computes with it."""
 
 
@@ -119,7 +143,9 @@ def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) ->
 def short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Windows and chunks of attention that configs and modules name are `WINDOW` long, so that short rows show them."""
     holders: list[Any] = list(model.modules())
-    holders += list({id(c): c for module in holders if (c := getattr(module, "config", None)) is not None}.values())
+    holders += list(
+        {id(c): c for module in holders if (c := getattr(module, "config", None)) is not None}.values()
+    )
     with ExitStack() as stack:
         for holder in holders:
             for name in WINDOWS:

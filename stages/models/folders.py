@@ -16,7 +16,12 @@ from stages.models.student import new_lora
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """In the order in which transformers looks for them."""
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
@@ -55,7 +60,9 @@ def check_weights(side: str, name: str) -> None:
             raise UserError(f"{side}: {path} is not a regular file; move it out of the model's folder.")
     first = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
     if first is None:
-        raise UserError(f"{side} {name} has no weights (expected {WEIGHTS[0]} or {WEIGHTS[1]}): {_instead(folder)}.")
+        raise UserError(
+            f"{side} {name} has no weights (expected {WEIGHTS[0]} or {WEIGHTS[1]}): {_instead(folder)}."
+        )
     shards = [first]
     if first.suffix == ".json":
         shards = [folder / shard for shard in sorted(set(_index(side, first)["weight_map"].values()))]
@@ -111,7 +118,9 @@ def _check_whole(side: str, path: Path) -> None:
         start, tensors = _header(path)
         wanted = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{side}: {path} ({size:,} bytes) has no safetensors header; download it again.") from None
+        raise UserError(
+            f"{side}: {path} ({size:,} bytes) has no safetensors header; download it again."
+        ) from None
     if size != wanted:
         raise UserError(
             f"{side}: {path} has {size:,} bytes, its header says {wanted:,}; it was cut off or changed, download it again."
@@ -136,7 +145,9 @@ def check_adapter(config: Config) -> list[str]:
     folder = Path(config.models.student_adapter)
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter.")
+        raise UserError(
+            f"student_adapter {folder} holds no adapter_config.json; give the folder of a PEFT adapter."
+        )
     settings = _json(path)
     if not settings:
         raise UserError(f"student_adapter: {path} is not a JSON object; copy it again.")
@@ -158,7 +169,9 @@ def check_adapter(config: Config) -> list[str]:
         _check_whole("student_adapter", weights)
     found, base = [], settings.get("base_model_name_or_path")
     if Path(str(base)).name != Path(config.models.student_model).name:
-        found.append(f"student_adapter {folder} was trained on {base}; here it goes on {config.models.student_model}")
+        found.append(
+            f"student_adapter {folder} was trained on {base}; here it goes on {config.models.student_model}"
+        )
     if settings.get("r") != config.lora.lora_r:
         found.append(
             f"student_adapter {folder} has rank {settings.get('r')}, which is kept; lora_r {config.lora.lora_r} is not read"
@@ -180,7 +193,9 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
         wanted = get_peft_model_state_dict(PeftModel(model, settings), save_embedding_layers=False)
         stored = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # PEFT raises many kinds
-        raise UserError(f"student_adapter {folder} cannot be put on the student ({checkpoints.why(error)})") from error
+        raise UserError(
+            f"student_adapter {folder} cannot be put on the student ({checkpoints.why(error)})"
+        ) from error
     base, advice = settings.base_model_name_or_path, "give the adapter's own base as student_model."
     for key in sorted(wanted.keys() & stored.keys()):
         if wanted[key].shape != stored[key].shape:

@@ -55,15 +55,31 @@ class Generate(Protocol):
     def close(self) -> None: ...
 
     def __call__(
-        self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,
-        eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
-    ) -> list[Completion]: ...  # fmt: skip
+        self,
+        prompts: list[np.ndarray],
+        seeds: list[int],
+        sampling: Sampling,
+        *,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        pad_id: int,
+        micro_batch: int,
+        forced: list[np.ndarray] | None = None,
+    ) -> list[Completion]: ...
 
 
 def generate(
-    model: PreTrainedModel | PeftModel, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *,
-    vocab_size: int, eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
-) -> list[Completion]:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    prompts: list[np.ndarray],
+    seeds: list[int],
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    micro_batch: int,
+    forced: list[np.ndarray] | None = None,
+) -> list[Completion]:
     """One completion for each prompt; `seeds` are integers below 2**128, one a row.
 
     `micro_batch`: most rows decoded together. `forced`: token ids to take instead of drawing, each row's own number, so
@@ -72,9 +88,15 @@ def generate(
     """
     with rollout_engine(model) as engine:
         return engine(
-            prompts, seeds, sampling, vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, micro_batch=micro_batch,
+            prompts,
+            seeds,
+            sampling,
+            vocab_size=vocab_size,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            micro_batch=micro_batch,
             forced=forced,
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -99,10 +121,20 @@ class _Calls:
     """What engines have in common: a call's rows as requests, and rows without a token."""
 
     def __call__(
-        self, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, *, vocab_size: int,
-        eos_ids: tuple[int, ...], pad_id: int, micro_batch: int, forced: list[np.ndarray] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        limits = [sampling.max_new_tokens if forced is None else len(forced[row]) for row in range(len(prompts))]
+        self,
+        prompts: list[np.ndarray],
+        seeds: list[int],
+        sampling: Sampling,
+        *,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        pad_id: int,
+        micro_batch: int,
+        forced: list[np.ndarray] | None = None,
+    ) -> list[Completion]:
+        limits = [
+            sampling.max_new_tokens if forced is None else len(forced[row]) for row in range(len(prompts))
+        ]
         requests = [
             Request(row, prompts[row], seeds[row], limits[row], None if forced is None else forced[row])
             for row in range(len(prompts))
@@ -111,7 +143,9 @@ class _Calls:
 
     def write(self, requests: list[Request], method: Method, num_slots: int) -> list[Completion]:
         """One completion for each request, in the order of their indices, each up to its own limit."""
-        nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), "length")
+        nothing = Completion(
+            np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), "length"
+        )
         done = {request.index: nothing for request in requests if request.limit == 0}
         requests_left = [request for request in requests if request.limit > 0]
         if requests_left:
@@ -190,8 +224,10 @@ class _Engine(_Calls):
             if old.num_slots >= wanted and old.num_places >= places and old.num_tokens >= tokens:
                 return old
             wanted, places, tokens = (
-                max(wanted, old.num_slots), max(places, old.num_places), max(tokens, old.num_tokens)
-            )  # fmt: skip
+                max(wanted, old.num_slots),
+                max(places, old.num_places),
+                max(tokens, old.num_tokens),
+            )
         del old
         self._decoder = None  # its memory first
         places, tokens = places + -places % PLACES, tokens + -tokens % PLACES
@@ -201,7 +237,9 @@ class _Engine(_Calls):
 
 def _write(decoder: Decoder, requests: list[Request], num_slots: int) -> Iterator[tuple[int, Completion]]:
     """Fills, steps and empties slots until every request is written: (index, completion) as they end."""
-    widest = min(num_slots, len(requests))  # by this call alone: what an open engine did before changes no rounding
+    widest = min(
+        num_slots, len(requests)
+    )  # by this call alone: what an open engine did before changes no rounding
     decoder.clear(widest)
     rows: dict[int, _Row] = {}  # slot -> its row
     waiting = _groups(requests, widest)
@@ -246,7 +284,9 @@ def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
     return groups
 
 
-def _place(waiting: deque[list[Request]], free: list[int], rows: dict[int, _Row]) -> list[tuple[int, Request]]:
+def _place(
+    waiting: deque[list[Request]], free: list[int], rows: dict[int, _Row]
+) -> list[tuple[int, Request]]:
     """Whole groups for the free slots, once they are worth a prefill."""
     if rows and len(free) < _worth_a_prefill(len(free) + len(rows)):
         return []

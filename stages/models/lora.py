@@ -34,7 +34,9 @@ class LeanLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in the weights' dtype."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        )
         adapter = self._alone(dtype)
         if args or kwargs or adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -58,7 +60,9 @@ class LeanLinear(LoraLinear):
         return names[0] if isinstance(dropout, nn.Identity) or not dropout.training else None
 
 
-def adapted(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float) -> Tensor:
+def adapted(
+    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
+) -> Tensor:
     """x W' + bias + x A' (s B)' for x [..., K], products in x's dtype; W and bias take no gradient."""
     if torch.compiler.is_compiling():  # the compiler joins the sum with what follows, forwards and backwards
         low = linear(linear(x, a_rK.to(x.dtype)), (scale * b_Nr).to(x.dtype))
@@ -77,7 +81,7 @@ def adapted(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b
 
 def _summed_in_fp32(
     x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The same values rounded once; half-precision products on CUDA."""
     out_TN = torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
     out_TN += linear(linear(x_TK, a_rK.to(x_TK.dtype)), (scale * b_Nr).to(x_TK.dtype))
@@ -91,8 +95,14 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        a_rK: Tensor,
+        b_Nr: Tensor,
+        scale: float,
+    ) -> Tensor:
         a, b = a_rK.to(x_TK.dtype), (scale * b_Nr).to(x_TK.dtype)
         z_Tr = linear(x_TK, a)
         ctx.save_for_backward(x_TK, z_Tr, weight_NK, a, b)

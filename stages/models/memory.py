@@ -2,7 +2,7 @@
 
 Legend of the formulas: M tokens of a forward, N scored tokens, V vocabulary, d width, I MLP width, Q / C width of all query /
 all key heads, L layers, P parameters, T trained parameters, r rank, b bytes of a compute number. Activation coefficients are
-bytes a token, counted on the real modules by `bench/counted_memory.py` (tests/test_plan.py repeats the count).
+bytes a token, counted on the real modules by `bench/counted_memory.py` (tests/stages/loops/test_plan.py repeats the count).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from stages.runtime.errors import UserError
 
 GIB = 2**30
-LOGIT_BYTES = 32  # a slot and id while a token is drawn: fp32 logits and logprobs, their probabilities and sums in fp64
+LOGIT_BYTES = (
+    32  # a slot and id while a token is drawn: fp32 logits and logprobs, their probabilities and sums in fp64
+)
 PREFETCH_ELEMENTS = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 LOSS_BUFFER = GIB * 3 // 10  # dualkl.kernels.fused.BUFFER_BYTES
 COMPRESS_BUDGET = 4 * GIB  # dualkl.heads, at most a sixteenth of the device
@@ -95,7 +97,8 @@ def shape_of(config: Any) -> Shape:
 def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not found:
-        raise UserError(f"a model of type {model.config.model_type} cannot be planned: its layers are no list.")  # type: ignore[union-attr]
+        kind = getattr(model.config, "model_type", "unknown")
+        raise UserError(f"a model of type {kind} cannot be planned: its layers are not in a ModuleList.")
     return found[0]
 
 

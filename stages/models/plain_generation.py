@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl.heads import PreparedHead, prepare_head
@@ -85,9 +91,12 @@ class PlainEngine:
         handle = decoder_of(self.base).register_forward_hook(draw.keep_states)
         try:
             self.base.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([_Ended(draw)]),
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([_Ended(draw)]),
+            )
         finally:
             handle.remove()
         return draw.rows()
@@ -95,7 +104,9 @@ class PlainEngine:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         own, was_training = self.base.generation_config, self.model.training
-        self.base.generation_config = GenerationConfig()  # `generate` would fill what is not set from the model's
+        self.base.generation_config = (
+            GenerationConfig()
+        )  # `generate` would fill what is not set from the model's
         self.model.eval()
         try:
             with torch.no_grad():
@@ -140,7 +151,9 @@ class _Draw(LogitsProcessor):
         columns = (self.progress.ids.int(), self.progress.logprobs, self.progress.entropy)
         ids, logprobs, entropy = (column.cpu().numpy() for column in columns)
         lengths = self.progress.taken.tolist()
-        return [(ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)]
+        return [
+            (ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)
+        ]
 
 
 class _Ended(StoppingCriteria):
@@ -152,7 +165,10 @@ class _Ended(StoppingCriteria):
 
 
 def forced_logprobs(
-    model: PreTrainedModel | PeftModel, prompts: list[np.ndarray], completions: list[np.ndarray], use_cache: bool
+    model: PreTrainedModel | PeftModel,
+    prompts: list[np.ndarray],
+    completions: list[np.ndarray],
+    use_cache: bool,
 ) -> list[np.ndarray]:
     """What `generate` gives the tokens of given completions."""
     vocabulary = model.config.get_text_config().vocab_size

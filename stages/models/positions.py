@@ -14,14 +14,18 @@ def positions_of(config: Any) -> int | None:
     """
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    limit = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)
+    limit = next(
+        (value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None
+    )
     attention = getattr(text, "attn_config", None)  # MPT's
     if limit is None or getattr(text, "alibi", False) or getattr(attention, "alibi", False):
         return None
     scalings = _scalings(text)
     if any(scaling.get("rope_type", scaling.get("type")) in FOLLOW_LENGTH for scaling in scalings):
         originals = [scaling.get("original_max_position_embeddings") for scaling in scalings]
-        return next((n for n in [*originals, getattr(text, "original_max_position_embeddings", None)] if n), limit)
+        return next(
+            (n for n in [*originals, getattr(text, "original_max_position_embeddings", None)] if n), limit
+        )
     return max([limit, *(_reach(limit, scaling) for scaling in scalings)])
 
 

@@ -63,11 +63,15 @@ def note_readout(
         )
     numbers = _numbers(model.config.get_text_config())
     caps = [None, *{value for name, value in numbers if "cap" in name and value > 0}]
-    fits = [Readout(_scale(products_TV, logits_TV, cap, [value for _, value in numbers]), cap) for cap in caps]
+    fits = [
+        Readout(_scale(products_TV, logits_TV, cap, [value for _, value in numbers]), cap) for cap in caps
+    ]
     gaps = [relative_gap(fit(products_TV), logits_TV) for fit in fits]
     best = min(range(len(fits)), key=lambda i: gaps[i])
     if not gaps[best] < EXACT:
-        raise UserError(_sentence(model, f"its own logits differ from the nearest such product by {gaps[best]:.1%}"))
+        raise UserError(
+            _sentence(model, f"its own logits differ from the nearest such product by {gaps[best]:.1%}")
+        )
     model._readout = fits[best]  # type: ignore[assignment]  # typed as if modules held only tensors and modules
 
 

@@ -55,7 +55,9 @@ def _attention_in_fp32(model: Any) -> Iterator[None]:
 
 
 def _upcast(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree)
+    return tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
+    )
 
 
 class _Swap:

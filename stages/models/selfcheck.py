@@ -94,7 +94,10 @@ class Subject:
 
     def gap(self, packed: bool) -> float:
         """How far the rows are from their own logits, relative."""
-        gaps = [relative_gap(found, wanted) for found, wanted in zip(self.found(packed), self.expected, strict=True)]
+        gaps = [
+            relative_gap(found, wanted)
+            for found, wanted in zip(self.found(packed), self.expected, strict=True)
+        ]
         return self.agree(max(gaps))
 
 
@@ -134,7 +137,11 @@ def packing_refused(subject: Subject) -> str:
     bound = EXACT
     try:
         if "flash" in subject.model.config._attn_implementation:
-            with torch.no_grad(), torch.autocast(subject.device.type, torch.bfloat16), short_windows(subject.model):
+            with (
+                torch.no_grad(),
+                torch.autocast(subject.device.type, torch.bfloat16),
+                short_windows(subject.model),
+            ):
                 bound, gap = FLASH_SLACK * subject.gap(packed=False) + EXACT, subject.gap(packed=True)
         else:
             with subject.exactly():
@@ -172,8 +179,10 @@ def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed:
 
 
 def forced_gap(
-    subject: Subject, engine: Callable[[list[np.ndarray], list[np.ndarray]], list[np.ndarray]], num_tokens: int
-) -> float:  # fmt: skip
+    subject: Subject,
+    engine: Callable[[list[np.ndarray], list[np.ndarray]], list[np.ndarray]],
+    num_tokens: int,
+) -> float:
     """Largest distance, in nats, of an engine's logprobs of the rows' last tokens from the model's own."""
     starts = [max(PROMPT, len(row) - num_tokens) for row in subject.rows]
     prompts, completions = (
@@ -230,11 +239,16 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
         return
     note_plain(model, Plain(use_cache=not why_not))
     how = f"`generate` without a cache ({why_not.rstrip('.')})" if why_not else "`generate`"
-    say_once(f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}")
+    say_once(
+        f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}"
+    )
 
 
 def _plainly(
-    model: PreTrainedModel | PeftModel, use_cache: bool, prompts: list[np.ndarray], completions: list[np.ndarray]
+    model: PreTrainedModel | PeftModel,
+    use_cache: bool,
+    prompts: list[np.ndarray],
+    completions: list[np.ndarray],
 ) -> list[np.ndarray]:
     return plain_logprobs(model, prompts, completions, use_cache)
 

@@ -54,7 +54,11 @@ class Student:
 
     @property
     def base(self) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+        return (
+            cast(PreTrainedModel, self.model.get_base_model())
+            if isinstance(self.model, PeftModel)
+            else self.model
+        )
 
     @property
     def head(self) -> Head:
@@ -77,11 +81,15 @@ class Student:
             return decoder_states(self.base, aligned).to(self.compute_dtype)
 
 
-def load_student(config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Student:
+def load_student(
+    config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase
+) -> Student:
     """The student as stage two trains it: frozen weights in `dtype`, trained weights in fp32."""
     models = config.models
     load_dtype = checkpoints.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
-    base = checkpoints.load_model(models.student_model, models.student_revision, load_dtype, models.attn_implementation)
+    base = checkpoints.load_model(
+        models.student_model, models.student_revision, load_dtype, models.attn_implementation
+    )
     eos = ends.student_ends(config, tokenizer, vocab_size)
     source = checkpoints.identity(models.student_model, models.student_revision)
     student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
@@ -104,9 +112,14 @@ def checked(student: Student, packing: bool | str) -> Student:
 
 
 def assemble(
-    config: Config, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, vocab_size: int,
-    eos: tuple[int, ...], device: torch.device,
-) -> Student:  # fmt: skip
+    config: Config,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    vocab_size: int,
+    eos: tuple[int, ...],
+    device: torch.device,
+) -> Student:
     """Makes a student of a loaded model: adapters, packed rows, checkpointing, compilation, as the configuration says.
 
     `device`: where it will be trained.
@@ -153,7 +166,9 @@ def compile_layers(base: PreTrainedModel) -> None:
     for layer in layers:
         recompute = bool(getattr(layer, "gradient_checkpointing", False))
         layer.gradient_checkpointing = False
-        layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # of a copied layer the copy's
+        layer.forward = MethodType(
+            _compiled_in_training(compiled, recompute), layer
+        )  # of a copied layer the copy's
 
 
 def _layers(base: PreTrainedModel) -> Any:
@@ -210,7 +225,9 @@ def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
             replace_text(partial / name, text)
         publish_folder(partial, folder)
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):  # as tokenizers say it
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(
+            error
+        ):  # as tokenizers say it
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -225,7 +242,9 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
         try:
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"student_adapter {folder} cannot be put on the student ({one_line(error)})") from error
+            raise UserError(
+                f"student_adapter {folder} cannot be put on the student ({one_line(error)})"
+            ) from error
         head = cast(PreTrainedModel, model.get_base_model()).get_output_embeddings()
         if any("lora_" in name for name, _ in head.named_parameters()):
             raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")
@@ -237,11 +256,17 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
 def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
     """`base` with a new adapter as the configuration says; `UserError` for a name of `lora_targets` that no layer has."""
     targets = config.lora.lora_targets
-    names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    names: str | list[str] = (
+        targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    )
     settings = LoraConfig(
-        r=config.lora.lora_r, lora_alpha=config.lora.lora_alpha, lora_dropout=config.lora.lora_dropout,
-        target_modules=names, exclude_modules=_unadapted(base) if names == "all-linear" else None, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=config.lora.lora_r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=names,
+        exclude_modules=_unadapted(base) if names == "all-linear" else None,
+        task_type="CAUSAL_LM",
+    )
     try:
         model = get_peft_model(base, settings)
     except ValueError as error:

@@ -45,7 +45,11 @@ class _Backbone(nn.Module):
 
     def forward(self, batch: Aligned | Tensor) -> Any:
         """Of a batch its states [B, T, D]; of ids [1, T] `full_forward`, for the check at loading."""
-        return full_forward(self.model, batch) if isinstance(batch, Tensor) else decoder_states(self.model, batch)
+        return (
+            full_forward(self.model, batch)
+            if isinstance(batch, Tensor)
+            else decoder_states(self.model, batch)
+        )
 
 
 @dataclass
@@ -123,7 +127,9 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     """The whole teacher on this process's device."""
     models = config.models
     dtype = checkpoints.DTYPES[models.teacher_dtype]
-    model = checkpoints.load_model(models.teacher_model, models.teacher_revision, dtype, models.attn_implementation)
+    model = checkpoints.load_model(
+        models.teacher_model, models.teacher_revision, dtype, models.attn_implementation
+    )
     return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
 
 
@@ -191,7 +197,9 @@ def _load_zero3(config: Config, world: World) -> Teacher:
     return sharded_teacher(model, settings, world, config.train.packing)
 
 
-def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: World, packing: bool | str) -> Teacher:
+def sharded_teacher(
+    model: PreTrainedModel, settings: dict[str, Any], world: World, packing: bool | str
+) -> Teacher:
     """A model that is loaded already, whole or partitioned, as a ZeRO-3 teacher (collective)."""
     import deepspeed
 
@@ -204,9 +212,14 @@ def sharded_teacher(model: PreTrainedModel, settings: dict[str, Any], world: Wor
         assert hasattr(parameter, "ds_tensor"), f"ZeRO-3 left {name} unpartitioned"
     weight, bias = _gathered_head(model)
     subject = selfcheck.Subject(
-        model, engine, engine, (weight, bias), exact=partial(in_float32, engine.module), side="teacher",
+        model,
+        engine,
+        engine,
+        (weight, bias),
+        exact=partial(in_float32, engine.module),
+        side="teacher",
         agree=lambda gap: world.max([gap])[0],
-    )  # fmt: skip
+    )
     packs = _checked(subject, padded_because, packing)
     readout = readout_of(model)
     head = Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
@@ -279,7 +292,11 @@ def zero3_settings(config: Config) -> dict[str, Any]:
     bf16 = config.models.teacher_dtype == "bf16"
     if not config.models.teacher_ds_config:
         stage_three = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage_three, "bf16": {"enabled": bf16}}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": stage_three,
+            "bf16": {"enabled": bf16},
+        }
     path = Path(config.models.teacher_ds_config)
     try:
         settings = json.loads(path.read_text("utf-8-sig"))
@@ -295,7 +312,9 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         raise UserError(
             f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."
         )
-    zero.setdefault("stage3_param_persistence_threshold", 0)  # the default keeps small tensors whole on every card
+    zero.setdefault(
+        "stage3_param_persistence_threshold", 0
+    )  # the default keeps small tensors whole on every card
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     given = settings.get("bf16")
     settings["bf16"] = {**(given if isinstance(given, dict) else {}), "enabled": bf16}

@@ -27,7 +27,9 @@ class Turns:
         self._enabled, self._device = run.config.rollout.offload_idle, run.world.device
         self._student, self._generate = student, generate
         if self._enabled and run.world.student_is_deepspeed:
-            raise UserError("offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off.")
+            raise UserError(
+                "offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off."
+            )
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
         """The teacher on the device, loaded there if it is the first time."""

@@ -120,7 +120,12 @@ def _layer(module: nn.Module) -> _Layer | None:
     """A plain linear layer, or one with one plain adapter in force; None for all else."""
     if type(module) is nn.Linear:
         return _Layer(module, module, None)
-    if not isinstance(module, LoraLinear) or module.disable_adapters or module.merged or module.fan_in_fan_out:
+    if (
+        not isinstance(module, LoraLinear)
+        or module.disable_adapters
+        or module.merged
+        or module.fan_in_fan_out
+    ):
         return None
     base = module.get_base_layer()
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -129,4 +134,6 @@ def _layer(module: nn.Module) -> _Layer | None:
     a, b = (cast(nn.Linear, side[names[0]]) for side in (module.lora_A, module.lora_B))
     if b.bias is not None:
         return None
-    return _Layer(module, base, (a.weight.detach().clone(), b.weight.detach().clone(), float(module.scaling[names[0]])))
+    return _Layer(
+        module, base, (a.weight.detach().clone(), b.weight.detach().clone(), float(module.scaling[names[0]]))
+    )

@@ -144,9 +144,11 @@ def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> N
     """Replaces the best weights in one step: they are there under their name at every moment (main process)."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
     metadata = {
-        "step": str(kept.step), "reverse_kl": repr(kept.reverse_kl), "measured_on": kept.measured_on,
+        "step": str(kept.step),
+        "reverse_kl": repr(kept.reverse_kl),
+        "measured_on": kept.measured_on,
         "sha256": _tensor_digest(tensors),
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     partial = folder / f".partial-{BEST}"
     remove(partial)  # what a crash left, or a link
@@ -190,7 +192,11 @@ def _tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, by step."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and (path / "state.json").is_file()]
+    found = [
+        path
+        for path in folder.glob("step-*")
+        if NAME.fullmatch(path.name) and (path / "state.json").is_file()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -265,8 +271,16 @@ def _explained(path: Path, checked: bool = False) -> Iterator[None]:
         ) from error
 
 
-def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any,
-         world: World, keep: int, engine: Any = None) -> Path:  # fmt: skip
+def save(
+    folder: Path,
+    position: Position,
+    trainable: dict[str, nn.Parameter],
+    optimizer: Any,
+    scheduler: Any,
+    world: World,
+    keep: int,
+    engine: Any = None,
+) -> Path:
     """Writes `step-N` atomically (collective) and removes all but the newest `keep`."""
     final = folder / f"step-{position.step:06d}"
     partial = folder / f".partial-step-{position.step:06d}"
@@ -290,7 +304,11 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
             state = json.loads(json.dumps(state))  # keys as they will be read
             (partial / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}))
             _publish(partial, final)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have classes of their own
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have classes of their own
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
@@ -301,8 +319,14 @@ def save(folder: Path, position: Position, trainable: dict[str, nn.Parameter], o
     return final
 
 
-def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, scheduler: Any, world: World,
-         engine: Any = None) -> Position:  # fmt: skip
+def load(
+    path: Path,
+    trainable: dict[str, nn.Parameter],
+    optimizer: Any,
+    scheduler: Any,
+    world: World,
+    engine: Any = None,
+) -> Position:
     """Puts a checkpoint's state into the given objects; learning rate and weight decay stay those of the configuration."""
     own = [(group["initial_lr"], group["weight_decay"]) for group in scheduler.optimizer.param_groups]
     load_weights(path, trainable)
@@ -310,7 +334,9 @@ def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Any, schedul
         if engine is not None:
             engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
         else:
-            optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+            optimizer.load_state_dict(
+                torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+            )
         state = torch.load(path / "state.pt", weights_only=True)
         scheduler.load_state_dict(state["scheduler"])
         _set_rates(scheduler, own)
@@ -342,7 +368,9 @@ def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
         for name, digest in found.items():
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"state.json names {name[:100]!r}")
-            if digest != _file_digest(path / name) and digest != _file_digest(path / name):  # one bad read is no damage
+            if digest != _file_digest(path / name) and digest != _file_digest(
+                path / name
+            ):  # one bad read is no damage
                 raise ValueError(f"{name} is not what was written")
     with _explained(path, checked=True):
         stored = load_file(path / "student.safetensors")

@@ -29,15 +29,20 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    run_name: str = Field("run", min_length=1, pattern=r"^[.]*[\w-][\w.-]*$", description="folder below runs_dir")
+    run_name: str = Field(
+        "run", min_length=1, pattern=r"^[.]*[\w-][\w.-]*$", description="folder below runs_dir"
+    )
     runs_dir: str = Field("runs", description="where runs leave their folders")
     cache_dir: str = Field("", description="the teacher cache; empty: <run folder>/cache")
     extra_caches: dict[str, Annotated[Finite, Field(ge=0)]] = Field(
-        {}, description="further caches to train on, root: rows drawn from it for each row of the run's own cache"
+        {},
+        description="further caches to train on, root: rows drawn from it for each row of the run's own cache",
     )
     seed: int = Field(0, ge=0, description="seeds prompts, rollouts, LoRA initialisation and batch order")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="compute and frozen weights; trained weights are fp32")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="compute and frozen weights; trained weights are fp32"
+    )
 
 
 class ModelSection(Section):
@@ -46,9 +51,15 @@ class ModelSection(Section):
     student_adapter: str = Field("", description="a LoRA adapter to start from (use_lora)")
     teacher_model: str = Field("Qwen/Qwen3-32B", description="hub name or folder; empty: none at hand")
     teacher_revision: str = Field("main", description="branch, tag or commit on the hub")
-    teacher_dtype: Literal["bf16", "fp32"] = Field("bf16", description="teacher's compute and stored hidden states")
-    teacher_ds_zero3: bool = Field(True, description="shard the teacher over all processes with DeepSpeed ZeRO-3")
-    teacher_ds_config: str = Field("", description="own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in")
+    teacher_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="teacher's compute and stored hidden states"
+    )
+    teacher_ds_zero3: bool = Field(
+        True, description="shard the teacher over all processes with DeepSpeed ZeRO-3"
+    )
+    teacher_ds_config: str = Field(
+        "", description="own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in"
+    )
     attn_implementation: str = Field("sdpa", description="transformers' attention of both models")
 
 
@@ -57,7 +68,9 @@ class LoraSection(Section):
     lora_r: int = Field(64, ge=1, description="rank")
     lora_alpha: int = Field(128, ge=1, description="scale; the update is alpha / r times B A")
     lora_dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout before A")
-    lora_targets: str = Field("all-linear", description="'all-linear' (head excluded) or names joined by commas")
+    lora_targets: str = Field(
+        "all-linear", description="'all-linear' (head excluded) or names joined by commas"
+    )
 
 
 def _weighted(value: Any) -> Any:
@@ -82,12 +95,19 @@ class DataSection(Section):
     dataset_split: str = Field("train", description="split, where the data set has several")
     num_prompts: int = Field(16384, ge=0, description="prompts drawn from the data set (seeded); 0: all")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt after the chat template, tokens")
-    overlong: Literal["skip", "error"] = Field("skip", description="what to do with longer prompts (skips are counted)")
+    overlong: Literal["skip", "error"] = Field(
+        "skip", description="what to do with longer prompts (skips are counted)"
+    )
     allow_skipped: Finite = Field(
-        0.5, ge=0, le=1, description="largest share of a data set's records that may be skipped, of more than 50"
+        0.5,
+        ge=0,
+        le=1,
+        description="largest share of a data set's records that may be skipped, of more than 50",
     )
     system_prompt: str = Field("", description="system message of records that have none; empty: none")
-    chat_template_kwargs: dict[str, Any] = Field({"enable_thinking": False}, description="passed to the chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {"enable_thinking": False}, description="passed to the chat template"
+    )
 
 
 def _joined(value: Any) -> Any:
@@ -100,7 +120,8 @@ class RolloutSection(Section):
     group_size: int = Field(4, ge=1, description="completions for each prompt")
     max_new_tokens: int = Field(512, ge=1, description="longest completion, tokens")
     eos_token: Annotated[str, BeforeValidator(_joined)] = Field(
-        "", description="tokens that end a completion, joined by commas, in place of the student's own; empty: its own"
+        "",
+        description="tokens that end a completion, joined by commas, in place of the student's own; empty: its own",
     )
     sample_temperature: Finite = Field(1.0, gt=0, description="sampling temperature of rollouts")
     sample_top_p: Finite = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
@@ -113,23 +134,31 @@ class RolloutSection(Section):
         description="most rows in one scoring or training forward; auto: no cap but tokens, 64 in training on a CPU",
     )
     score_tokens: int | Auto = Field(
-        "auto", description="tokens, padding included, in one scoring forward; auto: what the free GPU memory holds"
+        "auto",
+        description="tokens, padding included, in one scoring forward; auto: what the free GPU memory holds",
     )
     rollouts_per_unit: int = Field(
-        1024, ge=1, description="rollouts made and committed together: enough for full batches to the end, minutes of work"
-        " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly"
-    )  # fmt: skip
+        1024,
+        ge=1,
+        description="rollouts made and committed together: enough for full batches to the end, minutes of work"
+        " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly",
+    )
     role: Literal["generate", "score", "both"] = Field(
         "both", description="of stages.rollout: generate and score may run apart and meet at the cache"
     )
-    score_patience: Finite = Field(60.0, gt=0, le=300, description="minutes that role score waits for the next unit")
+    score_patience: Finite = Field(
+        60.0, gt=0, le=300, description="minutes that role score waits for the next unit"
+    )
     offload_idle: bool = Field(
-        False, description="student in host memory while a teacher scores, a plain teacher while the student writes"
+        False,
+        description="student in host memory while a teacher scores, a plain teacher while the student writes",
     )
 
 
 class SignalSection(Section):
-    signal: Literal["topk", "nucleus", "hidden", "full"] = Field("topk", description="what is kept of the teacher")
+    signal: Literal["topk", "nucleus", "hidden", "full"] = Field(
+        "topk", description="what is kept of the teacher"
+    )
     signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus")
     signal_p: Finite = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
     signal_floor: int = Field(4, ge=1, description="fewest ids kept by nucleus")
@@ -138,14 +167,24 @@ class SignalSection(Section):
 class LossSection(Section):
     tau: Finite = Field(1.0, ge=0, description="gate threshold on the reverse KL, nats")
     alpha: Finite = Field(5.0, ge=0, description="gate sharpness, 1/nats")
-    gating: Literal["soft", "hard", "fixed"] = Field("soft", description="sigmoid, step, or the constant `mix`")
+    gating: Literal["soft", "hard", "fixed"] = Field(
+        "soft", description="sigmoid, step, or the constant `mix`"
+    )
     mix: Finite = Field(0.5, ge=0, le=1, description="weight of the reverse KL under gating: fixed")
     rkl: Literal["exact", "mc"] = Field("exact", description="reverse KL: exact, or at the sampled token")
-    fkl: Literal["full", "argmax"] = Field("full", description="forward KL: full, or cross-entropy on the argmax")
+    fkl: Literal["full", "argmax"] = Field(
+        "full", description="forward KL: full, or cross-entropy on the argmax"
+    )
     temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
-    importance_cap: float = Field(5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)")
-    tail_floor: Finite = Field(1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)")
-    objective: Literal["gated", "jsd"] = Field("gated", description="gated dual KL, or Jensen-Shannon with β = mix")
+    importance_cap: float = Field(
+        5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)"
+    )
+    tail_floor: Finite = Field(
+        1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)"
+    )
+    objective: Literal["gated", "jsd"] = Field(
+        "gated", description="gated dual KL, or Jensen-Shannon with β = mix"
+    )
     gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field(
         "rkl", description="compared with tau (entropy: as cached)"
     )
@@ -154,21 +193,31 @@ class LossSection(Section):
 
 class GateSection(Section):
     tau_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
-        "constant", description="tau over the run: it stays, moves to tau_end, or follows the divergences seen"
+        "constant",
+        description="tau over the run: it stays, moves to tau_end, or follows the divergences seen",
     )
     tau_end: Finite = Field(0.1, ge=0, description="tau of the last step, nats (linear, cosine)")
-    tau_share: Finite = Field(0.7, gt=0, lt=1, description="adaptive: mean of λ to keep; tau is the first step's")
-    tau_rate: Finite = Field(0.1, gt=0, le=1, description="adaptive: part of the way to a step's own threshold")
+    tau_share: Finite = Field(
+        0.7, gt=0, lt=1, description="adaptive: mean of λ to keep; tau is the first step's"
+    )
+    tau_rate: Finite = Field(
+        0.1, gt=0, le=1, description="adaptive: part of the way to a step's own threshold"
+    )
 
 
 class TrainSection(Section):
     batch_size: int = Field(256, ge=1, description="rollouts in an optimizer step, over all processes")
     grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
     micro_batch_tokens: int | Auto = Field(
-        "auto", description="cap on tokens of a training forward; auto: what the GPU's memory holds, no cap on a CPU"
+        "auto",
+        description="cap on tokens of a training forward; auto: what the GPU's memory holds, no cap on a CPU",
     )
-    packing: bool | Auto = Field("auto", description="on | off: rows without padding; auto: where that is exact")
-    compile: bool | Auto = Field("auto", description="torch.compile the student's layers for training; auto: on a GPU")
+    packing: bool | Auto = Field(
+        "auto", description="on | off: rows without padding; auto: where that is exact"
+    )
+    compile: bool | Auto = Field(
+        "auto", description="torch.compile the student's layers for training; auto: on a GPU"
+    )
     max_steps: int = Field(256, ge=1, description="optimizer steps")
     lr: Finite = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
@@ -176,10 +225,14 @@ class TrainSection(Section):
     weight_decay: Finite = Field(0.0, ge=0, description="AdamW's")
     max_grad_norm: Finite = Field(1.0, gt=0, description="gradient clipping (global norm)")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one precedes every refresh)")
+    checkpoint_every: int = Field(
+        50, ge=1, description="steps between checkpoints (one precedes every refresh)"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
     resume_from: int = Field(
-        0, ge=0, description="go on from the checkpoint of this step and discard later ones; 0: from the newest"
+        0,
+        ge=0,
+        description="go on from the checkpoint of this step and discard later ones; 0: from the newest",
     )
     export_checkpoint: Literal["last", "best"] = Field(
         "last", description="what becomes the student (best: eval_every)"
@@ -200,14 +253,22 @@ class RefreshSection(Section):
     refresh_drift: Finite = Field(
         0.0, ge=0, description="refresh at this KL(behaviour || student), nats a token; 0: off"
     )
-    refresh_ess: Finite = Field(0.0, ge=0, le=1, description="refresh at this effective share of the sample; 0: off")
-    refresh_age: Finite = Field(0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off")
+    refresh_ess: Finite = Field(
+        0.0, ge=0, le=1, description="refresh at this effective share of the sample; 0: off"
+    )
+    refresh_age: Finite = Field(
+        0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off"
+    )
     refresh_min_steps: int = Field(1, ge=1, description="fewest steps between refreshes")
     drift_window: int = Field(4, ge=1, description="steps that drift and effective share are averaged over")
     drift_to_forward: Finite = Field(
-        0.0, ge=0, description="nats that tau is lowered by for each nat of a row's drift, towards forward KL; 0: off"
+        0.0,
+        ge=0,
+        description="nats that tau is lowered by for each nat of a row's drift, towards forward KL; 0: off",
     )
-    rollouts_per_refresh: int = Field(8192, ge=1, description="rollouts written by stage one and by each refresh")
+    rollouts_per_refresh: int = Field(
+        8192, ge=1, description="rollouts written by stage one and by each refresh"
+    )
     replay_share: Finite = Field(
         0.0,
         ge=0,
@@ -221,21 +282,31 @@ class RefreshSection(Section):
 
 
 class EvalSection(Section):
-    eval_dataset: str = Field("", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts")
+    eval_dataset: str = Field(
+        "", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts"
+    )
     eval_split: str = Field("test", description="split, where the data set has several")
     eval_prompts: int = Field(256, ge=1, description="held-out prompts measured")
-    eval_every: int = Field(0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none")
+    eval_every: int = Field(
+        0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none"
+    )
     answer_checker: str = Field(
         "", description="gsm8k, or path/to/file.py:function(row, completion) -> bool; empty: none"
     )
-    eval_teacher_text: str = Field("", description="a hidden cache of teacher completions, where no plain teacher fits")
+    eval_teacher_text: str = Field(
+        "", description="a hidden cache of teacher completions, where no plain teacher fits"
+    )
 
 
 class LogSection(Section):
     wandb_project: str = Field("", description="log to this Weights & Biases project; empty: off")
     wandb_name: str = Field("", description="its run name; empty: run_name")
-    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: written below the run folder")
-    trace_every: int = Field(10, ge=0, description="steps between per-token traces (λ, KLs) of a few rows; 0: none")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline: written below the run folder"
+    )
+    trace_every: int = Field(
+        10, ge=0, description="steps between per-token traces (λ, KLs) of a few rows; 0: none"
+    )
 
 
 class Config(Section):
@@ -274,7 +345,9 @@ class Config(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type)
 }
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
 
@@ -343,7 +416,9 @@ def _plain(value: Any, left: list[int], depth: int) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("an integer has more than 64 bits")
     if value is not None and not isinstance(value, str | int | float | bool):
-        raise ValueError(f"a value is of type {type(value).__name__}; use text, numbers, lists and dictionaries")
+        raise ValueError(
+            f"a value is of type {type(value).__name__}; use text, numbers, lists and dictionaries"
+        )
     return value
 
 
@@ -369,9 +444,13 @@ def parse_arguments(arguments: list[str], description: str) -> Config:
     if unknown:
         raise UserError(_unknown_key(unknown[0].split("=")[0].lstrip("-"), "on the command line"))
     flags = {
-        leaf: _from_text(leaf, text) for leaf, text in vars(known).items() if leaf != "config" and text is not None
+        leaf: _from_text(leaf, text)
+        for leaf, text in vars(known).items()
+        if leaf != "config" and text is not None
     }
-    sources = [(f"in {path}", _read_file(Path(path))) for path in known.config] + [("on the command line", flags)]
+    sources = [(f"in {path}", _read_file(Path(path))) for path in known.config] + [
+        ("on the command line", flags)
+    ]
     values: dict[str, dict[str, Any]] = {}
     for _, leaves in sources:
         for leaf, value in leaves.items():
@@ -405,7 +484,9 @@ def to_yaml(config: Config) -> str:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
+    )
     for section_name, section in SECTIONS.items():
         group = parser.add_argument_group(section_name)
         for leaf, field in section.model_fields.items():
@@ -426,7 +507,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
     except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+        raise UserError(
+            f"config file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
+        ) from None
     except ValueError as error:
         raise UserError(f"config file {path} is not valid YAML: {error}.") from None
     if not isinstance(content, dict):
@@ -499,11 +582,15 @@ def _check(config: Config) -> None:
     _check_refresh(config)
     _check_gate(config)
     if loss.gate_on != "rkl" and loss.gating == "fixed":
-        raise UserError(f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard.")
+        raise UserError(
+            f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard."
+        )
     if loss.objective == "jsd" and (
         (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
     ):
-        raise UserError("objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1.")
+        raise UserError(
+            "objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1."
+        )
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
             "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"
@@ -515,14 +602,20 @@ def _check(config: Config) -> None:
             " use signal: hidden or full, or temperature 1."
         )
     if loss.rkl == "mc" and loss.temperature != 1:
-        raise UserError("rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact.")
+        raise UserError(
+            "rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact."
+        )
 
 
 def _check_adapter(config: Config) -> None:
     if config.models.student_adapter and not config.lora.use_lora:
-        raise UserError("student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first.")
+        raise UserError(
+            "student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first."
+        )
     if "lm_head" in [name.strip() for name in config.lora.lora_targets.split(",")]:
-        raise UserError("lora_targets may not name lm_head: the loss applies the head itself, without adapters.")
+        raise UserError(
+            "lora_targets may not name lm_head: the loss applies the head itself, without adapters."
+        )
 
 
 def _check_gate(config: Config) -> None:
@@ -553,9 +646,13 @@ def _check_refresh(config: Config) -> None:
             f" {policy.max_staleness} steps old; lower it to at most {policy.max_staleness + 1}, or raise max_staleness."
         )
     if policy.drift_to_forward and loss.gating == "fixed":
-        raise UserError("drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard.")
+        raise UserError(
+            "drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard."
+        )
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
-    measured = [name for name in ("refresh_drift", "refresh_ess", "drift_to_forward") if getattr(policy, name)]
+    measured = [
+        name for name in ("refresh_drift", "refresh_ess", "drift_to_forward") if getattr(policy, name)
+    ]
     if measured and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
             f"{measured[0]} compares the student with the distribution that its rollouts were drawn from; set"

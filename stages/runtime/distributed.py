@@ -106,5 +106,7 @@ def ensure_process_group(world: World) -> None:
 
 def _skip_compiled_shared_memory_op() -> None:
     """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
-    module: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+    module: Any = importlib.import_module(
+        "deepspeed.comm.torch"
+    )  # the attribute of that name is torch itself
     module.build_shm_op = lambda: None

@@ -20,13 +20,31 @@ OUT_OF_MEMORY = (
     " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What is committed is kept."
 )
 DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG,
-    errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EISDIR, errno.ENOTEMPTY, errno.ENOLCK, errno.ENOMEM,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EISDIR,
+    errno.ENOTEMPTY,
+    errno.ENOLCK,
+    errno.ENOMEM,
+}
 REMEDIES = {
-    errno.ENOSPC: "Make room", errno.EDQUOT: "Make room", errno.EMFILE: "Raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "Close other programs", errno.ENOMEM: "Free memory",
-}  # fmt: skip
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "Close other programs",
+    errno.ENOMEM: "Free memory",
+}
 
 
 CLOSED_PIPE = 128 + 13  # as shells report a program that SIGPIPE ended
@@ -61,8 +79,11 @@ def command(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
     except MemoryError:
-        _leave("error: this machine is out of memory. Close other programs or lower rollouts_per_unit and batch_size; what is"
-               " committed is kept.", 3)  # fmt: skip
+        _leave(
+            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit and batch_size; what is"
+            " committed is kept.",
+            3,
+        )
     except BrokenPipeError as error:
         if _drop_unread():
             _leave("", CLOSED_PIPE)

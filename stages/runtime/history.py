@@ -21,11 +21,33 @@ from stages.runtime.errors import UserError
 
 PACKAGES = ("dualkl", "torch", "transformers", "peft", "accelerate", "deepspeed")
 FREE = {
-    "run_name", "runs_dir", "device", "teacher_ds_zero3", "teacher_ds_config", "attn_implementation", "gen_micro_batch",
-    "lp_micro_batch", "score_tokens", "rollouts_per_unit", "role", "score_patience", "offload_idle", "grad_accum",
-    "micro_batch_tokens", "packing", "compile", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
-    "export_checkpoint", "resume_from", "wandb_project", "wandb_name", "wandb_mode", "trace_every",
-}  # fmt: skip
+    "run_name",
+    "runs_dir",
+    "device",
+    "teacher_ds_zero3",
+    "teacher_ds_config",
+    "attn_implementation",
+    "gen_micro_batch",
+    "lp_micro_batch",
+    "score_tokens",
+    "rollouts_per_unit",
+    "role",
+    "score_patience",
+    "offload_idle",
+    "grad_accum",
+    "micro_batch_tokens",
+    "packing",
+    "compile",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "export_checkpoint",
+    "resume_from",
+    "wandb_project",
+    "wandb_name",
+    "wandb_mode",
+    "trace_every",
+}
 """Keys that decide how a run is computed, kept or shown, not what is trained and measured."""
 MOST_NAMED = 5
 Record = dict[str, Any]
@@ -34,9 +56,13 @@ Record = dict[str, Any]
 def config_record(config: Config, world: World, step: int) -> Record:
     """What a `config` record holds: the configuration from `step` on, and the command, versions and processes."""
     return {
-        "from_step": step, "config": config.model_dump(), "command": command_line(), "versions": versions(),
-        "processes": world.size, "device": world.device.type,
-    }  # fmt: skip
+        "from_step": step,
+        "config": config.model_dump(),
+        "command": command_line(),
+        "versions": versions(),
+        "processes": world.size,
+        "device": world.device.type,
+    }
 
 
 def command_line() -> str:
@@ -73,7 +99,8 @@ def is_same_span(before: Record | None, now: Record) -> bool:
 def changes(before: Record, now: Record) -> dict[str, list[Any]]:
     """Keys whose values differ between two dumped configurations: [before, now]."""
     old, new = (
-        {leaf: value for section in config.values() for leaf, value in section.items()} for config in (before, now)
+        {leaf: value for section in config.values() for leaf, value in section.items()}
+        for config in (before, now)
     )
     new = json.loads(json.dumps(new))
     return {leaf: [old[leaf], new[leaf]] for leaf in new if leaf in old and old[leaf] != new[leaf]}
@@ -108,10 +135,16 @@ def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step
     """UserError if the run in `folder` stands at `step`, its end, and was trained with other keys than `config`'s."""
     if trained is None or step < config.train.max_steps:
         return
-    found = {leaf: pair for leaf, pair in changes(trained["config"], config.model_dump()).items() if leaf not in FREE}
+    found = {
+        leaf: pair
+        for leaf, pair in changes(trained["config"], config.model_dump()).items()
+        if leaf not in FREE
+    }
     if not found:
         return
-    old, new = (", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in list(found.items())[:MOST_NAMED]) for i in (0, 1))
+    old, new = (
+        ", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in list(found.items())[:MOST_NAMED]) for i in (0, 1)
+    )
     more = f" (and {len(found) - MOST_NAMED} more)" if len(found) > MOST_NAMED else ""
     raise UserError(
         f"the run in {folder} is finished: it was trained to step {step} with {old}, this command asks for {new}{more}. Nothing"
@@ -136,28 +169,55 @@ def model_card(records: list[Record], config: Config, step: int) -> str:
         "tags": ["distillation"],
     }
     lines = [
-        "---", *yaml.safe_dump(head, sort_keys=False, width=10**6).splitlines(), "---", "",
-        f"# {config.run.run_name}", "",
+        "---",
+        *yaml.safe_dump(head, sort_keys=False, width=10**6).splitlines(),
+        "---",
+        "",
+        f"# {config.run.run_name}",
+        "",
         f"Distilled from {_shown(models.teacher_model) or 'cached rows of a teacher'} into {_shown(models.student_model)} ({how});"
-        f" weights of step {step}.", "",
-        "| steps | trained with |", "|---|---|",
-    ]  # fmt: skip
-    names = ("tau", "alpha", "gating", "rkl", "fkl", "temperature", "lr", "batch_size", "max_steps", "seed", "dataset")
+        f" weights of step {step}.",
+        "",
+        "| steps | trained with |",
+        "|---|---|",
+    ]
+    names = (
+        "tau",
+        "alpha",
+        "gating",
+        "rkl",
+        "fkl",
+        "temperature",
+        "lr",
+        "batch_size",
+        "max_steps",
+        "seed",
+        "dataset",
+    )
     found = spans(records)
     of_first = [
-        record["config"] for record in _configs(records) if found and record["from_step"] == found[0]["steps"][0]
+        record["config"]
+        for record in _configs(records)
+        if found and record["from_step"] == found[0]["steps"][0]
     ]
     sections = of_first[-1] if of_first else config.model_dump()
     values = {leaf: value for section in sections.values() for leaf, value in section.items()}
     for number, span in enumerate(found):
         what = [f"{name} {_shown(values[name])}" for name in names if name in values] if not number else []
-        what += [f"{_shown(leaf)} {_shown(new)} (was {_shown(old)})" for leaf, (old, new) in span["changed"].items()]
+        what += [
+            f"{_shown(leaf)} {_shown(new)} (was {_shown(old)})"
+            for leaf, (old, new) in span["changed"].items()
+        ]
         lines.append(f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |")
     last = last_config(records)
-    made = ", ".join(f"{_shown(name)} {_shown(version)}" for name, version in (last or {}).get("versions", {}).items())
+    made = ", ".join(
+        f"{_shown(name)} {_shown(version)}" for name, version in (last or {}).get("versions", {}).items()
+    )
     lines += ["", f"Made with {made}." if made else ""]
     for record in [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step][-1:]:
-        pairs = [(name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))]
+        pairs = [
+            (name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))
+        ]
         shown = ", ".join(f"{name} KL {value:.4f}" for name, value in pairs if value is not None)
         lines += ["", f"On held-out teacher text: {shown} nats a token."] if shown else []
     return "\n".join(lines).rstrip() + "\n"

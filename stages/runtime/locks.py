@@ -83,9 +83,12 @@ def _in_use(holder: dict[str, Any], what: str) -> str:
 
 def _identity() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "process_start": _process_start(os.getpid()), "boot": _read_text("/proc/sys/kernel/random/boot_id").strip(),
-    }  # fmt: skip
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "process_start": _process_start(os.getpid()),
+        "boot": _read_text("/proc/sys/kernel/random/boot_id").strip(),
+    }
 
 
 def _process_start(pid: int) -> str:

@@ -21,9 +21,15 @@ PHASES = ("load", "rollout", "score", "train", "evaluate")
 WORK = ("rollout_progress", "step", "refresh", "version", "eval", "evaluation", "export")
 """Kinds of records that a command writes when it has really done something."""
 COUNTED = {
-    "step": "step", "gate": "step", "eval": "step", "evaluation": "step", "warning": "step", "export": "step",
-    "config": "from_step", "refresh": "refresh_index",
-}  # fmt: skip
+    "step": "step",
+    "gate": "step",
+    "eval": "step",
+    "evaluation": "step",
+    "warning": "step",
+    "export": "step",
+    "config": "from_step",
+    "refresh": "refresh_index",
+}
 """What places a record in the run; records beyond the place that a run goes on from are dropped."""
 Record = dict[str, Any]
 
@@ -82,7 +88,9 @@ class Metrics:
     config.yaml and the run on the site are not touched. `keeps_config`: the run's configuration is that of this command.
     """
 
-    def __init__(self, config: Config, world: World, notes: str = "metrics.jsonl", keeps_config: bool = True) -> None:
+    def __init__(
+        self, config: Config, world: World, notes: str = "metrics.jsonl", keeps_config: bool = True
+    ) -> None:
         self.path = config.run_folder / notes
         self.world = world
         self._config, self._keeps_config = config, keeps_config
@@ -107,7 +115,9 @@ class Metrics:
         self._write(record)
         for text in self._watch.look(record):
             self.say(f"warning: {text}")
-            self._write({"kind": "warning", "time": record["time"], "step": values.get("step", 0), "text": text})
+            self._write(
+                {"kind": "warning", "time": record["time"], "step": values.get("step", 0), "text": text}
+            )
 
     def rewind(self, step: int, refresh_index: int) -> None:
         """Drops what a run that goes on after `step` and refresh `refresh_index` will write again, with its first record."""

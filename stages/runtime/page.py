@@ -25,9 +25,12 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # apart for colour-blind r
 TRACED_ROWS = 2
 TOKENS = TypeAdapter(list[schema.Token])
 USES = {
-    "generate": ("generating", BLUE), "score": ("scoring", "#56b4e9"), "write": ("waiting for the writer", "#e69f00"),
-    "rows": ("waiting for rollouts", "#cc79a7"), "other": ("other", "#dfe3e8"),
-}  # fmt: skip
+    "generate": ("generating", BLUE),
+    "score": ("scoring", "#56b4e9"),
+    "write": ("waiting for the writer", "#e69f00"),
+    "rows": ("waiting for rollouts", "#cc79a7"),
+    "other": ("other", "#dfe3e8"),
+}
 
 
 def render(
@@ -61,14 +64,33 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
     refreshes = [record["step"] for record in records if record["kind"] == "refresh"]
     pictures = [
         ("Loss, nats a token", {"loss": ("loss", BLUE)}),
-        ("Divergence from the teacher, nats a token", {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)}),
-        ("Gate", {"gate": ("mean λ (weight of the reverse KL)", BLUE), "share_forward": ("share of tokens with λ < 0.5", ORANGE)}),
+        (
+            "Divergence from the teacher, nats a token",
+            {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)},
+        ),
+        (
+            "Gate",
+            {
+                "gate": ("mean λ (weight of the reverse KL)", BLUE),
+                "share_forward": ("share of tokens with λ < 0.5", ORANGE),
+            },
+        ),
         ("Gate threshold τ, nats", {"tau": ("τ", BLUE)}),
-        ("Reverse KL on each side of τ, nats a token", {"rkl_above": ("tokens with D > τ", ORANGE), "tau": ("τ", GREY), "rkl_below": ("tokens with D ≤ τ", BLUE)}),
+        (
+            "Reverse KL on each side of τ, nats a token",
+            {
+                "rkl_above": ("tokens with D > τ", ORANGE),
+                "tau": ("τ", GREY),
+                "rkl_below": ("tokens with D ≤ τ", BLUE),
+            },
+        ),
         ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
         ("Drift from the policy of the rows, KL in nats a token", {"drift": ("drift", BLUE)}),
-        ("Effective sample size, share", {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)}),
-    ]  # fmt: skip
+        (
+            "Effective sample size, share",
+            {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)},
+        ),
+    ]
     noted = set.intersection(*(set(step) for step in steps))  # older runs noted less
     found = [_curve(steps, refreshes, title, lines) for title, lines in pictures if noted >= lines.keys()]
     heldout = [record for record in records if record["kind"] == "eval"]
@@ -127,7 +149,9 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _curve(steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]) -> str:
+def _curve(
+    steps: list[dict[str, Any]], refreshes: list[int], title: str, lines: dict[str, tuple[str, str]]
+) -> str:
     figure, axes = _figure(title)
     for step in refreshes:
         axes.axvline(step, color="#c9cdd3", linewidth=0.8, zorder=0)
@@ -174,7 +198,9 @@ def _time_of_rounds(found: list[Round], starts: list[int]) -> str:
     return _svg(figure)
 
 
-def _lines_of_rounds(title: str, lines: Mapping[str, tuple[str, Sequence[float | None]]], starts: list[int]) -> str:
+def _lines_of_rounds(
+    title: str, lines: Mapping[str, tuple[str, Sequence[float | None]]], starts: list[int]
+) -> str:
     figure, axes = _round_axes(title, starts)
     for label, (colour, values) in lines.items():
         places = [(number, value) for number, value in enumerate(values, 1) if value is not None]
@@ -203,7 +229,9 @@ def _svg(figure: Any) -> str:
 
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "dualkl"}):
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = file.getvalue()
     return text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
 
@@ -230,7 +258,9 @@ def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
     """Tokens with λ and KLs of a few rows of the first and the last trace."""
     files = sorted(path for path in (folder / "trace").glob("step-*.arrow") if path.stem[5:].isdecimal())
-    tokenizer = cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
+    tokenizer = (
+        cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
+    )
     if tokenizer is None:
         return []
     from tokenizers import Tokenizer

@@ -86,7 +86,11 @@ def _refuse_links(folder: Path) -> None:
 
 
 def open_run(
-    description: str, arguments: list[str] | None = None, *, only_looks: bool = False, notes: str = "metrics.jsonl"
+    description: str,
+    arguments: list[str] | None = None,
+    *,
+    only_looks: bool = False,
+    notes: str = "metrics.jsonl",
 ) -> Run:
     """Reads the command line and joins the other processes; the run's folder is made when something is done in it.
 

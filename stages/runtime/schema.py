@@ -164,9 +164,16 @@ class Token(_Checked):
 
 
 KINDS: dict[str, type[BaseModel]] = {
-    "config": Configured, "step": Step, "gate": Gate, "refresh": Refreshed, "evaluation": Evaluated, "eval": Evaluated,
-    "export": Exported, "warning": Warned, "clock": Clocked,
-}  # fmt: skip
+    "config": Configured,
+    "step": Step,
+    "gate": Gate,
+    "refresh": Refreshed,
+    "evaluation": Evaluated,
+    "eval": Evaluated,
+    "export": Exported,
+    "warning": Warned,
+    "clock": Clocked,
+}
 
 
 def is_record(value: Any) -> bool:

@@ -89,8 +89,13 @@ class Site:
                 pass
 
     def _log(self, run: Any, record: Record) -> None:
-        kind, values = record["kind"], {key: value for key, value in record.items() if key not in ("kind", "time")}
-        shared = {"time": record["time"]} | ({"step": values["step"]} if kind in BY_STEP and "step" in values else {})
+        kind, values = (
+            record["kind"],
+            {key: value for key, value in record.items() if key not in ("kind", "time")},
+        )
+        shared = {"time": record["time"]} | (
+            {"step": values["step"]} if kind in BY_STEP and "step" in values else {}
+        )
         run.log(shared | scalars(kind, values) | _histograms(kind, values))
         if kind == "evaluation":
             self._evaluations[values["label"]] = values
@@ -119,9 +124,17 @@ def _histograms(kind: str, values: Record) -> dict[str, Any]:
     counts, divergences = values["gate_histogram"], values["divergence_histogram"]
     start, width = values["histogram_from"], 1 / values["histogram_bins_per_decade"]
     first = math.log10(start)
-    edges = {"gate/lambda": (counts, [place / len(counts) for place in range(len(counts) + 1)]),
-             "gate/log10_divergence": (divergences, [first + width * (place - 1) for place in range(len(divergences) + 1)])}  # fmt: skip
-    return {name: wandb.Histogram(np_histogram=(np.array(pair[0]), np.array(pair[1]))) for name, pair in edges.items()}
+    edges = {
+        "gate/lambda": (counts, [place / len(counts) for place in range(len(counts) + 1)]),
+        "gate/log10_divergence": (
+            divergences,
+            [first + width * (place - 1) for place in range(len(divergences) + 1)],
+        ),
+    }
+    return {
+        name: wandb.Histogram(np_histogram=(np.array(pair[0]), np.array(pair[1])))
+        for name, pair in edges.items()
+    }
 
 
 def _tell_evaluation(run: Any, label: str, values: Record, known: dict[str, Record]) -> None:
@@ -155,9 +168,13 @@ def _start(config: Config) -> Any:
         name = secrets.token_hex(4)
         replace_text(path, name)
     options: dict[str, Any] = {
-        "project": config.log.wandb_project, "name": (config.log.wandb_name or config.run.run_name) + own,
-        "dir": str(config.run_folder), "config": config.model_dump(), "id": name, "resume": "allow",
-    }  # fmt: skip
+        "project": config.log.wandb_project,
+        "name": (config.log.wandb_name or config.run.run_name) + own,
+        "dir": str(config.run_folder),
+        "config": config.model_dump(),
+        "id": name,
+        "resume": "allow",
+    }
     try:
         run = wandb.init(mode=config.log.wandb_mode, **options)
     except Exception as error:  # no network, no key: what is kept here can be sent later

@@ -31,7 +31,9 @@ def steps_of(config: Config, refresh_index: int) -> int:
     shortest = policy.refresh_min_steps
     if policy.refresh_every and not (policy.refresh_drift or policy.refresh_ess or policy.refresh_age):
         shortest = longest
-    if policy.refresh_mode == "external":  # rows are on their way for a while, and training waits at the bound
+    if (
+        policy.refresh_mode == "external"
+    ):  # rows are on their way for a while, and training waits at the bound
         longest = policy.max_staleness + 1
         shortest = max(policy.refresh_min_steps, min(shortest, longest))
     return max(1, min(longest, max_steps - refresh_index * shortest))

@@ -19,7 +19,11 @@ def check_unread(sources: list[tuple[str, dict[str, Any]]], schedule: str) -> No
     """
     for where, leaves in sources:
         schedules = schedule, leaves.get("tau_schedule")
-        unread = [key for key, readers in READ_BY.items() if key in leaves and not any(s in readers for s in schedules)]
+        unread = [
+            key
+            for key, readers in READ_BY.items()
+            if key in leaves and not any(s in readers for s in schedules)
+        ]
         if unread and not READ_BY.keys() <= leaves.keys():
             key = unread[0]
             raise UserError(

@@ -34,7 +34,8 @@ class Watch:
         found = []
         if (cut := _number(record, "cut_share")) is not None and cut > MOST_CUT:
             found += self._once(
-                "cut", f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows lack their end"
+                "cut",
+                f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows lack their end",
             )
         if record.get("kind") == "step" and isinstance(record.get("step"), int):
             found += self._spikes(record) + self._drifts(record)
@@ -43,14 +44,19 @@ class Watch:
     def _spikes(self, record: Record) -> list[str]:
         found = []
         for name, seen, times, least in (
-            ("loss", self._losses, SPIKE, LEAST_LOSS), ("grad_norm", self._norms, GRADIENT_SPIKE, 0.0),
-        ):  # fmt: skip
+            ("loss", self._losses, SPIKE, LEAST_LOSS),
+            ("grad_norm", self._norms, GRADIENT_SPIKE, 0.0),
+        ):
             value = _number(record, name)
             if value is None:
                 continue
             usual = median(seen) if len(seen) == RECENT else value
             if value > times * usual and value - usual > least:
-                text = f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the median of the {RECENT} steps before ({usual:.4g})" if usual else f"{name} rose from 0 to {value:.4g} at step {record['step']}"  # fmt: skip
+                text = (
+                    f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the median of the {RECENT} steps before ({usual:.4g})"
+                    if usual
+                    else f"{name} rose from 0 to {value:.4g} at step {record['step']}"
+                )
                 found += self._once(name, f"{text}; if it stays there, lower lr", record["step"], RECENT)
             seen.append(value)
         return found

@@ -26,17 +26,28 @@ _REFUSED_ROPE = ("dynamic", "longrope")
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    slots: SlotCache | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    slots: SlotCache | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """softmax(cap(scaling q k)) v of each row's one query [B, heads, 1, D] over `slots.attended` keys.
 
     `key` and `value` are all of the slots [B, H, S, D]. Returns [B, 1, heads, D]; softmax and sums are fp32.
     """
     unserved = [name for name in _REFUSED if others.get(name) is not None]
     if slots is None or attention_mask is not None or unserved:
-        reason = f"its attention has {', '.join(unserved)}" if unserved else "its layers do not pass their inputs on"
+        reason = (
+            f"its attention has {', '.join(unserved)}"
+            if unserved
+            else "its layers do not pass their inputs on"
+        )
         config: Any = module.config
         raise UserError(_sentence(config.model_type, reason))
     slots.num_attended_layers += 1
@@ -53,7 +64,13 @@ def attend(
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scale: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: SlotCache,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """The same in PyTorch: the queries of a group are the query positions of their one K/V head. [B, heads, D]."""
     num_rows, num_heads, width = query.shape
@@ -105,7 +122,9 @@ def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         reason = "it attends in chunks"
     elif not getattr(decoder, "_supports_attention_backend", False):
         reason = "its attention cannot be exchanged through transformers' AttentionInterface"
-    elif ropes := [name for name in _REFUSED_ROPE if f"'{name}'" in str(getattr(config, "rope_parameters", ""))]:
+    elif ropes := [
+        name for name in _REFUSED_ROPE if f"'{name}'" in str(getattr(config, "rope_parameters", ""))
+    ]:
         reason = f"its {ropes[0]} rotary embedding depends on the longest row of a batch"
     if reason:
         raise UserError(_sentence(config.model_type, reason))

@@ -119,7 +119,9 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
     cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
     try:
         found, wanted = original(query, key, cos, sin), rotary(query, key, cos, sin)
-        is_same = isinstance(found, tuple) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        is_same = isinstance(found, tuple) and all(
+            torch.equal(a, b) for a, b in zip(found, wanted, strict=True)
+        )
     except _NOT_THIS:
         return None
     if not is_same:

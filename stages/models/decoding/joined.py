@@ -73,7 +73,9 @@ def _state(input: Tensor) -> tuple[object, ...]:
 def join(layers: list[nn.Module]) -> list[JoinedLinear] | None:
     """The same layers with one weight, or None for layers that are not plain linear ones of one input and dtype."""
     plain = [layer for layer in layers if type(layer) is nn.Linear]
-    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in plain}
+    kinds = {
+        (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in plain
+    }
     if len(plain) < len(layers) or len(kinds) != 1:
         return None
     weight = torch.cat([layer.weight.detach() for layer in plain])

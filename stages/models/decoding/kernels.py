@@ -25,12 +25,36 @@ MAX_SPLITS = 16
 
 @triton.jit
 def decode_kernel(
-    query_ptr, query_row, query_head, keys_ptr, keys_row, keys_head, keys_place, values_ptr, values_row, values_head,
-    values_place, attended_ptr, out_ptr, partial_ptr, log_mass_ptr, scale, cap, window,
-    GROUP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    query_row,
+    query_head,
+    keys_ptr,
+    keys_row,
+    keys_head,
+    keys_place,
+    values_ptr,
+    values_row,
+    values_head,
+    values_place,
+    attended_ptr,
+    out_ptr,
+    partial_ptr,
+    log_mass_ptr,
+    scale,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap, else of 1.
 
     One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
@@ -63,12 +87,14 @@ def decode_kernel(
         seen = place < last
         keys = tl.load(
             keys_ptr + place[None, :] * keys_place + column[:, None],
-            mask=seen[None, :] & (column < WIDTH)[:, None], other=0.0,
-        )  # fmt: skip
+            mask=seen[None, :] & (column < WIDTH)[:, None],
+            other=0.0,
+        )
         values = tl.load(
             values_ptr + place[:, None] * values_place + value_column[None, :],
-            mask=seen[:, None] & (value_column < VALUE_WIDTH)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=seen[:, None] & (value_column < VALUE_WIDTH)[None, :],
+            other=0.0,
+        )
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale
         if CAPPED:
             decay = tl.exp(-2.0 * tl.abs(scores))
@@ -96,9 +122,14 @@ def decode_kernel(
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, log_mass_ptr, out_ptr,
-    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,
+    log_mass_ptr,
+    out_ptr,
+    WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+):
     """The splits' averages, weighted by their masses; one program a query head."""
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED)
@@ -107,18 +138,34 @@ def combine_kernel(
     mass = tl.exp2(log_mass - tl.max(log_mass, 0))
     partial = tl.load(
         partial_ptr + (head * SPLITS + split)[:, None] * WIDTH + column[None, :],
-        mask=(split < SPLITS)[:, None] & (column < WIDTH)[None, :], other=0.0,
-    )  # fmt: skip
+        mask=(split < SPLITS)[:, None] & (column < WIDTH)[None, :],
+        other=0.0,
+    )
     out = tl.sum(partial * mass[:, None], 0) / tl.sum(mass, 0)
     tl.store(out_ptr + head * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
 def store_kernel(
-    key_ptr, key_row, key_head, value_ptr, value_row, value_head, keys_ptr, keys_row, keys_head, keys_place,
-    values_ptr, values_row, values_head, values_place, places_ptr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
+    key_ptr,
+    key_row,
+    key_head,
+    value_ptr,
+    value_row,
+    value_head,
+    keys_ptr,
+    keys_row,
+    keys_head,
+    keys_place,
+    values_ptr,
+    values_row,
+    values_head,
+    values_place,
+    places_ptr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """The new K and V of one row and head, cast, into the row's place."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -134,9 +181,16 @@ def store_kernel(
 
 @triton.jit
 def blocks_kernel(
-    logits_ptr, logits_row, num_ids, num_blocks, peak_ptr, mass_ptr, moment_ptr,
-    SIZE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    logits_row,
+    num_ids,
+    num_blocks,
+    peak_ptr,
+    mass_ptr,
+    moment_ptr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """`sampling.block_statistics` of one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -158,9 +212,19 @@ def blocks_kernel(
 
 @triton.jit
 def norm_kernel(
-    x_ptr, weight_ptr, out_ptr, num_rows, inner, outer_stride, inner_stride, size, eps,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, ONE_CENTRED: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    eps,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ONE_CENTRED: tl.constexpr,
+):
     """RMS norms of some rows with the roundings of the modules that it replaces (`fused.rms_norm`).
 
     Row r is at r / inner outer strides and r % inner inner ones; what is written is dense.
@@ -182,11 +246,30 @@ def norm_kernel(
 
 @triton.jit
 def rotary_kernel(
-    query_ptr, query_row, query_place, query_head, key_ptr, key_row, key_place, key_head, cos_ptr, cos_row, cos_place,
-    sin_ptr, sin_row, sin_place, query_out_ptr, key_out_ptr, num_places,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, QUERY_TILES: tl.constexpr, HALF: tl.constexpr,
+    query_ptr,
+    query_row,
+    query_place,
+    query_head,
+    key_ptr,
+    key_row,
+    key_place,
+    key_head,
+    cos_ptr,
+    cos_row,
+    cos_place,
+    sin_ptr,
+    sin_row,
+    sin_place,
+    query_out_ptr,
+    key_out_ptr,
+    num_places,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_TILES: tl.constexpr,
+    HALF: tl.constexpr,
     PADDED: tl.constexpr,
-):  # fmt: skip
+):
     """Some heads at one place turned, in halves: x cos + (−x₂, x₁) sin, each product rounded as PyTorch rounds it."""
     at = tl.program_id(0)
     row, place = (at // num_places).to(tl.int64), (at % num_places).to(tl.int64)
@@ -239,9 +322,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor
     padded = triton.next_power_of_2(size)
     at_once = max(1, NORM_TILE // padded)
     norm_kernel[(triton.cdiv(outer * inner, at_once),)](
-        rows, weight, out, outer * inner, inner, rows.stride(0), rows.stride(1), size, eps, ROWS=at_once,
-        PADDED=padded, ONE_CENTRED=one_centred, num_warps=max(1, min(8, at_once * padded // 256)),
-    )  # fmt: skip
+        rows,
+        weight,
+        out,
+        outer * inner,
+        inner,
+        rows.stride(0),
+        rows.stride(1),
+        size,
+        eps,
+        ROWS=at_once,
+        PADDED=padded,
+        ONE_CENTRED=one_centred,
+        num_warps=max(1, min(8, at_once * padded // 256)),
+    )
     return out
 
 
@@ -254,16 +348,37 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     (num_rows, heads, places, width), kv_heads = query.shape, key.shape[1]
     cos, sin = cos.expand(num_rows, -1, -1), sin.expand(num_rows, -1, -1)
     dtype = torch.promote_types(query.dtype, cos.dtype)
-    turned = [torch.empty((num_rows, places, n, width), dtype=dtype, device=query.device) for n in (heads, kv_heads)]
+    turned = [
+        torch.empty((num_rows, places, n, width), dtype=dtype, device=query.device) for n in (heads, kv_heads)
+    ]
     tile = min(HEADS_TILE, triton.next_power_of_2(heads))
     tiles = triton.cdiv(heads, tile)
     rotary_kernel[(num_rows * places, tiles + triton.cdiv(kv_heads, tile))](
-        query, query.stride(0), query.stride(2), query.stride(1), key, key.stride(0), key.stride(2), key.stride(1),
-        cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), *turned, places, HEADS=heads,
-        KV_HEADS=kv_heads, TILE=tile, QUERY_TILES=tiles, HALF=width // 2, PADDED=triton.next_power_of_2(width // 2),
+        query,
+        query.stride(0),
+        query.stride(2),
+        query.stride(1),
+        key,
+        key.stride(0),
+        key.stride(2),
+        key.stride(1),
+        cos,
+        cos.stride(0),
+        cos.stride(1),
+        sin,
+        sin.stride(0),
+        sin.stride(1),
+        *turned,
+        places,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        TILE=tile,
+        QUERY_TILES=tiles,
+        HALF=width // 2,
+        PADDED=triton.next_power_of_2(width // 2),
         num_warps=4,
         enable_fp_fusion=False,  # else products in bfloat16 are fused with the sum, without their rounding
-    )  # fmt: skip
+    )
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
@@ -275,14 +390,20 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     block = min(2048, triton.next_power_of_2(size))
     gated_kernel[(len(gates), triton.cdiv(size, block))](
         gates, gates.stride(0), ups, ups.stride(0), out, size, BLOCK=block, num_warps=4
-    )  # fmt: skip
+    )
     return out
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, attended: Tensor, scale: float, window: int | None,
-    softcap: float | None, splits: int | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attended: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    splits: int | None = None,
+) -> Tensor:
     """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S, D].
 
     Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by the device.
@@ -298,21 +419,51 @@ def decode_attention(
     out = torch.empty((num_rows, num_heads, value_width), dtype=keys.dtype, device=keys.device)
     partial, log_mass = out, out
     if splits > 1:
-        partial = torch.empty((num_rows, num_heads, splits, value_width), dtype=torch.float32, device=keys.device)
+        partial = torch.empty(
+            (num_rows, num_heads, splits, value_width), dtype=torch.float32, device=keys.device
+        )
         log_mass = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=keys.device)
     log2e = 1.4426950408889634
     decode_kernel[(num_rows, kv_heads, splits)](
-        query, query.stride(0), query.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3], attended, out,
-        partial, log_mass, scale * log2e if softcap is None else scale / softcap, (softcap or 0.0) * log2e, window or 0,
-        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_PADDED=padded,
-        VALUE_WIDTH=value_width, VALUE_PADDED=value_padded, BLOCK=block, SPLITS=splits, CAPPED=softcap is not None,
-        WINDOWED=window is not None, PRECISION="ieee", num_warps=4, num_stages=3,
-    )  # fmt: skip
+        query,
+        query.stride(0),
+        query.stride(1),
+        keys,
+        *keys.stride()[:3],
+        values,
+        *values.stride()[:3],
+        attended,
+        out,
+        partial,
+        log_mass,
+        scale * log2e if softcap is None else scale / softcap,
+        (softcap or 0.0) * log2e,
+        window or 0,
+        GROUP=group,
+        LANES=max(16, triton.next_power_of_2(group)),
+        WIDTH=width,
+        WIDTH_PADDED=padded,
+        VALUE_WIDTH=value_width,
+        VALUE_PADDED=value_padded,
+        BLOCK=block,
+        SPLITS=splits,
+        CAPPED=softcap is not None,
+        WINDOWED=window is not None,
+        PRECISION="ieee",
+        num_warps=4,
+        num_stages=3,
+    )
     if splits > 1:
         combine_kernel[(num_rows * num_heads,)](
-            partial, log_mass, out, WIDTH=value_width, WIDTH_PADDED=value_padded, SPLITS=splits,
-            SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=4,
-        )  # fmt: skip
+            partial,
+            log_mass,
+            out,
+            WIDTH=value_width,
+            WIDTH_PADDED=value_padded,
+            SPLITS=splits,
+            SPLITS_PADDED=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
     return out
 
 
@@ -320,10 +471,22 @@ def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tens
     """Writes key and value [B, H, 1, D] to place `places` [B] of each row of keys and values [B, H, S, D]."""
     key, value, width, value_width = _dense(key), _dense(value), keys.shape[3], values.shape[3]
     store_kernel[(keys.shape[0], keys.shape[1])](
-        key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), keys, *keys.stride()[:3],
-        values, *values.stride()[:3], places,
-        WIDTH=width, VALUE_WIDTH=value_width, PADDED=triton.next_power_of_2(max(width, value_width)), num_warps=1,
-    )  # fmt: skip
+        key,
+        key.stride(0),
+        key.stride(1),
+        value,
+        value.stride(0),
+        value.stride(1),
+        keys,
+        *keys.stride()[:3],
+        values,
+        *values.stride()[:3],
+        places,
+        WIDTH=width,
+        VALUE_WIDTH=value_width,
+        PADDED=triton.next_power_of_2(max(width, value_width)),
+        num_warps=1,
+    )
 
 
 def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,9 +498,17 @@ def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]
         torch.empty((num_rows, num_blocks), dtype=torch.float64, device=logits.device) for _ in range(3)
     )
     blocks_kernel[(num_rows, num_blocks)](
-        logits, logits.stride(0), num_ids, num_blocks, peak, mass, moment,
-        SIZE=size, PADDED=triton.next_power_of_2(size), num_warps=4,
-    )  # fmt: skip
+        logits,
+        logits.stride(0),
+        num_ids,
+        num_blocks,
+        peak,
+        mass,
+        moment,
+        SIZE=size,
+        PADDED=triton.next_power_of_2(size),
+        num_warps=4,
+    )
     return peak, mass, moment
 
 

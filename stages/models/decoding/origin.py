@@ -20,7 +20,9 @@ def origin_of(model: nn.Module) -> list[object]:
     parameters = list(model.parameters())
     places = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
     sums = torch.stack([_sum_of_bits(parameter.detach()) for parameter in parameters]).tolist()
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = [
+        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
     return [places, sums, [_adapters(layer) for layer in layers]]
 
 
@@ -28,7 +30,9 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     """0-dimensional int64, on the tensor's device: its memory as integers of 8 bytes, added up modulo 2**64."""
     octets = tensor.reshape(-1).view(torch.uint8)
     if len(octets) % 8 or octets.storage_offset() % 8:
-        octets = nn.functional.pad(octets, (0, -len(octets) % 8))  # a copy, which begins where its memory does
+        octets = nn.functional.pad(
+            octets, (0, -len(octets) % 8)
+        )  # a copy, which begins where its memory does
     return octets.view(torch.int64).sum()
 
 

@@ -60,7 +60,9 @@ def choose(
     mass = blocks.mass * (blocks.peak - top).exp()
     total = mass.sum(-1)
     drawn = _most_likely(logits, blocks) if sampling.greedy else _inverse_cdf(logits, mass, uniforms)
-    token = torch.where(forced >= 0, forced, drawn.clamp(max=logits.shape[1] - 1))  # a NaN row leads beyond its end
+    token = torch.where(
+        forced >= 0, forced, drawn.clamp(max=logits.shape[1] - 1)
+    )  # a NaN row leads beyond its end
     log_total = total.log()
     logprob = logits.gather(1, token[:, None]).squeeze(1) - top.squeeze(1) - log_total
     moment = blocks.moment * (blocks.peak - top).exp() + mass * (blocks.peak - top)
@@ -119,7 +121,9 @@ def _inverse_cdf(
     cumulative = mass.cumsum(-1)
     target = (uniforms * cumulative[:, -1]).clamp(max=cumulative[:, -1] * _BELOW_ONE)[:, None]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[1] - 1)
-    rest = (target - (cumulative - mass).gather(1, block)) / mass.gather(1, block)  # share of the block, in [0, 1]
+    rest = (target - (cumulative - mass).gather(1, block)) / mass.gather(
+        1, block
+    )  # share of the block, in [0, 1]
     within, start = _block_of(logits, block.squeeze(1))
     within = (within - within.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     ends = within[:, -1:]
@@ -127,7 +131,9 @@ def _inverse_cdf(
     return start + token.squeeze(1)
 
 
-def _block_of(logits: Float[Tensor, "B V"], block: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B E"], Int[Tensor, " B"]]:
+def _block_of(
+    logits: Float[Tensor, "B V"], block: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, "B E"], Int[Tensor, " B"]]:
     """The logits of one block a row, -inf beyond the vocabulary, and the block's first id."""
     num_ids = logits.shape[1]
     size = min(BLOCK, num_ids)

@@ -44,7 +44,9 @@ class SlotCache(Cache):
         self.num_attended_layers = 0
         self.masks.clear()
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Stores [B, H, 1, D] and returns all places of all slots, as transformers' attention modules expect it."""
         assert self.places is not None
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -61,7 +63,9 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.longest
 
-    def fill(self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]) -> None:  # fmt: skip
+    def fill(
+        self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]
+    ) -> None:
         """Copies rows `source` of a prefill's K and V [U, H, P, D], layer by layer, to the start of `slots`."""
         for own, new in zip([*self.keys, *self.values], [*keys, *values], strict=True):
             own[:, :, : new.shape[2]].index_copy_(0, slots, new.index_select(0, source).to(own.dtype))
@@ -96,12 +100,17 @@ class Progress:
             return torch.zeros((slots, width), dtype=dtype, device=device)
 
         return cls(
-            token=whole(slots), length=whole(slots), taken=whole(slots), limit=whole(slots),
+            token=whole(slots),
+            length=whole(slots),
+            taken=whole(slots),
+            limit=whole(slots),
             active=torch.zeros(slots, dtype=torch.bool, device=device),
-            uniforms=real(torch.float64, tokens), forced=whole(slots, tokens) - 1,
-            ids=whole(slots, tokens + 1), logprobs=real(torch.float32, tokens + 1),
+            uniforms=real(torch.float64, tokens),
+            forced=whole(slots, tokens) - 1,
+            ids=whole(slots, tokens + 1),
+            logprobs=real(torch.float32, tokens + 1),
             entropy=real(torch.float32, tokens + 1),
-        )  # fmt: skip
+        )
 
     def first(self, width: int) -> Progress:
         """The first `width` slots, sharing memory."""

@@ -55,7 +55,15 @@ class Decoder:
     is done, `narrow` moves the live rows together. The caller has entered no_grad, autocast and eval mode.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, num_slots: int, num_places: int, num_tokens: int, compute_dtype: torch.dtype | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        num_slots: int,
+        num_places: int,
+        num_tokens: int,
+        compute_dtype: torch.dtype | None,
+    ) -> None:
         """`compute_dtype`: what autocast multiplies in, None without autocast."""
         self.model, self.decoder, self.method = model, decoder_of(model), method
         self.num_slots, self.num_places, self.num_tokens = num_slots, num_places, num_tokens
@@ -95,9 +103,12 @@ class Decoder:
         slots.begin_step(progress.length, progress.active)
         with slot_attention(self.decoder.config):
             output = self.decoder(
-                input_ids=progress.token[:, None], position_ids=progress.length[:, None], past_key_values=slots,
-                use_cache=True, slots=slots,
-            )  # fmt: skip
+                input_ids=progress.token[:, None],
+                position_ids=progress.length[:, None],
+                past_key_values=slots,
+                use_cache=True,
+                slots=slots,
+            )
         check_attended(self.decoder, slots)
         progress.length += progress.active
         self._draw(progress, output.last_hidden_state[:, -1])
@@ -161,7 +172,10 @@ class Decoder:
         progress = newcomers([request for _, _, request in rows], self.num_tokens).to(self.device)
         ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
         ends = self._whole([len(prompt) - 1 for prompt in prompts])
-        source, slots = self._whole([place for place, _, _ in rows]), self._whole([slot for _, slot, _ in rows])
+        source, slots = (
+            self._whole([place for place, _, _ in rows]),
+            self._whole([slot for _, slot, _ in rows]),
+        )
         cache = DynamicCache()
         output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]
@@ -195,7 +209,9 @@ class Decoder:
         columns = (self.progress.ids.int(), self.progress.logprobs, self.progress.entropy)
         ids, logprobs, entropy = (column.index_select(0, index).cpu().numpy() for column in columns)
         lengths = self.progress.taken.index_select(0, index).tolist()
-        return [(ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)]
+        return [
+            (ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)
+        ]
 
     def narrow(self, width: int, moves: dict[int, int], longest: int) -> None:
         """Goes on with fewer slots, after moving rows: slot -> free slot below `width`."""
@@ -223,7 +239,10 @@ def newcomers(requests: list[Request], num_tokens: int) -> Progress:
 
 
 def forced_logprobs(
-    model: PreTrainedModel, prompts: list[np.ndarray], completions: list[np.ndarray], head: Callable[[Tensor], Tensor]
+    model: PreTrainedModel,
+    prompts: list[np.ndarray],
+    completions: list[np.ndarray],
+    head: Callable[[Tensor], Tensor],
 ) -> list[np.ndarray]:
     """What a decoder over slots gives the tokens of given completions, in float32, by the model's own layers.
 
@@ -232,7 +251,9 @@ def forced_logprobs(
     longest = max(map(len, completions))
     places = longest + max(map(len, prompts))
     vocabulary = model.config.get_text_config().vocab_size
-    decoder = Decoder(model, Method(Sampling(longest), vocabulary, (), 0), len(prompts), places, longest, torch.float32)
+    decoder = Decoder(
+        model, Method(Sampling(longest), vocabulary, (), 0), len(prompts), places, longest, torch.float32
+    )
     decoder._logits = lambda hidden: head(hidden)[:, :vocabulary].contiguous()  # type: ignore[method-assign]
     pairs = zip(prompts, completions, strict=True)
     requests = [Request(i, prompt, 0, len(forced), forced) for i, (prompt, forced) in enumerate(pairs)]

@@ -61,7 +61,9 @@ class DecodingWeights:
                 places = [f"{name}.{leaf}" for leaf in leaves]
                 if all(place in self._swaps for place in places):
                     apart = [self._swaps[place] for place in places]
-                    for place, swap, fast in zip(places, apart, join([s.fast for s in apart]) or [], strict=False):
+                    for place, swap, fast in zip(
+                        places, apart, join([s.fast for s in apart]) or [], strict=False
+                    ):
                         self._swaps[place] = replace(swap, fast=fast)
 
     @contextmanager
@@ -85,10 +87,18 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -
     base = module.get_base_layer()
     adapters = [name for name in module.active_adapters if name in module.lora_A]
     plain = all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapters)
-    if type(base) is not nn.Linear or not plain or module.disable_adapters or module.merged or module.fan_in_fan_out:
+    if (
+        type(base) is not nn.Linear
+        or not plain
+        or module.disable_adapters
+        or module.merged
+        or module.fan_in_fan_out
+    ):
         return None
     dtype = autocast_dtype or base.weight.dtype
-    weight = base.weight.detach().to(dtype).to(torch.float32, copy=True)  # W as the products of training read it
+    weight = (
+        base.weight.detach().to(dtype).to(torch.float32, copy=True)
+    )  # W as the products of training read it
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         for name in adapters:
             a, b = (cast(nn.Linear, side[name]).weight.float() for side in (module.lora_A, module.lora_B))

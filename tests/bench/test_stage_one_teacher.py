@@ -1,0 +1,50 @@
+"""`bench/stage_one.py`, part scoring (`stage_one_teacher.py`), at a tiny shape on the CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import stage_one, stage_one_teacher
+from tests.support.helpers import Forker
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    stage_one.PROGRAM.main(["--device", "cpu", "--tiny", "--out", str(folder), *arguments])
+    return json.loads((folder / "stage_one.json").read_text())["cpu"]
+
+
+def test_scoring_has_its_rates(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--only", "scoring")["scoring"]
+    assert found["scored_share_of_bare"] == pytest.approx(
+        found["scored_tokens_per_second"] / found["bare_tokens_per_second"]
+    )
+    assert found["backbone_tokens_per_second"] > 0
+    assert 0 <= found["share_waiting_for_writer"] < 1
+
+
+def test_zero3_says_what_plain_says(tmp_path: Path, forked: Forker) -> None:
+    """In a process of its own, which DeepSpeed sets up; with no PATH it finds no compiler, and needs none."""
+    extensions = str(tmp_path / "extensions")
+    forked.call(bench, tmp_path, "--only", "zero3", PATH="", TORCH_EXTENSIONS_DIR=extensions).expect_success()
+    found = json.loads((tmp_path / "stage_one.json").read_text())["cpu"]["zero3"]
+    assert found["max_logprob_gap_zero3_plain"] <= found["max_logprob_gap_plain_fp32"]
+    assert found["zero3_share_of_plain"] > 0
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    for name, billions in (("32B", 32.8), ("8B", 8.2)):
+        config = Qwen3Config(
+            vocab_size=stage_one_teacher.VOCABULARY,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=False,
+            **stage_one_teacher.SHAPES[name],
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.1)

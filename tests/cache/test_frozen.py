@@ -1,0 +1,100 @@
+"""Caches that a released format wrote stay readable for ever: those in tests/data are never made anew.
+
+If a test here fails, the reader has changed, not the files. A new format or codec gets its own frozen caches beside them.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import cache
+from cache.schema import SCALAR_COLUMNS, TOKEN_COLUMNS
+from tests.support.frozen_cache import CACHES, FROZEN, readable
+from tests.support.plain_reader import read_signal
+
+# The sealed commit records name the digests of all that is in a shard; these are the records' own.
+COMMIT_SHA256 = {
+    "cache_v1/topk": "6dae567554d9ba97947d5bfa7c9d225824027405f4cb0d9ee8060542799a1e25",
+    "cache_v1/nucleus": "942d8461d014cce0305f74b0db87e1475d225e5ae38475b52929b5655b848024",
+    "cache_v1/hidden": "805d2966e88fb319a71d3f96868540a9ea7dfa1587958147d3107382573ea908",
+    "cache_v1_codec2/topk": "22fb04e88406878317d4e5d40657b722dcd6382a911b3e91d1bc1a8e8e18d5b8",
+    "cache_v1_codec2/nucleus": "4b9fd21262030672c52f0aaab03d0a2b5adadee064b46848638909e5f762a214",
+}
+TOLERANCE = 2e-5  # nats: a reader may compute in float32
+
+
+def expected_of(name):
+    return json.loads((FROZEN / name / "expected.json").read_text())
+
+
+def assert_close(actual, expected, name):
+    """Equal, floats within `TOLERANCE`; null stands for -inf."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in expected:
+            assert_close(actual[key], expected[key], f"{name}.{key}")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), name
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_close(*pair, f"{name}[{index}]")
+    else:
+        assert actual == (
+            pytest.approx(expected, abs=TOLERANCE) if isinstance(expected, float) else expected
+        ), name
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_reader_finds_what_was_frozen(name):
+    snapshot = cache.open(FROZEN / name)
+    assert_close([readable(record) for record in snapshot], expected_of(name)["rows"], name)
+    assert snapshot.verify() == []
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_plain_reader_finds_what_was_frozen(name):
+    (path,) = (FROZEN / name / "commits").iterdir()
+    shard = FROZEN / name / json.loads(path.read_text())["shard"]
+    rows = sorted(pa.ipc.open_file(shard).read_all().to_pylist(), key=lambda row: row["row_id"])
+    for row, expected in zip(rows, expected_of(name)["rows"], strict=True):
+        for column in (*SCALAR_COLUMNS, *TOKEN_COLUMNS):
+            own = (
+                [None if value == -np.inf else value for value in row[column]]
+                if column in TOKEN_COLUMNS
+                else row[column]
+            )
+            assert_close(own, expected[column], column)
+        signal, wanted = read_signal(row["signal"]), expected["signal"]
+        if name.endswith("hidden"):
+            assert signal["bytes"] == np.array(wanted["states"], "<u2").tobytes()
+        else:
+            assert_close({part: signal[part] for part in wanted}, wanted, "signal")
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_digests_of_the_commit_record_hold(name):
+    (path,) = (FROZEN / name / "commits").iterdir()
+    commit = json.loads(path.read_bytes())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == COMMIT_SHA256[name]
+    shard = (FROZEN / name / commit["shard"]).read_bytes()
+    assert (len(shard), hashlib.sha256(shard).hexdigest()) == (commit["shard_bytes"], commit["shard_sha256"])
+    for entry in commit["batches"]:
+        message = shard[entry["offset"] : entry["offset"] + entry["num_bytes"]]
+        assert hashlib.sha256(message).hexdigest() == entry["sha256"]
+
+
+def test_the_frozen_head_is_read():
+    head, expected = cache.open(FROZEN / "cache_v1/hidden").head(), expected_of("cache_v1/hidden")["head"]
+    assert head is not None
+    assert head.bias is not None
+    assert (list(head.weight.shape), head.dtype) == (expected["shape"], expected["dtype"])
+    assert (head.scale, head.softcap) == (expected["scale"], expected["softcap"])
+    assert head.weight[0].tolist() == expected["first_row"]
+    np.testing.assert_allclose(head.bias[:5], expected["bias"], rtol=1e-5)
+
+
+def test_nucleus_rows_are_ragged():
+    counts = {len(ids) for row in expected_of("cache_v1/nucleus")["rows"] for ids in row["signal"]["ids"]}
+    assert counts == {1, 2, 3, 4, 5}

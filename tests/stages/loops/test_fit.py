@@ -1,0 +1,397 @@
+"""Stage two: the gradient and the loss of a step, however it is cut."""
+
+import copy
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+from stages.data.alignment import Aligned, align
+from stages.data.batches import to_tensors
+from stages.loops import feed, fit, schedule
+from stages.loops.budgets import train_caps
+from stages.models.student import Student
+from stages.runtime.checkpoint import Position
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run, open_run
+from tests.support import reference
+from tests.support.helpers import Forker, assert_same_weights, make_run, records_of, small
+from tests.support.tiny_runs import TINY, batch, save_weights, step_run, stir, student_of, train, train_from
+
+V = 230
+
+
+# The gradient of a step
+
+
+def gradient(run: Run) -> dict[str, torch.Tensor]:
+    """The gradient that `train_step` hands to the optimizer for the first batch."""
+    student = student_of(run)
+    stir(student)
+    training = fit.prepare(run, student)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(training: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
+        found.update(
+            {name: p.grad.clone() for name, p in training.student.trainable.items() if p.grad is not None}
+        )
+        training.step += 1
+        return sums.tolist(), 1.0
+
+    original, fit._update = fit._update, keep
+    try:
+        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
+    finally:
+        fit._update = original
+    return found
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """|found - expected| / |expected| over all parameters together."""
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
+    return math.sqrt(difference / sum(float(tensor.double().square().sum()) for tensor in expected.values()))
+
+
+@pytest.fixture(scope="module")
+def whole_gradient(
+    caches: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """Of a step of 16 rows in one padded forward."""
+    return gradient(step_run(tmp_path_factory.mktemp("whole"), caches(), packing="off"))
+
+
+SPLITS: list[dict[str, Any]] = [
+    {"grad_accum": 4},
+    {"grad_accum": 16},
+    {"lp_micro_batch": 3},
+    {"micro_batch_tokens": 130},
+    {"micro_batch_tokens": 1},
+    {"grad_accum": 2, "lp_micro_batch": 5, "micro_batch_tokens": 200},
+    {"gradient_checkpointing": "true"},
+]
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("split", [{}, *SPLITS], ids=str)
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    whole_gradient: dict[str, torch.Tensor],
+    split: dict[str, Any],
+    packing: str,
+) -> None:
+    found = gradient(step_run(tmp_path, caches(), packing=packing, **split))
+    assert len(found) > 50
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
+def save_gradient(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: this rank's gradient, to folder/RANK.pt."""
+    run = open_run("", flags)
+    torch.save(gradient(run), folder / f"{run.world.rank}.pt")
+
+
+RANKS: list[tuple[int, dict[str, Any]]] = [
+    (2, {}),
+    (2, {"grad_accum": 4}),
+    (2, {"micro_batch_tokens": 100}),
+    (2, {"packing": "off", "micro_batch_tokens": 200}),
+    (4, {"micro_batch_tokens": 100}),
+]
+
+
+@pytest.mark.parametrize(("processes", "split"), RANKS, ids=str)
+def test_several_processes_have_the_gradient_of_one(
+    tmp_path: Path,
+    forked: Forker,
+    caches: Callable[..., str],
+    whole_gradient: dict[str, torch.Tensor],
+    processes: int,
+    split: dict[str, Any],
+) -> None:
+    """Under micro_batch_tokens the ranks need different numbers of forwards; the one short of work runs idle ones."""
+    arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16} | split))
+    forked.call(save_gradient, tmp_path, arguments, processes=processes).expect_success()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for other in ranks[1:]:
+        assert_same_weights(other, ranks[0])
+    assert relative_error(ranks[0], whole_gradient) < 1e-5
+
+
+def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
+    tmp_path: Path, forked: Forker, caches: Callable[..., str]
+) -> None:
+    arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16, "use_lora": "false"}))
+    forked.call(save_gradient, tmp_path, arguments, processes=2).expect_success()
+    expected = gradient(open_run("", arguments))
+    assert "model.embed_tokens.weight" in expected
+    assert relative_error(torch.load(tmp_path / "1.pt"), expected) < 1e-5
+
+
+def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) -> None:
+    """Up to a refresh: after it the last bits of the weights, in the policy's hash, seed other rollouts.
+
+    Gradients agree to 1e-5 (above); AdamW's first steps divide by them, which magnifies the rounding of small ones.
+    """
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        arguments = small(folder, **(TINY | {"max_steps": 3, "refresh_every": 0}))
+        forked.call(save_weights, folder, arguments, processes=processes).expect_success()
+        found[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    assert_same_weights(*found[2])
+    assert relative_error(found[2][0], found[1][0]) < 1e-4
+
+
+def test_every_rank_knows_how_many_forwards_the_longest_has(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    """And all tokens of the step, with no word from the others; a rank short of work ends with idle forwards."""
+    run = step_run(tmp_path, caches(), micro_batch_tokens=100)
+    student = student_of(run)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    lengths = {row_id: (10, 80 if i % 5 == 0 else 10) for i, row_id in enumerate(pool.row_ids)}
+    pool = replace(pool, lengths=lengths)
+    batches = []
+    for rank in range(4):
+        here = replace(run, world=replace(run.world, rank=rank, size=4))
+        batches.append(
+            next(feed.global_batches(here, student, snapshot, pool, [0], train_caps(run.config, None)))
+        )
+    assert len({len(b.forwards) for b in batches}) == 1
+    assert {b.total_tokens for b in batches} == {sum(completion for _, completion in lengths.values())}
+    rows = [row for b in batches for forward in b.forwards if not forward.is_idle for row in forward.row_ids]
+    assert rows == batches[0].row_ids
+    assert any(forward.is_idle for b in batches for forward in b.forwards)
+    for b in batches:
+        weights = [inputs.weights for _, inputs in b.inputs]
+        assert [bool(w.any()) for w in weights] == [not forward.is_idle for forward in b.forwards]
+
+
+def test_two_processes_hold_the_same_student_after_a_refresh(tmp_path: Path, forked: Forker) -> None:
+    """With the ZeRO-3 teacher, dropout, and two micro-steps."""
+    keys = {
+        "teacher_ds_zero3": "true",
+        "lora_dropout": 0.1,
+        "grad_accum": 2,
+        "max_steps": 4,
+        "refresh_every": 2,
+    }
+    forked.call(save_weights, tmp_path, small(tmp_path, **(TINY | keys)), processes=2).expect_success()
+    assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
+
+
+def test_only_scored_positions_have_a_gradient(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = step_run(tmp_path, caches())
+    student = student_of(run)
+    states: list[torch.Tensor] = []
+    hidden = Student.hidden
+
+    def noted(self: Student, aligned: Aligned) -> torch.Tensor:
+        states.append(hidden(self, aligned))
+        states[-1].retain_grad()
+        return states[-1]
+
+    monkeypatch.setattr(Student, "hidden", noted)
+    stir(student)
+    _, snapshot = schedule.open_pool(run, Position(0, 0))
+    batch = to_tensors(snapshot[:], 1.0, None, 0, run.world.device, student.vocab_size)
+    loss, _ = fit.prepare(run, student).module(batch)
+    loss.backward()
+    assert states[0].grad is not None
+    gradients = states[0].grad.flatten(0, 1)
+    scored = torch.zeros(len(gradients), dtype=torch.bool)
+    scored[batch.aligned.scored] = True
+    assert 0 < int(scored.sum()) < len(scored)
+    assert not gradients[~scored].any()
+    assert gradients[scored].any(dim=1).all()
+
+
+def test_compiled_layers_have_the_gradient_of_plain_ones(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    whole_gradient: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With dynamo and autograd but no code generation: the machine may have no C++ compiler."""
+    compiled: list[int] = []
+
+    def plain_graphs(function: Any, **keywords: Any) -> Any:
+        compiled.append(1)
+        return torch._dynamo.optimize("aot_eager", dynamic=keywords["dynamic"])(function)
+
+    monkeypatch.setattr(torch, "compile", plain_graphs)
+    found = gradient(step_run(tmp_path, caches(), compile="true", gradient_checkpointing="true"))
+    assert len(compiled) == 1, "one for all layers"
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_really_compiled_layers_have_the_gradient_of_plain_ones(
+    tmp_path: Path, caches: Callable[..., str], whole_gradient: dict[str, torch.Tensor]
+) -> None:
+    found = gradient(step_run(tmp_path, caches(), compile="true"))
+    assert relative_error(found, whole_gradient) < 1e-5
+
+
+def eager_graphs(function: Any, **keywords: Any) -> Any:
+    return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_of_compiled_layers_has_its_own_weights(
+    tmp_path: Path, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", eager_graphs)
+    student = student_of(make_run(tmp_path, **(TINY | {"compile": "true"})))
+    student.model.train(training)
+    copied = replace(student, model=copy.deepcopy(student.model))
+    rows = align([np.arange(2, 7)], [np.arange(7, 12)], 0, student.device, packed=student.packs)
+    expected = student.hidden(rows)
+    stir(student, scale=1.0)
+    assert not torch.allclose(student.hidden(rows), expected)
+    torch.testing.assert_close(copied.hidden(rows), expected)
+
+
+def test_without_a_compiler_compiled_layers_are_a_sentence(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    missing = torch._inductor.exc.InvalidCxxCompiler()
+
+    def refusing(graph: Any, example: Any) -> Any:
+        raise missing
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, dynamic: torch._dynamo.optimize(refusing, dynamic=dynamic)(function),
+    )
+    with pytest.raises(
+        UserError, match=r"could not be compiled \(.*\); install a C\+\+ compiler .*set compile: false"
+    ):
+        train_from(tmp_path, caches(), compile="true")
+
+
+def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches(), packing="off")
+    student = student_of(run)
+    stir(student)
+    module = fit.prepare(run, student).module
+    _, snapshot = schedule.open_pool(run, Position(0, 0))
+    losses, gradients = [], []
+    for pad_id in (0, 77):
+        loss, _ = module(to_tensors(snapshot[:], 1.0, None, pad_id, run.world.device, student.vocab_size))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(
+            {name: p.grad.clone() for name, p in student.trainable.items() if p.grad is not None}
+        )
+        student.model.zero_grad()
+    assert torch.equal(*losses)
+    assert_same_weights(*gradients)
+
+
+# The loss of a step
+
+
+@torch.no_grad()
+def plain_logits(model: Any, record: cache.Record) -> torch.Tensor:
+    ids = torch.from_numpy(np.concatenate([record.prompt_ids, record.completion_ids]).astype(np.int64))[None]
+    return model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float()
+
+
+@pytest.mark.parametrize(
+    ("signal", "keys"),
+    [
+        ("topk", {}),
+        ("nucleus", {"signal_p": 0.9, "signal_floor": 2}),
+        ("hidden", {}),
+        ("full", {}),
+        ("hidden", {"temperature": 2.0}),
+        ("topk", {"gating": "hard"}),
+        ("topk", {"rkl": "mc", "fkl": "argmax"}),
+        ("hidden", {"gating": "fixed", "mix": 0.3}),
+    ],
+    ids=str,
+)
+def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    student_model: Any,
+    teacher_model: Any,
+    signal: str,
+    keys: dict[str, Any],
+) -> None:
+    stored = {"signal": signal, "signal_k": 4} | {k: v for k, v in keys.items() if k.startswith("signal_")}
+    run = step_run(tmp_path, caches(**stored), **(stored | keys))
+    student = student_of(run)
+    training = fit.prepare(run, student)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
+    step = records_of(run.folder, "step")[0]
+    records = snapshot[:]
+    config = fit.loss_config(run.config, V)
+    student_logits = torch.cat([plain_logits(student_model, r) for r in records]).double()
+    teacher_logits = torch.cat([plain_logits(teacher_model, r) for r in records]).double()
+    teacher: dict[str, Any] = {"logits": teacher_logits}
+    if signal in ("topk", "nucleus"):
+        ids, logprobs, tails = reference.compress(
+            teacher_logits, 4, keys.get("signal_p", 1.0), keys.get("signal_floor", 1)
+        )
+        width = max(map(len, ids))
+        teacher = {
+            "ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids]),
+            "logprobs": torch.tensor([row + [-math.inf] * (width - len(row)) for row in logprobs]),
+            "log_tail_mass": torch.tensor(tails),
+        }
+    sampled = {
+        "ids": torch.from_numpy(np.concatenate([r.completion_ids for r in records]).astype(np.int64)),
+        "teacher_logprobs": torch.from_numpy(np.concatenate([r.teacher_logprobs for r in records])),
+        "behaviour_logprobs": torch.from_numpy(np.concatenate([r.behaviour_logprobs for r in records])),
+    }
+    identity_head = {"weight": torch.eye(V, dtype=torch.float64)}
+    expected = reference.dual_kl(student_logits, identity_head, teacher, config, sampled)
+    assert step["tokens"] == len(student_logits)
+    for name in ("loss", "rkl", "fkl", "gate"):
+        value = expected[name] if name == "loss" else expected[name].mean()
+        assert step[name] == pytest.approx(float(value), abs=2e-4), name
+    assert step["share_forward"] == pytest.approx(float((expected["gate"] < 0.5).double().mean()), abs=0.005)
+
+
+FIXED: dict[str, Any] = {
+    "max_steps": 3,
+    "refresh_every": 0,
+    "warmup_steps": 0,
+    "lora_dropout": 0.0,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lr": 2e-3,
+    "lr_min_ratio": 0.1,
+    "tau": 0.2,
+    "alpha": 20.0,
+    "signal_k": 32,
+    "seed": 0,
+    "max_grad_norm": 1.0,
+    "tail_floor": 1e-8,
+}
+GOLDEN_LOSSES = [0.07257283, 0.11578315, 0.01581406]
+
+
+def test_the_losses_of_a_fixed_run_are_those_on_record(tmp_path: Path) -> None:
+    """A change that should not change results leaves them; one that should writes the new ones here."""
+    run = train(tmp_path, **FIXED)
+    assert [step["loss"] for step in records_of(run.folder, "step")] == pytest.approx(GOLDEN_LOSSES, abs=1e-4)

@@ -1,0 +1,162 @@
+"""What stage one says of itself: rates, shares, padding, and the model whose turn it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stages.loops import progress
+from stages.loops.progress import Counts, Progress
+from stages.models.teacher import Teacher, TeacherLoader, load_plain_model, plain_teacher
+from stages.models.turns import Turns
+from stages.runtime.errors import UserError
+from tests.support.helpers import Forker, make_run, records_of, small
+from tests.support.tiny_runs import TINY, student_of, write_rollouts
+
+
+def test_each_round_is_recorded_with_rates_shares_and_what_is_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    write_rollouts(run, student_of(run))
+    records = records_of(run.folder, "rollout_progress")
+    assert [(r["rollouts"], r["rollouts_left"]) for r in records] == [(8, 8), (16, 0)]
+    assert len({r["began"] for r in records}) == 1
+    with run.clock.phase("evaluate"), Progress(run, 1) as measuring:
+        measuring.add(Counts(1))
+    assert [r["evaluation"] for r in records_of(run.folder, "rollout_progress")] == [False, False, True]
+    for record in records:
+        assert record["start"] == run.clock.started
+        for name in ("rollouts_per_second", "generated_tokens_per_second", "scored_tokens_per_second"):
+            assert record[name] > 0
+        assert record["eta_seconds"] == pytest.approx(record["rollouts_left"] / record["rollouts_per_second"])
+        shares = {name: record[f"share_{name}"] for name in ("generate", "score", "write", "rows")}
+        assert shares["generate"] > 0 < shares["score"]
+        assert shares["rows"] == 0 <= shares["write"]
+        assert 0.5 < sum(shares.values()) <= 1
+        assert 0 <= record["padding_waste"] < 1
+
+
+def test_counts_give_the_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    with Progress(run, 40) as shown:
+        seconds = {"generate": 2.0, "score": 3.0, "write": 1.0, "rows": 0.0}
+        monkeypatch.setattr(shown._clock, "seconds", seconds)
+        monkeypatch.setattr(shown._clock, "total", lambda: 8.0)
+        shown.add(Counts(10, cut_rollouts=6, generated_tokens=400, scored_tokens=800, padded_tokens=1000))
+    (found,) = records_of(run.folder, "rollout_progress")
+    assert (found["rollouts_per_second"], found["eta_seconds"]) == (10 / 8, 24)
+    assert (found["generated_tokens_per_second"], found["scored_tokens_per_second"]) == (200, 200)
+    assert found["padding_waste"] == pytest.approx(0.2)
+    assert found["cut_share"] == 0.6
+    assert (found["share_generate"], found["share_score"], found["share_write"]) == (2 / 8, 3 / 8, 1 / 8)
+    line = progress.last_line(run)
+    assert line == (
+        "10 rollouts in 8 s, 1.2 a second: 200 tokens/s generated, 200 scored; 60 % of completions were cut at max_new_tokens;"
+        " time: 25.0% generating, 37.5% scoring, 12.5% waiting for the writer; padding 20.0%"
+    )
+
+
+def test_a_start_that_had_nothing_to_do_says_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **TINY)
+    write_rollouts(run, student_of(run))
+    again = make_run(tmp_path, **TINY)
+    object.__setattr__(again.clock, "started", run.clock.started + 1)
+    assert progress.last_line(again) == ""
+
+
+def test_rollout_tells_how_it_went(tmp_path: Path, forked: Forker) -> None:
+    done = forked.stage(
+        "stages.rollout", *small(tmp_path, rollouts_per_refresh=8, rollouts_per_unit=8), processes=2
+    )
+    out = done.expect_success().out
+    assert "8 rollouts in" in out
+    assert "waiting for the writer" in out
+    assert len(records_of(tmp_path / "demo", "rollout_progress")) == 1
+
+
+# The model whose turn it is
+
+
+class Moving(nn.Module):
+    """Notes where it is sent."""
+
+    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.name, self.log = name, log
+
+    def to(self, device: Any) -> Any:  # type: ignore[override]
+        self.log.append((self.name, str(device)))
+        return self
+
+
+def moves(tmp_path: Path, offload: bool, sharded: bool = False) -> list[tuple[str, str]]:
+    """What a first load and two rounds move."""
+    run = make_run(tmp_path, offload_idle=str(offload).lower())
+    log: list[tuple[str, str]] = []
+    object.__setattr__(run.world, "device", torch.device("meta"))
+    student, model = Moving("student", log), Moving("teacher", log)
+    teacher = Teacher(model, None, run.world.device, engine=object() if sharded else None)
+    order = Turns(run, student)
+    order.to_student(order.to_teacher(lambda: teacher))
+    return log
+
+
+def test_the_idle_model_leaves_before_the_other_comes(tmp_path: Path) -> None:
+    assert moves(tmp_path, True) == [
+        ("student", "cpu"),
+        ("teacher", "meta"),
+        ("teacher", "cpu"),
+        ("student", "meta"),
+    ]
+
+
+def test_a_sharded_teacher_stays_and_nothing_moves_unasked(tmp_path: Path) -> None:
+    assert moves(tmp_path, True, sharded=True) == [("student", "cpu"), ("student", "meta")]
+    assert moves(tmp_path, False) == []
+
+
+def test_a_student_whose_weights_deepspeed_holds_may_not_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, offload_idle="true")
+    monkeypatch.setattr(type(run.world), "student_is_deepspeed", True)
+    with pytest.raises(UserError, match=r"offload_idle moves the student's weights"):
+        Turns(run, nn.Linear(1, 1))
+
+
+def test_rows_are_the_same_with_the_idle_model_away(tmp_path: Path) -> None:
+    import cache
+
+    roots = []
+    for offload in ("false", "true"):
+        run = make_run(tmp_path / offload, **TINY, offload_idle=offload)
+        write_rollouts(run, student_of(run))
+        roots.append(cache.open(run.config.cache_root))
+    assert roots[0].to_table().equals(roots[1].to_table())
+
+
+@pytest.mark.gpu
+def test_weights_come_back_bit_by_bit_in_the_same_parameters(tmp_path: Path) -> None:
+    run = make_run(tmp_path, device="cuda", offload_idle="true", teacher_ds_zero3="false")
+    student = student_of(run).model
+    before = [(p, p.detach().clone()) for p in student.parameters()]
+    allocated = torch.cuda.memory_allocated()
+    with TeacherLoader(run.config, run.world) as loader:
+        order = Turns(run, student)
+        teacher = order.to_teacher(loader.get)
+        assert {p.device.type for p in student.parameters()} == {"cpu"}
+        assert teacher.head.weight.is_cuda
+        order.to_student(teacher)
+        assert not teacher.head.weight.is_cuda
+        assert torch.cuda.memory_allocated() == pytest.approx(allocated, rel=0.05)
+        assert all(
+            p is q and torch.equal(p, kept) for p, (q, kept) in zip(student.parameters(), before, strict=True)
+        )
+
+
+def test_the_head_moves_with_a_plain_teacher(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    teacher = plain_teacher(load_plain_model(run.config, run.world), run.world, "auto")
+    teacher.move(torch.device("cpu"))
+    assert teacher.head.weight is teacher.forward.model.get_output_embeddings().weight

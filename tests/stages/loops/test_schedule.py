@@ -1,0 +1,470 @@
+"""When a refresh is due and why, what stays of the pool, and several caches at once."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+from stages.data.batches import Extra, Pool, batch_rows, by_cache, replayed
+from stages.loops import feed, fit, refresh, schedule
+from stages.loops.drift import drift_of, row_sums
+from stages.loops.schedule import due
+from stages.runtime.checkpoint import Position, Refresh
+from stages.runtime.config import Config, parse_arguments
+from stages.runtime.errors import UserError
+from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
+from tests.stages.loops.test_resume import assert_same_run, crash
+from tests.support.helpers import (
+    Forker,
+    assert_same_weights,
+    make_config,
+    records_of,
+    refused,
+    small,
+    weights_in,
+)
+from tests.support.tiny_runs import REPLAY, TINY, save_weights, step_run, student_of, train, train_from
+
+# When a refresh is due
+
+
+def config_of(**values: Any) -> Config:
+    return make_config(Path("unused"), **(TINY | {"max_steps": 100, "refresh_every": 0} | values))
+
+
+def at(step: int, refresh_step: int = 0, **values: Any) -> Position:
+    """A position on the rows of refresh 1, which were written and taken up after `refresh_step` steps."""
+    refreshes = {1: Refresh(refresh_step, "h" * 16, "")}
+    return Position(step, 1, **({"refreshes": refreshes, "opened_at": refresh_step} | values))
+
+
+def test_by_steps_a_refresh_is_due_every_so_many() -> None:
+    config = config_of(refresh_every=10)
+    assert [step for step in range(30, 61) if due(config, at(step, 30))] == list(range(40, 61))
+    assert due(config, at(40, 30)).startswith("every: 10 steps")
+    assert not due(config, Position(0, 0))
+
+
+def test_nothing_is_due_after_the_last_step() -> None:
+    config = config_of(refresh_every=10)
+    assert due(config, at(99, 30))
+    assert not due(config, at(100, 30))
+
+
+def test_drift_is_due_when_its_mean_over_the_window_crosses_the_bound() -> None:
+    config = config_of(refresh_drift=0.1, drift_window=3)
+    assert not due(config, at(40, 30, recent=[[0.2, 1.0]] * 2)), "the window is not full"
+    assert not due(config, at(40, 30, recent=[[0.05, 1.0], [0.3, 1.0], [-0.1, 1.0]]))
+    assert due(config, at(40, 30, recent=[[0.05, 1.0], [0.2, 1.0], [0.11, 1.0]])) == (
+        "drift: 0.12 nats a token, the bound is 0.1"
+    )
+
+
+def test_a_small_effective_share_is_due_and_a_large_one_is_not() -> None:
+    config = config_of(refresh_ess=0.9, drift_window=2)
+    assert not due(config, at(40, 30, recent=[[5.0, 0.95], [5.0, 0.9]]))
+    assert due(config, at(40, 30, recent=[[0.0, 0.85], [0.0, 0.9]])).startswith(
+        "ess: an effective share of 0.875"
+    )
+
+
+def test_age_counts_from_the_mean_age_of_the_pool() -> None:
+    config = config_of(refresh_age=8)
+    assert not due(config, at(35, 30, pool_age=2.5))
+    assert due(config, at(36, 30, pool_age=2.5)) == "age: 8.5 steps on average, the bound is 8"
+
+
+def test_refreshes_keep_their_distance_whatever_is_measured() -> None:
+    config = config_of(refresh_drift=0.1, drift_window=1, refresh_every=3, refresh_min_steps=5)
+    assert [s for s in range(30, 40) if due(config, at(s, 30, recent=[[1.0, 1.0]]))] == list(range(35, 40))
+
+
+def test_off_means_never() -> None:
+    config = config_of(refresh_mode="off", refresh_every=10, refresh_drift=0.1, drift_window=1)
+    assert not due(config, at(90, 30, recent=[[1.0, 0.0]]))
+
+
+def test_while_newer_rows_are_on_their_way_only_the_calendar_asks_for_more() -> None:
+    config = config_of(refresh_mode="external", refresh_drift=0.1, drift_window=1, refresh_every=10)
+    waiting = at(45, 30, recent=[[1.0, 1.0]])
+    waiting = replace(waiting, refreshes=waiting.refreshes | {2: Refresh(40, "g" * 16, "drift")})
+    assert not due(config, waiting)
+    assert due(config, replace(waiting, step=50)).startswith("every")
+
+
+def test_with_rows_from_elsewhere_those_that_are_too_old_are_due() -> None:
+    config = config_of(refresh_mode="external", max_staleness=6)
+    assert not due(config, at(36, 30))
+    assert due(config, at(37, 30)) == "staleness: rows of step 30 at step 37"
+
+
+# Drift
+
+
+def test_drift_and_effective_share_are_the_loops_over_the_tokens() -> None:
+    random = np.random.default_rng(0)
+    lengths = [3, 1, 5]
+    student, behaviour = (-random.exponential(1, 9) for _ in range(2))
+    sums = row_sums(torch.from_numpy(student), torch.from_numpy(behaviour), lengths).numpy()
+    found = drift_of(["a", "b", "c"], sums, lengths, [True, False, True])
+
+    def share(weights: list[float]) -> float:
+        return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+
+    ratios = [math.exp(s - b) for s, b in zip(student, behaviour, strict=True)]
+    rows = [ratios[:3], ratios[3:4], ratios[4:]]
+    assert found.drift == pytest.approx(-sum(map(math.log, ratios)) / 9)
+    assert found.ess == pytest.approx(share(ratios))
+    assert found.ess_rows == pytest.approx(share([math.prod(row) for row in rows]))
+    assert found.rows == pytest.approx(
+        {k: -math.log(math.prod(r)) / len(r) for k, r in zip("abc", rows, strict=True)}
+    )
+    own = rows[0] + rows[2]
+    assert found.own == pytest.approx((-sum(map(math.log, own)) / 8, share(own)))
+    assert drift_of(["a"], sums[:1], lengths[:1], [False]).own is None
+
+
+def test_without_drift_every_sample_counts() -> None:
+    logprobs = torch.full((4,), -2.0)
+    found = drift_of(["a", "b"], row_sums(logprobs, logprobs, [2, 2]).numpy(), [2, 2], [True, True])
+    assert (found.drift, found.ess, found.ess_rows) == (0, 1, 1)
+
+
+def test_a_token_that_the_student_rules_out_leaves_a_share_and_no_error() -> None:
+    sums = row_sums(torch.tensor([-1e30, -1.0]), torch.tensor([-1.0, -1.0]), [1, 1]).numpy()
+    found = drift_of(["a", "b"], sums, [1, 1], [True, True])
+    assert found.ess == found.ess_rows == pytest.approx(0.5)
+
+
+def test_a_steps_drift_is_that_of_the_plain_logprobs(tmp_path: Path) -> None:
+    """At step 1 the student is the one that wrote the rows; later it is not."""
+    run = train(tmp_path, lora_dropout=0.0, refresh_every=0)
+    steps = records_of(run.folder, "step")
+    assert abs(steps[0]["drift"]) < 1e-5
+    assert steps[0]["ess"] == pytest.approx(1, abs=1e-5)
+    assert steps[-1]["drift"] > 1e-4
+    assert steps[-1]["ess_rows"] < steps[-1]["ess"] < 1
+
+
+DRIFT: dict[str, Any] = {"refresh_every": 0, "refresh_drift": 1e-3, "drift_window": 2, "refresh_min_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("drifted"), **DRIFT)
+
+
+def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
+    refreshes, steps = records_of(drifted.folder, "refresh"), records_of(drifted.folder, "step")
+    assert refreshes
+    for record in refreshes:
+        assert record["reason"].startswith("drift: ")
+        window = [s["drift"] for s in steps if record["step"] - 1 <= s["step"] <= record["step"]]
+        assert sum(window) / 2 >= 1e-3
+    assert len({s["refresh_index"] for s in steps}) == len(refreshes) + 1
+
+
+@pytest.mark.parametrize(
+    ("values", "reason", "at_steps"),
+    [
+        ({"refresh_every": 3}, "every: 3 steps", [3]),
+        ({"refresh_age": 1.5, "refresh_min_steps": 2}, "age: 2 steps", [2, 4]),
+        (
+            {"refresh_ess": 1.0, "drift_window": 2, "refresh_min_steps": 4},
+            "ess: an effective share of 0.9",
+            [4],
+        ),
+    ],
+    ids=str,
+)
+def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
+    tmp_path: Path, values: dict[str, Any], reason: str, at_steps: list[int]
+) -> None:
+    run = train(tmp_path, **({"refresh_every": 0} | values))
+    refreshes = records_of(run.folder, "refresh")
+    assert [record["step"] for record in refreshes] == at_steps
+    assert all(record["reason"].startswith(reason) for record in refreshes)
+
+
+@pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
+def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
+    crash(tmp_path, place, **DRIFT)
+    run = train(tmp_path, **DRIFT)
+    assert_same_run(run, drifted)
+    found, expected = (
+        [(r["step"], r["reason"]) for r in records_of(which.folder, "refresh")] for which in (run, drifted)
+    )
+    assert found == expected
+
+
+def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> None:
+    arguments = small(tmp_path, **(TINY | DRIFT | {"grad_accum": 2}))
+    forked.call(save_weights, tmp_path, arguments, processes=2).expect_success()
+    assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
+    assert records_of(tmp_path / "demo", "refresh")[0]["reason"].startswith("drift: ")
+
+
+# A gate that knows how far each row has drifted
+
+
+def test_the_gate_of_a_drifted_row_leans_to_forward_kl(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches(), drift_to_forward=2.0, tau=0.5, alpha=10.0)
+    student = student_of(run)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    drifted = pool.row_ids[::2]
+    pool.drifts.update(dict.fromkeys(drifted, 0.3) | {pool.row_ids[1]: -1.0})
+    seen: list[torch.Tensor] = []
+    training = fit.prepare(run, student)
+    forward = training.module.forward
+
+    def noted(batch: Any) -> Any:
+        seen.append(batch.tau)
+        return forward(batch)
+
+    training.module.forward = noted
+    step = next(feed.global_batches(run, student, snapshot, pool, [0], training.caps))
+    found = fit.train_step(run, training, pool, step)
+    order = [key for one in step.forwards for key in one.row_ids]
+    expected = [0.5 - 2.0 * 0.3 * (key in drifted) for key in order for _ in range(pool.lengths[key][1])]
+    assert torch.cat(seen).tolist() == pytest.approx(expected, abs=1e-6)
+    assert records_of(run.folder, "step")[0]["gate"] < 0.75
+    assert set(found.rows) == set(pool.row_ids)
+
+
+def test_a_run_whose_gate_follows_drift_resumes_bit_by_bit(tmp_path: Path) -> None:
+    values = {"drift_to_forward": 50.0, "batch_size": 8}
+    expected = train(tmp_path / "whole", **values)
+    plain = train(tmp_path / "plain")
+    assert records_of(expected.folder, "step")[-1]["gate"] < records_of(plain.folder, "step")[-1]["gate"]
+    for place in ("step 3", "step 5"):
+        crash(tmp_path / place, place, **values)
+        assert_same_run(train(tmp_path / place, **values), expected)
+
+
+# What stays of the pool
+
+
+def test_the_newest_rows_stay_and_of_those_the_least_drifted() -> None:
+    ages = {"a": 0, "b": 0, "c": 0, "d": 4, "e": 9, "f": -1}
+    pool = Pool(sorted(ages), 2, ages, dict.fromkeys(ages, (1, 1)), 10, drifts={"a": 0.3, "b": 0.1, "c": 0.2})
+    assert replayed(pool, 13, 100, 4) == ["b", "c", "a", "d"]
+    assert replayed(pool, 13, 7, 9) == ["b", "c", "a", "d"], "e would be 12 steps old, f is not this run's"
+
+
+def test_refreshes_write_whole_groups_one_after_the_other() -> None:
+    config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.5, max_age=9)
+    assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 60), range(60, 80)]
+    assert [rollouts_of(config_of(rollouts_per_refresh=40), i) for i in range(2)] == [
+        range(40),
+        range(40, 80),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"max_steps": 3, "refresh_every": 32}, [24]),
+        ({"max_steps": 3, "refresh_every": 32, "group_size": 5, "rollouts_per_refresh": 100}, [25]),
+        ({"max_steps": 7, "refresh_every": 3}, [24, 24, 8]),
+        ({"max_steps": 7, "refresh_every": 2, "refresh_min_steps": 3}, [24, 24, 8]),
+        ({"max_steps": 7, "refresh_mode": "off"}, [56]),
+        ({"max_steps": 7, "refresh_every": 0, "refresh_drift": 0.1}, [56, 48, 40]),
+        ({"max_steps": 7, "refresh_every": 3, "refresh_drift": 0.1}, [24, 24, 24, 24, 24, 16, 8]),
+        ({"max_steps": 9, "refresh_mode": "external", "refresh_every": 2, "max_staleness": 3}, [32, 32]),
+        ({"max_steps": 7, "refresh_every": 3, "replay_share": 0.5, "max_age": 9}, [24, 12, 4]),
+    ],
+    ids=str,
+)
+def test_no_more_is_written_than_the_steps_until_the_next_rows_can_read(
+    values: dict[str, Any], sizes: list[int]
+) -> None:
+    config = config_of(**({"batch_size": 8, "rollouts_per_refresh": 1000} | values))
+    places = [rollouts_of(config, index) for index in range(len(sizes))]
+    assert [len(place) for place in places] == sizes
+    assert all(place.start == before.stop for before, place in pairwise(places))
+
+
+def test_fewer_rollouts_than_the_steps_read_stay_as_they_are() -> None:
+    demo = config_of(max_steps=96, batch_size=64, refresh_every=16, rollouts_per_refresh=512)
+    assert [rollouts_of(demo, index) for index in range(6)] == [
+        range(512 * i, 512 * (i + 1)) for i in range(6)
+    ]
+    default = parse_arguments([], "")
+    assert {len(rollouts_of(default, index)) for index in range(8)} == {8192}
+
+
+def test_a_share_of_the_rows_is_replaced_and_a_crash_does_not_change_which(tmp_path: Path) -> None:
+    expected = train(tmp_path / "whole", **REPLAY)
+    index = cache.open(expected.config.cache_root).index.to_pylist()
+    counts = [sum(row["refresh_index"] == i for row in index) for i in range(3)]
+    assert counts == [16, 8, 8]
+    newest = max((expected.folder / "checkpoints").iterdir())
+    position = schedule.checkpoint.read_position(newest)
+    assert position.kept is not None
+    pool, _ = schedule.open_pool(expected, position)
+    assert len(pool.row_ids) == 16
+    assert sorted(set(pool.ages.values())) == [0, 2], "rows of step 0 would be 4 steps old"
+    for place in ("step 3", "step 5", "between units"):
+        folder = tmp_path / place
+        crash(folder, place, **REPLAY)
+        assert_same_run(train(folder, **REPLAY), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"replay_share": 0.5, "max_age": 0}, "raise max_age to at least 2"),
+        ({"replay_share": 0.99, "max_age": 9}, "leaves less than one group"),
+        (
+            {"refresh_drift": 0.1, "sample_top_p": 0.9},
+            "refresh_drift compares the student with the distribution",
+        ),
+        (
+            {"refresh_ess": 0.5, "sample_temperature": 0.7},
+            "set sample_temperature to the loss's temperature (1.0)",
+        ),
+        ({"drift_to_forward": 1.0, "gating": "fixed"}, "gating: fixed has none"),
+        (
+            {"refresh_mode": "external", "refresh_min_steps": 8, "max_staleness": 6},
+            "refresh_min_steps 8 asks for no new rows before those in use are more than max_staleness 6 steps old; lower it"
+            " to at most 7",
+        ),
+        ({"refresh_mode": "sometimes"}, "refresh_mode"),
+        ({"refresh_ess": 1.5}, "refresh_ess"),
+        ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_a_sentence(
+    tmp_path: Path, values: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_config(tmp_path, **values)
+    assert part in str(caught.value)
+
+
+# Several caches at once
+
+
+def mixed(num_own: int, *others: tuple[int, float]) -> Pool:
+    def rows(count: int) -> list[str]:
+        return [f"{i:032x}" for i in range(count)]
+
+    def pool(count: int) -> Pool:
+        return Pool(rows(count), 0, dict.fromkeys(rows(count), -1), dict.fromkeys(rows(count), (1, 1)))
+
+    found = pool(num_own)
+    for count, weight in others:
+        found = found.with_extra(pool(count), None, weight)
+    return found
+
+
+def test_batches_hold_each_caches_share_to_a_row_or_two() -> None:
+    pool = mixed(50, (20, 0.5), (7, 0.1))
+    drawn: list[str] = []
+    for index in range(40):
+        drawn += batch_rows(pool, 3, index, 16)
+        counts = [len(group) for group in by_cache(drawn)]
+        assert all(abs(n - len(drawn) * w / 1.6) <= 2 for n, w in zip(counts, (1, 0.5, 0.1), strict=False)), (
+            counts
+        )
+    second = [key for key in drawn if key.startswith("0:")]
+    assert sorted(second[:20]) == sorted(second[20:40]) == sorted(pool.extras[0].keys)
+
+
+def test_rows_of_one_id_in_two_caches_are_apart() -> None:
+    pool = mixed(3, (3, 1.0))
+    assert set(batch_rows(pool, 0, 0, 12)) == {*pool.row_ids, *(f"0:{row_id}" for row_id in pool.row_ids)}
+    groups = by_cache(["0:a", "b", "1:a", "0:c", "a"])
+    assert groups == [["b", "a"], ["0:a", "0:c"], ["1:a"]]
+    assert isinstance(pool.extras[0], Extra)
+
+
+def test_a_cache_of_weight_0_changes_nothing(tmp_path: Path, caches: Callable[..., str]) -> None:
+    values = {"batch_size": 16, "refresh_mode": "off"}
+    alone = train_from(tmp_path / "alone", caches(), **values)
+    extra = {"extra_caches": f"{{{caches(signal='hidden')}: 0}}"}
+    beside = train_from(tmp_path / "beside", caches(), **values, **extra)
+    assert_same_weights(weights_in(beside.folder / "student"), weights_in(alone.folder / "student"))
+
+
+def test_caches_of_different_teachers_train_together(tmp_path: Path, caches: Callable[..., str]) -> None:
+    """The other teacher is the student itself: its rows, seen alone, would leave the student where it is."""
+    other = caches(signal="hidden", teacher_model="examples/arithmetic/student")
+    values = {"batch_size": 16, "refresh_mode": "off", "max_steps": 8, "extra_caches": f"{{{other}: 1}}"}
+    run = train_from(tmp_path, caches(), **values)
+    steps = records_of(run.folder, "step")
+    alone = records_of(
+        train_from(tmp_path / "alone", caches(), **(values | {"extra_caches": "{}"})).folder, "step"
+    )
+    assert steps[0]["rkl"] == pytest.approx(0.5 * alone[0]["rkl"], rel=0.5)
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+
+
+def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    values = {"extra_caches": f"{{{caches(signal='hidden')}: 0.5}}"}
+    expected = train(tmp_path / "whole", **values)
+    assert len(records_of(expected.folder, "refresh")) == 1
+    for place in ("step 1", "step 5"):
+        crash(tmp_path / place, place, **values)
+        assert_same_run(train(tmp_path / place, **values), expected)
+
+
+def test_two_processes_train_a_mixture_as_one_does(
+    tmp_path: Path, forked: Forker, caches: Callable[..., str]
+) -> None:
+    values = {"max_steps": 2, "refresh_every": 0, "extra_caches": f"{{{caches(signal='hidden')}: 0.3}}"}
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        forked.call(
+            save_weights, folder, small(folder, **(TINY | values)), processes=processes
+        ).expect_success()
+        found[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    assert_same_weights(*found[2])
+    difference = sum(float((found[1][0][n] - t).double().square().sum()) for n, t in found[2][0].items())
+    assert math.sqrt(difference / sum(float(t.double().square().sum()) for t in found[1][0].values())) < 1e-4
+
+
+def test_caches_that_cannot_be_mixed_are_a_sentence(
+    tmp_path: Path, forked: Forker, caches: Callable[..., str]
+) -> None:
+    root = caches()
+    fingerprint = cache.open(root).fingerprint
+    other = tmp_path / "other"
+    changed = cache.Fingerprint(fingerprint.must_match | {"vocab_size": 17}, {})
+    cache.Writer(other, changed).__exit__(None, None, None)
+    values = TINY | {"cache_dir": root, "refresh_mode": "off"}
+    refused(forked, "train", tmp_path, "vocab_size of", "is 17", **values, extra_caches=f"{{{other}: 1}}")
+    refused(
+        forked, "train", tmp_path, "no teacher cache at", **values, extra_caches=f"{{{tmp_path / 'none'}: 1}}"
+    )
+    empty = tmp_path / "empty"
+    cache.Writer(empty, fingerprint).__exit__(None, None, None)
+    refused(
+        forked, "train", tmp_path, str(empty), "holds no rollouts", **values, extra_caches=f"{{{empty}: 1}}"
+    )
+
+
+def test_a_refresh_is_told_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, str]] = []
+    inner = refresh.refresh
+
+    def noted(*arguments: Any) -> None:
+        told.append((arguments[-3], arguments[-1]))
+        inner(*arguments)
+
+    monkeypatch.setattr(refresh, "refresh", noted)
+    run = train(tmp_path)
+    assert told == [(1, records_of(run.folder, "refresh")[0]["reason"])]

@@ -1,0 +1,135 @@
+"""Checkpoints: what they refuse, what a full disk or damage does to them, which student counts as the best."""
+
+import errno
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from stages import train as stage_two
+from stages.loops import fit, setup
+from stages.runtime import checkpoint
+from stages.runtime.errors import UserError
+from tests.support.helpers import make_run, records_of
+from tests.support.tiny_runs import TINY, step_run, student_of, train_from
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str
+)
+def test_a_checkpoint_of_another_student_is_refused(
+    tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]
+) -> None:
+    train_from(tmp_path, caches(), max_steps=1, refresh_every=0)
+    with pytest.raises(UserError, match=r"checkpoint .*step-000001.*Use another run_name, or the old keys"):
+        train_from(tmp_path, caches(), max_steps=2, refresh_every=0, **change)
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
+    save = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        save({name: tensor[:1] for name, tensor in tensors.items()}, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"step-000003 could not be written .*No space left.* earlier ones are kept"
+    ):
+        train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-000002"]
+    monkeypatch.undo()
+    train_from(tmp_path, caches(), max_steps=3, refresh_every=0)
+
+
+@pytest.mark.parametrize("largest_file", [300_000, 2_000_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_really_full_at_a_checkpoint_is_a_sentence(
+    tmp_path: Path, caches: Callable[..., str], largest_file: int
+) -> None:
+    """The libraries that write have error classes of their own: a limit on file sizes makes them fail in earnest."""
+    run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
+    sizes = {path.name: path.stat().st_size for path in (run.folder / "checkpoints/step-000002").iterdir()}
+    assert sizes["student.safetensors"] > 300_000
+    assert sizes["student.safetensors"] < 2_000_000 < sizes["optimizer.pt"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    training = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "max_steps": 3, "refresh_every": 0}))
+    student = student_of(training)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"step-000003 could not be written .* earlier ones are kept"):
+            stage_two.train(training, student, setup.cached_vocabulary(training.config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-000002"]
+
+
+# The best student
+
+
+def test_only_figures_of_one_text_are_compared_for_the_best(
+    tmp_path: Path, caches: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second text's first figure is kept though a higher one; from then on only its own figures count."""
+
+    def says(text: str, reverse_kl: float) -> fit.Evaluate:
+        return lambda _: {"measured_on": text, "reverse_kl": reverse_kl}
+
+    run = step_run(tmp_path, caches())
+    training = fit.prepare(run, student_of(run))
+    figures = [("a", 0.5), ("a", 0.6), ("b", 0.7), ("b", 0.8), ("b", 0.6)]
+    for training.step, (text, reverse_kl) in enumerate(figures, 1):
+        fit.evaluate_now(run, training, says(text, reverse_kl))
+    assert [record["is_best"] for record in records_of(run.folder, "eval")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert checkpoint.best(run.folder / "checkpoints") == checkpoint.Best(5, 0.6, "b")
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert "of step 1, was measured on: its reverse KL of 0.5000 cannot be compared" in said
+    assert said.endswith("the search for the best begins anew at step 3")
+
+
+def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    run = step_run(tmp_path, caches())
+    training, folder = fit.prepare(run, student_of(run)), run.folder / "checkpoints"
+    checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(3, 0.1, "a text"))
+    with safe_open(folder / checkpoint.BEST, "pt") as file:
+        old = {key: value for key, value in file.metadata().items() if key != "measured_on"}
+    save_file(load_file(folder / checkpoint.BEST), folder / checkpoint.BEST, metadata=old)
+    assert checkpoint.best(folder) == checkpoint.Best(3, 0.1, "")
+    fit.evaluate_now(run, training, lambda _: {"reverse_kl": 0.2, "measured_on": "a text"})
+    assert checkpoint.best(folder) == checkpoint.Best(0, 0.2, "a text")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [({}, True), ({"lr": 1e-5, "seed": 0}, True), ({"eval_prompts": 6}, False), ({"dtype": "bf16"}, False)],
+    ids=str,
+)
+def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    is_same: bool,
+) -> None:
+    values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "refresh_every": 0}
+    train_from(tmp_path, caches(), max_steps=1, **values)
+    capsys.readouterr()
+    run = train_from(tmp_path, caches(), max_steps=2, **(values | change))
+    first, second = (record["measured_on"] for record in records_of(run.folder, "eval"))
+    assert (first == second) == is_same
+    assert ("begins anew at step 2" in capsys.readouterr().out) != is_same

@@ -1,0 +1,182 @@
+"""Which configuration trained which steps, what a finished run refuses, and going back to an earlier checkpoint."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stages.loops import setup
+from stages.runtime import checkpoint, history
+from stages.runtime.errors import UserError
+from stages.runtime.metrics import read
+from tests.support.helpers import make_config, make_run, records_of
+from tests.support.tiny_runs import TINY, train
+
+SHORT: dict[str, Any] = {"max_steps": 3, "refresh_every": 0, "checkpoint_every": 1, "keep_checkpoints": 9}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in records_of(folder, "step")]
+
+
+def test_every_free_key_is_a_key() -> None:
+    from stages.runtime.config import SECTION_OF
+
+    assert SECTION_OF.keys() >= history.FREE
+
+
+def test_a_finished_run_refuses_other_keys_and_is_left_alone_by_the_same_ones(tmp_path: Path) -> None:
+    run = train(tmp_path, **SHORT)
+    kept = files_of(run.folder)
+    train(tmp_path, **SHORT)
+    assert files_of(run.folder) == kept
+    other = make_run(
+        tmp_path, **(TINY | {"lora_dropout": 0.1} | SHORT | {"tau": 0.5, "seed": 7, "keep_checkpoints": 2})
+    )
+    with pytest.raises(
+        UserError,
+        match=r"finished: .*step 3 with seed 0, tau 0\.1, this command asks for seed 7, tau 0\.5\..*--run_name",
+    ):
+        setup.check_history(other)
+    assert files_of(run.folder) == kept
+
+
+def test_changed_keys_are_told_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, **SHORT)
+    setup.check_history(
+        make_run(tmp_path, **(TINY | {"lora_dropout": 0.1} | SHORT | {"max_steps": 5, "tau": 0.75}))
+    )
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("going on with changed keys: ")
+    assert "tau: 0.75" in told
+
+
+def test_a_longer_run_goes_on_and_says_what_trained_which_steps(tmp_path: Path) -> None:
+    train(tmp_path, **SHORT)
+    run = train(tmp_path, **(SHORT | {"max_steps": 5, "lr": 1e-4}))
+    spans = history.spans(read(run.metrics.path))
+    assert [span["steps"] for span in spans] == [[1, 3], [4, 5]]
+    assert spans[1]["changed"] == {"max_steps": [3, 5], "lr": [2e-3, 1e-4]}
+    card = (run.folder / "student" / "README.md").read_text()
+    assert "| 4 to 5 | max_steps 5 (was 3), lr 0.0001 (was 0.002) |" in card
+    assert "weights of step 5" in card
+
+
+def test_a_run_that_goes_on_takes_the_learning_rate_that_it_is_given(tmp_path: Path) -> None:
+    train(tmp_path, **SHORT)
+    run = train(tmp_path, **(SHORT | {"max_steps": 4, "lr": 1e-4}))
+    assert records_of(run.folder, "step")[-1]["lr"] <= 1e-4
+
+
+def test_going_back_discards_later_steps_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    train(tmp_path, **(SHORT | {"max_steps": 4}))
+    before = losses(tmp_path / "demo")
+    back = SHORT | {"max_steps": 4, "lr": 1e-4, "resume_from": 2}
+    run = train(tmp_path, **back)
+    found = losses(run.folder)
+    assert found[:3] == before[:3]
+    assert found[3] != before[3]
+    assert [record["from_step"] for record in records_of(run.folder, "config")] == [1, 3]
+    kept = files_of(run.folder)
+    train(tmp_path, **back)  # done already: not again
+    assert files_of(run.folder) == kept
+
+
+def test_going_back_to_a_step_without_a_checkpoint_names_those_that_are_there(tmp_path: Path) -> None:
+    train(tmp_path, **SHORT)
+    with pytest.raises(UserError, match=r"resume_from 7: .*there are 1, 2, 3\."):
+        train(tmp_path, **(SHORT | {"resume_from": 7}))
+
+
+def test_exploded_weights_are_not_kept_and_a_usual_rate_goes_on_from_those_before(tmp_path: Path) -> None:
+    train(tmp_path, **(SHORT | {"max_steps": 2}))
+    with pytest.raises(
+        UserError,
+        match=r"step 3 left a student that has exploded \(rank 0: .*of steps 1, 2 are kept.*Lower lr",
+    ):
+        train(tmp_path, **(SHORT | {"max_steps": 4, "lr": 1e30}))
+    assert checkpoint.latest(tmp_path / "demo/checkpoints") == tmp_path / "demo/checkpoints/step-000002"
+    run = train(tmp_path, **(SHORT | {"max_steps": 4}))
+    assert [record["step"] for record in records_of(run.folder, "step")] == [1, 2, 3, 4]
+    assert max(losses(run.folder)) < 10
+
+
+def configured(step: int, **values: Any) -> dict[str, Any]:
+    return {"kind": "config", "from_step": step, "config": {"optimizer": {"lr": 1.0} | values}}
+
+
+def test_a_configuration_that_no_step_was_taken_with_is_left_out() -> None:
+    records = [
+        configured(1, lr=0.1),
+        configured(1, lr=0.5),
+        *({"kind": "step", "step": n} for n in (1, 2)),
+        configured(3, lr=0.2),
+        configured(3, lr=0.3),
+        {"kind": "step", "step": 3},
+        configured(4, lr=9.0),
+    ]
+    spans = history.spans(records)
+    assert [(span["steps"], span["changed"]) for span in spans] == [
+        ([1, 2], {}),
+        ([3, 3], {"lr": [0.5, 0.3]}),
+    ]
+    card = history.model_card(records, make_config(Path("runs")), 3)
+    assert "| 1 to 2 | lr 0.5 |\n| 3 to 3 | lr 0.3 (was 0.5) |\n" in card
+
+
+def test_paths_are_text_in_the_model_card() -> None:
+    path = "e\U0001f600\n# Title | <img src=x> [a](b) `c` \udcff"
+    records = [configured(1, dataset=path), {"kind": "step", "step": 1}]
+    card = history.model_card(records, make_config(Path("runs"), student_model=path, teacher_model=path), 1)
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"].startswith(path[:-1])
+    assert body.count("\n#") == 1  # the title
+    assert re.findall(r"(?<!\\)[<>`\[\]]", body) == []
+    (row,) = [line for line in body.splitlines() if line.startswith("| 1 to 1")]
+    assert re.findall(r"(?<!\\)\|", row) == ["|"] * 3
+    assert body.replace("\n", "").isprintable()
+
+
+def complete_checkpoint(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+def test_checkpoints_are_ordered_as_numbers_and_incomplete_ones_count_for_nothing(tmp_path: Path) -> None:
+    paths = [complete_checkpoint(tmp_path / f"step-{step:06d}") for step in (2, 999_999, 1_000_000)]
+    (tmp_path / "step-2000000").mkdir()
+    complete_checkpoint(tmp_path / "step-000003.bak")
+    assert checkpoint.complete(tmp_path) == paths
+    assert checkpoint.latest(tmp_path) == paths[-1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        OSError(24, "Too many open files"),
+        PermissionError(13, "Permission denied"),
+    ],
+)
+def test_a_machine_that_cannot_read_a_checkpoint_does_not_call_it_damaged(
+    tmp_path: Path, error: OSError
+) -> None:
+    with (
+        pytest.raises(UserError, match=r"could not be read .*see to this machine") as caught,
+        checkpoint._explained(tmp_path),
+    ):
+        raise error
+    assert "elete" not in str(caught.value)
+
+
+def test_out_of_memory_while_a_checkpoint_is_read_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError), checkpoint._explained(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory.")

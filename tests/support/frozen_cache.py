@@ -1,0 +1,78 @@
+"""The frozen caches in tests/data, and how they were made: a folder for each format and signal codec version.
+
+    python -m tests.support.frozen_cache FOLDER    # makes such caches in FOLDER/<kind>, and their expected.json
+
+The committed files are never made anew: they stand for caches that users have.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cache
+from tests.support.cache_samples import head, write
+
+FROZEN = Path(__file__).resolve().parents[1] / "data"
+CACHES = (
+    "cache_v1/topk",
+    "cache_v1/nucleus",
+    "cache_v1/hidden",
+    "cache_v1_codec2/topk",
+    "cache_v1_codec2/nucleus",
+)
+NUMBERS = range(1, 5)
+
+
+def make(root: Path, kind: str) -> None:
+    """Writes four rows of two to five tokens as one unit, and beside it what a reader must find."""
+    write(root, NUMBERS, kind)
+    snapshot = cache.open(root)
+    expected: dict[str, Any] = {"rows": [readable(record) for record in snapshot], "head": None}
+    if kind == "hidden":
+        own = head()
+        assert own.bias is not None
+        expected["head"] = {
+            "shape": list(own.weight.shape),
+            "dtype": own.dtype,
+            "scale": own.scale,
+            "softcap": own.softcap,
+            "first_row": own.weight[0].tolist(),
+            "bias": _json(own.bias[:5]),
+        }
+    rows = ",\n".join(json.dumps(row) for row in expected["rows"])
+    (root / "expected.json").write_text(f'{{"head": {json.dumps(expected["head"])}, "rows": [\n{rows}\n]}}\n')
+
+
+def readable(record: cache.Record) -> dict[str, object]:
+    """Every field as JSON; empty slots of a signal are left out, masses and logprobs in nats."""
+    fields = {name: _json(value) for name, value in vars(record).items() if name != "signal"}
+    signal = record.signal
+    if isinstance(signal, cache.TopK):
+        kept = signal.ids >= 0
+        return fields | {
+            "signal": {
+                "temperature": signal.temperature,
+                "ids": [ids[own].tolist() for ids, own in zip(signal.ids, kept, strict=True)],
+                "logprobs": [_json(row[own]) for row, own in zip(signal.logprobs, kept, strict=True)],
+                "log_tail_mass": _json(signal.log_tail_mass),
+            }
+        }
+    assert isinstance(signal, cache.Hidden)
+    return fields | {"signal": {"dtype": signal.dtype, "states": signal.states.tolist()}}
+
+
+def _json(value: object) -> object:
+    """Floats to nine digits, which say a float32 exactly; -inf as null."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind == "i":
+        return value.tolist()
+    return [None if np.isneginf(number) else float(f"{number:.9g}") for number in value.tolist()]
+
+
+if __name__ == "__main__":
+    for kind in ("topk", "nucleus", "hidden"):
+        make(Path(sys.argv[1]) / kind, kind)

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pass_interpreted(name: str) -> None:
-    """Runs tests/`name` in a process of its own, since Triton asks for its interpreter when it is imported."""
+    """Runs tests/support/`name` in a process of its own, since Triton asks for its interpreter when it is imported."""
     if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
         pytest.skip(
             "Triton's interpreter before 3.7 makes numbers of arrays in a way that NumPy refuses from 2.4 on"
         )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", f"tests/{name}", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", f"tests/support/{name}", "-p", "no:cacheprovider", "-W", "ignore"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

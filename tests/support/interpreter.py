@@ -19,6 +19,15 @@ def pass_interpreted(name: str) -> None:
             "Triton's interpreter before 3.7 makes numbers of arrays in a way that NumPy refuses from 2.4 on"
         )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", f"tests/support/{name}", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"tests/support/{name}",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

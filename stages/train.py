@@ -24,6 +24,7 @@ from typing import Any
 
 import cache
 from stages.data.prompts import Prompt
+from stages.engine.opening import open_engine
 from stages.loops import fit, measure, preflight, refresh, schedule, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
@@ -66,14 +67,16 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     training = fit.prepare(run, student)
     if prompts is None:
         prompts = refresh.prompts_of(run, vocabulary) if inline else []
-    external = (
-        run.config.refresh.refresh_mode == "external"
-    )  # its follower compares what generates with what trains
-    if not external and checkpoint.latest(run.folder / "checkpoints") is None:
-        refresh.check_generator(run, student, 0)
+    engine = open_engine(student.model)
+    if (
+        run.config.refresh.refresh_mode != "external"  # else the follower checks its generator
+        and checkpoint.latest(run.folder / "checkpoints") is None
+    ):
+        refresh.check_generator(run, student, engine, 0)
 
     def refresh_now(now: fit.Training, index: int, reason: str) -> None:
-        refresh.refresh(run, now.student, vocabulary, prompts, index, now.step, reason)
+        policy = setup.student_policy(run, now.student, engine, now.step)
+        refresh.refresh(run, now.student, policy, vocabulary, prompts, index, reason)
         run.log_totals("train")
 
     evaluate = heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 from stages.data.prompts import Prompt
-from stages.loops import preflight, refresh, versions
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Engine
+from stages.loops import preflight, refresh, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
 from stages.models.student import Student, load_student, policy_hash
@@ -47,13 +49,14 @@ def follow(run: Run) -> None:
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+    engine = open_engine(student.model)
     start = Version(0, 0, policy_hash(student), len(rollouts_of(run.config, 0)))
     written: Version | None = None
     with TeacherLoader(run.config, run.world) as teacher:
         while True:
             version, finished = run.world.gather((_wanted(run, start), versions.is_finished(run.folder)))[0]
             if version is not None and version != written:
-                _write(run, student, vocabulary, prompts, version, teacher)
+                _write(run, student, engine, vocabulary, prompts, version, teacher)
                 written = version
             elif finished:
                 break
@@ -71,6 +74,7 @@ def _wanted(run: Run, start: Version) -> Version | None:
 def _write(
     run: Run,
     student: Student,
+    engine: Engine,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     version: Version,
@@ -85,16 +89,11 @@ def _write(
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)
+    policy = setup.student_policy(run, student, engine, version.step)
     num_units = refresh.write_rollouts(
-        run,
-        student,
-        vocabulary,
-        prompts,
-        refresh_index=version.refresh_index,
-        step=version.step,
-        teacher=teacher,
+        run, policy, vocabulary, prompts, refresh_index=version.refresh_index, teacher=teacher
     )
-    probe = refresh.check_generator(run, student, version.refresh_index)
+    probe = refresh.check_generator(run, student, engine, version.refresh_index)
     run.metrics.log(
         "version",
         step=version.step,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,14 +18,16 @@ from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Sampling
 from stages.loops import setup
-from stages.loops.collect import Author, collect, plan, slots_for
+from stages.loops.collect import collect, plan, slots_for
 from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
 from stages.models import checkpoints, ends
-from stages.models.generation import Completion, Sampling, generate
-from stages.models.student import Student, policy_hash
+from stages.models.policy import Policy
+from stages.models.student import Student
 from stages.models.teacher import (
     Teacher,
     TeacherLoader,
@@ -92,28 +95,30 @@ def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 
 
 def measure(
-    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None
+    evaluation: Evaluation, student: Student, policy: Policy, label: str, teacher: TeacherLoader | None
 ) -> Result:
     """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
 
-    KLs are exact over the shared vocabulary, nats a token. `cut_share`: of the answers, or of the text measured on, what
-    max_new_tokens cut off. What needs a teacher or a checker that is not there is null.
+    `policy` is the student's. KLs are exact over the shared vocabulary, nats a token. `cut_share`: the share of the answers,
+    or of the text measured on, that max_new_tokens cut off. Figures that need a missing teacher or checker are null.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
-    subject = {"policy_hash": policy_hash(student), **evaluation.subject} | (
-        {"with_teacher": True} if teacher else {}
-    )
+    subject: Result = {"policy_hash": policy.policy_hash, **evaluation.subject}
+    if teacher:
+        subject["with_teacher"] = True
     found = _kept(run, path, subject)
     if found is not None:
         return found
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)
-        result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
-        result["on_student"] = (
-            _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
-        )
-    return _keep(run, path, result | {"of": subject}, step)
+        result |= _solve(evaluation, policy)
+        result["on_student"] = _nothing()
+        if teacher:
+            root = str(evaluation.folder / f"on_student_{label}")
+            row_ids = _write_text(evaluation, policy, root, teacher.get)
+            result["on_student"] = divergences(run, student, cache.open(root), row_ids)
+    return _keep(run, path, result | {"of": subject}, policy.step)
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
@@ -145,44 +150,38 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
     run = evaluation.run
     model = load_plain_model(run.config, run.world)
     check_writer(model)
-    rollout, models = run.config.rollout, run.config.models
-
-    def author(sampling: Sampling) -> Author:
-        source = checkpoints.identity(models.teacher_model, models.teacher_revision)
-        tokenizer = evaluation.vocabulary.tokenizer
-        return Author(
-            model,
-            tokenizer,
-            "teacher",
-            setup.short_hash(source),
-            0,
-            sampling,
-            evaluation.vocabulary.size,
-            ends.teacher_ends(run.config, tokenizer, evaluation.vocabulary.size),
-            lambda: torch.autocast(run.world.device.type, enabled=False),
-        )
-
-    result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
+    models, vocabulary = run.config.models, evaluation.vocabulary
+    policy = Policy(
+        model,
+        open_engine(model),
+        vocabulary.tokenizer,
+        "teacher",
+        setup.short_hash(checkpoints.identity(models.teacher_model, models.teacher_revision)),
+        0,
+        Sampling(run.config.rollout.max_new_tokens),
+        vocabulary.size,
+        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
+        lambda: torch.autocast(run.world.device.type, enabled=False),
+        is_teacher=True,
+    )
+    result = _solve(evaluation, policy)
     if not run.config.eval.eval_teacher_text:
         scorer = plain_teacher(model, run.world, run.config.train.packing)
-        written = _write_text(
-            evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, lambda: scorer
-        )
-        result["text_rows"] = written
+        result["text_rows"] = _write_text(evaluation, policy, evaluation.teacher_text, lambda: scorer)
         scorer.close()
     return result
 
 
 def _write_text(
-    evaluation: Evaluation, author: Author, root: str, get_teacher: Callable[[], Teacher]
+    evaluation: Evaluation, policy: Policy, root: str, get_teacher: Callable[[], Teacher]
 ) -> list[str]:
     """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts,
         seed=run.config.run.seed,
-        run_id=author.run_id,
-        policy_hash=author.policy_hash,
+        run_id=policy.run_id,
+        policy_hash=policy.policy_hash,
         refresh_index=0,
         num_rollouts=len(evaluation.prompts),
         group_size=1,
@@ -192,7 +191,7 @@ def _write_text(
     head = teacher_head(get_teacher().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
-        collect(run, units, author, get_teacher, writer, HIDDEN)
+        collect(run, units, policy, get_teacher, writer, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 
 
@@ -220,14 +219,6 @@ def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
     }
     parts = [run.config.run.dtype, snapshot.fingerprint.must_match, sorted(wanted), sorted(shards)]
     return setup.short_hash(json.dumps(parts, sort_keys=True))
-
-
-def _on_student(
-    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader
-) -> Result:
-    root = str(evaluation.folder / f"on_student_{label}")
-    row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher.get)
-    return divergences(evaluation.run, student, cache.open(root), row_ids)
 
 
 def _nothing() -> Result:
@@ -273,15 +264,18 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     }
 
 
-def _solve(evaluation: Evaluation, author: Author) -> Result:
-    """Greedy completions of the held-out prompts: shares that the checker accepts and that were cut, samples (collective)."""
+def _solve(evaluation: Evaluation, policy: Policy) -> Result:
+    """Greedy completions of the held-out prompts: samples, and the shares solved and cut off (collective)."""
     run, spec = evaluation.run, evaluation.run.config.eval.answer_checker
     checker = open_checker(spec)
     own = evaluation.prompts[run.world.rank :: run.world.size]
-    num_slots = slots_for(run, author, scores_too=False)
+    greedy = replace(policy, sampling=replace(policy.sampling, greedy=True))
+    num_slots = slots_for(run, policy, scores_too=False)
+    with closing(policy.engine):
+        completions = greedy.generate([prompt.ids for prompt in own], [0] * len(own), num_slots)
     found = []
-    for prompt, written in zip(own, _greedy(author, own, num_slots) if own else [], strict=True):
-        text = cast(str, author.tokenizer.decode(written.ids, skip_special_tokens=True))
+    for prompt, written in zip(own, completions, strict=True):
+        text = cast(str, policy.tokenizer.decode(written.ids, skip_special_tokens=True))
         verdict = solved(checker, spec, prompt, text) if checker else None
         found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
     everything = _interleave(run.world.gather(found))
@@ -290,20 +284,6 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
         "cut_share": float(np.mean([reason == "length" for reason, _ in everything])),
         "samples": [sample for _, sample in everything[:NUM_SAMPLES]],
     }
-
-
-def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Completion]:
-    with author.autocast():
-        return generate(
-            author.model,
-            [p.ids for p in prompts],
-            [0] * len(prompts),
-            author.sampling,
-            vocab_size=author.vocab_size,
-            eos_ids=author.eos_ids,
-            pad_id=author.tokenizer.pad_token_id,
-            micro_batch=num_slots,
-        )
 
 
 def _interleave(parts: list[list[T]]) -> list[T]:

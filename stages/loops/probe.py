@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from peft import PeftModel
 import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
-from stages.models.generation import Sampling, generate
+from stages.engine.protocol import Engine, forced_logprobs
 from stages.models.reference import in_fp32
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
@@ -78,7 +79,7 @@ class Row(NamedTuple):
     completion_ids: np.ndarray
 
 
-def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str, float]:
+def check_generator(run: Run, student: Student, engine: Engine, refresh_index: int) -> dict[str, float]:
     """Figures of the probe for the refresh record; `UserError` where what generates is not the student that is trained.
 
     An adapter that never reaches the generator looks like staleness, with a finite loss; here it is an error.
@@ -97,7 +98,7 @@ def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str,
     trainer = trainer_logprobs(student, rows)
     witness = Witness(student.base.get_decoder(), student.compute_dtype)
     with witness.watching():
-        generator = generator_logprobs(run, student, rows)
+        generator = generator_logprobs(student, engine, rows)
 
     lengths = [len(row.completion_ids) for row in rows]
     least = LEAST_SHARE[student.compute_dtype]
@@ -291,20 +292,14 @@ def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
         return np.concatenate([trainer_logprobs(in_full, part, packed=False) for part in parts])
 
 
-def generator_logprobs(run: Run, student: Student, rows: Sequence[Row]) -> np.ndarray:
-    """The same logprobs at temperature 1 by the rollout engine, forced along the completions."""
-    sampling = Sampling(run.config.rollout.max_new_tokens)
-    with student.autocast():
-        completions = generate(
-            student.model,
-            [r.prompt_ids for r in rows],
-            [0] * len(rows),
-            sampling,
+def generator_logprobs(student: Student, engine: Engine, rows: Sequence[Row]) -> np.ndarray:
+    """The engine's logprobs [N] of the same completions at temperature 1. Frees the engine's memory."""
+    with closing(engine), student.autocast():
+        found = forced_logprobs(
+            engine,
+            [row.prompt_ids for row in rows],
+            [row.completion_ids for row in rows],
             vocab_size=student.vocab_size,
-            eos_ids=student.eos_ids,
             pad_id=student.tokenizer.pad_token_id,
-            micro_batch=len(rows),
-            forced=[r.completion_ids for r in rows],
         )
-    lengths = [len(row.completion_ids) for row in rows]
-    return np.concatenate([c.logprobs[:n] for c, n in zip(completions, lengths, strict=True)])
+    return np.concatenate(found)

@@ -20,33 +20,31 @@ from stages.loops.refresh import planned_units, scored_writer, tokenizer_json
 from stages.loops.scoring import Scoring, score_rows, teacher_head
 from stages.loops.setup import Vocabulary
 from stages.loops.writing import UnitWriter
-from stages.models.student import Student
+from stages.models.policy import Policy
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
 
 POLL_SECONDS = 1.0
-Policy = tuple[int, str]  # refresh index and policy hash: what one plan is for
+PolicyKey = tuple[int, str]  # refresh index and policy hash, which together have one plan
 
 
 def generate_rollouts(
     run: Run,
-    student: Student,
+    policy: Policy,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     *,
     refresh_index: int,
-    step: int,
 ) -> int:
-    """Writes, unscored, what neither cache has of refresh `refresh_index`; returns the number of units (collective)."""
+    """Writes, unscored, the units of refresh `refresh_index` that neither cache has; returns their number (collective)."""
     config = run.config
-    author = setup.student_author(run, student, step)
-    units = planned_units(run, author, prompts, refresh_index)
+    units = planned_units(run, policy, prompts, refresh_index)
     scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
     print_ = setup.unscored_fingerprint(config, vocabulary)
     with cache.Writer(config.unscored_root, print_, tokenizer_json=tokenizer_json(vocabulary)) as writer:
-        return collect(run, units, author, None, writer, config.teacher_signal, elsewhere=scored)
+        return collect(run, units, policy, None, writer, config.teacher_signal, elsewhere=scored)
 
 
 def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
@@ -108,8 +106,8 @@ class Found:
     `planned` counts the same rows as planned: of the first refresh wanted if no policy has written yet.
     """
 
-    planned: dict[Policy, int]
-    there: dict[Policy, int]
+    planned: dict[PolicyKey, int]
+    there: dict[PolicyKey, int]
     num_unscored: int  # planned rows that the main cache lacks
     ready: list[cache.CommitRecord]
 
@@ -186,9 +184,9 @@ class Inbox:
             time.sleep(POLL_SECONDS)
         return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
 
-    def _rows(self, root: str) -> dict[Policy, dict[str, cache.CommitRecord]]:
+    def _rows(self, root: str) -> dict[PolicyKey, dict[str, cache.CommitRecord]]:
         """The run's row ids in the cache at `root`, by policy, and the commit record of each."""
-        found: dict[Policy, dict[str, cache.CommitRecord]] = defaultdict(dict)
+        found: dict[PolicyKey, dict[str, cache.CommitRecord]] = defaultdict(dict)
         snapshot = self._open(root)
         for record in snapshot.commit_records() if snapshot else []:
             own = {

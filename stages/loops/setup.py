@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 import cache
 from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
-from stages.loops.collect import Author
+from stages.engine.protocol import Engine, Sampling
 from stages.models import checkpoints
-from stages.models.generation import Sampling
+from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
 from stages.runtime import checkpoint, history, metrics
 from stages.runtime.config import Config, SignalSection
@@ -147,19 +147,19 @@ def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoi
         return student, newest_position(run)
 
 
-def student_author(run: Run, student: Student, step: int, greedy: bool = False) -> Author:
-    """The student as a writer of rollouts, under the configured sampling."""
+def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Policy:
+    """The student after `step` optimizer steps, which samples as the configuration says."""
     rollout = run.config.rollout
-    sampling = Sampling(
-        rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k, greedy
-    )
-    return Author(
+    return Policy(
         student.model,
+        engine,
         student.tokenizer,
         run.run_id,
         policy_hash(student),
         step,
-        sampling,
+        Sampling(
+            rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+        ),
         student.vocab_size,
         student.eos_ids,
         student.autocast,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from stages.models.generation import Generate
+from stages.engine.protocol import Engine
 from stages.models.teacher import Teacher
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -23,9 +23,9 @@ class Turns:
     DeepSpeed's buffers and may not move.
     """
 
-    def __init__(self, run: Run, student: nn.Module, generate: Generate | None = None) -> None:
+    def __init__(self, run: Run, student: nn.Module, engine: Engine | None = None) -> None:
         self._enabled, self._device = run.config.rollout.offload_idle, run.world.device
-        self._student, self._generate = student, generate
+        self._student, self._engine = student, engine
         if self._enabled and run.world.student_is_deepspeed:
             raise UserError(
                 "offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off."
@@ -34,8 +34,8 @@ class Turns:
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
         """The teacher on the device, loaded there if it is the first time."""
         if self._enabled:
-            if self._generate is not None:
-                self._generate.close()
+            if self._engine is not None:
+                self._engine.close()
             self._student.to(HOST)
             _give_back(self._device)
         teacher = get_teacher()

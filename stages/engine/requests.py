@@ -49,7 +49,7 @@ class RequestEngine:
         forced: list[np.ndarray] | None = None,
     ) -> list[Completion]:
         """See `Engine.generate`."""
-        texts = forced or [None] * len(prompts)
+        texts: list[np.ndarray | None] = [*forced] if forced else [None] * len(prompts)
         limits = [sampling.max_new_tokens if text is None else len(text) for text in texts]
         rows = zip(range(len(prompts)), prompts, seeds, limits, texts, strict=True)
         requests = [request for row in rows if (request := Request(*row)).limit]

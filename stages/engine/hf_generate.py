@@ -35,7 +35,7 @@ class HFGenerateEngine(RequestEngine):
     """Writes by `generate`. Without `use_cache`, each token recomputes its whole row."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
-        self.model, self._use_cache = model, use_cache
+        self.model, self.use_cache = model, use_cache
         self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class HFGenerateEngine(RequestEngine):
         draw = _Draw(Sampler(self.base, method, device), Progress.starting(batch, longest).to(device))
         ids = torch.from_numpy(np.stack([request.prompt for request in batch]).astype(np.int64)).to(device)
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=longest, use_cache=self._use_cache, pad_token_id=method.pad_id
+            do_sample=False, max_new_tokens=longest, use_cache=self.use_cache, pad_token_id=method.pad_id
         )
         handle = decoder_of(self.base).register_forward_hook(draw.keep_states)
         try:

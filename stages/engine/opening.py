@@ -1,48 +1,29 @@
-"""Which engine writes with a model. The self-check at loading records its choice; `open_engine` follows it."""
+"""Which engine writes with a model: the one chosen for it at loading, the built-in one otherwise."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.engine.built_in import BuiltInEngine
-from stages.engine.hf_generate import HFGenerateEngine
 from stages.engine.protocol import Engine
-from stages.runtime.errors import UserError
+
+Model = PreTrainedModel | PeftModel
 
 
-@dataclass(frozen=True)
-class HFGenerate:
-    """The model writes by transformers' `generate`. Without `use_cache`, each token recomputes its whole row.
-
-    `refused`: why neither engine writes correctly with the model; empty otherwise.
-    """
-
-    use_cache: bool
-    refused: str = ""
+def open_engine(model: Model) -> Engine:
+    """A new engine for the model. Errors: `UserError` where no engine writes correctly with it."""
+    opens: Callable[[Model], Engine] = getattr(_base(model), "_opens_engine", BuiltInEngine)
+    return opens(model)
 
 
-def open_engine(model: PreTrainedModel | PeftModel) -> Engine:
-    """The built-in engine, unless the self-check chose another. Errors: `UserError` where no engine serves the model."""
-    choice = engine_choice(model)
-    if choice is None:
-        return BuiltInEngine(model)
-    if choice.refused:
-        raise UserError(choice.refused)
-    return HFGenerateEngine(model, choice.use_cache)
+def choose_engine(model: Model, opens: Callable[[Model], Engine]) -> None:
+    """Makes `open_engine` return what `opens` does, for the model with or without adapters."""
+    _base(model)._opens_engine = opens
 
 
-def engine_choice(model: PreTrainedModel | PeftModel) -> HFGenerate | None:
-    """What `choose_engine` recorded; None for the built-in engine."""
-    return getattr(_base(model), "_engine_choice", None)
-
-
-def choose_engine(model: PreTrainedModel | PeftModel, choice: HFGenerate) -> None:
-    _base(model)._engine_choice = choice
-
-
-def _base(model: PreTrainedModel | PeftModel) -> Any:
+def _base(model: Model) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model

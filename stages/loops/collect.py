@@ -93,8 +93,8 @@ def collect(
     and writes rows while the next ones are made. Without a teacher they are committed unscored. `elsewhere`: ids of rows
     to leave out although this cache lacks them. Frees the engine's memory at the end.
     """
+    rank, size = run.world.rank, run.world.size
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
-    mine = todo[run.world.rank :: run.world.size]
     scoring = Scoring(signal, policy.vocab_size, policy.tokenizer.pad_token_id)
     num_slots = slots_for(run, policy, scores_too=get_teacher is not None)
     with (
@@ -103,8 +103,8 @@ def collect(
         Progress(run, sum(len(u.rows) for u in todo)) as progress,
     ):
         turns, teacher = Turns(run, policy.model, policy.engine), None
-        for turn in range(-(-len(todo) // run.world.size)):
-            unit = mine[turn] if turn < len(mine) else None
+        for start in range(0, len(todo), size):
+            unit = todo[start + rank] if start + rank < len(todo) else None
             with progress.phase("generate"):
                 turns.to_student(teacher)
                 rows = write_unit(unit, policy, num_slots) if unit else []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Never, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.data.alignment import Aligned, align
 from stages.engine.decoder import plain_steps_logprobs
 from stages.engine.hf_generate import HFGenerateEngine
-from stages.engine.opening import HFGenerate, choose_engine
+from stages.engine.opening import choose_engine
 from stages.engine.protocol import forced_logprobs
 from stages.engine.slot_attention import check_served
 from stages.models.dropout import pin_to_evaluation
@@ -240,13 +240,17 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
             f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`, {why}."
             " Choose a student_model of another type."
         )
-        choose_engine(model, HFGenerate(use_cache=False, refused=refused))
+        choose_engine(model, partial(_refuse, refused))
         return
-    choose_engine(model, HFGenerate(use_cache=not why_not))
+    choose_engine(model, partial(HFGenerateEngine, use_cache=not why_not))
     how = f"`generate` without a cache ({why_not.rstrip('.')})" if why_not else "`generate`"
     say_once(
         f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}"
     )
+
+
+def _refuse(sentence: str, _model: PreTrainedModel | PeftModel) -> Never:
+    raise UserError(sentence)
 
 
 def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_tokens: int) -> tuple[float, str]:

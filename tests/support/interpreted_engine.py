@@ -79,7 +79,7 @@ def test_values_may_be_of_another_width_than_keys() -> None:
 
 
 def test_half_precision_attention_is_as_near_to_float64_as_pytorchs() -> None:
-    """float16: the interpreter multiplies bfloat16 as integers. On a GPU `tests/gpu/test_generation.py` tests bfloat16."""
+    """float16: the interpreter multiplies bfloat16 as integers. On a GPU `tests/gpu/test_engine.py` tests bfloat16."""
     query, slots = problem(8, 2, 64, torch.float16)
     assert slots.attended is not None
     arguments = (slots.keys[0], slots.values[0])

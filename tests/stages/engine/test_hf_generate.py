@@ -1,9 +1,12 @@
 """The engine on transformers' `generate`: it writes what the built-in engine writes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from stages.engine.opening import HFGenerate, choose_engine
+from stages.engine.hf_generate import HFGenerateEngine
+from stages.engine.opening import choose_engine
 from stages.engine.protocol import Sampling
 from tests.support.small_models import random_model, run
 
@@ -15,7 +18,7 @@ def test_generate_writes_what_the_built_in_engine_writes(use_cache: bool) -> Non
     model = random_model("llama")
     sampling = Sampling(12, temperature=0.8, top_k=50)
     expected = run(model, PROMPTS, sampling)
-    choose_engine(model, HFGenerate(use_cache))
+    choose_engine(model, partial(HFGenerateEngine, use_cache=use_cache))
     found = run(model, PROMPTS, sampling, micro_batch=2)
     for a, b in zip(found, expected, strict=True):
         assert a.ids.tolist() == b.ids.tolist()
@@ -26,7 +29,7 @@ def test_generate_writes_what_the_built_in_engine_writes(use_cache: bool) -> Non
 
 def test_generate_ends_rows_at_any_of_several_ends() -> None:
     model = random_model("llama")
-    choose_engine(model, HFGenerate(use_cache=True))
+    choose_engine(model, partial(HFGenerateEngine, use_cache=True))
     full = run(model, PROMPTS, Sampling(10), eos_ids=())
     ends = (int(full[0].ids[3]), int(full[2].ids[5]))
     found = run(model, PROMPTS, Sampling(10), eos_ids=ends)

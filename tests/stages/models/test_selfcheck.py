@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.engine.opening import HFGenerate, engine_choice
+from stages.engine.built_in import BuiltInEngine
+from stages.engine.hf_generate import HFGenerateEngine
+from stages.engine.opening import open_engine
 from stages.engine.protocol import Sampling
 from stages.models import selfcheck
 from stages.models.attention import decoder_states, enable_packing
@@ -64,6 +66,11 @@ def subject_of(model: Any) -> selfcheck.Subject:
         output_weights(model),
         side="student",
     )
+
+
+def writes_by_generate_with_a_cache(model: Any) -> bool:
+    engine = open_engine(model)
+    return isinstance(engine, HFGenerateEngine) and engine.use_cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +130,7 @@ def test_a_usual_model_packs_and_writes_by_the_built_in_engine() -> None:
     selfcheck.check_forwards(subject)
     assert selfcheck.packing_refused(subject) == ""
     selfcheck.check_writing(subject, model)
-    assert engine_choice(model) is None
+    assert isinstance(open_engine(model), BuiltInEngine)
 
 
 def test_a_window_that_lives_in_masks_alone_is_padded_and_written_by_generate(capsys: Any) -> None:
@@ -133,7 +140,7 @@ def test_a_window_that_lives_in_masks_alone_is_padded_and_written_by_generate(ca
     selfcheck.check_forwards(subject)
     assert "keeps its attention window to itself" in selfcheck.packing_refused(subject)
     selfcheck.check_writing(subject, model)
-    assert engine_choice(model) == HFGenerate(use_cache=True)
+    assert writes_by_generate_with_a_cache(model)
     assert "slower" in capsys.readouterr().out
 
 
@@ -247,7 +254,7 @@ def test_a_hybrid_of_linear_attention_writes_by_generate() -> None:
     subject = subject_of(model)
     selfcheck.check_forwards(subject)
     selfcheck.check_writing(subject, model)
-    assert engine_choice(model) == HFGenerate(use_cache=True)
+    assert writes_by_generate_with_a_cache(model)
     completions = run(model, PROMPTS, Sampling(6))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         logits = forced_logits(model, prompt, completion.ids).log_softmax(-1)

@@ -86,7 +86,7 @@ def _follow(arguments: list[str]) -> None:
 
 
 def tell(run: Run, num_units: int) -> None:
-    """How it went, what the cache holds now, and what to do with it."""
+    """Reports how it went, what the cache holds now, and what to do next."""
     run.log_totals("rollout")
     if not run.world.is_main:
         return

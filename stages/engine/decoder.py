@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
@@ -51,12 +52,8 @@ class Decoder:
         self.sampler = Sampler(model, method, self.device)
         self._cache: SlotCache | None = None
         self._views: dict[int, tuple[Progress, SlotCache]] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by width
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
 
     def run(self, num_steps: int, longest: int) -> None:
         """Takes steps in the first `width` slots, after which the fullest live row fills `longest` places."""
@@ -89,8 +86,8 @@ class Decoder:
 
     def _graph(self, width: int) -> torch.cuda.CUDAGraph:
         """The captured step. Warm-up and capture run without live rows, so that they leave no trace in any row."""
-        if width in self._graphs:
-            return self._graphs[width]
+        if width in self.graphs:
+            return self.graphs[width]
         live = self.progress.active.clone()
         self.progress.active.zero_()
         stream, graph = _capture_stream(self.device), torch.cuda.CUDAGraph()
@@ -105,7 +102,7 @@ class Decoder:
         ):
             self._step(width)
         self.progress.active.copy_(live)
-        self._graphs[width] = graph
+        self.graphs[width] = graph
         return graph
 
     def clear(self, width: int) -> None:
@@ -129,7 +126,11 @@ class Decoder:
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
         # Host-to-device copies come first: each waits for whatever was launched before it.
         progress = Progress.starting([request for _, _, request in rows], self.num_tokens).to(self.device)
-        ids = _right_padded(prompts, max(map(len, prompts)), self.method.pad_id).to(self.device)
+        ids = pad_sequence(
+            [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts],
+            batch_first=True,
+            padding_value=self.method.pad_id,
+        ).to(self.device)
         ends = self._whole([len(prompt) - 1 for prompt in prompts])
         source = self._whole([place for place, _, _ in rows])
         slots = self._whole([slot for _, slot, _ in rows])
@@ -219,10 +220,3 @@ def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for the whole process, because the matrix library keeps a workspace for every stream."""
     return torch.cuda.Stream(device)
-
-
-def _right_padded(rows: list[np.ndarray], width: int, pad_id: int) -> Tensor:
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return ids

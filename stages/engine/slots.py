@@ -96,23 +96,20 @@ class Progress:
 
     @classmethod
     def empty(cls, slots: int, tokens: int, device: torch.device) -> Progress:
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
-        def real(dtype: torch.dtype, width: int) -> Tensor:
-            return torch.zeros((slots, width), dtype=dtype, device=device)
+        def zeros(*width: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros((slots, *width), dtype=dtype, device=device)
 
         return cls(
-            token=whole(slots),
-            length=whole(slots),
-            taken=whole(slots),
-            limit=whole(slots),
-            active=torch.zeros(slots, dtype=torch.bool, device=device),
-            uniforms=real(torch.float64, tokens),
-            forced=whole(slots, tokens) - 1,
-            ids=whole(slots, tokens + 1),
-            logprobs=real(torch.float32, tokens + 1),
-            entropy=real(torch.float32, tokens + 1),
+            token=zeros(),
+            length=zeros(),
+            taken=zeros(),
+            limit=zeros(),
+            active=zeros(dtype=torch.bool),
+            uniforms=zeros(tokens, dtype=torch.float64),
+            forced=zeros(tokens) - 1,
+            ids=zeros(tokens + 1),
+            logprobs=zeros(tokens + 1, dtype=torch.float32),
+            entropy=zeros(tokens + 1, dtype=torch.float32),
         )
 
     @classmethod

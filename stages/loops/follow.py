@@ -1,4 +1,4 @@
-"""Stage one beside a training that runs elsewhere: rollouts from the newest published student, until the run is finished."""
+"""Stage one beside a training run elsewhere: rollouts from the newest published student until that run finishes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stages.runtime.split import rollouts_of
 
 
 def arguments_of(folder: str, rest: list[str]) -> list[str]:
-    """The command line of a follower of the run in `folder`: the run's own configuration, then what `rest` changes."""
+    """The command line of a follower: the configuration of the run in `folder`, then the changes in `rest`."""
     path = Path(folder)
     own = ["--config", str(path / "config.yaml")]
     if not (path / "config.yaml").exists():
@@ -35,9 +35,9 @@ def arguments_of(folder: str, rest: list[str]) -> list[str]:
 
 
 def follow(run: Run) -> None:
-    """Writes what is missing of the newest version's rollouts, again and again, until the run is finished (collective).
+    """Writes the missing rollouts of each newest version until the run is finished (collective).
 
-    Before anything is published the student as it starts writes refresh 0. May be killed and started again at any time.
+    Before the first version is published, the initial student writes refresh 0. It may be killed and restarted any time.
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
@@ -66,7 +66,7 @@ def follow(run: Run) -> None:
 
 
 def _wanted(run: Run, start: Version) -> Version | None:
-    """The newest version; before any the student as it starts, unless training has left that behind."""
+    """The newest version; before the first one, the initial student, unless training has already moved on from it."""
     untrained = checkpoint.latest(run.folder / "checkpoints") is None
     return versions.newest(run.folder) or (start if untrained else None)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 import cache
 from dualkl.divergences import compare
@@ -18,21 +19,16 @@ from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
-from stages.engine.opening import open_engine
-from stages.engine.protocol import Sampling
 from stages.loops import setup
 from stages.loops.collect import collect, plan, slots_for
 from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models import checkpoints, ends
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import (
     Teacher,
     TeacherLoader,
-    check_writer,
-    load_plain_model,
     plain_model_fits,
     plain_teacher,
 )
@@ -43,7 +39,7 @@ from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
 AUTO_ROWS = 64
-UNIT_ROWS = 256  # of evaluation texts, at most: few prompts, which several processes share
+UNIT_ROWS = 256  # at most, in a unit of evaluation text, so that several processes share few prompts
 HIDDEN = SignalSection(signal="hidden")
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -51,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every evaluation of a run shares: held-out prompts and where its files are."""
+    """What every evaluation of a run shares: held-out prompts and the folder of its files."""
 
     run: Run
     vocabulary: Vocabulary
@@ -82,12 +78,12 @@ class Evaluation:
 
 
 def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> Evaluation:
-    """Reads the held-out prompts if they are not given."""
+    """Reads the held-out prompts unless they are given."""
     return Evaluation(run, vocabulary, prompts or heldout_of(run, vocabulary))
 
 
 def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
-    """The held-out prompts; says what was skipped to draw them."""
+    """The held-out prompts. Reports which records were skipped."""
     found = heldout_prompts(run.config, vocabulary.tokenizer)
     if found.skipped:
         run.metrics.say(f"held out: {found.summary}")
@@ -122,7 +118,7 @@ def measure(
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
-    """The teacher's own accuracy, and its text on the held-out prompts (written once, by the plain teacher where it fits)."""
+    """The teacher's accuracy, and its text on the held-out prompts, written once by the plain teacher if that fits."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
     found = _kept(run, path, evaluation.subject)
     if found is not None:
@@ -148,25 +144,10 @@ def measure_teacher(evaluation: Evaluation) -> Result:
 
 def _with_plain_teacher(evaluation: Evaluation) -> Result:
     run = evaluation.run
-    model = load_plain_model(run.config, run.world)
-    check_writer(model)
-    models, vocabulary = run.config.models, evaluation.vocabulary
-    policy = Policy(
-        model,
-        open_engine(model),
-        vocabulary.tokenizer,
-        "teacher",
-        setup.short_hash(checkpoints.identity(models.teacher_model, models.teacher_revision)),
-        0,
-        Sampling(run.config.rollout.max_new_tokens),
-        vocabulary.size,
-        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
-        lambda: torch.autocast(run.world.device.type, enabled=False),
-        is_teacher=True,
-    )
+    policy = setup.load_teacher_policy(run, evaluation.vocabulary)
     result = _solve(evaluation, policy)
     if not run.config.eval.eval_teacher_text:
-        scorer = plain_teacher(model, run.world, run.config.train.packing)
+        scorer = plain_teacher(cast(PreTrainedModel, policy.model), run.world, run.config.train.packing)
         result["text_rows"] = _write_text(evaluation, policy, evaluation.teacher_text, lambda: scorer)
         scorer.close()
     return result
@@ -175,7 +156,7 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
 def _write_text(
     evaluation: Evaluation, policy: Policy, root: str, get_teacher: Callable[[], Teacher]
 ) -> list[str]:
-    """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
+    """Writes a completion of each held-out prompt to a `hidden` cache at `root`; returns row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts,
@@ -196,15 +177,15 @@ def _write_text(
 
 
 def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
-    """`divergences` on the held-out teacher text and `measured_on`, equal where such figures can be compared (collective).
+    """`divergences` on the held-out teacher text, nulls without such text (collective).
 
-    Nulls where there is no such text.
+    Figures are comparable if their `measured_on` is equal.
     """
     if not cache.exists(evaluation.teacher_text):
         return _nothing() | {"measured_on": None}
     snapshot = cache.open(evaluation.teacher_text)
     path, written = evaluation.folder / "teacher.json", None
-    if not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
+    if not evaluation.run.config.eval.eval_teacher_text:  # a given cache is used whole
         written = schema.evaluation(path, evaluation.run.metrics.say).get("text_rows")
     row_ids = written or snapshot.row_ids
     found = divergences(evaluation.run, student, snapshot, row_ids)
@@ -212,7 +193,7 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
 
 
 def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
-    """A hash over these rows, the bytes of their shards, what they mean, and the dtype in which a student reads them."""
+    """A hash of the row ids, the bytes of their shards, the cache's fingerprint and the student's dtype."""
     wanted = set(row_ids)
     shards = {
         record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)
@@ -293,7 +274,7 @@ def _interleave(parts: list[list[T]]) -> list[T]:
 
 
 def _kept(run: Run, path: Path, subject: Result) -> Result | None:
-    """An earlier result, if it is one of the same subject."""
+    """An earlier result if it has the same subject."""
     found = schema.evaluation(path, run.metrics.say)
     return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
 

@@ -1,4 +1,4 @@
-"""Stage one as a function: the current student writes the rollouts of a refresh, the teacher scores them."""
+"""Stage one as a function: a policy writes the rollouts of a refresh and the teacher scores them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_rollouts(
 
 
 def refuse_role(config: Config) -> None:
-    """UserError for a command that generates and scores, told to do one of them."""
+    """UserError if a command that must both generate and score is told to do only one."""
     if config.rollout.role != "both":
         raise UserError(
             f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and a follower both"
@@ -64,7 +64,7 @@ def refuse_role(config: Config) -> None:
 
 
 def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index: int) -> list[Unit]:
-    """The plan of a refresh; says where it keeps processes idle."""
+    """The plan of a refresh. Reports settings that leave processes idle."""
     config, size = run.config, run.world.size
     places = rollouts_of(config, refresh_index)
     units = plan(
@@ -96,7 +96,7 @@ def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index
 
 
 def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
-    """A writer of the run's teacher cache; `head` is the teacher's, for signal hidden."""
+    """A writer of the run's teacher cache. `head`: the teacher's, for signal hidden."""
     print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
     return cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json(vocabulary), head=head)
 
@@ -140,7 +140,7 @@ def refresh(
 
 
 def cut_share(run: Run, refresh_index: int) -> float | None:
-    """Of the committed rows of a refresh of this run those that were cut at max_new_tokens; None without any."""
+    """The share of a refresh's committed rows that max_new_tokens cut off; None without rows."""
     reasons: Counter[str] = Counter()
     for record in cache.open(run.config.cache_root).commit_records():
         if all(

@@ -16,6 +16,8 @@ from stages.engine.protocol import Completion, Engine, Sampling
 
 @dataclass(frozen=True)
 class Policy:
+    """How one model samples, and what its rows are recorded under."""
+
     model: PreTrainedModel | PeftModel
     engine: Engine
     tokenizer: PreTrainedTokenizerBase

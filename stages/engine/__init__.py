@@ -1,1 +1,1 @@
-"""Rollout engines: what a policy writes completions with. `protocol.py` is the contract, `opening.py` picks an engine."""
+"""Rollout engines, which write completions. `protocol.py` is the contract, `opening.py` picks an engine."""

@@ -1,8 +1,8 @@
 """The built-in engine: a fixed number of slots decoded together.
 
-A row that ends makes room for a waiting prompt, so that no batch waits for its longest row. Completions of one prompt
-share its prefill. Token t of a row is the inverse CDF of the sampling distribution at the t-th uniform of the row's own
-stream, so that a row depends on its seed and its logits alone.
+A row that ends makes room for a waiting prompt, so that no batch waits for its longest row. Completions of
+one prompt share its prefill. Token t of a row is the inverse CDF of the sampling distribution at the t-th
+uniform of the row's own stream, so that a row depends on its seed and its logits alone.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ LOOK_EVERY = {"cpu": 1, "cuda": 16}
 REFILL_SHARE = 8
 """A prefill costs about one step however few its prompts, so it waits until one slot in this many is free."""
 PLACES = 64
-"""K/V places and tokens of a slot are rounded up to a multiple of this, so that later calls can reuse the decoder."""
+"""K/V places and tokens of a slot are rounded up to a multiple of this, so that later calls fit too."""
 
 
 class BuiltInEngine(RequestEngine):
     """Writes with the model's own modules.
 
-    Keeps merged weights, slots and captured steps from one call to the next. Each call passes over the weights once to
-    see whether they, their device or the adapters changed, and rebuilds if so. Outside its calls the model is untouched.
-    Errors: `UserError` for a model whose attention it does not serve.
+    Keeps merged weights, slots and captured steps from one call to the next. Each call passes over the
+    weights once to see whether they, their device or the adapters changed, and rebuilds if so. Outside its
+    calls the model is untouched. Errors: `UserError` for a model whose attention it does not serve.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
@@ -62,7 +62,7 @@ class BuiltInEngine(RequestEngine):
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Eval mode, no gradients, the engine's weights, and autocast without its cast cache, which graphs outlive."""
+        """Eval mode without gradients, the engine's weights, no cast cache of autocast, which graphs outlive."""
         kind, was_training = next(self.base.parameters()).device.type, self.model.training
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         now: list[object] = [dtype, *origin_of(self.base)]
@@ -162,7 +162,7 @@ def _worth_a_prefill(num_slots: int) -> int:
 
 
 def _useful_steps(rows: dict[int, _Live], waiting: deque[list[Request]], width: int) -> int:
-    """Steps after which, by their limits alone, enough rows have ended for a refill, or for half as many slots."""
+    """Steps until enough rows reach their limits for a refill, or for half as many slots."""
     if waiting:
         wanted = max(len(waiting[0]), _worth_a_prefill(width)) - (width - len(rows))
     else:

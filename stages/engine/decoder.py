@@ -1,4 +1,4 @@
-"""Prefill and decode steps over slots. On CUDA a step is captured once per width, then replayed without the host."""
+"""Prefill and decode steps over slots. On CUDA each width's step is captured once, then replayed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
 
 class Decoder:
-    """A model over `num_slots` slots of `num_places` K/V places, for completions of at most `num_tokens` tokens.
+    """A model over `num_slots` slots of `num_places` K/V places, for completions of at most `num_tokens`
+    tokens.
 
-    `fill` prefills prompts into slots and draws their first tokens, `run` takes steps, `live` says which rows go on,
-    `narrow` moves them into fewer slots. Callers enter no_grad, autocast and eval mode first.
+    `fill` prefills prompts into slots and draws their first tokens, `run` takes steps, `live` says which rows
+    go on, `narrow` moves them into fewer slots. Callers enter no_grad, autocast and eval mode first.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Decoder:
         self.sampler.draw(progress, output.last_hidden_state[:, -1])
 
     def _graph(self, width: int) -> torch.cuda.CUDAGraph:
-        """The captured step. Warm-up and capture run without live rows, so that they leave no trace in any row."""
+        """The captured step. Warm-up and capture run without live rows, so that they change no row."""
         if width in self.graphs:
             return self.graphs[width]
         live = self.progress.active.clone()
@@ -106,7 +107,7 @@ class Decoder:
         return graph
 
     def clear(self, width: int) -> None:
-        """Frees all slots, those that an interrupted call left too, and uses the first `width` from now on."""
+        """Frees all slots, even those an interrupted call left, and uses the first `width` from now on."""
         self.width = width
         self.progress.active.zero_()
 
@@ -121,7 +122,7 @@ class Decoder:
             self._prefill(groups[start : start + size])
 
     def _prefill(self, groups: list[list[tuple[int, Request]]]) -> None:
-        """One right-padded forward. It needs no mask: causal attention never sees the padding behind a prompt."""
+        """One right-padded forward without a mask: causal attention never sees padding behind a prompt."""
         prompts = [group[0][1].prompt for group in groups]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
         # Host-to-device copies come first: each waits for whatever was launched before it.
@@ -147,7 +148,7 @@ class Decoder:
         return torch.tensor(numbers, device=self.device)
 
     def _allocate(self, keys: list[Tensor], values: list[Tensor]) -> SlotCache:
-        """The slots' K and V, shaped like a prefill's. Zeros, because a masked NaN would still spoil a sum."""
+        """Slots shaped like a prefill's K and V. Zeros, because a masked NaN would still spoil a sum."""
         if self._cache is None:
 
             def slots(like: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class Decoder:
         return self.progress.active[: self.width].cpu().numpy()
 
     def narrow(self, width: int, moves: dict[int, int], longest: int) -> None:
-        """Continues with `width` slots. `moves`: from the slots of live rows at or above it to free ones below."""
+        """Continues with `width` slots. `moves`: from live rows' slots at or above it to free ones below."""
         assert self._cache is not None
         self.width = width
         if moves:
@@ -178,7 +179,8 @@ def plain_steps_logprobs(
     completions: list[np.ndarray],
     head: Callable[[Tensor], Tensor],
 ) -> list[np.ndarray]:
-    """The logprobs of given completions from steps over slots, not captured, with the model's own layers in float32.
+    """The logprobs of given completions from steps over slots, not captured, with the model's own layers in
+    float32.
 
     Callers enter `exact.in_float32` first. `head`: states [B, d] to logits [B, V].
     """
@@ -201,7 +203,7 @@ def plain_steps_logprobs(
 
 @contextmanager
 def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
-    """`UserError` for a capture that CUDA refuses. The warm-up steps succeeded, so the model's forward is the cause."""
+    """`UserError` for a capture that CUDA refuses: warm-up succeeded, so the model's forward is the cause."""
     try:
         yield
     except RuntimeError as error:

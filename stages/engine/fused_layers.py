@@ -1,7 +1,8 @@
-"""RMS norms, rotary embeddings and gated MLPs in one CUDA launch each; they are most of a step's small kernels.
+"""RMS norms, rotary embeddings and gated MLPs in one CUDA launch each; they are most of a step's small
+kernels.
 
-Models are not recognised by name. A norm, rotary function or MLP is replaced only if its output on a probe input equals
-the formula here bit for bit. The kernels round where the formula does.
+Models are not recognised by name. A norm, rotary function or MLP is replaced only if its output on a probe
+input equals the formula here bit for bit. The kernels round where the formula does.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _NOT_THIS = (AttributeError, LookupError, TypeError, RuntimeError, ValueError)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
-    """x / rms(x), times the weight in x's dtype (Llama, Qwen, Mistral) or times 1 + weight in fp32 (Gemma)."""
+    """x / rms(x) times the weight in x's dtype (Llama, Qwen) or times 1 + weight in fp32 (Gemma)."""
     normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).type_as(x) if one_centred else weight * normed.to(x.dtype)
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x cos + (−x₂, x₁) sin with x = (x₁, x₂), for queries and keys [B, H, T, D]; cos and sin are [B, T, D]."""
+    """x cos + (−x₂, x₁) sin with x = (x₁, x₂) a query or key [B, H, T, D]; cos and sin are [B, T, D]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def turn(x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class _Scale(nn.Module):
 
 @torch.no_grad()
 def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
-    """The MLP with one kernel between its matmuls, None unless it is a gated one. `like` gives the probe's dtype, device."""
+    """The MLP with one kernel between its matmuls, None unless it is gated. The probe is made like `like`."""
     factors = {"gate_proj": 1.5, "up_proj": 0.7, "down_proj": -0.6}
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in factors):
         return None
@@ -140,7 +141,7 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
 
 @contextmanager
 def fused_rotaries(decoder: nn.Module) -> Iterator[None]:
-    """Replaces the rotary functions in the modeling files of the decoder's modules; they are back afterwards."""
+    """Replaces the rotary functions in the decoder's modeling files; they are back afterwards."""
     files = {sys.modules[type(module).__module__] for module in decoder.modules()}
     own = {file: getattr(file, ROTARY) for file in files if hasattr(file, ROTARY)}
     like = next(decoder.parameters())

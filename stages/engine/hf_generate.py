@@ -1,8 +1,8 @@
 """The engine for models that the built-in one does not serve: transformers' `generate`, which is slower.
 
-Our own `Sampler` draws the tokens, from the last hidden state and each row's own uniforms, so that rows depend on their
-seeds and logits as in the built-in engine. Prompts of one length are batched without padding, because models that carry
-a state along the row cannot skip it.
+Our own `Sampler` draws the tokens, from the last hidden state and each row's own uniforms, so that rows
+depend on their seeds and logits as in the built-in engine. Prompts of one length are batched without padding,
+because models that carry a state along the row cannot skip it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class HFGenerateEngine(RequestEngine):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode, no gradients, and a blank generation config: `generate` would fill gaps from the model's own."""
+        """Eval mode, no gradients, a blank generation config: `generate` takes unset values from the model's."""
         own, was_training = self.base.generation_config, self.model.training
         self.base.generation_config = GenerationConfig()
         self.model.eval()

@@ -1,8 +1,8 @@
-"""The engine's CUDA kernels, in Triton, for sm_80 and newer: attention over slots, storing K and V, reading logits, and
-the small operations between matmuls.
+"""The engine's CUDA kernels, in Triton, for sm_80 and newer: attention over slots, storing K and V, reading
+logits, and the small operations between matmuls.
 
-The attention's grid is rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to the 16 rows
-of a tensor-core tile, so that K and V are read once for the group.
+The attention's grid is rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to
+the 16 rows of a tensor-core tile, so that K and V are read once for the group.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def decode_kernel(
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap, else of 1.
+    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap,
+    else of 1.
 
     One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
     """
@@ -271,7 +272,7 @@ def rotary_kernel(
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Rotates some heads at one place: x cos + (−x₂, x₁) sin on halves, each product rounded as in PyTorch."""
+    """Rotates some heads at one place: x cos + (−x₂, x₁) sin, each product rounded as in PyTorch."""
     at = tl.program_id(0)
     row, place = (at // num_places).to(tl.int64), (at % num_places).to(tl.int64)
     tile = tl.program_id(1)
@@ -384,9 +385,11 @@ def decode_attention(
     softcap: float | None,
     splits: int | None = None,
 ) -> Tensor:
-    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S, D].
+    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S,
+    D].
 
-    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by the device.
+    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by
+    the device.
     """
     query = _dense(query)
     num_rows, num_heads, width = query.shape
@@ -477,7 +480,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _splits(device: torch.device, num_programs: int, num_blocks: int) -> int:
-    """Splits per row and K/V head: enough programs to fill the device with few rows, one when the rows alone do."""
+    """Splits per row and K/V head: as many as fill the device with few rows, one if the rows fill it."""
     wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
     return max(1, min(MAX_SPLITS, num_blocks, wanted // num_programs))
 

@@ -1,6 +1,8 @@
-"""What the engine's merged weights and captured steps were made from, so that a change of the model is noticed.
+"""What the engine's merged weights and captured steps were made from, so that a change of the model is
+noticed.
 
-Pointers and version counters alone miss writes through `.data`, which is how PEFT's `hotswap_adapter` loads an adapter.
+Pointers and version counters alone miss writes through `.data`, which is how PEFT's `hotswap_adapter` loads
+an adapter.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 def origin_of(model: nn.Module) -> list[object]:
     """Equal lists mean the same weights at the same addresses under the same adapters.
 
-    They hold each parameter's address, version counter and sum of bits, and each adapted layer's active, disabled, merged
-    and scaled adapters. Passes over the weights and waits for the device once.
+    They hold each parameter's address, version counter and sum of bits, and each adapted layer's active,
+    disabled, merged and scaled adapters. Passes over the weights and waits for the device once.
     """
     parameters = list(model.parameters())
     places = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
@@ -27,7 +29,7 @@ def origin_of(model: nn.Module) -> list[object]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """The tensor's memory read as 8-byte integers and added up modulo 2**64: int64, no dimensions, on its device."""
+    """The tensor's memory as 8-byte integers, added up modulo 2**64: a scalar int64 on its device."""
     octets = tensor.reshape(-1).view(torch.uint8)
     if len(octets) % 8 or octets.storage_offset() % 8:
         octets = nn.functional.pad(octets, (0, -len(octets) % 8))  # a copy, so aligned
@@ -35,7 +37,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def _adapters(layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> tuple[object, ...]:
-    """Active, disabled, merged adapters and their scales, which are tensors in a model prepared for hot-swapping."""
+    """Active, disabled and merged adapters, and scales: tensors in models prepared for hot-swapping."""
     scales = {name: float(scale) for name, scale in getattr(layer, "scaling", {}).items()}
     merged = list(getattr(layer, "merged_adapters", []))
     return list(layer.active_adapters), layer.disable_adapters, merged, scales

@@ -1,4 +1,4 @@
-"""What every rollout engine offers to the loops: completions of prompts, with the log-probabilities of their tokens."""
+"""What every rollout engine offers: completions of prompts, with their tokens' log-probabilities."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ class Engine(Protocol):
         micro_batch: int,
         forced: list[np.ndarray] | None = None,
     ) -> list[Completion]:
-        """One completion for each prompt, in order. `prompts` are token ids, `seeds` integers below 2**128, one a row.
+        """One completion for each prompt, in order. `prompts` are token ids, `seeds` integers below 2**128,
+        one a row.
 
-        Only ids below `vocab_size` are drawn; `eos_ids` end a completion. `micro_batch` caps the rows decoded together.
-        `forced` gives token ids to take instead of drawing, as many as each row shall have: the result holds the engine's
-        logprobs of that text. Under autocast, products are in its dtype.
-        Errors: `UserError` for a model that the engine does not serve.
+        Only ids below `vocab_size` are drawn; `eos_ids` end a completion. `micro_batch` caps the rows decoded
+        together. `forced` gives token ids to take instead of drawing, as many as each row shall have: the
+        result holds the engine's logprobs of that text. Under autocast, products are in its dtype. Errors:
+        `UserError` for a model that the engine does not serve.
         """
         ...
 

@@ -9,12 +9,12 @@ import numpy as np
 from stages.engine.protocol import Completion, Sampling
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Token ids (int32, EOS included), their logprobs and entropies (float32): a completion as engines read it back."""
+"""A completion as engines read it back: token ids (int32, EOS included), logprobs and entropies (float32)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One completion of at most `limit` (> 0) tokens; `index` is its place in the call. `forced`: ids to take, not draw."""
+    """One completion of 1 to `limit` tokens; `index` is its place in the call. `forced`: ids to take."""
 
     index: int
     prompt: np.ndarray

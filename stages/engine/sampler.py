@@ -30,7 +30,7 @@ class Sampler:
         return chosen.token
 
     def logits(self, hidden: Float[Tensor, "B d"]) -> Float[Tensor, "B V"]:
-        """float32 and unrounded, as in the loss: rounding to bfloat16 moves logits near 25 by up to 1/16 nat."""
+        """Unrounded float32, as in the loss: rounding to bfloat16 moves logits near 25 by up to 1/16 nat."""
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))

@@ -1,7 +1,8 @@
-"""The draw: from a step's logits to tokens, their log-probabilities and the entropy of the sampling distribution.
+"""The draw: from a step's logits to tokens, their log-probabilities and the entropy of the sampling
+distribution.
 
-The vocabulary is read once, in blocks of 1,024 ids, to find each block's peak, mass and first moment. Everything else
-uses those few numbers and the one block that holds the token. Sums are in float64.
+The vocabulary is read once, in blocks of 1,024 ids, to find each block's peak, mass and first moment.
+Everything else uses those few numbers and the one block that holds the token. Sums are in float64.
 
 Shape suffixes: B rows, V vocabulary after the cut, C blocks, E ids of a block.
 """
@@ -30,7 +31,7 @@ class Chosen(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """For each block of ids, float64: its largest logit, Σ exp(z − peak) and Σ exp(z − peak) (z − peak) over its logits z."""
+    """Of each block of logits z, float64: the largest, Σ exp(z − peak) and Σ exp(z − peak) (z − peak)."""
 
     peak: Float[Tensor, "B C"]
     mass: Float[Tensor, "B C"]
@@ -40,7 +41,8 @@ class Blocks(NamedTuple):
 def choose(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], forced: Int[Tensor, " B"], sampling: Sampling
 ) -> Chosen:
-    """The forced token where it is not negative, else the most likely one (greedy) or the one drawn at the row's uniform.
+    """The forced token where it is not negative, else the most likely one (greedy) or the one drawn at the
+    row's uniform.
 
     `uniforms` are float64 in [0, 1), `logits` float32. A NaN among a row's logits makes its logprob NaN.
     """
@@ -59,7 +61,7 @@ def choose(
 
 
 def sampling_logits(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits of the sampling distribution, not normalised: temperature, then top-k, then top-p. -inf for ids cut off."""
+    """Logits after temperature, top-k and top-p, in this order; not normalised, -inf for ids cut off."""
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.top_k > 0:
@@ -106,7 +108,7 @@ def _most_likely(logits: Float[Tensor, "B V"], blocks: Blocks) -> Int[Tensor, " 
 def _inverse_cdf(
     logits: Float[Tensor, "B V"], mass: Float[Tensor, "B C"], uniforms: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """The first token whose cumulative probability exceeds the uniform. Finds its block, then the token in the block."""
+    """The first token whose cumulative probability exceeds the uniform: its block first, then the token."""
     cumulative = mass.cumsum(-1)
     target = (uniforms * cumulative[:, -1]).clamp(max=cumulative[:, -1] * _BELOW_ONE)[:, None]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[1] - 1)

@@ -1,8 +1,8 @@
 """Attention of each row's one new token over its slot, without expanding K and V for grouped queries.
 
-It is registered with transformers as an attention implementation without a mask function, so that models pass no mask.
-On CUDA a kernel reads only the places that a row has filled. Elsewhere it is PyTorch's attention with a mask, over slots
-cut to the longest row.
+It is registered with transformers as an attention implementation without a mask function, so that models pass
+no mask. On CUDA a kernel reads only the places that a row has filled. Elsewhere it is PyTorch's attention
+with a mask, over slots cut to the longest row.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def plain_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """`attend` in PyTorch, [B, heads, D]: a group's queries are treated as the query positions of its one K/V head."""
+    """`attend` in PyTorch, [B, heads, D]. A group's queries become query positions of its K/V head."""
     num_rows, num_heads, width = query.shape
     query = query.reshape(num_rows, key.shape[1], -1, width)
     key, value = key[:, :, : slots.longest], value[:, :, : slots.longest]
@@ -96,7 +96,7 @@ def _mask(slots: SlotCache, window: int | None) -> Tensor:
 
 @contextmanager
 def slot_attention(config: PretrainedConfig) -> Iterator[None]:
-    """Models that share `config` attend by `attend` inside this context, by their own implementation afterwards."""
+    """Models that share `config` use `attend` inside this context, their own attention afterwards."""
     own = config._attn_implementation
     config._attn_implementation = NAME
     try:

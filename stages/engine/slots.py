@@ -1,7 +1,8 @@
-"""Slots: the rows decoded together, their K/V and their progress through their completions, all on the device.
+"""Slots: the rows decoded together, their K/V and their progress through their completions, all on the
+device.
 
-A slot that is free or whose row has ended takes part in every step with one attended key, and its output goes to a
-scratch column. Only `Progress.rows` waits for the device.
+A slot that is free or whose row has ended takes part in every step with one attended key, and its output goes
+to a scratch column. Only `Progress.rows` waits for the device.
 
 Shape suffixes: B slots, H K/V heads, S places of a slot, D width of a head, T longest completion.
 """
@@ -23,8 +24,8 @@ from stages.engine.sampling import Chosen
 class SlotCache(Cache):
     """K and V of every layer, [B, H, S, D]; each row writes at its own place.
 
-    `attended` is the number of keys each row sees in this step; `longest` is its upper bound on the host, for slices
-    on the CPU.
+    `attended` is the number of keys each row sees in this step; `longest` is its upper bound on the host, for
+    slices on the CPU.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -41,7 +42,7 @@ class SlotCache(Cache):
         return SlotCache([k[:width] for k in self.keys], [v[:width] for v in self.values])
 
     def begin_step(self, places: Int[Tensor, " B"], active: Bool[Tensor, " B"]) -> None:
-        """Sets where the step's K and V go and how many keys each row then sees: its own included, one in a dead slot."""
+        """Sets where the step's K and V go and how many keys each row sees: one in a dead slot."""
         self.places = places
         self.attended = torch.where(active, places + 1, 1).to(torch.int32)
         self.num_attended_layers = 0
@@ -69,7 +70,7 @@ class SlotCache(Cache):
     def fill(
         self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]
     ) -> None:
-        """Copies rows `source` of a prefill's K and V [U, H, P, D], layer by layer, to the start of `slots`."""
+        """Copies rows `source` of a prefill's K and V [U, H, P, D] of each layer to the start of `slots`."""
         for own, new in zip([*self.keys, *self.values], [*keys, *values], strict=True):
             own[:, :, : new.shape[2]].index_copy_(0, slots, new.index_select(0, source).to(own.dtype))
 
@@ -81,7 +82,7 @@ class SlotCache(Cache):
 
 @dataclass
 class Progress:
-    """The state of each slot's row. The last column of `ids`, `logprobs` and `entropy` is scratch for dead slots."""
+    """The state of each slot's row. The last column of `ids`, `logprobs`, `entropy` is for dead slots."""
 
     token: Int[Tensor, " B"]  # the last one drawn, fed next
     length: Int[Tensor, " B"]  # filled places, which is the position of `token`
@@ -148,7 +149,7 @@ class Progress:
         return self.uniforms.gather(1, column).squeeze(1), self.forced.gather(1, column).squeeze(1)
 
     def record(self, chosen: Chosen, eos_ids: Int[Tensor, " E"]) -> None:
-        """Writes each live row's token. Ends rows at their limit or at an EOS, which is kept because it was sampled."""
+        """Writes each live row's token. Ends rows at their limit or an EOS, which is kept: it was sampled."""
         column = torch.where(self.active, self.taken, self.ids.shape[1] - 1)[:, None]
         self.ids.scatter_(1, column, chosen.token[:, None])
         self.logprobs.scatter_(1, column, chosen.logprob[:, None])

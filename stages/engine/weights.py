@@ -1,4 +1,4 @@
-"""Layers that the engine uses in place of the model's own, which stay untouched: merged, cast once, joined and fused."""
+"""The engine's versions of a model's layers: merged, cast once, joined, fused. The model stays untouched."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class _Swap:
 
 
 class DecodingWeights:
-    """Plain linear layers that replace a decoder's adapted ones, and its fp32 ones under autocast, inside `swapped`.
+    """Plain linear layers that replace a decoder's adapted ones, and its fp32 ones under autocast, inside
+    `swapped`.
 
-    On CUDA, layers with the same input are joined into one matmul, and the small operations between matmuls are fused.
-    W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). Variants such as DoRA or LoRA with a bias
-    are not merged; they decode through their adapter.
+    On CUDA, layers with the same input are joined into one matmul, and the small operations between matmuls
+    are fused. W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). Variants such as
+    DoRA or LoRA with a bias are not merged; they decode through their adapter.
     """
 
     def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -98,10 +99,12 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -
 
 
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """`weight` (fp32, overwritten) in `dtype`. bfloat16 is rounded up or down at random so that the mean is exact.
+    """`weight` (fp32, overwritten) in `dtype`. bfloat16 is rounded up or down at random so that the mean is
+    exact.
 
-    W is on bfloat16's grid, and an early update is a small fraction of a grid step: rounding to nearest would drop it from
-    nearly every weight, and the rollouts would be an older student's. The same `seed` gives the same weights.
+    W is on bfloat16's grid, and an early update is a small fraction of a grid step: rounding to nearest would
+    drop it from nearly every weight, and the rollouts would be an older student's. The same `seed` gives the
+    same weights.
     """
     if dtype != torch.bfloat16:
         return weight.to(dtype)

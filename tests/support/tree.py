@@ -1,5 +1,5 @@
-"""The shape of the source tree. `python -m tests.support.tree` prints lines per package, config keys, import circles,
-long functions and long lines."""
+"""The shape of the source tree. `python -m tests.support.tree` prints lines per package, config keys, import
+circles, long functions and long lines."""
 
 import ast
 from collections import Counter
@@ -19,7 +19,7 @@ def sources(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[Pat
 
 
 def import_graph(root: Path, files: list[Path]) -> dict[str, set[str]]:
-    """Which of the files, as modules, each one imports: anywhere, in functions too, but not under TYPE_CHECKING."""
+    """Which of the files each one imports, as modules; inside functions too, but not under TYPE_CHECKING."""
     modules = {_module(path): path for path in files}
     return {
         name: {target for target in _targets(root / path, name, modules) if target != name}
@@ -28,7 +28,7 @@ def import_graph(root: Path, files: list[Path]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
-    """Groups of modules that import each other, directly or through others; each group and the list are sorted."""
+    """Groups of modules that import each other, directly or through others. All is sorted."""
     reached = {name: _reachable(graph, name) for name in graph}
     groups = {
         tuple(sorted(other for other in reached[name] if name in reached[other]))

@@ -190,7 +190,11 @@ def plain_steps_logprobs(
     decoder = Decoder(
         model, Method(Sampling(longest), vocabulary, (), 0), len(prompts), places, longest, torch.float32
     )
-    decoder.sampler.logits = lambda hidden: head(hidden)[:, :vocabulary].contiguous()  # type: ignore[method-assign]
+
+    def logits(hidden: Tensor) -> Tensor:
+        return head(hidden)[:, :vocabulary].contiguous()
+
+    decoder.sampler.logits = logits  # type: ignore[method-assign]
     pairs = zip(prompts, completions, strict=True)
     requests = [Request(i, prompt, 0, len(forced), forced) for i, (prompt, forced) in enumerate(pairs)]
     decoder.clear(len(requests))

@@ -214,10 +214,10 @@ def write_rows(run: Run, setting: Setting, student: Student, teacher: Teacher) -
         for i, ids in enumerate(prompts_of(setting, run.config.refresh.rollouts_per_refresh))
     ]
     signal = {"kind": "topk", "k": setting.student.k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": setting.vocab_size, "signal": signal})
+    fingerprint = cache.Fingerprint({"vocab_size": setting.vocab_size, "signal": signal})
     policy = setup.student_policy(run, student, open_engine(student.model), 0)
     units = planned_units(run, policy, prompts, 0)
-    with cache.Writer(run.config.cache_root, print_) as writer:
+    with cache.Writer(run.config.cache_root, fingerprint) as writer:
         collect(run, units, policy, lambda: teacher, writer, run.config.teacher_signal)
 
 

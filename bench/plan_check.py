@@ -187,11 +187,11 @@ def _stage_one(run: Run, student: Student, options: Options, peak: Peak) -> Iter
         rollouts_per_unit=rows,
     )
     kept = {"kind": "topk", "k": config.teacher_signal.signal_k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": student.vocab_size, "signal": kept})
+    fingerprint = cache.Fingerprint({"vocab_size": student.vocab_size, "signal": kept})
     scoring = Scoring(config.teacher_signal, student.vocab_size, 0)
     with (
         closing(policy.engine),
-        cache.Writer(config.cache_root, print_) as writer,
+        cache.Writer(config.cache_root, fingerprint) as writer,
         UnitWriter(writer) as writing,
         Progress(run, rows) as progress,
     ):

@@ -168,10 +168,10 @@ def _write_text(
         group_size=1,
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
-    print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
+    fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
     head = teacher_head(get_teacher().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
+    with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
         collect(run, units, policy, get_teacher, writer, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 

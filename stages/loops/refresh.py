@@ -97,8 +97,8 @@ def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index
 
 def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
     """A writer of the run's teacher cache. `head`: the teacher's, for signal hidden."""
-    print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
-    return cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json(vocabulary), head=head)
+    fingerprint = setup.fingerprint(config, vocabulary, config.teacher_signal)
+    return cache.Writer(config.cache_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary), head=head)
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> str:

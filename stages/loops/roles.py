@@ -42,8 +42,8 @@ def generate_rollouts(
     config = run.config
     units = planned_units(run, policy, prompts, refresh_index)
     scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
-    print_ = setup.unscored_fingerprint(config, vocabulary)
-    with cache.Writer(config.unscored_root, print_, tokenizer_json=tokenizer_json(vocabulary)) as writer:
+    fingerprint = setup.unscored_fingerprint(config, vocabulary)
+    with cache.Writer(config.unscored_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary)) as writer:
         return collect(run, units, policy, None, writer, config.teacher_signal, elsewhere=scored)
 
 

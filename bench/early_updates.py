@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.measuring import measure
 from bench.real_shapes import SHAPES, TINY
 from stages.data.alignment import align, at_scored
+from stages.engine.opening import open_engine
 from stages.loops.probe import generator_logprobs, trainer_logprobs
 from stages.models.student import Student, assemble
 from stages.runtime.config import parse_arguments
@@ -120,7 +121,7 @@ def measure_student(student: Student, lr: float, num_steps: int) -> list[dict[st
         )
         for _ in range(ROWS)
     ]
-    run: Any = SimpleNamespace(config=SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=NEW_TOKENS)))
+    engine = open_engine(student.model)
     prompts, completions = [r.prompt_ids for r in rows], [r.completion_ids for r in rows]
     aligned = align(prompts, completions, 0, student.device, packed=student.packs)
 
@@ -134,7 +135,7 @@ def measure_student(student: Student, lr: float, num_steps: int) -> list[dict[st
         truth, probe, generator = (
             exact(),
             trainer_logprobs(student, rows),
-            generator_logprobs(run, student, rows),
+            generator_logprobs(student, engine, rows),
         )
         logits = at_scored(student.hidden(aligned), aligned).float() @ student.head.weight.float().t()
         losses = torch.nn.functional.cross_entropy(logits, aligned.targets.long(), reduction="none")

@@ -44,6 +44,7 @@ from bench import stage_one_teacher, stage_two
 from bench.cells import Bench, Cell, Program
 from bench.measuring import Found, Record, markdown, number, peak_gib, release, reset_peak, synchronize
 from stages.data.prompts import Prompt
+from stages.engine.opening import open_engine
 from stages.loops import feed, fit, schedule, setup
 from stages.loops.collect import collect
 from stages.loops.refresh import planned_units
@@ -213,11 +214,11 @@ def write_rows(run: Run, setting: Setting, student: Student, teacher: Teacher) -
         for i, ids in enumerate(prompts_of(setting, run.config.refresh.rollouts_per_refresh))
     ]
     signal = {"kind": "topk", "k": setting.student.k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": setting.vocab_size, "signal": signal})
-    author = setup.student_author(run, student, 0)
-    units = planned_units(run, author, prompts, 0)
-    with cache.Writer(run.config.cache_root, print_) as writer:
-        collect(run, units, author, lambda: teacher, writer, run.config.teacher_signal)
+    fingerprint = cache.Fingerprint({"vocab_size": setting.vocab_size, "signal": signal})
+    policy = setup.student_policy(run, student, open_engine(student.model), 0)
+    units = planned_units(run, policy, prompts, 0)
+    with cache.Writer(run.config.cache_root, fingerprint) as writer:
+        collect(run, units, policy, lambda: teacher, writer, run.config.teacher_signal)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from bench.real_shapes import SHAPES, TINY
 from stages.data.prompts import Prompt
+from stages.engine.opening import open_engine
 from stages.loops import fit, schedule, setup
 from stages.loops.collect import plan, slots_for, write_unit
 from stages.loops.feed import global_batches
@@ -39,7 +41,6 @@ from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
 from stages.models import student as students
 from stages.models import teacher as teachers
-from stages.models.generation import rollout_engine
 from stages.models.memory import GIB
 from stages.models.speed import GPUS
 from stages.models.student import Student
@@ -173,29 +174,29 @@ def _stage_one(run: Run, student: Student, options: Options, peak: Peak) -> Iter
     model = _random_model("teacher", options).requires_grad_(False)
     teacher = teachers.plain_teacher(model, run.world, run.config.train.packing)
     del model
-    author, config = setup.student_author(run, student, 0), run.config
+    policy, config = setup.student_policy(run, student, open_engine(student.model), 0), run.config
     rows = config.rollout.rollouts_per_unit
     (unit,) = plan(
         _prompts(rows),
         seed=0,
         run_id=run.run_id,
-        policy_hash=author.policy_hash,
+        policy_hash=policy.policy_hash,
         refresh_index=0,
         num_rollouts=rows,
         group_size=1,
         rollouts_per_unit=rows,
     )
     kept = {"kind": "topk", "k": config.teacher_signal.signal_k, "temperature": 1.0}
-    print_ = cache.Fingerprint({"vocab_size": student.vocab_size, "signal": kept})
+    fingerprint = cache.Fingerprint({"vocab_size": student.vocab_size, "signal": kept})
     scoring = Scoring(config.teacher_signal, student.vocab_size, 0)
     with (
-        rollout_engine(author.model) as generate,
-        cache.Writer(config.cache_root, print_) as writer,
+        closing(policy.engine),
+        cache.Writer(config.cache_root, fingerprint) as writer,
         UnitWriter(writer) as writing,
         Progress(run, rows) as progress,
     ):
         peak.reset()
-        written = write_unit(unit, author, generate, slots_for(run, author, scores_too=True))
+        written = write_unit(unit, policy, slots_for(run, policy, scores_too=True))
         yield "generate", peak.read()
         peak.reset()
         score_rows(run, written, scoring, teacher, writing, progress, Counts())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,19 +30,20 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from bench.cells import Bench, Cell
 from bench.measuring import Record, measure, peak_gib, reset_peak, synchronize
-from stages.models.decoding.fused import FusedMLP
-from stages.models.decoding.sampling import Sampling, choose
-from stages.models.decoding.slots import SlotCache
-from stages.models.decoding.steps import Decoder, Method, Request
-from stages.models.decoding.weights import DecodingWeights
-from stages.models.generation import rollout_engine
+from stages.engine.decoder import Decoder
+from stages.engine.fused_layers import FusedMLP
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Sampling
+from stages.engine.requests import Method, Request
+from stages.engine.sampling import choose
+from stages.engine.slots import SlotCache
+from stages.engine.weights import DecodingWeights
 
 SOURCES = (
     "bench/cells.py",
     "bench/measuring.py",
     "bench/stage_one_decode.py",
-    "stages/models/generation.py",
-    "stages/models/decoding/*.py",
+    "stages/engine/*.py",
 )
 
 
@@ -200,16 +202,16 @@ def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         prefill = seconds_of(fill, bench.device)
         seconds = seconds_of(lambda: decoder.run(num_steps, last), bench.device)
     found = against_floor(bench, model, shape, batch, 1e3 * seconds / num_steps)
-    return found | {"prefill_ms": 1e3 * prefill, "num_graphs": decoder.num_graphs}
+    return found | {"prefill_ms": 1e3 * prefill, "num_graphs": len(decoder.graphs)}
 
 
 def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Record:
     prompts = [prompt for prompt in prompts_of(shape, batch // group) for _ in range(group)]
     arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
-    with rollout_engine(model) as engine:
+    with closing(open_engine(model)) as engine:
 
         def call() -> None:
-            engine(prompts, list(range(batch)), Sampling(shape.new), **arguments)
+            engine.generate(prompts, list(range(batch)), Sampling(shape.new), **arguments)
 
         first = seconds_of(call, bench.device)
         second = seconds_of(call, bench.device)
@@ -221,15 +223,16 @@ def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     """Useful tokens: those of the completions. Lengths are a seeded permutation of an even spread."""
     lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
     lengths = np.random.default_rng(1).permutation(lengths)
-    requests = [
-        Request(i, prompt, i, int(n))
-        for i, (prompt, n) in enumerate(zip(prompts_of(shape, 4 * batch), lengths, strict=True))
-    ]
-    with rollout_engine(model) as opened:
-        engine: Any = opened  # `write` lets each request have a limit of its own
-        method = method_of(shape, shape.longest)
-        engine.write(requests[:batch], method, batch)  # captures
-        seconds = seconds_of(lambda: engine.write(requests, method, batch), bench.device)
+    prompts, forced = prompts_of(shape, 4 * batch), [np.zeros(n, np.int64) for n in lengths]
+    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    with closing(open_engine(model)) as engine:
+
+        def call(rows: int) -> None:  # forced texts give each row a length of its own
+            sampling, seeds = Sampling(shape.longest), list(range(rows))
+            engine.generate(prompts[:rows], seeds, sampling, forced=forced[:rows], **arguments)
+
+        call(batch)  # captures
+        seconds = seconds_of(lambda: call(4 * batch), bench.device)
     return {
         "tokens_per_second": float(lengths.sum() / seconds),
         "seconds": seconds,
@@ -285,14 +288,14 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     }
     hidden = inputs[config.hidden_size]
     normed = {len(hidden[0]): hidden, config.head_dim: query.squeeze(2)}
-    logits = decoder._logits(hidden)
+    logits = decoder.sampler.logits(hidden)
     uniforms, forced = (
         torch.rand(batch, dtype=torch.float64, device=device),
         torch.full((batch,), -1, device=device),
     )
     attention = model.model.layers[0].self_attn
     layers = range(config.num_hidden_layers)
-    from stages.models.decoding.attention import attend
+    from stages.engine.slot_attention import attend
 
     functions: dict[str, Callable[[], Any]] = {
         "linear_ms": lambda: [layer(inputs[layer.in_features]) for layer in linears],
@@ -301,7 +304,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         ],
         "norms_ms": lambda: [norm(normed[len(norm.weight)]) for norm in norms],
         "store_ms": lambda: [slots.update(new, new, 0) for _ in layers],
-        "head_ms": lambda: decoder._logits(hidden),
+        "head_ms": lambda: decoder.sampler.logits(hidden),
         "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),
     }
     return {

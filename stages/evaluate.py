@@ -21,6 +21,7 @@ if __name__ == "__main__":  # signals first: what follows imports for seconds
 
 import json
 
+from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
@@ -39,12 +40,11 @@ def main() -> None:
     if run.config.train.export_checkpoint == "best":  # what was exported is what is measured
         checkpoint.load_best(run.folder / "checkpoints", student.trainable)
     label = "after" if position.step else "before"
+    policy = setup.student_policy(run, student, open_engine(student.model), position.step)
     with TeacherLoader(run.config, run.world) as teacher:
         found = {
             "teacher": measure.measure_teacher(evaluation),
-            label: measure.measure(
-                evaluation, student, position.step, label, teacher if has_teacher else None
-            ),
+            label: measure.measure(evaluation, student, policy, label, teacher if has_teacher else None),
         }
     run.log_totals("evaluate")
     run.metrics.say(

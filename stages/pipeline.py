@@ -18,6 +18,7 @@ if __name__ == "__main__":  # signals first: what follows imports for seconds
 
     ending.install()
 
+from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, setup
 from stages.models.teacher import TeacherLoader
 from stages.report import own_config, summary, write_report
@@ -37,16 +38,17 @@ def main() -> None:
     vocabulary, prompts = ready.vocabulary, ready.prompts
     evaluation = measure.open_evaluation(run, vocabulary, ready.heldout)
     student, position = setup.current_student(run, vocabulary)
+    engine = open_engine(student.model)
     measure.measure_teacher(evaluation)
     if position.step == 0:
+        policy = setup.student_policy(run, student, engine, 0)
         with TeacherLoader(run.config, run.world) as teacher:
-            measure.measure(evaluation, student, 0, "before", teacher)
-            refresh.write_rollouts(
-                run, student, vocabulary, prompts, refresh_index=0, step=0, teacher=teacher
-            )
+            measure.measure(evaluation, student, policy, "before", teacher)
+            refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
     train(run, student, vocabulary, prompts)
+    policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
     with TeacherLoader(run.config, run.world) as teacher:
-        measure.measure(evaluation, student, run.config.train.max_steps, "after", teacher)
+        measure.measure(evaluation, student, policy, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:
         if (run.folder / "student").is_dir():

@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 import cache
+from stages.engine.opening import open_engine
 from stages.loops import follow, preflight, progress, refresh, roles, schedule, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime.cuts import cut_sentence, cut_share
@@ -63,13 +64,12 @@ def main() -> None:
             num_units = roles.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:
             student, _ = setup.current_student(run, vocabulary)
+            policy = setup.student_policy(run, student, open_engine(student.model), position.step)
             if role == "generate":
-                num_units = roles.generate_rollouts(
-                    run, student, vocabulary, prompts, refresh_index=due, step=position.step
-                )
+                num_units = roles.generate_rollouts(run, policy, vocabulary, prompts, refresh_index=due)
             else:
                 num_units = refresh.write_rollouts(
-                    run, student, vocabulary, prompts, refresh_index=due, step=position.step, teacher=teacher
+                    run, policy, vocabulary, prompts, refresh_index=due, teacher=teacher
                 )
     tell(run, num_units)
 
@@ -86,7 +86,7 @@ def _follow(arguments: list[str]) -> None:
 
 
 def tell(run: Run, num_units: int) -> None:
-    """How it went, what the cache holds now, and what to do with it."""
+    """Reports how it went, what the cache holds now, and what to do next."""
     run.log_totals("rollout")
     if not run.world.is_main:
         return

@@ -24,6 +24,7 @@ from typing import Any
 
 import cache
 from stages.data.prompts import Prompt
+from stages.engine.opening import open_engine
 from stages.loops import fit, measure, preflight, refresh, schedule, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _work(config: Config) -> preflight.Work:
-    """Without refreshes no teacher is asked; held-out KLs are measured on text that it may have written before."""
+    """Without refreshes no teacher is needed: held-out KLs are measured on text that it may have written before."""
     inline = config.refreshes and config.refresh.refresh_mode == "inline"
     if inline:
         refresh.refuse_role(config)
@@ -61,19 +62,21 @@ def _work(config: Config) -> preflight.Work:
 
 
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
-    """Trains to max_steps and exports the student to `runs/<name>/student`; refreshes read the prompts if not given."""
+    """Trains to max_steps and exports the student to `runs/<name>/student`. Refreshes read the prompts if not given."""
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
     training = fit.prepare(run, student)
     if prompts is None:
         prompts = refresh.prompts_of(run, vocabulary) if inline else []
-    external = (
-        run.config.refresh.refresh_mode == "external"
-    )  # its follower compares what generates with what trains
-    if not external and checkpoint.latest(run.folder / "checkpoints") is None:
-        refresh.check_generator(run, student, 0)
+    engine = open_engine(student.model)
+    if (
+        run.config.refresh.refresh_mode != "external"  # else the follower checks its generator
+        and checkpoint.latest(run.folder / "checkpoints") is None
+    ):
+        refresh.check_generator(run, student, engine, 0)
 
     def refresh_now(now: fit.Training, index: int, reason: str) -> None:
-        refresh.refresh(run, now.student, vocabulary, prompts, index, now.step, reason)
+        policy = setup.student_policy(run, now.student, engine, now.step)
+        refresh.refresh(run, now.student, policy, vocabulary, prompts, index, reason)
         run.log_totals("train")
 
     evaluate = heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None
@@ -95,7 +98,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
 
 
 def _export(run: Run, student: Student, step: int) -> None:
-    """Writes the student of `step`, with a model card, unless the run has exported just that (collective)."""
+    """Writes the student of `step` with a model card, unless the run has already exported it (collective)."""
     run.world.barrier()
     if not run.world.is_main:
         return
@@ -114,7 +117,7 @@ def model_card(run: Run, step: int) -> str:
 
 
 def _await_cache(run: Run) -> None:
-    """Until the follower has begun the cache (collective)."""
+    """Waits until the follower has begun the cache (collective)."""
     told = False
     while not run.world.gather(cache.exists(run.config.cache_root))[0]:
         if not told:
@@ -128,7 +131,7 @@ def _await_cache(run: Run) -> None:
 
 
 def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
-    """Measures the student on the held-out teacher text, which the plain teacher writes now if it is not there."""
+    """A function that measures the student on held-out teacher text, which the plain teacher writes now if missing."""
     evaluation = measure.open_evaluation(run, vocabulary)
     if not run.config.eval.eval_teacher_text:
         measure.measure_teacher(evaluation)

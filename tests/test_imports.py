@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tree import circles, import_graph, sources
+
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"stages", "dualkl", "cache", "tests", "bench", "examples"}
 FORBIDDEN = {
@@ -15,6 +17,19 @@ FORBIDDEN = {
     | {"transformers", "datasets", "peft", "pyarrow", "deepspeed", "accelerate", "yaml"},
     "cache": OURS - {"cache"} | {"torch", "transformers", "datasets", "peft", "deepspeed", "accelerate"},
 }
+
+
+KNOWN_CIRCLES = [
+    {
+        "dualkl.divergences",
+        "dualkl.kernels",
+        "dualkl.kernels.fused",
+        "dualkl.kernels.selection",
+        "dualkl.steps",
+        "dualkl.targets",
+    },
+]
+"""Circles that are still to be opened."""
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -44,6 +59,31 @@ def test_the_walk_sees_imports_inside_functions(tmp_path: Path) -> None:
         "import os.path\ndef f():\n    from torch.nn import Linear\n    import cache.reader as r\n"
     )
     assert imported_packages(path) == {"os", "torch", "cache"}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    found = circles(import_graph(ROOT, sources()))
+    assert [group for group in found if not any(known.issuperset(group) for known in KNOWN_CIRCLES)] == []
+
+
+def test_circles_are_found_through_functions_and_relative_imports_but_not_through_types(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "one/__init__.py": "",
+        "one/a.py": "def f():\n    from one import b\n",
+        "one/b.py": "from .inner.c import name\n",
+        "one/inner/__init__.py": "",
+        "one/inner/c.py": "from .. import a as other\nimport one.d\n",
+        "one/d.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from one.a import f\n",
+        "one/e.py": "import one.d, one.f\n",
+        "one/f.py": "import one.e\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = import_graph(tmp_path, sources(tmp_path, ("one",)))
+    assert circles(graph) == [("one.a", "one.b", "one.inner.c"), ("one.e", "one.f")]
 
 
 @pytest.mark.parametrize(

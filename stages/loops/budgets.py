@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stages.engine.decoder import PREFILL_TOKENS
 from stages.models import checkpoints, memory
-from stages.models.decoding.steps import PREFILL_TOKENS
 from stages.models.memory import Shape
 from stages.models.teacher import Teacher, zero3_settings
 from stages.runtime.config import Config

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
-from transformers.modeling_utils import PreTrainedModel
 
 import cache
 from stages.data.prompts import Prompt
+from stages.engine.protocol import Completion
 from stages.loops.budgets import slots_of_run
 from stages.loops.progress import Progress, counts_of
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
-from stages.models.generation import Completion, Generate, Sampling, rollout_engine
+from stages.models.policy import Policy
 from stages.models.teacher import Teacher
 from stages.models.turns import Turns
 from stages.runtime.config import SignalSection
@@ -43,21 +41,6 @@ class Unit:
 
     name: str
     rows: tuple[PlannedRow, ...]
-
-
-@dataclass(frozen=True)
-class Author:
-    """A model that writes completions, and what the cache must know of it."""
-
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    run_id: str
-    policy_hash: str
-    policy_step: int
-    sampling: Sampling
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-    autocast: Callable[[], AbstractContextManager]
 
 
 def plan(
@@ -98,33 +81,33 @@ def missing_units(units: Sequence[Unit], committed_ids: set[str]) -> list[Unit]:
 def collect(
     run: Run,
     units: Sequence[Unit],
-    author: Author,
+    policy: Policy,
     get_teacher: Callable[[], Teacher] | None,
     writer: cache.Writer,
     signal: SignalSection,
     elsewhere: Set[str] = frozenset(),
 ) -> int:
-    """Writes the units that `writer`'s cache lacks, spread over the ranks; returns how many there were (collective).
+    """Writes the units that `writer`'s cache lacks, spread over the ranks; returns their number (collective).
 
-    Each rank makes one unit a round; ranks without a unit join the others' ZeRO-3 forwards with dummies. Rows are encoded
-    and written beside the work on the next ones. Without a teacher they are committed unscored. `elsewhere`: ids of rows
-    that need not be made, though this cache lacks them.
+    Each rank makes one unit per round; ranks without one join the others' ZeRO-3 forwards with dummies. A thread encodes
+    and writes rows while the next ones are made. Without a teacher they are committed unscored. `elsewhere`: ids of rows
+    to leave out although this cache lacks them. Frees the engine's memory at the end.
     """
+    rank, size = run.world.rank, run.world.size
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
-    mine = todo[run.world.rank :: run.world.size]
-    scoring = Scoring(signal, author.vocab_size, author.tokenizer.pad_token_id)
-    num_slots = slots_for(run, author, scores_too=get_teacher is not None)
+    scoring = Scoring(signal, policy.vocab_size, policy.tokenizer.pad_token_id)
+    num_slots = slots_for(run, policy, scores_too=get_teacher is not None)
     with (
-        rollout_engine(author.model) as generate,
+        closing(policy.engine),
         UnitWriter(writer) as writing,
         Progress(run, sum(len(u.rows) for u in todo)) as progress,
     ):
-        turns, teacher = Turns(run, author.model, generate), None
-        for turn in range(-(-len(todo) // run.world.size)):
-            unit = mine[turn] if turn < len(mine) else None
+        turns, teacher = Turns(run, policy.model, policy.engine), None
+        for start in range(0, len(todo), size):
+            unit = todo[start + rank] if start + rank < len(todo) else None
             with progress.phase("generate"):
                 turns.to_student(teacher)
-                rows = write_unit(unit, author, generate, num_slots) if unit else []
+                rows = write_unit(unit, policy, num_slots) if unit else []
             counts = counts_of(rows, generated=True)
             if get_teacher is None:
                 writing.append(rows)
@@ -142,57 +125,44 @@ def collect(
     return len(todo)
 
 
-def slots_for(run: Run, author: Author, *, scores_too: bool) -> int:
+def slots_for(run: Run, policy: Policy, *, scores_too: bool) -> int:
     """Rows decoded together: `gen_micro_batch`, or as many as the free memory holds (collective)."""
-    is_teacher = not any(parameter.requires_grad for parameter in author.model.parameters())
     return slots_of_run(
-        run.config, run.world, author.model.config, is_teacher=is_teacher, scores_too=scores_too
+        run.config, run.world, policy.model.config, is_teacher=policy.is_teacher, scores_too=scores_too
     )
-
-
-def write_unit(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[cache.Record]:
-    """The unit's rows, not scored yet."""
-    completions = _write(unit, author, generate, num_slots)
-    return [_record(row, done, author) for row, done in zip(unit.rows, completions, strict=True)]
 
 
 def _row_id(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _write(unit: Unit, author: Author, generate: Generate, num_slots: int) -> list[Completion]:
-    with author.autocast():
-        completions = generate(
-            [row.prompt.ids for row in unit.rows],
-            [int(row.row_id, 16) for row in unit.rows],
-            author.sampling,
-            vocab_size=author.vocab_size,
-            eos_ids=author.eos_ids,
-            pad_id=author.tokenizer.pad_token_id,
-            micro_batch=num_slots,
-        )
+def write_unit(unit: Unit, policy: Policy, num_slots: int) -> list[cache.Record]:
+    """The unit's rows, not scored yet. Errors: `UserError` where the model gives logits that are not finite."""
+    prompts, seeds = [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows]
+    completions = policy.generate(prompts, seeds, num_slots)
     for row, completion in zip(unit.rows, completions, strict=True):
         if not np.isfinite(completion.logprobs).all():
             raise UserError(
                 f"the generating model gave NaN or infinite logits on prompt {row.prompt.prompt_id} (policy step"
-                f" {author.policy_step}); nothing of unit {unit.name} was kept. Check the weights, or lower lr."
+                f" {policy.step}); nothing of unit {unit.name} was kept. Check the weights, or lower lr."
             )
-    return completions
+    return [_record(row, done, policy) for row, done in zip(unit.rows, completions, strict=True)]
 
 
-def _record(row: PlannedRow, completion: Completion, author: Author) -> cache.Record:
+def _record(row: PlannedRow, completion: Completion, policy: Policy) -> cache.Record:
+    assert completion.entropy is not None  # the cache requires it
     return cache.Record(
         row_id=row.row_id,
         prompt_id=row.prompt.prompt_id,
         occurrence=row.occurrence,
         sample_index=row.sample_index,
         refresh_index=row.refresh_index,
-        run_id=author.run_id,
-        policy_step=author.policy_step,
-        policy_hash=author.policy_hash,
+        run_id=policy.run_id,
+        policy_step=policy.step,
+        policy_hash=policy.policy_hash,
         finish_reason=completion.finish_reason,
         prompt_text=row.prompt.text,
-        completion_text=cast(str, author.tokenizer.decode(completion.ids, skip_special_tokens=True)),
+        completion_text=cast(str, policy.tokenizer.decode(completion.ids, skip_special_tokens=True)),
         prompt_ids=row.prompt.ids,
         completion_ids=completion.ids,
         behaviour_logprobs=completion.logprobs,

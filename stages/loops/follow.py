@@ -1,4 +1,4 @@
-"""Stage one beside a training that runs elsewhere: rollouts from the newest published student, until the run is finished."""
+"""Stage one beside a training run elsewhere: rollouts from the newest published student until that run finishes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 from stages.data.prompts import Prompt
-from stages.loops import preflight, refresh, versions
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Engine
+from stages.loops import preflight, refresh, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
 from stages.models.student import Student, load_student, policy_hash
@@ -18,7 +20,7 @@ from stages.runtime.split import rollouts_of
 
 
 def arguments_of(folder: str, rest: list[str]) -> list[str]:
-    """The command line of a follower of the run in `folder`: the run's own configuration, then what `rest` changes."""
+    """The command line of a follower: the configuration of the run in `folder`, then the changes in `rest`."""
     path = Path(folder)
     own = ["--config", str(path / "config.yaml")]
     if not (path / "config.yaml").exists():
@@ -33,9 +35,9 @@ def arguments_of(folder: str, rest: list[str]) -> list[str]:
 
 
 def follow(run: Run) -> None:
-    """Writes what is missing of the newest version's rollouts, again and again, until the run is finished (collective).
+    """Writes the missing rollouts of each newest version until the run is finished (collective).
 
-    Before anything is published the student as it starts writes refresh 0. May be killed and started again at any time.
+    Before the first version is published, the initial student writes refresh 0. It may be killed and restarted any time.
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
@@ -47,13 +49,14 @@ def follow(run: Run) -> None:
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+    engine = open_engine(student.model)
     start = Version(0, 0, policy_hash(student), len(rollouts_of(run.config, 0)))
     written: Version | None = None
     with TeacherLoader(run.config, run.world) as teacher:
         while True:
             version, finished = run.world.gather((_wanted(run, start), versions.is_finished(run.folder)))[0]
             if version is not None and version != written:
-                _write(run, student, vocabulary, prompts, version, teacher)
+                _write(run, student, engine, vocabulary, prompts, version, teacher)
                 written = version
             elif finished:
                 break
@@ -63,7 +66,7 @@ def follow(run: Run) -> None:
 
 
 def _wanted(run: Run, start: Version) -> Version | None:
-    """The newest version; before any the student as it starts, unless training has left that behind."""
+    """The newest version; before the first one, the initial student, unless training has already moved on from it."""
     untrained = checkpoint.latest(run.folder / "checkpoints") is None
     return versions.newest(run.folder) or (start if untrained else None)
 
@@ -71,6 +74,7 @@ def _wanted(run: Run, start: Version) -> Version | None:
 def _write(
     run: Run,
     student: Student,
+    engine: Engine,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     version: Version,
@@ -85,16 +89,11 @@ def _write(
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)
+    policy = setup.student_policy(run, student, engine, version.step)
     num_units = refresh.write_rollouts(
-        run,
-        student,
-        vocabulary,
-        prompts,
-        refresh_index=version.refresh_index,
-        step=version.step,
-        teacher=teacher,
+        run, policy, vocabulary, prompts, refresh_index=version.refresh_index, teacher=teacher
     )
-    probe = refresh.check_generator(run, student, version.refresh_index)
+    probe = refresh.check_generator(run, student, engine, version.refresh_index)
     run.metrics.log(
         "version",
         step=version.step,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 import cache
 from dualkl.divergences import compare
@@ -18,18 +20,15 @@ from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
 from stages.loops import setup
-from stages.loops.collect import Author, collect, plan, slots_for
+from stages.loops.collect import collect, plan, slots_for
 from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models import checkpoints, ends
-from stages.models.generation import Completion, Sampling, generate
-from stages.models.student import Student, policy_hash
+from stages.models.policy import Policy
+from stages.models.student import Student
 from stages.models.teacher import (
     Teacher,
     TeacherLoader,
-    check_writer,
-    load_plain_model,
     plain_model_fits,
     plain_teacher,
 )
@@ -40,7 +39,7 @@ from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
 AUTO_ROWS = 64
-UNIT_ROWS = 256  # of evaluation texts, at most: few prompts, which several processes share
+UNIT_ROWS = 256  # at most, in a unit of evaluation text, so that several processes share few prompts
 HIDDEN = SignalSection(signal="hidden")
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -48,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every evaluation of a run shares: held-out prompts and where its files are."""
+    """What every evaluation of a run shares: held-out prompts and the folder of its files."""
 
     run: Run
     vocabulary: Vocabulary
@@ -79,12 +78,12 @@ class Evaluation:
 
 
 def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> Evaluation:
-    """Reads the held-out prompts if they are not given."""
+    """Reads the held-out prompts unless they are given."""
     return Evaluation(run, vocabulary, prompts or heldout_of(run, vocabulary))
 
 
 def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
-    """The held-out prompts; says what was skipped to draw them."""
+    """The held-out prompts. Reports which records were skipped."""
     found = heldout_prompts(run.config, vocabulary.tokenizer)
     if found.skipped:
         run.metrics.say(f"held out: {found.summary}")
@@ -92,32 +91,34 @@ def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 
 
 def measure(
-    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader | None
+    evaluation: Evaluation, student: Student, policy: Policy, label: str, teacher: TeacherLoader | None
 ) -> Result:
     """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
 
-    KLs are exact over the shared vocabulary, nats a token. `cut_share`: of the answers, or of the text measured on, what
-    max_new_tokens cut off. What needs a teacher or a checker that is not there is null.
+    `policy` is the student's. KLs are exact over the shared vocabulary, nats a token. `cut_share`: the share of the answers,
+    or of the text measured on, that max_new_tokens cut off. Figures that need a missing teacher or checker are null.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
-    subject = {"policy_hash": policy_hash(student), **evaluation.subject} | (
-        {"with_teacher": True} if teacher else {}
-    )
+    subject: Result = {"policy_hash": policy.policy_hash, **evaluation.subject}
+    if teacher:
+        subject["with_teacher"] = True
     found = _kept(run, path, subject)
     if found is not None:
         return found
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)
-        result |= _solve(evaluation, setup.student_author(run, student, step, greedy=True))
-        result["on_student"] = (
-            _on_student(evaluation, student, step, label, teacher) if teacher else _nothing()
-        )
-    return _keep(run, path, result | {"of": subject}, step)
+        result |= _solve(evaluation, policy)
+        result["on_student"] = _nothing()
+        if teacher:
+            root = str(evaluation.folder / f"on_student_{label}")
+            row_ids = _write_text(evaluation, policy, root, teacher.get)
+            result["on_student"] = divergences(run, student, cache.open(root), row_ids)
+    return _keep(run, path, result | {"of": subject}, policy.step)
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
-    """The teacher's own accuracy, and its text on the held-out prompts (written once, by the plain teacher where it fits)."""
+    """The teacher's accuracy, and its text on the held-out prompts, written once by the plain teacher if that fits."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
     found = _kept(run, path, evaluation.subject)
     if found is not None:
@@ -143,69 +144,48 @@ def measure_teacher(evaluation: Evaluation) -> Result:
 
 def _with_plain_teacher(evaluation: Evaluation) -> Result:
     run = evaluation.run
-    model = load_plain_model(run.config, run.world)
-    check_writer(model)
-    rollout, models = run.config.rollout, run.config.models
-
-    def author(sampling: Sampling) -> Author:
-        source = checkpoints.identity(models.teacher_model, models.teacher_revision)
-        tokenizer = evaluation.vocabulary.tokenizer
-        return Author(
-            model,
-            tokenizer,
-            "teacher",
-            setup.short_hash(source),
-            0,
-            sampling,
-            evaluation.vocabulary.size,
-            ends.teacher_ends(run.config, tokenizer, evaluation.vocabulary.size),
-            lambda: torch.autocast(run.world.device.type, enabled=False),
-        )
-
-    result = _solve(evaluation, author(Sampling(rollout.max_new_tokens, greedy=True)))
+    policy = setup.load_teacher_policy(run, evaluation.vocabulary)
+    result = _solve(evaluation, policy)
     if not run.config.eval.eval_teacher_text:
-        scorer = plain_teacher(model, run.world, run.config.train.packing)
-        written = _write_text(
-            evaluation, author(Sampling(rollout.max_new_tokens)), evaluation.teacher_text, lambda: scorer
-        )
-        result["text_rows"] = written
+        scorer = plain_teacher(cast(PreTrainedModel, policy.model), run.world, run.config.train.packing)
+        result["text_rows"] = _write_text(evaluation, policy, evaluation.teacher_text, lambda: scorer)
         scorer.close()
     return result
 
 
 def _write_text(
-    evaluation: Evaluation, author: Author, root: str, get_teacher: Callable[[], Teacher]
+    evaluation: Evaluation, policy: Policy, root: str, get_teacher: Callable[[], Teacher]
 ) -> list[str]:
-    """One completion for each held-out prompt into a `hidden` cache at `root`; returns their row ids (collective; resumes)."""
+    """Writes a completion of each held-out prompt to a `hidden` cache at `root`; returns row ids (collective; resumes)."""
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts,
         seed=run.config.run.seed,
-        run_id=author.run_id,
-        policy_hash=author.policy_hash,
+        run_id=policy.run_id,
+        policy_hash=policy.policy_hash,
         refresh_index=0,
         num_rollouts=len(evaluation.prompts),
         group_size=1,
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
-    print_ = setup.fingerprint(run.config, vocabulary, HIDDEN)
+    fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
     head = teacher_head(get_teacher().head, vocabulary.size)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    with cache.Writer(root, print_, tokenizer_json=tokenizer_json, head=head) as writer:
-        collect(run, units, author, get_teacher, writer, HIDDEN)
+    with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
+        collect(run, units, policy, get_teacher, writer, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 
 
 def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
-    """`divergences` on the held-out teacher text and `measured_on`, equal where such figures can be compared (collective).
+    """`divergences` on the held-out teacher text, nulls without such text (collective).
 
-    Nulls where there is no such text.
+    Figures are comparable if their `measured_on` is equal.
     """
     if not cache.exists(evaluation.teacher_text):
         return _nothing() | {"measured_on": None}
     snapshot = cache.open(evaluation.teacher_text)
     path, written = evaluation.folder / "teacher.json", None
-    if not evaluation.run.config.eval.eval_teacher_text:  # of a cache that is given, all rows
+    if not evaluation.run.config.eval.eval_teacher_text:  # a given cache is used whole
         written = schema.evaluation(path, evaluation.run.metrics.say).get("text_rows")
     row_ids = written or snapshot.row_ids
     found = divergences(evaluation.run, student, snapshot, row_ids)
@@ -213,21 +193,13 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
 
 
 def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
-    """A hash over these rows, the bytes of their shards, what they mean, and the dtype in which a student reads them."""
+    """A hash of the row ids, the bytes of their shards, the cache's fingerprint and the student's dtype."""
     wanted = set(row_ids)
     shards = {
         record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)
     }
     parts = [run.config.run.dtype, snapshot.fingerprint.must_match, sorted(wanted), sorted(shards)]
     return setup.short_hash(json.dumps(parts, sort_keys=True))
-
-
-def _on_student(
-    evaluation: Evaluation, student: Student, step: int, label: str, teacher: TeacherLoader
-) -> Result:
-    root = str(evaluation.folder / f"on_student_{label}")
-    row_ids = _write_text(evaluation, setup.student_author(evaluation.run, student, step), root, teacher.get)
-    return divergences(evaluation.run, student, cache.open(root), row_ids)
 
 
 def _nothing() -> Result:
@@ -273,15 +245,18 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     }
 
 
-def _solve(evaluation: Evaluation, author: Author) -> Result:
-    """Greedy completions of the held-out prompts: shares that the checker accepts and that were cut, samples (collective)."""
+def _solve(evaluation: Evaluation, policy: Policy) -> Result:
+    """Greedy completions of the held-out prompts: samples, and the shares solved and cut off (collective)."""
     run, spec = evaluation.run, evaluation.run.config.eval.answer_checker
     checker = open_checker(spec)
     own = evaluation.prompts[run.world.rank :: run.world.size]
-    num_slots = slots_for(run, author, scores_too=False)
+    greedy = replace(policy, sampling=replace(policy.sampling, greedy=True))
+    num_slots = slots_for(run, policy, scores_too=False)
+    with closing(policy.engine):
+        completions = greedy.generate([prompt.ids for prompt in own], [0] * len(own), num_slots)
     found = []
-    for prompt, written in zip(own, _greedy(author, own, num_slots) if own else [], strict=True):
-        text = cast(str, author.tokenizer.decode(written.ids, skip_special_tokens=True))
+    for prompt, written in zip(own, completions, strict=True):
+        text = cast(str, policy.tokenizer.decode(written.ids, skip_special_tokens=True))
         verdict = solved(checker, spec, prompt, text) if checker else None
         found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
     everything = _interleave(run.world.gather(found))
@@ -292,20 +267,6 @@ def _solve(evaluation: Evaluation, author: Author) -> Result:
     }
 
 
-def _greedy(author: Author, prompts: list[Prompt], num_slots: int) -> list[Completion]:
-    with author.autocast():
-        return generate(
-            author.model,
-            [p.ids for p in prompts],
-            [0] * len(prompts),
-            author.sampling,
-            vocab_size=author.vocab_size,
-            eos_ids=author.eos_ids,
-            pad_id=author.tokenizer.pad_token_id,
-            micro_batch=num_slots,
-        )
-
-
 def _interleave(parts: list[list[T]]) -> list[T]:
     """Undoes the [rank::size] split."""
     longest = max(len(part) for part in parts)
@@ -313,7 +274,7 @@ def _interleave(parts: list[list[T]]) -> list[T]:
 
 
 def _kept(run: Run, path: Path, subject: Result) -> Result | None:
-    """An earlier result, if it is one of the same subject."""
+    """An earlier result if it has the same subject."""
     found = schema.evaluation(path, run.metrics.say)
     return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
 

@@ -1,9 +1,9 @@
-"""The check at each refresh that what generates is what trains, on a fixed probe batch, and that it has moved.
+"""The check at each refresh that the policy that generates is the one in training, and that it has moved since the last.
 
-Rounding is measured, not assumed: the same student in fp32 (`in_fp32`) tells how far training and generation are from what
-both of them round. Rounding has no direction. Another policy has one: towards the student without its adapter, towards that
-of the refresh before, or along the adapter's part of a layer's output. So a gap beyond rounding is a warning, and a
-direction is an error.
+Rounding is measured on a fixed probe batch: the same student in fp32 (`in_fp32`) shows how far training and generation
+each are from the unrounded logprobs. Rounding has no direction. Another policy has one: towards the student without its
+adapter, towards the student of the refresh before, or along the adapter's part of a layer's output. So a gap beyond
+rounding is a warning, and a direction is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from peft import PeftModel
 import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
-from stages.models.generation import Sampling, generate
+from stages.engine.protocol import Engine, forced_logprobs
 from stages.models.reference import in_fp32
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
@@ -31,37 +32,37 @@ from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 ROWS, TOKENS = 32, 128
-"""Of the probe batch: rows, and of each completion its first tokens."""
+"""Size of the probe batch: rows, and tokens from the start of each completion."""
 OTHERS = {
     "without_adapter": "the student without its adapter",
     "refresh_before": "that of the refresh before",
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Of a forward in fp32, with padding."""
+"""Tokens of a forward in fp32, with padding."""
 SIGNIFICANT, SIGNIFICANT_LAYER = 6.0, 8.0
-"""Standard errors from which on a direction is one, of all together and of one layer among hundreds."""
-FEW = 20  # tokens: of so few a direction must be twice as clear
+"""Standard errors beyond which a direction counts: over all tokens, and for one layer among hundreds."""
+FEW = 20  # tokens: with so few, a direction must be twice as clear
 LEAST_SHARE = {torch.bfloat16: 0.03, torch.float32: 0.003}
-"""Of the way to another policy: what rounding may look like."""
+"""Smaller shares of the way to another policy may be rounding."""
 LEAST_LAYER_SHARE = 0.3
 CLEAR = 8.0
-"""Contrast from which on a forward that rounds the frozen product before it adds an update follows the update."""
+"""Contrast beyond which a forward that rounds the frozen product before adding an update is seen to follow it."""
 FP32_ROUNDING = 1e-4  # nats: sums in another order
-MORE = 1.5  # than training's forward a healthy generator may round: merged weights are rounded, too
+MORE = 1.5  # times the rounding of training's forward for a healthy generator: merged weights are rounded too
 SAME = 1e-7  # nats: no direction
-UNSEEN = 1e-5  # nats: what a layer's output may be off by without a word, where no logprob shows it
+UNSEEN = 1e-5  # nats: below this gap in logprobs, errors of single layers are ignored
 BOUND, BROKEN = 3.0, 30.0
-"""In units of what rounding moves training's logprobs by: a gap beyond the first is told, beyond the second refused."""
+"""In units of the rounding of training's logprobs: a gap beyond the first is a warning, beyond the second an error."""
 LAYER_BOUND = 8.0
-"""Of a layer's output, in units of its own rounding."""
+"""Largest error of a layer's output, in units of its own rounding."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How far logprobs are on the way from the student's to another policy's.
+    """How far logprobs are along the way from the student's to another policy's.
 
-    `value`: 0 not at all, 1 they are that policy's; its standard `error`. `contrast`: how far the other policy is away,
-    root mean square, in units of what remains of the distance to the student.
+    `value` is 0 at the student and 1 at the other policy; `error` is its standard error. `contrast` is the distance of the
+    other policy, root mean square, in units of what remains of the distance to the student.
     """
 
     of: str
@@ -71,48 +72,42 @@ class Share:
 
 
 class Row(NamedTuple):
-    """One of the probe's: token ids."""
+    """One row of the probe, as token ids."""
 
     row_id: str
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
 
 
-def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str, float]:
-    """Figures of the probe for the refresh record; `UserError` where what generates is not the student that is trained.
+def check_generator(run: Run, student: Student, engine: Engine, refresh_index: int) -> dict[str, float]:
+    """Figures of the probe for the refresh record. Errors: `UserError` if what generates is not the student in training.
 
-    An adapter that never reaches the generator looks like staleness, with a finite loss; here it is an error.
+    An adapter that never reaches the generator would otherwise look like staleness, with a finite loss.
     """
     rows, history = _probe_batch(run)
     if not rows:
         return {}
     exact = exact_logprobs(student, rows)
-    others = {}
+    before = np.asarray(history.get(str(refresh_index - 1), []), dtype=np.float32)
+    others = {"refresh_before": before} if before.shape == exact.shape else {}
     if isinstance(student.model, PeftModel):
         with student.model.disable_adapter():
-            others["without_adapter"] = exact_logprobs(student, rows)
-    before = np.asarray(history.get(str(refresh_index - 1), []), dtype=np.float32)
-    if before.shape == exact.shape:
-        others["refresh_before"] = before
+            others = {"without_adapter": exact_logprobs(student, rows)} | others
     trainer = trainer_logprobs(student, rows)
     witness = Witness(student.base.get_decoder(), student.compute_dtype)
     with witness.watching():
-        generator = generator_logprobs(run, student, rows)
+        generator = generator_logprobs(student, engine, rows)
 
     lengths = [len(row.completion_ids) for row in rows]
-    least = LEAST_SHARE[student.compute_dtype]
-    lags = [
-        found
-        for of, other in others.items()
-        if (found := share_of(of, trainer, exact, other, trainer, lengths))
-    ]
-    shares = [
-        found
-        for of, other in others.items()
-        if (found := share_of(of, generator, exact, other, trainer, lengths))
-    ]
+    lags, shares = (
+        [s for of, other in others.items() if (s := share_of(of, one, exact, other, trainer, lengths))]
+        for one in (trainer, generator)
+    )
     gap, rounding = _distance(trainer, generator), max(_distance(trainer, exact), FP32_ROUNDING)
-    figures = {
+    least = LEAST_SHARE[student.compute_dtype]
+    reasons = [*_of_logprobs(shares, lags, least, len(exact)), *_of_layers(witness.seen(), least, gap)]
+    _judge(run, refresh_index, gap, rounding, len(exact), reasons)
+    return {
         "probe_gap": gap,
         "probe_bound": BOUND * rounding,
         "probe_tokens": len(exact),
@@ -120,23 +115,31 @@ def check_generator(run: Run, student: Student, refresh_index: int) -> dict[str,
         "probe_generator_rounding": _distance(generator, exact),
         **{f"probe_{share.of}": share.value for share in shares},
         **{f"probe_{share.of}_error": share.error for share in shares},
+        "probe_moved": _moved(run, exact, before, refresh_index, rows),
     }
-    reasons = [*_of_logprobs(shares, lags, least, len(exact)), *_of_layers(witness.seen(), least, gap)]
+
+
+def _judge(
+    run: Run, refresh_index: int, gap: float, rounding: float, num_tokens: int, reasons: list[str]
+) -> None:
+    """`UserError` for a gap that has reasons or is far beyond rounding, a warning for one that is beyond rounding."""
     if gap > BROKEN * rounding:
-        reasons.append(f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by")
+        reasons = [
+            *reasons,
+            f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by",
+        ]
     if reasons:
         raise UserError(
             f"what generates is not the student that is trained: at refresh {refresh_index} they differ by {gap:.2g} nats a"
-            f" token on the probe batch of {len(exact)} tokens (rounding explains {BOUND * rounding:.2g}), and {reasons[0]}."
+            f" token on the probe batch of {num_tokens} tokens (rounding explains {BOUND * rounding:.2g}), and {reasons[0]}."
             " The rollouts would not be the student's; nothing is trained on them. Please report this."
         )
-    if gap > figures["probe_bound"]:
+    if gap > BOUND * rounding:
         run.metrics.say(
             f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of refresh {refresh_index},"
             f" more than {BOUND:.0f} times what rounding moves training's own logprobs by ({rounding:.2g}). The difference has"
             " no direction, so it is the same policy, rounded more; dtype fp32 would be exact."
         )
-    return figures | {"probe_moved": _moved(run, exact, before, refresh_index, rows)}
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -152,10 +155,10 @@ def share_of(
     rounded: np.ndarray,
     lengths: list[int],
 ) -> Share | None:
-    """How far `logprobs` are on the way from `exact` to `other`; None where these are the same. All [N], rows in turn.
+    """How far `logprobs` are along the way from `exact` to `other`; None if these are equal. All are [N], row after row.
 
-    A slope over the tokens, without the hundredth that is furthest away: unlikely tokens, which are rounded most. Its error
-    is that of logprobs that are rounded as `rounded` are, `MORE` than these, with tokens or rows (`lengths`) as samples.
+    It is a slope over the tokens, without the hundredth furthest away: unlikely tokens, which are rounded most. Its error
+    assumes `MORE` times the rounding of `rounded`, with tokens or rows (`lengths`) as samples, whichever gives more.
     """
     way, moved, noise = (np.float64(each) - exact for each in (other, logprobs, rounded))
     way, moved, noise = way - way.mean(), moved - moved.mean(), noise - noise.mean()
@@ -176,10 +179,10 @@ def share_of(
 
 
 def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_tokens: int) -> Iterator[str]:
-    """Why the logprobs are another policy's. `lags`: the same of training's forward.
+    """Why the logprobs are another policy's. `lags` are the shares of training's forward.
 
-    Some adapters' forwards round the frozen product before they add to it, and follow small updates in part only. That is
-    no other policy; what is judged of the generator is how far it lies beyond.
+    Some adapters' forwards round the frozen product before they add to it, and follow small updates only in part. That is
+    not another policy, so the generator is judged by how far it lies beyond.
     """
     significant = SIGNIFICANT * (1 + FEW / num_tokens)
     for share, lag in zip(shares, lags, strict=True):
@@ -195,7 +198,7 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
 
 
 def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
-    """Why layers that were seen while the generator ran are not the student's; `gap`: of the logprobs, nats a token."""
+    """Why layers seen while the generator ran are not the student's. `gap`: of the logprobs, nats a token."""
     adapted = [layer for layer in layers if layer.error]
     if adapted:
         weights = np.array([layer.error**-2 for layer in adapted])
@@ -211,9 +214,9 @@ def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
 
 
 def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
-    """The rows of the run's first probe, and its logprobs at earlier refreshes by their index.
+    """The rows of the run's first probe, and its logprobs by refresh index.
 
-    Where they cannot be read any more, or rows of it are gone from the cache, another batch begins.
+    If they cannot be read, or rows are gone from the cache, another batch begins.
     """
     snapshot, path = cache.open(run.config.cache_root), run.folder / "probe.json"
     kept = _read(path)
@@ -232,7 +235,7 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, list[float]]] | None:
-    """Row ids and logprobs by refresh of a probe.json; None where there is none that is whole."""
+    """Row ids, and logprobs by refresh, of a probe.json; None if it is missing or damaged."""
     try:
         kept = json.loads(path.read_bytes()) if path.exists() else {}
         row_ids, logprobs = list(kept["row_ids"]), dict(kept["logprobs"])
@@ -264,7 +267,7 @@ def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, 
 
 @torch.no_grad()
 def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None = None) -> np.ndarray:
-    """The student's logprobs [N] of the rows' completions, by training's forward without gradients."""
+    """The student's logprobs [N] of the rows' completions, from training's forward without gradients."""
     was_training = student.model.training
     student.model.eval()
     aligned = align(
@@ -282,7 +285,7 @@ def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None 
 
 
 def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
-    """The same in fp32, of the weights as training reads them. Takes the memory of one layer in fp32."""
+    """The same in fp32, with the weights as training reads them. Needs memory for one layer in fp32."""
     in_full = replace(student, compute_dtype=torch.float32)
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     size = max(1, FORWARD_TOKENS[student.device.type] // longest)
@@ -291,20 +294,14 @@ def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
         return np.concatenate([trainer_logprobs(in_full, part, packed=False) for part in parts])
 
 
-def generator_logprobs(run: Run, student: Student, rows: Sequence[Row]) -> np.ndarray:
-    """The same logprobs at temperature 1 by the rollout engine, forced along the completions."""
-    sampling = Sampling(run.config.rollout.max_new_tokens)
-    with student.autocast():
-        completions = generate(
-            student.model,
-            [r.prompt_ids for r in rows],
-            [0] * len(rows),
-            sampling,
+def generator_logprobs(student: Student, engine: Engine, rows: Sequence[Row]) -> np.ndarray:
+    """The engine's logprobs [N] of the same completions at temperature 1. Frees the engine's memory."""
+    with closing(engine), student.autocast():
+        found = forced_logprobs(
+            engine,
+            [row.prompt_ids for row in rows],
+            [row.completion_ids for row in rows],
             vocab_size=student.vocab_size,
-            eos_ids=student.eos_ids,
             pad_id=student.tokenizer.pad_token_id,
-            micro_batch=len(rows),
-            forced=[r.completion_ids for r in rows],
         )
-    lengths = [len(row.completion_ids) for row in rows]
-    return np.concatenate([c.logprobs[:n] for c, n in zip(completions, lengths, strict=True)])
+    return np.concatenate(found)

@@ -1,4 +1,4 @@
-"""Stage one as a function: the current student writes the rollouts of a refresh, the teacher scores them."""
+"""Stage one as a function: a policy writes the rollouts of a refresh and the teacher scores them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections import Counter
 import cache
 from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
-from stages.loops.collect import Author, Unit, collect, missing_units, plan
+from stages.loops.collect import Unit, collect, missing_units, plan
 from stages.loops.leaks import memory_after_refresh
 from stages.loops.probe import check_generator
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
-from stages.models.student import Student, policy_hash
+from stages.models.policy import Policy
+from stages.models.student import Student
 from stages.models.teacher import Teacher, TeacherLoader
 from stages.models.turns import Turns
 from stages.runtime import cuts
@@ -26,38 +27,35 @@ TOLERATED_IDLE = 0.2  # of the processes' time
 
 def write_rollouts(
     run: Run,
-    student: Student,
+    policy: Policy,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     *,
     refresh_index: int,
-    step: int,
     teacher: TeacherLoader,
 ) -> int:
-    """Writes what is missing of refresh `refresh_index`; returns the number of units written (collective)."""
+    """Writes the units that refresh `refresh_index` lacks; returns their number (collective)."""
     config = run.config
     refuse_role(config)
-    author = setup.student_author(run, student, step)
-    units = planned_units(run, author, prompts, refresh_index)
+    units = planned_units(run, policy, prompts, refresh_index)
 
     def load() -> Teacher:
         with run.clock.phase("load"):
-            turns = Turns(run, student.model)
+            turns = Turns(run, policy.model)
             loaded = turns.to_teacher(teacher.get)
             turns.to_student(loaded)
             return loaded
 
     head = teacher_head(load().head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
     with scored_writer(config, vocabulary, head) as writer:
-        if run.world.gather(bool(missing_units(units, writer.committed_ids)))[
-            0
-        ]:  # loading is collective: one answer
+        is_complete = not missing_units(units, writer.committed_ids)
+        if not run.world.gather(is_complete)[0]:  # loading is collective: rank 0 decides
             load()
-        return collect(run, units, author, teacher.get, writer, config.teacher_signal)
+        return collect(run, units, policy, teacher.get, writer, config.teacher_signal)
 
 
 def refuse_role(config: Config) -> None:
-    """UserError for a command that generates and scores, told to do one of them."""
+    """UserError if a command that must both generate and score is told to do only one."""
     if config.rollout.role != "both":
         raise UserError(
             f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and a follower both"
@@ -65,15 +63,15 @@ def refuse_role(config: Config) -> None:
         )
 
 
-def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index: int) -> list[Unit]:
-    """The plan of a refresh; says where it keeps processes idle."""
+def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index: int) -> list[Unit]:
+    """The plan of a refresh. Reports settings that leave processes idle."""
     config, size = run.config, run.world.size
     places = rollouts_of(config, refresh_index)
     units = plan(
         prompts,
         seed=config.run.seed,
         run_id=run.run_id,
-        policy_hash=author.policy_hash,
+        policy_hash=policy.policy_hash,
         refresh_index=refresh_index,
         first_rollout=places.start,
         num_rollouts=len(places),
@@ -98,9 +96,9 @@ def planned_units(run: Run, author: Author, prompts: list[Prompt], refresh_index
 
 
 def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
-    """A writer of the run's teacher cache; `head` is the teacher's, for signal hidden."""
-    print_ = setup.fingerprint(config, vocabulary, config.teacher_signal)
-    return cache.Writer(config.cache_root, print_, tokenizer_json=tokenizer_json(vocabulary), head=head)
+    """A writer of the run's teacher cache. `head`: the teacher's, for signal hidden."""
+    fingerprint = setup.fingerprint(config, vocabulary, config.teacher_signal)
+    return cache.Writer(config.cache_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary), head=head)
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> str:
@@ -116,24 +114,24 @@ def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 def refresh(
     run: Run,
     student: Student,
+    policy: Policy,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     refresh_index: int,
-    step: int,
     reason: str,
 ) -> None:
-    """A refresh between two optimizer steps: new rows, the teacher's memory given back, the generator checked."""
+    """A refresh between two optimizer steps: writes new rows, frees the teacher's memory, checks the generator."""
     with TeacherLoader(run.config, run.world) as teacher:
         num_units = write_rollouts(
-            run, student, vocabulary, prompts, refresh_index=refresh_index, step=step, teacher=teacher
+            run, policy, vocabulary, prompts, refresh_index=refresh_index, teacher=teacher
         )
-    probe = check_generator(run, student, refresh_index)
+    probe = check_generator(run, student, policy.engine, refresh_index)
     run.metrics.log(
         "refresh",
-        step=step,
+        step=policy.step,
         refresh_index=refresh_index,
         units=num_units,
-        policy_hash=policy_hash(student),
+        policy_hash=policy.policy_hash,
         reason=reason,
         cut_share=cut_share(run, refresh_index),
         **memory_after_refresh(run),
@@ -142,7 +140,7 @@ def refresh(
 
 
 def cut_share(run: Run, refresh_index: int) -> float | None:
-    """Of the committed rows of a refresh of this run those that were cut at max_new_tokens; None without any."""
+    """The share of a refresh's committed rows that max_new_tokens cut off; None without rows."""
     reasons: Counter[str] = Counter()
     for record in cache.open(run.config.cache_root).commit_records():
         if all(

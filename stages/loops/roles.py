@@ -1,8 +1,8 @@
-"""Stage one in two: processes that only generate and processes that only score, on GPUs of their own, meeting at the cache.
+"""Stage one split in two: processes that only generate and processes that only score, on separate GPUs.
 
 The generator commits rows with signal `none` to a cache beside the main one (`Config.unscored_root`). The scorer follows
-it, scores whole committed units, and commits them to the main cache under the same unit names and row ids. Neither talks
-to the other: each can be stopped at any time and run again.
+that cache, scores whole committed units, and commits them to the main cache under the same unit names and row ids. They do
+not communicate otherwise: each can be stopped at any time and run again.
 """
 
 from __future__ import annotations
@@ -20,37 +20,35 @@ from stages.loops.refresh import planned_units, scored_writer, tokenizer_json
 from stages.loops.scoring import Scoring, score_rows, teacher_head
 from stages.loops.setup import Vocabulary
 from stages.loops.writing import UnitWriter
-from stages.models.student import Student
+from stages.models.policy import Policy
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
 
 POLL_SECONDS = 1.0
-Policy = tuple[int, str]  # refresh index and policy hash: what one plan is for
+PolicyKey = tuple[int, str]  # refresh index and policy hash, which together have one plan
 
 
 def generate_rollouts(
     run: Run,
-    student: Student,
+    policy: Policy,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
     *,
     refresh_index: int,
-    step: int,
 ) -> int:
-    """Writes, unscored, what neither cache has of refresh `refresh_index`; returns the number of units (collective)."""
+    """Writes, unscored, the units of refresh `refresh_index` that neither cache has; returns their number (collective)."""
     config = run.config
-    author = setup.student_author(run, student, step)
-    units = planned_units(run, author, prompts, refresh_index)
+    units = planned_units(run, policy, prompts, refresh_index)
     scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
-    print_ = setup.unscored_fingerprint(config, vocabulary)
-    with cache.Writer(config.unscored_root, print_, tokenizer_json=tokenizer_json(vocabulary)) as writer:
-        return collect(run, units, author, None, writer, config.teacher_signal, elsewhere=scored)
+    fingerprint = setup.unscored_fingerprint(config, vocabulary)
+    with cache.Writer(config.unscored_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary)) as writer:
+        return collect(run, units, policy, None, writer, config.teacher_signal, elsewhere=scored)
 
 
 def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
-    """Scores the units of the run's refreshes from `refresh_index` on as they appear; returns how many (collective).
+    """Scores the units of the run's refreshes from `refresh_index` on as they appear; returns their number (collective).
 
     Ends when all planned rows of every policy that has written there are scored. UserError if no unit appears for
     `score_patience` minutes.
@@ -89,7 +87,7 @@ def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teac
 
 
 def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.CommitRecord]:
-    """The main process' answer for all: at most one unit a rank; none when everything is scored."""
+    """The main process's answer for all ranks: at most one unit per rank, none when everything is scored."""
     answer: list[cache.CommitRecord] | str = []
     if run.world.is_main:
         with progress.waiting("rows"):
@@ -103,13 +101,13 @@ def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.Commit
 
 @dataclass(frozen=True)
 class Found:
-    """What is there of the planned rows: `there` counts those of each policy that were generated, scored ones included.
+    """Progress of the planned rows by policy: how many are planned, and how many are `there`, scored or not.
 
-    `planned` counts the same rows as planned: of the first refresh wanted if no policy has written yet.
+    If no policy has written yet, `planned` counts the first refresh wanted.
     """
 
-    planned: dict[Policy, int]
-    there: dict[Policy, int]
+    planned: dict[PolicyKey, int]
+    there: dict[PolicyKey, int]
     num_unscored: int  # planned rows that the main cache lacks
     ready: list[cache.CommitRecord]
 
@@ -135,10 +133,10 @@ class Inbox:
     def __init__(self, run: Run, vocabulary: Vocabulary, first_refresh: int) -> None:
         self._run, self._first, self._vocabulary = run, first_refresh, vocabulary
         self._snapshots: dict[str, cache.Snapshot] = {}
-        self.taken: set[str] = set()  # commit records that the processes of this world have scored, or are at
+        self.taken: set[str] = set()  # commit records that this world's processes have scored or are scoring
 
     def wait(self, most: int) -> list[cache.CommitRecord] | str:
-        """At most `most` units that are ready; none if all planned rows are scored; a sentence if patience runs out."""
+        """At most `most` ready units, none if all planned rows are scored, or an error message if patience runs out."""
         patience, since, told = 60 * self._run.config.rollout.score_patience, time.monotonic(), False
         while True:
             found = self.look()
@@ -155,7 +153,7 @@ class Inbox:
             time.sleep(POLL_SECONDS)
 
     def look(self) -> Found:
-        """What the two caches hold now."""
+        """The current contents of the two caches."""
         config = self._run.config
         unscored, scored = self._rows(config.unscored_root), self._rows(config.cache_root)
         policies = sorted(unscored or scored)  # without any unscored row there may be nothing left to do
@@ -171,7 +169,7 @@ class Inbox:
         return Found(planned, there, num_unscored, list(waiting.values()))
 
     def read(self, record: cache.CommitRecord) -> list[cache.Record]:
-        """The rows of a unit, in the order in which they were committed."""
+        """The rows of a unit in commit order."""
         root, end = (
             self._run.config.unscored_root,
             time.monotonic() + 60 * self._run.config.rollout.score_patience,
@@ -179,16 +177,16 @@ class Inbox:
         while (snapshot := self._open(root)) is None or record.name not in {
             r.name for r in snapshot.commit_records()
         }:
-            if time.monotonic() > end:  # a shared file system shows it to one node before the other
+            if time.monotonic() > end:  # a shared file system may show it to one node before another
                 raise UserError(
                     f"{root} does not show commits/{record.name} on this machine; is it the same folder?"
                 )
             time.sleep(POLL_SECONDS)
         return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
 
-    def _rows(self, root: str) -> dict[Policy, dict[str, cache.CommitRecord]]:
+    def _rows(self, root: str) -> dict[PolicyKey, dict[str, cache.CommitRecord]]:
         """The run's row ids in the cache at `root`, by policy, and the commit record of each."""
-        found: dict[Policy, dict[str, cache.CommitRecord]] = defaultdict(dict)
+        found: dict[PolicyKey, dict[str, cache.CommitRecord]] = defaultdict(dict)
         snapshot = self._open(root)
         for record in snapshot.commit_records() if snapshot else []:
             own = {
@@ -202,7 +200,7 @@ class Inbox:
         return found
 
     def _open(self, root: str) -> cache.Snapshot | None:
-        """The cache as it is now; None if nobody has written there yet."""
+        """The current snapshot, None if nothing has been written yet."""
         if root in self._snapshots:
             self._snapshots[root] = self._snapshots[root].refresh()
         elif cache.exists(root):

@@ -1,4 +1,4 @@
-"""What the stages agree on before any of them works: tokenizers, vocabulary cut, fingerprint, the student as it stands."""
+"""What all stages share before they start: tokenizers, vocabulary cut, fingerprints, the current student."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 import cache
 from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
-from stages.loops.collect import Author
-from stages.models import checkpoints
-from stages.models.generation import Sampling
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Engine, Sampling
+from stages.models import checkpoints, ends
+from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
+from stages.models.teacher import check_writer, load_plain_model
 from stages.runtime import checkpoint, history, metrics
 from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
@@ -32,7 +35,7 @@ class Vocabulary:
 
 
 def shared_vocabulary(config: Config) -> Vocabulary:
-    """Compares the two tokenizers; reads configurations and tokenizers only."""
+    """Compares the two tokenizers. Reads configurations and tokenizers only."""
     models = config.models
     if not models.teacher_model:
         raise UserError(NO_TEACHER)
@@ -49,12 +52,12 @@ def shared_vocabulary(config: Config) -> Vocabulary:
 
 
 def cached_vocabulary(config: Config) -> Vocabulary:
-    """The cut that stage one chose, read from the cache: stage two needs no teacher files."""
+    """The cut that stage one chose, from the cache, so that stage two needs no teacher files."""
     return vocabulary_of(config, config.cache_root)
 
 
 def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
-    """The student's tokenizer and the cut of the cache at `cache_root`; UserError if that is of another tokenizer."""
+    """The student's tokenizer and the cut of the cache at `cache_root`. UserError if another tokenizer wrote the cache."""
     tokenizer = checkpoints.load_tokenizer(config.models.student_model, config.models.student_revision)
     must_match = cache.open(cache_root).fingerprint.must_match
     own = vocabulary_fingerprint(tokenizer, must_match["vocab_size"])
@@ -68,7 +71,7 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
 
 
 def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
-    """What decides the meaning of a row (`must_match`), and what is only noted."""
+    """What decides the meaning of a row (`must_match`), and what is only recorded."""
     models = config.models
     kept = {"kind": signal.signal, "temperature": 1.0}
     if signal.signal in ("topk", "nucleus"):
@@ -85,7 +88,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
 
 
 def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Fingerprint:
-    """The same for rows that no teacher has seen."""
+    """The fingerprint of rows that no teacher has scored."""
     return cache.Fingerprint(
         {**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config)
     )
@@ -113,7 +116,7 @@ def _sampling(config: Config) -> dict[str, Any]:
 
 
 def check_history(run: Run) -> None:
-    """Refuses a finished run with other keys than it was trained with; says which keys of an unfinished one are new."""
+    """Refuses a finished run whose keys have changed; reports which keys of an unfinished one have changed."""
     trained = history.last_config(metrics.read(run.metrics.path))
     position = newest_position(run)
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
@@ -123,13 +126,13 @@ def check_history(run: Run) -> None:
 
 
 def newest_position(run: Run) -> checkpoint.Position:
-    """Where the checkpoint stands that the run goes on from; the beginning if it has none."""
+    """The position of the checkpoint that the run continues from, the beginning if it has none."""
     start = checkpoint_to_go_on_from(run)
     return checkpoint.Position(0, 0) if start is None else checkpoint.read_position(start)
 
 
 def checkpoint_to_go_on_from(run: Run) -> Path | None:
-    """The newest checkpoint, or that of `resume_from` until a step after it is taken: the same command then goes on."""
+    """The newest checkpoint, or that of `resume_from` until a step is taken after it; then the same command continues."""
     folder, step = run.folder / "checkpoints", run.config.train.resume_from
     last = history.last_config(metrics.read(run.metrics.path)) if step else None
     if not step or (last is not None and history.goes_on(last, run.config)):
@@ -138,7 +141,7 @@ def checkpoint_to_go_on_from(run: Run) -> Path | None:
 
 
 def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
-    """The student with the weights of the checkpoint that the run goes on from, and where that stands."""
+    """The student with the weights of the checkpoint that the run continues from, and that checkpoint's position."""
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
         start = checkpoint_to_go_on_from(run)
@@ -147,22 +150,42 @@ def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoi
         return student, newest_position(run)
 
 
-def student_author(run: Run, student: Student, step: int, greedy: bool = False) -> Author:
-    """The student as a writer of rollouts, under the configured sampling."""
+def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Policy:
+    """The student after `step` optimizer steps, which samples as the configuration says."""
     rollout = run.config.rollout
-    sampling = Sampling(
-        rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k, greedy
-    )
-    return Author(
+    return Policy(
         student.model,
+        engine,
         student.tokenizer,
         run.run_id,
         policy_hash(student),
         step,
-        sampling,
+        Sampling(
+            rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+        ),
         student.vocab_size,
         student.eos_ids,
         student.autocast,
+    )
+
+
+def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
+    """The plain teacher, whole on this device, which samples from its full distribution."""
+    models, device = run.config.models, run.world.device
+    model = load_plain_model(run.config, run.world)
+    check_writer(model)
+    return Policy(
+        model,
+        open_engine(model),
+        vocabulary.tokenizer,
+        "teacher",
+        short_hash(checkpoints.identity(models.teacher_model, models.teacher_revision)),
+        0,
+        Sampling(run.config.rollout.max_new_tokens),
+        vocabulary.size,
+        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
+        lambda: torch.autocast(device.type, enabled=False),
+        is_teacher=True,
     )
 
 

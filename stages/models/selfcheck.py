@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Never, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.data.alignment import Aligned, align
-from stages.models.decoding.attention import check_served
-from stages.models.decoding.steps import forced_logprobs as slots_logprobs
+from stages.engine.decoder import plain_steps_logprobs
+from stages.engine.hf_generate import HFGenerateEngine
+from stages.engine.opening import choose_engine
+from stages.engine.protocol import forced_logprobs
+from stages.engine.slot_attention import check_served
 from stages.models.dropout import pin_to_evaluation
 from stages.models.exact import decoder_of, float32_attention, in_float32, linear_by_parts, short_windows
-from stages.models.plain_generation import Plain, note_plain
-from stages.models.plain_generation import forced_logprobs as plain_logprobs
 from stages.models.readout import EXACT, check_ids, note_readout, readout_of, relative_gap
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
@@ -213,21 +214,25 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
 
 
 def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
-    """Notes by which engine `model` (with its adapters, if any) writes rollouts: the built-in one, or `generate`.
+    """Chooses the engine that `model` (with its adapters, if any) writes rollouts with: the built-in one or `generate`.
 
-    Where not even `generate` gives the logprobs of the model's own forward, `rollout_engine` will refuse.
+    If not even `generate` gives the logprobs of the model's own forward, `open_engine` will raise.
     """
     base = subject.model
 
     def slots(prompts: list[np.ndarray], completions: list[np.ndarray]) -> list[np.ndarray]:
         check_served(base, decoder_of(base))
-        return slots_logprobs(base, prompts, completions, subject.logits)
+        return plain_steps_logprobs(base, prompts, completions, subject.logits)
+
+    def by_generate(use_cache: bool) -> Callable[..., list[np.ndarray]]:
+        vocab_size = base.config.get_text_config().vocab_size
+        return partial(forced_logprobs, HFGenerateEngine(model, use_cache), vocab_size=vocab_size)
 
     _, reason = _written(subject, slots, LONG)
     if not reason:
         return
-    anew, why = _written(subject, partial(_plainly, model, False), FEW)
-    cached, why_not = _written(subject, partial(_plainly, model, True), FEW)
+    anew, why = _written(subject, by_generate(False), FEW)
+    cached, why_not = _written(subject, by_generate(True), FEW)
     if not why_not and cached > max(CACHED, 4 * anew):
         why_not = f"its cached steps are {cached:.2g} nats off"
     if why and why_not:
@@ -235,22 +240,17 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
             f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`, {why}."
             " Choose a student_model of another type."
         )
-        note_plain(model, Plain(use_cache=False, refused=refused))
+        choose_engine(model, partial(_refuse, refused))
         return
-    note_plain(model, Plain(use_cache=not why_not))
+    choose_engine(model, partial(HFGenerateEngine, use_cache=not why_not))
     how = f"`generate` without a cache ({why_not.rstrip('.')})" if why_not else "`generate`"
     say_once(
         f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}"
     )
 
 
-def _plainly(
-    model: PreTrainedModel | PeftModel,
-    use_cache: bool,
-    prompts: list[np.ndarray],
-    completions: list[np.ndarray],
-) -> list[np.ndarray]:
-    return plain_logprobs(model, prompts, completions, use_cache)
+def _refuse(sentence: str, _model: PreTrainedModel | PeftModel) -> Never:
+    raise UserError(sentence)
 
 
 def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_tokens: int) -> tuple[float, str]:

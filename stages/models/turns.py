@@ -1,4 +1,4 @@
-"""Of two models that do not fit on the device together, the one whose turn it is (`offload_idle`)."""
+"""Student and teacher taking turns on a device that cannot hold both (`offload_idle`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from stages.models.generation import Generate
+from stages.engine.protocol import Engine
 from stages.models.teacher import Teacher
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -16,26 +16,26 @@ HOST = torch.device("cpu")
 
 
 class Turns:
-    """Moves the student, and a plain teacher, between the device and host memory; does nothing without `offload_idle`.
+    """Moves the student and a plain teacher between the device and host memory. Does nothing without `offload_idle`.
 
-    Weights come back bit by bit, in the same parameters at other addresses; what the rollout engine made of them is
-    dropped. A ZeRO-3 teacher stays where its DeepSpeed settings put it. UserError where the student's weights are views of
-    DeepSpeed's buffers and may not move.
+    Weights return bit for bit, in the same parameters at other addresses; the engine's memory is freed. A ZeRO-3 teacher
+    stays where its DeepSpeed settings put it. UserError if the student's weights are views of DeepSpeed's buffers, which
+    must not move.
     """
 
-    def __init__(self, run: Run, student: nn.Module, generate: Generate | None = None) -> None:
+    def __init__(self, run: Run, student: nn.Module, engine: Engine | None = None) -> None:
         self._enabled, self._device = run.config.rollout.offload_idle, run.world.device
-        self._student, self._generate = student, generate
+        self._student, self._engine = student, engine
         if self._enabled and run.world.student_is_deepspeed:
             raise UserError(
                 "offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off."
             )
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
-        """The teacher on the device, loaded there if it is the first time."""
+        """The teacher on the device, loaded there the first time."""
         if self._enabled:
-            if self._generate is not None:
-                self._generate.close()
+            if self._engine is not None:
+                self._engine.close()
             self._student.to(HOST)
             _give_back(self._device)
         teacher = get_teacher()
@@ -44,7 +44,7 @@ class Turns:
         return teacher
 
     def to_student(self, teacher: Teacher | None) -> None:
-        """The student on the device; `teacher` is the one that was there, if any."""
+        """Puts the student on the device. `teacher`: the one there now, if any."""
         if not self._enabled:
             return
         if teacher is not None:

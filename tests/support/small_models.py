@@ -1,6 +1,7 @@
 """Small models for the rollout engine's tests, and what its completions are compared with."""
 
 import copy
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 from stages.data.prompts import encode
-from stages.models.generation import Completion, Sampling, generate
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Completion, Sampling
 
 QUESTIONS = [
     "Eva has 23 pens. A friend has 2 times as many. How many pens do they have together?",
@@ -31,6 +33,14 @@ V, EOS = 230, 1
 
 def question_prompts(tokenizer: Any) -> list[np.ndarray]:
     return [encode([{"role": "user", "content": question}], {}, tokenizer, {}).ids for question in QUESTIONS]
+
+
+def generate(
+    model: Any, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, **values: Any
+) -> list[Completion]:
+    """One call of the model's engine, opened for it; `values` as in `Engine.generate`."""
+    with closing(open_engine(model)) as engine:
+        return engine.generate(prompts, seeds, sampling, **values)
 
 
 def run(model: Any, prompts: list[np.ndarray], sampling: Sampling, **values: Any) -> list[Completion]:

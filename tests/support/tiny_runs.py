@@ -8,7 +8,9 @@ import torch
 import cache
 from stages import train as stage_two
 from stages.data.prompts import Prompt
+from stages.engine.opening import open_engine
 from stages.loops import feed, fit, refresh, setup
+from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
 from stages.runtime.run import Run, open_run
@@ -36,16 +38,19 @@ def student_of(run: Run) -> Student:
     return setup.current_student(run, vocabulary)[0]
 
 
+def policy_of(run: Run, student: Student, step: int = 0) -> Policy:
+    return setup.student_policy(run, student, open_engine(student.model), step)
+
+
 def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = None) -> None:
     vocabulary = setup.shared_vocabulary(run.config)
     with TeacherLoader(run.config, run.world) as teacher:
         refresh.write_rollouts(
             run,
-            student,
+            policy_of(run, student),
             vocabulary,
             prompts or prompts_of(run.config),
             refresh_index=0,
-            step=0,
             teacher=teacher,
         )
 

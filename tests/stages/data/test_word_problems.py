@@ -170,7 +170,8 @@ def test_the_shipped_models_solve_the_share_that_the_demo_counts_on(
     request: pytest.FixtureRequest, tokenizer: Any, name: str, least: float, most: float
 ) -> None:
     from stages.data.prompts import encode
-    from stages.models.generation import Sampling, generate
+    from stages.engine.protocol import Sampling
+    from tests.support.small_models import generate
 
     rows = shipped("heldout.jsonl")
     prompts = [encode([{"role": "user", "content": row["question"]}], row, tokenizer, {}).ids for row in rows]

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.counted_memory import CountedMemory
-from stages.loops import budgets, collect, feed, fit, planning, schedule, setup
+from stages.engine.decoder import Decoder
+from stages.engine.protocol import Sampling
+from stages.engine.requests import Method, Request
+from stages.loops import budgets, collect, feed, fit, planning, schedule
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
 from stages.models import memory, speed
-from stages.models.decoding.sampling import Sampling
-from stages.models.decoding.steps import Decoder, Method, Request
 from stages.models.memory import GIB
 from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position
@@ -22,7 +23,7 @@ from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
 from tests.support.helpers import Forker, make_run, records_of, small
-from tests.support.tiny_runs import TINY, student_of, write_rollouts
+from tests.support.tiny_runs import TINY, policy_of, student_of, write_rollouts
 
 CONFIG = parse_arguments([], "")
 CARD = 80 * GIB
@@ -202,7 +203,7 @@ def test_on_a_cpu_nothing_depends_on_the_machine(tmp_path: Path) -> None:
         tmp_path, gen_micro_batch="auto", teacher_ds_zero3="false"
     )  # ZeRO-3 would change the other tests of this process
     student = student_of(run)
-    assert collect.slots_for(run, setup.student_author(run, student, 0), scores_too=True) == 128
+    assert collect.slots_for(run, policy_of(run, student), scores_too=True) == 128
     assert fit.prepare(run, student).caps == Caps(64, None)
     with TeacherLoader(run.config, run.world) as teacher:
         assert budgets.score_tokens_of_run(run.config, run.world, teacher.get()) == 16_384
@@ -212,11 +213,11 @@ def test_on_a_cpu_nothing_depends_on_the_machine(tmp_path: Path) -> None:
 def test_a_run_on_a_card_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, **(TINY | {"gen_micro_batch": "auto"}))
     student = student_of(run)
-    author = setup.student_author(run, student, 0)
+    policy = policy_of(run, student)
     found = []
     for gib in (0.01, 0.03, 80):
         on_a_card(monkeypatch, gib)
-        found.append(collect.slots_for(run, author, scores_too=True))
+        found.append(collect.slots_for(run, policy, scores_too=True))
     assert found[0] < found[1] <= found[2] == run.config.rollout.rollouts_per_unit
     asked: list[int] = []
     fixed = budgets.score_tokens

@@ -15,13 +15,14 @@ from stages.data.prompts import Prompt
 from stages.loops import refresh, setup
 from stages.loops.collect import Unit, missing_units, plan
 from stages.models import teacher as teachers
-from stages.models.student import Student, load_student
+from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.support import reference
 from tests.support.helpers import Forker, make_run, prompts_of, small
+from tests.support.tiny_runs import policy_of
 
 V = 230
 
@@ -120,13 +121,10 @@ def test_a_unit_is_missing_unless_all_its_rows_are_committed() -> None:
 # Committed rows
 
 
-def write(run: Run, student: Student, prompts: list[Prompt], **values: Any) -> int:
-    vocabulary = setup.shared_vocabulary(run.config)
-    defaults = {"refresh_index": 0, "step": 0}
+def write(run: Run, student: Student, prompts: list[Prompt]) -> int:
+    vocabulary, policy = setup.shared_vocabulary(run.config), policy_of(run, student)
     with TeacherLoader(run.config, run.world) as teacher:
-        return refresh.write_rollouts(
-            run, student, vocabulary, prompts, teacher=teacher, **(defaults | values)
-        )
+        return refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
 
 
 def written(folder: Path, **values: Any) -> tuple[Config, cache.Snapshot, int]:
@@ -202,7 +200,7 @@ def test_a_row_knows_who_wrote_it_and_from_what(tmp_path: Path, tokenizer: Any) 
         assert record.prompt_text == prompts[record.prompt_id].text
         assert record.completion_text == tokenizer.decode(record.completion_ids, skip_special_tokens=True)
         assert record.policy_step == record.refresh_index == 0
-        assert record.policy_hash == setup.student_author(make_run(tmp_path), student, 0).policy_hash
+        assert record.policy_hash == policy_hash(student)
         assert record.finish_reason == ("eos" if record.completion_ids[-1] == 1 else "length")
         assert record.run_id.startswith("demo-")
 

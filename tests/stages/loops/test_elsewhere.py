@@ -22,7 +22,16 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.stages.loops.test_resume import Stop, assert_same_run
 from tests.support.helpers import Forker, assert_same_weights, make_run, records_of, small, weights_in
-from tests.support.tiny_runs import REPLAY, TINY, save_weights, student_of, train, train_from, write_rollouts
+from tests.support.tiny_runs import (
+    REPLAY,
+    TINY,
+    policy_of,
+    save_weights,
+    student_of,
+    train,
+    train_from,
+    write_rollouts,
+)
 
 # Rollouts from elsewhere
 
@@ -134,11 +143,10 @@ def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **
         with TeacherLoader(run.config, run.world) as teacher:
             refresh.write_rollouts(
                 run,
-                writer,
+                policy_of(run, writer, version.step),
                 vocabulary,
                 prompts,
                 refresh_index=version.refresh_index,
-                step=version.step,
                 teacher=teacher,
             )
 

@@ -14,13 +14,14 @@ from peft.tuners.lora import Linear as LoraLinear
 
 import cache
 from stages.data.alignment import align, at_scored
+from stages.engine import built_in, weights
+from stages.engine.opening import open_engine
 from stages.loops import probe, refresh
-from stages.models import generation
-from stages.models.decoding import weights
 from stages.models.student import Student
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.support.helpers import make_run, records_of
+from tests.support.small_models import generate
 from tests.support.tiny_runs import TINY, stir, student_of, train, write_rollouts
 
 ONE_LAYER = "layers.2."
@@ -65,10 +66,11 @@ class Trained:
     def __init__(self, folder: Path, dtype: str) -> None:
         self.run: Run = make_run(folder, **(TINY | {"dtype": dtype, "rollouts_per_refresh": 32}))
         self.student: Student = student_of(self.run)
+        self.engine: Any = open_engine(self.student.model)
         write_rollouts(self.run, self.student)
         stir(self.student, 0.06)
         self.before = {name: p.detach().clone() for name, p in self.student.trainable.items()}
-        refresh.check_generator(self.run, self.student, 1)
+        refresh.check_generator(self.run, self.student, self.engine, 1)
         with torch.no_grad():
             for parameter in self.student.trainable.values():
                 parameter.add_(
@@ -76,7 +78,7 @@ class Trained:
                 )
 
     def check(self) -> dict[str, float]:
-        return refresh.check_generator(self.run, self.student, 2)
+        return refresh.check_generator(self.run, self.student, self.engine, 2)
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp32"])
@@ -84,16 +86,24 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(tmp_path_factory.mktemp("trained"), request.param)
 
 
+class OfAnotherPolicy:
+    """The engine of a model that is another policy while it generates."""
+
+    def __init__(self, model: Any, tamper: Callable[[Any], Any]) -> None:
+        self._model, self._tamper = model, tamper
+
+    def generate(self, *arguments: Any, **keywords: Any) -> Any:
+        with self._tamper(self._model):
+            return generate(self._model, *arguments, **keywords)
+
+    def close(self) -> None: ...
+
+
 def generates_tampered(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[Any], Any]
 ) -> None:
-    """The model that is handed to the engine is another one while it generates."""
-
-    def generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        with tamper(model):
-            return generation.generate(model, *arguments, **keywords)
-
-    monkeypatch.setattr(probe, "generate", generate)
+    """The student's own model is another one while it generates."""
+    monkeypatch.setattr(trained, "engine", OfAnotherPolicy(trained.student.model, tamper))
 
 
 def merges_tampered(trained: Trained, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[Any], Any]) -> None:
@@ -104,7 +114,7 @@ def merges_tampered(trained: Trained, monkeypatch: pytest.MonkeyPatch, tamper: C
             with tamper(trained.student.model):
                 super().__init__(*arguments)
 
-    monkeypatch.setattr(generation, "DecodingWeights", Tampered)
+    monkeypatch.setattr(built_in, "DecodingWeights", Tampered)
 
 
 def generates_elsewhere(
@@ -112,12 +122,8 @@ def generates_elsewhere(
 ) -> None:
     """Another model object generates, of which only its logprobs are seen."""
 
-    def generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        other = copy.deepcopy(model)
-        with tamper(other):
-            return generation.generate(other, *arguments, **keywords)
-
-    monkeypatch.setattr(probe, "generate", generate)
+    other = copy.deepcopy(trained.student.model)
+    monkeypatch.setattr(trained, "engine", OfAnotherPolicy(other, tamper))
 
 
 @pytest.mark.parametrize("how", [generates_tampered, merges_tampered, generates_elsewhere])
@@ -149,19 +155,18 @@ def test_full_fine_tuning_is_held_against_the_weights_of_the_refresh_before(
     run = make_run(tmp_path, **(TINY | {"dtype": dtype, "use_lora": "false"}))
     student = student_of(run)
     write_rollouts(run, student)
-    refresh.check_generator(run, student, 1)
+    refresh.check_generator(run, student, open_engine(student.model), 1)
     older = copy.deepcopy(student.model)
     with torch.no_grad():
         for parameter in student.trainable.values():
             parameter.mul_(
                 1 + 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
             )
-    found = refresh.check_generator(run, student, 2)
+    found = refresh.check_generator(run, student, open_engine(student.model), 2)
     assert found["probe_moved"] > 0.005
     assert abs(found["probe_refresh_before"]) < 3 * found["probe_refresh_before_error"]
-    monkeypatch.setattr(probe, "generate", lambda _, *a, **k: generation.generate(older, *a, **k))
     with pytest.raises(UserError, match="of the way from the student to that of the refresh before"):
-        refresh.check_generator(run, student, 2)
+        refresh.check_generator(run, student, open_engine(older), 2)
 
 
 def test_one_stale_layer_of_a_fully_trained_student_is_an_error(
@@ -180,9 +185,9 @@ def test_one_stale_layer_of_a_fully_trained_student_is_an_error(
                 super().__init__(*arguments)
                 layer.weight.copy_(own)
 
-    monkeypatch.setattr(generation, "DecodingWeights", Stale)
+    monkeypatch.setattr(built_in, "DecodingWeights", Stale)
     with pytest.raises(UserError, match=r"the output of layer layers\.2\.mlp\.up_proj differs by"):
-        refresh.check_generator(run, student, 1)
+        refresh.check_generator(run, student, open_engine(student.model), 1)
 
 
 def test_rounding_without_a_direction_is_a_warning_with_figures(
@@ -251,22 +256,22 @@ def test_a_probe_of_an_earlier_form_is_not_compared_with(tmp_path: Path) -> None
     run = make_run(tmp_path, **TINY)
     student = student_of(run)
     write_rollouts(run, student)
-    refresh.check_generator(run, student, 1)
+    refresh.check_generator(run, student, open_engine(student.model), 1)
     path = run.folder / "probe.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"logprobs": {"1": kept["logprobs"]["1"][:-1]}}))
-    assert refresh.check_generator(run, student, 2)["probe_moved"] == 0
+    assert refresh.check_generator(run, student, open_engine(student.model), 2)["probe_moved"] == 0
 
 
 def test_a_student_that_did_not_move_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path, **TINY)
     student = student_of(run)
     write_rollouts(run, student)
-    refresh.check_generator(run, student, 1)
+    refresh.check_generator(run, student, open_engine(student.model), 1)
     with pytest.raises(UserError, match="did not change between refresh 1 and 2"):
-        refresh.check_generator(run, student, 2)
+        refresh.check_generator(run, student, open_engine(student.model), 2)
     stir(student)
-    assert refresh.check_generator(run, student, 2)["probe_moved"] > 0
+    assert refresh.check_generator(run, student, open_engine(student.model), 2)["probe_moved"] > 0
 
 
 def test_the_first_refresh_is_compared_with_the_untrained_student(tmp_path: Path) -> None:
@@ -282,7 +287,9 @@ def test_the_first_steps_in_bfloat16_reach_the_generator(tmp_path: Path) -> None
     rows: Any = cache.open(run.config.cache_root)[:]
 
     def logprobs() -> tuple[np.ndarray, np.ndarray]:
-        return probe.trainer_logprobs(student, rows), probe.generator_logprobs(run, student, rows)
+        return probe.trainer_logprobs(student, rows), probe.generator_logprobs(
+            student, open_engine(student.model), rows
+        )
 
     before = logprobs()
     aligned = align([r.prompt_ids for r in rows], [r.completion_ids for r in rows], 0, student.device)

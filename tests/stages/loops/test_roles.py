@@ -18,7 +18,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.kill_campaign import assert_same_rows
 from tests.support.helpers import Forker, make_run, prompts_of, records_of, small
-from tests.support.tiny_runs import student_of
+from tests.support.tiny_runs import policy_of, student_of
 
 VALUES: dict[str, Any] = {
     "teacher_ds_zero3": "false",
@@ -42,7 +42,7 @@ def generate(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "generate", **values)
     vocabulary = setup.shared_vocabulary(run.config)
     return roles.generate_rollouts(
-        run, student_of(run), vocabulary, prompts_of(run.config), refresh_index=index, step=0
+        run, policy_of(run, student_of(run)), vocabulary, prompts_of(run.config), refresh_index=index
     )
 
 
@@ -59,11 +59,10 @@ def both(folder: Path, **values: Any) -> Path:
     with TeacherLoader(run.config, run.world) as teacher:
         refresh.write_rollouts(
             run,
-            student_of(run),
+            policy_of(run, student_of(run)),
             setup.shared_vocabulary(run.config),
             prompts_of(run.config),
             refresh_index=0,
-            step=0,
             teacher=teacher,
         )
     return cache_of(folder)
@@ -302,9 +301,9 @@ def test_units_that_leave_processes_idle_are_pointed_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = role(tmp_path, "both")
-    author = setup.student_author(run, student_of(run), 0)
+    policy = policy_of(run, student_of(run))
     crowd = Run(run.config, type("World", (), {"size": 2, "is_main": True})(), run.metrics, run.clock)
-    units = refresh.planned_units(crowd, author, prompts_of(run.config), 0)
+    units = refresh.planned_units(crowd, policy, prompts_of(run.config), 0)
     assert len(units) == NUM_UNITS
     assert (
         "3 units over 2 processes leave 25% of them idle; rollouts_per_unit 6 would not"

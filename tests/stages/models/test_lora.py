@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from stages.models.decoding.weights import DecodingWeights
+from stages.engine.weights import DecodingWeights
 from stages.models.lora import LeanLinear, adapted, make_lean
 from tests.support.helpers import make_run
 from tests.support.tiny_runs import TINY, student_of

@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stages.engine.built_in import BuiltInEngine
+from stages.engine.hf_generate import HFGenerateEngine
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Sampling
 from stages.models import selfcheck
 from stages.models.attention import decoder_states, enable_packing
 from stages.models.checkpoints import head_of
 from stages.models.dropout import own_dropout, switch_off
 from stages.models.exact import WINDOW, in_float32, short_windows
-from stages.models.generation import Sampling
-from stages.models.plain_generation import Plain, note_plain, way_to_write
 from stages.models.readout import full_forward, output_weights, readout_of, relative_gap
 from stages.models.student import _unadapted
 from stages.runtime.errors import UserError
@@ -64,6 +66,11 @@ def subject_of(model: Any) -> selfcheck.Subject:
         output_weights(model),
         side="student",
     )
+
+
+def writes_by_generate_with_a_cache(model: Any) -> bool:
+    engine = open_engine(model)
+    return isinstance(engine, HFGenerateEngine) and engine.use_cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +130,7 @@ def test_a_usual_model_packs_and_writes_by_the_built_in_engine() -> None:
     selfcheck.check_forwards(subject)
     assert selfcheck.packing_refused(subject) == ""
     selfcheck.check_writing(subject, model)
-    assert way_to_write(model) is None
+    assert isinstance(open_engine(model), BuiltInEngine)
 
 
 def test_a_window_that_lives_in_masks_alone_is_padded_and_written_by_generate(capsys: Any) -> None:
@@ -133,7 +140,7 @@ def test_a_window_that_lives_in_masks_alone_is_padded_and_written_by_generate(ca
     selfcheck.check_forwards(subject)
     assert "keeps its attention window to itself" in selfcheck.packing_refused(subject)
     selfcheck.check_writing(subject, model)
-    assert way_to_write(model) == Plain(use_cache=True)
+    assert writes_by_generate_with_a_cache(model)
     assert "slower" in capsys.readouterr().out
 
 
@@ -241,41 +248,13 @@ def test_all_linear_leaves_routers_alone_that_give_more_than_a_product() -> None
 PROMPTS = [np.array(ids) for ids in ([5, 6, 7], [5, 6, 7], [9, 8, 7, 6, 5], [11], [30, 31, 32])]
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generate_writes_what_the_built_in_engine_writes(use_cache: bool) -> None:
-    model = tiny("llama")
-    sampling = Sampling(12, temperature=0.8, top_k=50)
-    expected = run(model, PROMPTS, sampling)
-    note_plain(model, Plain(use_cache))
-    found = run(model, PROMPTS, sampling, micro_batch=2)
-    for a, b in zip(found, expected, strict=True):
-        assert a.ids.tolist() == b.ids.tolist()
-        assert a.finish_reason == b.finish_reason
-        assert np.allclose(a.logprobs, b.logprobs, atol=1e-4)
-        assert np.allclose(a.entropy, b.entropy, atol=1e-4)
-
-
-def test_generate_ends_rows_at_any_of_several_ends() -> None:
-    model = tiny("llama")
-    note_plain(model, Plain(use_cache=True))
-    full = run(model, PROMPTS, Sampling(10), eos_ids=())
-    ends = (int(full[0].ids[3]), int(full[2].ids[5]))
-    found = run(model, PROMPTS, Sampling(10), eos_ids=ends)
-    for whole, cut in zip(full, found, strict=True):
-        stop = next((i + 1 for i, token in enumerate(whole.ids) if token in ends), 10)
-        assert cut.ids.tolist() == whole.ids[:stop].tolist()
-        assert cut.finish_reason == ("eos" if whole.ids[stop - 1] in ends else "length")
-    assert model.generation_config.eos_token_id == 1
-    assert model.training is False
-
-
 def test_a_hybrid_of_linear_attention_writes_by_generate() -> None:
     model = tiny("qwen3_next", **(EXPERTS | HYBRID), shared_expert_intermediate_size=16)
     assert "linear_attention" in enable_packing(model, "auto")
     subject = subject_of(model)
     selfcheck.check_forwards(subject)
     selfcheck.check_writing(subject, model)
-    assert way_to_write(model) == Plain(use_cache=True)
+    assert writes_by_generate_with_a_cache(model)
     completions = run(model, PROMPTS, Sampling(6))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         logits = forced_logits(model, prompt, completion.ids).log_softmax(-1)
@@ -290,7 +269,7 @@ def test_a_student_that_no_engine_writes_right_with_is_refused_when_it_is_to_wri
     subject = subject_of(model)
     selfcheck.check_forwards(subject)
     monkeypatch.setattr(
-        selfcheck, "plain_logprobs", lambda _, prompts, completions, cached: [c * 0.0 for c in completions]
+        selfcheck, "forced_logprobs", lambda _, prompts, completions, **__: [c * 0.0 for c in completions]
     )
     selfcheck.check_writing(subject, model)
     with pytest.raises(

@@ -19,7 +19,7 @@ from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.errors import UserError
 from stages.runtime.run import FOLDERS
 from tests.support.helpers import make_run, records_of
-from tests.support.tiny_runs import TINY, student_of, train_from
+from tests.support.tiny_runs import TINY, policy_of, student_of, train_from
 
 STEP = {"kind": "step", "step": 1, "tokens": 8, "loss": 0.5}
 ONCE: dict[str, Any] = {"max_steps": 1, "refresh_every": 0}
@@ -286,9 +286,10 @@ def test_an_evaluation_that_a_power_cut_emptied_is_measured_again(tmp_path: Path
     run = make_run(tmp_path, **(TINY | {"eval_prompts": 4}))
     evaluation = measure.open_evaluation(run, setup.shared_vocabulary(run.config))
     student = student_of(run)
-    first = measure.measure(evaluation, student, 0, "before", None)
+    policy = policy_of(run, student)
+    first = measure.measure(evaluation, student, policy, "before", None)
     assert records_of(run.folder, "evaluation")[0]["policy_hash"] == policy_hash(student)
     (run.folder / "eval/before.json").write_text("")
-    assert measure.measure(evaluation, student, 0, "before", None) == first
-    assert measure.measure(evaluation, student, 0, "before", None) == first
+    assert measure.measure(evaluation, student, policy, "before", None) == first
+    assert measure.measure(evaluation, student, policy, "before", None) == first
     assert len(records_of(run.folder, "evaluation")) == 2

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from stages.models import generation
-from stages.models.decoding.origin import _sum_of_bits
-from stages.models.generation import Completion, Sampling, generate, rollout_engine
-from tests.support.small_models import EOS, V, question_prompts
+from stages.engine import built_in
+from stages.engine.opening import open_engine
+from stages.engine.origin import _sum_of_bits
+from stages.engine.protocol import Completion, Sampling
+from tests.support.small_models import EOS, V, generate, question_prompts
 
 COMMON: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
 
@@ -147,11 +150,11 @@ CHANGES: dict[str, Callable[[PeftModel, Path], Any]] = {
 def test_a_change_between_two_calls_takes_effect(
     model: PeftModel, other: Path, prompts: list[np.ndarray], change: str, autocast: bool
 ) -> None:
-    with rollout_engine(model) as engine, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        before = written(engine, prompts)
+    with closing(open_engine(model)) as engine, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = written(engine.generate, prompts)
         CHANGES[change](model, other)
-        after = written(engine, prompts)
-        assert equal(after, written(lambda *a, **k: generate(model, *a, **k), prompts))
+        after = written(engine.generate, prompts)
+        assert equal(after, written(partial(generate, model), prompts))
     assert not equal(after, before)
 
 
@@ -160,22 +163,22 @@ def test_merging_and_unmerging_take_effect(
     model: PeftModel, prompts: list[np.ndarray], names: list[str] | None
 ) -> None:
     """Each time the engine writes what a new one would, merged weights and all."""
-    with rollout_engine(model) as engine:
+    with closing(open_engine(model)) as engine:
         for change in (lambda: model.merge_adapter(names), model.unmerge_adapter):
-            written(engine, prompts)
+            written(engine.generate, prompts)
             change()
-            assert equal(written(engine, prompts), written(lambda *a, **k: generate(model, *a, **k), prompts))
+            assert equal(written(engine.generate, prompts), written(partial(generate, model), prompts))
 
 
 def test_a_disabled_adapter_is_the_base_model_for_as_long_as_it_is_disabled(
     student_model: Any, model: PeftModel, prompts: list[np.ndarray]
 ) -> None:
-    with rollout_engine(model) as engine:
-        before = written(engine, prompts)
+    with closing(open_engine(model)) as engine:
+        before = written(engine.generate, prompts)
         with model.disable_adapter():
-            plain = written(engine, prompts)
-        again = written(engine, prompts)
-    assert equal(plain, written(lambda *a, **k: generate(student_model, *a, **k), prompts))
+            plain = written(engine.generate, prompts)
+        again = written(engine.generate, prompts)
+    assert equal(plain, written(partial(generate, student_model), prompts))
     assert equal(again, before)
 
 
@@ -185,14 +188,14 @@ def test_a_hot_swap_prepared_for_compilation_is_noticed(
     """Its scales are tensors that are written in place."""
     model = adapted(student_model, 1)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
-    with rollout_engine(model) as engine:
-        before = written(engine, prompts)
+    with closing(open_engine(model)) as engine:
+        before = written(engine.generate, prompts)
         hotswap_adapter(model, str(other), "default")
-        after = written(engine, prompts)
+        after = written(engine.generate, prompts)
         for layer in layers(model):
             layer.scaling["default"].fill_(0.5)
-        rescaled = written(engine, prompts)
-    assert equal(rescaled, written(lambda *a, **k: generate(model, *a, **k), prompts))
+        rescaled = written(engine.generate, prompts)
+    assert equal(rescaled, written(partial(generate, model), prompts))
     assert not equal(before, after)
     assert not equal(after, rescaled)
 
@@ -204,14 +207,14 @@ def test_without_a_change_nothing_is_made_anew_and_a_call_looks_once(
     calls: list[str] = []
 
     def count(name: str) -> None:
-        original = getattr(generation, name)
-        monkeypatch.setattr(generation, name, lambda *a: calls.append(name) or original(*a))
+        original = getattr(built_in, name)
+        monkeypatch.setattr(built_in, name, lambda *a: calls.append(name) or original(*a))
 
     for name in ("DecodingWeights", "Decoder", "origin_of"):
         count(name)
-    with rollout_engine(model) as engine:
+    with closing(open_engine(model)) as engine:
         for _ in range(3):
-            written(engine, prompts)
+            written(engine.generate, prompts)
     assert calls.count("origin_of") == 6
     assert (calls.count("DecodingWeights"), calls.count("Decoder")) == (1, 1)
 

@@ -1,6 +1,8 @@
-"""What an engine's copies of weights, its slots and its captured steps were made from, to be compared before they are used.
+"""What the engine's merged weights and captured steps were made from, so that a change of the model is
+noticed.
 
-Pointers and counted writes alone would miss writes through `.data`, which is how PEFT's `hotswap_adapter` loads an adapter.
+Pointers and version counters alone miss writes through `.data`, which is how PEFT's `hotswap_adapter` loads
+an adapter.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 
 
 def origin_of(model: nn.Module) -> list[object]:
-    """Equal lists: the same weights in the same places under the same adapters. One pass over the weights, one wait.
+    """Equal lists mean the same weights at the same addresses under the same adapters.
 
-    Where each parameter lies, how often it was written, the sum of its bits, and which adapters are in force: active,
-    disabled, merged, scaled.
+    They hold each parameter's address, version counter and sum of bits, and each adapted layer's active,
+    disabled, merged and scaled adapters. Passes over the weights and waits for the device once.
     """
     parameters = list(model.parameters())
     places = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
@@ -27,17 +29,15 @@ def origin_of(model: nn.Module) -> list[object]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """0-dimensional int64, on the tensor's device: its memory as integers of 8 bytes, added up modulo 2**64."""
+    """The tensor's memory as 8-byte integers, added up modulo 2**64: a scalar int64 on its device."""
     octets = tensor.reshape(-1).view(torch.uint8)
     if len(octets) % 8 or octets.storage_offset() % 8:
-        octets = nn.functional.pad(
-            octets, (0, -len(octets) % 8)
-        )  # a copy, which begins where its memory does
+        octets = nn.functional.pad(octets, (0, -len(octets) % 8))  # a copy, so aligned
     return octets.view(torch.int64).sum()
 
 
 def _adapters(layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> tuple[object, ...]:
-    """Scales may be tensors, written in place, where PEFT has prepared a model for hot-swapping."""
+    """Active, disabled and merged adapters, and scales: tensors in models prepared for hot-swapping."""
     scales = {name: float(scale) for name, scale in getattr(layer, "scaling", {}).items()}
     merged = list(getattr(layer, "merged_adapters", []))
     return list(layer.active_adapters), layer.disable_adapters, merged, scales

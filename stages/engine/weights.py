@@ -1,4 +1,4 @@
-"""What the engine reads in place of a model's own layers, which stay untouched: merged, cast once, joined, fused."""
+"""The engine's versions of a model's layers: merged, cast once, joined, fused. The model stays untouched."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from stages.models.decoding.fused import fused_mlp, fused_norm, fused_rotaries
-from stages.models.decoding.joined import JOINED, join
+from stages.engine.fused_layers import fused_mlp, fused_norm, fused_rotaries
+from stages.engine.joined import JOINED, join
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,16 @@ class _Swap:
 
 
 class DecodingWeights:
-    """Plain linear layers in place of a decoder's adapted or fp32-under-autocast ones, for as long as `swapped` lasts.
+    """Plain linear layers that replace a decoder's adapted ones, and its fp32 ones under autocast, inside
+    `swapped`.
 
-    On CUDA layers of one input as one product (`joined`), what lies between products in fewer launches (`fused`).
-    W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). LoRA layers of another kind than plain LoRA
-    on a linear layer (DoRA, LoRA with a bias) stay as they are: they decode right, through their adapter.
+    On CUDA, layers with the same input are joined into one matmul, and the small operations between matmuls
+    are fused. W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). Variants such as
+    DoRA or LoRA with a bias are not merged; they decode through their adapter.
     """
 
     def __init__(self, decoder: nn.Module, autocast_dtype: torch.dtype | None) -> None:
-        """`autocast_dtype`: the dtype in which autocast multiplies, None without autocast."""
+        """`autocast_dtype`: autocast's dtype, None without autocast."""
         self._decoder, self._swaps = decoder, dict[str, _Swap]()
         self._fused = _on_cuda(decoder)
         adapted = ""
@@ -55,20 +56,18 @@ class DecodingWeights:
             self._join()
 
     def _join(self) -> None:
-        """Layers that are copied anyway: others would be held twice."""
+        """Joins only layers that are copied anyway; others would take their memory twice."""
         for name, _ in self._decoder.named_modules():
             for leaves in JOINED:
                 places = [f"{name}.{leaf}" for leaf in leaves]
                 if all(place in self._swaps for place in places):
-                    apart = [self._swaps[place] for place in places]
-                    for place, swap, fast in zip(
-                        places, apart, join([s.fast for s in apart]) or [], strict=False
-                    ):
-                        self._swaps[place] = replace(swap, fast=fast)
+                    joined = join([self._swaps[place].fast for place in places]) or []
+                    for place, fast in zip(places, joined, strict=False):
+                        self._swaps[place] = replace(self._swaps[place], fast=fast)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The decoder with these weights; its own modules are back afterwards, whatever happens."""
+        """Puts these layers into the decoder; its own are back afterwards, after an error too."""
         with ExitStack() as stack:
             for swap in self._swaps.values():
                 stack.callback(setattr, swap.parent, swap.name, swap.own)
@@ -83,22 +82,15 @@ def _on_cuda(module: nn.Module) -> bool:
 
 
 def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -> nn.Linear | None:
-    """The adapted layer as one linear layer, or None where that is not W + s B A."""
+    """The adapted layer as one linear layer. None unless it computes W + s B A."""
     base = module.get_base_layer()
     adapters = [name for name in module.active_adapters if name in module.lora_A]
     plain = all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapters)
-    if (
-        type(base) is not nn.Linear
-        or not plain
-        or module.disable_adapters
-        or module.merged
-        or module.fan_in_fan_out
-    ):
+    switched = module.disable_adapters or module.merged or module.fan_in_fan_out
+    if type(base) is not nn.Linear or not plain or switched:
         return None
     dtype = autocast_dtype or base.weight.dtype
-    weight = (
-        base.weight.detach().to(dtype).to(torch.float32, copy=True)
-    )  # W as the products of training read it
+    weight = base.weight.detach().to(dtype).to(torch.float32, copy=True)  # W as training's matmuls read it
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         for name in adapters:
             a, b = (cast(nn.Linear, side[name]).weight.float() for side in (module.lora_A, module.lora_B))
@@ -107,10 +99,12 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -
 
 
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """`weight` (fp32, overwritten) in `dtype`; bfloat16 is rounded up or down at random, so that the mean is exact.
+    """`weight` (fp32, overwritten) in `dtype`. bfloat16 is rounded up or down at random so that the mean is
+    exact.
 
-    W lies on bfloat16's grid and an early update is a small part of its step: rounded to nearest it would vanish from
-    nearly every weight, and rollouts would be those of a student some updates ago. A seed gives the same weights each time.
+    W is on bfloat16's grid, and an early update is a small fraction of a grid step: rounding to nearest would
+    drop it from nearly every weight, and the rollouts would be an older student's. The same `seed` gives the
+    same weights.
     """
     if dtype != torch.bfloat16:
         return weight.to(dtype)

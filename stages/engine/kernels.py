@@ -1,7 +1,8 @@
-"""The engine's kernels on CUDA, in Triton: attention of one query a row over its slot, storing K and V, reading logits.
+"""The engine's CUDA kernels, in Triton, for sm_80 and newer: attention over slots, storing K and V, reading
+logits, and the small operations between matmuls.
 
-Grid of the attention: rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to the 16 rows
-of a tensor-core tile, so that K and V are read once for the group. Works on sm_80 and newer.
+The attention's grid is rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to
+the 16 rows of a tensor-core tile, so that K and V are read once for the group.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 LEAST = tl.constexpr(-3.4028234663852886e38)
 TILE_BYTES = 16_384
-"""Of one block of keys: with K and V in three stages within the shared memory of an sm_86."""
+"""Size of a block of keys; K and V in three stages then fit the shared memory of an sm_86."""
 NORM_TILE = 1024
-"""Numbers in one program of short norms."""
+"""Elements per program of short norms."""
 HEADS_TILE = 8
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 16
@@ -55,7 +56,8 @@ def decode_kernel(
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap, else of 1.
+    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap,
+    else of 1.
 
     One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
     """
@@ -130,7 +132,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    """The splits' averages, weighted by their masses; one program a query head."""
+    """The splits' averages, weighted by their masses. One program per query head."""
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
@@ -166,7 +168,7 @@ def store_kernel(
     VALUE_WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The new K and V of one row and head, cast, into the row's place."""
+    """Writes the new K and V of one row and head, cast, to the row's place."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     place = tl.load(places_ptr + row)
@@ -225,9 +227,9 @@ def norm_kernel(
     PADDED: tl.constexpr,
     ONE_CENTRED: tl.constexpr,
 ):
-    """RMS norms of some rows with the roundings of the modules that it replaces (`fused.rms_norm`).
+    """RMS norms of some rows, rounded as in `fused_layers.rms_norm`.
 
-    Row r is at r / inner outer strides and r % inner inner ones; what is written is dense.
+    Row r starts at r // inner outer strides plus r % inner inner strides; the output is dense.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
@@ -270,7 +272,7 @@ def rotary_kernel(
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Some heads at one place turned, in halves: x cos + (−x₂, x₁) sin, each product rounded as PyTorch rounds it."""
+    """Rotates some heads at one place: x cos + (−x₂, x₁) sin, each product rounded as in PyTorch."""
     at = tl.program_id(0)
     row, place = (at // num_places).to(tl.int64), (at % num_places).to(tl.int64)
     tile = tl.program_id(1)
@@ -303,7 +305,7 @@ def rotary_kernel(
 
 @triton.jit
 def gated_kernel(gate_ptr, gate_row, up_ptr, up_row, out_ptr, size, BLOCK: tl.constexpr):
-    """silu(gate) up of a part of one row, rounded between as PyTorch rounds it."""
+    """silu(gate) up for a part of one row, with PyTorch's rounding in between."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -314,23 +316,15 @@ def gated_kernel(gate_ptr, gate_row, up_ptr, up_row, out_ptr, size, BLOCK: tl.co
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
-    """`fused.rms_norm` in one launch, of x [..., rows, size]."""
-    rows = _dense(x).reshape(-1, x.shape[-2], x.shape[-1])  # a view of heads beside each other too
+    """`fused_layers.rms_norm` of x [..., rows, size] in one launch."""
+    rows = _dense(x).reshape(-1, x.shape[-2], x.shape[-1])  # a view even of joined heads
     outer, inner, size = rows.shape
     dtype = x.dtype if one_centred else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     padded = triton.next_power_of_2(size)
     at_once = max(1, NORM_TILE // padded)
     norm_kernel[(triton.cdiv(outer * inner, at_once),)](
-        rows,
-        weight,
-        out,
-        outer * inner,
-        inner,
-        rows.stride(0),
-        rows.stride(1),
-        size,
-        eps,
+        *(rows, weight, out, outer * inner, inner, rows.stride(0), rows.stride(1), size, eps),
         ROWS=at_once,
         PADDED=padded,
         ONE_CENTRED=one_centred,
@@ -340,7 +334,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, H, T, D] turned by cos and sin [B or 1, T, D], in halves; dtypes as PyTorch promotes them.
+    """Queries and keys [B, H, T, D] rotated by cos and sin [B or 1, T, D]; dtypes as PyTorch promotes them.
 
     What it returns lies in memory as [B, T, H, D].
     """
@@ -354,20 +348,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     tile = min(HEADS_TILE, triton.next_power_of_2(heads))
     tiles = triton.cdiv(heads, tile)
     rotary_kernel[(num_rows * places, tiles + triton.cdiv(kv_heads, tile))](
-        query,
-        query.stride(0),
-        query.stride(2),
-        query.stride(1),
-        key,
-        key.stride(0),
-        key.stride(2),
-        key.stride(1),
-        cos,
-        cos.stride(0),
-        cos.stride(1),
-        sin,
-        sin.stride(0),
-        sin.stride(1),
+        *(*_placed(query, 0, 2, 1), *_placed(key, 0, 2, 1), *_placed(cos, 0, 1), *_placed(sin, 0, 1)),
         *turned,
         places,
         HEADS=heads,
@@ -377,15 +358,15 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         HALF=width // 2,
         PADDED=triton.next_power_of_2(width // 2),
         num_warps=4,
-        enable_fp_fusion=False,  # else products in bfloat16 are fused with the sum, without their rounding
+        enable_fp_fusion=False,  # fusing would skip the rounding of bfloat16 products
     )
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up of two tensors [..., size] of one shape."""
+    """silu(gate) up for two tensors [..., size] of the same shape."""
     size = gate.shape[-1]
-    gates, ups = (_dense(x).reshape(-1, size) for x in (gate, up))  # views of columns beside each other too
+    gates, ups = (_dense(x).reshape(-1, size) for x in (gate, up))  # views even of joined columns
     out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     block = min(2048, triton.next_power_of_2(size))
     gated_kernel[(len(gates), triton.cdiv(size, block))](
@@ -404,9 +385,11 @@ def decode_attention(
     softcap: float | None,
     splits: int | None = None,
 ) -> Tensor:
-    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S, D].
+    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S,
+    D].
 
-    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by the device.
+    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by
+    the device.
     """
     query = _dense(query)
     num_rows, num_heads, width = query.shape
@@ -425,17 +408,8 @@ def decode_attention(
         log_mass = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=keys.device)
     log2e = 1.4426950408889634
     decode_kernel[(num_rows, kv_heads, splits)](
-        query,
-        query.stride(0),
-        query.stride(1),
-        keys,
-        *keys.stride()[:3],
-        values,
-        *values.stride()[:3],
-        attended,
-        out,
-        partial,
-        log_mass,
+        *(*_placed(query, 0, 1), *_placed(keys, 0, 1, 2), *_placed(values, 0, 1, 2)),
+        *(attended, out, partial, log_mass),
         scale * log2e if softcap is None else scale / softcap,
         (softcap or 0.0) * log2e,
         window or 0,
@@ -455,9 +429,7 @@ def decode_attention(
     )
     if splits > 1:
         combine_kernel[(num_rows * num_heads,)](
-            partial,
-            log_mass,
-            out,
+            *(partial, log_mass, out),
             WIDTH=value_width,
             WIDTH_PADDED=value_padded,
             SPLITS=splits,
@@ -471,16 +443,7 @@ def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tens
     """Writes key and value [B, H, 1, D] to place `places` [B] of each row of keys and values [B, H, S, D]."""
     key, value, width, value_width = _dense(key), _dense(value), keys.shape[3], values.shape[3]
     store_kernel[(keys.shape[0], keys.shape[1])](
-        key,
-        key.stride(0),
-        key.stride(1),
-        value,
-        value.stride(0),
-        value.stride(1),
-        keys,
-        *keys.stride()[:3],
-        values,
-        *values.stride()[:3],
+        *(*_placed(key, 0, 1), *_placed(value, 0, 1), *_placed(keys, 0, 1, 2), *_placed(values, 0, 1, 2)),
         places,
         WIDTH=width,
         VALUE_WIDTH=value_width,
@@ -498,13 +461,7 @@ def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]
         torch.empty((num_rows, num_blocks), dtype=torch.float64, device=logits.device) for _ in range(3)
     )
     blocks_kernel[(num_rows, num_blocks)](
-        logits,
-        logits.stride(0),
-        num_ids,
-        num_blocks,
-        peak,
-        mass,
-        moment,
+        *(logits, logits.stride(0), num_ids, num_blocks, peak, mass, moment),
         SIZE=size,
         PADDED=triton.next_power_of_2(size),
         num_warps=4,
@@ -512,13 +469,18 @@ def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]
     return peak, mass, moment
 
 
+def _placed(tensor: Tensor, *dims: int) -> tuple[object, ...]:
+    """A tensor and its strides of these dimensions: how the kernels take it."""
+    return tensor, *(tensor.stride(dim) for dim in dims)
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    """With neighbours in the last dimension, as the kernels read it."""
+    """The tensor with a last dimension of stride 1, as the kernels need it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _splits(device: torch.device, num_programs: int, num_blocks: int) -> int:
-    """Programs a row and K/V head, so that few rows still fill the device; one where the rows alone do."""
+    """Splits per row and K/V head: as many as fill the device with few rows, one if the rows fill it."""
     wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
     return max(1, min(MAX_SPLITS, num_blocks, wanted // num_programs))
 

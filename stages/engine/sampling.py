@@ -1,38 +1,29 @@
-"""The draw: from a step's logits to tokens, their log-probabilities and the entropy of what they were drawn from.
+"""The draw: from a step's logits to tokens, their log-probabilities and the entropy of the sampling
+distribution.
 
-The vocabulary is read once, in blocks of 1,024 ids: of each block its peak, mass and first moment. All else looks at
-those few numbers and at the one block in which the token lies. Sums are in float64.
+The vocabulary is read once, in blocks of 1,024 ids, to find each block's peak, mass and first moment.
+Everything else uses those few numbers and the one block that holds the token. Sums are in float64.
 
 Shape suffixes: B rows, V vocabulary after the cut, C blocks, E ids of a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.engine.protocol import Sampling
+
 BLOCK = 1024
 LEAST = torch.finfo(torch.float32).min
 _BELOW_ONE = 1.0 - 2.0**-53
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: top_p 1 and top_k 0 are off; `greedy` takes the most likely token."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
-
-
 class Chosen(NamedTuple):
-    """One token a row, its logprob and the entropy (nats) of the distribution that it was drawn from."""
+    """One token a row, its logprob and the entropy (nats) of its sampling distribution."""
 
     token: Int[Tensor, " B"]
     logprob: Float[Tensor, " B"]
@@ -40,7 +31,7 @@ class Chosen(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Of each block of ids: its largest logit z, Σ exp(z − peak) and Σ exp(z − peak) (z − peak); float64."""
+    """Of each block of logits z, float64: the largest, Σ exp(z − peak) and Σ exp(z − peak) (z − peak)."""
 
     peak: Float[Tensor, "B C"]
     mass: Float[Tensor, "B C"]
@@ -50,9 +41,10 @@ class Blocks(NamedTuple):
 def choose(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], forced: Int[Tensor, " B"], sampling: Sampling
 ) -> Chosen:
-    """The forced token where it is not negative, else the most likely one (greedy) or the draw at the row's uniform.
+    """The forced token where it is not negative, else the most likely one (greedy) or the one drawn at the
+    row's uniform.
 
-    `uniforms` are float64 in [0, 1), `logits` float32. A row with NaN among its logits has a NaN logprob.
+    `uniforms` are float64 in [0, 1), `logits` float32. A NaN among a row's logits makes its logprob NaN.
     """
     logits = sampling_logits(logits, sampling)
     blocks = block_statistics(logits)
@@ -60,9 +52,8 @@ def choose(
     mass = blocks.mass * (blocks.peak - top).exp()
     total = mass.sum(-1)
     drawn = _most_likely(logits, blocks) if sampling.greedy else _inverse_cdf(logits, mass, uniforms)
-    token = torch.where(
-        forced >= 0, forced, drawn.clamp(max=logits.shape[1] - 1)
-    )  # a NaN row leads beyond its end
+    drawn = drawn.clamp(max=logits.shape[1] - 1)  # a NaN row points past its end
+    token = torch.where(forced >= 0, forced, drawn)
     log_total = total.log()
     logprob = logits.gather(1, token[:, None]).squeeze(1) - top.squeeze(1) - log_total
     moment = blocks.moment * (blocks.peak - top).exp() + mass * (blocks.peak - top)
@@ -70,7 +61,7 @@ def choose(
 
 
 def sampling_logits(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits of the sampling distribution: temperature, then top-k, then top-p; -inf outside. Not normalised."""
+    """Logits after temperature, top-k and top-p, in this order; not normalised, -inf for ids cut off."""
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.top_k > 0:
@@ -85,9 +76,9 @@ def sampling_logits(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[T
 
 
 def block_statistics(logits: Float[Tensor, "B V"]) -> Blocks:
-    """Peak, mass and moment of each block of at most 1,024 ids; NaN wherever a block holds NaN."""
+    """Peak, mass and moment of each block of at most 1,024 ids; NaN for a block that holds NaN."""
     if logits.is_cuda:
-        from stages.models.decoding import kernels
+        from stages.engine import kernels
 
         return Blocks(*kernels.block_statistics(logits, BLOCK))
     logits_BCE = _in_blocks(logits)
@@ -117,13 +108,12 @@ def _most_likely(logits: Float[Tensor, "B V"], blocks: Blocks) -> Int[Tensor, " 
 def _inverse_cdf(
     logits: Float[Tensor, "B V"], mass: Float[Tensor, "B C"], uniforms: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """The first token whose cumulative probability exceeds the uniform: first its block, then inside the block."""
+    """The first token whose cumulative probability exceeds the uniform: its block first, then the token."""
     cumulative = mass.cumsum(-1)
     target = (uniforms * cumulative[:, -1]).clamp(max=cumulative[:, -1] * _BELOW_ONE)[:, None]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[1] - 1)
-    rest = (target - (cumulative - mass).gather(1, block)) / mass.gather(
-        1, block
-    )  # share of the block, in [0, 1]
+    below, own = (cumulative - mass).gather(1, block), mass.gather(1, block)
+    rest = (target - below) / own  # share of the block, in [0, 1]
     within, start = _block_of(logits, block.squeeze(1))
     within = (within - within.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     ends = within[:, -1:]

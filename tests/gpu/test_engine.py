@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from stages.models.decoding import attention, fused, kernels, steps
-from stages.models.decoding.sampling import Sampling, block_statistics
-from stages.models.decoding.slots import SlotCache
-from stages.models.generation import Completion, rollout_engine
+from stages.engine import decoder, kernels
+from stages.engine import fused_layers as fused
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Completion, Sampling
+from stages.engine.sampling import block_statistics
+from stages.engine.slot_attention import plain_attention
+from stages.engine.slots import SlotCache
 from tests.support.small_models import (
     CONFIGS,
     EOS,
@@ -43,9 +47,9 @@ def student(student_model: Any) -> Any:
 def step_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The width of every step that ran through Python: two to warm up and the captured one, for each graph."""
     widths: list[int] = []
-    original = steps.Decoder._step
+    original = decoder.Decoder._step
     monkeypatch.setattr(
-        steps.Decoder, "_step", lambda self, width: widths.append(width) or original(self, width)
+        decoder.Decoder, "_step", lambda self, width: widths.append(width) or original(self, width)
     )
     return widths
 
@@ -89,11 +93,9 @@ def test_attention_is_as_near_to_float64_as_pytorchs(
     slots = SlotCache([keys], [values])
     slots.attended = attended
     scale = width**-0.5
-    exact = attention.plain_attention(
-        query.double(), keys.double(), values.double(), slots, scale, window, softcap
-    )
+    exact = plain_attention(query.double(), keys.double(), values.double(), slots, scale, window, softcap)
     slots.masks.clear()
-    plain = attention.plain_attention(query, keys, values, slots, scale, window, softcap)
+    plain = plain_attention(query, keys, values, slots, scale, window, softcap)
     found = kernels.decode_attention(
         query.cuda(), keys.cuda(), values.cuda(), attended.cuda(), scale, window, softcap, splits
     ).cpu()
@@ -236,10 +238,10 @@ def test_an_open_engine_captures_once(
     student: Any, prompts: list[np.ndarray], step_widths: list[int]
 ) -> None:
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
-    with rollout_engine(student) as engine:
-        first = engine(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
+    with closing(open_engine(student)) as engine:
+        first = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
         count = len(step_widths)
-        second = engine(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
+        second = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
     assert count > 0
     assert len(step_widths) == count
     assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(first, second, strict=True))
@@ -268,11 +270,11 @@ def test_captured_steps_notice_adapters_and_writes_through_data(
     }
     settings: dict[str, Any] = {"forced": [np.arange(20, 35)] * 4, "micro_batch": 4}
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, **settings}
-    with rollout_engine(model) as engine:
+    with closing(open_engine(model)) as engine:
         for name, change in changes.items():
-            before = engine(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
+            before = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
             change()
-            after = engine(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
+            after = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
             wanted = run(model, prompts[:4], Sampling(1), **settings)
             for was, found, new in zip(before, after, wanted, strict=True):
                 np.testing.assert_allclose(found.logprobs, new.logprobs, atol=1e-3, err_msg=name)
@@ -297,6 +299,6 @@ def test_memory_is_given_back(student: Any, prompts: list[np.ndarray]) -> None:
 
 
 def interrupted(model: Any, prompts: list[np.ndarray]) -> None:
-    with rollout_engine(model) as engine:
-        engine(prompts, [1] * 5, Sampling(5), vocab_size=V, eos_ids=(EOS,), pad_id=0, micro_batch=4)
+    with closing(open_engine(model)) as engine:
+        engine.generate(prompts, [1] * 5, Sampling(5), vocab_size=V, eos_ids=(EOS,), pad_id=0, micro_batch=4)
         raise ZeroDivisionError

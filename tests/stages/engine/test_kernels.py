@@ -1,6 +1,6 @@
 """The engine's kernels without a GPU: their logic under Triton's interpreter, and that they compile for sm_80 and sm_90.
 
-`test_generation_cuda.py` runs them on a GPU.
+`tests/gpu/test_engine.py` runs them on a GPU.
 """
 
 import subprocess
@@ -59,7 +59,7 @@ POINTERS = {
 
 
 def test_the_kernels_give_pytorchs_numbers_under_the_interpreter() -> None:
-    pass_interpreted("interpreted_decoding.py")
+    pass_interpreted("interpreted_engine.py")
 
 
 def compiled(
@@ -95,7 +95,7 @@ def test_attention_compiles_within_the_shared_memory_of_an_sm_86(
     dtype: str, width: int, block: int, capability: int
 ) -> None:
     """ptxas comes with Triton; without it this fails."""
-    from stages.models.decoding.kernels import combine_kernel, decode_kernel
+    from stages.engine.kernels import combine_kernel, decode_kernel
 
     for splits, capped, windowed in ((1, False, False), (4, True, True)):
         kernel = compiled(
@@ -126,7 +126,7 @@ def test_attention_compiles_within_the_shared_memory_of_an_sm_86(
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_compile(capability: int) -> None:
     """Norms and rotary embeddings of a step, where Triton makes the number 1 a constant, and of a prefill."""
-    from stages.models.decoding.kernels import (
+    from stages.engine.kernels import (
         blocks_kernel,
         gated_kernel,
         norm_kernel,
@@ -161,6 +161,6 @@ def test_the_small_kernels_compile(capability: int) -> None:
 
 
 def test_a_cpu_engine_does_not_import_triton() -> None:
-    code = "import sys, stages.models.generation; print('stages.models.decoding.kernels' in sys.modules)"
+    code = "import sys, stages.engine.opening; print('stages.engine.kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

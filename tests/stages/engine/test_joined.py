@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stages.models.decoding.joined import JoinedLinear, join
+from stages.engine.joined import JoinedLinear, join
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from stages.engine import sampler
+from stages.engine.protocol import Sampling
+from stages.engine.sampling import sampling_logits
 from stages.models import checkpoints, ends
-from stages.models.decoding import steps
-from stages.models.decoding.sampling import sampling_logits
-from stages.models.generation import Sampling
 from stages.models.readout import readout_of
 from tests.support.helpers import ROOT, STUDENT
 from tests.support.small_models import (
@@ -49,8 +49,8 @@ def test_a_bf16_model_gives_unrounded_logits(
     readout_of(model)  # a forward of its own
     states, scores = [], []
     model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output))
-    original = steps.choose
-    monkeypatch.setattr(steps, "choose", lambda s, *rest: scores.append(s) or original(s, *rest))
+    original = sampler.choose
+    monkeypatch.setattr(sampler, "choose", lambda s, *rest: scores.append(s) or original(s, *rest))
     run(model, prompts, Sampling(4))
     for state, score in zip(states[1:], scores[1:], strict=True):  # the first is the prefill
         exact = state[:, -1].double() @ head.weight.detach().double().T

@@ -1,8 +1,8 @@
-"""Attention of one new token a row over its slot: no expansion of K and V for grouped queries, no keys of other rows.
+"""Attention of each row's one new token over its slot, without expanding K and V for grouped queries.
 
-Registered with transformers as an attention implementation without a mask function, so that models hand it no mask.
-On CUDA it is a kernel that reads only the places that a row has filled; elsewhere PyTorch's, under a mask over the
-slots cut to the longest row.
+It is registered with transformers as an attention implementation without a mask function, so that models pass
+no mask. On CUDA a kernel reads only the places that a row has filled. Elsewhere it is PyTorch's attention
+with a mask, over slots cut to the longest row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from stages.models.decoding.slots import SlotCache
+from stages.engine.slots import SlotCache
 from stages.runtime.errors import UserError
 
 NAME = "dualkl_slots"
@@ -43,18 +43,14 @@ def attend(
     """
     unserved = [name for name in _REFUSED if others.get(name) is not None]
     if slots is None or attention_mask is not None or unserved:
-        reason = (
-            f"its attention has {', '.join(unserved)}"
-            if unserved
-            else "its layers do not pass their inputs on"
-        )
+        found = f"has {', '.join(unserved)}" if unserved else "does not receive what its layers are given"
         config: Any = module.config
-        raise UserError(_sentence(config.model_type, reason))
+        raise UserError(_sentence(config.model_type, f"its attention {found}"))
     slots.num_attended_layers += 1
     query = query.squeeze(2).to(key.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if key.is_cuda:
-        from stages.models.decoding import kernels
+        from stages.engine import kernels
 
         assert slots.attended is not None
         out = kernels.decode_attention(query, key, value, slots.attended, scale, sliding_window, softcap)
@@ -72,7 +68,7 @@ def plain_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The same in PyTorch: the queries of a group are the query positions of their one K/V head. [B, heads, D]."""
+    """`attend` in PyTorch, [B, heads, D]. A group's queries become query positions of its K/V head."""
     num_rows, num_heads, width = query.shape
     query = query.reshape(num_rows, key.shape[1], -1, width)
     key, value = key[:, :, : slots.longest], value[:, :, : slots.longest]
@@ -87,7 +83,7 @@ def plain_attention(
 
 
 def _mask(slots: SlotCache, window: int | None) -> Tensor:
-    """[B, 1, 1, longest]: the keys that each row sees; made once a step for each kind of layer."""
+    """[B, 1, 1, longest]: the keys that each row sees, made once per step for each kind of layer."""
     if window not in slots.masks:
         assert slots.attended is not None
         place, attended = torch.arange(slots.longest), slots.attended[:, None]
@@ -100,7 +96,7 @@ def _mask(slots: SlotCache, window: int | None) -> Tensor:
 
 @contextmanager
 def slot_attention(config: PretrainedConfig) -> Iterator[None]:
-    """The models that share `config` attend by `attend`; their own implementation is back afterwards."""
+    """Models that share `config` use `attend` inside this context, their own attention afterwards."""
     own = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -110,7 +106,7 @@ def slot_attention(config: PretrainedConfig) -> Iterator[None]:
 
 
 def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
-    """`UserError`, naming the model type, for attention that slots do not hold."""
+    """Errors: `UserError`, naming the model type, for attention that slots cannot serve."""
     config = decoder.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     reason = ""
@@ -131,7 +127,7 @@ def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
 
 
 def check_attended(decoder: PreTrainedModel, slots: SlotCache) -> None:
-    """After a step: every layer's attention must have come through `attend`."""
+    """After a step: `UserError` unless every layer has attended by `attend`."""
     num_layers = decoder.config.num_hidden_layers
     if slots.num_attended_layers != num_layers:
         found = f"only {slots.num_attended_layers} of its {num_layers} layers use transformers' AttentionInterface"

@@ -1,6 +1,6 @@
 """The engine's kernels on a CPU, under Triton's interpreter, against PyTorch.
 
-Not collected by itself: `test_decoding_kernels.py` runs it in a process of its own with TRITON_INTERPRET=1.
+Not collected by itself: `tests/stages/engine/test_kernels.py` runs it in a process of its own with TRITON_INTERPRET=1.
 """
 
 import math
@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from stages.models.decoding import attention, fused, kernels, sampling, weights
-from stages.models.decoding.attention import plain_attention
-from stages.models.decoding.joined import JoinedLinear, _Together
-from stages.models.decoding.sampling import Blocks, Sampling, block_statistics
-from stages.models.decoding.slots import SlotCache
+from stages.engine import fused_layers as fused
+from stages.engine import kernels, sampling, slot_attention, weights
+from stages.engine.joined import JoinedLinear, _Together
+from stages.engine.protocol import Sampling
+from stages.engine.sampling import Blocks, block_statistics
+from stages.engine.slot_attention import plain_attention
+from stages.engine.slots import SlotCache
 from tests.support.small_models import CONFIGS, random_model, run, theirs
 
 CAPACITY = 150
@@ -77,7 +79,7 @@ def test_values_may_be_of_another_width_than_keys() -> None:
 
 
 def test_half_precision_attention_is_as_near_to_float64_as_pytorchs() -> None:
-    """float16: the interpreter multiplies bfloat16 as integers. On a GPU `test_generation_cuda.py` tests bfloat16."""
+    """float16: the interpreter multiplies bfloat16 as integers. On a GPU `tests/gpu/test_engine.py` tests bfloat16."""
     query, slots = problem(8, 2, 64, torch.float16)
     assert slots.attended is not None
     arguments = (slots.keys[0], slots.values[0])
@@ -198,7 +200,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
             kernels, part, lambda *a, part=part, function=function: launches.append(part) or function(*a)
         )
     monkeypatch.setattr(weights, "_on_cuda", lambda module: True)
-    monkeypatch.setattr(attention, "plain_attention", through_the_kernel)
+    monkeypatch.setattr(slot_attention, "plain_attention", through_the_kernel)
     monkeypatch.setattr(
         sampling, "block_statistics", lambda logits: Blocks(*kernels.block_statistics(logits, 64))
     )

@@ -1,7 +1,8 @@
-"""Slots: the rows that are decoded together, their K/V and their place in their completions, all on the device.
+"""Slots: the rows decoded together, their K/V and their progress through their completions, all on the
+device.
 
-A slot that is free or whose row has ended goes through the steps like any other, with one attended key; what it gives
-goes to a scratch column. Nothing here waits for the device.
+A slot that is free or whose row has ended takes part in every step with one attended key, and its output goes
+to a scratch column. Only `Progress.rows` waits for the device.
 
 Shape suffixes: B slots, H K/V heads, S places of a slot, D width of a head, T longest completion.
 """
@@ -10,18 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from stages.models.decoding.sampling import Chosen
+from stages.engine.requests import Request, Row
+from stages.engine.sampling import Chosen
 
 
 class SlotCache(Cache):
-    """K and V of every layer, [B, H, S, D], written at a place of each row's own.
+    """K and V of every layer, [B, H, S, D]; each row writes at its own place.
 
-    `attended` is how many keys each row sees in this step; `longest` bounds it (host), for the CPU's slices.
+    `attended` is the number of keys each row sees in this step; `longest` is its upper bound on the host, for
+    slices on the CPU.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -38,7 +42,7 @@ class SlotCache(Cache):
         return SlotCache([k[:width] for k in self.keys], [v[:width] for v in self.values])
 
     def begin_step(self, places: Int[Tensor, " B"], active: Bool[Tensor, " B"]) -> None:
-        """Where the step's K and V go, and how many keys each row then sees: itself included, or one in a dead slot."""
+        """Sets where the step's K and V go and how many keys each row sees: one in a dead slot."""
         self.places = places
         self.attended = torch.where(active, places + 1, 1).to(torch.int32)
         self.num_attended_layers = 0
@@ -47,11 +51,11 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Stores [B, H, 1, D] and returns all places of all slots, as transformers' attention modules expect it."""
+        """Stores [B, H, 1, D]. Returns all places of all slots, as transformers' attention modules expect."""
         assert self.places is not None
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if keys.is_cuda:
-            from stages.models.decoding import kernels
+            from stages.engine import kernels
 
             kernels.store(key_states, value_states, keys, values, self.places)
         else:
@@ -66,7 +70,7 @@ class SlotCache(Cache):
     def fill(
         self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]
     ) -> None:
-        """Copies rows `source` of a prefill's K and V [U, H, P, D], layer by layer, to the start of `slots`."""
+        """Copies rows `source` of a prefill's K and V [U, H, P, D] of each layer to the start of `slots`."""
         for own, new in zip([*self.keys, *self.values], [*keys, *values], strict=True):
             own[:, :, : new.shape[2]].index_copy_(0, slots, new.index_select(0, source).to(own.dtype))
 
@@ -78,10 +82,10 @@ class SlotCache(Cache):
 
 @dataclass
 class Progress:
-    """Where each slot's row stands. The last column of what is written is scratch, for slots without a live row."""
+    """The state of each slot's row. The last column of `ids`, `logprobs`, `entropy` is for dead slots."""
 
-    token: Int[Tensor, " B"]  # drawn last, fed next
-    length: Int[Tensor, " B"]  # places filled, which is the position of `token`
+    token: Int[Tensor, " B"]  # the last one drawn, fed next
+    length: Int[Tensor, " B"]  # filled places, which is the position of `token`
     taken: Int[Tensor, " B"]  # tokens of the completion so far
     limit: Int[Tensor, " B"]
     active: Bool[Tensor, " B"]
@@ -93,24 +97,35 @@ class Progress:
 
     @classmethod
     def empty(cls, slots: int, tokens: int, device: torch.device) -> Progress:
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
-        def real(dtype: torch.dtype, width: int) -> Tensor:
-            return torch.zeros((slots, width), dtype=dtype, device=device)
+        def zeros(*width: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros((slots, *width), dtype=dtype, device=device)
 
         return cls(
-            token=whole(slots),
-            length=whole(slots),
-            taken=whole(slots),
-            limit=whole(slots),
-            active=torch.zeros(slots, dtype=torch.bool, device=device),
-            uniforms=real(torch.float64, tokens),
-            forced=whole(slots, tokens) - 1,
-            ids=whole(slots, tokens + 1),
-            logprobs=real(torch.float32, tokens + 1),
-            entropy=real(torch.float32, tokens + 1),
+            token=zeros(),
+            length=zeros(),
+            taken=zeros(),
+            limit=zeros(),
+            active=zeros(dtype=torch.bool),
+            uniforms=zeros(tokens, dtype=torch.float64),
+            forced=zeros(tokens) - 1,
+            ids=zeros(tokens + 1),
+            logprobs=zeros(tokens + 1, dtype=torch.float32),
+            entropy=zeros(tokens + 1, dtype=torch.float32),
         )
+
+    @classmethod
+    def starting(cls, requests: list[Request], num_tokens: int) -> Progress:
+        """The rows of requests before their first token, on the host, one slot each."""
+        progress = cls.empty(len(requests), num_tokens, torch.device("cpu"))
+        for row, request in enumerate(requests):
+            uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(request.limit)
+            progress.uniforms[row, : request.limit] = torch.from_numpy(uniforms)
+            if request.forced is not None:
+                progress.forced[row, : request.limit] = torch.from_numpy(request.forced.astype(np.int64))
+        progress.length = torch.tensor([len(request.prompt) for request in requests])
+        progress.limit = torch.tensor([request.limit for request in requests])
+        progress.active.fill_(True)
+        return progress
 
     def first(self, width: int) -> Progress:
         """The first `width` slots, sharing memory."""
@@ -134,7 +149,7 @@ class Progress:
         return self.uniforms.gather(1, column).squeeze(1), self.forced.gather(1, column).squeeze(1)
 
     def record(self, chosen: Chosen, eos_ids: Int[Tensor, " E"]) -> None:
-        """Writes each live row's token and ends rows at an EOS (kept: it was sampled) or at their limit."""
+        """Writes each live row's token. Ends rows at their limit or an EOS, which is kept: it was sampled."""
         column = torch.where(self.active, self.taken, self.ids.shape[1] - 1)[:, None]
         self.ids.scatter_(1, column, chosen.token[:, None])
         self.logprobs.scatter_(1, column, chosen.logprob[:, None])
@@ -142,6 +157,16 @@ class Progress:
         self.token.copy_(torch.where(self.active, chosen.token, self.token))
         self.taken += self.active
         self.active &= (self.taken < self.limit) & (chosen.token[:, None] != eos_ids).all(1)
+
+    def rows(self, slots: list[int]) -> list[Row]:
+        """The rows in these slots. Waits for the device."""
+        index = torch.tensor(slots, device=self.ids.device)
+        columns = (self.ids.int(), self.logprobs, self.entropy)
+        ids, logprobs, entropy = (column.index_select(0, index).cpu().numpy() for column in columns)
+        lengths = self.taken.index_select(0, index).tolist()
+        return [
+            (ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)
+        ]
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]

@@ -1,4 +1,4 @@
-"""Linear layers of one input as one product: apart, those of a decode step's few rows leave much of a GPU idle."""
+"""Linear layers with the same input as one matmul: alone, each leaves much of a GPU idle in a decode step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names that siblings of one input have. Layers of these names with inputs of their own still give what they should."""
+"""Names of siblings that share an input. Layers with these names but other inputs still work."""
 
 
 class JoinedLinear(nn.Linear):
-    """One of several linear layers of one input, its weight a part of theirs.
+    """One of several linear layers with the same input; its weight is a slice of the joined weight.
 
-    The first of them multiplies by all; the others take their columns of that if they are called with the same tensor,
-    unchanged (`_state`), and multiply by themselves if not. The last gives the product up. For the engine, which has no
-    gradients: with them, and for inference tensors, whose changes are not counted, each multiplies by itself.
+    Calling the first runs the joined matmul; the others return their columns of it, and the last frees it. A
+    layer runs its own matmul when its input is not the tensor of the joined one or has changed since
+    (`_state`), when gradients are on, and for inference tensors, whose changes PyTorch does not count.
     """
 
     _together: _Together
@@ -27,7 +27,7 @@ class JoinedLinear(nn.Linear):
 
 
 class _Product(NamedTuple):
-    """The columns of all layers, and what they are of: this tensor (held, so that no other takes its place), as it was."""
+    """The columns of all layers, their input (held, so that its identity stays unique) and its state."""
 
     input: Tensor
     state: tuple[object, ...]
@@ -37,14 +37,14 @@ class _Product(NamedTuple):
 class _Together:
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
         self.weight, self.bias, self.sizes = weight, bias, sizes
-        self._product: _Product | None = None  # whole or not at all, whatever goes wrong or runs beside it
+        self._product: _Product | None = None  # replaced as a whole, so safe under errors and threads
 
     def columns(self, input: Tensor, index: int) -> Tensor:
         if torch.is_grad_enabled() or input.is_inference():
             return self._alone(input, index)
         state = _state(input)
         if index == 0:
-            self._product = None  # its memory first
+            self._product = None  # frees its memory first
             columns = nn.functional.linear(input, self.weight, self.bias).split(self.sizes, -1)
             self._product = _Product(input, state, columns)
         product = self._product
@@ -60,9 +60,10 @@ class _Together:
 
 
 def _state(input: Tensor) -> tuple[object, ...]:
-    """All that a product depends on besides which tensor it is of: writes are counted, views' too, `.data` may be replaced.
+    """Everything a product depends on besides the identity of its input.
 
-    A graph may read only what was made in its capture, and nobody what a capture has not made yet.
+    The version counts writes, through views too; the address changes when `.data` is replaced. A graph may
+    only read what its own capture made, and code outside it must not.
     """
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -71,7 +72,7 @@ def _state(input: Tensor) -> tuple[object, ...]:
 
 
 def join(layers: list[nn.Module]) -> list[JoinedLinear] | None:
-    """The same layers with one weight, or None for layers that are not plain linear ones of one input and dtype."""
+    """The layers with one joined weight; None unless they are plain linear layers of one width and dtype."""
     plain = [layer for layer in layers if type(layer) is nn.Linear]
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in plain

@@ -1,7 +1,8 @@
-"""One launch in place of many on CUDA: RMS norms, rotary embeddings and gated MLPs, the bulk of a step's small kernels.
+"""RMS norms, rotary embeddings and gated MLPs in one CUDA launch each; they are most of a step's small
+kernels.
 
-Nothing is known of models by name: a norm, a rotary function or an MLP is replaced only if it gives the formula here, bit
-for bit, on a probe; otherwise it stays as it is. The kernels round where the formula does.
+Models are not recognised by name. A norm, rotary function or MLP is replaced only if its output on a probe
+input equals the formula here bit for bit. The kernels round where the formula does.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
 _NOT_THIS = (AttributeError, LookupError, TypeError, RuntimeError, ValueError)
-"""What a function raises that takes other inputs than the one looked for, gives other results or has other parts."""
+"""Errors raised by a function or module that has other inputs, outputs or parts than the one looked for."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
-    """x / rms(x) times the weight in x's dtype (Llama, Qwen, Mistral), or times 1 + weight in fp32 (Gemma)."""
+    """x / rms(x) times the weight in x's dtype (Llama, Qwen) or times 1 + weight in fp32 (Gemma)."""
     normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).type_as(x) if one_centred else weight * normed.to(x.dtype)
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x cos + (−x₂, x₁) sin with x = (x₁, x₂): queries and keys [B, H, T, D], cos and sin [B, T, D]."""
+    """x cos + (−x₂, x₁) sin with x = (x₁, x₂) a query or key [B, H, T, D]; cos and sin are [B, T, D]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def turn(x: Tensor) -> Tensor:
@@ -38,21 +39,21 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 class FusedNorm(nn.Module):
-    """A module's norm by one kernel."""
+    """An RMS norm as one kernel."""
 
     def __init__(self, weight: nn.Parameter, eps: float, one_centred: bool) -> None:
         super().__init__()
         self.weight, self.eps, self.one_centred = weight, eps, one_centred
 
     def forward(self, x: Tensor) -> Tensor:
-        from stages.models.decoding import kernels
+        from stages.engine import kernels
 
         return kernels.rms_norm(x, self.weight, self.eps, self.one_centred)
 
 
 @torch.no_grad()
 def fused_norm(module: nn.Module) -> FusedNorm | None:
-    """The same norm in one launch, or None for what is not one."""
+    """The module as one kernel, None unless it is an RMS norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     lone = len(list(module.parameters())) == 1 and not list(module.buffers())
@@ -73,14 +74,14 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
 
 
 class FusedMLP(nn.Module):
-    """down(silu(gate x) up x) by the linear layers that `mlp` has when it is called."""
+    """down(silu(gate x) up x), with the linear layers that `mlp` has when it is called."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self._mlp: tuple[Any] = (mlp,)  # no child of this: its layers would have two names
+        self._mlp: tuple[Any] = (mlp,)  # hidden from named_modules(): its layers already have names
 
     def forward(self, x: Tensor) -> Tensor:
-        from stages.models.decoding import kernels
+        from stages.engine import kernels
 
         (mlp,) = self._mlp
         return mlp.down_proj(kernels.gated(mlp.gate_proj(x), mlp.up_proj(x)))
@@ -97,7 +98,7 @@ class _Scale(nn.Module):
 
 @torch.no_grad()
 def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
-    """The same MLP with one launch between its products, or None for what is not one. `like`: dtype and device of a probe."""
+    """The MLP with one kernel between its matmuls, None unless it is gated. The probe is made like `like`."""
     factors = {"gate_proj": 1.5, "up_proj": 0.7, "down_proj": -0.6}
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in factors):
         return None
@@ -114,7 +115,7 @@ def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
 
 @torch.no_grad()
 def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., Any] | None:
-    """`original` in one launch; None if it turns in another way."""
+    """`original` as one kernel, None if it computes another rotation."""
     query, key = _probe(2, 3, 1, 8, like=like), _probe(2, 1, 1, 8, like=like)
     cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
     try:
@@ -128,7 +129,7 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
         return None
 
     def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        from stages.models.decoding import kernels
+        from stages.engine import kernels
 
         (num_rows, _, places, width) = query.shape
         if unsqueeze_dim == 1 and tuple(cos.shape) in ((num_rows, places, width), (1, places, width)):
@@ -140,7 +141,7 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
 
 @contextmanager
 def fused_rotaries(decoder: nn.Module) -> Iterator[None]:
-    """The rotary functions of the modeling files that the decoder's modules are from; theirs are back afterwards."""
+    """Replaces the rotary functions in the decoder's modeling files; they are back afterwards."""
     files = {sys.modules[type(module).__module__] for module in decoder.modules()}
     own = {file: getattr(file, ROTARY) for file in files if hasattr(file, ROTARY)}
     like = next(decoder.parameters())
@@ -154,6 +155,6 @@ def fused_rotaries(decoder: nn.Module) -> Iterator[None]:
 
 
 def _probe(*shape: int, like: Tensor) -> Tensor:
-    """Numbers of both signs in no simple pattern, in the dtype and on the device of `like`."""
+    """Irregular numbers of both signs, in the dtype and on the device of `like`."""
     count = torch.arange(torch.Size(shape).numel(), device=like.device, dtype=torch.float32)
     return (3 * torch.sin(count * count + 0.7 * count)).view(shape).to(like.dtype)

@@ -1,19 +1,23 @@
 """The rollout engine's slots and weights: refill, shared prefills, engines kept open, adapters, what is put back."""
 
 import copy
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from stages.models.decoding import steps
-from stages.models.generation import Sampling, generate, rollout_engine
+from stages.engine import decoder, sampler
+from stages.engine.opening import open_engine
+from stages.engine.protocol import Sampling
+from stages.engine.slots import Progress
 from tests.support.small_models import (
     EOS,
     V,
     check_logprobs,
     forced_logits,
+    generate,
     question_prompts,
     run,
     same,
@@ -89,7 +93,7 @@ def test_completions_of_one_prompt_share_its_prefill(
 def test_a_prefill_has_at_most_so_many_tokens(
     student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(steps.PREFILL_TOKENS, "cpu", 60)
+    monkeypatch.setitem(decoder.PREFILL_TOKENS, "cpu", 60)
     counted = Counted(student_model, monkeypatch)
     found = run(student_model, prompts, Sampling(20))
     assert len(counted.prefills) > 2
@@ -116,15 +120,15 @@ def test_an_open_engine_writes_bit_for_bit_what_a_new_one_writes(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
-    with rollout_engine(student_model) as engine:
+    with closing(open_engine(student_model)) as engine:
         for first, length in ((0, 30), (2, 10), (1, 45), (4, 45)):
             some, seeds = prompts[first:], list(range(first, len(prompts)))
-            found = engine(some, seeds, Sampling(length), **common)
+            found = engine.generate(some, seeds, Sampling(length), **common)
             wanted = generate(student_model, some, seeds, Sampling(length), **common)
             for a, b in zip(found, wanted, strict=True):
                 assert same(a, b)
                 assert np.array_equal(a.logprobs, b.logprobs)
-        greedy = engine(prompts, [0] * len(prompts), Sampling(20, greedy=True), **common)
+        greedy = engine.generate(prompts, [0] * len(prompts), Sampling(20, greedy=True), **common)
     assert greedy[0].ids.tolist() == theirs(student_model, prompts[0], 20)
 
 
@@ -133,13 +137,13 @@ def test_slots_are_not_made_anew_for_a_few_tokens_more(
 ) -> None:
     """On a GPU that would capture every step again."""
     made: list[int] = []
-    original = steps.Decoder.__init__
-    monkeypatch.setattr(steps.Decoder, "__init__", lambda *a: made.append(a[5]) or original(*a))
+    original = decoder.Decoder.__init__
+    monkeypatch.setattr(decoder.Decoder, "__init__", lambda *a: made.append(a[5]) or original(*a))
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
-    with rollout_engine(student_model) as engine:
+    with closing(open_engine(student_model)) as engine:
         for length in (30, 31, 20, 54, 65):
             texts = [np.full(length, 42)] * 4
-            engine([np.arange(20, 30)] * 4, [1, 2, 3, 4], Sampling(1), forced=texts, **common)
+            engine.generate([np.arange(20, 30)] * 4, [1, 2, 3, 4], Sampling(1), forced=texts, **common)
     assert made == [64, 128]
 
 
@@ -147,11 +151,11 @@ def test_an_open_engine_notices_new_weights(adapted_model: Any, prompts: list[np
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
     seeds = list(range(len(prompts)))
     optimizer = torch.optim.AdamW([p for p in adapted_model.parameters() if p.requires_grad], lr=0.05)
-    with rollout_engine(adapted_model) as engine:
-        before = engine(prompts, seeds, Sampling(20), **common)
+    with closing(open_engine(adapted_model)) as engine:
+        before = engine.generate(prompts, seeds, Sampling(20), **common)
         adapted_model(input_ids=torch.arange(20, 30)[None]).logits.square().mean().backward()
         optimizer.step()
-        after = engine(prompts, seeds, Sampling(20), **common)
+        after = engine.generate(prompts, seeds, Sampling(20), **common)
     wanted = generate(adapted_model, prompts, seeds, Sampling(20), **common)
     assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(after, wanted, strict=True))
     assert not all(same(a, b) for a, b in zip(after, before, strict=True))
@@ -163,14 +167,15 @@ def test_an_interrupted_call_leaves_the_engine_usable(
     common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 2}
     seeds = list(range(len(prompts)))
     wanted = generate(student_model, prompts, seeds, Sampling(30), **common)
-    with rollout_engine(student_model) as engine:
-        engine(prompts, seeds, Sampling(30), **common)
-        monkeypatch.setattr(steps.Decoder, "take", lambda *_: 1 / 0)
+    with closing(open_engine(student_model)) as engine:
+        engine.generate(prompts, seeds, Sampling(30), **common)
+        monkeypatch.setattr(Progress, "rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            engine(prompts, seeds, Sampling(30), **common)
+            engine.generate(prompts, seeds, Sampling(30), **common)
         monkeypatch.undo()
         assert all(
-            same(a, b) for a, b in zip(engine(prompts, seeds, Sampling(30), **common), wanted, strict=True)
+            same(a, b)
+            for a, b in zip(engine.generate(prompts, seeds, Sampling(30), **common), wanted, strict=True)
         )
 
 
@@ -233,7 +238,7 @@ def test_the_model_is_bit_for_bit_what_it_was(
     before = {name: tensor.clone() for name, tensor in adapted_model.state_dict().items()}
     modules = [id(module) for module in adapted_model.modules()]
     run(adapted_model, prompts, Sampling(5))
-    monkeypatch.setattr(steps, "choose", lambda *_: 1 / 0)
+    monkeypatch.setattr(sampler, "choose", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(adapted_model, prompts, Sampling(5))
     after = adapted_model.state_dict()

@@ -1,0 +1,185 @@
+"""The built-in engine: a fixed number of slots decoded together.
+
+A row that ends makes room for a waiting prompt, so that no batch waits for its longest row. Completions of
+one prompt share its prefill. Token t of a row is the inverse CDF of the sampling distribution at the t-th
+uniform of the row's own stream, so that a row depends on its seed and its logits alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+import torch
+from peft import PeftModel
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.engine.decoder import Decoder
+from stages.engine.origin import origin_of
+from stages.engine.requests import Method, Request, RequestEngine, Row
+from stages.engine.slot_attention import check_served
+from stages.engine.weights import DecodingWeights
+from stages.models.exact import decoder_of
+from stages.models.readout import readout_of
+
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between two checks for ended rows, by device; on a GPU each check waits for the device."""
+REFILL_SHARE = 8
+"""A prefill costs about one step however few its prompts, so it waits until one slot in this many is free."""
+PLACES = 64
+"""K/V places and tokens of a slot are rounded up to a multiple of this, so that later calls fit too."""
+
+
+class BuiltInEngine(RequestEngine):
+    """Writes with the model's own modules.
+
+    Keeps merged weights, slots and captured steps from one call to the next. Each call passes over the
+    weights once to see whether they, their device or the adapters changed, and rebuilds if so. Outside its
+    calls the model is untouched. Errors: `UserError` for a model whose attention it does not serve.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        self.base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+        self._weights: DecodingWeights | None = None
+        self._decoder: Decoder | None = None
+        self._dtype: torch.dtype | None = None
+        self._made_for: list[object] = []
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._decoder = self._weights = None
+        if next(self.base.parameters()).is_cuda:
+            torch.cuda.empty_cache()
+
+    def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
+        with self._ready():
+            return _decode(self._decoder_for(requests, method, num_rows), requests, num_rows)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Eval mode without gradients, the engine's weights, no cast cache of autocast, which graphs outlive."""
+        kind, was_training = next(self.base.parameters()).device.type, self.model.training
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        now: list[object] = [dtype, *origin_of(self.base)]
+        if self._weights is None or now != self._made_for:
+            check_served(self.base, decoder_of(self.base))
+            readout_of(self.base)  # measures it, if it is not known yet, on the model's own layers
+            self._weights = self._decoder = None  # frees their memory first
+            self._weights = DecodingWeights(decoder_of(self.base), dtype)
+            self._dtype, self._made_for = dtype, now
+        self.model.eval()
+        try:
+            autocast = torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
+            with torch.no_grad(), autocast, self._weights.swapped():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _decoder_for(self, requests: list[Request], method: Method, num_slots: int) -> Decoder:
+        """The decoder of the last call if it has the same method and is large enough, else a new one."""
+        places = max(len(request.prompt) + request.limit for request in requests)
+        wanted = num_slots, places, max(request.limit for request in requests)
+        old = self._decoder
+        if old is not None and old.method == method:
+            sizes = old.num_slots, old.num_places, old.num_tokens
+            if all(size >= least for size, least in zip(sizes, wanted, strict=True)):
+                return old
+            wanted = max(wanted[0], sizes[0]), max(wanted[1], sizes[1]), max(wanted[2], sizes[2])
+        del old
+        self._decoder = None  # frees its memory first
+        num_slots, places, tokens = wanted
+        places, tokens = places + -places % PLACES, tokens + -tokens % PLACES
+        self._decoder = Decoder(self.base, method, num_slots, places, tokens, self._dtype)
+        return self._decoder
+
+
+@dataclass
+class _Live:
+    """What the host knows of a slot without asking the device: an upper bound on its row's tokens."""
+
+    request: Request
+    taken: int = 1
+
+    @property
+    def remaining(self) -> int:
+        return self.request.limit - self.taken
+
+    @property
+    def places(self) -> int:
+        return len(self.request.prompt) + self.taken - 1
+
+
+def _decode(decoder: Decoder, requests: list[Request], widest: int) -> dict[int, Row]:
+    """Fills, steps and empties at most `widest` slots until every request is written."""
+    decoder.clear(widest)  # depends on this call alone, so that earlier calls do not change its rounding
+    rows: dict[int, _Live] = {}  # by slot
+    waiting, written = _groups(requests, widest), dict[int, Row]()
+    while waiting or rows:
+        if placed := _place(waiting, [slot for slot in range(decoder.width) if slot not in rows], rows):
+            decoder.fill(placed)
+            rows |= {slot: _Live(request) for slot, request in placed}
+        num_steps = min(LOOK_EVERY[decoder.device.type], _useful_steps(rows, waiting, decoder.width))
+        for row in rows.values():
+            row.taken = min(row.taken + num_steps, row.request.limit)
+        decoder.run(num_steps, max(row.places for row in rows.values()))
+        live = decoder.live()
+        if ended := [slot for slot in rows if not live[slot]]:
+            for slot, found in zip(ended, decoder.progress.rows(ended), strict=True):
+                written[rows.pop(slot).request.index] = found
+        if rows and not waiting:
+            _narrow(decoder, rows, widest)
+    return written
+
+
+def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
+    """The requests in order, neighbours with the same prompt grouped, at most `num_slots` in a group."""
+    groups: deque[list[Request]] = deque()
+    for _, same in groupby(requests, key=lambda request: request.prompt.tobytes()):
+        group = list(same)
+        groups.extend(group[start : start + num_slots] for start in range(0, len(group), num_slots))
+    return groups
+
+
+def _place(
+    waiting: deque[list[Request]], free: list[int], rows: dict[int, _Live]
+) -> list[tuple[int, Request]]:
+    """Whole groups for the free slots, once there are enough of these for a prefill."""
+    if rows and len(free) < _worth_a_prefill(len(free) + len(rows)):
+        return []
+    placed: list[tuple[int, Request]] = []
+    while waiting and len(waiting[0]) <= len(free) - len(placed):
+        placed += zip(free[len(placed) :], waiting.popleft(), strict=False)
+    return placed
+
+
+def _worth_a_prefill(num_slots: int) -> int:
+    return -(-num_slots // REFILL_SHARE)
+
+
+def _useful_steps(rows: dict[int, _Live], waiting: deque[list[Request]], width: int) -> int:
+    """Steps until enough rows reach their limits for a refill, or for half as many slots."""
+    if waiting:
+        wanted = max(len(waiting[0]), _worth_a_prefill(width)) - (width - len(rows))
+    else:
+        wanted = len(rows) - -(-width // 2)
+    remaining = sorted(row.remaining for row in rows.values())
+    return remaining[max(1, min(wanted, len(rows))) - 1]
+
+
+def _narrow(decoder: Decoder, rows: dict[int, _Live], widest: int) -> None:
+    """Goes down to the least of widest, widest / 2, / 4 ... slots that holds the live rows."""
+    width = widest
+    while width > 1 and -(-width // 2) >= len(rows):
+        width = -(-width // 2)
+    if width >= decoder.width:
+        return
+    free = [slot for slot in range(width) if slot not in rows]
+    moves = dict(zip([slot for slot in rows if slot >= width], free, strict=False))
+    decoder.narrow(width, moves, max(row.places for row in rows.values()))
+    for source, target in moves.items():
+        rows[target] = rows.pop(source)

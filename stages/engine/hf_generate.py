@@ -1,0 +1,113 @@
+"""The engine for models that the built-in one does not serve: transformers' `generate`, which is slower.
+
+Our own `Sampler` draws the tokens, from the last hidden state and each row's own uniforms, so that rows
+depend on their seeds and logits as in the built-in engine. Prompts of one length are batched without padding,
+because models that carry a state along the row cannot skip it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.engine.requests import Method, Request, RequestEngine, Row
+from stages.engine.sampler import Sampler
+from stages.engine.slots import Progress
+from stages.models.exact import decoder_of
+from stages.models.readout import last_hidden
+
+
+class HFGenerateEngine(RequestEngine):
+    """Writes by `generate`. Without `use_cache`, each token recomputes its whole row."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
+        self.model, self.use_cache = model, use_cache
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def close(self) -> None:
+        """Does nothing: no memory is held between calls."""
+
+    def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
+        by_length: dict[int, list[Request]] = {}
+        for request in requests:
+            by_length.setdefault(len(request.prompt), []).append(request)
+        written: dict[int, Row] = {}
+        with self._evaluating():
+            for same in by_length.values():
+                for start in range(0, len(same), num_rows):
+                    batch = same[start : start + num_rows]
+                    rows = self._write_batch(batch, method)
+                    written.update(zip([request.index for request in batch], rows, strict=True))
+        return written
+
+    def _write_batch(self, batch: list[Request], method: Method) -> list[Row]:
+        device = next(self.base.parameters()).device
+        longest = max(request.limit for request in batch)
+        draw = _Draw(Sampler(self.base, method, device), Progress.starting(batch, longest).to(device))
+        ids = torch.from_numpy(np.stack([request.prompt for request in batch]).astype(np.int64)).to(device)
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=longest, use_cache=self.use_cache, pad_token_id=method.pad_id
+        )
+        handle = decoder_of(self.base).register_forward_hook(draw.keep_states)
+        try:
+            self.base.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([_Ended(draw.progress)]),
+            )
+        finally:
+            handle.remove()
+        return draw.progress.rows(list(range(len(batch))))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode, no gradients, a blank generation config: `generate` takes unset values from the model's."""
+        own, was_training = self.base.generation_config, self.model.training
+        self.base.generation_config = GenerationConfig()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.base.generation_config = own
+            self.model.train(was_training)
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's next token and leaves it as the only one that greedy `generate` can take."""
+
+    def __init__(self, sampler: Sampler, progress: Progress) -> None:
+        self.progress, self._sampler = progress, sampler
+        self._states: Tensor | None = None
+
+    def keep_states(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self._states = last_hidden(output)[:, -1]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert self._states is not None
+        token = self._sampler.draw(self.progress, self._states)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return ~self._progress.active

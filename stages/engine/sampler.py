@@ -1,0 +1,41 @@
+"""The last part of every engine's step: from a hidden state to the token that its row continues with."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from dualkl.heads import PreparedHead, prepare_head
+from stages.engine.requests import Method
+from stages.engine.sampling import choose
+from stages.engine.slots import Progress
+from stages.models import checkpoints
+
+
+class Sampler:
+    """Draws each row's next token with a model's head and records it in the row's progress."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, device: torch.device) -> None:
+        self._model, self._method = model, method
+        self._eos = torch.tensor(method.eos_ids, dtype=torch.long, device=device)
+        self._head: PreparedHead | None = None
+
+    def draw(self, progress: Progress, hidden: Float[Tensor, "B d"]) -> Int[Tensor, " B"]:
+        """The tokens, of dead slots too."""
+        uniforms, forced = progress.next_inputs()
+        chosen = choose(self.logits(hidden), uniforms, forced, self._method.sampling)
+        progress.record(chosen, self._eos)
+        return chosen.token
+
+    def logits(self, hidden: Float[Tensor, "B d"]) -> Float[Tensor, "B V"]:
+        """Unrounded float32, as in the loss: rounding to bfloat16 moves logits near 25 by up to 1/16 nat."""
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            if self._head is None:  # its products are in the dtype of the hidden states
+                head = checkpoints.head_of(self._model)
+                self._head = prepare_head(head, hidden, len(head.weight))
+            return self._head.logits(hidden.to(self._head.weight_Vd.dtype))[:, : self._method.vocab_size]

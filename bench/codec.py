@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from cache import codec
 from dualkl import DualKLConfig, TopKTeacher, dual_kl
-from dualkl.targets import compress
+from dualkl.compress import compress
 
 LENGTH = 512  # tokens of a training sequence and of a rollout that is stored
 FLOOR = 4  # fewest ids of a nucleus, as signal_floor has it

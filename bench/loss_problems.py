@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from dualkl import DualKLConfig, HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
-from dualkl.targets import compress
+from dualkl.compress import compress
 
 CONFIG = DualKLConfig()
 ENTROPY_GATE_MIDDLE, ENTROPY_GATE_WIDTH = 0.5, 0.1  # orda-kernel's defaults, entropies divided by ln V

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bench.cells import Bench, Cell
 from bench.measuring import Record, measure
+from dualkl.compress import Compressed, compress, compress_logits
 from dualkl.heads import as_head, prepare_head
-from dualkl.targets import Compressed, compress, compress_logits
 
 SOURCES = ("bench/cells.py", "bench/measuring.py", "bench/stage_one_scoring.py", "dualkl/**/*.py")
 PIECE_BYTES = 2 * 2**30

@@ -1,9 +1,9 @@
 """The loss and the selection on CUDA, in Triton, reading float32 logits as the matrix product left them.
 
 The loss: `fused` holds the buffers and launches, `dense` and `sparse` the kernels, one for each kind of teacher.
-`selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.targets.compress`. `common`
+`selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.compress`. `common`
 is what they share. Triton is imported on first use: a machine without it (or without a GPU) runs the plain PyTorch of
-`dualkl.steps` and `dualkl.targets` instead, which is also the kernels' oracle.
+`dualkl.steps` and `dualkl.compress` instead, which is also the kernels' oracle.
 """
 
 import functools

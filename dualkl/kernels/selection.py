@@ -1,4 +1,4 @@
-"""Buffers and launches of the selection: what `dualkl.targets.compress` calls on CUDA.
+"""Buffers and launches of the selection: what `dualkl.compress` calls on CUDA.
 
 Shape suffixes: N positions, W the rows' width, K kept ids, C columns of statistics.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 import cache
 from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
-from dualkl.targets import Compressed, compress, compress_logits
+from dualkl.compress import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
 from stages.data.batches import (
     AnyTeacher,

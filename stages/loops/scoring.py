@@ -15,8 +15,8 @@ from torch import Tensor
 
 import cache
 from dualkl import Head
+from dualkl.compress import compress
 from dualkl.heads import prepare_head
-from dualkl.targets import compress
 from stages.data.alignment import align, at_scored
 from stages.data.batches import micro_batches, num_tokens
 from stages.loops.budgets import score_tokens_of_run

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dualkl import Head, HiddenTeacher, LogitsTeacher, TopKTeacher
+from dualkl.compress import compress
 from dualkl.divergences import compare, divergences_, gather_logprobs
 from dualkl.logprobs import log_normalise_
-from dualkl.targets import compress
 from tests.support import reference
 
 N, V, D = 7, 503, 24

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dualkl import Head, HiddenTeacher, LogitsTeacher, TopKTeacher
-from dualkl.targets import Compressed, as_head, check_teacher, check_topk_values, compress, shared_vocabulary
+from dualkl.compress import Compressed, compress
+from dualkl.heads import as_head
+from dualkl.targets import check_teacher, check_topk_values, shared_vocabulary
 from tests.support import reference
 
 N, V, D = 7, 503, 24

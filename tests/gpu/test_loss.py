@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dualkl import DualKLConfig, Head, HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher, dual_kl
+from dualkl.compress import compress
 from dualkl.divergences import compare, gather_logprobs
 from dualkl.gate_statistics import divergence_counts, gate_statistics
-from dualkl.targets import compress
 from dualkl.thresholds import AdaptiveTau, adapt
 from tests.dualkl.test_losses import METHODS, Case, N, d, gate_inputs, gradients, relative_error
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualkl import Head
-from dualkl.targets import Compressed, compress, compress_logits
+from dualkl.compress import Compressed, compress, compress_logits
 from tests.gpu.test_loss import CountedKernel
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dualkl import Head, kernels
+from dualkl.compress import Compressed, compress, compress_logits
 from dualkl.kernels import selection
-from dualkl.targets import Compressed, compress, compress_logits
 from tests.dualkl.test_targets import assert_is_reference, made
 from tests.support import reference
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualkl.targets import compress, compress_logits
+from dualkl.compress import compress, compress_logits
 from stages.fidelity import split_root
 from tests.support.helpers import flags, small
 

@@ -40,7 +40,7 @@ from dualkl import DualKLConfig, TopKTeacher, dual_kl
 from dualkl.compress import compress
 
 LENGTH = 512  # tokens of a training sequence and of a rollout that is stored
-FLOOR = 4  # fewest ids of a nucleus, as signal_floor has it
+FLOOR = 4  # fewest ids of a nucleus
 TERMS = {"recommended": (0, 1, 2, 3, 4, "sqrt"), "budget": (0, 1, "sqrt")}
 
 

@@ -1,4 +1,4 @@
-"""The gate's threshold over a run: constant, scheduled, or adapted to the divergences seen. Pure functions.
+"""The gate's threshold over a run, adapted to the divergences seen. Pure functions.
 
 What they give is passed to `dual_kl(tau=...)`. Adapting works from a histogram of D with fixed bins, so that processes
 add up theirs first and all come to the same threshold; it runs on the histogram's device and nothing waits for it.
@@ -17,29 +17,9 @@ from torch import Tensor
 LEAST_DIVERGENCE, LARGEST_DIVERGENCE = 1e-6, 1e2
 """Nats. Between them bins have equal ratios; one bin below and one above take the rest."""
 BINS_PER_DECADE = 32
+RATE = 0.1
+"""Part of the way to a histogram's own threshold that τ goes, once as many histograms have been seen as that takes."""
 NUM_BINS = BINS_PER_DECADE * round(math.log10(LARGEST_DIVERGENCE / LEAST_DIVERGENCE)) + 2
-
-
-def scheduled_tau(
-    schedule: Literal["constant", "linear", "cosine"], start: float, end: float, step: int, num_steps: int
-) -> float:
-    """τ in nats at 0-based `step`: `start` at step 0, `end` from step `num_steps` - 1 on; "constant" stays at `start`.
-
-    Raises:
-        ValueError: an unknown schedule, thresholds below 0, a step below 0 or no steps.
-    """
-    if schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"The schedule is {schedule!r}; expected 'constant', 'linear' or 'cosine'.")
-    if not (0 <= start < math.inf and 0 <= end < math.inf):
-        raise ValueError(f"The thresholds are {start} and {end}; expected finite numbers of nats >= 0.")
-    if step < 0 or num_steps < 1:
-        raise ValueError(f"Step {step} of {num_steps} does not exist; expected a step >= 0 of at least 1.")
-    if schedule == "constant":
-        return start
-    share = min(1.0, step / max(1, num_steps - 1))
-    if schedule == "cosine":
-        share = 0.5 * (1 - math.cos(math.pi * share))
-    return start + (end - start) * share
 
 
 def divergence_histogram(
@@ -130,21 +110,18 @@ def adapt(
     share: float,
     gating: Literal["soft", "hard"],
     alpha: float,
-    rate: float = 0.1,
 ) -> AdaptiveTau:
-    """τ moved toward the threshold at which the histogram's mean λ is `share`, by `rate` of the way.
+    """τ moved toward the threshold at which the histogram's mean λ is `share`.
 
-    The n-th update moves it by max(rate, 1 / n): a mean of the first ones, then an exponential mean. A histogram without
+    The n-th update moves it by max(RATE, 1 / n) of the way: a mean of the first ones, then an exponential mean. A histogram without
     positions changes nothing. Equal histograms give equal thresholds, whatever they were summed from.
 
     Raises:
-        ValueError: as `tau_for_share`, or a rate outside (0, 1].
+        ValueError: as `tau_for_share`.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate is {rate}; expected a number in (0, 1].")
     wanted = tau_for_share(histogram, share, gating, alpha)
     counted, num_updates = ~wanted.isnan(), current.num_updates + 1
-    moved = current.tau + (wanted - current.tau) * (1 / num_updates).clamp(min=rate)
+    moved = current.tau + (wanted - current.tau) * (1 / num_updates).clamp(min=RATE)
     return AdaptiveTau(
         torch.where(counted, moved, current.tau), torch.where(counted, num_updates, current.num_updates)
     )

@@ -56,7 +56,7 @@ def tokenizer() -> Any:
     """The tokenizer of the embedded models."""
     from stages.models import checkpoints
 
-    return checkpoints.load_tokenizer(str(ROOT / "examples/arithmetic/student"), "main")
+    return checkpoints.load_tokenizer(str(ROOT / "examples/arithmetic/student"))
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def _model(name: str) -> Any:
 
     from stages.models import checkpoints
 
-    return checkpoints.load_model(str(ROOT / "examples/arithmetic" / name), "main", torch.float32, "sdpa")
+    return checkpoints.load_model(str(ROOT / "examples/arithmetic" / name), torch.float32, "sdpa")
 
 
 @pytest.fixture(scope="session")

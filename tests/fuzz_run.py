@@ -119,7 +119,7 @@ def use_config(folder: Path) -> None:
 
 
 def use_prompts(folder: Path) -> None:
-    tokenizer = checkpoints.load_tokenizer(str(ROOT / STUDENT), "main")
+    tokenizer = checkpoints.load_tokenizer(str(ROOT / STUDENT))
     for path in sorted((folder / "data").iterdir()):
         try:
             found = training_prompts(parse_arguments([*DEMO, "--dataset", str(path)], ""), tokenizer)
@@ -154,9 +154,9 @@ def use_checkpoint(folder: Path) -> None:
 
 def use_model(folder: Path) -> None:
     name = str(folder / "model")
-    folders.open_config("student_model", name, "main")
+    folders.open_config("student_model", name)
     folders.check_weights("student_model", name)
-    checkpoints.load_model(name, "main", torch.float32, "sdpa", reads_weights=False)
+    checkpoints.load_model(name, torch.float32, "sdpa", reads_weights=False)
     config = _config(folder, "--student_model", name, "--teacher_model", name)
     vocabulary = setup.shared_vocabulary(config)
     ends.check_ends(config, vocabulary.tokenizer, vocabulary.size)

@@ -52,7 +52,7 @@ VALUES: dict[str, Any] = {
     "eval_prompts": 8,
     "trace_every": 1,
 }
-EXTERNAL = {"refresh_mode": "external", "max_staleness": 2}
+EXTERNAL = {"refresh_mode": "external", "max_age": 2}
 BEFORE = {"rollout": [], "train": ["rollout"], "pipeline": [], "external": [], "export": ["rollout"]}
 KINDS = [(kind, n) for n in (1, 2, 4) for kind in ("rollout", "train", "pipeline")] + [
     ("external", 1),

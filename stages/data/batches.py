@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -37,8 +37,7 @@ class Pool:
         ages: of each row in optimizer steps, -1 for rows of other runs.
         lengths: prompt and completion tokens of each row.
         opened_at: the optimizer step that `ages` are of.
-        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages`, `lengths` and `drifts` hold them too.
-        drifts: mean behaviour - student logprob of each row when it was last trained on, nats a token; 0 until then.
+        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` hold them too.
     """
 
     row_ids: list[str]
@@ -47,7 +46,6 @@ class Pool:
     lengths: dict[str, tuple[int, int]]
     opened_at: int = 0
     extras: tuple[Extra, ...] = ()
-    drifts: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_off_policy(self) -> int:
@@ -56,12 +54,6 @@ class Pool:
     @property
     def num_own(self) -> int:
         return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
-
-    @property
-    def mean_age(self) -> float:
-        """Of the rows of this run, in steps, when the pool was opened; 0 without any."""
-        ages = [age for age in self.ages.values() if age >= 0]
-        return sum(ages) / max(len(ages), 1)
 
     def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
         """This pool and the rows of one more cache: `weight` of them for each row of the own cache."""
@@ -95,7 +87,7 @@ class Extra:
 class MicroBatch:
     """What one training forward takes; `weights` are constants of the loss, one a scored position.
 
-    `tau`: the gate's threshold at each position, or everywhere, nats; None: the configured one.
+    `tau`: the gate's threshold, nats; None: the configured one.
     `teacher_entropy`: of the teacher's full distribution at each position, nats, as the cache holds it.
     """
 
@@ -103,7 +95,7 @@ class MicroBatch:
     teacher: AnyTeacher
     sampled: Sampled
     weights: Float[Tensor, " N"]
-    tau: Float[Tensor, " N"] | float | None = None
+    tau: float | None = None
     teacher_entropy: Float[Tensor, " N"] | None = None
 
 
@@ -114,13 +106,11 @@ def live_pool(
     at_step: int,
     max_age: int,
     policies: dict[int, str],
-    kept: Collection[str] | None = None,
 ) -> Pool:
     """Rows of this run by refresh `version` and by earlier ones if no older than `max_age` steps; all rows of other runs.
 
     `policies`: the policy hash that wrote each refresh of this run. Rows of a refresh by another one are left out; at the
     start, where they may be all that there is, they count as another run's.
-    `kept`: of the earlier rows only these; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
     ages: dict[str, int] = {}
@@ -132,9 +122,7 @@ def live_pool(
                 ages[row["row_id"]] = -1
             continue  # of a trajectory that was given up
         elif row["refresh_index"] == version or (
-            row["refresh_index"] < version
-            and at_step - row["policy_step"] <= max_age
-            and (kept is None or row["row_id"] in kept)
+            row["refresh_index"] < version and at_step - row["policy_step"] <= max_age
         ):
             ages[row["row_id"]] = at_step - row["policy_step"]
     lengths = {
@@ -143,12 +131,6 @@ def live_pool(
         if row["row_id"] in ages
     }
     return Pool(sorted(ages), version, ages, lengths, at_step)
-
-
-def replayed(pool: Pool, step: int, max_age: int, count: int) -> list[str]:
-    """The `count` rows of this run that stay at a refresh after `step` steps: newest first, of those the least drifted."""
-    young = [row_id for row_id in pool.row_ids if 0 <= pool.ages[row_id] <= max_age - (step - pool.opened_at)]
-    return sorted(young, key=lambda row_id: (pool.ages[row_id], pool.drifts.get(row_id, 0.0), row_id))[:count]
 
 
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:

@@ -18,9 +18,8 @@ from stages.data.records import Record, open_records
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 
-FEW = (
-    50  # records of which any number may be skipped: the line that counts them is read by whoever tries a few
-)
+FEW = 50
+"""Records of which any number may be skipped (unless none may): whoever tries a few reads the line that counts them."""
 HOPELESS = 200  # records without a prompt after which a data set is given up
 SHOWN = 4  # reasons
 REFUSED = "that the chat template refuses"
@@ -70,7 +69,7 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     """`eval_prompts` prompts of eval_dataset, or of dataset after its first num_prompts in the seeded order."""
     if config.eval.eval_dataset:
         name = config.eval.eval_dataset
-        records = open_records(name, config.eval.eval_split)
+        records = open_records(name, "test")
         return _mixed(
             [_Source(name, 1.0, records, range(len(records)), config, tokenizer)], config.eval.eval_prompts
         )
@@ -136,7 +135,8 @@ class _Source:
                 f" {_quoted(TEXTS)}{found}."
             )
         allowed = self.config.data.allow_skipped
-        if self.num_records > FEW and self.skipped.total() > allowed * self.num_records:
+        is_judged = self.num_records > FEW or allowed == 0
+        if is_judged and self.skipped.total() > allowed * self.num_records:
             raise UserError(
                 f"dataset {self.name}: {skips}; that is more than allow_skipped {allowed:g} of them. Mend the data set, or"
                 " raise allow_skipped."
@@ -168,11 +168,6 @@ class _Source:
         found = conversation(record, data.system_prompt)
         prompt = encode(found.turns, record, self.tokenizer, data.chat_template_kwargs, found.tools)
         if len(prompt.ids) > data.max_prompt_tokens:
-            if data.overlong == "error":
-                raise UserError(
-                    f"dataset {self.name}: a prompt has {len(prompt.ids)} tokens, max_prompt_tokens is"
-                    f" {data.max_prompt_tokens} (overlong: error): {prompt.text[:80]!r}. Raise it, or use overlong: skip."
-                )
             raise Unusable(f"longer than max_prompt_tokens {data.max_prompt_tokens}")
         return prompt
 
@@ -182,7 +177,7 @@ def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source
     weights = names if isinstance(names, dict) else {names: 1.0}
     sources = []
     for name, weight in weights.items():
-        records = open_records(name, config.data.dataset_split)
+        records = open_records(name, "train")
         order = np.random.default_rng(config.run.seed).permutation(len(records)).tolist()
         sources.append(_Source(name, weight, records, order, config, tokenizer))
     return sources

@@ -44,27 +44,40 @@ MOST_LINE, MOST_WHOLE = 2**28, 2**30
 
 
 def open_records(name: str, split: str) -> Sequence[Record]:
-    """The records of a local file or folder, or of a hub data set `NAME` or `NAME:CONFIG`; at least one.
+    """The records of a local file, a folder, or a hub data set; at least one.
 
-    `split` counts where there are several: on the hub, in a saved DatasetDict, in a folder whose files name splits.
+    `name`: `PATH`, or `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`, where CONFIG may be empty (`FOLDER::SPLIT`). `split` is
+    taken if none is named; it counts on the hub, in a saved DatasetDict, and in a folder whose files name splits.
     Errors: `UserError` for what is missing, empty, not UTF-8 or broken, with the line; of JSON lines all but the first and
     the last are parsed, and refused, as they are read.
     """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # of a user that there is not
-        path = Path(name)
+    base, config, named = name, "", ""
+    if not _path(name).exists():
+        base, config, named = [*name.split(":", 2), "", ""][:3]
+    path = _path(base)
+    if path.exists() and (config or (named and path.is_file())):
+        raise UserError(
+            f"dataset {name}: a local file or folder has no configurations, and a file no splits; name the split of a"
+            " folder as FOLDER::SPLIT."
+        )
     if path.is_file():
         records = _file(path)
     elif path.is_dir():
-        records = _folder(path, split)
-    elif _kind(path) in KINDS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        records = _folder(path, named or split)
+    elif _kind(path) in KINDS or name.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(f"dataset {name} does not exist (looked in {Path.cwd()}).")
     else:
-        records = _hub(name, split)
+        records = _hub(base, config, named or split)
     if not len(records):
         raise UserError(f"dataset {name} is empty: it has no records.")
     return records
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # of a user that there is not
+        return Path(name)
 
 
 # --- files --------------------------------------------------------------------------------------------------------------
@@ -338,7 +351,8 @@ def _folder(folder: Path, split: str) -> Sequence[Record]:
     wanted = next((each for each, words in SPLITS.items() if split in words), split)
     if named and wanted not in named:
         raise UserError(
-            f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}."
+            f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}: name one as"
+            f" {folder}::SPLIT."
         )
     return Joined([_file(path) for path in (by_split[wanted] if named else files)])
 
@@ -380,19 +394,20 @@ def _saved(folder: Path, split: str) -> Rows:
         raise UserError(f"dataset {folder} cannot be read as a saved data set: {one_line(error)}.") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"dataset {folder} has no split {split}; it has {', '.join(data)}.")
+            raise UserError(
+                f"dataset {folder} has no split {split}; it has {', '.join(data)}: name one as {folder}::SPLIT."
+            )
         data = data[split]
     return Rows(data)
 
 
-def _hub(name: str, split: str) -> Rows:
+def _hub(name: str, config: str, split: str) -> Rows:
     import datasets
 
-    path, _, config = name.partition(":")
     try:
-        return Rows(datasets.load_dataset(NAMED.get(path, path), config or None, split=split))
+        return Rows(datasets.load_dataset(NAMED.get(name, name), config or None, split=split))
     except Exception as error:
-        hint = f" Name one as {path}:CONFIG." if "Config name is missing" in str(error) else ""
+        hint = f" Name one as {name}:CONFIG." if "Config name is missing" in str(error) else ""
         raise UserError(
             f"dataset {name} (split {split}) is neither a local file or folder nor a data set that the hub gives:"
             f" {one_line(error)}.{hint}"

@@ -213,10 +213,8 @@ def slots_of_run(
     shape = _shape(model_config, "gen_micro_batch")
     itemsize = _teacher_itemsize(config) if is_teacher else checkpoints.DTYPES[config.run.dtype].itemsize
     beside = 0.0
-    if scores_too and models.teacher_model and not config.rollout.offload_idle:
-        teacher = _shape(
-            checkpoints.load_config(models.teacher_model, models.teacher_revision), "gen_micro_batch"
-        )
+    if scores_too and models.teacher_model:
+        teacher = _shape(checkpoints.load_config(models.teacher_model), "gen_micro_batch")
         gathered = (
             gathered_bytes(config, teacher, world.size) if models.teacher_ds_zero3 and not is_teacher else 0.0
         )
@@ -257,9 +255,7 @@ def train_caps_of_run(config: Config, world: World, student_config: Any) -> Caps
     shape, models = _shape(student_config, "micro_batch_tokens"), config.models
     added = total(state_parts(config, shape, world.size, world.student_is_deepspeed))
     if config.teacher_signal.signal == "hidden" and models.teacher_model:
-        teacher = _shape(
-            checkpoints.load_config(models.teacher_model, models.teacher_revision), "micro_batch_tokens"
-        )
+        teacher = _shape(checkpoints.load_config(models.teacher_model), "micro_batch_tokens")
         added += memory.head_bytes(teacher, _teacher_itemsize(config))
     return train_caps(config, train_tokens(config, shape, free - added, card_bytes(world)))
 

@@ -64,11 +64,3 @@ def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
             f"{root} was sampled with top_p {recorded.get('sample_top_p')} and top_k"
             f" {recorded.get('sample_top_k')}: rkl: mc would be biased on these rows; use rkl: exact."
         )
-    names = "sample_temperature", "sample_top_p", "sample_top_k"
-    sampled = tuple(recorded.get(name, whole) for name, whole in zip(names, (1, 1, 0), strict=True))
-    if config.refresh.drift_to_forward and sampled != (config.loss.temperature, 1, 0):
-        raise UserError(
-            f"{root} was sampled with temperature {sampled[0]}, top_p {sampled[1]} and top_k {sampled[2]}: drift_to_forward"
-            f" would take that for drift; use rows drawn at the loss's temperature ({config.loss.temperature}) from the whole"
-            " distribution, or drift_to_forward 0."
-        )

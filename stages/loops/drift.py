@@ -1,8 +1,8 @@
-"""How far the student has moved from the policy that wrote the rows, measured on log-probabilities at hand.
+"""How far the student has moved from the policy that wrote the rows, from log-probabilities that a step has anyway.
 
 Per scored token, with behaviour policy μ and student p: ln μ(y) - ln p(y). Its mean over tokens drawn from μ estimates
-KL(μ || p), nats a token. The weights w = p(y) / μ(y) would correct for the difference; (Σ w)² / (n Σ w²) is the share of
-the n samples that is left under them, 1 without drift.
+KL(μ || p), nats a token. The weights w = p(y) / μ(y) would correct for the difference; (Σ w)² / (n Σ w²) is the effective
+share of the n samples, 1 without drift.
 """
 
 from __future__ import annotations
@@ -35,39 +35,31 @@ class Drift:
     """Of the rows of one optimizer step.
 
     Attributes:
-        rows: mean ln μ - ln p of each row, nats a token, by the pool's key of the row.
-        drift: the same over all tokens.
+        drift: mean ln μ - ln p over all tokens, nats per token.
         ess: effective share of the tokens, weighted one by one.
         ess_rows: effective share of the rows, weighted as wholes (the product of a row's token weights).
-        own: drift and ess over the rows that a refresh would replace, those of this run; None if the step had none.
+        own: drift over the rows of this run, which a refresh would replace; None if the step had none.
     """
 
-    rows: dict[str, float]
     drift: float
     ess: float
     ess_rows: float
-    own: tuple[float, float] | None
+    own: float | None
 
 
-def drift_of(keys: Sequence[str], sums: np.ndarray, lengths: Sequence[int], is_own: Sequence[bool]) -> Drift:
+def drift_of(sums: np.ndarray, lengths: Sequence[int], is_own: Sequence[bool]) -> Drift:
     """What the sums [rows, 3] of `row_sums`, of all ranks, say; `is_own`: of each row, whether this run wrote it."""
     tokens = np.asarray(lengths, dtype=np.float64)
     own = np.asarray(is_own, dtype=bool)
     with np.errstate(over="ignore"):  # an infinite weight leaves an effective share of 0
         weights = np.exp(-sums[:, 0])
-    drift, ess = _mean_and_share(sums, tokens)
-    return Drift(
-        dict(zip(keys, (sums[:, 0] / tokens).tolist(), strict=True)),
-        drift,
-        ess,
-        _share(float(weights.sum()), float(weights @ weights), len(weights)),
-        _mean_and_share(sums[own], tokens[own]) if own.any() else None,
-    )
-
-
-def _mean_and_share(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     total, first, second = sums.sum(axis=0).tolist()
-    return total / float(tokens.sum()), _share(first, second, float(tokens.sum()))
+    return Drift(
+        total / float(tokens.sum()),
+        _share(first, second, float(tokens.sum())),
+        _share(float(weights.sum()), float(weights @ weights), len(weights)),
+        float(sums[own, 0].sum() / tokens[own].sum()) if own.any() else None,
+    )
 
 
 def _share(first: float, second: float, count: float) -> float:

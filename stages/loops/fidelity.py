@@ -24,7 +24,7 @@ from stages.data.batches import (
     teacher_of,
     to_tensors,
 )
-from stages.loops.fit import loss_config
+from stages.loops.scoring import NUCLEUS_FLOOR
 from stages.loops.writing import to_numpy
 from stages.models.student import Student
 from stages.runtime.errors import UserError
@@ -56,11 +56,11 @@ class Setting:
 
 def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
     """Errors of each setting against the cache's own rows, over at most `MAX_TOKENS` tokens in row-id order."""
-    config = loss_config(run.config, student.vocab_size)
+    config = run.config.loss.settings(student.vocab_size)
     sizes = sorted({min(k, student.vocab_size) for k in SIZES})
     settings = [Setting(k, 1.0) for k in sizes]
     most = min(MOST_OF_NUCLEUS, student.vocab_size)
-    settings += [Setting(most, p, min(run.config.teacher_signal.signal_floor, most)) for p in MASSES]
+    settings += [Setting(most, p, min(NUCLEUS_FLOOR, most)) for p in MASSES]
     head = dual_kl_head(snapshot.head(), run.world.device)
     tokens, exact = 0, {"rkl": 0.0, "fkl": 0.0, "gate": 0.0, "gradient": 0.0}
     student.model.eval()

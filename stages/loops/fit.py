@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,11 @@ class Training:
         return self.module if hasattr(self.module, "set_gradient_accumulation_boundary") else None
 
 
-def loss_config(config: Config, vocab_size: int) -> DualKLConfig:
-    return DualKLConfig(**config.loss.model_dump(), vocab_size=vocab_size)
-
-
 def prepare(run: Run, student: Student) -> Training:
     """Wraps the student for this world and makes AdamW with warm-up and cosine decay (collective)."""
     train, world = run.config.train, run.world
     caps = train_caps_of_run(run.config, world, student.base.config)
-    module: nn.Module = StudentLoss(student, loss_config(run.config, student.vocab_size))
+    module: nn.Module = StudentLoss(student, run.config.loss.settings(student.vocab_size))
     optimizer = torch.optim.AdamW(
         student.trainable.values(),
         lr=train.lr,
@@ -284,39 +280,84 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     torch.manual_seed(
         (config.run.seed * 1_000_003 + training.step) * 4096 + world.rank
     )  # dropout, apart on every rank
-    tau = gating.threshold(config, training.step, training.adaptive)
-    outputs: list[DualKLOutput] = []
-    gates: list[Tensor] = []
-    drifts: list[Tensor] = []
-    first: list[cache.Record] = []
-    num_cut, waited = 0, 0.0
+    tau = gating.threshold(config, training.adaptive)
+    done = _run_forwards(run, training, pool, batch, tau)
+    lr = training.scheduler.get_last_lr()[0]
+    values, grad_norm = _update(training, config.train.max_grad_norm, done.sums())
+    if not math.isfinite(grad_norm):
+        raise _not_finite(run, training, grad_norm, _suspects(batch, pool, done.outputs))
+    seconds = time.perf_counter() - started
+    totals = _over_ranks(run, batch, done.num_cut, values)
+    training.adaptive = gating.adapted(config, training.adaptive, totals.gate)
+    lengths = [pool.lengths[key][1] for key in batch.row_ids]
+    drift = drift_of(totals.rows_R3, lengths, [pool.ages[key] >= 0 for key in batch.row_ids])
+    run.metrics.log(
+        "step",
+        step=training.step,
+        **_figures(training, pool, batch, totals, drift),
+        **gating.step_figures(totals.gate, tau),
+        grad_norm=grad_norm,
+        lr=lr,
+        seconds=seconds,
+        read_wait_seconds=done.waited,
+    )
+    run.metrics.log("gate", step=training.step, **gating.gate_record(totals.gate, tau))
+    _trace(run, training, done.first, done.outputs)
+    return drift
+
+
+@dataclass
+class _Forwards:
+    """What this rank's forwards of one step leave, idle ones excluded.
+
+    Attributes:
+        outputs, gates, drifts: of each forward; statistics stay on the device.
+        first: rows of the first forward.
+        num_cut: rows that were cut at max_new_tokens.
+        waited: seconds spent waiting for rows.
+    """
+
+    outputs: list[DualKLOutput] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
+    drifts: list[Tensor] = field(default_factory=list)
+    first: list[cache.Record] = field(default_factory=list)
+    num_cut: int = 0
+    waited: float = 0.0
+
+    def sums(self) -> Tensor:
+        """Float64 on the device: the loss, sums of `MEANS` over tokens, gate statistics, then `row_sums` of each row."""
+
+        def of(out: DualKLOutput) -> Tensor:
+            assert out.student_logprobs is not None
+            values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs)
+            return torch.stack([value.double().sum() for value in values])
+
+        sums = torch.stack([of(out) for out in self.outputs]).sum(0)
+        return torch.cat([sums, torch.stack(self.gates).sum(0), torch.cat(self.drifts).flatten()])
+
+
+def _run_forwards(run: Run, training: Training, pool: Pool, batch: Batch, tau: float | None) -> _Forwards:
+    """Forward and backward of everything in `batch`; gradients are left on the parameters."""
+    config, world, done = run.config, run.world, _Forwards()
     for index, forward in enumerate(batch.forwards):
         asked = time.perf_counter()
         rows, inputs = next(batch.inputs)
-        waited += time.perf_counter() - asked
-        first = first or rows
-        last = index == len(batch.forwards) - 1
-        keys, lengths = forward.row_ids, [len(record.completion_ids) for record in rows]
-        thresholds = gating.of_rows(config, pool, tau, keys, lengths, world.device)
+        done.waited += time.perf_counter() - asked
+        inputs = replace(inputs, tau=tau)
         if index == 0:
-            training.last_forward = keys, replace(inputs, tau=thresholds)
-        inputs = replace(on_device(inputs, world.device), tau=thresholds)
-        out = _backward(training, inputs, world.size, last)
+            done.first = rows
+            training.last_forward = forward.row_ids, inputs
+        inputs = on_device(inputs, world.device)
+        out = _backward(training, inputs, world.size, index == len(batch.forwards) - 1)
         if not forward.is_idle:
             assert out.student_logprobs is not None
-            outputs.append(out)
-            num_cut += sum(record.finish_reason == "length" for record in rows)
-            groups = gating.groups_of(pool, training.step, keys, lengths, world.device)
-            gates.append(gating.statistics_of(config, out, inputs, groups))
-            drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
-    lr = training.scheduler.get_last_lr()[0]
-    values, grad_norm = _update(training, config.train.max_grad_norm, _sums(outputs, gates, drifts))
-    if not math.isfinite(grad_norm):
-        raise _not_finite(run, training, grad_norm, _suspects(batch, pool, outputs))
-    times = {"seconds": time.perf_counter() - started, "read_wait_seconds": waited}
-    drift = _report(run, training, pool, batch, tau, [num_cut, *values], grad_norm, lr, times)
-    _trace(run, training, first, outputs)
-    return drift
+            lengths = [len(record.completion_ids) for record in rows]
+            groups = gating.groups_of(pool, training.step, forward.row_ids, lengths, world.device)
+            done.outputs.append(out)
+            done.gates.append(gating.statistics_of(config, out, inputs, groups))
+            done.drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
+            done.num_cut += sum(record.finish_reason == "length" for record in rows)
+    return done
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
@@ -339,7 +380,7 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
 
 
 def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[list[float], float]:
-    """Clips, steps, clears; returns `sums`, read from the device, and the gradient norm before clipping.
+    """Clips, steps, clears; returns `sums` as read from the device and the gradient norm before clipping.
 
     Without a step where that norm is not finite (DeepSpeed has stepped by then).
     """
@@ -360,69 +401,47 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
     return values, grad_norm
 
 
-def _sums(outputs: list[DualKLOutput], gates: list[Tensor], drifts: list[Tensor]) -> Tensor:
-    """Of this rank's forwards, on their device, float64: the loss, sums over tokens of `MEANS` and of the gate, `drifts`."""
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over the global batch of one step: over its tokens (`loss`, `means`, `gate`) and of each row (`rows_R3`)."""
 
-    def of(out: DualKLOutput) -> Tensor:
-        assert out.student_logprobs is not None
-        values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs)
-        return torch.stack([value.double().sum() for value in values])
-
-    sums = torch.stack([of(out) for out in outputs]).sum(0)
-    return torch.cat([sums, torch.stack(gates).sum(0), torch.cat(drifts).flatten()])
+    num_cut: float
+    loss: float
+    means: dict[str, float]
+    gate: Tensor
+    rows_R3: np.ndarray
 
 
-def _report(
-    run: Run,
-    training: Training,
-    pool: Pool,
-    batch: Batch,
-    tau: float | None,
-    values: list[float],
-    grad_norm: float,
-    lr: float,
-    times: dict[str, float],
-) -> Drift:
-    """A `step` and a `gate` record of the global batch; moves an adaptive τ, returns the drift (collective).
-
-    `values`: this rank's rows that were cut at max_new_tokens, then `_sums`.
-    """
-    own_cut, *values = values
-    num_means = 1 + len(MEANS)
-    num_sums = num_means + gating.LENGTH
-    spread_R3 = _spread_rows(run, batch, np.array(values[num_sums:]).reshape(-1, NUM_SUMS))
-    num_cut, *reduced = run.world.sum([own_cut, *values[:num_sums], *spread_R3.flatten().tolist()])
-    drift = drift_of(
-        batch.row_ids,
-        np.array(reduced[num_sums:]).reshape(-1, NUM_SUMS),
-        [pool.lengths[key][1] for key in batch.row_ids],
-        [pool.ages[key] >= 0 for key in batch.row_ids],
+def _over_ranks(run: Run, batch: Batch, num_cut: int, values: list[float]) -> _Totals:
+    """Adds up `_Forwards.sums`, read from the device as `values`, of all ranks (collective)."""
+    end = 1 + len(MEANS) + gating.LENGTH
+    rows_R3 = _spread_rows(run, batch, np.array(values[end:]).reshape(-1, NUM_SUMS))
+    num_cut_all, loss, *rest = run.world.sum([num_cut, *values[:end], *rows_R3.flatten().tolist()])
+    means, gate, rows = np.split(np.array(rest), [len(MEANS), len(MEANS) + gating.LENGTH])
+    return _Totals(
+        num_cut_all,
+        loss,
+        dict(zip(MEANS, (means / batch.total_tokens).tolist(), strict=True)),
+        torch.from_numpy(gate),
+        rows.reshape(-1, NUM_SUMS),
     )
-    means = dict(zip(MEANS, (value / batch.total_tokens for value in reduced[1:num_means]), strict=True))
-    gate = torch.tensor(reduced[num_means:num_sums], dtype=torch.float64)
-    training.adaptive = gating.adapted(run.config, training.adaptive, gate)
+
+
+def _figures(training: Training, pool: Pool, batch: Batch, totals: _Totals, drift: Drift) -> dict[str, float]:
+    """What a `step` record says of the rows of the step."""
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
-    staleness = (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1)
-    run.metrics.log(
-        "step",
-        step=training.step,
-        loss=reduced[0],
-        **means,
-        **gating.step_figures(gate, tau),
-        grad_norm=grad_norm,
-        refresh_index=pool.version,
-        lr=lr,
-        tokens=batch.total_tokens,
-        mean_completion_tokens=batch.total_tokens / len(batch.row_ids),
-        cut_share=num_cut / len(batch.row_ids),
-        staleness=staleness,
-        drift=drift.drift,
-        ess=drift.ess,
-        ess_rows=drift.ess_rows,
-        **times,
-    )
-    run.metrics.log("gate", step=training.step, **gating.gate_record(gate, tau))
-    return drift
+    return {
+        "loss": totals.loss,
+        **totals.means,
+        "refresh_index": pool.version,
+        "tokens": batch.total_tokens,
+        "mean_completion_tokens": batch.total_tokens / len(batch.row_ids),
+        "cut_share": totals.num_cut / len(batch.row_ids),
+        "staleness": (training.step - 1 - pool.opened_at) + sum(ages) / max(len(ages), 1),
+        "drift": drift.drift,
+        "ess": drift.ess,
+        "ess_rows": drift.ess_rows,
+    }
 
 
 def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def _write(
     if wanted != version.num_rollouts:
         raise UserError(
             f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would write {wanted};"
-            " leave rollouts_per_refresh, replay_share, group_size, batch_size, max_steps and the refresh keys as they are in"
+            " leave rollouts_per_refresh, group_size, batch_size, max_steps and the refresh keys as they are in"
             " the run."
         )
     if version.refresh_index:

@@ -1,8 +1,8 @@
-"""Stage two's gate: each step's threshold, and what is logged of λ and of the divergence D that it looks at.
+"""The gate in stage two: the threshold of each step, and the statistics of λ and of its divergence D that are logged.
 
-What is logged is summed on the device, forward by forward, and comes to the host with the other numbers of the step. An
-adaptive threshold is a function of the histograms of D of the steps before, of all processes and forwards: counts, which
-add up to the same whatever a step was cut into.
+Statistics are summed on the device, forward by forward, and reach the host with the other numbers of the step. An adaptive
+threshold depends only on histograms of D over the tokens of earlier steps: counts, whose sums do not depend on how a step
+was split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dualkl import DualKLOutput, TopKTeacher, gate_statistics
 from dualkl.gate_statistics import NUM_SUMS, divergence_counts, figures, group_sums, means
-from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt, scheduled_tau
+from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt
 from stages.data.alignment import queued
 from stages.data.batches import MicroBatch, Pool
 from stages.runtime.config import Config
@@ -37,44 +37,20 @@ DIGITS = 6
 
 
 def starting(config: Config, state: dict[str, float]) -> AdaptiveTau | None:
-    """An adaptive threshold as a checkpoint's `state` has it, or at its beginning; None where τ does not adapt.
+    """The adaptive threshold from a checkpoint's `state`, or a new one; None if τ does not adapt.
 
-    It is held on the host: what moves it is read there anyway, once a step.
+    It lives on the host, which reads the statistics that move it once a step anyway.
     """
-    if config.gate.tau_schedule != "adaptive":
+    if not config.loss.tau_share:
         return None
     return AdaptiveTau.from_state(state) if state else AdaptiveTau.starting_at(config.loss.tau)
 
 
-def threshold(config: Config, step: int, adaptive: AdaptiveTau | None) -> float | None:
-    """τ of 0-based `step`, nats; None where the gate has none."""
+def threshold(config: Config, adaptive: AdaptiveTau | None) -> float | None:
+    """τ of the next step, nats; None under gating: fixed."""
     if config.loss.gating == "fixed":
         return None
-    if adaptive is not None:
-        return float(adaptive.tau)
-    schedule = config.gate.tau_schedule
-    assert schedule != "adaptive"
-    return scheduled_tau(schedule, config.loss.tau, config.gate.tau_end, step, config.train.max_steps)
-
-
-def of_rows(
-    config: Config,
-    pool: Pool,
-    tau: float | None,
-    keys: Sequence[str],
-    lengths: Sequence[int],
-    device: torch.device,
-) -> Tensor | float | None:
-    """τ for the scored tokens of these rows: lower, so nearer to forward KL, the more a row has drifted.
-
-    Where rows are not shifted it is `tau` itself.
-    """
-    if not config.refresh.drift_to_forward:
-        return tau
-    assert tau is not None  # the configuration refuses drift_to_forward without one
-    drifts = np.array([max(0.0, pool.drifts.get(key, 0.0)) for key in keys])
-    tau_N = np.repeat(tau - config.refresh.drift_to_forward * drifts, lengths)
-    return queued(tau_N.astype(np.float32), device)
+    return config.loss.tau if adaptive is None else float(adaptive.tau)
 
 
 def groups_of(
@@ -108,23 +84,21 @@ def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) ->
     """The threshold of the next step, after one with these statistics, of all processes."""
     if adaptive is None:
         return None
-    loss, gate = config.loss, config.gate
+    loss = config.loss
     assert loss.gating != "fixed"
     return adapt(
         adaptive,
         divergence_counts(statistics),
-        share=gate.tau_share,
+        share=loss.tau_share,
         gating=loss.gating,
         alpha=loss.alpha,
-        rate=gate.tau_rate,
     )
 
 
 def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | None]:
     """What a `step` record says of the gate: means over the tokens of the step.
 
-    `rkl`, `fkl`, `gate` (λ) and `share_floored`; with a threshold `tau` and both KLs on its two sides (`*_below`: D <= τ,
-    the token's own where rows are shifted); with top-k rows the probability on their kept ids, of student and teacher.
+    `rkl`, `fkl`, `gate` (λ) and `share_floored`; with a threshold `tau` and both KLs on its two sides (`*_below`: D <= τ); with top-k rows the probability on their kept ids, of student and teacher.
     None: no token there.
     """
     found = figures(statistics)

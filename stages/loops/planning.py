@@ -14,6 +14,7 @@ from stages.models import checkpoints, memory, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
+from stages.models.turns import must_take_turns
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
@@ -135,8 +136,8 @@ def make_plan(
         rows_per_micro_step(config, machine.num_gpus)
     _check_mean("max_new_tokens", config.rollout.max_new_tokens, mean_completion)
     _check_mean("max_prompt_tokens", config.data.max_prompt_tokens, mean_prompt)
-    student = memory.shape_of(checkpoints.load_config(models.student_model, models.student_revision))
-    teacher = memory.shape_of(checkpoints.load_config(models.teacher_model, models.teacher_revision))
+    student = memory.shape_of(checkpoints.load_config(models.student_model))
+    teacher = memory.shape_of(checkpoints.load_config(models.teacher_model))
     sizes = _Sizes(config, machine, student, teacher, budgets.trained_parameters(config, student))
     completion = mean_completion or float(config.rollout.max_new_tokens)
     prompt = mean_prompt or float(config.data.max_prompt_tokens)
@@ -225,8 +226,10 @@ def _state_parts(sizes: _Sizes) -> Parts:
 def _writing(sizes: _Sizes, state: Parts) -> _Writing:
     """Stage one, or a refresh where training's `state` is on the card too."""
     config, shape, apart = sizes.config, sizes.student, sizes.config.rollout.role != "both"
-    takes_turns = config.rollout.offload_idle
-    student, teacher, gathered = state | _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
+    own, teacher, gathered = _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
+    student = state | own
+    crowded = must_take_turns(total(own), sizes.trained, total(teacher), sizes.card)
+    takes_turns = crowded and not apart and not sizes.machine.zero2
     moves = takes_turns and not config.models.teacher_ds_zero3
     copied = {
         "merged LoRA copy" if config.lora.use_lora else "weights in dtype": budgets.copied_bytes(
@@ -234,9 +237,7 @@ def _writing(sizes: _Sizes, state: Parts) -> _Writing:
         )
     }
     writing = student | copied | ({} if moves or apart else teacher)
-    beside = (
-        0.0 if takes_turns or apart else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
-    )
+    beside = 0.0 if apart else budgets.beside_slots(config, sizes.teacher, gathered, sizes.card)
     slots = _slots(sizes, shape, sizes.student_b, writing, beside)
     kept = budgets.slot_parts(config, shape, sizes.student_b, slots)
     prefill = budgets.prefill_bytes(config, shape, sizes.student_b, slots)

@@ -96,7 +96,7 @@ def _check_weights(config: Config, side: Side) -> None:
     folders.check_weights(side.key, side.name)
     if Path(side.name).is_dir():
         attention = config.models.attn_implementation
-        model = checkpoints.load_model(side.name, "main", torch.bfloat16, attention, reads_weights=False)
+        model = checkpoints.load_model(side.name, torch.bfloat16, attention, reads_weights=False)
         if side.key == "student_model":
             folders.check_student(config, model)
 
@@ -138,12 +138,12 @@ def _check_writable(root: str) -> None:
 def _open_models(config: Config, work: Work) -> list[Side]:
     """The student, and the teacher where the command uses it."""
     models = config.models
-    named = [("student_model", models.student_model, models.student_revision)]
+    named = {"student_model": models.student_model}
     if work.scores or work.generates:
         if not models.teacher_model:
             raise UserError(setup.NO_TEACHER)
-        named.append(("teacher_model", models.teacher_model, models.teacher_revision))
-    return [Side(key, name, folders.open_config(key, name, revision)) for key, name, revision in named]
+        named["teacher_model"] = models.teacher_model
+    return [Side(key, name, folders.open_config(key, name)) for key, name in named.items()]
 
 
 def _check_caches(config: Config, work: Work, vocabulary: Vocabulary, student: Side) -> None:

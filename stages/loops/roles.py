@@ -26,7 +26,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, PATIENCE = 1.0, 3600.0
 PolicyKey = tuple[int, str]  # refresh index and policy hash, which together have one plan
 
 
@@ -51,7 +51,7 @@ def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teac
     """Scores the units of the run's refreshes from `refresh_index` on as they appear; returns their number (collective).
 
     Ends when all planned rows of every policy that has written there are scored. UserError if no unit appears for
-    `score_patience` minutes.
+    `PATIENCE` seconds.
     """
     config, world = run.config, run.world
     inbox = Inbox(run, vocabulary, refresh_index)
@@ -137,14 +137,14 @@ class Inbox:
 
     def wait(self, most: int) -> list[cache.CommitRecord] | str:
         """At most `most` ready units, none if all planned rows are scored, or an error message if patience runs out."""
-        patience, since, told = 60 * self._run.config.rollout.score_patience, time.monotonic(), False
+        since, told = time.monotonic(), False
         while True:
             found = self.look()
             if found.ready or not found.num_missing:
                 return found.ready[:most]
-            if time.monotonic() - since > patience:
+            if time.monotonic() - since > PATIENCE:
                 return (
-                    f"no unit to score appeared at {self._run.config.unscored_root} for {patience / 60:g} minutes:"
+                    f"no unit to score appeared at {self._run.config.unscored_root} for {PATIENCE / 60:g} minutes:"
                     f" {found}. Is stages.rollout --role generate running with the same configuration? What is scored is kept."
                 )
             if not told:
@@ -170,10 +170,7 @@ class Inbox:
 
     def read(self, record: cache.CommitRecord) -> list[cache.Record]:
         """The rows of a unit in commit order."""
-        root, end = (
-            self._run.config.unscored_root,
-            time.monotonic() + 60 * self._run.config.rollout.score_patience,
-        )
+        root, end = self._run.config.unscored_root, time.monotonic() + PATIENCE
         while (snapshot := self._open(root)) is None or record.name not in {
             r.name for r in snapshot.commit_records()
         }:

@@ -1,6 +1,6 @@
-"""Stage two as a whole: which rows are trained on, when a refresh is due and why, and going on after a crash.
+"""The main loop of stage two: which rows to train on, when to refresh and why, and how to resume after a crash.
 
-Every decision follows from what a checkpoint holds, so that a run that was killed takes it again.
+Every decision depends only on what a checkpoint holds, so a run that was killed makes it again.
 """
 
 from __future__ import annotations
@@ -14,40 +14,63 @@ from dataclasses import replace
 from tqdm import tqdm
 
 import cache
-from stages.data.batches import Pool, live_pool, replayed
+from stages.data.batches import Pool, live_pool
 from stages.loops import fit as steps
 from stages.loops import gating, setup, versions
-from stages.loops.drift import Drift
 from stages.loops.feed import global_batches
 from stages.loops.fit import Training, save_checkpoint
 from stages.loops.refresh import cut_share
 from stages.loops.versions import Version
-from stages.models.student import policy_hash
+from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-from stages.runtime.split import pool_size, rollouts_of
+from stages.runtime.split import DRIFT_WINDOW, rollouts_of
+
+WriteRows = Callable[[Training, int, str], None]
+"""Called with a refresh's index and reason; writes its rows."""
 
 
 def due(config: Config, position: Position) -> str:
-    """Why new rows are due before the next step, or "" if they are not; nothing is due after the last step."""
+    """Why new rows are due before the next step; "" if they are not, and always after the last step."""
     policy = config.refresh
     since = position.step - position.step_of(position.newest)
-    if not config.refreshes or position.step >= config.train.max_steps or since < policy.refresh_min_steps:
+    if not config.refreshes or position.step >= config.train.max_steps or since < 1:
         return ""
     if policy.refresh_every and since >= policy.refresh_every:
         return f"every: {since} steps since the weights of the one before"
     if position.newest > position.refresh_index:
-        return ""  # newer rows are on their way: what is measured on these asks for no more
-    return _measured(config, position)
+        return ""  # newer rows are on their way, whatever is measured on these
+    if policy.refresh_drift and len(position.recent) == DRIFT_WINDOW:
+        drift = sum(position.recent) / DRIFT_WINDOW
+        if drift >= policy.refresh_drift:
+            return f"drift: {drift:.4g} nats a token, the bound is {policy.refresh_drift:g}"
+    if _too_old(config, position):
+        return f"age: rows of step {position.step_of(position.refresh_index)} at step {position.step}"
+    return ""
+
+
+def _too_old(config: Config, position: Position) -> bool:
+    """Whether training must wait for newer rows from elsewhere."""
+    age = position.step - position.step_of(position.refresh_index)
+    return config.refresh.refresh_mode == "external" and age > config.refresh.max_age
+
+
+def last_step(config: Config, position: Position) -> int:
+    """The latest step at which training on these rows stops: new ones are due, or must be waited for."""
+    for step in range(position.step + 1, config.train.max_steps):
+        later = replace(position, step=step)
+        if due(config, later) or _too_old(config, later):
+            return step
+    return config.train.max_steps
 
 
 def lost(run: Run, position: Position) -> str:
-    """Why rows are due though `due` asks for none: some of those in use are gone from the cache; "" if none are.
+    """Why a refresh is due because rows in use are gone from the cache (damaged or pruned); "" if all are there.
 
-    They were withdrawn as damaged, or pruned. The student that wrote them is another by now, so all are written anew.
+    The student that wrote them has changed since, so all rows are written again.
     """
     if not position.num_rows or position.step >= run.config.train.max_steps:
         return ""
@@ -63,28 +86,8 @@ def lost(run: Run, position: Position) -> str:
     return f"lost: {missing} of {position.num_rows} rows were gone"
 
 
-def _measured(config: Config, position: Position) -> str:
-    policy, window = config.refresh, config.refresh.drift_window
-    if len(position.recent) == window:
-        drift, ess = (sum(values) / window for values in zip(*position.recent, strict=True))
-        if policy.refresh_drift and drift >= policy.refresh_drift:
-            return f"drift: {drift:.4g} nats a token, the bound is {policy.refresh_drift:g}"
-        if policy.refresh_ess and ess <= policy.refresh_ess:
-            return f"ess: an effective share of {ess:.4g}, the bound is {policy.refresh_ess:g}"
-    age = position.pool_age + position.step - position.opened_at
-    if policy.refresh_age and age >= policy.refresh_age:
-        return f"age: {age:.4g} steps on average, the bound is {policy.refresh_age:g}"
-    if policy.refresh_mode == "external" and _too_old(config, position):
-        return f"staleness: rows of step {position.step_of(position.refresh_index)} at step {position.step}"
-    return ""
-
-
-def _too_old(config: Config, position: Position) -> bool:
-    return position.step - position.step_of(position.refresh_index) > config.refresh.max_staleness
-
-
 def resume(run: Run, training: Training) -> Position | None:
-    """Loads the checkpoint that this run goes on from, if there is one (collective)."""
+    """Loads the checkpoint to resume from, if there is one (collective)."""
     path = setup.checkpoint_to_go_on_from(run)
     if path is None:
         if run.world.is_main:
@@ -100,18 +103,13 @@ def resume(run: Run, training: Training) -> Position | None:
     return position
 
 
-def fit(
-    run: Run,
-    training: Training,
-    refresh: Callable[[Training, int, str], None],
-    evaluate: steps.Evaluate | None = None,
-) -> None:
-    """Trains from the current step to `max_steps`; `refresh(training, index, reason)` writes the rows of refresh `index`.
+def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evaluate | None = None) -> None:
+    """Trains from the current step to `max_steps`.
 
-    `evaluate(training)` returns held-out KLs, every `eval_every` steps and after the last; the weights with the lowest
-    reverse KL are kept. A checkpoint stands before every refresh and before every published version: a run that is killed
-    comes back to weights that were saved, never to weights computed again, so that the refresh's rows are the same rows.
-    With `refresh_mode: external` rows come from elsewhere, and are taken up when those of a version are complete.
+    `evaluate(training)` returns held-out KLs; it is called every `eval_every` steps and after the last one, and the weights
+    with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before every published version: a
+    run that is killed resumes from saved weights, never from recomputed ones, and so writes the same rows again. Under
+    `refresh_mode: external` the rows come from elsewhere and are used once those of a version are complete.
     """
     config = run.config
     start = {0: Refresh(0, policy_hash(training.student), "start")}
@@ -119,12 +117,7 @@ def fit(
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
     if arrivals is not None:
         versions.set_finished(run, training.step >= config.train.max_steps)
-    padded_because, is_compiled = training.student.padded_because, training.student.is_compiled
-    run.metrics.say(
-        f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}"
-        + (", the student's layers are compiled in the first step" if is_compiled else "")
-    )
-    run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
+    _log_packing(run, training.student)
     pool, snapshot, began = None, None, training.step
     gone = lost(run, position)
     bar = tqdm(
@@ -138,26 +131,12 @@ def fit(
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
             if reason:
-                _discard_later(run, training.step)
-                save_checkpoint(run, training, position)
-                index, author = (
-                    position.newest + 1,
-                    Refresh(training.step, policy_hash(training.student), reason),
-                )
-                if arrivals is None:
-                    with ending.at_once():  # the checkpoint is there, and committed units are kept
-                        refresh(training, index, reason)
-                    position = _taken_up(
-                        run, replace(position, refreshes=position.refreshes | {index: author}), index, pool
-                    )
-                else:
-                    _publish(run, training, index, author)
-                    position = replace(position, refreshes=position.refreshes | {index: author})
+                position = _renew(run, training, position, reason, refresh if arrivals is None else None)
             if arrivals is not None:
                 position = _take_up_arrivals(run, training, position, arrivals, pool)
             if pool is None or snapshot is None or pool.version != position.refresh_index:
                 pool, snapshot = open_pool(run, position)
-                position = replace(position, pool_age=pool.mean_age, num_rows=pool.num_own)
+                position = replace(position, num_rows=pool.num_own)
                 _discard_later(run, training.step)
             position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
         if training.step > began:
@@ -166,21 +145,46 @@ def fit(
         versions.set_finished(run, True)
 
 
+def _log_packing(run: Run, student: Student) -> None:
+    padded_because, is_compiled = student.padded_because, student.is_compiled
+    run.metrics.say(
+        f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}"
+        + (", the student's layers are compiled in the first step" if is_compiled else "")
+    )
+    run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
+
+
+def _renew(
+    run: Run, training: Training, position: Position, reason: str, refresh: WriteRows | None
+) -> Position:
+    """Has the current student's rows written, by `refresh` or, if that is None, elsewhere (collective)."""
+    _discard_later(run, training.step)
+    save_checkpoint(run, training, position)
+    index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
+    position = replace(position, refreshes=position.refreshes | {index: author})
+    if refresh is None:
+        _publish(run, training, index, author)
+        return position
+    with ending.at_once():  # the checkpoint is saved, and committed units are kept
+        refresh(training, index, reason)
+    return _taken_up(position, index)
+
+
 def _discard_later(run: Run, step: int) -> None:
-    """Going back (`resume_from`) gives up the checkpoints after `step`, once nothing stands in the way of training."""
+    """With `resume_from`, discards the checkpoints after `step`, once training is certain to start."""
     if run.world.is_main and run.config.train.resume_from:
         checkpoint.discard_after(run.folder / "checkpoints", step)
     run.world.barrier()
 
 
 def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
-    """Between two steps: ends the command if a signal asked any process to end, with a checkpoint (collective)."""
+    """Between two steps: saves a checkpoint and exits if a signal asked any process to end (collective)."""
     number = int(run.world.max([float(ending.asked())])[0])
     if not number or training.step >= run.config.train.max_steps:
         return
     path = save_checkpoint(run, training, position)
     run.metrics.close()
-    run.world.barrier()  # the first to leave is noticed by a launcher, which ends the others
+    run.world.barrier()  # a launcher ends the other processes as soon as one leaves
     line = f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to go on from {path}"
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
@@ -195,19 +199,15 @@ def _fit_pool(
     bar: tqdm,
     evaluate: steps.Evaluate | None,
 ) -> Position:
-    """Trains on the rows of `pool` until new ones are due, or have arrived, or must be waited for, or to the end."""
-    train, every = run.config.train, run.config.refresh.refresh_every
-    last = train.max_steps
-    if every and run.config.refreshes:
-        last = min(last, position.step_of(position.newest) + max(every, run.config.refresh.refresh_min_steps))
-    if arrivals is not None:  # one step more would be on rows that are too old, whatever is on its way
-        last = min(last, position.step_of(position.refresh_index) + run.config.refresh.max_staleness + 1)
+    """Trains on the rows of `pool` until new ones are due, arrive or must be waited for, or to the end."""
+    train, last = run.config.train, last_step(run.config, position)
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
             with run.clock.phase("train"):
                 drift = steps.train_step(run, training, pool, next(batches))
-            position = _after_step(run.config, position, training.step, pool, drift)
+            recent = position.recent if drift.own is None else [*position.recent, drift.own]
+            position = replace(position, step=training.step, recent=recent[-DRIFT_WINDOW:])
             bar.update(1)
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
@@ -219,29 +219,13 @@ def _fit_pool(
     return position
 
 
-def _after_step(config: Config, position: Position, step: int, pool: Pool, drift: Drift) -> Position:
-    pool.drifts.update(drift.rows)
-    recent = position.recent if drift.own is None else [*position.recent, list(drift.own)]
-    return replace(
-        position,
-        step=step,
-        recent=recent[-config.refresh.drift_window :],
-        row_drifts=pool.drifts if config.refresh.replay_share or config.refresh.drift_to_forward else {},
-    )
-
-
-def _taken_up(run: Run, position: Position, index: int, pool: Pool | None) -> Position:
-    """The position from which the rows of refresh `index` are trained on; `pool` holds those before, if it is open."""
-    policy, kept = run.config.refresh, None
-    if policy.replay_share:
-        before = open_pool(run, position)[0] if pool is None else pool
-        count = pool_size(run.config, index) - len(rollouts_of(run.config, index))
-        kept = replayed(before, position.step, policy.max_age, count)
-    return replace(position, refresh_index=index, opened_at=position.step, recent=[], kept=kept)
+def _taken_up(position: Position, index: int) -> Position:
+    """`position` on the rows of refresh `index`."""
+    return replace(position, refresh_index=index, opened_at=position.step, recent=[])
 
 
 def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
-    """The rows to train on at `position`, the same for all ranks whoever else writes to the caches (collective)."""
+    """The rows to train on at `position`, the same on all ranks, whoever else writes to the caches (collective)."""
     config, version = run.config, position.refresh_index
     roots = [config.cache_root, *(root for root, weight in config.run.extra_caches.items() if weight)]
     snapshots = [cache.open(root) for root in roots]
@@ -265,7 +249,6 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
-    pool.drifts.update({key: drift for key, drift in position.row_drifts.items() if key in pool.ages})
     if pool.num_off_policy:
         run.metrics.say(
             f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other weights (off-policy)"
@@ -282,7 +265,6 @@ def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
         position.opened_at,
         run.config.refresh.max_age,
         position.policies,
-        position.kept,
     )
 
 
@@ -348,7 +330,7 @@ def _take_up_arrivals(
         if not told:
             run.metrics.say(
                 f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)}); training is"
-                f" at step {position.step} and max_staleness {run.config.refresh.max_staleness}. They are written by"
+                f" at step {position.step} and max_age is {run.config.refresh.max_age}. They are written by"
                 f" `python -m stages.rollout --follow {run.folder}`"
             )
         told = True
@@ -367,4 +349,4 @@ def _take_up_arrivals(
         reason=author.reason,
         cut_share=cut_share(run, index),
     )
-    return _taken_up(run, position, index, pool)
+    return _taken_up(position, index)

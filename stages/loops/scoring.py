@@ -27,6 +27,7 @@ from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
+NUCLEUS_FLOOR = 4  # fewest ids that signal nucleus keeps
 FORWARD_COST = 1 / 32  # of the budget: what a forward costs beside its tokens
 
 
@@ -201,7 +202,7 @@ def teacher_columns(
         targets_N,
         k=k,
         p=signal.signal_p if kind == "nucleus" else 1.0,
-        floor=min(signal.signal_floor, k) if kind == "nucleus" else 1,
+        floor=min(NUCLEUS_FLOOR, k) if kind == "nucleus" else 1,
         vocab_size=vocab_size,
     )
     columns = {

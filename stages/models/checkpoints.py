@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.models.readout import output_weights, readout_of
+from stages.runtime.config import name_and_revision
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
 
@@ -26,7 +27,7 @@ SOFTCAP = "attn_logit_softcapping"
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 
 
-def identity(name: str, revision: str) -> str:
+def identity(name: str) -> str:
     """What a model is: the hub's commit, or a sha256 over config, and of each weight file size, header and sampled blocks.
 
     A weight file up to 4 MiB is hashed whole; of a larger one its first block (the safetensors header) and 63 blocks
@@ -34,8 +35,8 @@ def identity(name: str, revision: str) -> str:
     """
     folder = Path(name)
     if not folder.is_dir():
-        config = load_config(name, revision)
-        return f"hub:{name}@{getattr(config, '_commit_hash', None) or revision}"
+        where, revision = name_and_revision(name)
+        return f"hub:{where}@{getattr(load_config(name), '_commit_hash', None) or revision}"
     digest = hashlib.sha256(
         (folder / "config.json").read_bytes() if (folder / "config.json").exists() else b""
     )
@@ -59,12 +60,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
-def load_config(name: str, revision: str) -> Any:
-    return _load(AutoConfig.from_pretrained, "model", name, revision=revision)
+def load_config(name: str) -> Any:
+    return _load(AutoConfig.from_pretrained, "model", name)
 
 
-def load_tokenizer(name: str, revision: str) -> PreTrainedTokenizerBase:
-    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer of", name, revision=revision)
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer of", name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -75,7 +76,7 @@ def load_tokenizer(name: str, revision: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    name: str, revision: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
+    name: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
 ) -> PreTrainedModel:
     """A causal language model in eval mode that generates by nothing but its EOS and pad ids.
 
@@ -84,13 +85,10 @@ def load_model(
     second, and gives a model without weights (on the meta device).
     Errors: `UserError` where the checkpoint lacks a tensor, or has one of another shape; what the model does not use is said.
     """
-    if attn_implementation == "sdpa" and getattr(
-        load_config(name, revision).get_text_config(), SOFTCAP, None
-    ):
+    if attn_implementation == "sdpa" and getattr(load_config(name).get_text_config(), SOFTCAP, None):
         say_once(f"{name} attends eagerly: sdpa does not cap its attention logits")
         attn_implementation = "eager"
     settings: dict[str, Any] = {
-        "revision": revision,
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
@@ -176,10 +174,11 @@ def why(error: Exception) -> str:
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
     """`function` of a model's folder or hub name; no code of the model's own is run, and nobody is asked whether to."""
     is_folder = Path(name).is_dir()
-    if is_folder:
-        kwargs.pop("revision")
+    where, revision = name_and_revision(name)
+    if not is_folder:
+        kwargs["revision"] = revision
     try:
-        return function(name, trust_remote_code=False, **kwargs)
+        return function(where, trust_remote_code=False, **kwargs)
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a missing package, a broken pickle, a config.json of wrong types ...
@@ -188,5 +187,5 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
             and isinstance(error, OSError | ValueError)
             and "trust_remote_code" not in str(error)
         )
-        where = ": it is neither a model folder here nor on the hub" if is_unknown else ""
-        raise UserError(f"{what} {name} cannot be loaded{where} ({why(error)})") from error
+        hint = ": it is neither a model folder here nor on the hub" if is_unknown else ""
+        raise UserError(f"{what} {name} cannot be loaded{hint} ({why(error)})") from error

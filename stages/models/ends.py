@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stages.models import checkpoints
-from stages.runtime.config import Config
+from stages.runtime.config import Config, name_and_revision
 from stages.runtime.errors import UserError
 
 MARK = "dualkl0mark"
@@ -23,7 +23,7 @@ def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size:
 
 def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
     """The ids that end the teacher's own text: those of its files, and the EOS of the student's tokenizer."""
-    own = _own(config.models.teacher_model, config.models.teacher_revision, tokenizer)
+    own = _own(config.models.teacher_model, tokenizer)
     named = _named(config.rollout.eos_token, tokenizer) if config.rollout.eos_token else ()
     drawable = {i for i in {*own, *named} if i < vocab_size}
     return tuple(sorted(drawable)) or student_ends(config, tokenizer, vocab_size)
@@ -57,8 +57,8 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
             f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below {vocab_size} are known to"
             f" both student and teacher; rollouts end at {at}"
         )
-    teacher = checkpoints.load_tokenizer(models.teacher_model, models.teacher_revision)
-    wanted = {*_own(models.teacher_model, models.teacher_revision, teacher), *turn_end(config, teacher)}
+    teacher = checkpoints.load_tokenizer(models.teacher_model)
+    wanted = {*_own(models.teacher_model, teacher), *turn_end(config, teacher)}
     missing = sorted(wanted - ends)
     if settable := [i for i in missing if i < vocab_size]:
         both = ",".join(_name(i, tokenizer) for i in sorted({*ends, *settable}))
@@ -90,34 +90,33 @@ def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
 
 
 @lru_cache(maxsize=16)
-def checkpoint_ends(name: str, revision: str) -> tuple[int, ...]:
+def checkpoint_ends(name: str) -> tuple[int, ...]:
     """EOS ids of generation_config.json, or of config.json where there is none: those a loaded model would have."""
     path = Path(name) / "generation_config.json"
+    where, revision = name_and_revision(name)
     try:
-        found = GenerationConfig.from_pretrained(name, revision="main" if Path(name).is_dir() else revision)
+        found = GenerationConfig.from_pretrained(where, revision=revision)
     except Exception as error:  # whatever a malformed file makes it raise
         if path.is_file():
             raise UserError(f"{path} cannot be read as a generation config; mend or remove it.") from error
-        found = GenerationConfig.from_model_config(checkpoints.load_config(name, revision))
+        found = GenerationConfig.from_model_config(checkpoints.load_config(name))
     own = found.eos_token_id
     ids = own if isinstance(own, list) else [own]
     wrong = [i for i in ids if i is not None and (type(i) is not int or i < 0)]
     if wrong:
-        where = path if path.is_file() else f"{name}'s config.json"
-        raise UserError(
-            f"{where} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it."
-        )
+        file = path if path.is_file() else f"{name}'s config.json"
+        raise UserError(f"{file} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it.")
     return tuple(i for i in ids if i is not None)
 
 
 def _wanted(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if config.rollout.eos_token:
         return _named(config.rollout.eos_token, tokenizer)
-    return _own(config.models.student_model, config.models.student_revision, tokenizer)
+    return _own(config.models.student_model, tokenizer)
 
 
-def _own(name: str, revision: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(sorted({tokenizer.eos_token_id, *checkpoint_ends(name, revision)} - {None}))
+def _own(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(sorted({tokenizer.eos_token_id, *checkpoint_ends(name)} - {None}))
 
 
 def _named(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

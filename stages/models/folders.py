@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.models import checkpoints
 from stages.models.student import new_lora
-from stages.runtime.config import Config
+from stages.runtime.config import Config, name_and_revision
 from stages.runtime.errors import UserError
 
 WEIGHTS = (
@@ -26,7 +26,7 @@ WEIGHTS = (
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
-def open_config(side: str, name: str, revision: str) -> Any:
+def open_config(side: str, name: str) -> Any:
     """The model's config.json; `UserError`, saying what `side` ("student_model") names instead, if it is no language model."""
     folder = Path(name)
     if folder.is_file():
@@ -37,7 +37,7 @@ def open_config(side: str, name: str, revision: str) -> Any:
         raise UserError(
             f"{side} {name} has no tokenizer (tokenizer.json); copy that of the model that it was made from."
         )
-    config = checkpoints.load_config(name, revision)
+    config = checkpoints.load_config(name)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{side} {name} ({config.model_type}) is an encoder-decoder; give a decoder-only language model."
@@ -168,7 +168,7 @@ def check_adapter(config: Config) -> list[str]:
     if weights.is_file():
         _check_whole("student_adapter", weights)
     found, base = [], settings.get("base_model_name_or_path")
-    if Path(str(base)).name != Path(config.models.student_model).name:
+    if Path(str(base)).name != Path(name_and_revision(config.models.student_model)[0]).name:
         found.append(
             f"student_adapter {folder} was trained on {base}; here it goes on {config.models.student_model}"
         )

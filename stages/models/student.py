@@ -87,11 +87,9 @@ def load_student(
     """The student as stage two trains it: frozen weights in `dtype`, trained weights in fp32."""
     models = config.models
     load_dtype = checkpoints.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
-    base = checkpoints.load_model(
-        models.student_model, models.student_revision, load_dtype, models.attn_implementation
-    )
+    base = checkpoints.load_model(models.student_model, load_dtype, models.attn_implementation)
     eos = ends.student_ends(config, tokenizer, vocab_size)
-    source = checkpoints.identity(models.student_model, models.student_revision)
+    source = checkpoints.identity(models.student_model)
     student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
     student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
     return checked(student, config.train.packing)

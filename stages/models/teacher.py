@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
@@ -127,9 +128,7 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     """The whole teacher on this process's device."""
     models = config.models
     dtype = checkpoints.DTYPES[models.teacher_dtype]
-    model = checkpoints.load_model(
-        models.teacher_model, models.teacher_revision, dtype, models.attn_implementation
-    )
+    model = checkpoints.load_model(models.teacher_model, dtype, models.attn_implementation)
     return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
 
 
@@ -148,14 +147,33 @@ def plain_model_fits(config: Config, world: World) -> bool:
     """Whether the plain teacher fits beside what the device holds already (weights and a tenth; always on a CPU)."""
     if world.device.type == "cpu":
         return True
-    model_config = checkpoints.load_config(config.models.teacher_model, config.models.teacher_revision)
-    with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
-    bytes_each = checkpoints.DTYPES[config.models.teacher_dtype].itemsize
     free, _ = torch.cuda.mem_get_info(world.device)
-    return num_parameters * bytes_each * 1.1 < min(world.gather(free))
+    return _weight_bytes(config) * 1.1 < min(world.gather(free))
+
+
+def resident_bytes(config: Config, num_gpus: int) -> float:
+    """Bytes of the scoring teacher's weights on each GPU: all where plain, a shard under ZeRO-3, none where offloaded."""
+    if not config.models.teacher_model:
+        return 0.0
+    if not config.models.teacher_ds_zero3:
+        return float(_weight_bytes(config))
+    offload = zero3_settings(config)["zero_optimization"].get("offload_param", {})
+    return 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+
+
+def _weight_bytes(config: Config) -> int:
+    """Bytes of the whole teacher in teacher_dtype; no weights are read."""
+    return (
+        _num_parameters(config.models.teacher_model)
+        * checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+    )
+
+
+@lru_cache(maxsize=4)
+def _num_parameters(name: str) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checkpoints.load_config(name))
+    return sum(p.numel() for p in model.parameters())
 
 
 def _load_plain(config: Config, world: World) -> Teacher:
@@ -189,7 +207,6 @@ def _load_zero3(config: Config, world: World) -> Teacher:
     partition_while_loading = HfDeepSpeedConfig(settings)
     model = checkpoints.load_model(
         models.teacher_model,
-        models.teacher_revision,
         checkpoints.DTYPES[models.teacher_dtype],
         models.attn_implementation,
     )

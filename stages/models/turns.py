@@ -1,4 +1,4 @@
-"""Student and teacher taking turns on a device that cannot hold both (`offload_idle`)."""
+"""Student and teacher take turns on a GPU that cannot hold both."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ import torch
 from torch import nn
 
 from stages.engine.protocol import Engine
-from stages.models.teacher import Teacher
-from stages.runtime.errors import UserError
+from stages.models.teacher import Teacher, resident_bytes
 from stages.runtime.run import Run
 
 HOST = torch.device("cpu")
+CROWDED = 0.8
+"""Share of a GPU's memory that the weights of both may take; slots and activations need the rest."""
+ADAM_BYTES = 8  # the optimizer's state for each trained weight
+
+
+def must_take_turns(student: float, trained: int, teacher: float, card: float) -> bool:
+    """Whether both models leave too little room on a GPU of `card` bytes.
+
+    `student`, `teacher`: bytes of their weights there. `trained`: the student's trained weights.
+    """
+    return student + ADAM_BYTES * trained + teacher > CROWDED * card
 
 
 class Turns:
-    """Moves the student and a plain teacher between the device and host memory. Does nothing without `offload_idle`.
+    """Moves the student and a plain teacher between the GPU and host memory, if both do not fit.
 
     Weights return bit for bit, in the same parameters at other addresses; the engine's memory is freed. A ZeRO-3 teacher
-    stays where its DeepSpeed settings put it. UserError if the student's weights are views of DeepSpeed's buffers, which
-    must not move.
+    stays where its DeepSpeed settings put it. So does a student under ZeRO-2, whose weights are views of DeepSpeed's
+    buffers.
     """
 
     def __init__(self, run: Run, student: nn.Module, engine: Engine | None = None) -> None:
-        self._enabled, self._device = run.config.rollout.offload_idle, run.world.device
+        self._enabled, self._device = _is_crowded(run, student), run.world.device
         self._student, self._engine = student, engine
-        if self._enabled and run.world.student_is_deepspeed:
-            raise UserError(
-                "offload_idle moves the student's weights, which DeepSpeed's ZeRO-2 holds; switch one off."
-            )
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
         """The teacher on the device, loaded there the first time."""
@@ -51,6 +57,16 @@ class Turns:
             teacher.move(HOST)
             _give_back(self._device)
         self._student.to(self._device)
+
+
+def _is_crowded(run: Run, student: nn.Module) -> bool:
+    world, parameters = run.world, list(student.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    if world.device.type != "cuda" or world.student_is_deepspeed or not trained:
+        return False  # without trained weights `student` is a teacher that writes its own text
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    card = torch.cuda.get_device_properties(world.device).total_memory
+    return must_take_turns(weights, trained, resident_bytes(run.config, world.size), card)
 
 
 def _give_back(device: torch.device) -> None:

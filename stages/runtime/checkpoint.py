@@ -71,11 +71,8 @@ class Position:
         refresh_index: the refresh whose rows are trained on; 0: what stage one wrote.
         refreshes: each refresh by index, 0 the student at the start; those after `refresh_index` are being written elsewhere.
         opened_at: the step at which the rows of `refresh_index` were taken up.
-        pool_age: mean age of this run's rows then, steps.
         num_rows: how many of this run's rows there were then; 0: not known.
-        recent: drift (nats a token) and effective share of the last steps on these rows, oldest first.
-        kept: ids of the earlier rows that stayed then (replay_share); None: all that max_age allows.
-        row_drifts: drift of each row when it was last trained on, by the pool's key; empty where nothing asks for it.
+        recent: drift of the last steps on these rows, oldest first, nats per token.
         adaptive_tau: state of the gate's threshold (`dualkl.thresholds.AdaptiveTau.state`); empty where it does not adapt.
     """
 
@@ -84,11 +81,8 @@ class Position:
     refresh_index: Count
     refreshes: dict[Count, Refresh] = field(default_factory=dict)
     opened_at: Count = 0
-    pool_age: float = 0.0
     num_rows: int = 0
-    recent: list[list[float]] = field(default_factory=list)
-    kept: list[str] | None = None
-    row_drifts: dict[str, float] = field(default_factory=dict)
+    recent: list[float] = field(default_factory=list)
     adaptive_tau: dict[str, float] = field(default_factory=dict)
 
     @property

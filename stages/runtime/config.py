@@ -1,7 +1,7 @@
-"""The typed configuration: every key, its type and its default (Qwen scale), and how files and flags set it.
+"""The configuration: every key with its type, default (Qwen scale) and range, and how files and flags set it.
 
-Sections only group keys for the reader: leaf names are unique, so `--tau 0.5` and `loss: {tau: 0.5}` are the same setting.
-Later sources win: typed defaults, then each `--config` file in order, then flags.
+Sections only group keys for the reader: leaf names are unique, so `--tau 0.5` and `loss: {tau: 0.5}` mean the same.
+Later sources win: defaults, then each `--config` file in order, then flags.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dualkl import DualKLConfig
+from stages.runtime import yaml_text
 from stages.runtime.errors import UserError
-from stages.runtime.split import rollouts_of
-from stages.runtime.unread import check_unread
+from stages.runtime.yaml_text import short, shown
 
 Auto = Literal["auto"]
+Cap = Annotated[int, Field(ge=1)] | Auto
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -30,51 +30,60 @@ class Section(BaseModel):
 
 class RunSection(Section):
     run_name: str = Field(
-        "run", min_length=1, pattern=r"^[.]*[\w-][\w.-]*$", description="folder below runs_dir"
+        "run",
+        min_length=1,
+        pattern=r"^[.]*[\w-][\w.-]*$",
+        description="name of the run and of its folder in runs_dir",
     )
-    runs_dir: str = Field("runs", description="where runs leave their folders")
-    cache_dir: str = Field("", description="the teacher cache; empty: <run folder>/cache")
+    runs_dir: str = Field("runs", description="folder that holds the run folders")
+    cache_dir: str = Field("", description="teacher cache; empty: <run folder>/cache")
     extra_caches: dict[str, Annotated[Finite, Field(ge=0)]] = Field(
         {},
-        description="further caches to train on, root: rows drawn from it for each row of the run's own cache",
+        description="more caches to train on, {root: rows drawn from it per row of the run's own cache}",
     )
-    seed: int = Field(0, ge=0, description="seeds prompts, rollouts, LoRA initialisation and batch order")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    seed: int = Field(0, ge=0, description="seed of prompts, rollouts, LoRA initialisation and batch order")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     dtype: Literal["bf16", "fp32"] = Field(
-        "bf16", description="compute and frozen weights; trained weights are fp32"
+        "bf16", description="compute and frozen weights; trained weights are always fp32"
     )
+
+
+def name_and_revision(model: str) -> tuple[str, str]:
+    """`NAME@REVISION` of the hub in two, with main where no revision is given; a folder keeps its name."""
+    if Path(model).is_dir():
+        return model, "main"
+    name, _, revision = model.partition("@")
+    return name, revision or "main"
 
 
 class ModelSection(Section):
-    student_model: str = Field("Qwen/Qwen3-4B", description="hub name or folder")
-    student_revision: str = Field("main", description="branch, tag or commit on the hub")
-    student_adapter: str = Field("", description="a LoRA adapter to start from (use_lora)")
-    teacher_model: str = Field("Qwen/Qwen3-32B", description="hub name or folder; empty: none at hand")
-    teacher_revision: str = Field("main", description="branch, tag or commit on the hub")
+    student_model: str = Field("Qwen/Qwen3-4B", description="a folder, or NAME or NAME@REVISION on the hub")
+    student_adapter: str = Field("", description="LoRA adapter to start from; needs use_lora")
+    teacher_model: str = Field("Qwen/Qwen3-32B", description="as student_model; empty: no teacher at hand")
     teacher_dtype: Literal["bf16", "fp32"] = Field(
-        "bf16", description="teacher's compute and stored hidden states"
+        "bf16", description="teacher's compute, and the hidden states that are stored"
     )
     teacher_ds_zero3: bool = Field(
-        True, description="shard the teacher over all processes with DeepSpeed ZeRO-3"
+        True, description="shard the scoring teacher over all processes with DeepSpeed ZeRO-3"
     )
     teacher_ds_config: str = Field(
-        "", description="own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in"
+        "", description="your own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in"
     )
-    attn_implementation: str = Field("sdpa", description="transformers' attention of both models")
+    attn_implementation: str = Field("sdpa", description="attention of both models, as in transformers")
 
 
 class LoraSection(Section):
     use_lora: bool = Field(True, description="train LoRA adapters; false: all weights")
     lora_r: int = Field(64, ge=1, description="rank")
-    lora_alpha: int = Field(128, ge=1, description="scale; the update is alpha / r times B A")
+    lora_alpha: int = Field(128, ge=1, description="scale: the update is alpha / r * B A")
     lora_dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout before A")
     lora_targets: str = Field(
-        "all-linear", description="'all-linear' (head excluded) or names joined by commas"
+        "all-linear", description="all-linear (without the head), or layer names joined by commas"
     )
 
 
 def _weighted(value: Any) -> Any:
-    """A list of data sets, or of {data set: weight}, as one map; each named once, however its path is written."""
+    """A list of data sets, or of {data set: weight}, as one map. ValueError for one named twice, by whatever path."""
     parts = [value] if isinstance(value, dict) else value
     if not isinstance(parts, list) or not all(isinstance(each, str | dict) for each in parts):
         return value
@@ -90,152 +99,138 @@ Weights = Annotated[dict[str, Annotated[Finite, Field(gt=0)]], Field(min_length=
 class DataSection(Section):
     dataset: Annotated[str | Weights, BeforeValidator(_weighted)] = Field(
         "tulu3",
-        description="tulu3, a hub data set NAME or NAME:CONFIG, a local file or folder, or several: {data set: weight}",
+        description="file, folder, FOLDER::SPLIT, tulu3, or NAME:CONFIG:SPLIT on the hub (CONFIG and SPLIT optional);"
+        " several: {data set: weight}",
     )
-    dataset_split: str = Field("train", description="split, where the data set has several")
-    num_prompts: int = Field(16384, ge=0, description="prompts drawn from the data set (seeded); 0: all")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt after the chat template, tokens")
-    overlong: Literal["skip", "error"] = Field(
-        "skip", description="what to do with longer prompts (skips are counted)"
+    num_prompts: int = Field(
+        16384, ge=0, description="prompts drawn from the data set, in seeded order; 0: all"
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="longest prompt after the chat template, tokens; longer ones are skipped"
     )
     allow_skipped: Finite = Field(
         0.5,
         ge=0,
         le=1,
-        description="largest share of a data set's records that may be skipped, of more than 50",
+        description="largest share of a data set's records that may be skipped, if more than 50 are read; 0: none at all",
     )
-    system_prompt: str = Field("", description="system message of records that have none; empty: none")
+    system_prompt: str = Field("", description="system message for records without one; empty: none")
     chat_template_kwargs: dict[str, Any] = Field(
-        {"enable_thinking": False}, description="passed to the chat template"
+        {"enable_thinking": False}, description="arguments of the chat template"
     )
 
 
 def _joined(value: Any) -> Any:
-    """A list of names as names joined by commas."""
+    """A list of names, joined by commas."""
     is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return ",".join(value) if is_list else value
 
 
 class RolloutSection(Section):
-    group_size: int = Field(4, ge=1, description="completions for each prompt")
+    group_size: int = Field(4, ge=1, description="completions per prompt")
     max_new_tokens: int = Field(512, ge=1, description="longest completion, tokens")
     eos_token: Annotated[str, BeforeValidator(_joined)] = Field(
         "",
-        description="tokens that end a completion, joined by commas, in place of the student's own; empty: its own",
+        description="tokens that end a completion, joined by commas; empty: the student's own",
     )
     sample_temperature: Finite = Field(1.0, gt=0, description="sampling temperature of rollouts")
     sample_top_p: Finite = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     sample_top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
-    gen_micro_batch: int | Auto = Field(
-        "auto", description="rollouts that a process decodes together; auto: what the free GPU memory holds"
+    gen_micro_batch: Cap = Field(
+        "auto", description="rollouts that a process decodes at once; auto: what the free GPU memory holds"
     )
-    lp_micro_batch: int | Auto = Field(
+    lp_micro_batch: Cap = Field(
         "auto",
-        description="most rows in one scoring or training forward; auto: no cap but tokens, 64 in training on a CPU",
+        description="most rows in a scoring or training forward; auto: no limit but tokens (64 rows when training on a CPU)",
     )
-    score_tokens: int | Auto = Field(
+    score_tokens: Cap = Field(
         "auto",
-        description="tokens, padding included, in one scoring forward; auto: what the free GPU memory holds",
+        description="most tokens in a scoring forward, padding included; auto: what the free GPU memory holds",
     )
     rollouts_per_unit: int = Field(
         1024,
         ge=1,
-        description="rollouts made and committed together: enough for full batches to the end, minutes of work"
-        " that a crash can cost; processes take units in turn, so let them share rollouts_per_refresh evenly",
+        description="rollouts generated and committed together, which is what a crash can cost; processes take units in"
+        " turn, so choose a size that divides rollouts_per_refresh evenly among them",
     )
     role: Literal["generate", "score", "both"] = Field(
-        "both", description="of stages.rollout: generate and score may run apart and meet at the cache"
-    )
-    score_patience: Finite = Field(
-        60.0, gt=0, le=300, description="minutes that role score waits for the next unit"
-    )
-    offload_idle: bool = Field(
-        False,
-        description="student in host memory while a teacher scores, a plain teacher while the student writes",
+        "both", description="stages.rollout generates, scores, or both; separate processes meet at the cache"
     )
 
 
 class SignalSection(Section):
     signal: Literal["topk", "nucleus", "hidden", "full"] = Field(
-        "topk", description="what is kept of the teacher"
+        "topk", description="what is stored of the teacher's distribution"
     )
-    signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus")
-    signal_p: Finite = Field(0.99, gt=0, le=1, description="mass kept by nucleus")
-    signal_floor: int = Field(4, ge=1, description="fewest ids kept by nucleus")
+    signal_k: int = Field(64, ge=1, description="ids kept by topk; most ids kept by nucleus (at least 4)")
+    signal_p: Finite = Field(0.99, gt=0, le=1, description="probability mass kept by nucleus")
 
 
 class LossSection(Section):
-    tau: Finite = Field(1.0, ge=0, description="gate threshold on the reverse KL, nats")
-    alpha: Finite = Field(5.0, ge=0, description="gate sharpness, 1/nats")
+    """Ranges are those of `DualKLConfig`, which checks them."""
+
+    tau: Finite = Field(1.0, description="gate threshold on the reverse KL, nats")
+    tau_share: Finite = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="adapt tau, from its first value on, to keep this mean of λ; 0: constant tau",
+    )
+    alpha: Finite = Field(5.0, description="gate sharpness, 1/nats")
     gating: Literal["soft", "hard", "fixed"] = Field(
         "soft", description="sigmoid, step, or the constant `mix`"
     )
-    mix: Finite = Field(0.5, ge=0, le=1, description="weight of the reverse KL under gating: fixed")
+    mix: Finite = Field(0.5, description="weight of the reverse KL under gating: fixed")
     rkl: Literal["exact", "mc"] = Field("exact", description="reverse KL: exact, or at the sampled token")
     fkl: Literal["full", "argmax"] = Field(
         "full", description="forward KL: full, or cross-entropy on the argmax"
     )
-    temperature: Finite = Field(1.0, gt=0, description="of both distributions in the loss")
-    importance_cap: float = Field(
-        5.0, gt=0, description="cap on student/behaviour probability ratios (rkl: mc)"
-    )
-    tail_floor: Finite = Field(
-        1e-8, ge=0, lt=1, description="least probability of the tail bucket (topk, nucleus)"
-    )
+    temperature: Finite = Field(1.0, description="temperature of both distributions in the loss")
+    importance_cap: float = Field(5.0, description="cap on student/behaviour probability ratios (rkl: mc)")
     objective: Literal["gated", "jsd"] = Field(
-        "gated", description="gated dual KL, or Jensen-Shannon with β = mix"
+        "gated", description="gated dual KL, or Jensen-Shannon divergence with β = mix"
     )
     gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field(
-        "rkl", description="compared with tau (entropy: as cached)"
+        "rkl", description="what the gate compares with tau (the entropy as cached)"
     )
-    teacher_smoothing: Finite = Field(0.0, ge=0, lt=1, description="uniform part mixed into the teacher")
+    teacher_smoothing: Finite = Field(
+        0.0, description="share of the uniform distribution mixed into the teacher"
+    )
 
-
-class GateSection(Section):
-    tau_schedule: Literal["constant", "linear", "cosine", "adaptive"] = Field(
-        "constant",
-        description="tau over the run: it stays, moves to tau_end, or follows the divergences seen",
-    )
-    tau_end: Finite = Field(0.1, ge=0, description="tau of the last step, nats (linear, cosine)")
-    tau_share: Finite = Field(
-        0.7, gt=0, lt=1, description="adaptive: mean of λ to keep; tau is the first step's"
-    )
-    tau_rate: Finite = Field(
-        0.1, gt=0, le=1, description="adaptive: part of the way to a step's own threshold"
-    )
+    def settings(self, vocab_size: int | None = None) -> DualKLConfig:
+        """As `dual_kl` takes them; ValueError for those that it refuses."""
+        return DualKLConfig(**self.model_dump(exclude={"tau_share"}), vocab_size=vocab_size)
 
 
 class TrainSection(Section):
-    batch_size: int = Field(256, ge=1, description="rollouts in an optimizer step, over all processes")
-    grad_accum: int = Field(8, ge=1, description="micro-steps of a process in an optimizer step")
-    micro_batch_tokens: int | Auto = Field(
+    batch_size: int = Field(256, ge=1, description="rollouts per optimizer step, over all processes")
+    grad_accum: int = Field(8, ge=1, description="micro-steps of each process per optimizer step")
+    micro_batch_tokens: Cap = Field(
         "auto",
-        description="cap on tokens of a training forward; auto: what the GPU's memory holds, no cap on a CPU",
+        description="most tokens in a training forward; auto: what the GPU memory holds, no limit on a CPU",
     )
-    packing: bool | Auto = Field(
-        "auto", description="on | off: rows without padding; auto: where that is exact"
-    )
+    packing: bool | Auto = Field("auto", description="pack rows without padding; auto: where that is exact")
     compile: bool | Auto = Field(
         "auto", description="torch.compile the student's layers for training; auto: on a GPU"
     )
     max_steps: int = Field(256, ge=1, description="optimizer steps")
-    lr: Finite = Field(1e-4, gt=0, description="peak learning rate of AdamW")
-    lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final learning rate / peak (cosine)")
-    warmup_steps: int = Field(10, ge=0, description="linear warm-up, steps")
-    weight_decay: Finite = Field(0.0, ge=0, description="AdamW's")
+    lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
+    lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final / peak learning rate (cosine decay)")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    weight_decay: Finite = Field(0.0, ge=0, description="weight decay (AdamW)")
     max_grad_norm: Finite = Field(1.0, gt=0, description="gradient clipping (global norm)")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(
-        50, ge=1, description="steps between checkpoints (one precedes every refresh)"
+        50, ge=1, description="steps between checkpoints; there is always one before a refresh"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     resume_from: int = Field(
         0,
         ge=0,
-        description="go on from the checkpoint of this step and discard later ones; 0: from the newest",
+        description="resume from the checkpoint of this step and discard later ones; 0: the newest",
     )
     export_checkpoint: Literal["last", "best"] = Field(
-        "last", description="what becomes the student (best: eval_every)"
+        "last", description="checkpoint exported as the student; best needs eval_every"
     )
 
 
@@ -247,63 +242,48 @@ def _off(value: Any) -> Any:
 class RefreshSection(Section):
     refresh_mode: Annotated[Literal["inline", "external", "off"], BeforeValidator(_off)] = Field(
         "inline",
-        description="by these processes, by `stages.rollout --follow` elsewhere, or never: train on what is there",
+        description="who writes new rollouts: these processes, `stages.rollout --follow`, or nobody",
     )
-    refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: not by steps")
+    refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: do not refresh by steps")
     refresh_drift: Finite = Field(
-        0.0, ge=0, description="refresh at this KL(behaviour || student), nats a token; 0: off"
-    )
-    refresh_ess: Finite = Field(
-        0.0, ge=0, le=1, description="refresh at this effective share of the sample; 0: off"
-    )
-    refresh_age: Finite = Field(
-        0.0, ge=0, description="refresh at this mean age of the pool's rows, steps; 0: off"
-    )
-    refresh_min_steps: int = Field(1, ge=1, description="fewest steps between refreshes")
-    drift_window: int = Field(4, ge=1, description="steps that drift and effective share are averaged over")
-    drift_to_forward: Finite = Field(
         0.0,
         ge=0,
-        description="nats that tau is lowered by for each nat of a row's drift, towards forward KL; 0: off",
+        description="refresh when KL(behaviour || student) reaches this, nats per token, mean of 4 steps; 0: off",
     )
     rollouts_per_refresh: int = Field(
         8192, ge=1, description="rollouts written by stage one and by each refresh"
     )
-    replay_share: Finite = Field(
-        0.0,
+    max_age: int = Field(
+        64,
         ge=0,
-        lt=1,
-        description="share of rollouts_per_refresh that stays, newest first, while the rest is written anew",
-    )
-    max_age: int = Field(64, ge=0, description="steps after which a row of this run leaves the pool")
-    max_staleness: int = Field(
-        64, ge=0, description="external: training waits where the newest rows are older than this many steps"
+        description="steps after which a refresh drops a row of this run; external: training waits while the"
+        " newest rows are older",
     )
 
 
 class EvalSection(Section):
     eval_dataset: str = Field(
-        "", description="held-out prompts, as `dataset`; empty: the prompts after num_prompts"
+        "",
+        description="held-out prompts, named as in dataset (default split: test); empty: the prompts after num_prompts",
     )
-    eval_split: str = Field("test", description="split, where the data set has several")
-    eval_prompts: int = Field(256, ge=1, description="held-out prompts measured")
+    eval_prompts: int = Field(256, ge=1, description="number of held-out prompts")
     eval_every: int = Field(
         0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none"
     )
     answer_checker: str = Field(
-        "", description="gsm8k, or path/to/file.py:function(row, completion) -> bool; empty: none"
+        "", description="gsm8k, or FILE.py:FUNCTION with function(row, completion) -> bool; empty: none"
     )
     eval_teacher_text: str = Field(
-        "", description="a hidden cache of teacher completions, where no plain teacher fits"
+        "",
+        description="cache (signal hidden) of teacher completions, if the plain teacher does not fit on a GPU",
     )
 
 
 class LogSection(Section):
-    wandb_project: str = Field("", description="log to this Weights & Biases project; empty: off")
-    wandb_name: str = Field("", description="its run name; empty: run_name")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: written below the run folder"
+    wandb_project: str = Field(
+        "", description="Weights & Biases project; empty: off (WANDB_MODE=offline keeps records on disk)"
     )
+    wandb_name: str = Field("", description="run name at Weights & Biases; empty: run_name")
     trace_every: int = Field(
         10, ge=0, description="steps between per-token traces (λ, KLs) of a few rows; 0: none"
     )
@@ -317,7 +297,6 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     teacher_signal: SignalSection = SignalSection()
     loss: LossSection = LossSection()
-    gate: GateSection = GateSection()
     train: TrainSection = TrainSection()
     refresh: RefreshSection = RefreshSection()
     eval: EvalSection = EvalSection()
@@ -331,8 +310,10 @@ class Config(Section):
     def refreshes(self) -> bool:
         """Whether any refresh can become due."""
         policy = self.refresh
-        policies = policy.refresh_every, policy.refresh_drift, policy.refresh_ess, policy.refresh_age
-        return policy.refresh_mode == "external" or (policy.refresh_mode == "inline" and any(policies))
+        is_inline = policy.refresh_mode == "inline"
+        return policy.refresh_mode == "external" or (
+            is_inline and bool(policy.refresh_every or policy.refresh_drift)
+        )
 
     @property
     def cache_root(self) -> str:
@@ -352,95 +333,41 @@ SECTIONS: dict[str, type[Section]] = {
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; people mean a number. PyYAML takes the last of equal keys; people lose the first."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise UserError(
-                        f"the key {_shown(key.value)} is given twice (line {key.start_mark.line + 1}); keep one"
-                    )
-                seen.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-# The resolvers of a first character are tried in order; integers must come before the wider float pattern.
-# Dates stay text: no key is one, and a run's name may look like one.
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _Loader.yaml_implicit_resolvers[_first] = sorted(
-        (pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"),
-        key=lambda pair: pair[0] != "tag:yaml.org,2002:int",
-    )
+REMOVED = {
+    "gate": "tau_share is in section loss",
+    "tau_schedule": "tau stays, or follows the divergences with tau_share above 0",
+    "tau_end": "let tau follow the divergences (tau_share above 0), or change tau between two runs",
+    "tau_rate": "an adaptive tau moves at a fixed rate; leave the key out",
+    "refresh_ess": "refresh by drift with refresh_drift instead",
+    "refresh_age": "refresh by steps with refresh_every instead",
+    "refresh_min_steps": "leave it out; raise refresh_every or refresh_drift for fewer refreshes",
+    "drift_window": "refresh_drift is averaged over 4 steps; leave the key out",
+    "drift_to_forward": "refresh earlier (refresh_every, refresh_drift) to keep rows from drifting",
+    "replay_share": "set max_age to keep the rows of earlier refreshes, and lower rollouts_per_refresh",
+    "signal_floor": "a nucleus keeps at least 4 ids; leave the key out",
+    "tail_floor": "the tail bucket holds at least 1e-8; leave the key out",
+    "score_patience": "role score waits an hour for the next unit; leave the key out",
+    "offload_idle": "the idle model leaves the GPU by itself where both do not fit; leave the key out",
+    "wandb_mode": "set the environment variable WANDB_MODE, which wandb reads",
+    "student_revision": "write student_model: NAME@REVISION",
+    "teacher_revision": "write teacher_model: NAME@REVISION",
+    "dataset_split": "write dataset: NAME:CONFIG:SPLIT",
+    "eval_split": "write eval_dataset: NAME:CONFIG:SPLIT",
+    "overlong": "longer prompts are skipped; allow_skipped 0 refuses data sets that have any",
+    "max_staleness": "set max_age, which bounds the age of rows in every refresh_mode",
+}
+"""Keys of earlier versions, and what to do instead."""
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as text."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-MOST_BYTES, MOST_VALUES, MOST_DEEP, MOST_SHOWN = 2**20, 10_000, 20, 200
-
-
-def read_yaml(text: str) -> Any:
-    """Plain values (texts, numbers, lists, dicts with text keys); ValueError with a short reason for anything else."""
-    try:
-        return _plain(yaml.load(text, _Loader), [MOST_VALUES], 0)
-    except UserError:
-        raise
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # a constructor raises whatever Python's own functions do
-        raise ValueError(_short(" ".join(str(error).split()) or type(error).__name__)) from None
-
-
-def _plain(value: Any, left: list[int], depth: int) -> Any:
-    left[0] -= 1
-    if left[0] < 0 or depth > MOST_DEEP:
-        raise ValueError(f"it holds more than {MOST_VALUES} values, or more than {MOST_DEEP} levels of them")
-    if isinstance(value, dict):
-        if names := [key for key in value if not isinstance(key, str | int | float)]:
-            raise ValueError(f"a key is {_shown(names[0])}; use text")
-        return {key: _plain(item, left, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, left, depth + 1) for item in value]
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("an integer has more than 64 bits")
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise ValueError(
-            f"a value is of type {type(value).__name__}; use text, numbers, lists and dictionaries"
-        )
-    return value
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return _short(repr(value))
-    except ValueError:  # an integer of thousands of digits
-        return f"a value of type {type(value).__name__}"
+MOST_BYTES = 2**20
 
 
 def parse_arguments(arguments: list[str], description: str) -> Config:
     """The configuration of a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
 
-    Errors: `UserError` that names the key, the nearest real one, and the type that was expected; one for a key that was set
-    and has no effect.
+    Errors: `UserError` that names the key, the nearest real one, and the type that was expected.
     """
-    parser = _parser(description)
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = _parser(description).parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown_key(unknown[0].split("=")[0].lstrip("-"), "on the command line"))
     flags = {
@@ -448,38 +375,15 @@ def parse_arguments(arguments: list[str], description: str) -> Config:
         for leaf, text in vars(known).items()
         if leaf != "config" and text is not None
     }
-    sources = [(f"in {path}", _read_file(Path(path))) for path in known.config] + [
-        ("on the command line", flags)
-    ]
     values: dict[str, dict[str, Any]] = {}
-    for _, leaves in sources:
+    for leaves in (*(_read_file(Path(path)) for path in known.config), flags):
         for leaf, value in leaves.items():
             values.setdefault(SECTION_OF[leaf], {})[leaf] = value
-    config = build(values)
-    check_unread(sources, config.gate.tau_schedule)
-    return config
-
-
-def build(values: dict[str, dict[str, Any]]) -> Config:
-    """Validates nested values and the arithmetic between them."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_invalid(error)) from None
-    _check(config)
-    return config
-
-
-def _invalid(error: ValidationError) -> str:
-    """One sentence for the first invalid key, with every type that it could have had."""
-    errors = error.errors()
-    section, leaf = errors[0]["loc"][:2]
-    wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
-    return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {_shown(errors[0]['input'])}."
+    return build(values)
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+    return yaml_text.write(config.model_dump())
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -497,7 +401,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Leaves of a YAML file, whether they stand in their section or at the top level."""
+    """The keys of a YAML file, whether they stand in their section or at the top level."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist (looked in {Path.cwd()}).")
     if path.stat().st_size > MOST_BYTES:
@@ -505,7 +409,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"config file {path} has {path.stat().st_size} bytes; a configuration has at most {MOST_BYTES}."
         )
     try:
-        content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
+        content = yaml_text.read(path.read_text(encoding="utf-8-sig")) or {}
     except UnicodeDecodeError as error:
         raise UserError(
             f"config file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
@@ -514,100 +418,81 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} is not valid YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"config file {path} must hold keys and values, got {type(content).__name__}.")
-    leaves: dict[str, Any] = {}
-    for key, value in content.items():
-        if key in SECTIONS:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        where, leaves = f"in {path}", {name: value}
+        if name in SECTIONS:
             if not isinstance(value, dict):
-                raise UserError(f"{path}: section {key} must hold keys and values, got {_shown(value)}.")
-            found = _leaves(value, f"in section {key} of {path}")
-        else:
-            found = _leaves({key: value}, f"in {path}")
-        if twice := leaves.keys() & found.keys():
-            raise UserError(
-                f"config file {path} gives the key {min(twice)} in two places, in sections or outside; keep one."
-            )
-        leaves |= found
-    return leaves
-
-
-def _leaves(values: dict[str, Any], where: str) -> dict[str, Any]:
-    for leaf in values:
-        if leaf not in SECTION_OF:
-            raise UserError(_unknown_key(str(leaf), where))
-    return values
-
-
-def _unknown_key(key: str, where: str) -> str:
-    key = _short(key)
-    near = difflib.get_close_matches(key, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "; `python -m stages.pipeline --help` lists all keys."
-    return f"unknown key {key} {where}{hint}"
+                raise UserError(f"{path}: section {name} must hold keys and values, got {shown(value)}.")
+            where, leaves = f"in section {name} of {path}", value
+        for leaf in leaves:
+            if leaf not in SECTION_OF:
+                raise UserError(_unknown_key(str(leaf), where))
+            if leaf in found:
+                raise UserError(
+                    f"config file {path} gives the key {leaf} in two places, in sections or outside; keep one."
+                )
+        found |= leaves
+    return found
 
 
 def _from_text(leaf: str, text: str) -> Any:
+    """The value of a flag: a text that the key takes as it is, else YAML, as in a file."""
     annotation = SECTIONS[SECTION_OF[leaf]].model_fields[leaf].annotation
-    is_name = str in get_args(annotation) and not text.startswith(("{", "["))
-    if annotation is str or is_name:
+    if annotation is str or (str in get_args(annotation) and not text.startswith(("{", "["))):
         return text
     try:
-        return read_yaml(text)
-    except UserError as error:
+        return yaml_text.read(text)
+    except yaml_text.RepeatedKeyError as error:
         raise UserError(f"config key {leaf}: {error}.") from None
     except ValueError:
         return text
 
 
-def _check(config: Config) -> None:
-    rollout, signal, loss = config.rollout, config.teacher_signal, config.loss
-    for name in ("gen_micro_batch", "lp_micro_batch", "score_tokens"):
-        value = getattr(rollout, name)
-        if value != "auto" and value < 1:
-            raise UserError(f"config key {name} must be at least 1 or auto, got {value}.")
-    if config.train.micro_batch_tokens != "auto" and config.train.micro_batch_tokens < 1:
-        raise UserError(
-            f"config key micro_batch_tokens must be at least 1 or auto, got {config.train.micro_batch_tokens}."
-        )
+def _unknown_key(key: str, where: str) -> str:
+    key = short(key)
+    if key in REMOVED:
+        return f"the key {key} {where} was removed: {REMOVED[key]}."
+    near = difflib.get_close_matches(key, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; `python -m stages.pipeline --help` lists all keys."
+    return f"unknown key {key} {where}{hint}"
+
+
+# --- validation: what no type says
+
+
+def build(values: dict[str, dict[str, Any]]) -> Config:
+    """The configuration of values by section; UserError for types, ranges, and keys that do not go together."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_invalid(error)) from None
+    try:
+        config.loss.settings()
+    except ValueError as error:
+        raise UserError(f"config section loss: {error}") from None
+    for check in (_check_training, _check_loss, _check_refresh):
+        check(config)
+    return config
+
+
+def _invalid(error: ValidationError) -> str:
+    """One sentence for the first invalid key, with every type that it could have had."""
+    errors = error.errors()
+    section, leaf = errors[0]["loc"][:2]
+    wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
+    return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {shown(errors[0]['input'])}."
+
+
+def _check_training(config: Config) -> None:
+    refresh, group = config.refresh, config.rollout.group_size
     if config.train.export_checkpoint == "best" and not config.eval.eval_every:
-        raise UserError("export_checkpoint: best needs held-out KLs to choose by; set eval_every above 0.")
-    if signal.signal == "nucleus" and signal.signal_floor > signal.signal_k:
+        raise UserError("export_checkpoint: best needs held-out KLs; set eval_every above 0.")
+    if refresh.rollouts_per_refresh % group:
         raise UserError(
-            f"signal_floor {signal.signal_floor} is above signal_k {signal.signal_k}, the most ids kept; lower it."
+            f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size {group}; change one"
+            " of them."
         )
-    if config.refresh.rollouts_per_refresh % rollout.group_size:
-        raise UserError(
-            f"rollouts_per_refresh {config.refresh.rollouts_per_refresh} is not a multiple of group_size"
-            f" {rollout.group_size}; change one of them."
-        )
-    _check_adapter(config)
-    _check_refresh(config)
-    _check_gate(config)
-    if loss.gate_on != "rkl" and loss.gating == "fixed":
-        raise UserError(
-            f"gate_on: {loss.gate_on} needs a gate, but gating is fixed; use gating: soft or hard."
-        )
-    if loss.objective == "jsd" and (
-        (loss.gating, loss.rkl, loss.fkl) != ("fixed", "exact", "full") or loss.mix in (0, 1)
-    ):
-        raise UserError(
-            "objective: jsd needs gating: fixed, rkl: exact, fkl: full and a mix (its β) between 0 and 1."
-        )
-    if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
-        raise UserError(
-            "rkl: mc needs rollouts from the whole distribution, but sample_top_p < 1 or sample_top_k > 0 cuts it"
-            " (the estimate would be biased); set sample_top_p 1 and sample_top_k 0, or rkl: exact."
-        )
-    if loss.temperature != 1 and signal.signal in ("topk", "nucleus"):
-        raise UserError(
-            f"temperature {loss.temperature} cannot be had from signal {signal.signal}, which is stored at temperature 1;"
-            " use signal: hidden or full, or temperature 1."
-        )
-    if loss.rkl == "mc" and loss.temperature != 1:
-        raise UserError(
-            "rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact."
-        )
-
-
-def _check_adapter(config: Config) -> None:
     if config.models.student_adapter and not config.lora.use_lora:
         raise UserError(
             "student_adapter needs use_lora; for full fine-tuning merge the adapter into the model first."
@@ -618,43 +503,36 @@ def _check_adapter(config: Config) -> None:
         )
 
 
-def _check_gate(config: Config) -> None:
-    schedule, loss = config.gate.tau_schedule, config.loss
-    if schedule != "constant" and loss.gating == "fixed":
+def _check_loss(config: Config) -> None:
+    """What rollouts and signal must be for the loss, and what the gate must be for an adaptive threshold."""
+    rollout, signal, loss = config.rollout, config.teacher_signal.signal, config.loss
+    if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
-            f"tau_schedule: {schedule} moves the gate's threshold, but gating: fixed has none; use soft or hard."
+            "rkl: mc needs rollouts from the whole distribution: with sample_top_p < 1 or sample_top_k > 0 the estimate is"
+            " biased. Set sample_top_p 1 and sample_top_k 0, or rkl: exact."
         )
-    if schedule == "adaptive" and loss.gating == "soft" and loss.alpha == 0:
-        raise UserError("tau_schedule: adaptive moves no λ, alpha 0 leaves every λ at one half; raise alpha.")
+    if loss.temperature != 1 and signal in ("topk", "nucleus"):
+        raise UserError(
+            f"temperature {loss.temperature} does not work with signal {signal}, which is stored at temperature 1; use"
+            " signal: hidden or full, or temperature 1."
+        )
+    if loss.rkl == "mc" and loss.temperature != 1:
+        raise UserError(
+            "rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact."
+        )
+    if loss.tau_share and loss.gating == "fixed":
+        raise UserError(
+            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use soft or hard."
+        )
+    if loss.tau_share and loss.gating == "soft" and loss.alpha == 0:
+        raise UserError("tau_share has no effect at alpha 0, where every λ is one half; raise alpha.")
 
 
 def _check_refresh(config: Config) -> None:
-    policy, rollout, loss = config.refresh, config.rollout, config.loss
-    if policy.replay_share and policy.max_age < max(1, policy.refresh_every):
-        raise UserError(
-            f"replay_share {policy.replay_share} keeps rows of earlier refreshes, but max_age {policy.max_age} drops them at"
-            f" the next one; raise max_age to at least {max(1, policy.refresh_every)}, or set replay_share 0."
-        )
-    if policy.replay_share and not len(rollouts_of(config, 1)):
-        raise UserError(
-            f"replay_share {policy.replay_share} leaves less than one group of {rollout.group_size} of the"
-            f" {policy.rollouts_per_refresh} rollouts_per_refresh to be written anew; lower it."
-        )
-    if policy.refresh_mode == "external" and policy.refresh_min_steps > policy.max_staleness + 1:
-        raise UserError(
-            f"refresh_min_steps {policy.refresh_min_steps} asks for no new rows before those in use are more than max_staleness"
-            f" {policy.max_staleness} steps old; lower it to at most {policy.max_staleness + 1}, or raise max_staleness."
-        )
-    if policy.drift_to_forward and loss.gating == "fixed":
-        raise UserError(
-            "drift_to_forward moves the gate's threshold, but gating: fixed has none; use soft or hard."
-        )
+    rollout, loss = config.rollout, config.loss
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
-    measured = [
-        name for name in ("refresh_drift", "refresh_ess", "drift_to_forward") if getattr(policy, name)
-    ]
-    if measured and sampled != (loss.temperature, 1.0, 0):
+    if config.refresh.refresh_drift and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
-            f"{measured[0]} compares the student with the distribution that its rollouts were drawn from; set"
+            "refresh_drift compares the student with the distribution that its rollouts were drawn from; set"
             f" sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and sample_top_k 0."
         )

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cache.plain import plain
-from stages.runtime.config import Config
+from stages.runtime.config import Config, name_and_revision
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
@@ -32,8 +32,6 @@ FREE = {
     "score_tokens",
     "rollouts_per_unit",
     "role",
-    "score_patience",
-    "offload_idle",
     "grad_accum",
     "micro_batch_tokens",
     "packing",
@@ -45,7 +43,6 @@ FREE = {
     "resume_from",
     "wandb_project",
     "wandb_name",
-    "wandb_mode",
     "trace_every",
 }
 """Keys that decide how a run is computed, kept or shown, not what is trained and measured."""
@@ -164,7 +161,7 @@ def model_card(records: list[Record], config: Config, step: int) -> str:
     models, lora = config.models, config.lora.use_lora
     how = f"LoRA, rank {config.lora.lora_r}" if lora else "all weights trained"
     head = {
-        "base_model": models.student_model,
+        "base_model": name_and_revision(models.student_model)[0],
         "library_name": "peft" if lora else "transformers",
         "tags": ["distillation"],
     }

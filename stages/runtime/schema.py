@@ -1,6 +1,6 @@
-"""What records of metrics.jsonl, eval/*.json and traces must hold: checked once where they are read, so that readers may rely on it.
+"""What records of metrics.jsonl, eval/*.json and traces must hold, checked once when they are read.
 
-Files of a run may have been cut off by a crash, written by another version, or come from somebody else.
+A run's files may be cut off by a crash, written by another version, or come from a stranger.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Checked(BaseModel):
 
 
 class _Figures(_Checked):
-    """Whatever else it holds is a number too."""
+    """All further fields are numbers too."""
 
     __pydantic_extra__: dict[str, Figure]
 
@@ -177,7 +177,7 @@ KINDS: dict[str, type[BaseModel]] = {
 
 
 def is_record(value: Any) -> bool:
-    """Whether a line of metrics.jsonl is a record with all that its kind must hold; other kinds must only be records."""
+    """Whether a line of metrics.jsonl is a record that holds what its kind requires; unknown kinds require a `Record`."""
     if not isinstance(value, dict) or is_deeper(value, DEPTH):
         return False
     kind = KINDS.get(str(value.get("kind")), Record)
@@ -191,7 +191,7 @@ def is_record(value: Any) -> bool:
 
 
 def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """What the evaluation in eval/`path` found, {} where there is none; one that cannot be read counts as none, which is said."""
+    """The evaluation at `path`; {} if there is none, or if it cannot be read, which `say` reports."""
     try:
         data = files.read(path)
         found = {} if data is None else finite(json.loads(data))
@@ -203,7 +203,7 @@ def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]
 
 
 def complaint(error: Exception) -> str:
-    """Where and what, in one line, of an error of reading or checking."""
+    """An error of reading or checking as one line: where, and what."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(part)[:40] for part in first['loc'])}: {first['msg']}"
@@ -211,7 +211,7 @@ def complaint(error: Exception) -> str:
 
 
 def finite(values: Any) -> Any:
-    """The same plain values with None for NaN and infinities, which JSON cannot hold."""
+    """The same plain values, with None for NaN and infinities, which JSON cannot hold."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 

@@ -176,7 +176,7 @@ def _start(config: Config) -> Any:
         "resume": "allow",
     }
     try:
-        run = wandb.init(mode=config.log.wandb_mode, **options)
+        run = wandb.init(**options)  # WANDB_MODE=offline keeps records for `wandb sync`
     except Exception as error:  # no network, no key: what is kept here can be sent later
         where = config.run_folder / "wandb"
         _tell(f"wandb cannot be reached ({one_line(error)}); records are kept in {where} for `wandb sync`")

@@ -1,52 +1,41 @@
-"""How a run's rows are divided: rollouts among refreshes, a step's rows among processes and micro-steps."""
+"""How rollouts are split among refreshes, and the rows of a step among processes and micro-steps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from stages.runtime.config import Config
+DRIFT_WINDOW = 4
+"""Optimizer steps on the rows in use that `refresh_drift` averages over."""
 
 
 def rollouts_of(config: Config, refresh_index: int) -> range:
-    """The places of a refresh's rollouts among all that the run writes: whole groups, one refresh after the other."""
-    start = sum(_num_new(config, index) for index in range(refresh_index))
-    return range(start, start + _num_new(config, refresh_index))
+    """The indices of a refresh's rollouts among all that the run writes: whole groups, in the order of refreshes."""
+    start = sum(pool_size(config, index) for index in range(refresh_index))
+    return range(start, start + pool_size(config, refresh_index))
 
 
 def pool_size(config: Config, refresh_index: int) -> int:
-    """Rollouts to train on from a refresh on: `rollouts_per_refresh`, or as many as the steps can read of them."""
+    """Rollouts that a refresh writes: `rollouts_per_refresh`, or fewer if the steps cannot read them all."""
     rows, group = steps_of(config, refresh_index) * config.train.batch_size, config.rollout.group_size
     return min(config.refresh.rollouts_per_refresh, -(-rows // group) * group)
 
 
 def steps_of(config: Config, refresh_index: int) -> int:
-    """Most optimizer steps that can train on the rows of a refresh before those of the next one replace them."""
+    """Most optimizer steps on the rows of a refresh before the next one replaces them."""
     policy, max_steps = config.refresh, config.train.max_steps
     if policy.refresh_mode == "off":
         return max_steps
-    longest = max(policy.refresh_every, policy.refresh_min_steps) if policy.refresh_every else max_steps
-    shortest = policy.refresh_min_steps
-    if policy.refresh_every and not (policy.refresh_drift or policy.refresh_ess or policy.refresh_age):
-        shortest = longest
-    if (
-        policy.refresh_mode == "external"
-    ):  # rows are on their way for a while, and training waits at the bound
-        longest = policy.max_staleness + 1
-        shortest = max(policy.refresh_min_steps, min(shortest, longest))
+    longest = policy.refresh_every or max_steps
+    shortest = min(longest, DRIFT_WINDOW) if policy.refresh_drift else longest
+    if policy.refresh_mode == "external":  # the old rows are used until they are too old
+        longest = policy.max_age + 1
+        shortest = min(shortest, longest)
     return max(1, min(longest, max_steps - refresh_index * shortest))
 
 
-def _num_new(config: Config, refresh_index: int) -> int:
-    """Of the rows of a refresh those that are written for it; `replay_share` of them stay."""
-    group, kept = config.rollout.group_size, config.refresh.replay_share if refresh_index else 0.0
-    return round(pool_size(config, refresh_index) * (1 - kept) / group) * group
-
-
 def rows_per_micro_step(config: Config, world_size: int) -> int:
-    """Rows of one process in one of its `grad_accum` micro-steps; an impossible split is a `UserError`."""
+    """Rows of each process in each of its `grad_accum` micro-steps; UserError if they do not divide evenly."""
     train = config.train
     rows, rest = divmod(train.batch_size, world_size * train.grad_accum)
     if rest or rows == 0:

@@ -1,4 +1,4 @@
-"""Thresholds over a run: schedules, the histogram of D, and the adaptive threshold."""
+"""Thresholds over a run: the histogram of D, and the adaptive threshold."""
 
 import json
 import math
@@ -17,7 +17,6 @@ from dualkl.thresholds import (
     adapt,
     bin_edges,
     divergence_histogram,
-    scheduled_tau,
     tau_for_share,
 )
 
@@ -26,36 +25,6 @@ def divergences(num: int, centre: float = 0.1, seed: int = 0) -> Tensor:
     """Log-normal, as the reverse KL of a student's tokens is: most small, a few large."""
     generator = torch.Generator().manual_seed(seed)
     return centre * (1.5 * torch.randn(num, generator=generator, dtype=torch.float64)).exp()
-
-
-def test_schedules_go_from_start_to_end_and_stay_there() -> None:
-    assert [scheduled_tau("constant", 0.3, 9.0, step, 5) for step in (0, 4, 100)] == [0.3] * 3
-    assert [scheduled_tau("linear", 2.0, 1.0, step, 5) for step in range(6)] == [
-        2.0,
-        1.75,
-        1.5,
-        1.25,
-        1.0,
-        1.0,
-    ]
-    cosine = [scheduled_tau("cosine", 0.0, 1.0, step, 5) for step in range(5)]
-    assert cosine == pytest.approx([0, 0.5 - math.sqrt(0.125), 0.5, 0.5 + math.sqrt(0.125), 1])
-    assert scheduled_tau("linear", 2.0, 1.0, 0, 1) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("step", 1.0, 1.0, 0, 1), "The schedule is 'step'; expected 'constant', 'linear' or 'cosine'."),
-        (("linear", -1.0, 1.0, 0, 1), "The thresholds are -1.0 and 1.0; expected finite numbers"),
-        (("linear", 1.0, math.nan, 0, 1), "The thresholds are 1.0 and nan"),
-        (("linear", 1.0, 1.0, -1, 1), "Step -1 of 1 does not exist"),
-        (("linear", 1.0, 1.0, 0, 0), "Step 0 of 0 does not exist"),
-    ],
-)
-def test_a_schedule_that_cannot_be_is_refused(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        scheduled_tau(*arguments)
 
 
 def test_every_divergence_is_in_the_bin_between_its_edges() -> None:
@@ -133,7 +102,7 @@ def test_the_first_histogram_replaces_the_start_and_an_empty_one_changes_nothing
     assert math.isclose(states[0].tau, states[1].tau, rel_tol=1e-9)
     unmoved = adapt(states[0], torch.zeros(NUM_BINS), **options)
     assert unmoved.state() == states[0].state()
-    slow = adapt(states[0], divergence_histogram(torch.full((9,), 50.0)), **options, rate=0.1)
+    slow = adapt(states[0], divergence_histogram(torch.full((9,), 50.0)), **options)
     assert slow.tau > 20  # the second one counts for half
 
 
@@ -142,7 +111,6 @@ def test_the_first_histogram_replaces_the_start_and_an_empty_one_changes_nothing
     [
         ({"share": 1.0}, r"share is 1.0; expected a mean of the gate in \(0, 1\)."),
         ({"gating": "fixed"}, "gating is 'fixed'; expected 'soft' or 'hard'"),
-        ({"rate": 0.0}, r"rate is 0.0; expected a number in \(0, 1\]."),
     ],
 )
 def test_an_adaption_that_cannot_be_is_refused(changes: dict, message: str) -> None:

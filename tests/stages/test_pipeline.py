@@ -326,7 +326,7 @@ def overlay(folder: Path) -> list[str]:
     path = folder / "small.yaml"
     path.write_text(
         f"runs_dir: {folder}\ndevice: cpu\nmax_steps: 2\nrefresh_every: 1\nmax_age: 0\nrollouts_per_refresh: 16\n"
-        "rollouts_per_unit: 8\neval_dataset: examples/arithmetic/heldout.jsonl\neval_prompts: 4\nwandb_mode: offline\n"
+        "rollouts_per_unit: 8\neval_dataset: examples/arithmetic/heldout.jsonl\neval_prompts: 4\n"
         "chat_template_kwargs: {}\nanswer_checker: examples/word_problems.py:check\ngradient_checkpointing: false\n"
     )
     return ["--config", str(path)]

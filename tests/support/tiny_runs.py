@@ -30,7 +30,6 @@ TINY: dict[str, Any] = {
     "trace_every": 0,
     "compile": "false",
 }
-REPLAY: dict[str, Any] = {"refresh_every": 2, "replay_share": 0.5, "max_age": 3, "rollouts_per_unit": 4}
 
 
 def student_of(run: Run) -> Student:

@@ -94,7 +94,7 @@ def test_a_local_file_of_tulu3s_schema_gives_one_prompt_a_row(
     assert all(prompt.row["source"] == "ai2-adapt-dev/some_source" for prompt in found.prompts)
 
 
-def test_a_hub_data_set_has_a_name_and_perhaps_a_configuration(
+def test_a_hub_data_set_has_a_name_and_perhaps_a_configuration_and_a_split(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str | None, str]] = []
@@ -105,8 +105,14 @@ def test_a_hub_data_set_has_a_name_and_perhaps_a_configuration(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(taken(tmp_path, tokenizer, "tulu3").prompts) == len(TULU3)
-    assert len(taken(tmp_path, tokenizer, "openai/gsm8k:main").prompts) == len(TULU3)
-    assert asked == [("allenai/tulu-3-sft-mixture", None, "train"), ("openai/gsm8k", "main", "train")]
+    for name in ("openai/gsm8k:main", "openai/gsm8k:main:test", "openai/gsm8k::train[:10%]"):
+        assert len(taken(tmp_path, tokenizer, name).prompts) == len(TULU3)
+    assert asked == [
+        ("allenai/tulu-3-sft-mixture", None, "train"),
+        ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", "main", "test"),
+        ("openai/gsm8k", None, "train[:10%]"),
+    ]
 
 
 def test_turns_of_another_shape_are_a_sentence_not_a_crash(tmp_path: Path, tokenizer: Any) -> None:
@@ -117,7 +123,7 @@ def test_turns_of_another_shape_are_a_sentence_not_a_crash(tmp_path: Path, token
 
 
 def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None:
-    strict = load_tokenizer(str(ROOT / STUDENT), "main")
+    strict = load_tokenizer(str(ROOT / STUDENT))
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
     path = jsonl(tmp_path, [*rows * 3, {"text": "a"}])
@@ -128,7 +134,7 @@ def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None
 
 
 def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
-    thinking = load_tokenizer(str(ROOT / STUDENT), "main")
+    thinking = load_tokenizer(str(ROOT / STUDENT))
     thinking.chat_template = "{% if enable_thinking %}think{% else %}plain{% endif %}"
     path = jsonl(tmp_path, [{"prompt": "a"}])
     texts = [
@@ -139,7 +145,7 @@ def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_a_template_gets_the_plain_text(tmp_path: Path) -> None:
-    plain = load_tokenizer(str(ROOT / STUDENT), "main")
+    plain = load_tokenizer(str(ROOT / STUDENT))
     plain.chat_template = None
     assert taken(tmp_path, plain, jsonl(tmp_path, [{"question": "How many?"}])).prompts[0].text == "How many?"
 
@@ -234,10 +240,11 @@ def test_a_prompt_of_exactly_the_limit_is_kept(tmp_path: Path, tokenizer: Any) -
     )
 
 
-def test_an_overlong_prompt_is_an_error_where_that_is_asked_for(tmp_path: Path, tokenizer: Any) -> None:
-    path = jsonl(tmp_path, [{"prompt": "pens " * 50}])
-    message = refusal(tmp_path, tokenizer, path, max_prompt_tokens=20, overlong="error")
-    for part in (path, "a prompt has", "max_prompt_tokens is 20", "overlong: skip", "pens pens"):
+def test_a_share_of_0_allows_no_skipped_record_however_few_there_are(tmp_path: Path, tokenizer: Any) -> None:
+    path = jsonl(tmp_path, [{"prompt": "pens"}, {"prompt": "pens " * 50}])
+    assert len(taken(tmp_path, tokenizer, path, max_prompt_tokens=20).prompts) == 1
+    message = refusal(tmp_path, tokenizer, path, max_prompt_tokens=20, allow_skipped=0)
+    for part in (path, "1 of 2 records skipped: 1 longer than max_prompt_tokens 20", "allow_skipped 0 of"):
         assert part in message
 
 
@@ -300,7 +307,7 @@ def test_a_data_set_that_is_mostly_skipped_is_refused_unless_that_is_allowed(
 
 
 def test_a_template_that_refuses_some_records_costs_those_alone(tmp_path: Path) -> None:
-    strict = load_tokenizer(str(ROOT / STUDENT), "main")
+    strict = load_tokenizer(str(ROOT / STUDENT))
     strict.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
     )
@@ -368,7 +375,7 @@ def test_the_name_of_a_data_set_stays_text(tmp_path: Path, name: str) -> None:
 
 
 def test_a_system_prompt_is_added_where_there_is_none(tmp_path: Path) -> None:
-    roles = load_tokenizer(str(ROOT / STUDENT), "main")
+    roles = load_tokenizer(str(ROOT / STUDENT))
     roles.chat_template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
     rows = [{"prompt": "a"}, {"prompt": "b", "system": "own"}]
     found = taken(tmp_path, roles, jsonl(tmp_path, rows), system_prompt="Be brief.").prompts
@@ -506,7 +513,7 @@ def test_the_vocabulary_fingerprint_looks_below_the_cut_only() -> None:
 
 
 def test_the_template_fingerprint_changes_with_the_template(tokenizer: Any) -> None:
-    other = load_tokenizer(str(ROOT / STUDENT), "main")
+    other = load_tokenizer(str(ROOT / STUDENT))
     assert template_fingerprint(other) == template_fingerprint(tokenizer)
     other.chat_template = other.chat_template + " "
     assert template_fingerprint(other) != template_fingerprint(tokenizer)

@@ -203,6 +203,16 @@ def test_a_folder_whose_files_name_splits_is_read_by_split(tmp_path: Path) -> No
     assert read(tmp_path) == RECORDS
     assert read(tmp_path, "test") == RECORDS[:1]
     assert "no files of split validation; its files name test, train" in refusal(tmp_path, "validation")
+    assert read(f"{tmp_path}::test") == RECORDS[:1]
+    assert "name the split of a folder as FOLDER::SPLIT" in refusal(f"{tmp_path}:test")
+    file = tmp_path / "data" / "test-00000-of-00001.jsonl"
+    assert "and a file no splits" in refusal(f"{file}::test")
+
+
+def test_a_path_that_holds_a_colon_is_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "a:b::c.jsonl"
+    path.write_bytes(text_of(RECORDS))
+    assert read(path) == RECORDS
 
 
 LATIN = '{"question": "été"}\n'

@@ -278,8 +278,8 @@ def opinionated(tmp_path: Path) -> str:
 def test_the_checkpoints_generation_config_does_not_change_rollouts(
     student_model: Any, tokenizer: Any, opinionated: str, prompts: list[np.ndarray]
 ) -> None:
-    model = checkpoints.load_model(opinionated, "main", torch.float32, "sdpa")
-    assert set(ends.checkpoint_ends(opinionated, "main")) == {1, 3}  # of all its settings these are used
+    model = checkpoints.load_model(opinionated, torch.float32, "sdpa")
+    assert set(ends.checkpoint_ends(opinionated)) == {1, 3}  # of all its settings these are used
     for sampling in (Sampling(40, temperature=1.2), Sampling(40, greedy=True)):
         expected = run(student_model, prompts, sampling, eos_ids=(1, 3))
         found = run(model, prompts, sampling, eos_ids=(1, 3))

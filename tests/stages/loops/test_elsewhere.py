@@ -23,7 +23,6 @@ from stages.runtime.run import Run
 from tests.stages.loops.test_resume import Stop, assert_same_run
 from tests.support.helpers import Forker, assert_same_weights, make_run, records_of, small, weights_in
 from tests.support.tiny_runs import (
-    REPLAY,
     TINY,
     policy_of,
     save_weights,
@@ -36,7 +35,7 @@ from tests.support.tiny_runs import (
 # Rollouts from elsewhere
 
 
-EXTERNAL: dict[str, Any] = TINY | {"refresh_mode": "external", "max_staleness": 2, "lora_dropout": 0.1}
+EXTERNAL: dict[str, Any] = TINY | {"refresh_mode": "external", "max_age": 2, "lora_dropout": 0.1}
 
 
 def train_beside_a_follower(
@@ -91,12 +90,13 @@ def test_both_sides_may_be_killed_and_started_again(tmp_path: Path, forked: Fork
 
 
 def test_training_goes_on_over_rows_within_the_bound(tmp_path: Path, forked: Forker) -> None:
-    values = {"max_steps": 9, "max_staleness": 6, "refresh_every": 2}
+    values = {"max_steps": 9, "max_age": 6, "refresh_every": 2}
     run = train_beside_a_follower(forked, tmp_path, **values)
     steps = records_of(run, "step")
     assert [step["step"] for step in steps] == list(range(1, 10))
-    assert all(step["staleness"] <= 6 for step in steps)
-    assert {record["refresh_index"] for record in records_of(run, "refresh")} <= set(range(1, 5))
+    written_at = {0: 0} | {r["refresh_index"]: r["policy_step"] for r in records_of(run, "refresh")}
+    assert all(step["step"] - 1 - written_at[step["refresh_index"]] <= 6 for step in steps)
+    assert written_at.keys() <= set(range(5))
 
 
 def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
@@ -110,7 +110,7 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda _, position: position.refresh_index)
     monkeypatch.setattr(schedule.time, "sleep", waiting)
     with pytest.raises(Stop):
-        train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_staleness": 6, "refresh_every": 2}))
+        train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_age": 6, "refresh_every": 2}))
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -122,7 +122,7 @@ def test_training_waits_for_the_first_rows_too(
     waits: list[float] = []
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
     monkeypatch.setattr(schedule.time, "sleep", waits.append)
-    run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_staleness": 6}))
+    run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_age": 6}))
     assert "waiting for rollouts of refresh 0 (step 0)" in capsys.readouterr().out
     assert len(waits) == 2
     assert [step["step"] for step in records_of(run.folder, "step")] == [1, 2]
@@ -159,11 +159,7 @@ def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **
     ("values", "taken_up"),
     [
         ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
-        (
-            {"refresh_every": 0, "refresh_ess": 1.0, "drift_window": 1},
-            [(3, 1, 1), (4, 2, 4), (7, 3, 5), (8, 4, 8)],
-        ),
-        ({"refresh_every": 0, "refresh_min_steps": 3}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
+        ({"refresh_every": 0}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
     ],
     ids=str,
 )
@@ -184,16 +180,17 @@ def test_training_waits_at_the_bound_however_slow_the_follower(
 def test_in_lock_step_all_that_a_refresh_carries_over_is_that_of_inline_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows that stay, their drifts, and an adaptive threshold, over three refreshes."""
-    values: dict[str, Any] = REPLAY | {
+    """An adaptive threshold among them, over three refreshes."""
+    values: dict[str, Any] = {
+        "refresh_every": 2,
+        "max_age": 1,
+        "rollouts_per_unit": 4,
         "max_steps": 7,
-        "drift_to_forward": 3.0,
-        "tau_schedule": "adaptive",
-        "tau_rate": 0.5,
+        "tau_share": 0.7,
         "lora_dropout": 0.1,
     }
     expected = train(tmp_path / "inline", **values)
-    run = train_with_a_slow_follower(tmp_path / "external", monkeypatch, **(values | {"max_staleness": 1}))
+    run = train_with_a_slow_follower(tmp_path / "external", monkeypatch, **values)
     assert_same_run(run, expected)
     kinds = [
         [(r["step"], r["tau"], r["drift"]) for r in records_of(one.folder, "step")] for one in (run, expected)

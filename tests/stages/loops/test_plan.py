@@ -334,7 +334,7 @@ def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
 
 
 def test_a_larger_run_never_takes_less(folders: Path) -> None:
-    """In every phase but `evaluate`, whose plain teacher is skipped where it no longer fits."""
+    """Except in `evaluate`, whose plain teacher is skipped where it does not fit, and where models take turns."""
 
     def peaks(*more: str, gpus: int = 2) -> dict[str, float]:
         config = configured(folders, "Qwen3-4B", "Qwen3-32B", *LAUNCH, *more)
@@ -351,8 +351,20 @@ def test_a_larger_run_never_takes_less(folders: Path) -> None:
         "gen_micro_batch": "64",
     }.items():
         more = peaks(f"--{key}", value)
-        assert all(more[name] >= base[name] for name in base), key
+        turns = {"score"} if key == "use_lora" else set()
+        assert all(more[name] >= base[name] for name in base.keys() - turns), key
         assert sum(more.values()) > sum(base.values()), key
+
+
+@pytest.mark.parametrize(("use_lora", "crowded"), [("true", False), ("false", True)])
+def test_a_student_that_crowds_the_card_is_away_while_the_teacher_scores(
+    folders: Path, use_lora: str, crowded: bool
+) -> None:
+    config = configured(folders, "Qwen3-4B", "Qwen3-32B", *LAUNCH, "--use_lora", use_lora)
+    phases = {phase.name: phase.parts for phase in make_plan(config, TWO_80GB).phases}
+    assert "student" in phases["generate"]
+    assert "teacher shard" in phases["score"]
+    assert ("student" in phases["score"]) is not crowded
 
 
 def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:

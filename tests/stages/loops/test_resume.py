@@ -136,10 +136,7 @@ def train_until(folder: Path, flags: list[str], place: str) -> None:
 
 
 CARRIED: dict[str, Any] = {
-    "tau_schedule": "adaptive",
-    "tau_rate": 0.5,
-    "drift_to_forward": 3.0,
-    "replay_share": 0.5,
+    "tau_share": 0.7,
     "max_age": 6,
     "rollouts_per_unit": 4,
 }

@@ -24,10 +24,15 @@ VALUES: dict[str, Any] = {
     "teacher_ds_zero3": "false",
     "rollouts_per_refresh": 24,
     "rollouts_per_unit": 8,
-    "score_patience": 0.002,
     "max_new_tokens": 16,
 }
 NUM_UNITS = 3
+
+
+@pytest.fixture(autouse=True)
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; those that are started have an hour."""
+    monkeypatch.setattr(roles, "PATIENCE", 0.12)
 
 
 class Stop(Exception):
@@ -170,14 +175,6 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
     assert len(cache.open(cache_of(tmp_path))) == 8  # what was there is scored
 
 
-def test_a_refresh_that_replaces_a_share_is_scored_to_its_end(tmp_path: Path) -> None:
-    """A third of the rows stays: the refresh has two units of the three that stage one had."""
-    values = {"replay_share": 0.33, "max_age": 64}
-    assert generate(tmp_path, **values) == score(tmp_path, **values) == 3
-    assert generate(tmp_path, index=1, **values) == score(tmp_path, index=1, **values) == 2
-    assert len(cache.open(cache_of(tmp_path))) == 24 + 16
-
-
 def test_another_runs_rows_are_not_scored(tmp_path: Path) -> None:
     root = tmp_path / "shared"
     generate(tmp_path, cache_dir=root, run_name="other", seed=5)
@@ -231,7 +228,7 @@ def join(workers: list[Any]) -> None:
 def test_several_generators_and_several_zero3_scorers_at_the_same_time(
     tmp_path: Path, forked: Forker, expected: Path, generators: int, scorers: int
 ) -> None:
-    values = VALUES | {"teacher_ds_zero3": "true", "score_patience": 2}
+    values = VALUES | {"teacher_ds_zero3": "true"}
     scoring = forked.start("stages.rollout", *small(tmp_path, **values, role="score"), processes=scorers)
     generating = forked.start(
         "stages.rollout", *small(tmp_path, **values, role="generate"), processes=generators
@@ -246,8 +243,7 @@ def test_several_generators_and_several_zero3_scorers_at_the_same_time(
 def test_a_side_that_is_killed_and_started_again_loses_and_doubles_nothing(
     tmp_path: Path, forked: Forker, expected: Path, victim: str
 ) -> None:
-    values = VALUES | {"score_patience": 2}
-    sides = {name: small(tmp_path, **values, role=name) for name in ("generate", "score")}
+    sides = {name: small(tmp_path, **VALUES, role=name) for name in ("generate", "score")}
     running = {name: forked.start("stages.rollout", *arguments) for name, arguments in sides.items()}
     watched = {"generate": unscored_of(tmp_path), "score": cache_of(tmp_path)}[victim]
     while alive(running[victim]) and not list((watched / "commits").glob("*.json")):
@@ -267,7 +263,7 @@ def test_a_side_that_is_killed_and_started_again_loses_and_doubles_nothing(
 def test_an_interrupt_is_one_line_and_what_is_committed_is_kept(
     tmp_path: Path, forked: Forker, expected: Path, name: str
 ) -> None:
-    arguments = small(tmp_path, **(VALUES | {"score_patience": 2, "rollouts_per_unit": 4}), role=name)
+    arguments = small(tmp_path, **(VALUES | {"rollouts_per_unit": 4}), role=name)
     if name == "score":
         generate(tmp_path, rollouts_per_unit=4, rollouts_per_refresh=20)  # it ends by waiting
     workers, where = forked.launch("stages.rollout", *arguments)

@@ -1,4 +1,4 @@
-"""When a refresh is due and why, what stays of the pool, and several caches at once."""
+"""When a refresh is due and why, how much it writes, and several caches at once."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import cache
-from stages.data.batches import Extra, Pool, batch_rows, by_cache, replayed
-from stages.loops import feed, fit, refresh, schedule
+from stages.data.batches import Extra, Pool, batch_rows, by_cache
+from stages.loops import refresh, schedule
 from stages.loops.drift import drift_of, row_sums
 from stages.loops.schedule import due
 from stages.runtime.checkpoint import Position, Refresh
@@ -31,7 +31,7 @@ from tests.support.helpers import (
     small,
     weights_in,
 )
-from tests.support.tiny_runs import REPLAY, TINY, save_weights, step_run, student_of, train, train_from
+from tests.support.tiny_runs import TINY, save_weights, train, train_from
 
 # When a refresh is due
 
@@ -59,51 +59,53 @@ def test_nothing_is_due_after_the_last_step() -> None:
     assert not due(config, at(100, 30))
 
 
-def test_drift_is_due_when_its_mean_over_the_window_crosses_the_bound() -> None:
-    config = config_of(refresh_drift=0.1, drift_window=3)
-    assert not due(config, at(40, 30, recent=[[0.2, 1.0]] * 2)), "the window is not full"
-    assert not due(config, at(40, 30, recent=[[0.05, 1.0], [0.3, 1.0], [-0.1, 1.0]]))
-    assert due(config, at(40, 30, recent=[[0.05, 1.0], [0.2, 1.0], [0.11, 1.0]])) == (
+def test_drift_is_due_when_its_mean_over_four_steps_crosses_the_bound() -> None:
+    config = config_of(refresh_drift=0.1)
+    assert not due(config, at(40, 30, recent=[0.2] * 3)), "the window is not full"
+    assert not due(config, at(40, 30, recent=[0.05, 0.3, -0.1, 0.1]))
+    assert due(config, at(40, 30, recent=[0.05, 0.2, 0.11, 0.12])) == (
         "drift: 0.12 nats a token, the bound is 0.1"
     )
 
 
-def test_a_small_effective_share_is_due_and_a_large_one_is_not() -> None:
-    config = config_of(refresh_ess=0.9, drift_window=2)
-    assert not due(config, at(40, 30, recent=[[5.0, 0.95], [5.0, 0.9]]))
-    assert due(config, at(40, 30, recent=[[0.0, 0.85], [0.0, 0.9]])).startswith(
-        "ess: an effective share of 0.875"
-    )
-
-
-def test_age_counts_from_the_mean_age_of_the_pool() -> None:
-    config = config_of(refresh_age=8)
-    assert not due(config, at(35, 30, pool_age=2.5))
-    assert due(config, at(36, 30, pool_age=2.5)) == "age: 8.5 steps on average, the bound is 8"
-
-
-def test_refreshes_keep_their_distance_whatever_is_measured() -> None:
-    config = config_of(refresh_drift=0.1, drift_window=1, refresh_every=3, refresh_min_steps=5)
-    assert [s for s in range(30, 40) if due(config, at(s, 30, recent=[[1.0, 1.0]]))] == list(range(35, 40))
-
-
 def test_off_means_never() -> None:
-    config = config_of(refresh_mode="off", refresh_every=10, refresh_drift=0.1, drift_window=1)
-    assert not due(config, at(90, 30, recent=[[1.0, 0.0]]))
+    config = config_of(refresh_mode="off", refresh_every=10, refresh_drift=0.1)
+    assert not due(config, at(90, 30, recent=[1.0] * 4))
 
 
 def test_while_newer_rows_are_on_their_way_only_the_calendar_asks_for_more() -> None:
-    config = config_of(refresh_mode="external", refresh_drift=0.1, drift_window=1, refresh_every=10)
-    waiting = at(45, 30, recent=[[1.0, 1.0]])
+    config = config_of(refresh_mode="external", refresh_drift=0.1, refresh_every=10)
+    waiting = at(45, 30, recent=[1.0] * 4)
     waiting = replace(waiting, refreshes=waiting.refreshes | {2: Refresh(40, "g" * 16, "drift")})
     assert not due(config, waiting)
     assert due(config, replace(waiting, step=50)).startswith("every")
 
 
 def test_with_rows_from_elsewhere_those_that_are_too_old_are_due() -> None:
-    config = config_of(refresh_mode="external", max_staleness=6)
+    config = config_of(refresh_mode="external", max_age=6)
     assert not due(config, at(36, 30))
-    assert due(config, at(37, 30)) == "staleness: rows of step 30 at step 37"
+    assert due(config, at(37, 30)) == "age: rows of step 30 at step 37"
+    assert not due(config_of(refresh_every=40, max_age=6), at(37, 30)), (
+        "this run's own refresh waits for its turn"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ({}, 100),
+        ({"refresh_every": 10}, 40),
+        ({"refresh_drift": 0.1}, 100),
+        ({"refresh_mode": "external", "max_age": 6}, 37),
+        ({"refresh_mode": "external", "max_age": 50, "refresh_every": 5}, 35),
+        ({"refresh_mode": "off", "refresh_every": 10}, 100),
+    ],
+    ids=str,
+)
+def test_no_batch_is_prepared_past_the_step_at_which_its_rows_are_replaced(
+    values: dict[str, Any], last: int
+) -> None:
+    assert schedule.last_step(config_of(**values), at(31, 30)) == last
 
 
 # Drift
@@ -114,7 +116,7 @@ def test_drift_and_effective_share_are_the_loops_over_the_tokens() -> None:
     lengths = [3, 1, 5]
     student, behaviour = (-random.exponential(1, 9) for _ in range(2))
     sums = row_sums(torch.from_numpy(student), torch.from_numpy(behaviour), lengths).numpy()
-    found = drift_of(["a", "b", "c"], sums, lengths, [True, False, True])
+    found = drift_of(sums, lengths, [True, False, True])
 
     def share(weights: list[float]) -> float:
         return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
@@ -124,23 +126,19 @@ def test_drift_and_effective_share_are_the_loops_over_the_tokens() -> None:
     assert found.drift == pytest.approx(-sum(map(math.log, ratios)) / 9)
     assert found.ess == pytest.approx(share(ratios))
     assert found.ess_rows == pytest.approx(share([math.prod(row) for row in rows]))
-    assert found.rows == pytest.approx(
-        {k: -math.log(math.prod(r)) / len(r) for k, r in zip("abc", rows, strict=True)}
-    )
-    own = rows[0] + rows[2]
-    assert found.own == pytest.approx((-sum(map(math.log, own)) / 8, share(own)))
-    assert drift_of(["a"], sums[:1], lengths[:1], [False]).own is None
+    assert found.own == pytest.approx(-sum(map(math.log, rows[0] + rows[2])) / 8)
+    assert drift_of(sums[:1], lengths[:1], [False]).own is None
 
 
 def test_without_drift_every_sample_counts() -> None:
     logprobs = torch.full((4,), -2.0)
-    found = drift_of(["a", "b"], row_sums(logprobs, logprobs, [2, 2]).numpy(), [2, 2], [True, True])
+    found = drift_of(row_sums(logprobs, logprobs, [2, 2]).numpy(), [2, 2], [True, True])
     assert (found.drift, found.ess, found.ess_rows) == (0, 1, 1)
 
 
 def test_a_token_that_the_student_rules_out_leaves_a_share_and_no_error() -> None:
     sums = row_sums(torch.tensor([-1e30, -1.0]), torch.tensor([-1.0, -1.0]), [1, 1]).numpy()
-    found = drift_of(["a", "b"], sums, [1, 1], [True, True])
+    found = drift_of(sums, [1, 1], [True, True])
     assert found.ess == found.ess_rows == pytest.approx(0.5)
 
 
@@ -154,7 +152,7 @@ def test_a_steps_drift_is_that_of_the_plain_logprobs(tmp_path: Path) -> None:
     assert steps[-1]["ess_rows"] < steps[-1]["ess"] < 1
 
 
-DRIFT: dict[str, Any] = {"refresh_every": 0, "refresh_drift": 1e-3, "drift_window": 2, "refresh_min_steps": 2}
+DRIFT: dict[str, Any] = {"refresh_every": 0, "refresh_drift": 1e-3, "max_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +165,8 @@ def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
     assert refreshes
     for record in refreshes:
         assert record["reason"].startswith("drift: ")
-        window = [s["drift"] for s in steps if record["step"] - 1 <= s["step"] <= record["step"]]
-        assert sum(window) / 2 >= 1e-3
+        window = [s["drift"] for s in steps if record["step"] - 4 < s["step"] <= record["step"]]
+        assert sum(window) / 4 >= 1e-3
     assert len({s["refresh_index"] for s in steps}) == len(refreshes) + 1
 
 
@@ -176,12 +174,8 @@ def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
     ("values", "reason", "at_steps"),
     [
         ({"refresh_every": 3}, "every: 3 steps", [3]),
-        ({"refresh_age": 1.5, "refresh_min_steps": 2}, "age: 2 steps", [2, 4]),
-        (
-            {"refresh_ess": 1.0, "drift_window": 2, "refresh_min_steps": 4},
-            "ess: an effective share of 0.9",
-            [4],
-        ),
+        ({"refresh_drift": 1e-9}, "drift: ", [4]),
+        ({"refresh_every": 2, "refresh_drift": 1e-9}, "every: 2 steps", [2, 4]),
     ],
     ids=str,
 )
@@ -212,64 +206,12 @@ def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> 
     assert records_of(tmp_path / "demo", "refresh")[0]["reason"].startswith("drift: ")
 
 
-# A gate that knows how far each row has drifted
-
-
-def test_the_gate_of_a_drifted_row_leans_to_forward_kl(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches(), drift_to_forward=2.0, tau=0.5, alpha=10.0)
-    student = student_of(run)
-    pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    drifted = pool.row_ids[::2]
-    pool.drifts.update(dict.fromkeys(drifted, 0.3) | {pool.row_ids[1]: -1.0})
-    seen: list[torch.Tensor] = []
-    training = fit.prepare(run, student)
-    forward = training.module.forward
-
-    def noted(batch: Any) -> Any:
-        seen.append(batch.tau)
-        return forward(batch)
-
-    training.module.forward = noted
-    step = next(feed.global_batches(run, student, snapshot, pool, [0], training.caps))
-    found = fit.train_step(run, training, pool, step)
-    order = [key for one in step.forwards for key in one.row_ids]
-    expected = [0.5 - 2.0 * 0.3 * (key in drifted) for key in order for _ in range(pool.lengths[key][1])]
-    assert torch.cat(seen).tolist() == pytest.approx(expected, abs=1e-6)
-    assert records_of(run.folder, "step")[0]["gate"] < 0.75
-    assert set(found.rows) == set(pool.row_ids)
-
-
-def test_a_run_whose_gate_follows_drift_resumes_bit_by_bit(tmp_path: Path) -> None:
-    values = {"drift_to_forward": 50.0, "batch_size": 8}
-    expected = train(tmp_path / "whole", **values)
-    plain = train(tmp_path / "plain", batch_size=8)
-    gates, without = (
-        [record["gate"] for record in records_of(run.folder, "step")] for run in (expected, plain)
-    )
-    assert gates[0] == without[0], "no row has drifted yet"
-    assert gates[2] < without[2], "rows that were seen before, and no refresh since"
-    for place in ("step 3", "step 5"):
-        crash(tmp_path / place, place, **values)
-        assert_same_run(train(tmp_path / place, **values), expected)
-
-
-# What stays of the pool
-
-
-def test_the_newest_rows_stay_and_of_those_the_least_drifted() -> None:
-    ages = {"a": 0, "b": 0, "c": 0, "d": 4, "e": 9, "f": -1}
-    pool = Pool(sorted(ages), 2, ages, dict.fromkeys(ages, (1, 1)), 10, drifts={"a": 0.3, "b": 0.1, "c": 0.2})
-    assert replayed(pool, 13, 100, 4) == ["b", "c", "a", "d"]
-    assert replayed(pool, 13, 7, 9) == ["b", "c", "a", "d"], "e would be 12 steps old, f is not this run's"
+# What is written
 
 
 def test_refreshes_write_whole_groups_one_after_the_other() -> None:
-    config = config_of(rollouts_per_refresh=40, group_size=4, replay_share=0.5, max_age=9)
-    assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 60), range(60, 80)]
-    assert [rollouts_of(config_of(rollouts_per_refresh=40), i) for i in range(2)] == [
-        range(40),
-        range(40, 80),
-    ]
+    config = config_of(rollouts_per_refresh=40, group_size=4, refresh_every=10)
+    assert [rollouts_of(config, i) for i in range(3)] == [range(40), range(40, 80), range(80, 120)]
 
 
 @pytest.mark.parametrize(
@@ -278,12 +220,11 @@ def test_refreshes_write_whole_groups_one_after_the_other() -> None:
         ({"max_steps": 3, "refresh_every": 32}, [24]),
         ({"max_steps": 3, "refresh_every": 32, "group_size": 5, "rollouts_per_refresh": 100}, [25]),
         ({"max_steps": 7, "refresh_every": 3}, [24, 24, 8]),
-        ({"max_steps": 7, "refresh_every": 2, "refresh_min_steps": 3}, [24, 24, 8]),
         ({"max_steps": 7, "refresh_mode": "off"}, [56]),
-        ({"max_steps": 7, "refresh_every": 0, "refresh_drift": 0.1}, [56, 48, 40]),
-        ({"max_steps": 7, "refresh_every": 3, "refresh_drift": 0.1}, [24, 24, 24, 24, 24, 16, 8]),
-        ({"max_steps": 9, "refresh_mode": "external", "refresh_every": 2, "max_staleness": 3}, [32, 32]),
-        ({"max_steps": 7, "refresh_every": 3, "replay_share": 0.5, "max_age": 9}, [24, 12, 4]),
+        ({"max_steps": 7, "refresh_every": 0, "refresh_drift": 0.1}, [56, 24]),
+        ({"max_steps": 7, "refresh_every": 3, "refresh_drift": 0.1}, [24, 24, 8]),
+        ({"max_steps": 12, "refresh_every": 6, "refresh_drift": 0.1}, [48, 48, 32]),
+        ({"max_steps": 9, "refresh_mode": "external", "refresh_every": 2, "max_age": 3}, [32, 32]),
     ],
     ids=str,
 )
@@ -305,44 +246,19 @@ def test_fewer_rollouts_than_the_steps_read_stay_as_they_are() -> None:
     assert {len(rollouts_of(default, index)) for index in range(8)} == {8192}
 
 
-def test_a_share_of_the_rows_is_replaced_and_a_crash_does_not_change_which(tmp_path: Path) -> None:
-    expected = train(tmp_path / "whole", **REPLAY)
-    index = cache.open(expected.config.cache_root).index.to_pylist()
-    counts = [sum(row["refresh_index"] == i for row in index) for i in range(3)]
-    assert counts == [16, 8, 8]
-    newest = max((expected.folder / "checkpoints").iterdir())
-    position = schedule.checkpoint.read_position(newest)
-    assert position.kept is not None
-    pool, _ = schedule.open_pool(expected, position)
-    assert len(pool.row_ids) == 16
-    assert sorted(set(pool.ages.values())) == [0, 2], "rows of step 0 would be 4 steps old"
-    for place in ("step 3", "step 5", "between units"):
-        folder = tmp_path / place
-        crash(folder, place, **REPLAY)
-        assert_same_run(train(folder, **REPLAY), expected)
-
-
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"replay_share": 0.5, "max_age": 0}, "raise max_age to at least 2"),
-        ({"replay_share": 0.99, "max_age": 9}, "leaves less than one group"),
         (
             {"refresh_drift": 0.1, "sample_top_p": 0.9},
             "refresh_drift compares the student with the distribution",
         ),
         (
-            {"refresh_ess": 0.5, "sample_temperature": 0.7},
+            {"refresh_drift": 0.5, "sample_temperature": 0.7},
             "set sample_temperature to the loss's temperature (1.0)",
         ),
-        ({"drift_to_forward": 1.0, "gating": "fixed"}, "gating: fixed has none"),
-        (
-            {"refresh_mode": "external", "refresh_min_steps": 8, "max_staleness": 6},
-            "refresh_min_steps 8 asks for no new rows before those in use are more than max_staleness 6 steps old; lower it"
-            " to at most 7",
-        ),
         ({"refresh_mode": "sometimes"}, "refresh_mode"),
-        ({"refresh_ess": 1.5}, "refresh_ess"),
+        ({"refresh_drift": -1}, "refresh_drift"),
         ({"extra_caches": "{runs/x: -1}"}, "extra_caches"),
     ],
     ids=str,
@@ -466,7 +382,7 @@ def test_a_refresh_is_told_its_reason(tmp_path: Path, monkeypatch: pytest.Monkey
     inner = refresh.refresh
 
     def noted(*arguments: Any) -> None:
-        told.append((arguments[-3], arguments[-1]))
+        told.append(arguments[-2:])
         inner(*arguments)
 
     monkeypatch.setattr(refresh, "refresh", noted)

@@ -72,7 +72,7 @@ def test_padding_of_a_default_unit_is_below_five_percent_in_few_forwards(spread:
     "signal",
     [
         SignalSection(signal="topk", signal_k=5),
-        SignalSection(signal="nucleus", signal_k=9, signal_p=0.7, signal_floor=2),
+        SignalSection(signal="nucleus", signal_k=9, signal_p=0.7),
         SignalSection(signal="topk", signal_k=1000),
         SignalSection(signal="hidden"),
         SignalSection(signal="full"),
@@ -102,7 +102,7 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
         assert signal.signal == "full" or np.array_equal(columns["signal_hidden"], to_numpy(hidden))
         return
     p = signal.signal_p if signal.signal == "nucleus" else 1.0
-    ids, kept, tails = reference.compress(logits, signal.signal_k, p, signal.signal_floor)
+    ids, kept, tails = reference.compress(logits, signal.signal_k, p, 4 if signal.signal == "nucleus" else 1)
     assert [[i for i in row if i >= 0] for row in columns["signal_ids"].tolist()] == ids
     for row in range(7):
         np.testing.assert_allclose(columns["signal_logprobs"][row, : len(kept[row])], kept[row], **close)

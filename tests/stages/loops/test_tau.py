@@ -14,7 +14,7 @@ import torch
 
 import cache
 from dualkl import DualKLOutput, TopKTeacher
-from dualkl.thresholds import AdaptiveTau, adapt, divergence_histogram, scheduled_tau
+from dualkl.thresholds import AdaptiveTau, adapt, divergence_histogram
 from stages.loops import feed, fit, gating, schedule
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
@@ -24,21 +24,17 @@ from tests.stages.loops.test_resume import assert_same_run, crash
 from tests.support.helpers import Forker, make_config, records_of, small
 from tests.support.tiny_runs import TINY, step_run, student_of, train, train_from
 
-CPU = torch.device("cpu")
-ADAPTIVE: dict[str, Any] = {"tau_schedule": "adaptive", "tau_share": 0.6, "tau_rate": 0.5}
+ADAPTIVE: dict[str, Any] = {"tau_share": 0.6}
 
 
 def taus(run: Run) -> list[float]:
     return [step["tau"] for step in records_of(run.folder, "step")]
 
 
-def steps_of(
-    run: Run, num_steps: int, drifts: dict[str, float] | None = None
-) -> list[tuple[list[DualKLOutput], list[Any]]]:
-    """The outputs and inputs of each forward of the first steps, as the loop has them, on rows with these drifts."""
+def steps_of(run: Run, num_steps: int) -> list[tuple[list[DualKLOutput], list[Any]]]:
+    """The outputs and inputs of each forward of the first steps, as the loop has them."""
     training = fit.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    pool.drifts.update(drifts or {})
     forward = training.module.forward
     found: list[tuple[list[DualKLOutput], list[Any]]] = []
 
@@ -61,29 +57,10 @@ def steps_of(
 # The threshold of a step
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_a_scheduled_threshold_goes_to_its_end_over_the_run(
-    tmp_path: Path, caches: Callable[..., str], name: Any
-) -> None:
-    run = step_run(tmp_path, caches(), tau_schedule=name, tau=0.5, tau_end=0.1, max_steps=5)
-    seen = [[batch.tau for batch in inputs] for _, inputs in steps_of(run, 5)]
-    expected = [scheduled_tau(name, 0.5, 0.1, step, 5) for step in range(5)]
-    assert expected[0] == 0.5
-    assert expected[-1] == pytest.approx(0.1)
-    assert seen == [[tau] for tau in expected]
-    assert taus(run) == expected
-
-
-def test_a_scheduled_threshold_is_the_loss_with_that_threshold(
-    tmp_path: Path, caches: Callable[..., str]
-) -> None:
-    moved = step_run(tmp_path / "moved", caches(), tau_schedule="linear", tau=0.3, tau_end=0.02, max_steps=2)
-    plain = step_run(tmp_path / "plain", caches(), tau=0.3)
-    low = step_run(tmp_path / "low", caches(), tau=0.02)
-    found, first, second = (steps_of(run, 2) for run in (moved, plain, low))
-    assert torch.equal(found[0][0][0].gate, first[0][0][0].gate)
-    assert float((found[1][0][0].gate - second[1][0][0].gate).abs().mean()) < 0.01
-    assert float((first[1][0][0].gate - second[1][0][0].gate).abs().mean()) > 0.05
+def test_a_constant_threshold_is_that_of_every_step(tmp_path: Path, caches: Callable[..., str]) -> None:
+    run = step_run(tmp_path, caches(), tau=0.3)
+    assert [[batch.tau for batch in inputs] for _, inputs in steps_of(run, 2)] == [[0.3], [0.3]]
+    assert taus(run) == [0.3, 0.3]
 
 
 def test_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str]) -> None:
@@ -130,7 +107,7 @@ def test_the_next_threshold_follows_from_the_steps_before(tmp_path: Path, caches
         assert {batch.tau for batch in inputs} == {expected[-1]}
         assert len(outputs) > 1
         histogram = divergence_histogram(torch.cat([out.rkl for out in outputs]))
-        state = adapt(state, histogram, share=0.6, gating="soft", alpha=run.config.loss.alpha, rate=0.5)
+        state = adapt(state, histogram, share=0.6, gating="soft", alpha=run.config.loss.alpha)
     assert taus(run) == expected
     assert len(set(expected)) == 3
 
@@ -197,41 +174,6 @@ def test_an_adaptive_run_resumes_bit_by_bit(tmp_path: Path) -> None:
         assert positions[0].adaptive_tau["num_updates"] == 6
         gates = [[r | {"time": 0} for r in records_of(one.folder, "gate")] for one in (run, expected)]
         assert gates[0] == gates[1]
-
-
-def test_a_scheduled_run_resumes_bit_by_bit(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"tau_schedule": "cosine", "tau": 0.4, "tau_end": 0.05}
-    expected = train(tmp_path / "whole", **values)
-    crash(tmp_path / "cut", "step 5", **values)
-    run = train(tmp_path / "cut", **values)
-    assert_same_run(run, expected)
-    assert taus(run) == taus(expected) == [scheduled_tau("cosine", 0.4, 0.05, step, 6) for step in range(6)]
-
-
-def test_drifted_rows_are_shifted_from_the_threshold_of_the_step(
-    tmp_path: Path, caches: Callable[..., str]
-) -> None:
-    """Which follows D alone: a row without drift has the gate that the share asks for."""
-    run = step_run(tmp_path, caches(), drift_to_forward=2.0, **ADAPTIVE)
-    drifted = schedule.open_pool(run, Position(0, 0))[0].row_ids[::2]
-    (outputs, inputs), (_, second) = steps_of(run, 2, dict.fromkeys(drifted, 0.3))
-    order = rows_of_batches(run)
-    first = AdaptiveTau.starting_at(run.config.loss.tau)
-    histogram = divergence_histogram(outputs[0].rkl)
-    base = float(adapt(first, histogram, share=0.6, gating="soft", alpha=run.config.loss.alpha, rate=0.5).tau)
-    assert taus(run) == [run.config.loss.tau, base]
-    for tau, batch, rows in zip(taus(run), (inputs[0], second[0]), order, strict=True):
-        expected = [tau - 2.0 * 0.3 * (key in drifted) for key, length in rows for _ in range(length)]
-        assert batch.tau.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def rows_of_batches(run: Run) -> list[list[tuple[str, int]]]:
-    """Rows and their scored tokens of the first two batches, as one forward has them."""
-    pool, _ = schedule.open_pool(run, Position(0, 0))
-    return [
-        [(key, pool.lengths[key][1]) for key in feed.batch_rows(pool, run.config.run.seed, i, 16)]
-        for i in (0, 1)
-    ]
 
 
 def test_the_entropy_that_the_gate_looks_at_is_the_cached_one(
@@ -351,35 +293,23 @@ def test_a_gate_record_is_small(tmp_path: Path, caches: Callable[..., str]) -> N
     assert [len(line) < 2000 for line in lines] == [True]
 
 
-def test_rows_without_drift_are_not_given_thresholds_of_their_own(tmp_path: Path) -> None:
-    config = make_config(tmp_path, tau=0.25)
-    pool = fit.Pool(["a"], 0, {"a": 0}, {"a": (1, 2)}, drifts={"a": 3.0})
-    assert gating.of_rows(config, pool, 0.25, ["a"], [2], CPU) == 0.25
-    assert gating.threshold(config, 7, None) == 0.25
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("drift_to_forward", [0.0, 1.0])
-def test_on_a_gpu_the_host_does_not_wait_for_thresholds_and_figures(
-    tmp_path: Path, drift_to_forward: float
-) -> None:
+def test_on_a_gpu_the_host_does_not_wait_for_figures(tmp_path: Path) -> None:
     device, lengths = torch.device("cuda"), [20, 300]
-    config = make_config(tmp_path, drift_to_forward=drift_to_forward, tau=0.5)
-    pool = fit.Pool(["a", "b"], 0, {"a": 0, "b": -1}, {"a": (1, 20), "b": (1, 300)}, drifts={"b": 0.25})
+    config = make_config(tmp_path, tau=0.5)
+    pool = fit.Pool(["a", "b"], 0, {"a": 0, "b": -1}, {"a": (1, 20), "b": (1, 300)})
     rkl, fkl, gate, tail = torch.rand(4, 320, device=device)
     out = DualKLOutput(rkl.sum(), rkl, fkl, gate, gate > 0.9, None, -tail)
     teacher = TopKTeacher(torch.zeros(320, 1, device=device), torch.zeros(320, 1, device=device), -tail)
+    batch: Any = SimpleNamespace(tau=0.5, teacher=teacher, teacher_entropy=None)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tau = gating.of_rows(config, pool, 0.5, ["a", "b"], lengths, device)
-        batch: Any = SimpleNamespace(tau=tau, teacher=teacher, teacher_entropy=None)
         groups = gating.groups_of(pool, 5, ["a", "b"], lengths, device)
         found = gating.statistics_of(config, out, batch, groups)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    tau_N = torch.tensor([0.5] * 20 + [0.5 - 0.25 * drift_to_forward] * 300)
-    above = rkl.cpu() > tau_N
+    above = rkl.cpu() > 0.5
     table = gating.gate_record(found.cpu(), 0.5)["by_age"]
     assert {name: row["tokens"] for name, row in table.items()} == {"4-15": 20, "other runs": 300}
     assert table["other runs"]["share_forward"] == pytest.approx(float(above[20:].double().mean()), rel=1e-5)
@@ -392,16 +322,12 @@ def test_on_a_gpu_the_host_does_not_wait_for_thresholds_and_figures(
     ("values", "part"),
     [
         (
-            {"tau_schedule": "linear", "gating": "fixed"},
-            "tau_schedule: linear moves the gate's threshold, but gating: fixed has none; use soft or hard",
+            {"tau_share": 0.7, "gating": "fixed"},
+            "tau_share 0.7 adapts the gate's threshold, but gating: fixed has none; use soft or hard",
         ),
-        ({"tau_schedule": "adaptive", "objective": "jsd", "gating": "fixed"}, "tau_schedule: adaptive moves"),
-        ({"tau_schedule": "adaptive", "alpha": 0}, "alpha 0 leaves every λ at one half"),
-        ({"tau_share": 1.0}, "gate.tau_share: input should be less than 1"),
-        ({"tau_share": 0}, "gate.tau_share: input should be greater than 0"),
-        ({"tau_rate": 0}, "gate.tau_rate: input should be greater than 0"),
-        ({"tau_end": -1}, "gate.tau_end: input should be greater than or equal to 0"),
-        ({"tau_schedule": "step"}, "'constant', 'linear', 'cosine' or 'adaptive'"),
+        ({"tau_share": 0.7, "objective": "jsd", "gating": "fixed"}, "tau_share 0.7 adapts"),
+        ({"tau_share": 0.7, "alpha": 0}, "tau_share has no effect at alpha 0, where every λ is one half"),
+        ({"tau_share": 1.0}, "loss.tau_share: input should be less than 1"),
     ],
     ids=str,
 )
@@ -415,6 +341,4 @@ def test_settings_that_cannot_be_meant_are_a_sentence(
 
 
 def test_a_hard_gate_adapts_whatever_alpha_is(tmp_path: Path) -> None:
-    assert (
-        make_config(tmp_path, tau_schedule="adaptive", gating="hard", alpha=0).gate.tau_schedule == "adaptive"
-    )
+    assert make_config(tmp_path, tau_share=0.7, gating="hard", alpha=0).loss.tau_share == 0.7

@@ -52,7 +52,7 @@ def score(folder: Path, flags: list[str]) -> None:
         found["inv_freq"] = rotary.inv_freq.clone()
     teacher.close()
     found["closed"] = teacher.engine is None and teacher.forward is None and teacher.head is None
-    vocabulary = checkpoints.load_tokenizer(config.models.student_model, "main")
+    vocabulary = checkpoints.load_tokenizer(config.models.student_model)
     student = load_student(config, world.device, 230, vocabulary)
     found["student_is_whole"] = not any(
         hasattr(p, "ds_tensor") or p.numel() == 0 for p in student.model.parameters()
@@ -268,16 +268,16 @@ def test_the_identity_of_a_model_follows_its_weights_and_configuration(tmp_path:
 
     folder = tmp_path / "model"
     shutil.copytree(ROOT / STUDENT, folder)
-    same = checkpoints.identity(str(ROOT / STUDENT), "main")
-    assert checkpoints.identity(str(folder), "main") == same
+    same = checkpoints.identity(str(ROOT / STUDENT))
+    assert checkpoints.identity(str(folder)) == same
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    changed = checkpoints.identity(str(folder), "main")
+    changed = checkpoints.identity(str(folder))
     assert changed != same
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert checkpoints.identity(str(folder), "main") not in (same, changed)
+    assert checkpoints.identity(str(folder)) not in (same, changed)
 
 
 def score_and_close(flags: list[str], num_refreshes: int) -> None:

@@ -55,8 +55,12 @@ def test_a_data_set_without_prompts_is_one_sentence(forked: Forker, tmp_path: Pa
     refused(forked, "rollout", tmp_path, "gave no prompts", "columns text", dataset=tmp_path / "data.jsonl")
 
 
-def test_an_overlong_prompt_is_one_sentence(forked: Forker, tmp_path: Path) -> None:
-    refused(forked, "rollout", tmp_path, "max_prompt_tokens is 5", overlong="error", max_prompt_tokens=5)
+def test_prompts_that_are_too_long_are_one_sentence_where_none_may_be_skipped(
+    forked: Forker, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "How many pens?"}\n{"prompt": "' + "pens " * 200 + '"}\n')
+    refused(forked, "rollout", tmp_path, "allow_skipped 0", dataset=path, num_prompts=0, allow_skipped=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -268,11 +272,6 @@ def test_a_folder_without_an_adapter_is_one_sentence(forked: Forker, tmp_path: P
         ({"sample_top_p": 0.9}, {"sample_top_p": 1, "rkl": "mc"}, "sampled with top_p 0.9"),
         ({"sample_top_k": 5}, {"sample_top_k": 0, "rkl": "mc"}, "use rkl: exact"),
         ({}, {"signal": "hidden", "temperature": 2}, "rows at temperature 1.0, the loss is at 2.0"),
-        (
-            {"sample_temperature": 0.7},
-            {"sample_temperature": 1, "drift_to_forward": 1},
-            "sampled with temperature 0.7, top_p 1.0 and top_k 0: drift_to_forward would take that for drift",
-        ),
     ],
     ids=str,
 )

@@ -201,7 +201,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a negative beginning": lambda s: s["position"].update(opened_at=-1),
     "words as refresh": lambda s: s["position"].update(refreshes={"1": "x"}),
     "a word as its step": lambda s: s["position"]["refreshes"]["1"].update(step="\x1b]0;"),
-    "words as drift": lambda s: s["position"].update(recent=[["a"]]),
+    "words as drift": lambda s: s["position"].update(recent=["a"]),
     "an unknown key": lambda s: s["position"].update(new=1),
     "no position": lambda s: s.pop("position"),
     "a digest that is none": lambda s: s["files"].update({"state.pt": 5}),

@@ -13,7 +13,7 @@ from stages.runtime.errors import UserError
 from tests.support.helpers import make_run
 from tests.support.tiny_runs import TINY
 
-VALUES = TINY | {"wandb_project": "p", "wandb_mode": "offline"}
+VALUES = TINY | {"wandb_project": "p"}
 
 
 class Recorder:
@@ -178,13 +178,13 @@ def test_a_site_that_fails_is_told_once_and_stops_nothing(
 def test_without_a_network_records_are_kept_for_later(
     tmp_path: Path, wandb: Recorder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def init(mode: str, **options: Any) -> Recorder:
-        if mode == "online":
+    def init(mode: str = "", **options: Any) -> Recorder:
+        if mode != "offline":
             raise OSError("no route to host")
         return wandb
 
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
-    run = make_run(tmp_path, **(VALUES | {"wandb_mode": "online"}))
+    run = make_run(tmp_path, **VALUES)
     run.metrics.log("step", step=1, loss=0.5)
     run.metrics.close()
     assert "no route to host" in capfd.readouterr().out

@@ -1,11 +1,11 @@
 """The teacher cache: shards of scored rollouts that are committed whole, checked by digest, and read as numpy.
 
-Knows neither torch nor the stages. FORMAT.md is what is on disk; the names below are what other packages use.
+Imports neither torch nor the stages. FORMAT.md specifies the files; the names below are the public API.
 """
 
 import sys
 
-if sys.argv[:1] == ["-m"]:  # the command `python -m cache` begins: what follows imports for a second
+if sys.argv[:1] == ["-m"]:  # `python -m cache` is starting, and the imports below take a second
     from cache.interrupt import install
 
     install()
@@ -15,9 +15,9 @@ from cache.fingerprint import Fingerprint
 from cache.reader import Snapshot, exists
 from cache.reader import open_cache as open
 from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
-from cache.soundness import Finding, verify
 from cache.store import StoreError
 from cache.stream import stream
+from cache.verify import Finding, verify
 from cache.writer import CommitResult, Writer
 
 __all__ = [

@@ -4,7 +4,7 @@ python -m cache summary ROOT                            rows, tokens, bytes, pol
 python -m cache view ROOT [--first N] [--count N]       the rows in row-id order, one line each
 python -m cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
 python -m cache verify ROOT [--repair]                  every digest and every row; withdraws what is damaged
-python -m cache export --to parquet|datasets ROOT OUT   all rows, decoded
+python -m cache export --to parquet ROOT OUT   all rows, decoded
 python -m cache prune ROOT --max_age|--policy|--max_bytes ...    fewer rows
 python -m cache merge ROOT SOURCE ...                   the rows of other caches too
 """
@@ -18,13 +18,12 @@ import os
 import sys
 
 from cache import selection
-from cache.export import FORMS, export
+from cache.export import export
 from cache.plain import plain
 from cache.reader import Snapshot, open_cache
-from cache.repair import withdraw
 from cache.schema import CacheError
-from cache.soundness import verify
 from cache.upkeep import merge, prune
+from cache.verify import verify, withdraw
 from cache.view import record_text, rows_text, summary_text
 
 DAMAGED, WRONG_INPUT = 1, 2
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 if `verify` finds faults, 2 for wrong input."""
     args = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows its escape
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _COMMANDS[args.command](args)
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
-    except BrokenPipeError:  # a pager or `head` that has read enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a root that is a file, a folder that may not be changed
@@ -82,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
     )
-    copy = commands.add_parser("export", help="all rows, decoded, as Parquet or for datasets.load_from_disk")
-    copy.add_argument("--to", choices=list(FORMS), required=True, help="the format of OUT")
+    copy = commands.add_parser("export", help="all rows, decoded, as Parquet")
+    copy.add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
     old = commands.add_parser("prune", help="remove rows by age, policy or size")
     rule = old.add_mutually_exclusive_group(required=True)
     rule.add_argument(
@@ -111,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(text: object = "") -> None:
-    """Everything goes out here: nothing of what a model, a data set or another run wrote steers the terminal."""
+    """All output passes here, so text from models, data sets or other runs cannot control the terminal."""
     print(plain(str(text), kept="\n"))
 
 
@@ -120,7 +119,7 @@ def _summary(args: argparse.Namespace) -> int:
     if args.json:
         print(
             json.dumps(summary, indent=1).replace("\x7f", "\\u007f")
-        )  # the one control that JSON leaves as it is
+        )  # the one control character that JSON does not escape
     else:
         _print(summary_text(summary))
     return 0
@@ -169,7 +168,7 @@ def _selected(snapshot: Snapshot, args: argparse.Namespace) -> list[int]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    done = export(open_cache(args.root), args.to, args.out)
+    done = export(open_cache(args.root), args.out)
     files = f"{done.files:,} file{'s' * (done.files != 1)}"
     _print(f"{args.out}: {done.rows:,} rows in {files}, {done.bytes:,} bytes.")
     return 0

@@ -1,6 +1,6 @@
 """The packed form of a row's signal: a header of 16 bytes, then byte planes, each a zstandard frame.
 
-Everything outside this file sees `encode` and `decode` only; FORMAT.md has the bytes. T tokens, K slots, n kept ids.
+Other modules use only `encode` and `decode`; FORMAT.md specifies the bytes. T tokens, K slots, n kept ids.
 """
 
 from __future__ import annotations
@@ -13,11 +13,23 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from cache.grid import codes_of, gaps_of, gaps_of_version_1
-from cache.schema import MASS_TOLERANCE, STATE_DTYPES, Array, CacheError, Full, Hidden, Rules, Signal, TopK
+from cache.schema import (
+    MASS_TOLERANCE,
+    STATE_DTYPES,
+    Array,
+    CacheError,
+    Float32,
+    Full,
+    Hidden,
+    Rules,
+    Signal,
+    TopK,
+)
 
-CODEC_VERSION = 2  # which is written; version 1 is read too
-ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # bound on what packing by any version changes in a top-1 logprob
+CODEC_VERSION = 2
+STEP_NATS = 1 / 256  # of the grid of gaps to the most likely id: a large gap is as exact as a small one
+_LARGEST_CODE = 2**31 - 128  # fits int32, exact in float32: 8.4e6 nats
+ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # bound on how far packing moves a top-1 logprob
 _HEADER = struct.Struct(
     "<BBBxIIf"
 )  # codec version, kind, dtype (bits of an id in top-k), T, width (K, D or V), temperature
@@ -31,7 +43,7 @@ _FREE_NUMBERS, _NUMBERS_PER_BYTE = (
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 1
-_ESCAPE = 0xFFFF  # a step that its two planes do not hold
+_ESCAPE = 0xFFFF  # marks a step too large for its two planes
 _LN_HALF = np.log(0.5)
 Bytes = npt.NDArray[np.uint8]
 
@@ -74,10 +86,10 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
     """
     try:
         version, kind, dtype, T, width, temperature = _HEADER.unpack_from(packed)
-        if not 1 <= version <= CODEC_VERSION:
+        if version != CODEC_VERSION:
             raise CacheError(
-                f"the signal has codec version {version}, this program reads versions 1 to {CODEC_VERSION};"
-                " read the cache with the program that wrote it, or write it anew."
+                f"the signal has codec version {version}, this program reads version {CODEC_VERSION};"
+                " read the cache with the program that wrote it, or write it again."
             )
         _check_size(T, width, len(packed))
         if num_tokens not in (None, T):
@@ -86,7 +98,7 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
             _check_rules(kind, width, temperature, rules)
         source = _Source(memoryview(packed)[_HEADER.size :])
         if kind == _TOPK:
-            topk = _decode_topk(source, T, width, dtype, temperature, version)
+            topk = _decode_topk(source, T, width, dtype, temperature)
             _check_topk(topk, rules)
             signal: Signal = topk
         else:
@@ -128,7 +140,7 @@ def _check_rules(kind: int, width: int, temperature: float, rules: Rules) -> Non
 
 
 def _check_topk(signal: TopK, rules: Rules | None) -> None:
-    """What a top-k signal's bytes can still get wrong at little cost to look at; `verify` looks at the rest."""
+    """ValueError on faults of a decoded top-k signal that are cheap to detect; `verify` checks the rest."""
     first = signal.logprobs[:, 0][signal.ids[:, 0] >= 0]  # the others lie below it by finite gaps
     if not np.isfinite(first).all() or np.isnan(signal.log_tail_mass).any():
         raise ValueError("a logprob or a mass is no number")
@@ -152,9 +164,9 @@ def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
     yield from _split(kept.sum(1).astype("<u4"), _bytes_for(kept.shape[1]))
     ids = (signal.ids if kept.all() else signal.ids[kept]).reshape(-1).view("<u4")
     *low, high = _split(ids, (num_bits + 7) // 8)
-    yield from (*low, _crowd(high, _crowd_width(num_bits)))
+    yield from (*low, _pack_bits(high, _bits_in_highest_plane(num_bits)))
     yield from _split(_mass_word(log_kept, signal.log_tail_mass.astype(np.float64)), 3)
-    steps = np.diff(codes_of(gaps), axis=1).astype("<u4")
+    steps = np.diff(_codes_of(gaps), axis=1).astype("<u4")
     escapes = []
     for own in (steps[:, :1][kept[:, 1:2]], steps[:, 1:][kept[:, 2:]]):
         yield from _split(np.minimum(own, _ESCAPE).astype("<u4"), 2)
@@ -162,9 +174,12 @@ def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
     yield np.concatenate(escapes).view(np.uint8)
 
 
-def _decode_topk(
-    source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float, version: int
-) -> TopK:
+def _codes_of(gaps: Float32) -> npt.NDArray[np.int32]:
+    """The nearest grid codes of gaps >= 0 (nats), monotone in the gap."""
+    return np.rint(np.minimum(gaps * np.float32(1 / STEP_NATS), np.float32(_LARGEST_CODE))).astype(np.int32)
+
+
+def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, temperature: float) -> TopK:
     if not 1 <= num_bits <= 31:
         raise ValueError(f"ids of {num_bits} bits")
     counts = source.join(num_tokens, _bytes_for(width)).astype(np.int64)
@@ -172,13 +187,12 @@ def _decode_topk(
         raise ValueError(f"a token keeps {counts.max()} ids of {width}")
     kept = np.arange(width) < counts[:, None]
     is_full = bool(kept.all())
-    found = source.join(int(counts.sum()), (num_bits + 7) // 8, crowd_width=_crowd_width(num_bits)).view(
-        "<i4"
-    )
+    found = source.join(
+        int(counts.sum()), (num_bits + 7) // 8, bits_per_number=_bits_in_highest_plane(num_bits)
+    ).view("<i4")
     ids = found.reshape(kept.shape) if is_full else _in_slots(found, kept, np.int32, -1)
     log_kept, log_tail = _masses(source.join(num_tokens, 3))
-    codes = _read_codes(source, kept, is_full, num_planes=version)
-    gaps = gaps_of_version_1(codes) if version == 1 else gaps_of(codes)
+    gaps = _read_codes(source, kept, is_full).astype(np.float32) * np.float32(STEP_NATS)
     shares = np.exp(-gaps)
     if not is_full:
         shares *= kept
@@ -190,11 +204,11 @@ def _decode_topk(
     return TopK(ids, logprobs, log_tail.astype(np.float32), temperature)
 
 
-def _read_codes(source: _Source, kept: Array, is_full: bool, num_planes: int) -> npt.NDArray[np.int64]:
-    """The grid codes [T, K] of all slots, those of slot 0 zero; slots from 2 on have `num_planes` planes of steps."""
+def _read_codes(source: _Source, kept: Array, is_full: bool) -> npt.NDArray[np.int64]:
+    """The grid codes [T, K] of all slots; zero in slot 0."""
     first = source.join(int(kept[:, 1:2].sum()), 2)
-    others = source.join(int(kept[:, 2:].sum()), num_planes)
-    missing = [first == _ESCAPE, others == (1 << 8 * num_planes) - 1]
+    others = source.join(int(kept[:, 2:].sum()), 2)
+    missing = [first == _ESCAPE, others == _ESCAPE]
     counts = [int(own.sum()) for own in missing]
     escapes = source.read(4 * sum(counts)).view("<u4")
     first[missing[0]], others[missing[1]] = escapes[: counts[0]], escapes[counts[0] :]
@@ -250,13 +264,13 @@ def _split(values: Array, num_planes: int) -> Iterator[Bytes]:
     return (np.ascontiguousarray(bytes_of[:, i]) for i in range(num_planes))
 
 
-def _crowd_width(num_bits: int) -> int:
+def _bits_in_highest_plane(num_bits: int) -> int:
     """Bits that a number of `num_bits` bits takes in its highest plane: what its highest byte uses, as 1, 2, 4 or 8."""
     used = (num_bits - 1) % 8 + 1
     return 1 << (used - 1).bit_length()
 
 
-def _crowd(plane: Bytes, width: int) -> Bytes:
+def _pack_bits(plane: Bytes, width: int) -> Bytes:
     """Numbers of `width` bits, 8 / width to a byte, the first in the lowest bits; zeros fill the last byte."""
     per_byte = 8 // width
     padded = np.zeros(-(-len(plane) // per_byte) * per_byte, np.uint8)
@@ -265,14 +279,14 @@ def _crowd(plane: Bytes, width: int) -> Bytes:
     return np.bitwise_or.reduce(shifted, axis=1, dtype=np.uint8)
 
 
-def _uncrowd(crowded: Bytes, width: int, size: int) -> Bytes:
-    shifted = crowded[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
+def _unpack_bits(packed: Bytes, width: int, size: int) -> Bytes:
+    shifted = packed[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
     plane: Bytes = (shifted & ((1 << width) - 1)).astype(np.uint8, copy=False).reshape(-1)[:size]
     return plane
 
 
 class _Tools(threading.local):
-    """zstandard's contexts, which threads may not share."""
+    """zstandard contexts; threads must not share them."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
@@ -306,16 +320,18 @@ class _Source:
             raise ValueError(f"a plane declares {declared} bytes in {length}, expected {size}")
         return np.frombuffer(_tools.decompressor.decompress(frame), np.uint8)
 
-    def join(self, size: int, num_planes: int, num_bytes: int = 4, crowd_width: int = 8) -> Array:
+    def join(self, size: int, num_planes: int, num_bytes: int = 4, bits_per_number: int = 8) -> Array:
         """`size` integers of `num_bytes` bytes from the planes of their lowest `num_planes` bytes.
 
-        In the last plane each number has `crowd_width` bits.
+        In the last plane each number has `bits_per_number` bits.
         """
         joined = np.zeros((size, num_bytes), np.uint8)
         for i in range(num_planes - 1):
             joined[:, i] = self.read(size)
-        last = self.read(-(-size * crowd_width // 8))
-        joined[:, num_planes - 1] = last if crowd_width == 8 else _uncrowd(last, crowd_width, size)
+        last = self.read(-(-size * bits_per_number // 8))
+        joined[:, num_planes - 1] = (
+            last if bits_per_number == 8 else _unpack_bits(last, bits_per_number, size)
+        )
         return joined.reshape(-1).view(f"<u{num_bytes}")
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
 """How data becomes part of a cache: sealed JSON and commit records.
 
-The protocol is in FORMAT.md: a shard is published under a name of its own; then its commit record is created
-exclusively, and that alone makes its rows exist.
+FORMAT.md has the protocol. A shard is published under a unique name; then its commit record is created exclusively,
+and only that makes its rows exist.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _MOST = 2**63
 
 
 def leftovers(store: Store, referenced: Iterable[str]) -> dict[str, int]:
-    """Temporary files and shards without a commit record, with their bytes: of writers at work, or that died.
+    """Sizes in bytes of temporary files and uncommitted shards, left by writers that are running or have died.
 
-    Files that bear no name of this format are somebody else's, and none of them.
+    Files whose names do not match this format belong to someone else and are not listed.
     """
     known = set(referenced)
     found = {}
@@ -46,7 +46,7 @@ def leftovers(store: Store, referenced: Iterable[str]) -> dict[str, int]:
 
 @contextmanager
 def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None]:
-    """Turns an OSError of a write into a CacheError that says what is kept and what to do."""
+    """Turns an OSError during a write into a CacheError that says what is kept and what to do."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one form of a JSON value that digests are taken over."""
+    """The canonical form of a JSON value, over which digests are taken."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -135,7 +135,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What makes a shard exist: its digests, the identity of its rows (in shard order) and its statistics.
+    """Makes a shard exist: holds its digests, the identity of its rows (in shard order) and its statistics.
 
     `policies` are distinct (run_id, policy_step, policy_hash, refresh_index); `policy_of_row` points into them.
     """
@@ -152,7 +152,7 @@ class CommitRecord:
     prompt_ids: list[str]
     num_prompt_tokens: list[int]
     num_completion_tokens: list[int]
-    statistics_json: bytes  # half of a record's text, which opening a cache of thousands need not read
+    statistics_json: bytes  # half of a record's text; decoded only when needed
     head_sha256: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -193,7 +193,7 @@ def file_stem(unit: str) -> str:
 
 
 def write_record(store: Store, record: CommitRecord) -> bool:
-    """Commits a published shard; says False if the same rows were committed first by another writer."""
+    """Commits a published shard; returns False if another writer committed the same rows first."""
     data = record.sealed()
     if len(data) > MOST_BYTES_READ:
         raise CacheError(
@@ -234,11 +234,11 @@ def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
 
 
 class Misnamed(CacheError):
-    """A commit record under the file name of another one; its rows may be sound."""
+    """A commit record stored under another record's file name; its rows may be sound."""
 
 
 def _wrong_fields(record: CommitRecord) -> Iterator[str]:
-    """What of a record no writer can have written. Types come before values, counts before sums."""
+    """Names of the fields that no writer can have written. Types are checked before values, counts before sums."""
     if not (isinstance(record.unit, str) and _is_stem(record.unit)):
         yield "unit"
     if not (is_digest(record.fingerprint) and is_digest(record.shard_sha256)):
@@ -315,7 +315,7 @@ def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, Comm
 
 
 def read_new_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """The same without a look at the shards, for a writer, to whom the rows alone matter."""
+    """The same without listing the shards; a writer needs only the rows."""
     found = record_names(store)
     return _complete(store, found, {name: known[name] for name in found if name in known})
 

@@ -1,37 +1,32 @@
-"""`python -m cache export`: all rows, decoded, as Parquet files or as a folder that `datasets.load_from_disk` opens.
+"""`python -m cache export`: all rows, decoded, as a folder of Parquet files.
 
-Rows are in the order of `Snapshot.places`, one record batch after the other, so that a few of them fill the memory
-whatever the cache's size.
+Rows are in the order of `Snapshot.places`, one record batch at a time, so memory does not grow with the cache.
+T tokens of a row, K kept ids, V vocabulary, D teacher width; logprobs are in nats.
 """
 
 from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.ipc as ipc
 
-from cache.decoded import decoded_batch, decoded_schema
-from cache.reader import Snapshot
-from cache.schema import CacheError
+from cache.reader import PLAIN_COLUMNS, Snapshot
+from cache.schema import SCHEMA, Array, CacheError, Full, Hidden, Record, TopK, to_batch, to_float32
 from cache.store import sync
 
-_Writer: TypeAlias = Any  # a ParquetWriter or a RecordBatchStreamWriter
-FILE_BYTES = 500 * 10**6  # a file that has grown to this is closed; `datasets` cuts at the same size
-_DATASETS_NAMES = {
-    "halffloat": "float16",
-    "float": "float32",
-}  # where `datasets` does not say what Arrow says
+FILE_BYTES = 500 * 10**6  # a file is closed once it has this size
+_MATRICES = {"hidden": "signal_states", "full": "signal_logits"}
+_MOST_VALUES = 2**31 - 1  # limit of the 32-bit offsets of an Arrow list column
 
 
 @dataclass(frozen=True)
@@ -43,12 +38,12 @@ class Exported:
     bytes: int
 
 
-def export(snapshot: Snapshot, form: str, out: str) -> Exported:
-    """Writes all rows to the folder `out`, in one of `FORMS`; the columns are those of `cache.decoded`.
+def export(snapshot: Snapshot, out: str) -> Exported:
+    """Writes all rows to the folder `out` as Parquet: the plain columns, then the signal's (see `_schema`).
 
-    The folder appears under its name when it is complete; until then it is `.NAME-<hex>.partial` beside it, locked. What a
-    killed process left of it the next export to `out` removes. CacheError if `out` is neither absent nor an empty folder, if it cannot be
-    written, or if bytes of the cache are damaged.
+    The files are written to a locked folder `.NAME-<hex>.partial` beside `out`, which is renamed once complete. The
+    next export to `out` removes what a killed process left. CacheError if `out` exists and is not an empty folder, if
+    it cannot be written, or if the cache is damaged.
     """
     target = _target(out)
     held: int | None = None
@@ -57,7 +52,7 @@ def export(snapshot: Snapshot, form: str, out: str) -> Exported:
         _remove_unlocked(target)
         partial.mkdir(parents=True)
         held = _lock(partial)
-        FORMS[form](snapshot, partial)
+        _write_files(snapshot, partial)
         sizes = [path.stat().st_size for path in partial.iterdir()]
         sync(partial)
         partial.rename(target)  # refused by the system unless `target` is absent or empty
@@ -101,103 +96,132 @@ def _target(out: str) -> Path:
     return path
 
 
-def _to_parquet(snapshot: Snapshot, folder: Path) -> None:
-    """`part-00000.parquet` and so on: zstd, a row group for each record batch, the fingerprint in the metadata."""
+def _write_files(snapshot: Snapshot, folder: Path) -> None:
+    """`part-00000.parquet` and so on: zstd, a row group per record batch, the fingerprint in the metadata.
+
+    A new file starts when one reaches `FILE_BYTES`; a cache without rows makes one file.
+    """
     import pyarrow.parquet as parquet
 
-    schema = decoded_schema(snapshot).with_metadata(_metadata(snapshot))
-
-    def open_file(sink: pa.NativeFile) -> _Writer:
-        return parquet.ParquetWriter(sink, schema, compression="zstd")
-
-    _write_files(_batches(snapshot, schema), open_file, lambda number: folder / f"part-{number:05}.parquet")
-
-
-def _to_datasets(snapshot: Snapshot, folder: Path) -> None:
-    """What `Dataset.save_to_disk` of `datasets` 4 and 5 writes: Arrow streams, `state.json`, `dataset_info.json`."""
-    schema = decoded_schema(snapshot)
-    features = {field.name: _feature(field.type) for field in schema}
-    info = json.dumps({"info": {"features": features}})
-    schema = schema.with_metadata({**_metadata(snapshot), "huggingface": info})
-    parts = _write_files(
-        _batches(snapshot, schema),
-        lambda sink: ipc.new_stream(sink, schema),
-        lambda number: folder / f"{number}.arrow",
-    )
-    names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
-    for part, name in zip(parts, names, strict=True):
-        part.rename(folder / name)
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": _content_digest(snapshot)[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    description = json.dumps(_meaning(snapshot), ensure_ascii=False, sort_keys=True)
-    about = {"citation": "", "description": description, "features": features, "homepage": "", "license": ""}
-    for file_name, value in (("state.json", state), ("dataset_info.json", about)):
-        (folder / file_name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-        sync(folder / file_name)
-
-
-FORMS: dict[str, Callable[[Snapshot, Path], None]] = {"parquet": _to_parquet, "datasets": _to_datasets}
-
-
-def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for place in snapshot.places():
-        yield decoded_batch(snapshot.read_place(place), schema)
-
-
-def _write_files(
-    batches: Iterable[pa.RecordBatch],
-    open_file: Callable[[pa.NativeFile], _Writer],
-    path_of: Callable[[int], Path],
-) -> list[Path]:
-    """Writes batches to files, the next one begun when one has `FILE_BYTES`; one without rows if there are none."""
-    source = iter(batches)
-    paths: list[Path] = []
-    batch = next(source, None)
-    while batch is not None or not paths:
-        paths.append(path_of(len(paths)))
-        with pa.OSFile(str(paths[-1]), "wb") as sink, open_file(sink) as writer:
-            is_full = False  # a file takes one batch at least
+    schema = _schema(snapshot).with_metadata(_metadata(snapshot))
+    source = _batches(snapshot, schema)
+    batch, number = next(source, None), 0
+    while batch is not None or not number:
+        path = folder / f"part-{number:05}.parquet"
+        with (
+            pa.OSFile(str(path), "wb") as sink,
+            parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
+        ):
+            is_full = False  # every file takes at least one batch
             while batch is not None and not is_full:
                 writer.write_batch(batch)
                 is_full = sink.tell() >= FILE_BYTES
                 batch = next(source, None)
-        sync(paths[-1])
-    return paths
+        sync(path)
+        number += 1
 
 
-def _meaning(snapshot: Snapshot) -> dict[str, Any]:
-    """What the rows mean, as plain JSON."""
+def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for place in snapshot.places():
+        yield _batch(snapshot.read_place(place), schema)
+
+
+def _metadata(snapshot: Snapshot) -> dict[str, str]:
+    """What the rows mean, as Parquet metadata: a key `cache.<name>` for each part, its value as JSON."""
     fingerprint = snapshot.fingerprint
-    return {
+    parts = {
         "must_match": fingerprint.must_match,
         "recorded": fingerprint.recorded,
         "temperature": fingerprint.rules.temperature,
     }
+    return {
+        f"cache.{name}": json.dumps(value, ensure_ascii=False, sort_keys=True)
+        for name, value in parts.items()
+    }
 
 
-def _metadata(snapshot: Snapshot) -> dict[str, str]:
-    """`_meaning` as an Arrow schema's metadata: a key `cache.<name>` for each part, its value as JSON."""
-    parts = _meaning(snapshot).items()
-    return {f"cache.{name}": json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in parts}
+def _schema(snapshot: Snapshot) -> pa.Schema:
+    """The plain columns, and after them the signal's.
+
+    top-k and nucleus: `signal_ids` list<list<int32>> [T, K], `signal_logprobs` list<list<float>> [T, K], without the
+    empty slots. hidden: `signal_states` [T, D]; full: `signal_logits` [T, V]; both list<list<halffloat>> if the first
+    row is in float16, else list<list<float>>, into which bfloat16 goes exactly. none: no more columns.
+    """
+    kind = snapshot.fingerprint.rules.kind
+    fields = [pa.field(name, SCHEMA.field(name).type) for name in PLAIN_COLUMNS]
+    if kind in ("topk", "nucleus"):
+        fields += [
+            pa.field("signal_ids", _nested(pa.int32())),
+            pa.field("signal_logprobs", _nested(pa.float32())),
+        ]
+    elif kind in _MATRICES:
+        signal = snapshot[0].signal if len(snapshot) else None
+        is_half = isinstance(signal, Hidden | Full) and signal.dtype == "float16"
+        fields.append(pa.field(_MATRICES[kind], _nested(pa.float16() if is_half else pa.float32())))
+    return pa.schema(fields)
 
 
-def _content_digest(snapshot: Snapshot) -> str:
-    """sha256 over what the rows mean and the digests of all shards: other rows have another one."""
-    digest = hashlib.sha256(snapshot.fingerprint.digest.encode())
-    for record in snapshot.commit_records():
-        digest.update(record.shard_sha256.encode())
-    return digest.hexdigest()
+def _batch(records: list[Record], schema: pa.Schema) -> pa.RecordBatch:
+    """Some rows as a record batch of `_schema`; CacheError on float32 states in a cache of float16 ones."""
+    plain = to_batch(records, [None] * len(records)).select(list(PLAIN_COLUMNS))
+    columns = [*plain.columns, *_signal_columns(records, schema)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _feature(kind: pa.DataType) -> dict[str, Any]:
-    """How `datasets` writes the type of a column."""
-    if pa.types.is_list(kind):
-        return {"feature": _feature(kind.value_type), "_type": "List"}
-    return {"dtype": _DATASETS_NAMES.get(str(kind), str(kind)), "_type": "Value"}
+def _nested(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.list_(kind))
+
+
+def _signal_columns(records: list[Record], schema: pa.Schema) -> list[pa.Array]:
+    """The columns of `schema` that follow the plain ones."""
+    names = schema.names[len(PLAIN_COLUMNS) :]
+    if not names:
+        return []
+    row_lengths = [len(record.completion_ids) for record in records]
+    if len(names) == 1:
+        dtype = np.dtype(schema.field(names[0]).type.value_type.value_type.to_pandas_dtype())
+        matrices = [_matrix(record, dtype) for record in records]
+        widths = np.repeat([matrix.shape[1] for matrix in matrices], row_lengths)
+        return [_lists(records[0], [matrix.reshape(-1) for matrix in matrices], widths, row_lengths)]
+    signals = [_topk(record) for record in records]
+    kept = [signal.ids >= 0 for signal in signals]
+    widths = np.concatenate([slots.sum(1) for slots in kept])
+    ids = [signal.ids[slots] for signal, slots in zip(signals, kept, strict=True)]
+    logprobs = [signal.logprobs[slots] for signal, slots in zip(signals, kept, strict=True)]
+    return [_lists(records[0], values, widths, row_lengths) for values in (ids, logprobs)]
+
+
+def _topk(record: Record) -> TopK:
+    assert isinstance(record.signal, TopK)
+    return record.signal
+
+
+def _matrix(record: Record, dtype: np.dtype[np.generic]) -> Array:
+    """States or logits [T, D or V] as float16 or float32, exactly."""
+    signal = record.signal
+    assert isinstance(signal, Hidden | Full)
+    values = signal.states if isinstance(signal, Hidden) else signal.logits
+    if dtype == np.float16 and signal.dtype != "float16":
+        raise CacheError(
+            f"row {record.row_id}: its signal is {signal.dtype}, that of the cache's first row float16; they cannot go"
+            " into one column. Read this cache with `cache.open`."
+        )
+    return values if dtype == np.float16 else to_float32(values, signal.dtype)
+
+
+def _lists(
+    first: Record, values: list[Array], widths: npt.NDArray[np.integer], row_lengths: list[int]
+) -> pa.ListArray:
+    """list<list>: `values` of all rows, cut into one list a token by `widths`, those into rows by `row_lengths`."""
+    inner, outer = _offsets(widths), _offsets(row_lengths)
+    if inner[-1] > _MOST_VALUES:
+        raise CacheError(
+            f"the record batch that begins with row {first.row_id} decodes to {inner[-1]:,} numbers; an Arrow list"
+            f" column holds at most {_MOST_VALUES:,}. Read this cache with `cache.open`."
+        )
+    tokens = pa.ListArray.from_arrays(pa.array(inner, pa.int32()), pa.array(np.concatenate(values)))
+    return pa.ListArray.from_arrays(pa.array(outer, pa.int32()), tokens)
+
+
+def _offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

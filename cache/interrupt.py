@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a cache command at once, at any moment: what is committed is whole, as after a crash."""
+"""Ctrl-C and SIGTERM end a cache command at once; as after a crash, committed data stays whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def install() -> None:
-    """For the command's process, before anything else is imported. Signals told to be ignored stay ignored."""
+    """Installs the handlers; call before other imports. Signals that are ignored stay ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)

@@ -1,8 +1,8 @@
-"""Looks at an encapsulated Arrow message before Arrow does: its layout, and how much memory it would take.
+"""Checks an encapsulated Arrow message before Arrow decodes it: its layout, and how much memory it would take.
 
-A record batch's buffers are compressed, and each declares the bytes that it unpacks to: some hundred bytes can declare
-gigabytes. The message's metadata is a FlatBuffer (arrow.apache.org/docs/format/Columnar.html); no more of it is read
-here than says where buffers lie.
+A record batch's buffers are compressed and each declares its unpacked size: a hundred bytes can declare gigabytes.
+The message's metadata is a FlatBuffer (arrow.apache.org/docs/format/Columnar.html); only the positions of buffers are
+read here.
 """
 
 from __future__ import annotations

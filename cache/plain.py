@@ -1,4 +1,4 @@
-"""Text of models, data sets and other people's caches, made safe to print: it cannot steer a terminal."""
+"""Makes text from models, data sets and other people's caches safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _JOINERS = "\u200c\u200d"  # formats that Persian, Hindi and emoji are written w
 
 
 def plain(text: str, kept: str = "") -> str:
-    """`text` with every character that a terminal would obey as its escape (ESC becomes `\\x1b`), but for those in `kept`.
+    """`text` with every control and format character escaped (ESC becomes `\\x1b`), except those in `kept`.
 
-    What is left prints as it is, in any language.
+    Printable text of any language is unchanged.
     """
     if text.isprintable():
         return text

@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cache import commit
-from cache.batch import BatchRows, read_batch
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
 from cache.heads import check_heads, head_digest, head_width, load_head
 from cache.schema import SCHEMA, CacheError, Record, Rules, TeacherHead
+from cache.shard import BatchRows, read_batch
 from cache.store import Root, Store, open_store
-
-if TYPE_CHECKING:
-    from cache.soundness import Finding
+from cache.summary import summarise
+from cache.verify import Finding, verify
 
 BATCH_MEMORY_BYTES = 256 * 2**20
 PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
@@ -219,14 +218,10 @@ class Snapshot(Sequence[Record]):
 
     def summary(self) -> dict[str, Any]:
         """Rows, scored tokens, bytes, policies and quantiles as plain JSON (see `cache.summary`); reads no shard."""
-        from cache.summary import summarise
-
-        return summarise(self)
+        return summarise(self.store, self.fingerprint, self._shards, self.index)
 
     def verify(self) -> list[Finding]:
-        """Every fault of the cache as it is now (`cache.soundness`), empty if it is sound; damage never raises."""
-        from cache.soundness import verify
-
+        """Every fault of the cache as it is now (`cache.verify`), empty if it is sound; damage never raises."""
         return verify(self.store)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:

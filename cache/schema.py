@@ -1,4 +1,4 @@
-"""What a row is: the record classes, the Arrow schema of a shard, and the invariants that every row keeps.
+"""What a row is: the record classes, the Arrow schema of a shard, and the invariants of every row.
 
 Shapes: P prompt tokens, T scored tokens (the completion, EOS included), K kept ids, V vocabulary, D teacher width.
 Logprobs, entropies and tail masses are in nats.
@@ -32,9 +32,9 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 
 
 class CacheError(ValueError):
-    """A condition of the cache or its input that the user can mend; the message says what, where and what to do.
+    """A problem with the cache or its input that the user can fix; the message says what, where and what to do.
 
-    What it quotes of a cache cannot steer a terminal, nor fill one.
+    Text quoted from a cache is escaped and truncated, so it cannot send control codes to a terminal or flood it.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -158,12 +158,13 @@ class TeacherHead:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Record:
-    """One rollout, decoded: what the student wrote, and what student and teacher thought of each token.
+    """One rollout, decoded: the student's text, and what student and teacher say about each token.
 
     Attributes:
         row_id: 32 hex digits, the identity of the planned rollout.
         prompt_ids, completion_ids: int32 [P], [T]; the completion includes its EOS.
-        behaviour_logprobs, behaviour_entropy: float32 [T], of the distribution that was really sampled.
+        behaviour_logprobs: float32 [T], of the distribution that was actually sampled.
+        behaviour_entropy: float32 [T], of the same distribution; None if the engine does not report it.
         teacher_logprobs: float32 [T], of the sampled tokens.
         teacher_entropy, top1_id, top1_logprob: [T], of the teacher's full distribution.
         log_tail_mass: float32 [T], mass outside the ids that the signal keeps; -inf where it keeps everything.
@@ -184,7 +185,7 @@ class Record:
     prompt_ids: Int32
     completion_ids: Int32
     behaviour_logprobs: Float32
-    behaviour_entropy: Float32
+    behaviour_entropy: Float32 | None
     teacher_logprobs: Float32 | None = None
     teacher_entropy: Float32 | None = None
     log_tail_mass: Float32 | None = None
@@ -200,6 +201,7 @@ class Record:
 
 
 TEACHER_COLUMNS = ("teacher_logprobs", "teacher_entropy", "log_tail_mass", "top1_id", "top1_logprob")
+OPTIONAL_COLUMN = "behaviour_entropy"  # null in any row whose engine does not report it
 TOKEN_COLUMNS: dict[str, type[np.generic]] = {
     "prompt_ids": np.int32,
     "completion_ids": np.int32,
@@ -228,7 +230,9 @@ SCALAR_COLUMNS = tuple(_SCALARS)
 SCHEMA = pa.schema(
     [pa.field(name, kind, nullable=False) for name, kind in _SCALARS.items()]
     + [
-        pa.field(name, pa.list_(pa.from_numpy_dtype(dtype)), nullable=name in TEACHER_COLUMNS)
+        pa.field(
+            name, pa.list_(pa.from_numpy_dtype(dtype)), nullable=name in (*TEACHER_COLUMNS, OPTIONAL_COLUMN)
+        )
         for name, dtype in TOKEN_COLUMNS.items()
     ]
     + [pa.field("signal", pa.large_binary(), nullable=True)]
@@ -249,9 +253,10 @@ def _list_column(name: str, arrays: list[Array | None]) -> pa.Array:
     kept = [array for array in arrays if array is not None]
     if not kept:
         return pa.nulls(len(arrays), SCHEMA.field(name).type)
-    offsets = np.zeros(len(kept) + 1, np.int32)
-    np.cumsum([len(array) for array in kept], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(kept)))
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([0 if array is None else len(array) for array in arrays], out=offsets[1:])
+    is_null = pa.array([array is None for array in arrays]) if len(kept) < len(arrays) else None
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(kept)), mask=is_null)
 
 
 @dataclass(frozen=True)
@@ -356,13 +361,13 @@ def _check_values(record: Record, name: str, values: Array, rules: Rules) -> Non
 
 
 def wrong_value(name: str, values: Array, rules: Rules) -> tuple[int, str] | None:
-    """The place of the first value of a token column that the format does not allow, and what it does; None if all are right."""
+    """Position of the first invalid value of a token column and what the format expects; None if all are valid."""
     bad, _, expected = _bad_values(name, values, rules)
     return (int(bad.argmax()), expected) if bad.any() else None
 
 
 def _bad_values(name: str, values: Array, rules: Rules) -> tuple[Array, Array, str]:
-    """Which values a token column may not hold, the values, and what it may."""
+    """A mask of invalid values of a token column, the values, and a description of valid ones."""
     if values.dtype == np.int32:
         bad = (values < 0) | (values >= rules.vocab_size)
         return bad, values, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary"
@@ -420,7 +425,7 @@ def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
 
 
 def _check_topk_columns(record: Record, signal: TopK, tolerance: float) -> None:
-    """The plain columns say what the signal says, within `tolerance` (nats; of the tail's mass, a share)."""
+    """Refuses plain columns that differ from the signal by more than `tolerance` (nats; for the tail, a share)."""
     assert record.top1_id is not None
     assert record.top1_logprob is not None
     assert record.log_tail_mass is not None

@@ -1,7 +1,7 @@
-"""Where a cache lies: the few storage operations, on a local directory and on an object store through fsspec.
+"""Storage of a cache: the few operations it needs, on a local directory and, through fsspec, on an object store.
 
-Nothing else in this package writes, renames or deletes a file. Files are named relative to the cache's root: FILE or
-FOLDER/FILE. A store touches nothing outside its root, whatever a name says and wherever a link leads.
+Only this module writes, renames or deletes a cache's files. Names are relative to the root: FILE or FOLDER/FILE. A
+store touches nothing outside its root, whatever the name and wherever a link leads.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Root: TypeAlias = "str | PathLike[str] | Store"
 
 
 class StoreError(CacheError):
-    """The storage did not do what was asked: unreachable, not allowed, out of order. It says nothing of the data."""
+    """The storage failed (unreachable, permission denied, out of order); this says nothing about the data."""
 
 
 class Draft:
-    """A file that nobody reads yet: `write`, then `publish` under its final name, or `discard`."""
+    """A file not yet visible to readers: `write`, then `publish` it under its final name, or `discard` it."""
 
     def __init__(self, folder: Path, publish: Callable[[Path, str], None]) -> None:
         self.path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
@@ -70,7 +70,7 @@ class Draft:
         self._publish(self.path, name)
 
     def finish(self) -> None:
-        """Ends writing; what was written is on the disk."""
+        """Flushes to disk and closes the file."""
         os.fsync(self._fd)
         self._close()
 
@@ -87,7 +87,7 @@ class Draft:
 
 
 class Store(ABC):
-    """The files of one cache. A file that is not there is a FileNotFoundError, other failures are OSErrors.
+    """The files of one cache. A missing file raises FileNotFoundError, other failures raise OSError.
 
     Attributes:
         root: the directory or URL, as text.
@@ -136,7 +136,7 @@ class Store(ABC):
 
     @abstractmethod
     def now(self) -> float:
-        """The same clock now. Writers' own clocks differ by hours; this one wrote every file's time."""
+        """The current time by the same clock. Writers' own clocks may differ by hours."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -207,7 +207,7 @@ def open_store(root: Root) -> Store:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """What the machine fails to read says nothing of the file's content: StoreError, which is no damage."""
+    """Turns a failed read into StoreError: it says nothing about the file's content, so it is not damage."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
 
 from cache import commit
+from cache.commit import CommitRecord
+from cache.fingerprint import Fingerprint
 from cache.heads import head_files
 from cache.statistics import merge, quantiles
-
-if TYPE_CHECKING:
-    from cache.reader import Snapshot
+from cache.store import Store
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _POLICY = ("run_id", "policy_step", "policy_hash", "refresh_index")
 
 
-def summarise(snapshot: Snapshot) -> dict[str, Any]:
+def summarise(
+    store: Store, fingerprint: Fingerprint, records: Sequence[CommitRecord], index: pa.Table
+) -> dict[str, Any]:
     """Plain JSON: counts, sizes in bytes, policies, and quantiles over tokens (entropies in nats, tail mass a share).
+
+    `records` are the cache's commit records and `index` its rows, each once, as `Snapshot.index` lists them.
 
     `bytes` are all bytes of the cache that count: shards, commit records, fingerprint, tokenizer and teacher head;
     `signal_bytes` those that packed signals take in the shards. Both per scored token are None without rows. The `age`
     of a policy is in optimizer steps, counted at the newest policy of its run.
     """
-    records, index = snapshot.commit_records(), snapshot.index
     totals = merge(record.statistics for record in records)
     tokens = sum(index["num_completion_tokens"].to_pylist())
     policies = Counter(zip(*(index[name].to_pylist() for name in _POLICY), strict=True))
     newest: dict[str, int] = {}
     for run, step, *_ in policies:
         newest[run] = max(step, newest.get(run, step))
-    sizes = _sizes(snapshot)
+    sizes = _sizes(store, records)
     return {
-        "root": snapshot.root,
-        "signal": snapshot.fingerprint.must_match["signal"],
-        "rows": len(snapshot),
+        "root": store.root,
+        "signal": fingerprint.must_match["signal"],
+        "rows": len(index),
         "shards": len(records),
         "prompt_tokens": sum(index["num_prompt_tokens"].to_pylist()),
         "scored_tokens": tokens,
@@ -49,19 +55,19 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
         "refresh_indices": _count(index["refresh_index"].to_pylist()),
         "finish_reasons": dict(totals.finish_reasons),
         "quantiles": {name: quantiles(histogram, QUANTILES) for name, histogram in totals.histograms.items()},
-        "duplicate_rows": totals.rows - len(snapshot),
+        "duplicate_rows": totals.rows - len(index),
     }
 
 
-def _sizes(snapshot: Snapshot) -> dict[str, int]:
-    """Bytes on disk: in all, of the head, and of files that no commit record names."""
-    store, records = snapshot.store, snapshot.commit_records()
+def _sizes(store: Store, records: Sequence[CommitRecord]) -> dict[str, int]:
+    """Bytes on disk: in total, of the head, and of files that no commit record names."""
     head = sum(store.size(name) or 0 for name in head_files(store))
     of_records = store.sizes(commit.COMMITS)
     small = sum(store.size(name) or 0 for name in (commit.FINGERPRINT, commit.TOKENIZER))
     small += sum(of_records.get(record.name, 0) for record in records)
     shards = sum(record.shard_bytes for record in records)
-    left = commit.leftovers(store, [record.shard for record in snapshot.refresh().commit_records()])
+    newest = commit.read_records(store, {record.name: record for record in records})
+    left = commit.leftovers(store, [record.shard for record in newest.values()])
     return {
         "bytes": shards + small + head,
         "head_bytes": head,

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from cache import commit
-from cache.batch import read_batch
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import load_fingerprint, store_fingerprint
 from cache.heads import check_heads, head_digest, store_head
 from cache.reader import Snapshot, open_cache, rules_of
 from cache.schema import CacheError, Rules
-from cache.shard import OpenShard
+from cache.shard import OpenShard, read_batch
 from cache.store import Root, Store, open_store
 
 _CHUNK = 1 << 24

@@ -141,7 +141,8 @@ def _token_lines(
         logprob, entropy, tail = (None if column is None else float(column[t]) for column in teacher)
         mass = None if tail is None else float(np.exp(tail))
         numbers = _number(float(record.behaviour_logprobs[t]), 10) + _number(logprob, 10)
-        numbers += _number(float(record.behaviour_entropy[t]), 11) + _number(entropy, 11)
+        own = None if record.behaviour_entropy is None else float(record.behaviour_entropy[t])
+        numbers += _number(own, 11) + _number(entropy, 11)
         yield f"{t:>5}  {pad(name_of(token), 20)}{numbers}" + (
             f"{'-':>10}" if mass is None else f"{mass:>10.1e}"
         )

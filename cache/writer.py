@@ -1,4 +1,4 @@
-"""Takes rows, checks each, and commits them unit by unit."""
+"""Checks rows as they are appended and commits them unit by unit."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class Writer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Drops the unit at hand if anything goes wrong; says of a failed write what is kept."""
+        """Drops the current unit on any error; a failed write becomes a CacheError that says what is kept."""
         try:
             with explain_os_errors(self.root, lambda: len(self._committed)):
                 yield

@@ -184,7 +184,7 @@ def bomb(rng: random.Random) -> bytes:
     )
     header = struct.pack(
         "<BBBxIIf",
-        2,
+        1,
         rng.choice((1, 2, 3)),
         rng.choice((0, 1, 2, 8, 31)),
         *rng.choices((1, 2, 5, 7, VOCAB, 2**20, 2**31, 2**32 - 1), k=2),

@@ -13,8 +13,8 @@ import pytest
 
 import cache
 from cache import commit
-from cache.repair import withdraw
 from cache.store import STALE_SECONDS, Store, StoreError
+from cache.verify import withdraw
 from tests.support.cache_samples import assert_same, files, fingerprint, record, row_id, write
 from tests.support.cache_writers import STEPS, UNITS, assert_holds, drive, write_missing
 

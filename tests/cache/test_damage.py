@@ -11,9 +11,8 @@ import pytest
 import cache
 from cache import commit, shard
 from cache.__main__ import main
-from cache.repair import withdraw
-from cache.soundness import Finding, verify
 from cache.store import open_store
+from cache.verify import Finding, verify, withdraw
 from tests.support.cache_samples import assert_same, fingerprint, head, record, row_id, write
 
 NUM_FLIPS = 1_000

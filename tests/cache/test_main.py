@@ -263,8 +263,8 @@ def test_view_lists_the_rows_in_order_a_page_at_a_time(tmp_path, run):
 def test_neither_the_worst_nor_the_longest_decode_more_than_they_print(tmp_path, run, monkeypatch):
     write(tmp_path, range(9))
     decoded = []
-    decode = cache.batch.codec.decode
-    monkeypatch.setattr("cache.batch.codec.decode", lambda *packed: decoded.append(1) or decode(*packed))
+    decode = cache.shard.codec.decode
+    monkeypatch.setattr("cache.shard.codec.decode", lambda *packed: decoded.append(1) or decode(*packed))
     run("show", tmp_path, "--worst", 2)
     run("show", tmp_path, "--longest", 2)
     assert len(decoded) == 4

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 import cache
+from cache.__main__ import main
 from tests.support.cache_samples import KEPT, KINDS, assert_same, files, fingerprint, record, row_id, write
 from tests.support.plain_reader import read_signal
 
@@ -333,3 +335,28 @@ def test_importing_the_cache_is_light():
     seconds, heavy = zip(*(output.split("\n")[:2] for output in outputs), strict=True)
     assert set(heavy) == {""}
     assert min(map(float, seconds)) < 0.5
+
+
+@pytest.mark.parametrize("missing", [{0, 2}, {0, 1, 2, 3}])
+def test_rows_without_a_behaviour_entropy_are_read_shown_and_exported(tmp_path, capsys, missing):
+    with cache.Writer(tmp_path / "cache", fingerprint()) as writer:
+        for number in range(4):
+            changes = {"behaviour_entropy": None} if number in missing else {}
+            writer.append(record(number, **changes))
+        writer.commit("a")
+    snapshot = cache.open(tmp_path / "cache")
+    for number in range(4):
+        found = snapshot[snapshot.position(record(number).row_id)].behaviour_entropy
+        if number in missing:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, record(number).behaviour_entropy)
+    assert snapshot.verify() == []
+    assert snapshot.to_table(["behaviour_entropy"])["behaviour_entropy"].null_count == len(missing)
+    assert (snapshot.summary()["quantiles"]["behaviour_entropy"] is None) == (len(missing) == 4)
+    root = str(tmp_path / "cache")
+    for command in (["summary", root], ["view", root], ["show", "--row", record(0).row_id, root]):
+        assert main(command) == 0
+    assert main(["export", "--to", "parquet", root, str(tmp_path / "out")]) == 0
+    assert parquet.read_table(tmp_path / "out")["behaviour_entropy"].null_count == len(missing)
+    capsys.readouterr()

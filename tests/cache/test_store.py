@@ -13,8 +13,8 @@ import pytest
 import cache
 from cache import commit
 from cache.__main__ import main
-from cache.repair import withdraw
 from cache.store import STALE_SECONDS, LocalStore, ObjectStore, open_store
+from cache.verify import withdraw
 from tests.support.cache_samples import KINDS, assert_same, fingerprint, head, record, row_id, write
 from tests.support.cache_writers import UNITS, assert_holds, drive, write_missing
 from tests.support.helpers import assert_same_weights, weights_in

@@ -1,8 +1,8 @@
-"""The frozen caches in tests/data, and how they were made: a folder for each format and signal codec version.
+"""The frozen caches in tests/data, and how they are made: one cache for each signal kind.
 
     python -m tests.support.frozen_cache FOLDER    # makes such caches in FOLDER/<kind>, and their expected.json
 
-The committed files are never made anew: they stand for caches that users have.
+Once a version is released, its committed files are never made again: they stand for caches that users have.
 """
 
 import json
@@ -20,8 +20,7 @@ CACHES = (
     "cache_v1/topk",
     "cache_v1/nucleus",
     "cache_v1/hidden",
-    "cache_v1_codec2/topk",
-    "cache_v1_codec2/nucleus",
+    "cache_v1/full",
 )
 NUMBERS = range(1, 5)
 
@@ -60,8 +59,9 @@ def readable(record: cache.Record) -> dict[str, object]:
                 "log_tail_mass": _json(signal.log_tail_mass),
             }
         }
-    assert isinstance(signal, cache.Hidden)
-    return fields | {"signal": {"dtype": signal.dtype, "states": signal.states.tolist()}}
+    assert signal is not None
+    name = "states" if isinstance(signal, cache.Hidden) else "logits"
+    return fields | {"signal": {"dtype": signal.dtype, name: getattr(signal, name).tolist()}}
 
 
 def _json(value: object) -> object:
@@ -74,5 +74,5 @@ def _json(value: object) -> object:
 
 
 if __name__ == "__main__":
-    for kind in ("topk", "nucleus", "hidden"):
+    for kind in ("topk", "nucleus", "hidden", "full"):
         make(Path(sys.argv[1]) / kind, kind)

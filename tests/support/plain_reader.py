@@ -10,7 +10,7 @@ import zstandard
 def read_signal(packed: bytes) -> dict[str, Any]:
     """`ids`, `logprobs` (ragged lists) and `log_tail_mass` of a top-k signal; else the raw `bytes` of the matrix."""
     version, kind, dtype, zero, T, width, temperature = struct.unpack_from("<BBBBIIf", packed)
-    assert (version in (1, 2), zero) == (True, 0)
+    assert (version, zero) == (2, 0)
     planes = _planes(packed[16:])
     if kind != 1:
         size = (2, 2, 4)[dtype]
@@ -22,11 +22,11 @@ def read_signal(packed: bytes) -> dict[str, Any]:
     *low, high = planes[num_count_planes : num_count_planes + num_id_planes]
     ids = _join([*low, _uncrowd(high, dtype - 8 * (num_id_planes - 1), sum(counts))])
     rest = planes[num_count_planes + num_id_planes :]
-    words, first, others = _join(rest[0:3]), _join(rest[3:5]), _join(rest[5 : 5 + version])
-    (last,) = rest[5 + version :]
+    words, first, others = _join(rest[0:3]), _join(rest[3:5]), _join(rest[5:7])
+    (last,) = rest[7:]
     escapes = list(struct.unpack(f"<{len(last) // 4}I", last))
     first = [escapes.pop(0) if step == 65535 else step for step in first]
-    others = [escapes.pop(0) if step == 256**version - 1 else step for step in others]
+    others = [escapes.pop(0) if step == 65535 else step for step in others]
     assert not escapes
     found = {
         "kind": kind,
@@ -40,7 +40,7 @@ def read_signal(packed: bytes) -> dict[str, Any]:
         steps = ([0] + [first.pop(0) for _ in range(counts[t] > 1)])[: counts[t]]
         steps += [others.pop(0) for _ in range(counts[t] - 2)]
         found["ids"].append([ids.pop(0) for _ in range(counts[t])])
-        logprobs, tail = _logprobs(steps, words[t], version)
+        logprobs, tail = _logprobs(steps, words[t])
         found["logprobs"].append(logprobs)
         found["log_tail_mass"].append(tail)
     assert not ids
@@ -73,7 +73,7 @@ def _unrotate(planes: list[bytes], size: int) -> bytes:
     return b"".join(n.to_bytes(size, "little") for n in numbers)
 
 
-def _logprobs(steps: list[int], word: int, version: int) -> tuple[list[float], float]:
+def _logprobs(steps: list[int], word: int) -> tuple[list[float], float]:
     (mass,) = struct.unpack("<f", struct.pack("<I", word << 8))
     smaller = math.exp(-abs(mass))
     other = math.log1p(-smaller) if smaller < 1 else -math.inf
@@ -81,8 +81,7 @@ def _logprobs(steps: list[int], word: int, version: int) -> tuple[list[float], f
     gaps, code = [], 0
     for step in steps:
         code += step
-        curved = -2 * math.log1p(-min(code, 224) / 256) + max(code - 224, 0) / 16
-        gaps.append(curved if version == 1 else code / 256)
+        gaps.append(code / 256)
     if not gaps:
         return [], log_tail
     first = log_kept - math.log(sum(math.exp(-gap) for gap in gaps))

@@ -1,23 +1,29 @@
-"""Looks for damage: every digest, every row's invariants, every file that a commit record counts on."""
+"""Finds damage (every digest, every row's invariants, every file that a commit record needs) and withdraws it.
+
+Nothing is deleted: a damaged shard and its commit record move to `withdrawn/`, and stage one writes the rows again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
 from cache import commit
-from cache.batch import advice, read_batch
 from cache.codec import ROUNDING_NATS
 from cache.commit import BatchEntry, CommitRecord
 from cache.fingerprint import load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
 from cache.plain import plain
 from cache.schema import CacheError, Rules, check_record
+from cache.shard import advice, read_batch
 from cache.store import Root, Store, StoreError, open_store
+
+_NAMED_SHARD = re.compile(f'"shard":"({commit.SHARD_NAME.pattern})"'.encode())
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What every record of the cache must name: None where the file beside the shards is damaged itself."""
+    """What every commit record must name; None or empty where that file is damaged itself."""
 
     fingerprint: str | None = None
     rules: Rules | None = None
@@ -49,11 +55,11 @@ class _Expected:
 
 
 def verify(root: Root) -> list[Finding]:
-    """All faults of the cache at `root`, empty if it is sound; damage never raises.
+    """All faults of the cache at `root`; an empty list if it is sound. Damage never raises.
 
-    What looks damaged is read again: what is right then is told too, as a fault of the machine that costs no rows.
-    Shards are looked at by as many threads as there are CPUs. CacheError only where there is no cache at all, or where the storage does not answer. Temporary files and shards
-    without a commit record are no faults: readers ignore them.
+    Whatever looks damaged is read a second time. If the second read is correct, the finding blames the machine and
+    costs no rows. Shards are checked in parallel, one thread per CPU. Temporary files and shards without a commit
+    record are not faults, because readers ignore them. CacheError only if there is no cache or the storage fails.
     """
     store = open_store(root)
     record_names = commit.record_names(store)
@@ -83,7 +89,7 @@ def verify(root: Root) -> list[Finding]:
 def _look(
     store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None
 ) -> list[Finding]:
-    """What `find` finds, if it finds something twice: one bad read of memory, disk or network is no damage."""
+    """The findings of `find` if two runs both report some; a single bad read is not damage."""
     if not _collect(store, file, find, record):
         return []
     found = _collect(store, file, find, record)
@@ -98,7 +104,7 @@ def _look(
 def _collect(
     store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None
 ) -> list[Finding]:
-    """What `find` yields; what damage makes it raise becomes a finding too."""
+    """What `find` yields; errors caused by damage become findings."""
     found: list[Finding] = []
     try:
         found.extend(find())
@@ -165,7 +171,7 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
 
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
-    """A sound shard beside a file that is not the one it was written with: withdrawing it would lose rows for nothing."""
+    """A sound shard beside the wrong `file`. Withdrawing it would lose rows for nothing, so no record is named."""
     remedy = (
         f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
     )
@@ -215,3 +221,46 @@ def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Ite
                 number = first + row
                 text = f"{path} row {number}: {error} {advice(record)}"
                 yield Finding(record.shard, text, (number, number), record.name)
+
+
+def withdraw(root: Root, findings: Iterable[Finding]) -> list[str]:
+    """Moves the commit records named by findings of `verify`, then their shards, to `withdrawn/`; returns their names.
+
+    Shards that another record names stay. Findings without a record (fingerprint, tokenizer, head, a file name, a
+    machine that misreads) are ignored: withdrawing rows would not fix them.
+    """
+    store = open_store(root)
+    names = sorted({finding.record for finding in findings if finding.record is not None})
+    there = [f"{commit.SHARDS}/{file}" for file in store.names(commit.SHARDS)] if names else []
+    shards = {shard for name in names for shard in _shards_of(store, name, there)}
+    others = [name for name in commit.record_names(store) if name not in names] if shards else []
+    shards -= {_shard_of(store, name) for name in others}  # read before anything is moved: it may fail
+    moved = [*map(commit.record_path, names), *sorted(shards)]
+    for file in moved:
+        store.set_aside(file)
+    return moved
+
+
+def _shards_of(store: Store, name: str, there: list[str]) -> list[str]:
+    """The shard that a record names, if it is in `there`; otherwise every shard written for its unit.
+
+    If a shard named only by a damaged record stayed, a writer would later remove it as a leftover.
+    """
+    named, stem = _shard_of(store, name), f"{commit.SHARDS}/{name.rpartition('-')[0]}"
+    if named in there:
+        return [named]
+    return [
+        shard for shard in there if commit.SHARD_NAME.fullmatch(shard) and shard.rsplit("-", 2)[0] == stem
+    ]
+
+
+def _shard_of(store: Store, name: str) -> str | None:
+    """The shard that a commit record names, if its text still shows one; the record may be damaged."""
+    try:
+        data = store.read(commit.record_path(name))
+    except StoreError:
+        raise
+    except (CacheError, FileNotFoundError):
+        return None
+    found = _NAMED_SHARD.search(data)
+    return found[1].decode() if found else None

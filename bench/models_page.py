@@ -28,18 +28,18 @@ Written by `python -m bench.architectures`{dates} with {versions}; raw records i
 `bench/results/architectures.json`. Change that program, not this page.
 
 Every type of causal language model that transformers knows was built with random weights, {size}, windows of 12
-tokens, and taken through both stages as a user would run them, in fp32 on a CPU: packed as `packing: auto` decides, with itself as
-teacher; then padded, with a random LoRA adapter and another teacher. *Right* means that every log-probability that DualKL computed
-(rollouts, teacher, student in training) is within 1e-4 nats of transformers' own forward of that row alone, and that the loss of a
-student that is its own teacher is below 1e-5. Of rollouts by `generate` 5e-4 are allowed: the cached steps of some models with a state
-(Nemotron-H) are that far from their own forward. Tiny models show whether the computation is the model's; speed, memory and
-rotary embeddings that change at lengths beyond a few hundred tokens are not judged here.
+tokens, and run through both stages like a user's run, in fp32 on a CPU: first with `packing: auto` and itself as teacher, then padded, with
+a random LoRA adapter and another teacher. *Right* means that every log-probability computed by DualKL (rollouts, teacher, student in
+training) is within 1e-4 nats of transformers' own forward of that row alone, and that the loss of a student that is its own teacher is
+below 1e-5. The limit for rollouts by `generate` is 5e-4, because the cached steps of some models with a state (Nemotron-H) are that far from
+their own forward. Tiny models only show whether the computation is correct. Speed, memory and rotary embeddings that change beyond a few
+hundred tokens are not tested here.
 
-* **right**: the rollout engine writes, rows are packed.
-* **padded**: scoring and training take padded rows instead of packed ones, and a line of the run says why.
-* **by generate**: rollouts are written by transformers' `generate`, which is slower, and a line of the run says so.
-* **rounding decides a choice**: a token in a hundred is off with some weights, where two experts (or indexed tokens) score alike
-  and two correct computations choose apart; all is right with other weights.
+* **right**: the built-in rollout engine is used, and rows are packed.
+* **padded**: scoring and training use padded rows instead of packed ones; the run prints why.
+* **by generate**: rollouts are written by transformers' `generate`, which is slower; the run prints this.
+* **rounding decides a choice**: with some weights, one token in a hundred is off, because two experts (or indexed tokens) have equal scores
+  and two correct computations choose differently. With other weights, all tokens are right.
 * **refused**: the command ends at once with that sentence.
 """
 

@@ -54,9 +54,9 @@ def _no_process_group() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tokenizer of the embedded models."""
-    from stages.models import checkpoints
+    from stages.models import pretrained
 
-    return checkpoints.load_tokenizer(str(ROOT / "examples/arithmetic/student"))
+    return pretrained.load_tokenizer(str(ROOT / "examples/arithmetic/student"))
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +74,9 @@ def teacher_model() -> Any:
 def _model(name: str) -> Any:
     import torch
 
-    from stages.models import checkpoints
+    from stages.models import pretrained
 
-    return checkpoints.load_model(str(ROOT / "examples/arithmetic" / name), torch.float32, "sdpa")
+    return pretrained.load_model(str(ROOT / "examples/arithmetic" / name), torch.float32, "sdpa")
 
 
 @pytest.fixture(scope="session")

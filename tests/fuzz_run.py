@@ -32,7 +32,7 @@ from torch import nn
 import cache
 from stages.data.prompts import training_prompts
 from stages.loops import setup, versions
-from stages.models import checkpoints, ends, folders
+from stages.models import ends, folders, pretrained
 from stages.report import summary, write_report
 from stages.runtime import checkpoint, distributed, history, metrics
 from stages.runtime.checkpoint import _digest
@@ -119,7 +119,7 @@ def use_config(folder: Path) -> None:
 
 
 def use_prompts(folder: Path) -> None:
-    tokenizer = checkpoints.load_tokenizer(str(ROOT / STUDENT))
+    tokenizer = pretrained.load_tokenizer(str(ROOT / STUDENT))
     for path in sorted((folder / "data").iterdir()):
         try:
             found = training_prompts(parse_arguments([*DEMO, "--dataset", str(path)], ""), tokenizer)
@@ -156,7 +156,7 @@ def use_model(folder: Path) -> None:
     name = str(folder / "model")
     folders.open_config("student_model", name)
     folders.check_weights("student_model", name)
-    checkpoints.load_model(name, torch.float32, "sdpa", reads_weights=False)
+    pretrained.load_model(name, torch.float32, "sdpa", reads_weights=False)
     config = _config(folder, "--student_model", name, "--teacher_model", name)
     vocabulary = setup.shared_vocabulary(config)
     ends.check_ends(config, vocabulary.tokenizer, vocabulary.size)

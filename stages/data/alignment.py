@@ -1,8 +1,7 @@
-"""The one place that knows that the hidden state at row t-1 predicts token y_t.
+"""The only module that knows that the hidden state at position t-1 predicts token y_t.
 
-A sequence is prompt + completion. Sequences lie either one a row, padded on the right, or one after the other in a single
-row (packed). A scored position is one whose *next* token belongs to the completion (EOS included): the last prompt token
-up to the token before the last one.
+A sequence is prompt + completion. A batch is padded (one sequence a row, padding on the right) or packed (all sequences
+concatenated in one row). A position is scored if its *next* token belongs to the completion (EOS included).
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ MOST_PADDING = 1.25
 
 @dataclass(frozen=True)
 class Groups:
-    """Packed sequences laid out again as padded rows, a grid for each group.
+    """Packed sequences rearranged as padded rows, one grid per group.
 
     Attributes:
-        grids: [b, t], the packed position that each slot holds; slots after a sequence's end repeat its last token.
-        places: of each packed position, its slot among those of all grids, one grid after the other.
+        grids: the packed position of each slot; slots past the end of a sequence repeat its last position.
+        places: for each packed position, its index in the concatenation of the flattened grids.
     """
 
     grids: list[Int[Tensor, "b t"]]
@@ -36,9 +35,9 @@ class Packing:
     """Where B sequences that share one row begin and end.
 
     Attributes:
-        lengths: tokens of each, known to the host.
-        bounds: their cumulative sum from 0, where the kernels read it.
-        longest: of `lengths`; a number of its own, so that compiled code need not look at each of them.
+        lengths: tokens of each sequence, on the host.
+        bounds: their cumulative sum from 0, on the device.
+        longest: max(lengths), stored so that compiled code does not specialise on every length.
     """
 
     lengths: tuple[int, ...]
@@ -47,7 +46,7 @@ class Packing:
 
     @cached_property
     def groups(self) -> Groups:
-        """Sequences of like lengths, longest first, with at most `MOST_PADDING` slots for each of their tokens."""
+        """Groups of similar length, longest first, with at most `MOST_PADDING` slots per token."""
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         groups: list[list[int]] = []
         tokens = 0
@@ -76,16 +75,16 @@ class Packing:
 
 @dataclass(frozen=True)
 class Aligned:
-    """B sequences as a model takes them, and their scored positions, sequence by sequence in order.
+    """Model inputs of B sequences, and their scored positions in order.
 
     Padded: `input_ids` and `attention_mask` are [B, T]. Packed: `input_ids` and `position_ids` are [1, T], T the tokens of
-    all sequences, and `packing` tells them apart; there is no mask.
+    all sequences; `packing` holds the boundaries and there is no mask.
     """
 
     input_ids: Int[Tensor, "B T"]
     attention_mask: Int[Tensor, "B T"] | None
     scored: Int[Tensor, " N"]  # indices into the flattened [B * T] positions
-    targets: Int[Tensor, " N"]  # y_t, the token that each scored position predicts
+    targets: Int[Tensor, " N"]  # the token y_t predicted at each scored position
     position_ids: Int[Tensor, "1 T"] | None = None
     packing: Packing | None = None
 
@@ -98,7 +97,7 @@ def align(
     *,
     packed: bool = False,
 ) -> Aligned:
-    """Puts B prompts (each of at least one token) and their completions into one batch on `device`, queued there."""
+    """One batch of B prompts (each of at least one token) and completions; copies to CUDA are asynchronous."""
     sequences = [np.concatenate([p, c]).astype(np.int64) for p, c in zip(prompts, completions, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
     starts = np.cumsum([0, *lengths]) if packed else np.arange(len(lengths) + 1) * max(lengths)
@@ -123,7 +122,7 @@ def align(
 
 
 def queued(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device behind what it does now: the host does not wait."""
+    """The array on `device`; asynchronous on CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

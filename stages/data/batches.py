@@ -1,4 +1,4 @@
-"""Committed rows -> the live pool -> batches in a fixed order -> tensors and teacher objects for the loss."""
+"""Committed rows -> the live pool -> batches in a fixed order -> tensors and teachers for the loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
 CPU = torch.device("cpu")
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however far one counts
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -33,8 +33,8 @@ class Pool:
 
     Attributes:
         row_ids: sorted.
-        version: counts refreshes.
-        ages: of each row in optimizer steps, -1 for rows of other runs.
+        version: index of the newest refresh in the pool.
+        ages: optimizer steps of each row since its weights; -1 for rows of other runs.
         lengths: prompt and completion tokens of each row.
         opened_at: the optimizer step that `ages` are of.
         extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` hold them too.
@@ -56,7 +56,7 @@ class Pool:
         return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
 
     def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
-        """This pool and the rows of one more cache: `weight` of them for each row of the own cache."""
+        """This pool with the rows of one more cache; `weight` of them are drawn per row of the own cache."""
         prefix = f"{len(self.extras)}:"
         keys = [prefix + row_id for row_id in found.row_ids]
         return replace(
@@ -69,14 +69,14 @@ class Pool:
         )
 
     def locate(self, key: str, own: cache.Snapshot) -> tuple[cache.Snapshot, str]:
-        """The snapshot that holds the row of `key`, and its id there; `own` is the snapshot of the own cache."""
+        """The snapshot that holds the row and its id there; `own` is the snapshot of the own cache."""
         number, found, row_id = key.rpartition(":")
         return (self.extras[int(number)].snapshot if found else own), row_id
 
 
 @dataclass(frozen=True)
 class Extra:
-    """The rows of a further cache in a pool: `weight` of them are drawn for each row of the own cache."""
+    """The rows of a further cache in a pool; `weight` of them are drawn per row of the own cache."""
 
     keys: list[str]
     weight: float
@@ -85,10 +85,10 @@ class Extra:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one training forward takes; `weights` are constants of the loss, one a scored position.
+    """Inputs of one training forward; `weights` are the constant loss weights of the scored positions.
 
-    `tau`: the gate's threshold, nats; None: the configured one.
-    `teacher_entropy`: of the teacher's full distribution at each position, nats, as the cache holds it.
+    `tau`: gate threshold in nats, for each position or one for all; None: the configured one.
+    `teacher_entropy`: entropy of the teacher's full distribution, nats, from the cache.
     """
 
     aligned: Aligned
@@ -107,10 +107,11 @@ def live_pool(
     max_age: int,
     policies: dict[int, str],
 ) -> Pool:
-    """Rows of this run by refresh `version` and by earlier ones if no older than `max_age` steps; all rows of other runs.
+    """This run's rows of refresh `version`, its earlier ones up to `max_age` steps old, and all rows of other runs.
 
-    `policies`: the policy hash that wrote each refresh of this run. Rows of a refresh by another one are left out; at the
-    start, where they may be all that there is, they count as another run's.
+    `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded, except in refresh
+    0, where they count as rows of another run.
+    `kept`: the earlier rows to keep; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
     ages: dict[str, int] = {}
@@ -120,7 +121,7 @@ def live_pool(
         elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
             if row["refresh_index"] == version == 0:
                 ages[row["row_id"]] = -1
-            continue  # of a trajectory that was given up
+            continue  # written by weights that were rolled back
         elif row["refresh_index"] == version or (
             row["refresh_index"] < version and at_step - row["policy_step"] <= max_age
         ):
@@ -136,8 +137,8 @@ def live_pool(
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
     """Keys of the rows of global batch `batch_index` since the pool was opened.
 
-    Each cache has a stream of its own: a fresh permutation of its rows each epoch, seeded by (seed, epoch, version), one
-    after the other. The places of the batches are dealt to the caches by weight, always the same way.
+    Each cache is an endless stream of its rows, permuted anew each epoch with the seed (seed, epoch, version). Batch places
+    are assigned to caches by weight, deterministically.
     """
     start, end = batch_index * batch_size, (batch_index + 1) * batch_size
     owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
@@ -153,7 +154,7 @@ def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list
 
 
 def _owners(weights: list[float], num_places: int) -> np.ndarray:
-    """Which cache each place of the stream belongs to: any run of places holds the weights' shares to a row or two."""
+    """The cache of each place; any contiguous range matches the weights to within a row or two."""
     bounds = np.cumsum(weights) / sum(weights)
     return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
 
@@ -167,7 +168,7 @@ def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iter
 
 
 def by_cache(keys: Iterable[str]) -> list[list[str]]:
-    """Keys of a pool grouped by the cache that holds the rows, the own cache first; the order stays inside a group."""
+    """Groups keys by cache, the own cache first; keeps the order within a group."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         groups.setdefault(key.rpartition(":")[0], []).append(key)
@@ -182,9 +183,9 @@ def micro_batches(
     *,
     packed: bool = False,
 ) -> Iterator[list[T]]:
-    """Cuts rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens (None: no cap).
+    """Splits rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens (None: no cap).
 
-    A longer row is a forward of its own. Padded forwards count their padding, packed ones have none.
+    A row longer than `max_tokens` is a forward of its own. Padding counts, unless rows are `packed`.
     """
     batch: list[T] = []
     longest = total = 0
@@ -202,12 +203,12 @@ def micro_batches(
 
 
 def num_tokens(record: cache.Record) -> int:
-    """Prompt and completion."""
+    """Tokens of prompt and completion."""
     return len(record.prompt_ids) + len(record.completion_ids)
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int = 1) -> Iterator[R]:
-    """`read` of each item, in order; a thread is up to `depth` items ahead of the one that the caller works on."""
+    """Yields `read(item)` in order; a thread reads up to `depth` items ahead."""
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         waiting: deque[Future[R]] = deque()
         for item in items:
@@ -228,8 +229,8 @@ def to_tensors(
     *,
     packed: bool = False,
 ) -> MicroBatch:
-    """The tensors of one forward; `head` is the teacher's, needed by `hidden` rows; each position weighs `weight`."""
-    teacher = teacher_of(records, head, device, vocab_size)  # first: it refuses rows that are not scored
+    """The tensors of one forward. `head`: the teacher's, for `hidden` rows; `weight`: of each scored position."""
+    teacher = teacher_of(records, head, device, vocab_size)  # first, to reject unscored rows
     aligned = align(
         [r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed
     )
@@ -252,7 +253,7 @@ def pinned_tensors(
     *,
     packed: bool,
 ) -> MicroBatch:
-    """As `to_tensors`, in page-locked host memory and checked there: `on_device` copies it without waiting."""
+    """`to_tensors` in pinned host memory, with top-k values checked, for asynchronous copies by `on_device`."""
     batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
     if isinstance(batch.teacher, TopKTeacher):
         check_topk_values(batch.teacher, vocab_size)
@@ -260,12 +261,12 @@ def pinned_tensors(
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch on `device`; a copy from page-locked memory is queued behind what the device does now."""
+    """The batch on `device`; copies from pinned memory are asynchronous."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A data class whose tensors, however deep, are replaced by `function` of them."""
+    """Applies `function` to every tensor of a data class, recursively."""
     if isinstance(value, Tensor):
         return function(value)
     if not is_dataclass(value):
@@ -277,9 +278,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 def teacher_of(
     records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int
 ) -> AnyTeacher:
-    """The loss's teacher for the scored positions of `records`, row after row.
+    """The loss's teacher for the scored positions of `records`, in order.
 
-    Top-k values are checked here, on the host, where they are not checked by the loss: on a GPU it looks at shapes only.
+    Top-k values for a GPU are checked here on the host, because the loss checks only shapes there.
     """
     signals = [record.signal for record in records]
     first = signals[0]  # rows of one cache hold one kind
@@ -310,8 +311,18 @@ def teacher_of(
     )
 
 
+def cached_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
+    """The head of a `hidden` cache on `device`, else None.
+
+    Each call reads it again, so its memory is freed when the caller drops it.
+    """
+    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
+        return None
+    return dual_kl_head(snapshot.head(), device)
+
+
 def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head | None:
-    """A cache's teacher head on `device`."""
+    """A stored teacher head as `dualkl` takes it, on `device`."""
     if stored is None:
         return None
     bias = None if stored.bias is None else torch.from_numpy(np.array(stored.bias)).to(device)

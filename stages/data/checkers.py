@@ -1,4 +1,4 @@
-"""Answer checkers: found, called, and blamed by name for what they raise."""
+"""Loads and calls answer checkers. Error messages name the checker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Checker = Callable[[dict[str, Any], str], bool]
 
 
 def open_checker(spec: str) -> Checker | None:
-    """`load_checker`'s, if it can be called with a row and a completion; None without one."""
+    """The checker of `load_checker`, or None. Errors: `UserError` if it does not accept (row, completion)."""
     try:
         checker = load_checker(spec)
     except SystemExit as error:
@@ -31,7 +31,7 @@ def open_checker(spec: str) -> Checker | None:
         return None
     try:
         signature = inspect.signature(checker)
-    except (TypeError, ValueError):  # of compiled functions nobody knows
+    except (TypeError, ValueError):  # compiled functions have none
         return checker
     try:
         signature.bind({}, "")
@@ -44,7 +44,7 @@ def open_checker(spec: str) -> Checker | None:
 
 
 def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool | float:
-    """The checker's verdict; `UserError` that names it and the row if it raises, or answers neither yes, no nor a share."""
+    """True, False or a share in [0, 1]. Errors: `UserError`, with the row, if the checker raises or returns anything else."""
     try:
         answer: Any = checker(prompt.row, completion)
     except (Exception, SystemExit) as error:
@@ -65,13 +65,13 @@ def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool
 def _start(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer with too many digits to print
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def load_checker(spec: str) -> Checker | None:
-    """`gsm8k`, or `path/to/file.py:function`; empty gives None."""
+    """The checker `gsm8k` or `path/to/file.py:function`; None for an empty spec."""
     if not spec:
         return None
     if spec == "gsm8k":
@@ -85,7 +85,7 @@ def load_checker(spec: str) -> Checker | None:
             f"answer_checker {spec}: expected gsm8k or path/to/file.py:function, and that file to exist."
         )
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look it up here
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Records of the layouts that people have -> chat turns up to where an assistant speaks, and tools.
+"""Converts records of common layouts to chat turns, up to where the assistant answers, and tools.
 
-Turns reach the chat template with all their fields. What cannot be a prompt raises `Unusable`, whose reason is counted.
+Turns keep all their fields. A record that cannot be a prompt raises `Unusable`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TEXTS = ("prompt", "question", "problem", "query", "instruction", "input")
 COLUMNS = (*TURNS, *TEXTS, "chosen")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PROMPTING = ("user", "tool", "function", "ipython", "observation")
-"""Roles that an assistant answers: a tool's result is a prompt as a user's message is."""
+"""Roles that an assistant answers, tools included."""
 SYSTEM = ("system", "developer")
 CALLS = ("function_call", "tool_call")
 ROLES = {
@@ -34,12 +34,12 @@ ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""What data sets call roles, in small letters; others stay as they are."""
+"""Role names of data sets, in lower case; other names are kept."""
 SHAREGPT_ROLES = ROLES | {"observation": "tool", "function": "tool"}
 
 
 class Unusable(Exception):
-    """A record that is no prompt; its text ends the sentence "N records ...": why it is skipped."""
+    """A record that cannot be a prompt. The text completes the sentence "N records ...": the reason."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Conversation:
 
 
 def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversation:
-    """The turns up to the last message that is not an assistant's, and the tools beside them.
+    """The turns up to the last message that is not an assistant's, and the tools.
 
-    The prompt is the first filled one of COLUMNS. A system message is the record's own turn, wherever it stands, else its
-    `system` (or `system_prompt`) column, else `system_prompt`.
+    The prompt is the first non-empty one of COLUMNS. The system message is a turn of the record, else its `system` (or
+    `system_prompt`) column, else the argument `system_prompt`. Errors: `Unusable`.
     """
     for name in MEDIA:
         if record.get(name):
@@ -69,7 +69,7 @@ def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversatio
 
 
 def plain(turns: list[Turn]) -> list[Turn]:
-    """The turns with text parts joined and missing contents empty, for templates that take nothing but text."""
+    """The turns with text parts joined and missing contents empty, for templates that take only text."""
     return [turn | {"content": _joined(turn.get("content"))} for turn in turns]
 
 
@@ -124,7 +124,7 @@ def _turns(name: str, record: dict[str, Any]) -> list[Turn]:
 
 
 def _instruction(text: str, record: dict[str, Any]) -> list[Turn]:
-    """Alpaca's and Dolly's columns: what the instruction is about follows it, `history` precedes it."""
+    """Alpaca and Dolly: the pairs of `history`, then the instruction followed by `input` or `context`."""
     about = record.get("input") or record.get("context") or ""
     history = record.get("history") or []
     is_list = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
@@ -153,7 +153,7 @@ def _system(record: dict[str, Any]) -> str:
 
 
 def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `tools` as they are; OpenAI's older `functions` become tools."""
+    """The `tools` unchanged, or OpenAI's older `functions` as tools."""
     name = "tools" if _is_filled(record.get("tools")) else "functions"
     value, why = record.get(name), f"whose {name} are not JSON objects"
     value = _rows(_from_json(value, why) if isinstance(value, str) and value else value) or []
@@ -165,7 +165,7 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(value: Any) -> Any:
-    """A struct of equally long lists, as `datasets` keeps a sequence of structs, as the list that it stands for."""
+    """Turns a struct of equally long lists, as `datasets` stores a sequence of structs, back into a list."""
     lists = list(value.values()) if isinstance(value, dict) else []
     if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
         return value
@@ -183,7 +183,7 @@ def _from_json(text: str, why: str) -> Any:
 
 
 def _turn(value: Any) -> Turn:
-    """A turn with `role` and `content`, whatever it calls them; fields without a value are left out."""
+    """The turn with the keys `role` and `content`; null fields are dropped."""
     if isinstance(value, str):
         value = _from_json(value, "whose turns are text, without a role")
     said = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
@@ -202,7 +202,7 @@ def _turn(value: Any) -> Turn:
     if not {"tool_calls", "function_call"} & turn.keys():
         turn.setdefault("content", "")
     elif {"content", "value"} & value.keys():
-        turn.setdefault("content", None)  # templates ask whether it is none
+        turn.setdefault("content", None)  # templates test it for None
     if isinstance(turn.get("content"), list):
         turn["content"] = [_without_empty(part) for part in turn["content"]]
     _check_content(turn)
@@ -210,7 +210,7 @@ def _turn(value: Any) -> Turn:
 
 
 def _without_empty(part: Any) -> Any:
-    """A text part without empty fields: templates take one that is named `image` for an image."""
+    """A text part without empty fields: an empty `image` field would make templates render an image."""
     return (
         {k: v for k, v in part.items() if v or k == "text"}
         if isinstance(part, dict) and _is_text(part)
@@ -219,7 +219,7 @@ def _without_empty(part: Any) -> Any:
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:
-    """The calls of a turn whose role is one of CALLS: one or several of {name, arguments} as JSON."""
+    """Tool calls of a turn whose role is in CALLS: one or several {name, arguments} as JSON."""
     why = "with a function_call that is not JSON with a name"
     value = _from_json(text, why) if isinstance(text, str) else text
     calls = value if isinstance(value, list) else [value]
@@ -229,7 +229,7 @@ def _calls(text: Any) -> list[dict[str, Any]]:
 
 
 def _check_content(turn: Turn) -> None:
-    """Unusable for images and audio by their names, and for what is neither text nor text parts (tools may say anything)."""
+    """`Unusable` for images, audio and video, and for content other than text or text parts (except of tools)."""
     content = turn.get("content")
     for part in content if isinstance(content, list) else []:
         kind = str(part.get("type") or ", ".join(part)) if isinstance(part, dict) else type(part).__name__

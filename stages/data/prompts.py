@@ -1,4 +1,4 @@
-"""Records -> chat template -> prompt ids: what is drawn of the data sets, and what is skipped and why."""
+"""Draws prompts from the data sets: records -> chat template -> token ids. Counts skipped records by reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSED = "that the chat template refuses"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt; `prompt_id` hashes its token ids, `row` is the data set's record (for answer checkers)."""
+    """A tokenized prompt. `prompt_id` is a hash of the token ids; `row` is the record (for answer checkers)."""
 
     prompt_id: str
     ids: np.ndarray
@@ -38,9 +38,9 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptSet:
     prompts: list[Prompt]
-    drawn: dict[str, int]  # prompts by data set
-    skipped: Counter[str]  # records by reason
-    num_records: int  # looked at
+    drawn: dict[str, int]  # number of prompts per data set
+    skipped: Counter[str]  # number of records per reason
+    num_records: int  # records read
 
     @property
     def num_skipped(self) -> int:
@@ -57,16 +57,17 @@ class PromptSet:
 
 
 def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """`num_prompts` prompts of `dataset` (0: all) in a seeded order; several data sets take turns by their weights.
+    """`num_prompts` prompts of `dataset` (0: all) in a seeded order; several data sets are mixed by weight.
 
-    A data set that ends before the others starts again; prompts end where all have. Errors: UserError where one cannot be read,
-    has no prompts, or where more than `allow_skipped` of its records are skipped.
+    A data set that ends before the others is repeated until all have ended.
+    Errors: `UserError` if a data set cannot be read, has no prompts, or more than `allow_skipped` of its records are
+    skipped.
     """
     return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """`eval_prompts` prompts of eval_dataset, or of dataset after its first num_prompts in the seeded order."""
+    """`eval_prompts` prompts of `eval_dataset`, else those that follow the training prompts in `dataset`."""
     if config.eval.eval_dataset:
         name = config.eval.eval_dataset
         records = open_records(name, "test")
@@ -115,7 +116,7 @@ class _Source:
         return self.num_records == len(self.order)
 
     def check(self) -> None:
-        """UserError where too few of the records are prompts."""
+        """`UserError` if too few of the records are prompts."""
         if not self.num_records:
             return
         skips = _skips(self.skipped, self.num_records)
@@ -161,7 +162,7 @@ class _Source:
             record = self.records[index]
         except (UserError, Unusable):
             raise
-        except Exception as error:  # text that is not UTF-8, a date that Python does not have
+        except Exception as error:  # invalid UTF-8, a date out of range, ...
             raise Unusable(f"that cannot be read ({one_line(error)})") from error
         if len(self.columns) < 20:
             self.columns |= dict.fromkeys(record)
@@ -184,7 +185,7 @@ def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source
 
 
 def _mixed(sources: list[_Source], limit: int) -> PromptSet:
-    """Up to `limit` prompts, each from the data set that is furthest behind its share of them."""
+    """Up to `limit` prompts, each from the data set that is furthest behind its share."""
     prompts: list[Prompt] = []
     whole = sum(source.weight for source in sources)
     while len(prompts) < limit and not all(source.has_ended for source in sources):
@@ -229,9 +230,9 @@ def encode(
     kwargs: dict[str, Any],
     tools: Sequence[Any] = (),
 ) -> Prompt:
-    """Applies the chat template with a generation prompt; a tokenizer without a template gets the plain text.
+    """Applies the chat template with a generation prompt; without a template, joins the texts of the turns.
 
-    Errors: `Unusable` where the template refuses the turns, or where they give no token.
+    Errors: `Unusable` if the template rejects the turns or they give no tokens.
     """
     if tokenizer.chat_template:
         text = _templated(turns, tokenizer, kwargs | ({"tools": list(tools)} if tools else {}))
@@ -248,7 +249,7 @@ def encode(
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a template's text, or of a plain one with what the tokenizer puts before a text and not what it puts after it."""
+    """Token ids. Without a chat template, special tokens before the text (BOS) are kept, those after it (EOS) are not."""
     ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.chat_template:
         return ids
@@ -259,7 +260,7 @@ def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """The turns as they are, or with text for parts and nulls where the template does not take those."""
+    """Renders the turns; if the template rejects text parts or nulls, renders their plain text instead."""
     as_text = plain(turns)
     has_parts = any(isinstance(turn.get("content"), list) for turn in turns)
     tries = (
@@ -270,13 +271,13 @@ def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: di
     for attempt in tries:
         try:
             return _render(attempt, tokenizer, kwargs)
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # templates are programs and may raise anything
             refusal = one_line(error)[:120]
     raise Unusable(f"{REFUSED} ({refusal})")
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:
-    """Whether the template reads a text part, rather than to raise, or to print it as a Python or JSON value."""
+    """Whether the template renders a text part as its text; others raise or print the Python or JSON value."""
     word = "part-0f3a"
     try:
         text = _render([{"role": "user", "content": [{"type": "text", "text": word}]}], tokenizer, kwargs)
@@ -299,6 +300,6 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
-    """Hash of the token -> id map below the vocabulary cut: equal for tokenizers that differ only in padding."""
+    """Hash of the token -> id map below `vocab_size`: equal for tokenizers that differ only in padding."""
     pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i < vocab_size)
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]

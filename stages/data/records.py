@@ -1,7 +1,7 @@
-"""Data sets where people keep them -> records by index: files, folders, saved data sets, the hub.
+"""Opens data sets as sequences of records: files, folders, saved data sets and hub names.
 
-Values stay what the file says: no dates or numbers are made of strings, and fields that Arrow adds as null, because another
-record has them, are taken out again. JSON lines are indexed and parsed one by one; a million of them open in a second.
+Strings are never converted to dates or numbers. Null fields that Arrow adds because another record has them are removed.
+JSON lines are indexed first and parsed on access: a million lines open in a second.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in the names of a folder's files, as `datasets` reads them."""
+"""Words in file names that name a split, as in `datasets`."""
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BOM = b"\xef\xbb\xbf"
 CHUNK = 2**23
 MOST_LINE, MOST_WHOLE = 2**28, 2**30
-"""Bytes that a compressed file may unpack to: a line of JSON lines, a file of any other kind."""
+"""Limits in bytes for unpacked data: a line of JSON lines, and a file of any other format."""
 
 
 def open_records(name: str, split: str) -> Sequence[Record]:
@@ -84,7 +84,7 @@ def _path(name: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells a file's kind, below one of compression."""
+    """The suffix that gives the format, without a compression suffix."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
@@ -127,7 +127,7 @@ def _unpacking(path: Path) -> Iterator[pa.NativeFile]:
 
 
 class Lines(Sequence[Record]):
-    """The lines of a JSON lines file that are not blank, parsed when they are asked for; `number` is that of the first."""
+    """The non-blank lines of a JSON lines file, parsed on access; `number` is the line number of the first."""
 
     def __init__(self, path: Path, data: Bytes, number: int = 1) -> None:
         self.path, self.data = path, data
@@ -135,7 +135,7 @@ class Lines(Sequence[Record]):
         found = []
         for at in range(begin, len(data), CHUNK):
             ends = np.flatnonzero(np.frombuffer(data, np.uint8, min(CHUNK, len(data) - at), at) == 10) + at
-            if at + CHUNK >= len(data) and data[-1:] != b"\n":  # the file's end ends its last line
+            if at + CHUNK >= len(data) and data[-1:] != b"\n":  # the last line has no line end
                 ends = np.append(ends, len(data))
             if len(ends):
                 found.append(_filled(data, np.append(begin, ends[:-1] + 1), ends, number))
@@ -144,7 +144,7 @@ class Lines(Sequence[Record]):
         self.next_number = number
 
     def keep_filled(self) -> None:
-        """Lets go of the bytes of blank lines, where they are most of all."""
+        """Drops the bytes of blank lines if they are more than half of the data."""
         if 2 * int((self.ends - self.starts).sum()) < len(self.data):
             self.data = b"".join(
                 self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True)
@@ -166,7 +166,7 @@ class Lines(Sequence[Record]):
 
 
 def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
-    """Starts, ends and numbers of those lines that are not blank; `number` is that of the first."""
+    """[3, n]: starts, ends and numbers of the non-blank lines; `number` is the line number of the first."""
     at = np.flatnonzero(starts < ends)
     lines = np.stack([starts[at], ends[at], number + at])
     is_filled = np.ones(len(at), bool)
@@ -176,7 +176,7 @@ def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> n
 
 
 def _unpacked_lines(path: Path) -> list[Lines]:
-    """The lines of a compressed file, which is unpacked piece by piece; none where they are no JSON lines."""
+    """The lines of a compressed file, unpacked in chunks; empty if it is not JSON lines."""
     found, held, number = [], [b""], 1
     with _unpacking(path) as stream:
         while held:
@@ -192,13 +192,13 @@ def _unpacked_lines(path: Path) -> list[Lines]:
                 lines.keep_filled()
                 found += [lines] * bool(len(lines))
                 if found and not _starts_with_object(found[0]):
-                    return []  # of another kind
+                    return []  # not JSON lines
                 number, held = lines.next_number, [piece[end:]] * bool(piece)
     return found
 
 
 def _json(path: Path, data: Bytes) -> Sequence[Record]:
-    """JSON lines, one array, or values after each other over any number of lines, whatever the file is called."""
+    """JSON lines, one array, or concatenated values, whatever the suffix says."""
     lines = Lines(path, data)
     if _are_records([lines]):
         return lines
@@ -209,17 +209,17 @@ def _json(path: Path, data: Bytes) -> Sequence[Record]:
 
 
 def _are_records(parts: list[Lines]) -> bool:
-    """Whether lines, of parts that each have some, are JSON lines: several, the first of them an object."""
+    """Whether non-empty parts are JSON lines: at least two lines, the first an object."""
     if sum(map(len, parts)) < 2 or not _starts_with_object(parts[0]):
         return False
-    parts[-1].value(-1)  # a file that was cut off ends within its last line
+    parts[-1].value(-1)  # raises if the file was truncated within its last line
     return True
 
 
 def _starts_with_object(lines: Lines) -> bool:
     try:
         return isinstance(lines.value(0), dict)
-    except UserError:  # the first line of a value that goes on
+    except UserError:  # a value that spans several lines
         return False
 
 
@@ -232,7 +232,7 @@ def _unwrapped(value: Any) -> list[Any]:
 
 
 def _record(value: Any) -> Record:
-    """A bare list is one of turns, a bare text a prompt."""
+    """Wraps a bare list as chat turns and any other bare value as a prompt."""
     if isinstance(value, dict):
         return value
     return {"messages" if isinstance(value, list) else "prompt": value}
@@ -250,7 +250,7 @@ def _text(path: Path, data: bytes, line: int = 1) -> str:
 
 
 def _csv(path: Path, data: Bytes) -> Sequence[Record]:
-    """A table with a header; every value is a string. Of a .csv the header tells whether , ; or tabs separate."""
+    """A table with a header; every value is a string. The header of a .csv decides between `,`, `;` and tabs."""
     text = _text(path, data[:])
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
@@ -280,20 +280,17 @@ def _row(path: Path, line: int, columns: list[str], row: list[str]) -> Record:
     return dict(zip(columns, row))
 
 
-class Batches(Sequence[Record]):
-    """The rows of an Arrow table."""
+class ArrowRows(Sequence[Record]):
+    """The rows of one Arrow record batch."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self.batches = table.to_batches()
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches]).tolist()
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return self.batch.num_rows
 
     def __getitem__(self, index: Any) -> Any:
-        place = bisect.bisect_right(self.ends, index)
-        batch = self.batches[place]
-        return _arrow_record(batch.slice(index - self.ends[place] + batch.num_rows, 1))
+        return _arrow_record(self.batch.slice(index, 1))
 
 
 def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
@@ -302,7 +299,7 @@ def _parquet(path: Path, data: Bytes) -> Sequence[Record]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"dataset {path} cannot be read as Parquet: {one_line(error)}.") from error
     _check_columns(path, table.column_names)
-    return Batches(table)
+    return Joined([ArrowRows(batch) for batch in table.to_batches()])
 
 
 Reader = Callable[[Path, Bytes], Sequence[Record]]
@@ -321,14 +318,14 @@ LINES = (".jsonl", ".ndjson")
 
 
 class Joined(Sequence[Record]):
-    """Several files after each other."""
+    """The records of several files, concatenated."""
 
     def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: Any) -> Any:
         place = bisect.bisect_right(self.ends, index)
@@ -336,7 +333,7 @@ class Joined(Sequence[Record]):
 
 
 def _folder(folder: Path, split: str) -> Sequence[Record]:
-    """What `save_to_disk` wrote, or all data files below, by name; files that name splits count for their own alone."""
+    """A saved data set, or all data files below, by name; if file names name splits, only those of `split`."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(folder, split)
     files = sorted(path for path in _visible(folder) if _kind(path) in KINDS and path.name not in ABOUT)
@@ -369,7 +366,7 @@ def _split_of(path: Path) -> str:
 
 
 class Rows(Sequence[Record]):
-    """The rows of a `datasets.Dataset`, all columns, whatever format it was saved with; no image is decoded."""
+    """The rows of a `datasets.Dataset`, all columns, whatever format it was saved with; images are not decoded."""
 
     def __init__(self, data: Any) -> None:
         self.data = data.with_format("arrow")
@@ -382,11 +379,11 @@ class Rows(Sequence[Record]):
 
 
 def _saved(folder: Path, split: str) -> Rows:
-    import datasets  # takes a second, and most data sets are files
+    import datasets  # slow to import, and most data sets are files
 
     try:
         data = datasets.load_from_disk(str(folder))
-    except IndexError as error:  # from the list of its files
+    except IndexError as error:  # no data files
         raise UserError(
             f"dataset {folder} is empty, or one of its splits is: it was saved without rows."
         ) from error
@@ -421,7 +418,7 @@ def _values(text: str, path: Path) -> list[Any]:
     decoder, white = json.JSONDecoder(strict=False), re.compile(r"\s*")
     values, at = [], 0
     with _refusing(path, 1):
-        while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches nothing, too
+        while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it always matches
             value, at = decoder.raw_decode(text, at)
             values.append(value)
     return values
@@ -429,7 +426,7 @@ def _values(text: str, path: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def _refusing(path: Path, line: int) -> Iterator[None]:
-    """UserError for what is not JSON in a text that begins at `line`."""
+    """Turns JSON errors of a text that begins at `line` into `UserError`."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -444,13 +441,13 @@ def _refusing(path: Path, line: int) -> Iterator[None]:
 
 
 def _arrow_record(row: pa.RecordBatch | pa.Table) -> Record:
-    """The record of one row. Errors: `Unusable` for images, audio and video, in columns of any name."""
+    """The record of one row. Errors: `Unusable` for images, audio and video in any column."""
     values = row.to_pylist()[0]
     return {field.name: _value(field.name, field.type, values[field.name]) for field in row.schema}
 
 
 def _value(name: str, kind: pa.DataType, value: Any) -> Any:
-    """The value of an Arrow type without nulls in structs: Arrow gives all structs of a column the fields of all of them."""
+    """The value without the null struct fields that Arrow adds: all structs of a column share their fields."""
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
@@ -458,8 +455,8 @@ def _value(name: str, kind: pa.DataType, value: Any) -> Any:
     if pa.types.is_struct(kind):
         kinds = {field.name: field.type for field in kind}
         if kinds.keys() == {"bytes", "path"} and "binary" in str(kinds["bytes"]) and any(value.values()):
-            raise Unusable(f"with {name} (only text is read)")  # so `datasets` keeps Image, Audio and Video
-        is_turn = "role" in kinds  # whose content may be null, beside tool calls
+            raise Unusable(f"with {name} (only text is read)")  # how `datasets` stores Image, Audio and Video
+        is_turn = "role" in kinds  # content may be null beside tool calls
         return {
             k: _value(k, kinds[k], v)
             for k, v in value.items()

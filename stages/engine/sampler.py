@@ -11,7 +11,7 @@ from dualkl.heads import PreparedHead, prepare_head
 from stages.engine.requests import Method
 from stages.engine.sampling import choose
 from stages.engine.slots import Progress
-from stages.models import checkpoints
+from stages.models import pretrained
 
 
 class Sampler:
@@ -36,6 +36,6 @@ class Sampler:
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             if self._head is None:  # its products are in the dtype of the hidden states
-                head = checkpoints.head_of(self._model)
+                head = pretrained.head_of(self._model)
                 self._head = prepare_head(head, hidden, len(head.weight))
             return self._head.logits(hidden.to(self._head.weight_Vd.dtype))[:, : self._method.vocab_size]

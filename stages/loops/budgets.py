@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stages.engine.decoder import PREFILL_TOKENS
-from stages.models import checkpoints, memory
+from stages.models import memory, pretrained
 from stages.models.memory import Shape
 from stages.models.teacher import Teacher, zero3_settings
 from stages.runtime.config import Config
@@ -55,7 +55,7 @@ def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> fl
 
 def copied_bytes(config: Config, student: Shape) -> float:
     """The engine's own weights: the adapted layers with LoRA added; in full fine-tuning all fp32 weights in dtype."""
-    itemsize = checkpoints.DTYPES[config.run.dtype].itemsize
+    itemsize = pretrained.DTYPES[config.run.dtype].itemsize
     if not config.lora.use_lora:
         return float(student.parameters * itemsize) if itemsize < 4 else 0.0
     layers = memory.adapted(student, config.lora.lora_targets)
@@ -79,7 +79,7 @@ def scoring_parts(config: Config, teacher: Shape, gathered: float, tokens: int, 
 
 
 def _teacher_itemsize(config: Config) -> int:
-    return checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+    return pretrained.DTYPES[config.models.teacher_dtype].itemsize
 
 
 def state_parts(config: Config, student: Shape, num_gpus: int, zero2: bool) -> Parts:
@@ -98,7 +98,7 @@ def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_
     forward, and as long as autograd keeps them: with checkpointing for a layer's recomputation.
     """
     lora, checkpointing = config.lora, config.train.gradient_checkpointing
-    itemsize = checkpoints.DTYPES[config.run.dtype].itemsize
+    itemsize = pretrained.DTYPES[config.run.dtype].itemsize
     kept, moment = memory.activation_bytes_per_token(
         student, itemsize, checkpointing=checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
     )
@@ -211,10 +211,10 @@ def slots_of_run(
         return CPU_GEN_ROWS
     models = config.models
     shape = _shape(model_config, "gen_micro_batch")
-    itemsize = _teacher_itemsize(config) if is_teacher else checkpoints.DTYPES[config.run.dtype].itemsize
+    itemsize = _teacher_itemsize(config) if is_teacher else pretrained.DTYPES[config.run.dtype].itemsize
     beside = 0.0
     if scores_too and models.teacher_model:
-        teacher = _shape(checkpoints.load_config(models.teacher_model), "gen_micro_batch")
+        teacher = _shape(pretrained.load_config(models.teacher_model), "gen_micro_batch")
         gathered = (
             gathered_bytes(config, teacher, world.size) if models.teacher_ds_zero3 and not is_teacher else 0.0
         )
@@ -255,7 +255,7 @@ def train_caps_of_run(config: Config, world: World, student_config: Any) -> Caps
     shape, models = _shape(student_config, "micro_batch_tokens"), config.models
     added = total(state_parts(config, shape, world.size, world.student_is_deepspeed))
     if config.teacher_signal.signal == "hidden" and models.teacher_model:
-        teacher = _shape(checkpoints.load_config(models.teacher_model), "micro_batch_tokens")
+        teacher = _shape(pretrained.load_config(models.teacher_model), "micro_batch_tokens")
         added += memory.head_bytes(teacher, _teacher_itemsize(config))
     return train_caps(config, train_tokens(config, shape, free - added, card_bytes(world)))
 

@@ -1,4 +1,4 @@
-"""What stage two trains on, step by step: the forwards of each batch, read, decoded and made tensors ahead of their turn."""
+"""The batches of stage two. A thread reads the rows of the next forwards and makes tensors of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from itertools import tee
 import torch
 
 import cache
-from dualkl import Head
 from stages.data.batches import (
     MicroBatch,
     Pool,
     batch_rows,
     by_cache,
-    dual_kl_head,
+    cached_head,
     micro_batches,
     pinned_tensors,
     read_ahead,
@@ -31,7 +30,7 @@ READ_AHEAD = 2  # forwards
 
 @dataclass(frozen=True)
 class Forward:
-    """Rows of one cache, by their keys in the pool; an idle forward has weight 0 and only joins the others' collectives."""
+    """Keys of rows of one cache. An idle forward has weight 0 and only takes part in collective calls."""
 
     row_ids: list[str]
     is_idle: bool
@@ -42,10 +41,10 @@ class Batch:
     """One optimizer step.
 
     Attributes:
-        row_ids: of all ranks, as keys of the pool.
-        total_tokens: scored, of all ranks.
-        forwards: this rank's; every rank has equally many.
-        inputs: the rows and host tensors of `forwards`; whoever takes a batch takes all of them before the next batch.
+        row_ids: keys of the rows of all ranks.
+        total_tokens: scored tokens of all ranks.
+        forwards: those of this rank; every rank has the same number.
+        inputs: rows and tensors of each forward. Consume all of them before asking for the next batch.
     """
 
     row_ids: list[str]
@@ -57,15 +56,13 @@ class Batch:
 def global_batches(
     run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps
 ) -> Generator[Batch, None, None]:
-    """The pool's batches of these numbers, in order; a thread makes the next forwards' tensors meanwhile.
+    """The pool's batches with these indices, in order; the next forwards are read ahead in a thread.
 
-    `caps` of a forward must be the same on all ranks.
+    `caps` must be the same on all ranks.
     """
     device = run.world.device
-    heads = {
-        own.root: teacher_head_of(own, device)
-        for own in (snapshot, *(extra.snapshot for extra in pool.extras))
-    }
+    snapshots = (snapshot, *(extra.snapshot for extra in pool.extras))
+    heads = {own.root: cached_head(own, device) for own in snapshots}  # freed when the generator is closed
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
 
     def make(step: tuple[int, Forward]) -> tuple[list[cache.Record], MicroBatch]:
@@ -75,7 +72,7 @@ def global_batches(
         head = heads[places[0][0].root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
         if device.type == "cuda":
-            with torch.cuda.device(device):  # a thread begins on the first card
+            with torch.cuda.device(device):  # a new thread starts on the first GPU
                 return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
         return records, to_tensors(records, weight, head, pad_id, device, vocab_size, packed=packed)
 
@@ -88,7 +85,7 @@ def global_batches(
 def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[list[str], int, list[Forward]]:
     """All rows of global batch `index`, their scored tokens, and this rank's forwards.
 
-    Every rank cuts the rows of all ranks, so that all know without asking how many forwards the longest has.
+    Every rank splits the rows of all ranks, so all know the largest number of forwards without communication.
     """
     world, size = run.world, run.config.train.batch_size
     row_ids = batch_rows(pool, run.config.run.seed, index, size)
@@ -107,22 +104,9 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
 def cut_forwards(
     pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool
 ) -> Iterator[list[str]]:
-    """A rank's rows of a step, cut by `grad_accum`, then by cache, then by the caps on rows and tokens of a forward."""
+    """Splits a rank's rows of a step by `grad_accum`, then by cache, then by the caps of a forward."""
     for start in range(0, len(row_ids), micro_rows):
         for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
             yield from micro_batches(
                 of_one_cache, lambda row_id: sum(pool.lengths[row_id]), caps.rows, caps.tokens, packed=packed
             )
-
-
-_heads: dict[tuple[str, torch.device], Head | None] = {}
-
-
-def teacher_head_of(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
-    """The head of a `hidden` cache, read once a process (it never changes: its hash is in the fingerprint), else None."""
-    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
-        return None
-    key = (snapshot.root, device)
-    if key not in _heads:
-        _heads[key] = dual_kl_head(snapshot.head(), device)
-    return _heads[key]

@@ -16,12 +16,11 @@ from transformers.modeling_utils import PreTrainedModel
 import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
-from stages.data.batches import micro_batches, num_tokens, to_tensors
+from stages.data.batches import cached_head, micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
 from stages.loops import setup
 from stages.loops.collect import collect, plan, slots_for
-from stages.loops.feed import teacher_head_of
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
 from stages.models.policy import Policy
@@ -209,7 +208,7 @@ def _nothing() -> Result:
 @torch.no_grad()
 def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
     """Token means of exact forward and reverse KL and of top-1 agreement over rows of a `hidden` cache (collective)."""
-    head = teacher_head_of(snapshot, run.world.device)
+    head = cached_head(snapshot, run.world.device)
     rows = run.config.rollout.lp_micro_batch
     was_training = student.model.training
     student.model.eval()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from stages.loops import budgets
 from stages.loops.budgets import Parts, total
-from stages.models import checkpoints, memory, speed
+from stages.models import memory, pretrained, speed
 from stages.models.memory import GIB, Shape
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
@@ -105,11 +105,11 @@ class _Sizes:
 
     @property
     def student_b(self) -> int:
-        return checkpoints.DTYPES[self.config.run.dtype].itemsize
+        return pretrained.DTYPES[self.config.run.dtype].itemsize
 
     @property
     def teacher_b(self) -> int:
-        return checkpoints.DTYPES[self.config.models.teacher_dtype].itemsize
+        return pretrained.DTYPES[self.config.models.teacher_dtype].itemsize
 
     @property
     def card(self) -> float:
@@ -136,8 +136,8 @@ def make_plan(
         rows_per_micro_step(config, machine.num_gpus)
     _check_mean("max_new_tokens", config.rollout.max_new_tokens, mean_completion)
     _check_mean("max_prompt_tokens", config.data.max_prompt_tokens, mean_prompt)
-    student = memory.shape_of(checkpoints.load_config(models.student_model))
-    teacher = memory.shape_of(checkpoints.load_config(models.teacher_model))
+    student = memory.shape_of(pretrained.load_config(models.student_model))
+    teacher = memory.shape_of(pretrained.load_config(models.teacher_model))
     sizes = _Sizes(config, machine, student, teacher, budgets.trained_parameters(config, student))
     completion = mean_completion or float(config.rollout.max_new_tokens)
     prompt = mean_prompt or float(config.data.max_prompt_tokens)
@@ -396,7 +396,7 @@ def _speeds(
 def bytes_per_token(config: Config, teacher: Shape) -> float:
     """Bytes on disk of one scored token: the signal and the plain columns. A nucleus is planned at its most ids."""
     signal = config.teacher_signal
-    itemsize = checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+    itemsize = pretrained.DTYPES[config.models.teacher_dtype].itemsize
     kept = min(signal.signal_k, teacher.vocab_size)
     by_kind = {
         "topk": PACKED_ID_BYTES * kept + PACKED_TOKEN_BYTES,

@@ -19,7 +19,7 @@ from stages.data.prompts import Prompt
 from stages.loops import caches, refresh, setup
 from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
-from stages.models import checkpoints, ends, folders
+from stages.models import ends, folders, pretrained
 from stages.models.positions import positions_of
 from stages.models.teacher import zero3_settings
 from stages.runtime.config import Config
@@ -96,7 +96,7 @@ def _check_weights(config: Config, side: Side) -> None:
     folders.check_weights(side.key, side.name)
     if Path(side.name).is_dir():
         attention = config.models.attn_implementation
-        model = checkpoints.load_model(side.name, torch.bfloat16, attention, reads_weights=False)
+        model = pretrained.load_model(side.name, torch.bfloat16, attention, reads_weights=False)
         if side.key == "student_model":
             folders.check_student(config, model)
 

@@ -15,7 +15,7 @@ from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
 from stages.engine.opening import open_engine
 from stages.engine.protocol import Engine, Sampling
 from stages.loops.scoring import NUCLEUS_FLOOR
-from stages.models import checkpoints, ends
+from stages.models import ends, pretrained
 from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import check_writer, load_plain_model
@@ -40,13 +40,13 @@ def shared_vocabulary(config: Config) -> Vocabulary:
     models = config.models
     if not models.teacher_model:
         raise UserError(NO_TEACHER)
-    student = checkpoints.load_tokenizer(models.student_model)
-    teacher = checkpoints.load_tokenizer(models.teacher_model)
+    student = pretrained.load_tokenizer(models.student_model)
+    teacher = pretrained.load_tokenizer(models.teacher_model)
     rows = [
-        checkpoints.load_config(name).get_text_config().vocab_size
+        pretrained.load_config(name).get_text_config().vocab_size
         for name in (models.student_model, models.teacher_model)
     ]
-    return Vocabulary(student, checkpoints.vocabulary_cut(student, teacher, *rows))
+    return Vocabulary(student, pretrained.vocabulary_cut(student, teacher, *rows))
 
 
 def cached_vocabulary(config: Config) -> Vocabulary:
@@ -56,7 +56,7 @@ def cached_vocabulary(config: Config) -> Vocabulary:
 
 def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
     """The student's tokenizer and the cut of the cache at `cache_root`. UserError if another tokenizer wrote the cache."""
-    tokenizer = checkpoints.load_tokenizer(config.models.student_model)
+    tokenizer = pretrained.load_tokenizer(config.models.student_model)
     must_match = cache.open(cache_root).fingerprint.must_match
     own = vocabulary_fingerprint(tokenizer, must_match["vocab_size"])
     if own != must_match["tokenizer"]:
@@ -77,7 +77,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     if signal.signal == "nucleus":
         kept |= {"p": signal.signal_p, "floor": min(NUCLEUS_FLOOR, vocabulary.size)}
     must_match = {
-        "teacher": checkpoints.identity(models.teacher_model),
+        "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,
         **_prompting(config, vocabulary),
         "signal": kept,
@@ -177,7 +177,7 @@ def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
         open_engine(model),
         vocabulary.tokenizer,
         "teacher",
-        short_hash(checkpoints.identity(models.teacher_model)),
+        short_hash(pretrained.identity(models.teacher_model)),
         0,
         Sampling(run.config.rollout.max_new_tokens),
         vocabulary.size,

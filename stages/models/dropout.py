@@ -1,4 +1,4 @@
-"""What is random in a checkpoint's training mode is off: distillation measures and trains the student as it is."""
+"""Turns off dropout and router noise of a checkpoint: distillation trains the student without randomness."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NOISE = "jitter"  # of routers: router_jitter_noise, which some models (Phi-MoE)
 
 
 def switch_off(model: PreTrainedModel) -> None:
-    """Dropout layers, and the numbers in modules and configs that ask for dropout, become 0; router noise is pinned off.
+    """Sets dropout to 0 in layers, modules and configs, and pins routers with noise to evaluation mode.
 
-    To be called before adapters come in, whose `lora_dropout` stays. `own_dropout` brings the config's numbers back.
+    Call it before adding adapters, to keep their `lora_dropout`. `own_dropout` restores the config temporarily.
     """
     if any(_numbers(holder, NOISE) for holder in [*model.modules(), *_configs(model)]):
         pin_to_evaluation(model)
@@ -36,7 +36,7 @@ def switch_off(model: PreTrainedModel) -> None:
 
 @contextmanager
 def own_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """The config as the checkpoint had it, for writing it."""
+    """Restores the checkpoint's dropout in the config while the model is saved."""
     kept = getattr(model, "_own_dropout", [])
     for config, name, value in kept:
         setattr(config, name, value)
@@ -48,9 +48,9 @@ def own_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 
 def pin_to_evaluation(model: PreTrainedModel) -> None:
-    """Modules stay in evaluation mode for good, but for those that recompute activations in training mode.
+    """Keeps modules in evaluation mode for good, except those with gradient checkpointing.
 
-    For models that draw in training mode what no number switches off (PhiMoE draws its experts).
+    For models whose randomness in training mode has no setting (PhiMoE samples its experts).
     """
     adapters = {
         id(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()
@@ -83,6 +83,6 @@ def _numbers(holder: Any, word: str) -> list[tuple[str, float]]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Each config object that the model's modules read, once."""
+    """The distinct config objects of the model's modules."""
     found = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
     return list(found.values())

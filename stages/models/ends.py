@@ -1,4 +1,4 @@
-"""What ends a completion: EOS ids of student and teacher below the vocabulary cut, from files alone; no weights are read."""
+"""EOS ids of student and teacher below the vocabulary cut, from their files; weights are not read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from stages.models import checkpoints
+from stages.models import pretrained
 from stages.runtime.config import Config, name_and_revision
 from stages.runtime.errors import UserError
 
@@ -17,7 +17,7 @@ MARK = "dualkl0mark"
 
 
 def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a rollout: those of `eos_token`, else the student's own; those that can be drawn, maybe none."""
+    """The ids below `vocab_size` that end a rollout: those of `eos_token`, else the student's; may be empty."""
     return tuple(i for i in _wanted(config, tokenizer) if i < vocab_size)
 
 
@@ -30,7 +30,7 @@ def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size:
 
 
 def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """`UserError` where rollouts have no end, or one that can never be drawn though `eos_token` asks for it."""
+    """`UserError` if there is no EOS token, or if it (or one of `eos_token`) can never be sampled."""
     wanted = _wanted(config, tokenizer)
     if not wanted:
         raise UserError(
@@ -46,7 +46,7 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
 
 
 def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Sentences on ends that rollouts will not have; none where student and teacher end alike, or `eos_token` is set."""
+    """Remarks on EOS tokens at which rollouts do not end; none if student and teacher agree or `eos_token` is set."""
     models, own = config.models, _wanted(config, tokenizer)
     if config.rollout.eos_token:
         return []
@@ -57,7 +57,7 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
             f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below {vocab_size} are known to"
             f" both student and teacher; rollouts end at {at}"
         )
-    teacher = checkpoints.load_tokenizer(models.teacher_model)
+    teacher = pretrained.load_tokenizer(models.teacher_model)
     wanted = {*_own(models.teacher_model, teacher), *turn_end(config, teacher)}
     missing = sorted(wanted - ends)
     if settable := [i for i in missing if i < vocab_size]:
@@ -75,13 +75,13 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
 
 
 def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special token that the chat template writes right after what an assistant says; none without template or token."""
+    """The special token that the chat template writes after an assistant's text; empty if there is none."""
     if not tokenizer.chat_template:
         return ()
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": MARK}]
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **config.data.chat_template_kwargs)
-    except Exception:  # whatever a template raises: prompts will tell
+    except Exception:  # templates may raise anything; drawing prompts reports it
         return ()
     _, mark, rest = text.rpartition(MARK)
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if mark else []
@@ -99,7 +99,7 @@ def checkpoint_ends(name: str) -> tuple[int, ...]:
     except Exception as error:  # whatever a malformed file makes it raise
         if path.is_file():
             raise UserError(f"{path} cannot be read as a generation config; mend or remove it.") from error
-        found = GenerationConfig.from_model_config(checkpoints.load_config(name))
+        found = GenerationConfig.from_model_config(pretrained.load_config(name))
     own = found.eos_token_id
     ids = own if isinstance(own, list) else [own]
     wrong = [i for i in ids if i is not None and (type(i) is not int or i < 0)]
@@ -120,7 +120,7 @@ def _own(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _named(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of tokens joined by commas, or of the one token that is all of `text`."""
+    """The ids of tokens separated by commas, or of `text` if it is one token."""
     vocabulary = tokenizer.get_vocab()
     parts = [text] if text in vocabulary else text.split(",")
     names = [part if part in vocabulary else part.strip() for part in parts]

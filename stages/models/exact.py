@@ -1,7 +1,7 @@
-"""Forwards in float32 whatever a model's dtype, and with short windows: what two ways of computing one thing differ by
-is then either rounding of some 1e-6 or a difference that counts.
+"""Forwards in float32 for any model dtype, with short attention windows, for comparing two computations.
 
-Weights are widened one at a time, as they are used: no second copy of the model is held.
+In float32 they differ either by rounding (about 1e-6) or by a real error. Weights are upcast one at a time, as they are
+used, so there is no second copy of the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_utils import PreTrainedModel
 
 NARROW = (torch.bfloat16, torch.float16)
-LINEAR_ROWS = 32_768  # of a weight that are widened together: an lm_head of 152,064 would take gigabytes
+LINEAR_ROWS = (
+    32_768  # rows of a weight upcast at a time: a whole lm_head of 152,064 rows would take gigabytes
+)
 WINDOW = 8
 WINDOWS = (
     "sliding_window",
@@ -49,11 +51,11 @@ _MOVERS = {
     "dim",
     "__len__",
 }
-"""They only move or describe: what they are given is widened by the function that computes with it."""
+"""These only view or describe a tensor; it is upcast by the function that computes with it."""
 
 
 class _Widening(TorchFunctionMode):
-    """Every function of torch computes in float32: two-byte arguments are widened, dtypes asked for replaced."""
+    """Every torch function computes in float32: half-precision arguments are upcast, requested dtypes replaced."""
 
     active = True
 
@@ -81,15 +83,15 @@ def _wide(value: Any) -> Any:
 
 
 def linear_by_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + bias in float32."""
+    """x W^T + bias in float32."""
     out = torch.cat([linear(x.float(), part.float()) for part in weight.split(LINEAR_ROWS)], dim=-1)
     return out if bias is None else out + bias.float()
 
 
 @contextmanager
 def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
-    """No gradients, no autocast, float32 throughout. `sharded`: a ZeRO-3 engine's module, whose hooks move weights as they
-    are."""
+    """No gradients, no autocast, everything in float32. `sharded`: the module of a ZeRO-3 engine, whose hooks must see the
+    weights unchanged."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = _Widening()
     with ExitStack() as stack:
@@ -102,9 +104,9 @@ def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """What makes the hidden states that the lm_head reads.
+    """The module that computes the hidden states for the lm_head.
 
-    `get_decoder` of Llama 4 gives the whole model, that of ModernBERT's decoder the matrix of its head.
+    `get_decoder` returns the whole model for Llama 4, and the head's matrix for ModernBERT's decoder.
     """
     decoder = model.get_decoder()
     if decoder is model:
@@ -114,7 +116,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def float32_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Flash kernels take two-byte numbers only: without them for as long as this lasts."""
+    """Disables flash attention, which needs half precision."""
     own = model.config._attn_implementation
     if "flash" in own:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -126,7 +128,7 @@ def float32_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) -> None:
-    """The mode is off from a module's first hook to its last, before and after its forward."""
+    """Turns the mode off while the module's pre-forward and forward hooks run."""
 
     def set_to(active: bool) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -141,7 +143,7 @@ def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) ->
 
 @contextmanager
 def short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Windows and chunks of attention that configs and modules name are `WINDOW` long, so that short rows show them."""
+    """Sets attention windows and chunks in configs and modules to `WINDOW`, so that short rows exceed them."""
     holders: list[Any] = list(model.modules())
     holders += list(
         {id(c): c for module in holders if (c := getattr(module, "config", None)) is not None}.values()

@@ -1,4 +1,4 @@
-"""What the files of models and adapters tell before weights are read: what they are, and whether all is there and fits."""
+"""Checks the files of models and adapters before weights are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.utils.save_and_load import load_peft_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.models import checkpoints
+from stages.models import pretrained
 from stages.models.student import new_lora
 from stages.runtime.config import Config, name_and_revision
 from stages.runtime.errors import UserError
@@ -22,7 +22,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""In the order in which transformers looks for them."""
+"""In the order in which transformers tries them."""
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
@@ -37,7 +37,7 @@ def open_config(side: str, name: str) -> Any:
         raise UserError(
             f"{side} {name} has no tokenizer (tokenizer.json); copy that of the model that it was made from."
         )
-    config = checkpoints.load_config(name)
+    config = pretrained.load_config(name)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{side} {name} ({config.model_type}) is an encoder-decoder; give a decoder-only language model."
@@ -51,11 +51,11 @@ def open_config(side: str, name: str) -> Any:
 
 
 def check_weights(side: str, name: str) -> None:
-    """`UserError` where weight files of a local folder are missing, cut off, or of a kind that transformers does not load."""
+    """`UserError` if weight files of a local folder are missing, truncated or of an unsupported format."""
     folder = Path(name)
     if not folder.is_dir() or "transformers_weights" in (folder / "config.json").read_text():
         return
-    for path in checkpoints.weight_files(folder):
+    for path in pretrained.weight_files(folder):
         if not path.is_file():
             raise UserError(f"{side}: {path} is not a regular file; move it out of the model's folder.")
     first = next((folder / file for file in WEIGHTS if (folder / file).exists()), None)
@@ -77,7 +77,7 @@ def check_weights(side: str, name: str) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder seems to be."""
+    """What a folder without a config or weights seems to be, for an error message."""
     if (folder / "adapter_config.json").is_file():
         base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
         return f"it is a LoRA adapter; give the model that it adapts ({base}), and this folder as student_adapter"
@@ -105,7 +105,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_whole(side: str, path: Path) -> None:
-    """Compares a file's size with what its safetensors header says; reads the header alone."""
+    """`UserError` if a file is a Git LFS pointer, or its size disagrees with its safetensors header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(8) == b"version ":
@@ -128,7 +128,7 @@ def _check_whole(side: str, path: Path) -> None:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Bytes of the header of a safetensors file, and its tensors by name."""
+    """Size in bytes of the header of a safetensors file, and its tensors by name."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -139,7 +139,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def check_adapter(config: Config) -> list[str]:
-    """Remarks on `student_adapter`; `UserError` where its files say that the student cannot be trained with it."""
+    """Remarks on `student_adapter`; `UserError` if it cannot be trained."""
     if not config.models.student_adapter:
         return []
     folder = Path(config.models.student_adapter)
@@ -180,7 +180,7 @@ def check_adapter(config: Config) -> list[str]:
 
 
 def check_student(config: Config, model: PreTrainedModel) -> None:
-    """`UserError` where the adapter that is configured does not fit the student; `model` has no weights (meta device)."""
+    """`UserError` if the configured adapter does not fit the student; `model` is on the meta device."""
     if not config.lora.use_lora:
         return
     if not config.models.student_adapter:
@@ -189,12 +189,12 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
     folder = Path(config.models.student_adapter)
     try:
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.init_lora_weights = False  # of LoRA, which check_adapter has seen to
+        settings.init_lora_weights = False  # a LoraConfig: check_adapter has checked it
         wanted = get_peft_model_state_dict(PeftModel(model, settings), save_embedding_layers=False)
         stored = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # PEFT raises many kinds
+    except Exception as error:  # PEFT raises many types
         raise UserError(
-            f"student_adapter {folder} cannot be put on the student ({checkpoints.why(error)})"
+            f"student_adapter {folder} cannot be put on the student ({pretrained.why(error)})"
         ) from error
     base, advice = settings.base_model_name_or_path, "give the adapter's own base as student_model."
     for key in sorted(wanted.keys() & stored.keys()):

@@ -1,11 +1,11 @@
-"""Plain LoRA on a linear layer with as few passes over memory as its products allow: y = x W' + s (x A') B'.
+"""LoRA on a linear layer with a minimal number of passes over memory: y = x W' + s (x A') B'.
 
-PEFT's forward writes (x A') B', writes it again times s, and writes its sum with x W'; autograd mirrors each of these.
-Here s is in B, the wide product adds itself to the narrow one, and the gradient by x is made in the same way.
+PEFT writes (x A') B', then s times it, then the sum with x W'; autograd mirrors each of these. Here s is folded into B, x W'
+is accumulated in place (`addmm_`), and the gradient of x is computed in the same way.
 
-CUDA's products round x W' to bfloat16 before they add, where most of an early update is lost (`bench/early_updates.py`).
-Without gradients, which is how a refresh's probe and evaluation read the student, the sum is in fp32 therefore; training
-keeps the cheaper sum, and lags behind its adapter while updates are that small.
+CUDA rounds x W' to bfloat16 before adding, which loses most of an early update (`bench/early_updates.py`). Without gradients
+(the probe of a refresh, evaluation) the sum is therefore in fp32. Training uses the cheaper sum, and lags behind its adapter
+while updates are that small.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.nn.functional import linear
 
 
 def make_lean(model: nn.Module) -> None:
-    """Gives PEFT's LoRA layers on linear ones the forward of `LeanLinear`; they stay `LoraLinear` to everyone else."""
+    """Replaces the forward of PEFT's LoRA layers on linear layers by `LeanLinear`, a subclass of `LoraLinear`."""
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = LeanLinear
 
 
 class LeanLinear(LoraLinear):
-    """One active plain adapter, no dropout at work, on a frozen `nn.Linear` in the dtype of the products: in few passes.
+    """Fast path for one active plain adapter without active dropout, on a frozen `nn.Linear` in the compute dtype.
 
-    All else (DoRA, LoRA with a bias, several adapters, merged or disabled ones, quantised weights) is PEFT's forward.
+    Everything else (DoRA, LoRA with a bias, several, merged or disabled adapters, quantised weights) uses PEFT's forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] to [..., N] in the weights' dtype."""
+        """Maps x [..., K] to [..., N] in the dtype of the weights."""
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
@@ -47,7 +47,7 @@ class LeanLinear(LoraLinear):
         return adapted(x.to(dtype), base.weight, bias, down.weight, up.weight, self.scaling[adapter])
 
     def _alone(self, dtype: torch.dtype) -> str | None:
-        """The adapter that is all there is to this layer; None where there is more, or nothing."""
+        """The name of the adapter if the fast path applies, else None."""
         base = self.get_base_layer()
         if self.disable_adapters or self.merged or self.fan_in_fan_out or type(base) is not nn.Linear:
             return None
@@ -64,7 +64,7 @@ def adapted(
     x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
 ) -> Tensor:
     """x W' + bias + x A' (s B)' for x [..., K], products in x's dtype; W and bias take no gradient."""
-    if torch.compiler.is_compiling():  # the compiler joins the sum with what follows, forwards and backwards
+    if torch.compiler.is_compiling():  # the compiler fuses the sum itself
         low = linear(linear(x, a_rK.to(x.dtype)), (scale * b_Nr).to(x.dtype))
         return linear(x, weight_NK, bias_N) + low
     x_TK = x.reshape(-1, x.shape[-1])
@@ -72,8 +72,8 @@ def adapted(
         out_TN = _summed_in_fp32(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
         return out_TN.view(*x.shape[:-1], -1)
     out_TN = _Update.apply(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
-    # Outside the function, after it has kept its tensors: where a checkpoint is recomputed, that stops before the layer's
-    # last product of this kind, which no gradient needs. `_Update` has the gradient of this product as well.
+    # Outside `_Update`, after it has saved its tensors: recomputing a checkpoint stops before the layer's last product, which
+    # no gradient needs. `_Update.backward` includes the gradient of this product.
     with torch.no_grad():
         out_TN.addmm_(x_TK, weight_NK.t())
     return out_TN.view(*x.shape[:-1], -1)
@@ -82,7 +82,7 @@ def adapted(
 def _summed_in_fp32(
     x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
 ) -> Tensor:
-    """The same values rounded once; half-precision products on CUDA."""
+    """`adapted` with a single rounding at the end; half-precision products on CUDA."""
     out_TN = torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
     out_TN += linear(linear(x_TK, a_rK.to(x_TK.dtype)), (scale * b_Nr).to(x_TK.dtype))
     if bias_N is not None:
@@ -127,7 +127,7 @@ class _Update(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on CUDA without a rounding to the factors' dtype before."""
+    """a @ b in `dtype`; on CUDA without rounding to the dtype of the factors first."""
     if a.is_cuda and a.dtype != dtype and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

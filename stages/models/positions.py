@@ -1,4 +1,4 @@
-"""How long a sequence a model takes, as its config.json says."""
+"""The longest sequence that a model supports, from its config."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ FOLLOW_LENGTH = ("dynamic", "longrope")
 
 
 def positions_of(config: Any) -> int | None:
-    """Most tokens of a sequence: learned positions, or those that rotary ones reach with their scaling; None: no limit.
+    """Maximum tokens of a sequence: learned positions, or the reach of scaled rotary embeddings; None: no limit.
 
-    Frequencies that follow the longest row of a batch (`dynamic`, `longrope`) are right up to the length where they begin to.
+    Frequencies that depend on the longest row of a batch (`dynamic`, `longrope`) count up to the length where that begins.
     """
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -30,7 +30,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def _scalings(text: Any) -> list[dict[str, Any]]:
-    """The rotary settings: one for all layers, or one for each kind of layer."""
+    """The rotary settings: one for all layers, or one per layer type."""
     found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
     return nested or [found]

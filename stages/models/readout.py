@@ -1,7 +1,7 @@
-"""How a model makes logits of its decoder's hidden states: measured on one forward, not known by names.
+"""How a model turns hidden states into logits, measured on one forward.
 
-HyperCLOVA-X multiplies by its `logits_scaling`, Granite divides by it, Cohere multiplies by `logit_scale`, Gemma caps:
-the numbers come from the config, their meaning from what the model computes.
+HyperCLOVA-X multiplies by `logits_scaling`, Granite divides by it, Cohere multiplies by `logit_scale`, Gemma caps. The
+numbers come from the config; how they are used is inferred from the model's logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.models.exact import decoder_of, in_float32, linear_by_parts
 from stages.runtime.errors import UserError
 
 EXACT = 1e-3
-"""What two float32 computations of the same logits may differ by, relative; rounding is below 1e-5 as a rule."""
+"""Relative tolerance between two float32 computations of the same logits; rounding is usually below 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Readout:
 
 
 def readout_of(model: PreTrainedModel) -> Readout:
-    """Measured at the first call, by one forward of a few tokens (`UserError`, naming the model type, where none fits)."""
+    """The readout, measured once by a forward of a few tokens; `UserError` with the model type if none fits."""
     if not hasattr(model, "_readout"):
         ids = check_ids(model, 6)
         modes = [(module, module.training) for module in model.modules()]
@@ -52,7 +52,7 @@ def readout_of(model: PreTrainedModel) -> Readout:
 def note_readout(
     model: PreTrainedModel, hidden_Td: Tensor, logits_TV: Tensor, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """Keeps the readout that makes `logits` of `hidden` and the lm_head, for `readout_of`."""
+    """Fits the readout that maps `hidden` to `logits`, and stores it for `readout_of`. Errors: `UserError`."""
     if hidden_Td.shape[-1] != weight.shape[1]:
         widths = f"its decoder's states have width {hidden_Td.shape[-1]}, its lm_head takes {weight.shape[1]}"
         raise UserError(_sentence(model, widths))
@@ -92,9 +92,9 @@ def output_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def full_forward(model: PreTrainedModel, ids_BT: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Of one row: the decoder's hidden states [T, d] and the model's own logits [T, V] in the same forward.
+    """Hidden states [T, d] of the decoder and logits [T, V] of the model for one row, from the same forward.
 
-    `UserError` where the decoder takes no part in it.
+    Errors: `UserError` if the forward does not call the decoder exactly once.
     """
     caught: list[Any] = []
     handle = decoder_of(model).register_forward_hook(lambda _module, _inputs, output: caught.append(output))
@@ -108,12 +108,12 @@ def full_forward(model: PreTrainedModel, ids_BT: Tensor, **inputs: Any) -> tuple
 
 
 def last_hidden(output: Any) -> Tensor:
-    """[B, T, d] of a decoder's output."""
+    """Last hidden states [B, T, d] of a decoder's output."""
     return output.last_hidden_state
 
 
 def check_ids(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
-    """[1, length] token ids without those that a config gives a meaning (padding, images)."""
+    """[1, length] random token ids, without the special ones of the config (padding, images)."""
     text = model.config.get_text_config()
     special = {
         value
@@ -128,7 +128,7 @@ def check_ids(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
 
 
 def relative_gap(found_TV: Tensor, expected_TV: Tensor) -> float:
-    """The largest distance of a position's logits, relative to their own spread; a shift of all of them does not count."""
+    """Largest distance between the logits of a position, relative to their spread; constant shifts are ignored."""
     expected = expected_TV - expected_TV.mean(-1, keepdim=True)
     found = found_TV - found_TV.mean(-1, keepdim=True)
     gaps = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
@@ -144,7 +144,7 @@ def _numbers(config: Any) -> list[tuple[str, float]]:
 
 
 def _scale(products_TV: Tensor, logits_TV: Tensor, softcap: float | None, numbers: list[float]) -> float:
-    """The factor on the products; of the config's numbers and their inverses the one that it is, if it is one."""
+    """The factor on the products by least squares, snapped to a number of the config or its inverse if one matches."""
     x, y = products_TV.flatten().double(), logits_TV.flatten().double()
     if softcap is not None:
         inside = y.abs() < 0.9 * softcap

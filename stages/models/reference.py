@@ -1,4 +1,4 @@
-"""A model's forward in fp32 without a second copy of it: weights are upcast one module at a time, while it runs."""
+"""A model's forward in fp32 without a second copy: each module's weights are upcast while it runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def in_fp32(model: nn.Module, read_as: torch.dtype) -> Iterator[None]:
-    """Forwards of `model` inside are in fp32, of the weights that training multiplies by. Autocast must be off.
+    """Runs forwards of `model` in fp32, with the weights that training uses. Autocast must be off.
 
-    `read_as`: the dtype to which autocast rounds the matrices of frozen and fully trained layers. An adapter's are taken as
-    they are, since they are merged as they are. Embeddings are looked up in the dtype that they have.
+    `read_as`: dtype to which autocast rounds the matrices of frozen and fully trained layers. Adapter weights are not
+    rounded, since they are merged unrounded. Embeddings are looked up in their own dtype.
     """
     precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
@@ -42,7 +42,7 @@ def in_fp32(model: nn.Module, read_as: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _attention_in_fp32(model: Any) -> Iterator[None]:
-    """transformers' flash attention takes half precision only; its SDPA gives the same function in fp32."""
+    """transformers' flash attention needs half precision; its SDPA computes the same in fp32."""
     own = model.config._attn_implementation
     if "flash" not in (own or ""):
         yield
@@ -61,7 +61,7 @@ def _upcast(tree: Any) -> Any:
 
 
 class _Swap:
-    """A module's own parameters in fp32 while it runs."""
+    """Swaps a module's parameters for fp32 ones while it runs."""
 
     def __init__(self, read_as: torch.dtype | None) -> None:
         self._read_as = read_as

@@ -1,10 +1,10 @@
-"""A model against itself when it is loaded: a few short rows show whether every way that the stages compute its logits is
-the model's own. What differs takes a slower right way, with a line that says so, or is refused in a sentence.
+"""Checks at loading that every way in which the stages compute a model's logits agrees with the model's own forward.
 
-Compared, in float32 and with attention windows of a few tokens: the model's own forward of one row alone against (1) its
-forward of the row's first half (it must not look ahead), (2) padded rows through decoder and head, (3) packed rows,
-(4) training mode, (5) the engine that writes rollouts. What only long rows show is not seen: rotary embeddings that change
-beyond a length, windows that neither a config nor a module names.
+A path that disagrees is replaced by a slower correct one, and reported, or the model is rejected. The model's forward of a
+single short row, in float32 and with attention windows of a few tokens, is compared with (1) its forward of the first half
+of the row (causality), (2) padded rows through decoder and head, (3) packed rows, (4) training mode, (5) the rollout
+engine. Effects of long rows are not detected: rotary embeddings that change beyond a length, and windows that neither a
+config nor a module names.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
 
 LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
-FEW = 4  # tokens that `generate` writes for the check: it is slow where a state is updated without kernels
-WRITTEN = 5e-3  # nats; float32 against float32
-CACHED = 2e-4  # nats: `generate` with a cache, where several times as far as without one
-FLASH_SLACK = 4.0  # over the model's own rounding, where a kernel takes two-byte numbers only
+FEW = 4  # tokens checked with `generate`, which is slow for models with a state but no kernels
+WRITTEN = 5e-3  # nats; both sides in float32
+CACHED = 2e-4  # nats; `generate` with a cache may differ more, but by at most 4 times the gap without one
+FLASH_SLACK = 4.0  # times the model's own rounding, for kernels that need half precision
 BY_CHUNKS = ("reformer",)
-"""Attend within chunks that end where the row does, so that what short rows show says nothing of longer ones."""
+"""Attend within chunks that depend on the length of the row, so a check on short rows proves nothing."""
 T = TypeVar("T")
 
 
 @dataclass
 class Subject:
-    """A loaded model and how the stages compute with it. All of it is collective where `agree` is.
+    """A loaded model and how the stages compute with it. Collective if `agree` is.
 
-    `hidden`: a batch to the decoder's states; `full`: ids [1, T] to states [T, d] and the model's own logits [T, V];
-    `agree`: the largest of all ranks' numbers, so that they decide alike.
+    `hidden`: batch -> states of the decoder; `full`: ids [1, T] -> states [T, d] and the model's own logits [T, V];
+    `agree`: maximum over all ranks, so that they decide alike.
     """
 
     model: PreTrainedModel
@@ -61,7 +61,7 @@ class Subject:
     agree: Callable[[float], float] = float
     side: str = "model"
     rows: list[np.ndarray] = field(default_factory=list)
-    expected: list[Tensor] = field(default_factory=list)  # of each row, its own logits [T, V]
+    expected: list[Tensor] = field(default_factory=list)  # logits [T, V] of each row by `full`
 
     def __post_init__(self) -> None:
         first, other = (check_ids(self.model, LONG, seed)[0].cpu().numpy() for seed in (0, 1))
@@ -85,7 +85,7 @@ class Subject:
         return align(prompts, completions, 0, self.device, packed=packed)
 
     def found(self, packed: bool) -> list[Tensor]:
-        """Each row's logits by `hidden` and the head."""
+        """The logits of each row from `hidden` and the head."""
         states = self.hidden(self.aligned(packed))
         parts = states[0].split([len(row) for row in self.rows]) if packed else states
         return [self.logits(part[: len(row)]) for part, row in zip(parts, self.rows, strict=True)]
@@ -94,7 +94,7 @@ class Subject:
         return readout_of(self.model)(linear_by_parts(hidden_Td, *self.weights))
 
     def gap(self, packed: bool) -> float:
-        """How far the rows are from their own logits, relative."""
+        """Largest relative gap between `found` and `expected` logits."""
         gaps = [
             relative_gap(found, wanted)
             for found, wanted in zip(self.found(packed), self.expected, strict=True)
@@ -103,7 +103,7 @@ class Subject:
 
 
 def check_forwards(subject: Subject) -> None:
-    """Measures the readout; `UserError` where the model looks ahead, or padded rows or the head give other logits."""
+    """Measures the readout. `UserError` if the model is not causal, or padded rows or the head change its logits."""
     if subject.model.config.model_type in BY_CHUNKS:
         raise UserError(
             f"a {subject.kind} cannot be used: a token's logits depend on how long its row is. Choose another model."
@@ -134,7 +134,7 @@ def check_forwards(subject: Subject) -> None:
 
 
 def packing_refused(subject: Subject) -> str:
-    """Why rows must be padded though the model seems to take packed ones; empty where both are the same."""
+    """Why packed rows cannot be used although the model seems to support them; empty if they are exact."""
     bound = EXACT
     try:
         if "flash" in subject.model.config._attn_implementation:
@@ -157,7 +157,7 @@ def packing_refused(subject: Subject) -> str:
 
 
 def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed: bool) -> None:
-    """Sees to it that training mode computes what evaluation mode does; `UserError` where it cannot be made to."""
+    """Makes training mode compute the same as evaluation mode; `UserError` if that is impossible."""
 
     def gap() -> float:
         model.train()
@@ -184,7 +184,7 @@ def forced_gap(
     engine: Callable[[list[np.ndarray], list[np.ndarray]], list[np.ndarray]],
     num_tokens: int,
 ) -> float:
-    """Largest distance, in nats, of an engine's logprobs of the rows' last tokens from the model's own."""
+    """Largest difference, in nats, between an engine's and the model's logprobs of the rows' last tokens."""
     starts = [max(PROMPT, len(row) - num_tokens) for row in subject.rows]
     prompts, completions = (
         [row[:n] for row, n in zip(subject.rows, starts, strict=True)],
@@ -214,9 +214,9 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
 
 
 def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
-    """Chooses the engine that `model` (with its adapters, if any) writes rollouts with: the built-in one or `generate`.
+    """Selects the rollout engine of `model` (with its adapters): the built-in one, or `generate`.
 
-    If not even `generate` gives the logprobs of the model's own forward, `open_engine` will raise.
+    If even `generate` gives wrong logprobs, `rollout_engine` raises later.
     """
     base = subject.model
 
@@ -254,7 +254,7 @@ def _refuse(sentence: str, _model: PreTrainedModel | PeftModel) -> Never:
 
 
 def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_tokens: int) -> tuple[float, str]:
-    """How far an engine's logprobs of the rows' last `num_tokens` are from the model's, and why they are not these."""
+    """Gap in nats over the rows' last `num_tokens`, and why the engine cannot be used (empty if it can)."""
     try:
         gap = forced_gap(subject, engine, num_tokens)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The student: loading, LoRA or full fine-tuning, the forward pass to hidden states, the hash of its policy."""
+"""The student: loading, LoRA or full fine-tuning, the forward to hidden states, the policy hash, export."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned
-from stages.models import checkpoints, ends, lora, selfcheck
-from stages.models.attention import decoder_states, enable_packing, refuse_padding
+from stages.models import ends, lora, pretrained, selfcheck
 from stages.models.dropout import own_dropout, switch_off
 from stages.models.exact import decoder_of
+from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
@@ -37,7 +37,7 @@ from stages.runtime.files import new_folder, publish_folder, replace_text
 
 @dataclass(frozen=True)
 class Student:
-    """The trained model. `vocab_size` is the cut shared with the teacher; `model` is a PeftModel under LoRA."""
+    """The trained model; a PeftModel under LoRA. `vocab_size`: ids below it are shared with the teacher."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class Student:
     vocab_size: int
     eos_ids: tuple[int, ...]
     compute_dtype: torch.dtype
-    padded_because: str = "packing is off"  # why rows must be padded; empty: they are packed
+    padded_because: str = "packing is off"  # why rows must be padded; empty if they are packed
     is_compiled: bool = False  # the decoder layers, for training
 
     @property
@@ -62,7 +62,7 @@ class Student:
 
     @property
     def head(self) -> Head:
-        return checkpoints.head_of(self.base)
+        return pretrained.head_of(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -84,19 +84,19 @@ class Student:
 def load_student(
     config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Student:
-    """The student as stage two trains it: frozen weights in `dtype`, trained weights in fp32."""
+    """The student for training: frozen weights in `dtype`, trained weights in fp32."""
     models = config.models
-    load_dtype = checkpoints.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
-    base = checkpoints.load_model(models.student_model, load_dtype, models.attn_implementation)
+    load_dtype = pretrained.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
+    base = pretrained.load_model(models.student_model, load_dtype, models.attn_implementation)
     eos = ends.student_ends(config, tokenizer, vocab_size)
-    source = checkpoints.identity(models.student_model)
+    source = pretrained.identity(models.student_model)
     student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
     student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
     return checked(student, config.train.packing)
 
 
 def checked(student: Student, packing: bool | str) -> Student:
-    """The student with rows padded where packed ones are not exact (`selfcheck`); `UserError` where it is not served."""
+    """The student, set to padded rows if packed ones are not exact (`selfcheck`); `UserError` if it is unsupported."""
     base = student.base
     subject = selfcheck.Subject(
         base, partial(decoder_states, base), partial(full_forward, base), output_weights(base), side="student"
@@ -118,11 +118,11 @@ def assemble(
     eos: tuple[int, ...],
     device: torch.device,
 ) -> Student:
-    """Makes a student of a loaded model: adapters, packed rows, checkpointing, compilation, as the configuration says.
+    """Makes a student of a loaded model: adapters, packing, gradient checkpointing and compilation from the config.
 
-    `device`: where it will be trained.
+    `device`: the training device.
     """
-    compute_dtype = checkpoints.DTYPES[config.run.dtype]
+    compute_dtype = pretrained.DTYPES[config.run.dtype]
     switch_off(base)
     padded_because = enable_packing(base, config.train.packing)
     torch.manual_seed(config.run.seed)
@@ -140,18 +140,18 @@ def assemble(
 
 
 def _cast_once(model: nn.Module) -> None:
-    """Adapters take their bfloat16 inputs as they are: autocast rounds the weights, a detour over fp32 changes no bit."""
+    """Stops adapters from casting bf16 inputs to fp32: autocast rounds them back, so the result is bit-identical."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
 
 
 def compile_layers(base: PreTrainedModel) -> None:
-    """Compiles the decoder layers for training, alike ones once; evaluation and generation run them as they are.
+    """Compiles the decoder layers for training, equal ones once; evaluation and generation run them uncompiled.
 
-    Gradient checkpointing moves into what is compiled: the compiler recomputes what gradients need and no more. Layers with
-    checkpointing stay uncompiled where the compiler cannot see through their attention (packed rows without the kernel).
-    `UserError` for a model whose layers are not found (GPT-2's).
+    Gradient checkpointing moves inside the compiled function, so that only what gradients need is recomputed. Layers with
+    checkpointing stay uncompiled if the compiler cannot trace their attention (packed rows without the flash kernel).
+    Errors: `UserError` for a model without `layers` (GPT-2).
     """
     layers = _layers(base)
     if layers is None:
@@ -159,14 +159,12 @@ def compile_layers(base: PreTrainedModel) -> None:
             f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers as `layers`; set"
             " compile: false."
         )
-    torch._dynamo.config.optimize_ddp = False  # it would cut a layer's graph at DDP's buckets
+    torch._dynamo.config.optimize_ddp = False  # would split a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
     for layer in layers:
         recompute = bool(getattr(layer, "gradient_checkpointing", False))
         layer.gradient_checkpointing = False
-        layer.forward = MethodType(
-            _compiled_in_training(compiled, recompute), layer
-        )  # of a copied layer the copy's
+        layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # survives a deep copy
 
 
 def _layers(base: PreTrainedModel) -> Any:
@@ -196,7 +194,7 @@ def _training_forward(layer: nn.Module, recompute: bool, *arguments: Any, **keyw
 
 
 def policy_hash(student: Student) -> str:
-    """16 hex digits over the trained weights; over the model's identity while LoRA's update is still zero."""
+    """16 hex digits: hash of identity and trained weights, or of the identity alone while LoRA's update is zero."""
     untouched = isinstance(student.model, PeftModel) and all(
         not p.any() for name, p in student.trainable.items() if "lora_B" in name
     )
@@ -209,9 +207,9 @@ def policy_hash(student: Student) -> str:
 
 
 def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
-    """Replaces `folder` by what `from_pretrained` (full) or PEFT (LoRA adapter) loads, with the tokenizer and the texts `notes`.
+    """Replaces `folder` by a checkpoint (full) or PEFT adapter (LoRA) with the tokenizer and the text files `notes`.
 
-    UserError, and the folder that was there stays, where the files cannot be written.
+    Errors: `UserError` if the files cannot be written; the previous folder is kept.
     """
     partial = folder.with_name(f".partial-{folder.name}")
     try:
@@ -223,9 +221,8 @@ def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
             replace_text(partial / name, text)
         publish_folder(partial, folder)
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(
-            error
-        ):  # as tokenizers say it
+        # tokenizers raises plain exceptions that mention "os error"
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -252,7 +249,7 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
 
 
 def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
-    """`base` with a new adapter as the configuration says; `UserError` for a name of `lora_targets` that no layer has."""
+    """`base` with a new adapter; `UserError` for a name in `lora_targets` that no layer has."""
     targets = config.lora.lora_targets
     names: str | list[str] = (
         targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
@@ -277,7 +274,7 @@ def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
 
 
 def _set_dropout(model: PeftModel, p: float) -> None:
-    """The configured dropout instead of the one that a starting adapter was trained with."""
+    """Replaces the dropout that `student_adapter` was saved with by the configured one."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:
@@ -285,7 +282,7 @@ def _set_dropout(model: PeftModel, p: float) -> None:
 
 
 def _unadapted(base: PreTrainedModel) -> list[str] | None:
-    """Linear layers that `all-linear` must leave alone: routers that return more than a product, and the projections whose
+    """Linear layers that `all-linear` must exclude: routers that return more than a product, and the projections whose
     weights Mamba's fused kernels read without calling the layer."""
     names = []
     for name, module in base.named_modules():

@@ -1,8 +1,7 @@
-"""The teacher: forward passes only, under DeepSpeed ZeRO-3 or plain.
+"""The teacher: forward passes only, plain or under DeepSpeed ZeRO-3.
 
-Under ZeRO-3 every forward is collective: all ranks call `hidden` equally often (with dummy rows where one has no work),
-and nothing ever generates. The lm_head is gathered once at loading and kept whole on each rank, so that scoring can apply
-it in chunks without further collectives.
+Under ZeRO-3 every forward is collective: all ranks must call `hidden` (or `dummy`) equally often, and `generate` is never
+called. The lm_head is gathered once at loading and kept whole on each rank, so scoring needs no further collectives.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned, align
-from stages.models import checkpoints, selfcheck
-from stages.models.attention import decoder_states, enable_packing, refuse_padding
+from stages.models import pretrained, selfcheck
 from stages.models.exact import NARROW, in_float32
+from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
 from stages.runtime import distributed
 from stages.runtime.config import Config
@@ -38,14 +37,14 @@ from stages.runtime.errors import UserError
 
 
 class _Backbone(nn.Module):
-    """Root module for DeepSpeed, whose hooks need `forward` to be the root's own: a batch to last hidden states."""
+    """Maps a batch to last hidden states. DeepSpeed's hooks need this to be the `forward` of its root module."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, batch: Aligned | Tensor) -> Any:
-        """Of a batch its states [B, T, D]; of ids [1, T] `full_forward`, for the check at loading."""
+        """States [B, T, D] of a batch; for ids [1, T], the result of `full_forward` (for the check at loading)."""
         return (
             full_forward(self.model, batch)
             if isinstance(batch, Tensor)
@@ -55,7 +54,7 @@ class _Backbone(nn.Module):
 
 @dataclass
 class Teacher:
-    """`forward` maps a batch to hidden states; `packs`: it takes packed rows too; `engine` is DeepSpeed's, if any."""
+    """`forward` maps a batch to hidden states; `packs`: it accepts packed rows; `engine`: DeepSpeed's, if sharded."""
 
     forward: Any
     head: Head
@@ -69,7 +68,7 @@ class Teacher:
 
     @property
     def config(self) -> Any:
-        """The model's own (transformers)."""
+        """The transformers config of the model."""
         backbone = self.forward if self.engine is None else self.engine.module
         return backbone.model.config
 
@@ -79,27 +78,27 @@ class Teacher:
         return self.forward(aligned)
 
     def dummy(self) -> None:
-        """A forward without meaning, for a rank that has no work while others do."""
+        """A dummy forward, for a rank that has no work while others do."""
         one = np.zeros(1, dtype=np.int64)
         self.hidden(align([one], [one], 0, self.device))
 
     def move(self, device: torch.device) -> None:
-        """Moves the weights of a plain teacher; those of a sharded one stay where DeepSpeed keeps them."""
+        """Moves the weights of a plain teacher; does nothing for a sharded one."""
         if self.engine is None:
             self.forward.to(device)
 
     def close(self) -> None:
-        """Gives all memory back."""
+        """Frees all memory."""
         if self.engine is not None:
             _destroy(self.engine)
-        self.forward = self.engine = self.head = None  # type: ignore[assignment]  # nobody uses a closed teacher
+        self.forward = self.engine = self.head = None  # type: ignore[assignment]  # unusable from here on
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 class TeacherLoader:
-    """Loads the scoring teacher at its first use and frees it at the end of a `with` block."""
+    """Loads the scoring teacher at first use and frees it at the end of a `with` block."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
@@ -120,20 +119,22 @@ class TeacherLoader:
 
 
 def load_teacher(config: Config, world: World) -> Teacher:
-    """The teacher for scoring, as `teacher_ds_zero3` says."""
-    return _load_zero3(config, world) if config.models.teacher_ds_zero3 else _load_plain(config, world)
+    """The scoring teacher, sharded if `teacher_ds_zero3` is set."""
+    if config.models.teacher_ds_zero3:
+        return _load_zero3(config, world)
+    return plain_teacher(load_plain_model(config, world), world, config.train.packing)
 
 
 def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     """The whole teacher on this process's device."""
     models = config.models
-    dtype = checkpoints.DTYPES[models.teacher_dtype]
-    model = checkpoints.load_model(models.teacher_model, dtype, models.attn_implementation)
+    dtype = pretrained.DTYPES[models.teacher_dtype]
+    model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation)
     return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
 
 
 def check_writer(model: PreTrainedModel) -> None:
-    """For a teacher that writes text itself (evaluation): finds the engine that it writes right with."""
+    """For a teacher that generates text (evaluation): checks it and selects the engine that generates correctly."""
     subject = _plain_subject(model, _Backbone(model))
     selfcheck.check_forwards(subject)
     selfcheck.check_writing(subject, model)
@@ -144,7 +145,7 @@ def _plain_subject(model: PreTrainedModel, backbone: _Backbone) -> selfcheck.Sub
 
 
 def plain_model_fits(config: Config, world: World) -> bool:
-    """Whether the plain teacher fits beside what the device holds already (weights and a tenth; always on a CPU)."""
+    """Whether the weights of the plain teacher, plus 10 %, fit in the free memory of all devices; True on a CPU."""
     if world.device.type == "cpu":
         return True
     free, _ = torch.cuda.mem_get_info(world.device)
@@ -164,31 +165,26 @@ def resident_bytes(config: Config, num_gpus: int) -> float:
 def _weight_bytes(config: Config) -> int:
     """Bytes of the whole teacher in teacher_dtype; no weights are read."""
     return (
-        _num_parameters(config.models.teacher_model)
-        * checkpoints.DTYPES[config.models.teacher_dtype].itemsize
+        _num_parameters(config.models.teacher_model) * pretrained.DTYPES[config.models.teacher_dtype].itemsize
     )
 
 
 @lru_cache(maxsize=4)
 def _num_parameters(name: str) -> int:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoints.load_config(name))
+        model = AutoModelForCausalLM.from_config(pretrained.load_config(name))
     return sum(p.numel() for p in model.parameters())
 
 
-def _load_plain(config: Config, world: World) -> Teacher:
-    return plain_teacher(load_plain_model(config, world), world, config.train.packing)
-
-
 def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:
-    """A model that is loaded already, as a scoring teacher; no second copy. `packing`: as in the configuration."""
+    """A scoring teacher that shares the weights of a loaded model. `packing`: the config key."""
     backbone = _Backbone(model)
     packs = _checked(_plain_subject(model, backbone), enable_packing(model, packing), packing)
-    return Teacher(backbone, checkpoints.head_of(model), world.device, packs=packs)
+    return Teacher(backbone, pretrained.head_of(model), world.device, packs=packs)
 
 
 def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | str) -> bool:
-    """Whether packed rows are exact; `UserError` for a teacher that is not served (collective where the teacher is)."""
+    """Whether packed rows are exact; `UserError` for an unsupported teacher (collective if the teacher is)."""
     selfcheck.check_forwards(subject)
     if not padded_because:
         padded_because = selfcheck.packing_refused(subject)
@@ -205,19 +201,19 @@ def _load_zero3(config: Config, world: World) -> Teacher:
     settings = zero3_settings(config)
     models = config.models
     partition_while_loading = HfDeepSpeedConfig(settings)
-    model = checkpoints.load_model(
+    model = pretrained.load_model(
         models.teacher_model,
-        checkpoints.DTYPES[models.teacher_dtype],
+        pretrained.DTYPES[models.teacher_dtype],
         models.attn_implementation,
     )
-    del partition_while_loading  # while it lives, every from_pretrained partitions, the student's too
+    del partition_while_loading  # while it exists, from_pretrained partitions every model
     return sharded_teacher(model, settings, world, config.train.packing)
 
 
 def sharded_teacher(
     model: PreTrainedModel, settings: dict[str, Any], world: World, packing: bool | str
 ) -> Teacher:
-    """A model that is loaded already, whole or partitioned, as a ZeRO-3 teacher (collective)."""
+    """A ZeRO-3 teacher from a loaded model, whole or partitioned (collective)."""
     import deepspeed
 
     model.requires_grad_(False)
@@ -244,10 +240,10 @@ def sharded_teacher(
 
 
 def _destroy(engine: Any) -> None:
-    """Destroys a ZeRO-3 engine, clears what DeepSpeed's globals keep of it, and empties its weights.
+    """Destroys a ZeRO-3 engine, clears DeepSpeed's global references to it, and empties its weights.
 
-    The stack of running modules keeps the root of a forward without gradients; an `lru_cache` of a coordinator's method
-    keeps modules and coordinator once a trace is complete. What another version of DeepSpeed holds besides is hollow.
+    FWD_MODULE_STACK keeps the root module after a forward without gradients; an `lru_cache` of a coordinator's method keeps
+    the modules once a trace is complete. Emptied weights cost nothing if another version of DeepSpeed keeps more.
     """
     module = engine.module
     engine.destroy()
@@ -264,7 +260,7 @@ def _destroy(engine: Any) -> None:
 
 
 def _caches_in(function: Any, depth: int = 3) -> Iterator[Any]:
-    """The `lru_cache`s in a decorated function; DeepSpeed's decorators keep what they wrap in a closure alone."""
+    """The `lru_cache`s in a decorated function; DeepSpeed's decorators keep the function only in a closure."""
     if hasattr(function, "cache_clear"):
         yield function
     elif depth:
@@ -282,10 +278,10 @@ def _gathered_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def restore_buffers(model: PreTrainedModel) -> None:
-    """Makes anew, in float32, the computed buffers that plain loading has in float32: rotary frequencies above all.
+    """Recomputes in float32 the computed buffers (rotary frequencies above all) that plain loading keeps in float32.
 
-    Loading in bf16 under ZeRO-3 rounds them to bf16, which turns the teacher into another model as positions grow
-    (relative error of the last hidden state at 512 tokens 0.115 instead of 0.026).
+    Loading in bf16 under ZeRO-3 rounds them, an error that grows with the position (relative error of the last hidden state
+    at 512 tokens: 0.115 instead of 0.026).
     """
     computed = {
         f"{prefix}.{name}".lstrip("."): module
@@ -305,7 +301,7 @@ def restore_buffers(model: PreTrainedModel) -> None:
 
 
 def zero3_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings for a forward-only stage-3 engine: built in, or the user's with their `auto`s filled in."""
+    """DeepSpeed's settings for a forward-only stage-3 engine: the defaults, or `teacher_ds_config` without `auto`s."""
     bf16 = config.models.teacher_dtype == "bf16"
     if not config.models.teacher_ds_config:
         stage_three = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -329,9 +325,8 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         raise UserError(
             f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."
         )
-    zero.setdefault(
-        "stage3_param_persistence_threshold", 0
-    )  # the default keeps small tensors whole on every card
+    # DeepSpeed's default keeps small tensors whole on every GPU.
+    zero.setdefault("stage3_param_persistence_threshold", 0)
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     given = settings.get("bf16")
     settings["bf16"] = {**(given if isinstance(given, dict) else {}), "enabled": bf16}

@@ -1,8 +1,8 @@
-"""What a model's linear layers really multiply by while an engine generates with it, against the weights that are trained.
+"""Checks that an engine generates with the weights that are trained.
 
-Whatever an engine puts in the place of a layer (merged, joined, cast), it is called with inputs and gives outputs. Of each
-layer's first call a few tokens are compared with W x + s B A x in fp32. Rounding leaves a remainder without a direction; an
-adapter that is missing, older or scaled by another factor leaves one along s B A x.
+Whatever replaces a layer in an engine (merged, joined, cast), its outputs can be compared: a few tokens of each layer's
+first call, against W x + s B A x in fp32. Rounding errors have no direction; a missing, outdated or wrongly scaled adapter
+leaves an error along s B A x.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 TOKENS = 64
-"""Of a layer's first call; each gives as many numbers as the layer is wide."""
+"""Tokens compared per layer, from its first call."""
 
-LEAST_ERROR = 1e-6  # of a share: sums in fp32
+LEAST_ERROR = 1e-6  # least standard error of a share: rounding of fp32 sums
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer. `share`: of the adapter's part, that its output has too much (-1: the adapter is missing); its standard
-    `error`. `rounding`: root mean square of what else differs, in units of that of the layer's own forward."""
+    """One layer. `share`: excess of the adapter's part in the output (-1: the adapter is missing); `error`: its standard
+    error. `rounding`: RMS of the remaining difference, relative to that of the layer's own rounding."""
 
     name: str
     share: float
@@ -41,7 +41,7 @@ class _Layer:
 
 
 class Witness:
-    """Notes while `watching`, for each plain linear or plainly adapted layer of `decoder`, what it gave first."""
+    """While `watching`, compares the first call of each linear layer of `decoder`, plain or with one plain adapter."""
 
     def __init__(self, decoder: nn.Module, compute_dtype: torch.dtype) -> None:
         self._decoder, self._dtype = decoder, compute_dtype
@@ -63,16 +63,14 @@ class Witness:
             self._names = {}
 
     def seen(self) -> list[Seen]:
-        """What was noted, in the order of the calls. Waits for the device."""
+        """The results in call order. Synchronises with the device."""
         if not self._found:
             return []
         rows = torch.stack(list(self._found.values())).tolist()
         return [Seen(name, *row) for name, row in zip(self._found, rows, strict=True)]
 
     def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if (
-            module not in self._names
-        ):  # an engine's layers lie where the model's own did, for as long as they are called
+        if module not in self._names:  # an engine's layers replace the model's own under the same names
             names = {found: name for name, found in self._decoder.named_modules()}
             self._names |= names | {module: names.get(module)}
         name = self._names[module]
@@ -103,10 +101,10 @@ class Witness:
 
 
 def slope(product_G: Tensor, square_G: Tensor) -> tuple[Tensor, Tensor]:
-    """c of y = c x + rest, and its standard error; 0-dimensional.
+    """The slope c of y = c x + rest and its standard error (jackknife over groups), both 0-dimensional.
 
-    Of sums of x y and x x over independent groups of samples, whose leaving out (jackknife) gives the error: a sample that
-    decides c alone makes it large.
+    `product_G`, `square_G`: sums of x y and x x over independent groups of samples. A group that determines c alone makes
+    the error large.
     """
     total = square_G.sum()
     if not total:
@@ -117,7 +115,7 @@ def slope(product_G: Tensor, square_G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _layer(module: nn.Module) -> _Layer | None:
-    """A plain linear layer, or one with one plain adapter in force; None for all else."""
+    """A plain linear layer, or one with a single plain active adapter; None for other modules."""
     if type(module) is nn.Linear:
         return _Layer(module, module, None)
     if (

@@ -18,7 +18,7 @@ from stages.data.prompts import (
     training_prompts,
     vocabulary_fingerprint,
 )
-from stages.models.checkpoints import load_tokenizer, vocabulary_cut
+from stages.models.pretrained import load_tokenizer, vocabulary_cut
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT, make_config
 

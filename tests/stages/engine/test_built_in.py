@@ -13,7 +13,7 @@ import torch
 from stages.engine import sampler
 from stages.engine.protocol import Sampling
 from stages.engine.sampling import sampling_logits
-from stages.models import checkpoints, ends
+from stages.models import ends, pretrained
 from stages.models.readout import readout_of
 from tests.support.helpers import ROOT, STUDENT
 from tests.support.small_models import (
@@ -278,7 +278,7 @@ def opinionated(tmp_path: Path) -> str:
 def test_the_checkpoints_generation_config_does_not_change_rollouts(
     student_model: Any, tokenizer: Any, opinionated: str, prompts: list[np.ndarray]
 ) -> None:
-    model = checkpoints.load_model(opinionated, torch.float32, "sdpa")
+    model = pretrained.load_model(opinionated, torch.float32, "sdpa")
     assert set(ends.checkpoint_ends(opinionated)) == {1, 3}  # of all its settings these are used
     for sampling in (Sampling(40, temperature=1.2), Sampling(40, greedy=True)):
         expected = run(student_model, prompts, sampling, eos_ids=(1, 3))

@@ -1,6 +1,7 @@
 """Stage two: what a run of steps trains and records, held-out text on its way, and what stops it."""
 
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cache
-from dualkl import Head
+from dualkl import HiddenTeacher
 from stages import evaluate
 from stages import train as stage_two
 from stages.data.alignment import align
@@ -357,9 +358,19 @@ def test_a_cache_without_live_rows_is_a_sentence(tmp_path: Path, caches: Callabl
         train_from(tmp_path, str(root))
 
 
-def test_a_cached_head_is_read_once(tmp_path: Path, caches: Callable[..., str]) -> None:
-    root = caches(signal="hidden")
-    snapshot = cache.open(root)
-    head = feed.teacher_head_of(snapshot, torch.device("cpu"))
-    assert isinstance(head, Head)
-    assert feed.teacher_head_of(cache.open(root), torch.device("cpu")) is head
+def test_a_cached_head_is_freed_with_the_batches_that_use_it(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    run = step_run(tmp_path, caches(signal="hidden"), signal="hidden")
+    training = fit.prepare(run, student_of(run))
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    batches = feed.global_batches(run, training.student, snapshot, pool, [0], training.caps)
+    head = None
+    for _, micro in next(batches).inputs:
+        assert isinstance(micro.teacher, HiddenTeacher)
+        head = weakref.ref(micro.teacher.lm_head.weight)
+    assert head is not None
+    assert head() is not None
+    del micro
+    batches.close()
+    assert head() is None

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.models import checkpoints, folders
+from stages.models import folders, pretrained
 from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT
@@ -121,7 +121,7 @@ def test_weights_that_are_not_all_there_are_refused(
 
 def load(folder: Path) -> Any:
     """The model without its weights, as the checks before a run see it."""
-    return checkpoints.load_model(str(folder), torch.float32, "sdpa", reads_weights=False)
+    return pretrained.load_model(str(folder), torch.float32, "sdpa", reads_weights=False)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -175,9 +175,9 @@ def test_weights_that_do_not_belong_to_the_config_are_refused_unread(
 
 
 def test_the_identity_of_a_folder_does_not_wait_for_a_pipe(model: Path) -> None:
-    before = checkpoints.identity(str(model))
+    before = pretrained.identity(str(model))
     os.mkfifo(model / "more.bin")
-    assert checkpoints.identity(str(model)) == before
+    assert pretrained.identity(str(model)) == before
 
 
 def test_code_of_a_model_is_neither_run_nor_asked_about(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(model: Path, monkeypatch
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     write(model, "tokenizer_config.json", tokenizer | {"auto_map": {"AutoTokenizer": ["evil.T", None]}})
     load(model)
-    checkpoints.load_tokenizer(str(model))
+    pretrained.load_tokenizer(str(model))
     write(model, "config.json", config | auto_map | {"model_type": "evil"})
     with pytest.raises(UserError, match="needs Python code of its own, which is never run"):
         check(model)
@@ -225,7 +225,7 @@ def test_weights_that_the_model_has_no_place_for_are_said(
 
 def test_a_package_that_an_attention_needs_is_named(model: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be loaded.*FlashAttention2"):
-        checkpoints.load_model(str(model), torch.bfloat16, "flash_attention_2", reads_weights=False)
+        pretrained.load_model(str(model), torch.bfloat16, "flash_attention_2", reads_weights=False)
 
 
 def adapter(folder: Path, base: Any = STUDENT, **values: Any) -> Any:

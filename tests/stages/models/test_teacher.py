@@ -12,7 +12,7 @@ import torch
 
 from stages.data.alignment import Aligned, align, at_scored
 from stages.loops.leaks import allocated_bytes
-from stages.models import checkpoints
+from stages.models import pretrained
 from stages.models.student import load_student
 from stages.models.teacher import TeacherLoader, load_teacher, restore_buffers, zero3_settings
 from stages.runtime import config as configuration
@@ -52,7 +52,7 @@ def score(folder: Path, flags: list[str]) -> None:
         found["inv_freq"] = rotary.inv_freq.clone()
     teacher.close()
     found["closed"] = teacher.engine is None and teacher.forward is None and teacher.head is None
-    vocabulary = checkpoints.load_tokenizer(config.models.student_model)
+    vocabulary = pretrained.load_tokenizer(config.models.student_model)
     student = load_student(config, world.device, 230, vocabulary)
     found["student_is_whole"] = not any(
         hasattr(p, "ds_tensor") or p.numel() == 0 for p in student.model.parameters()
@@ -91,7 +91,7 @@ def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(
     assert mask is not None
     for seen in scored(processes, teacher_dtype=dtype):
         assert seen["collective"]
-        assert seen["hidden"].dtype == checkpoints.DTYPES[dtype]
+        assert seen["hidden"].dtype == pretrained.DTYPES[dtype]
         assert torch.equal(seen["hidden"][mask.bool()], plain(dtype)["hidden"][mask.bool()])
         assert torch.equal(seen["head"], plain(dtype)["head"])
 
@@ -268,16 +268,16 @@ def test_the_identity_of_a_model_follows_its_weights_and_configuration(tmp_path:
 
     folder = tmp_path / "model"
     shutil.copytree(ROOT / STUDENT, folder)
-    same = checkpoints.identity(str(ROOT / STUDENT))
-    assert checkpoints.identity(str(folder)) == same
+    same = pretrained.identity(str(ROOT / STUDENT))
+    assert pretrained.identity(str(folder)) == same
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    changed = checkpoints.identity(str(folder))
+    changed = pretrained.identity(str(folder))
     assert changed != same
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert checkpoints.identity(str(folder)) not in (same, changed)
+    assert pretrained.identity(str(folder)) not in (same, changed)
 
 
 def score_and_close(flags: list[str], num_refreshes: int) -> None:

@@ -1,9 +1,9 @@
-"""Attention over packed rows: each sequence attends to itself alone, exactly as if it were in a row of its own.
+"""Attention over packed rows: each sequence attends only to itself, as if it were in its own row.
 
-`PACKED` is an attention function registered with transformers. Where a model is called with the boundaries of packed
-sequences (`model_inputs`) it computes causal attention sequence by sequence: with PyTorch's variable-length flash kernel on
-CUDA, else with one SDPA call for sequences of like lengths. In every other call (generation, padded rows) it is transformers' own SDPA, so
-that one model object serves both without being switched. transformers' flash attention packs by itself.
+`PACKED` is an attention function registered with transformers. Called with packed boundaries (`model_inputs`), it computes
+causal attention per sequence: with PyTorch's variable-length flash kernel on CUDA, else with one SDPA call per group of
+sequences of similar length. All other calls (generation, padded rows) use transformers' SDPA, so one model object serves
+both. transformers' flash attention supports packing itself.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PACKED = "dualkl_packed"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_WIDEST_HEAD = 256
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-UNSERVED = ("softcap", "s_aux", "position_bias", "cache")  # what attention functions may be asked for besides
+UNSERVED = ("softcap", "s_aux", "position_bias", "cache")  # optional arguments of attention functions
 
 
 def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
-    """Makes `model` ready for packed rows; returns why it must be given padded ones instead, or "" if it is ready.
+    """Prepares `model` for packed rows; returns why rows must be padded instead, or "".
 
-    `wanted`: the config key `packing`, on (True), off (False) or `auto`, which packs where that is exact.
-    Errors: `UserError` under `on` where the model cannot be packed.
+    `wanted`: the config key `packing`: on (True), off (False) or `auto`, which packs if that is exact.
+    Errors: `UserError` if packing is on and the model does not support it.
     """
     reason = "packing is off" if wanted is False else refusal(model)
     refuse_padding(model, wanted, reason)
@@ -45,7 +45,7 @@ def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
 
 
 def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> None:
-    """`UserError` under `on` where `reason` keeps the model from packed rows."""
+    """`UserError` if packing is on and there is a `reason` to pad."""
     if reason and wanted is True:
         raise UserError(
             f"packing: on, but {model.config._name_or_path} cannot be packed: {reason}. Use packing: auto."
@@ -53,7 +53,7 @@ def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> N
 
 
 def _mark_windows(model: PreTrainedModel) -> None:
-    """Tells each attention layer whether it is a sliding one: a look at its number would compile every layer anew."""
+    """Marks sliding attention layers. Looking up the layer index instead would recompile every layer."""
     for module in model.modules():
         types = getattr(getattr(module, "config", None), "layer_types", None)
         if types and isinstance(number := getattr(module, "layer_idx", None), int):
@@ -61,7 +61,7 @@ def _mark_windows(model: PreTrainedModel) -> None:
 
 
 def refusal(model: PreTrainedModel) -> str:
-    """Why packed rows would not be exact for this model; empty where they are."""
+    """Why packed rows would not be exact for this model, or ""."""
     config = model.config.get_text_config()
     implementation = model.config._attn_implementation
     other_layers = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
@@ -77,13 +77,13 @@ def refusal(model: PreTrainedModel) -> str:
 
 
 def model_inputs(aligned: Aligned, implementation: str) -> dict[str, Any]:
-    """What a decoder takes for `aligned`, as keyword arguments; `implementation` is the decoder's attention."""
+    """Keyword arguments of a decoder with attention `implementation` for `aligned`."""
     packing = aligned.packing
     if packing is None:
         return {"input_ids": aligned.input_ids, "attention_mask": aligned.attention_mask}
     shared = {"input_ids": aligned.input_ids, "position_ids": aligned.position_ids}
     if implementation == PACKED:
-        # A mask without elements: transformers hands it on as it is, and no other attention function can take it.
+        # An empty mask: transformers passes it on unchanged, and any other attention function fails on it.
         nothing = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=aligned.input_ids.device)
         return shared | {"attention_mask": nothing, "packing": packing}
     bounds = {"cu_seq_lens_q": packing.bounds, "cu_seq_lens_k": packing.bounds}
@@ -129,7 +129,7 @@ def packed_attention(
 
 
 def _check_window(module: nn.Module, sliding_window: int | None) -> None:
-    """A window that the model knows only from its masks would be lost here."""
+    """Rejects a model whose window is only in its masks, which packed attention ignores."""
     if getattr(module, "slides", False) and sliding_window is None:
         raise UserError(
             "packed rows cannot be served: the model keeps its attention window to itself; use --packing off."
@@ -137,7 +137,7 @@ def _check_window(module: nn.Module, sliding_window: int | None) -> None:
 
 
 def _find_varlen() -> tuple[Any, bool]:
-    """PyTorch's variable-length attention if it has a window and a scale, and whether it groups heads itself."""
+    """PyTorch's variable-length attention if it supports windows and scales, and whether it supports grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -150,7 +150,7 @@ _varlen_attn, _varlen_groups = _find_varlen()
 
 
 def varlen_usable(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernel serves these: on CUDA, two bytes a number, one head width that it knows."""
+    """Whether the flash kernel supports these tensors: CUDA, half precision, one supported head width."""
     width = query.shape[-1]
     served = width == value.shape[-1] and width <= VARLEN_WIDEST_HEAD and width % 8 == 0
     return _varlen_attn is not None and query.is_cuda and query.dtype in VARLEN_DTYPES and served
@@ -170,7 +170,7 @@ def _varlen(
     return _varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
 
-@torch.compiler.disable  # lengths differ from batch to batch: tracing would never end
+@torch.compiler.disable  # lengths differ in every batch and would recompile
 def _by_groups(
     q_THh: Tensor,
     k_TGh: Tensor,
@@ -180,7 +180,7 @@ def _by_groups(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """One SDPA call for sequences of like lengths, padded on the right, where causal attention never looks."""
+    """One SDPA call per group of sequences of similar length. Right padding is invisible to causal attention."""
     heads = [states.shape[1] for states in (q_THh, k_TGh, v_TGh)]
     one_width = q_THh.shape[-1] == v_TGh.shape[-1]
     together = [torch.cat([q_THh, k_TGh, v_TGh], dim=1)] if one_width else [q_THh, k_TGh, v_TGh]
@@ -193,7 +193,7 @@ def _by_groups(
         q, k, v = taken[0].split(heads, dim=1) if one_width else taken
         length = grid.shape[1]
         mask = None if window is None or length <= window else _window_mask(length, window, grid.device)
-        if mask is not None:  # no fused kernel takes a mask and groups heads
+        if mask is not None:  # no fused kernel supports a mask with grouped heads
             k, v = (repeat_kv(states, heads[0] // heads[1]) for states in (k, v))
         out = scaled_dot_product_attention(
             q,

@@ -22,10 +22,10 @@ from transformers import (
 
 from dualkl import DualKLConfig, LogitsTeacher, dual_kl
 from stages.data.alignment import Packing, align, at_scored
-from stages.models import attention
+from stages.models import packing
 from stages.models import student as students
-from stages.models.attention import PACKED, enable_packing, model_inputs, packed_attention
-from stages.models.checkpoints import head_of
+from stages.models.packing import PACKED, enable_packing, model_inputs, packed_attention
+from stages.models.pretrained import head_of
 from stages.models.student import compile_layers
 from stages.runtime.config import parse_arguments
 from stages.runtime.errors import UserError
@@ -179,7 +179,7 @@ def test_soft_capped_attention_is_padded() -> None:
     model.config._attn_implementation_internal = (
         "sdpa"  # transformers lets it be set, and refuses in the forward
     )
-    assert "soft-capped" in attention.refusal(model)
+    assert "soft-capped" in packing.refusal(model)
 
 
 def states(num_heads: int, length: int) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_flash_attention_gets_the_boundaries_that_transformers_knows() -> None:
 
 def test_the_variable_length_kernel_has_what_is_needed() -> None:
     """Without it a GPU falls back to SDPA by groups."""
-    assert attention._varlen_attn is not None
+    assert packing._varlen_attn is not None
 
 
 def stand_in(
@@ -255,8 +255,8 @@ def stand_in(
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, with a stand-in for the kernel."""
-    monkeypatch.setattr(attention, "_varlen_attn", stand_in)
-    monkeypatch.setattr(attention, "varlen_usable", lambda *_: True)
+    monkeypatch.setattr(packing, "_varlen_attn", stand_in)
+    monkeypatch.setattr(packing, "varlen_usable", lambda *_: True)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 with windows", "mistral with a window", "gemma 3"])
@@ -265,7 +265,7 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernel_is_asked_for_causal_attention_in_each_sequence(
     name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_varlen_groups", grouped)
+    monkeypatch.setattr(packing, "_varlen_groups", grouped)
     model = tiny(SERVED[name])
     enable_packing(model, True)
     assert_packed_is_padded(model)
@@ -350,7 +350,7 @@ def test_the_variable_length_kernel_is_sdpa_by_groups(window: int | None) -> Non
     ]
     upstream = torch.randn(sum(lengths), 8, 128, device="cuda", dtype=torch.bfloat16, generator=random)
     found = []
-    for function in (attention._varlen, lambda *a: attention._by_groups(*a, 0.0)):
+    for function in (packing._varlen, lambda *a: packing._by_groups(*a, 0.0)):
         out = function(leaves[0], leaves[1], leaves[2], Packing(lengths, bounds, max(lengths)), 0.1, window)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for varlen, alone in zip(*found, strict=True):

@@ -1,4 +1,4 @@
-"""Model folders and hub names: identity, tokenizer, head, vocabulary cut. Shared by student and teacher."""
+"""Loads configs, tokenizers, models and heads from folders or the hub. Shared by student and teacher."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 def identity(name: str) -> str:
     """What a model is: the hub's commit, or a sha256 over config, and of each weight file size, header and sampled blocks.
 
-    A weight file up to 4 MiB is hashed whole; of a larger one its first block (the safetensors header) and 63 blocks
-    spread evenly, so that a 65 GB teacher costs milliseconds and a retrained one still differs.
+    A weight file of up to 4 MiB is hashed whole; of a larger one, its size, the first block (the safetensors header) and 63
+    evenly spaced blocks: milliseconds for a 65 GB teacher, and a retrained one still differs.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -41,7 +41,7 @@ def identity(name: str) -> str:
         (folder / "config.json").read_bytes() if (folder / "config.json").exists() else b""
     )
     for path in weight_files(folder):
-        if not path.is_file():  # a pipe would wait for a writer; `folders.check_weights` refuses it
+        if not path.is_file():  # opening a pipe would block; `folders.check_weights` rejects it
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
@@ -56,7 +56,7 @@ def identity(name: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What bears the name of a weight file in a model's folder, whatever it is."""
+    """Paths with the name of a weight file in a model folder, of any file type."""
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
@@ -78,12 +78,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
 ) -> PreTrainedModel:
-    """A causal language model in eval mode that generates by nothing but its EOS and pad ids.
+    """A causal language model in eval mode, with only the EOS and pad ids of its generation_config.
 
-    Of the checkpoint's generation_config (Qwen3's has temperature 0.6, top_p 0.95, top_k 20) only those ids are kept: the
-    rest would silently make rollouts off-policy. `reads_weights=False` compares names and shapes alone, in a fraction of a
-    second, and gives a model without weights (on the meta device).
-    Errors: `UserError` where the checkpoint lacks a tensor, or has one of another shape; what the model does not use is said.
+    Other generation settings (Qwen3: temperature 0.6, top_p 0.95, top_k 20) would silently make rollouts off-policy.
+    `reads_weights=False` checks only names and shapes, in a fraction of a second, and returns a model on the meta device.
+    Errors: `UserError` if a tensor is missing or has the wrong shape; unused tensors give a warning.
     """
     if attn_implementation == "sdpa" and getattr(load_config(name).get_text_config(), SOFTCAP, None):
         say_once(f"{name} attends eagerly: sdpa does not cap its attention logits")
@@ -111,7 +110,7 @@ def load_model(
 
 
 def _check_complete(name: str, found: dict[str, Any]) -> None:
-    """Refuses what transformers would fill with random numbers; says what it would leave out."""
+    """Rejects tensors that transformers would initialise randomly; warns of those that it ignores."""
     if mismatched := sorted(found["mismatched_keys"]):
         key, stored, built = mismatched[0]
         raise UserError(
@@ -131,7 +130,7 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The lm_head as `dualkl` takes it, with the logit scale and soft-cap that a forward of the model shows."""
+    """The lm_head as `dualkl` takes it, with the measured logit scale and soft cap."""
     weight, bias = output_weights(model)
     readout = readout_of(model)
     return Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
@@ -140,10 +139,10 @@ def head_of(model: PreTrainedModel) -> Head:
 def vocabulary_cut(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int
 ) -> int:
-    """Size of the shared real vocabulary: ids at or above it are padding, or known to one side only.
+    """Size of the shared vocabulary: ids at or above it are padding, or known to one side only.
 
     `student_rows`, `teacher_rows`: rows of the two embeddings (Qwen3 pads 151,669 ids to 151,936).
-    Errors: `UserError` where the same id is two different tokens, or a tokenizer has ids that its model lacks.
+    Errors: `UserError` if an id is a different token on each side, or a tokenizer has ids beyond its model's embedding.
     """
     maps = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
     for side, ids, rows in (("student", maps[0], student_rows), ("teacher", maps[1], teacher_rows)):
@@ -163,7 +162,7 @@ def vocabulary_cut(
 
 
 def why(error: Exception) -> str:
-    """Why a library did not load a model's files, in a line, without its advice to trust them."""
+    """One line on why a library did not load a model, without its advice to trust remote code."""
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
     if "weights_only" in str(error):
@@ -172,7 +171,7 @@ def why(error: Exception) -> str:
 
 
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
-    """`function` of a model's folder or hub name; no code of the model's own is run, and nobody is asked whether to."""
+    """Calls `function` on a model folder or hub name. Never runs the model's own code, and never prompts for it."""
     is_folder = Path(name).is_dir()
     where, revision = name_and_revision(name)
     if not is_folder:

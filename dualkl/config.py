@@ -39,6 +39,9 @@ class DualKLConfig:
             dense teachers; a top-k teacher's tail bucket gets the uniform part of all ids outside, before its floor. R and F
             are of the smoothed teacher; sampled tokens' teacher logprobs are given without it and get it too.
 
+    objective="jsd", gate_on other than "rkl" and teacher_smoothing > 0 run in plain PyTorch on every device; the Triton
+    kernels serve all other settings.
+
     Raises:
         ValueError: an unknown name, a number out of its range, or an objective or a signal of the gate that the other
             settings do not fit.

@@ -86,6 +86,9 @@ def dual_kl(
     gradient is summed over chunks in float32; bfloat16 hidden states on CUDA multiply in bfloat16. Autocast has no
     effect inside. mc saves no memory or time: the gate needs R.
 
+    On CUDA the gated objective runs in Triton kernels (`dualkl.kernels`). objective="jsd", teacher smoothing and
+    gate_on other than "rkl" run in plain PyTorch on every device: the same numbers, with more time and memory.
+
     Args:
         student_hidden: the student's last hidden states at the scored positions; bfloat16, float32 or float64.
         lm_head: the student's output head; frozen parts cost nothing.
@@ -246,7 +249,7 @@ def _step_for(
     chunk_rows: int | None,
 ) -> tuple[Step, Iterable[slice]]:
     """The step of this kind of teacher on this device, and the chunks to run it on."""
-    if kernels.usable(hidden, teacher):
+    if kernels.usable(hidden, teacher, config):
         from dualkl.kernels import fused  # triton is imported only where the kernels run
 
         return fused.steps(teacher, head, hidden, num_ids, config, differentiate, chunk_rows)

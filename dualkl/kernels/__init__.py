@@ -2,8 +2,9 @@
 
 The loss: `fused` holds the buffers and launches, `dense` and `sparse` the kernels, one for each kind of teacher.
 `selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.compress`. `common`
-is what they share. Triton is imported on first use: a machine without it (or without a GPU) runs the plain PyTorch of
-`dualkl.steps` and `dualkl.compress` instead, which is also the kernels' oracle.
+is what they share. Triton is imported on first use. Without it or without a GPU, and for objective="jsd", teacher
+smoothing and gate_on other than "rkl", the loss runs in the plain PyTorch of `dualkl.steps`. `compress` has its own
+plain path. Both are also the kernels' oracles.
 """
 
 import functools
@@ -12,6 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from dualkl.config import DualKLConfig
 from dualkl.targets import Teacher, TopKTeacher
 
 MAX_SLOTS = 4096
@@ -21,10 +23,16 @@ MAX_SELECTED = 1024
 """Most ids per position that the selection keeps in registers; more run in plain PyTorch."""
 
 
-def usable(hidden: Tensor, teacher: Teacher) -> bool:
-    """Whether the kernels compute this loss: bfloat16 or float32 hidden states on CUDA, at most MAX_SLOTS kept ids."""
+def usable(hidden: Tensor, teacher: Teacher, config: DualKLConfig) -> bool:
+    """Whether the kernels compute this loss.
+
+    They compute objective="gated" with gate_on="rkl" and no teacher smoothing, for bfloat16 or float32 hidden states
+    on CUDA and at most MAX_SLOTS kept ids. Everything else runs in plain PyTorch.
+    """
     slots = teacher.ids.shape[1] if isinstance(teacher, TopKTeacher) else 0
-    return hidden.is_cuda and hidden.dtype != torch.float64 and slots <= MAX_SLOTS and _has_triton()
+    gated_on_rkl = config.objective == "gated" and config.gate_on == "rkl" and config.teacher_smoothing == 0
+    on_device = hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton()
+    return gated_on_rkl and on_device and slots <= MAX_SLOTS
 
 
 def selectable(values: Tensor, k: int) -> bool:

@@ -14,9 +14,6 @@ VECTOR = tl.constexpr(4)
 SOFT = tl.constexpr(0)
 HARD = tl.constexpr(1)
 FIXED = tl.constexpr(2)
-ON_RKL = tl.constexpr(0)
-ON_FKL = tl.constexpr(1)
-ON_ENTROPY = tl.constexpr(2)
 RKL = tl.constexpr(0)
 FKL = tl.constexpr(1)
 GATE = tl.constexpr(2)
@@ -68,7 +65,6 @@ def activate(raw, bias_ptr, offsets, valid, inner, outer, CAPPED: tl.constexpr):
 def mix(
     rkl,
     fkl,
-    signal,
     cross_entropy,
     logp_y,
     teacher_logp_y,
@@ -83,9 +79,9 @@ def mix(
 ):
     """(λ, loss, advantage) of one row: `dualkl.gates` and `dualkl.estimators` on scalars."""
     if GATING == SOFT:
-        gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - signal)))
+        gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - rkl)))
     elif GATING == HARD:
-        gate = tl.where(signal <= tau, 1.0, 0.0)
+        gate = tl.where(rkl <= tau, 1.0, 0.0)
     else:
         gate = rkl * 0.0 + fixed
     reverse = rkl
@@ -100,20 +96,6 @@ def mix(
     if ARGMAX:
         forward = cross_entropy
     return gate, gate * reverse + (1.0 - gate) * forward, advantage
-
-
-@triton.jit
-def smooth(t, max_t, log_total, epsilon, num_ids):
-    """ln((1 - ε) q + ε / V) of a teacher's logit, given its row's maximum and ln Σ exp(t - maximum)."""
-    return tl.log((1.0 - epsilon) * tl.exp(at_least(t, LEAST) - max_t - log_total) + epsilon / num_ids)
-
-
-@triton.jit
-def over_mixture(ratio, beta):
-    """(ln p/m, ln q/m) of m = β q + (1 - β) p, given ln p/q: `dualkl.divergences.over_mixture`."""
-    weight = tl.where(ratio >= 0, beta, 1.0 - beta)
-    larger = -tl.log(1.0 + weight * (tl.exp(-tl.abs(ratio)) - 1.0))
-    return tl.where(ratio >= 0, larger, larger + ratio), tl.where(ratio >= 0, larger - ratio, larger)
 
 
 @triton.jit

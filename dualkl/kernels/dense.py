@@ -3,9 +3,7 @@
 With the shifted logits u = z - max z, v = t - max t, d = u - v, S_z = Σ e^u, S_t = Σ e^v:
     R = (Σ e^u d) / S_z + ln (S_t / S_z),  F = -(Σ e^v d) / S_t - ln (S_t / S_z).
 One read of both rows is enough: no large numbers cancel, because both sides are shifted by their own maxima and only
-the quotient of the sums enters a logarithm. When a running maximum moves, the sums of d move with it. The Jensen-Shannon
-divergence needs ln p_j / q_j, and so the finished sums: it reads both rows once more. Smoothing needs the teacher's
-q_j: its row is read once before.
+the quotient of the sums enters a logarithm. When a running maximum moves, the sums of d move with it.
 """
 
 import triton
@@ -16,8 +14,6 @@ from dualkl.kernels.common import (
     GATE,
     LEAST,
     LOSS,
-    ON_ENTROPY,
-    ON_FKL,
     RKL,
     STUDENT_LOGPROB,
     VECTOR,
@@ -25,8 +21,6 @@ from dualkl.kernels.common import (
     at_least,
     mix,
     outcome_gradient,
-    over_mixture,
-    smooth,
 )
 
 
@@ -56,20 +50,15 @@ def dense_kernel(
     out_stride,
     tau,
     tau_ptr,
-    entropy_ptr,
     alpha,
     fixed,
     log_cap,
-    smoothing,
     LANES: tl.constexpr,
     STUDENT_CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
     GATING: tl.constexpr,
     MC: tl.constexpr,
     ARGMAX: tl.constexpr,
-    JSD: tl.constexpr,
-    GATE_ON: tl.constexpr,
-    SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
@@ -81,34 +70,12 @@ def dense_kernel(
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
 
-    given_max_t = 0.0
-    given_log_total_t = 0.0
-    if SMOOTHED:
-        max_t = tl.full([LANES], LEAST, tl.float32)
-        sum_t = tl.zeros([LANES], tl.float32)
-        for start in range(0, width, TILE):
-            j = start + columns
-            known = j < num_ids
-            t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
-            t, _t_slope = activate(
-                t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
-            )
-            t = tl.where(j < num_live, at_least(t, LEAST), LEAST)
-            new_max_t = tl.maximum(max_t, tl.max(t, 1))
-            sum_t = sum_t * tl.exp(max_t - new_max_t) + tl.sum(tl.exp(t - new_max_t[:, None]), 1)
-            max_t = new_max_t
-        given_max_t = tl.max(max_t, 0)
-        given_log_total_t = tl.log(
-            tl.sum((sum_t * tl.exp(max_t - given_max_t)).to(tl.float64), 0).to(tl.float32)
-        )
-
     max_z = tl.full([LANES], LEAST, tl.float32)
     max_t = tl.full([LANES], LEAST, tl.float32)
     sum_z = tl.zeros([LANES], tl.float32)
     sum_t = tl.zeros([LANES], tl.float32)
     moment_z = tl.zeros([LANES], tl.float32)  # Σ e^u d
     moment_t = tl.zeros([LANES], tl.float32)  # Σ e^v d
-    level_t = tl.zeros([LANES], tl.float32)  # Σ e^v v
     top = tl.zeros([LANES], tl.int32)
     for start in range(0, width, TILE):
         j = start + columns
@@ -119,8 +86,6 @@ def dense_kernel(
         t, _t_slope = activate(
             t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
         )
-        if SMOOTHED:
-            t = smooth(t, given_max_t, given_log_total_t, smoothing, num_ids)
         z = tl.where(j < num_live, at_least(z, LEAST), LEAST)
         t = tl.where(j < num_live, at_least(t, LEAST), LEAST)
         tile_max_t = tl.max(t, 1)
@@ -140,8 +105,6 @@ def dense_kernel(
         exp_v = tl.exp(v)
         moment_z = shrink_z * (moment_z + sum_z * (shift_z - shift_t)) + tl.sum(exp_u * d, 1)
         moment_t = shrink_t * (moment_t + sum_t * (shift_z - shift_t)) + tl.sum(exp_v * d, 1)
-        if GATE_ON == ON_ENTROPY:
-            level_t = shrink_t * (level_t + sum_t * shift_t) + tl.sum(exp_v * v, 1)
         sum_z = shrink_z * sum_z + tl.sum(exp_u, 1)
         sum_t = shrink_t * sum_t + tl.sum(exp_v, 1)
         max_z = new_max_z
@@ -155,8 +118,6 @@ def dense_kernel(
     shrink_t = tl.exp(shift_t)
     moment_z = shrink_z * (moment_z + sum_z * (shift_z - shift_t))
     moment_t = shrink_t * (moment_t + sum_t * (shift_z - shift_t))
-    if GATE_ON == ON_ENTROPY:
-        level_t = shrink_t * (level_t + sum_t * shift_t)
     total_z = tl.sum((shrink_z * sum_z).to(tl.float64), 0).to(tl.float32)
     total_t = tl.sum((shrink_t * sum_t).to(tl.float64), 0).to(tl.float32)
     mean_z = tl.sum(moment_z.to(tl.float64), 0).to(tl.float32) / total_z
@@ -195,19 +156,11 @@ def dense_kernel(
         teacher_logp_y = tl.load(teacher_logprobs_ptr + row)
         behaviour_logp_y = tl.load(behaviour_logprobs_ptr + row)
         tl.store(out_ptr + STUDENT_LOGPROB * out_stride + row, logp_y)
-    signal = rkl
-    if GATE_ON == ON_FKL:
-        signal = fkl
-    if GATE_ON == ON_ENTROPY:
-        signal = tl.log(total_t) - tl.sum(level_t.to(tl.float64), 0).to(tl.float32) / total_t
-        if entropy_ptr is not None:
-            signal = tl.load(entropy_ptr + row)
     if tau_ptr is not None:
         tau = tl.load(tau_ptr + row)
     gate, loss, advantage = mix(
         rkl,
         fkl,
-        signal,
         cross_entropy,
         logp_y,
         teacher_logp_y,
@@ -220,32 +173,6 @@ def dense_kernel(
         MC,
         ARGMAX,
     )
-    student_to_mixture = 0.0
-    if JSD:
-        lanes_student = tl.zeros([LANES], tl.float32)  # Σ p ln (p / m)
-        lanes_loss = tl.zeros([LANES], tl.float32)
-        for start in range(0, width, TILE):
-            j = start + columns
-            known = j < num_ids
-            z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0)
-            t_raw = tl.load(teacher_ptr + j, mask=j < teacher_width, other=0.0).to(tl.float32)
-            z, slope = activate(
-                z_raw, student_bias_ptr, j, known, student_inner, student_outer, STUDENT_CAPPED
-            )
-            t, _t_slope = activate(
-                t_raw, teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
-            )
-            if SMOOTHED:
-                t = smooth(t, given_max_t, given_log_total_t, smoothing, num_ids)
-            u = at_least(z, LEAST) - row_max_z
-            v = at_least(t, LEAST) - row_max_t
-            student_ratio, teacher_ratio = over_mixture((u - v) + log_quotient, fixed)
-            student_term = (tl.exp(u) / total_z) * student_ratio
-            term = fixed * ((tl.exp(v) / total_t) * teacher_ratio) + (1.0 - fixed) * student_term
-            lanes_student += tl.sum(tl.where(j < num_live, student_term, 0.0), 1)
-            lanes_loss += tl.sum(tl.where(j < num_live, term, 0.0), 1)
-        student_to_mixture = tl.sum(lanes_student.to(tl.float64), 0).to(tl.float32)
-        loss = at_least(tl.sum(lanes_loss.to(tl.float64), 0).to(tl.float32), 0.0)
     tl.store(out_ptr + RKL * out_stride + row, rkl)
     tl.store(out_ptr + FKL * out_stride + row, fkl)
     tl.store(out_ptr + GATE * out_stride + row, gate)
@@ -273,19 +200,11 @@ def dense_kernel(
             t, _t_slope = activate(
                 t_raw.to(tl.float32), teacher_bias_ptr, j, known, teacher_inner, teacher_outer, TEACHER_CAPPED
             )
-            if SMOOTHED:
-                t = smooth(t, given_max_t, given_log_total_t, smoothing, num_ids)
             u = at_least(z, LEAST) - row_max_z
             v = at_least(t, LEAST) - row_max_t
             p = tl.exp(u) * over_total_z
             q = tl.exp(v) * over_total_t
-            if JSD:
-                student_ratio, _teacher_ratio = over_mixture((u - v) + log_quotient, fixed)
-                g = forward * (p * (student_ratio - student_to_mixture))
-            else:
-                g = outcome_gradient(
-                    p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX
-                )
+            g = outcome_gradient(p, q, (u - v) - centre, j == row_top, reverse, forward, onehot, MC, ARGMAX)
             if MC:
                 g += tl.where(j == y, onehot, 0.0)
             g = tl.where(j < num_live, g * slope, 0.0)

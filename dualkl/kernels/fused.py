@@ -165,9 +165,7 @@ def dense_rows(
                 teacher_outer,
             ),
             *_common_arguments(logits_NW, head, chunk, config, gradient_NV, out_CN),
-            config.teacher_smoothing,
             LANES=DENSE.lanes,
-            SMOOTHED=config.teacher_smoothing > 0,
             STUDENT_CAPPED=head.softcap is not None,
             TEACHER_CAPPED=teacher_head is not None and teacher_head.softcap is not None,
             **_common_constants(config, gradient_NV),
@@ -223,29 +221,23 @@ def _common_arguments(
     out_CN: Tensor,
 ) -> tuple[object, ...]:
     gradient = logits_NW if gradient_NV is None else gradient_NV
-    sampled, inputs = chunk.sampled, chunk.gate_inputs
+    sampled, tau_N = chunk.sampled, chunk.gate_inputs.tau_N
     columns = (None, None, None) if sampled is None else [x.contiguous() for x in sampled_columns(sampled)]
     return (
         *(gradient, gradient.stride(0), head.scale / config.temperature, chunk.weights_N.contiguous()),
         *columns,
         *(out_CN, out_CN.stride(0)),
-        *(config.tau, None if inputs.tau_N is None else inputs.tau_N.contiguous()),
-        None if inputs.teacher_entropy_N is None else inputs.teacher_entropy_N.contiguous(),
+        *(config.tau, None if tau_N is None else tau_N.contiguous()),
         *(config.alpha, config.mix, math.log(config.importance_cap)),
     )
 
 
 def _common_constants(config: DualKLConfig, gradient_NV: Tensor | None) -> dict[str, object]:
     gating = {"soft": common.SOFT, "hard": common.HARD, "fixed": common.FIXED}[config.gating]
-    gate_on = {"rkl": common.ON_RKL, "fkl": common.ON_FKL, "teacher_entropy": common.ON_ENTROPY}[
-        config.gate_on
-    ]
     return {
         "GATING": gating.value,
         "MC": config.rkl == "mc",
         "ARGMAX": config.fkl == "argmax",
-        "JSD": config.objective == "jsd",
-        "GATE_ON": gate_on.value,
         "GRADIENT": gradient_NV is not None,
     }
 

@@ -14,8 +14,6 @@ from dualkl.kernels.common import (
     GATE,
     LEAST,
     LOSS,
-    ON_ENTROPY,
-    ON_FKL,
     RKL,
     STUDENT_LOG_TAIL,
     STUDENT_LOGPROB,
@@ -24,7 +22,6 @@ from dualkl.kernels.common import (
     at_least,
     mix,
     outcome_gradient,
-    over_mixture,
 )
 
 MARK = tl.constexpr(-3.4028234663852886e38)
@@ -56,7 +53,6 @@ def sparse_kernel(
     out_stride,
     tau,
     tau_ptr,
-    entropy_ptr,
     alpha,
     fixed,
     log_cap,
@@ -66,8 +62,6 @@ def sparse_kernel(
     GATING: tl.constexpr,
     MC: tl.constexpr,
     ARGMAX: tl.constexpr,
-    JSD: tl.constexpr,
-    GATE_ON: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
     """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
@@ -153,19 +147,11 @@ def sparse_kernel(
         teacher_logp_y = tl.load(teacher_logprobs_ptr + row)
         behaviour_logp_y = tl.load(behaviour_logprobs_ptr + row)
         tl.store(out_ptr + STUDENT_LOGPROB * out_stride + row, logp_y)
-    signal = rkl
-    if GATE_ON == ON_FKL:
-        signal = fkl
-    if GATE_ON == ON_ENTROPY:
-        signal = -(tl.sum(q * logq, 0) + q_tail * logq_tail)
-        if entropy_ptr is not None:
-            signal = tl.load(entropy_ptr + row)
     if tau_ptr is not None:
         tau = tl.load(tau_ptr + row)
     gate, loss, advantage = mix(
         rkl,
         fkl,
-        signal,
         cross_entropy,
         logp_y,
         teacher_logp_y,
@@ -178,16 +164,6 @@ def sparse_kernel(
         MC,
         ARGMAX,
     )
-    student_ratio = l
-    tail_ratio = l_tail
-    student_to_mixture = 0.0
-    if JSD:
-        student_ratio, teacher_ratio = over_mixture(l, fixed)
-        tail_ratio, teacher_tail_ratio = over_mixture(l_tail, fixed)
-        tail_term = fixed * (q_tail * teacher_tail_ratio) + (1.0 - fixed) * (p_tail * tail_ratio)
-        terms = fixed * (q * teacher_ratio) + (1.0 - fixed) * (p * student_ratio)
-        loss = at_least(tl.sum(terms, 0) + tail_term, 0.0)
-        student_to_mixture = tl.sum(p * student_ratio, 0) + p_tail * tail_ratio
     tl.store(out_ptr + RKL * out_stride + row, rkl)
     tl.store(out_ptr + FKL * out_stride + row, fkl)
     tl.store(out_ptr + GATE * out_stride + row, gate)
@@ -201,14 +177,8 @@ def sparse_kernel(
         reverse = scale * gate
         forward = scale * (1.0 - gate)
         onehot = reverse * advantage
-        if JSD:
-            g_kept = forward * (p * (student_ratio - student_to_mixture))
-            g_tail = forward * (p_tail * (tail_ratio - student_to_mixture))
-        else:
-            g_kept = outcome_gradient(p, q, l - rkl, slot == 0, reverse, forward, onehot, MC, ARGMAX)
-            g_tail = outcome_gradient(
-                p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX
-            )
+        g_kept = outcome_gradient(p, q, l - rkl, slot == 0, reverse, forward, onehot, MC, ARGMAX)
+        g_tail = outcome_gradient(p_tail, q_tail, l_tail - rkl, False, reverse, forward, onehot, MC, ARGMAX)
         if MC:
             g_kept += tl.where(ids == y, onehot, 0.0)
         share = tl.where(total_out == 0.0, 0.0, g_tail / total_out)

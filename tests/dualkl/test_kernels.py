@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: their logic under Triton's interpreter, and that they compile for an A100 or A800.
 
-`test_dualkl_cuda.py` runs them on a GPU.
+`tests/gpu/test_loss.py` runs them on a GPU.
 """
 
 import importlib.util
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dualkl import kernels
+from dualkl import DualKLConfig, kernels
 from dualkl.kernels import usable
 from dualkl.targets import LogitsTeacher, TopKTeacher
+from tests.dualkl.test_losses import GATED
 from tests.support.interpreter import pass_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists f
 POINTERS = {
     **dict.fromkeys(("student_ptr", "teacher_ptr", "weights_ptr", "out_ptr"), "*fp32"),
     **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "logprobs_ptr", "log_tail_ptr"), "*fp32"),
-    **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr", "tau_ptr", "entropy_ptr"), "*fp32"),
+    **dict.fromkeys(("teacher_logprobs_ptr", "behaviour_logprobs_ptr", "tau_ptr"), "*fp32"),
     **{"gradient_ptr": "*bf16", "ids_ptr": "*i32", "sampled_ptr": "*i64"},
     **dict.fromkeys(("logits_ptr", "bias_ptr", "maxima_ptr", "sums_ptr", "parts_ptr"), "*fp32"),
     **{"hits_ptr": "*i32", "packed_ptr": "*i64"},
@@ -57,31 +58,28 @@ def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:
 
 
 @linux_only
-@pytest.mark.parametrize("objective", ["gated", "everything", "jsd", "entropy"])
+@pytest.mark.parametrize("objective", ["gated", "everything"])
 def test_the_kernels_compile_for_sm_80_within_its_shared_memory(objective: str) -> None:
     """ptxas comes with Triton; without it this fails."""
     from dualkl.kernels import fused
     from dualkl.kernels.dense import dense_kernel
     from dualkl.kernels.sparse import sparse_kernel
 
-    everything, jsd, entropy = (objective == name for name in ("everything", "jsd", "entropy"))
+    everything = objective == "everything"
     shared: dict[str, Any] = {
         "STUDENT_CAPPED": everything,
         "MC": everything,
         "ARGMAX": everything,
-        "GATING": 2 if jsd else 0,
+        "GATING": 0,
+        "GRADIENT": True,
     }
-    shared |= {"JSD": jsd, "GRADIENT": True, "GATE_ON": 2 if entropy else 0}
-    if objective == "gated":
-        shared |= {"tau_ptr": None}
     if not everything:
-        shared |= {"entropy_ptr": None}
+        shared |= {"tau_ptr": None}
     dense = compiled(
         dense_kernel,
         fused.DENSE.num_warps,
         LANES=fused.DENSE.lanes,
         TEACHER_CAPPED=everything,
-        SMOOTHED=everything or entropy,
         **shared,
     )
     slots = kernels.MAX_SLOTS if everything else 64
@@ -117,15 +115,37 @@ def test_a_cpu_and_a_machine_without_triton_take_the_plain_path(monkeypatch: pyt
     class OnGpu:
         is_cuda, dtype = True, torch.bfloat16
 
-    teacher = LogitsTeacher(torch.empty(1, 5))
+    teacher, config = LogitsTeacher(torch.empty(1, 5)), DualKLConfig()
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    assert usable(OnGpu, teacher)
-    assert not usable(torch.empty(1, 3), teacher)
+    assert usable(OnGpu, teacher, config)
+    assert not usable(torch.empty(1, 3), teacher, config)
     ids = torch.empty(1, kernels.MAX_SLOTS + 1, dtype=torch.int32)
-    assert not usable(OnGpu, TopKTeacher(ids, ids, ids))
+    assert not usable(OnGpu, TopKTeacher(ids, ids, ids), config)
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    assert not usable(OnGpu, teacher)
+    assert not usable(OnGpu, teacher, config)
     assert importlib.util.find_spec("dualkl.kernels.fused") is not None
+
+
+@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"objective": "jsd", "gating": "fixed", "rkl": "exact", "fkl": "full"},
+        {"teacher_smoothing": 0.1},
+        {"gate_on": "fkl", "gating": "soft"},
+        {"gate_on": "teacher_entropy", "gating": "hard"},
+    ],
+)
+def test_the_kernels_serve_every_gated_method_and_nothing_else(
+    method: dict[str, Any], other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    teacher = LogitsTeacher(torch.empty(1, 5))
+    assert usable(OnGpu, teacher, DualKLConfig(**method))
+    assert not usable(OnGpu, teacher, DualKLConfig(**(method | other)))
 
 
 def test_the_selection_runs_in_kernels_on_cuda_up_to_so_many_ids(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,11 +136,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-METHODS: list[dict[str, Any]] = [
+GATED: list[dict[str, Any]] = [
     {"gating": gating, "rkl": rkl, "fkl": fkl}
     for gating, rkl, fkl in itertools.product(("soft", "hard", "fixed"), ("exact", "mc"), ("full", "argmax"))
 ]
-METHODS += [
+METHODS = [
+    *GATED,
     {"gating": "soft", "gate_on": "fkl"},
     {"gating": "soft", "gate_on": "teacher_entropy", "alpha": 0.7},
     {"gating": "soft", "gate_on": "teacher_entropy", "alpha": 0.7, "teacher_smoothing": 0.3},

@@ -13,7 +13,7 @@ from dualkl.compress import compress
 from dualkl.divergences import compare, gather_logprobs
 from dualkl.gate_statistics import divergence_counts, gate_statistics
 from dualkl.thresholds import AdaptiveTau, adapt
-from tests.dualkl.test_losses import METHODS, Case, N, d, gate_inputs, gradients, relative_error
+from tests.dualkl.test_losses import GATED, METHODS, Case, N, d, gate_inputs, gradients, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -82,7 +82,8 @@ def test_value_and_gradient_are_the_oracles(
             )
         pairs = zip(gradients(found.loss, gpu.leaves), gradients(wanted["loss"], cpu.leaves), strict=True)
         assert max(relative_error(f.cpu(), w) for f, w in pairs) < slope, method
-    assert launches[kernel_of(kind)] == (0 if dtype == torch.float64 else 3 * len(methods))
+    in_kernels = 0 if dtype == torch.float64 else sum(method in GATED for method in methods)
+    assert launches[kernel_of(kind)] == 3 * in_kernels
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
@@ -200,7 +201,7 @@ def test_a_real_vocabulary_in_bfloat16_stays_near_float64(
     assert not gated or 0.05 < wanted.gate.mean() < 0.95
     launches.clear()
     found = dual_kl(case.hidden, case.weight, teacher, config, chunk_rows=64)
-    assert launches == {kernel_of(kind): 2}
+    assert launches == ({kernel_of(kind): 2} if gated else {})
     assert_near(found, wanted, gradients(found.loss, [case.hidden, case.weight]), wanted_gradients)
 
 
@@ -294,11 +295,14 @@ def test_memory_beyond_the_inputs_and_their_gradients_is_bounded(
 def test_nothing_waits_for_the_device(kind: str) -> None:
     gpu, inputs = on_gpu(Case(True, dtype=torch.bfloat16)), moved(gate_inputs())
     inputs["tau"] = inputs["tau"].sum()
-    config = gpu.config(rkl="mc", gate_on="teacher_entropy", teacher_smoothing=0.1)
-    gpu.run(kind, config, **inputs).loss.backward()
+    plain = gpu.config(rkl="mc", gate_on="teacher_entropy", teacher_smoothing=0.1)
+    configs = [gpu.config(rkl="mc"), plain]
+    for config in configs:
+        gpu.run(kind, config, **inputs).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        gpu.run(kind, config, **inputs).loss.backward()
+        for config in configs:
+            gpu.run(kind, config, **inputs).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -18,10 +18,10 @@ from tests.support.plain_reader import read_signal
 
 # The sealed commit records name the digests of all that is in a shard; these are the records' own.
 COMMIT_SHA256 = {
-    "cache_v1/topk": "1e4d04a1da4be5ee76879ee65cad21de29108cd6a878f64b1f5250f61521cbf8",
-    "cache_v1/nucleus": "e32c6e04d8e9216a8d683bb99d9977fdb2564b01f7a19dce0d25bdd3046ccb55",
-    "cache_v1/hidden": "381b7d87afa9a541ecb6ed0550a2d7971674c6b665f9fe86cc2c136af35464e6",
-    "cache_v1/full": "09d0fc6c3caed8706051e2373a6b702e963401fd09598c6e293b7b66b3b73c66",
+    "cache_v1/topk": "906bf13c18efb08bcef4ddb0ca7266f919db46b29399d467f198f50904f80019",
+    "cache_v1/nucleus": "a2a495ce93d4d6e9a96cae3e9be538455272321cb712c7fafe4ee7bcb74f074a",
+    "cache_v1/hidden": "56ea1ff8fe4d8b69498baacefdad4f122a40882939d687e16944f710fa0ba4d6",
+    "cache_v1/full": "cd73b651668e5d1dbb2f9d73f4d328a59f3c3892d8a94836d058de47fe48b322",
 }
 TOLERANCE = 2e-5  # nats: a reader may compute in float32
 

@@ -272,7 +272,7 @@ def test_a_signal_is_refused_before_it_is_unpacked_unless_it_is_as_row_and_finge
             codec.decode(changed, 4, rules)
     full = dataclasses.replace(fingerprint("full").rules, vocab_size=VOCAB)
     with pytest.raises(cache.CacheError, match=f"it has {VOCAB - 1} numbers a token, expected {VOCAB}"):
-        codec.decode(header.pack(1, 3, 0, 4, VOCAB - 1, 0.0), 4, full)
+        codec.decode(header.pack(2, 3, 0, 4, VOCAB - 1, 0.0), 4, full)
 
 
 def test_a_writer_refuses_what_no_reader_would_unpack():

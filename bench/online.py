@@ -45,7 +45,7 @@ from bench.cells import Bench, Cell, Program
 from bench.measuring import Found, Record, markdown, number, peak_gib, release, reset_peak, synchronize
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import feed, fit, schedule, setup
+from stages.loops import feed, schedule, setup, steps
 from stages.loops.collect import collect
 from stages.loops.refresh import planned_units
 from stages.models import teacher as teachers
@@ -263,14 +263,14 @@ def measure_stage_one(setting: Setting, bench: Bench) -> Record:
     }
 
 
-def train(run: Run, training: fit.Training, num_steps: int) -> None:
+def train(run: Run, training: steps.Training, num_steps: int) -> None:
     """Stage two: that many steps over the run's rows."""
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     with closing(
         feed.global_batches(run, training.student, snapshot, pool, range(num_steps), training.caps)
     ) as batches:
         for batch in batches:
-            fit.train_step(run, training, pool, batch)
+            steps.train_step(run, training, pool, batch)
 
 
 def measure_both(setting: Setting, bench: Bench) -> Record:
@@ -279,7 +279,7 @@ def measure_both(setting: Setting, bench: Bench) -> Record:
     done: StageOne = bench.made["stage one"]
     seconds: dict[str, float] = defaultdict(float)
     reset_peak(bench.device)
-    training = fit.prepare(done.run, done.student)
+    training = steps.prepare(done.run, done.student)
     train(done.run, training, OUR_WARM_UP)
     with timed(seconds, "stage two", bench.device):
         train(done.run, training, setting.student.num_steps)
@@ -312,13 +312,13 @@ def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, 
     """Seconds of TRL's steps after the first, and of their parts."""
     bench.clear()
     reset_peak(bench.device)
-    steps: list[dict[str, float]] = []
+    timed_steps: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trl_trainer(setting, batch, cache_implementation, bench.device, Path(folder), steps).train()
+            trl_trainer(setting, batch, cache_implementation, bench.device, Path(folder), timed_steps).train()
         finally:
             forget_accelerate()
-    measured = steps[TRL_WARM_UP:]
+    measured = timed_steps[TRL_WARM_UP:]
     assert len(measured) == setting.trl_steps
     mean = {
         name: sum(step[name] for step in measured) / len(measured)
@@ -332,7 +332,7 @@ def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, 
         "step_seconds": mean["whole"],
         "peak_gib": peak_gib(bench.device),
         "num_rollouts": batch * len(measured),
-        "steps": steps,
+        "steps": timed_steps,
     }
 
 
@@ -342,7 +342,7 @@ def trl_trainer(
     cache_implementation: str | None,
     device: str,
     folder: Path,
-    steps: list[dict[str, float]],
+    timed_steps: list[dict[str, float]],
 ) -> Any:
     """A trainer that appends to `steps` the seconds of each: `generate`, the `teacher`'s forward, and the `whole`."""
     import datasets
@@ -375,11 +375,11 @@ def trl_trainer(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize(device)
             clocks.append(time.perf_counter())
-            steps.append(dict(seconds) | {"whole": clocks[-1] - clocks[-2]})
+            timed_steps.append(dict(seconds) | {"whole": clocks[-1] - clocks[-2]})
             seconds.clear()
             say(
-                f"step {len(steps)}: "
-                + ", ".join(f"{name} {value:.1f} s" for name, value in steps[-1].items())
+                f"step {len(timed_steps)}: "
+                + ", ".join(f"{name} {value:.1f} s" for name, value in timed_steps[-1].items())
             )
 
     model = stage_two.base_model(setting.student, device)

@@ -32,7 +32,7 @@ import cache
 from bench.real_shapes import SHAPES, TINY
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import fit, schedule, setup
+from stages.loops import schedule, setup, steps
 from stages.loops.collect import plan, slots_for, write_unit
 from stages.loops.feed import global_batches
 from stages.loops.planning import Machine, make_plan
@@ -161,11 +161,11 @@ def measure(options: Options, peak: Peak) -> Iterator[tuple[str, int]]:
         run = open_run("", [*arguments(options), "--runs_dir", folder])
         student = _student(run, options)
         yield from _stage_one(run, student, options, peak)
-        training = fit.prepare(run, student)
+        training = steps.prepare(run, student)
         pool, snapshot = schedule.open_pool(run, Position(0, 0))
         for batch in global_batches(run, student, snapshot, pool, range(2), training.caps):
             peak.reset()
-            fit.train_step(run, training, pool, batch)
+            steps.train_step(run, training, pool, batch)
         yield "train", peak.read()
 
 

@@ -38,7 +38,7 @@ import cache
 from bench import parts
 from bench.cells import Bench, Cell, Program
 from bench.measuring import Found, Record, markdown, peak_gib, release, reset_peak, synchronize, version
-from stages.loops import feed, fit, schedule
+from stages.loops import feed, schedule, steps
 from stages.models import student as students
 from stages.models.student import Student
 from stages.runtime import metrics
@@ -220,21 +220,21 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)
     student = make_student(run, setting)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     weights = _weights_gib(device)
     clocks = [time.perf_counter()]
     batches = feed.global_batches(run, student, snapshot, pool, range(setting.num_steps + 1), training.caps)
     for batch in islice(batches, setting.num_steps):
-        fit.train_step(run, training, pool, batch)
+        steps.train_step(run, training, pool, batch)
         synchronize(device)
         clocks.append(time.perf_counter())
-    steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
-    waited, above = [step["read_wait_seconds"] for step in steps], _gib_above(weights, device)
+    timed_steps = [record for record in metrics.read(run.metrics.path) if record["kind"] == "step"][WARM_UP:]
+    waited, above = [step["read_wait_seconds"] for step in timed_steps], _gib_above(weights, device)
     last = next(batches)
 
     def one_more() -> None:
-        fit.train_step(run, training, pool, last)
+        steps.train_step(run, training, pool, last)
         synchronize(device)
 
     events = parts.profiled(one_more, device)
@@ -350,18 +350,21 @@ def measure(name: str, setting: Setting, bench: Bench) -> Record:
     """The figures of a cell; raises what the contender raises."""
     contender, keys = CELLS[name]
     rows: Rows = bench.make("rows", lambda: Rows(setting))
-    steps = contender(setting, bench.device, rows.folder, keys | {"run_name": name})
-    rate, seconds = bench.ceilings["product_tflops"] * 1e12, sum(steps.seconds) / len(steps.seconds)
+    timed_steps = contender(setting, bench.device, rows.folder, keys | {"run_name": name})
+    rate, seconds = (
+        bench.ceilings["product_tflops"] * 1e12,
+        sum(timed_steps.seconds) / len(timed_steps.seconds),
+    )
     num_tokens = rows.tokens_per_step
     return {
         "seconds_per_step": seconds,
         "tokens_per_second": num_tokens / seconds,
         "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
-        "wait_share": sum(steps.waited) / sum(steps.seconds) if steps.waited else None,
-        "gib_above_weights": steps.gib_above_weights,
+        "wait_share": sum(timed_steps.waited) / sum(timed_steps.seconds) if timed_steps.waited else None,
+        "gib_above_weights": timed_steps.gib_above_weights,
         "tokens_per_step": num_tokens,
-        "note": steps.note,
-        "parts": steps.profile.parts(num_tokens, seconds, rate) if steps.profile else None,
+        "note": timed_steps.note,
+        "parts": timed_steps.profile.parts(num_tokens, seconds, rate) if timed_steps.profile else None,
     }
 
 

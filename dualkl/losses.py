@@ -13,11 +13,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dualkl import kernels
 from dualkl.checks import check_device, check_ids, check_integers, check_shape
+from dualkl.chunks import Positions, Step, StepResult, plain_steps, sampled_columns
 from dualkl.config import DualKLConfig
 from dualkl.gates import GateInputs
 from dualkl.heads import Head, HeadGradient, PreparedHead, as_head, prepare_head, row_chunks, statistics_dtype
 from dualkl.logprobs import smooth
-from dualkl.steps import Positions, Step, StepResult, plain_steps, sampled_columns
 from dualkl.targets import (
     Sampled,
     Teacher,
@@ -79,7 +79,7 @@ def dual_kl(
     D is R unless `config.gate_on` says otherwise. r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
     cross-entropy on the teacher's most likely token (fkl="argmax"). objective="jsd" has the generalised Jensen-Shannon
     divergence in place of the bracket (`DualKLConfig`), R and F being reported as ever. Forward and reverse KL for distillation on the
-    student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.steps`).
+    student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.chunks`).
 
     Logits exist for a chunk of positions at a time, and the gradient is computed together with the loss: backward
     only multiplies it. Logits and all statistics are float32 (float64 for float64 hidden states), the head's

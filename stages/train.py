@@ -25,7 +25,7 @@ from typing import Any
 import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import fit, measure, preflight, refresh, schedule, setup, versions
+from stages.loops import measure, preflight, refresh, schedule, setup, steps, versions
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
@@ -64,7 +64,7 @@ def _work(config: Config) -> preflight.Work:
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
     """Trains to max_steps and exports the student to `runs/<name>/student`. Refreshes read the prompts if not given."""
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     if prompts is None:
         prompts = refresh.prompts_of(run, vocabulary) if inline else []
     engine = open_engine(student.model)
@@ -74,7 +74,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
     ):
         refresh.check_generator(run, student, engine, 0)
 
-    def refresh_now(now: fit.Training, index: int, reason: str) -> None:
+    def refresh_now(now: steps.Training, index: int, reason: str) -> None:
         policy = setup.student_policy(run, now.student, engine, now.step)
         refresh.refresh(run, now.student, policy, vocabulary, prompts, index, reason)
         run.log_totals("train")
@@ -130,7 +130,7 @@ def _await_cache(run: Run) -> None:
         time.sleep(versions.POLL_SECONDS)
 
 
-def heldout_divergences(run: Run, vocabulary: Vocabulary) -> fit.Evaluate:
+def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:
     """A function that measures the student on held-out teacher text, which the plain teacher writes now if missing."""
     evaluation = measure.open_evaluation(run, vocabulary)
     if not run.config.eval.eval_teacher_text:

@@ -3,7 +3,7 @@
 The loss: `fused` holds the buffers and launches, `dense` and `sparse` the kernels, one for each kind of teacher.
 `selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.compress`. `common`
 is what they share. Triton is imported on first use. Without it or without a GPU, and for objective="jsd", teacher
-smoothing and gate_on other than "rkl", the loss runs in the plain PyTorch of `dualkl.steps`. `compress` has its own
+smoothing and gate_on other than "rkl", the loss runs in the plain PyTorch of `dualkl.chunks`. `compress` has its own
 plain path. Both are also the kernels' oracles.
 """
 

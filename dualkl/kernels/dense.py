@@ -1,4 +1,4 @@
-"""The kernel for teachers whose logits are all known: `dualkl.steps.dense_step` in one launch.
+"""The kernel for teachers whose logits are all known: `dualkl.chunks.dense_step` in one launch.
 
 With the shifted logits u = z - max z, v = t - max t, d = u - v, S_z = Σ e^u, S_t = Σ e^v:
     R = (Σ e^u d) / S_z + ln (S_t / S_z),  F = -(Σ e^v d) / S_t - ln (S_t / S_z).

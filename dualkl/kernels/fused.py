@@ -1,4 +1,4 @@
-"""Products, buffers and launches: what the loop over chunks calls on CUDA in place of `dualkl.steps.plain_steps`.
+"""Products, buffers and launches: what the loop over chunks calls on CUDA in place of `dualkl.chunks.plain_steps`.
 
 Logits stay in the float32 rows that the matrix product wrote. Bias, scale, cap and temperature are applied in
 registers; the gradient goes to rows of its own, in the dtype of the products that follow.
@@ -15,12 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
+from dualkl.chunks import Positions, Step, StepResult, sampled_columns, select_sampled
 from dualkl.config import DualKLConfig
 from dualkl.heads import PreparedHead, prepare_head, row_chunks
 from dualkl.kernels import common
 from dualkl.kernels.dense import dense_kernel
 from dualkl.kernels.sparse import sparse_kernel
-from dualkl.steps import Positions, Step, StepResult, sampled_columns, select_sampled
 from dualkl.targets import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 
 PADDING = 64
@@ -145,7 +145,7 @@ def dense_rows(
     num_ids: int,
     out_CN: Tensor,
 ) -> None:
-    """`dualkl.steps.dense_step` on raw products. Teacher rows without a head are finished logits of any dtype.
+    """`dualkl.chunks.dense_step` on raw products. Teacher rows without a head are finished logits of any dtype.
 
     Logits are not changed. Fills `gradient_NV`, of any floating dtype, and `out_CN`, by the columns of `common`.
     """
@@ -185,7 +185,7 @@ def topk_rows(
     num_ids: int,
     out_CN: Tensor,
 ) -> None:
-    """`dualkl.steps.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
+    """`dualkl.chunks.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
     ids_NK, logprobs_NK = teacher.ids[rows].contiguous(), teacher.logprobs.detach()[rows].contiguous()
     bias_V, inner, outer = activation(head, config.temperature)
     if len(logits_NW):

@@ -1,4 +1,4 @@
-"""The kernel for top-k teachers with a tail bucket: `dualkl.steps.topk_step` in one launch.
+"""The kernel for top-k teachers with a tail bucket: `dualkl.chunks.topk_step` in one launch.
 
 The kept logits are gathered, and a mark is put in their place; the walk over the row then sees only ids outside K, so
 that the tail's log-sum-exp is over those ids, never 1 - Σ. The gradient outside is the bucket's, shared by the

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 import cache
 from stages.data.batches import Pool, live_pool
-from stages.loops import fit as steps
-from stages.loops import gating, setup, versions
+from stages.loops import gating, setup, steps, versions
 from stages.loops.feed import global_batches
-from stages.loops.fit import Training, save_checkpoint
 from stages.loops.refresh import cut_share
+from stages.loops.steps import Training, save_checkpoint
 from stages.loops.versions import Version
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending

@@ -15,11 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import stages.train
-from stages.loops import fit
+from stages.loops import steps
 from stages.runtime.errors import UserError, command
 
 count = [0]
-backward = fit._backward
+backward = steps._backward
 
 
 def dying(training: Any, batch: Any, world_size: int, last: bool) -> Any:
@@ -36,5 +36,5 @@ def dying(training: Any, batch: Any, world_size: int, last: bool) -> Any:
 
 if __name__ == "__main__":
     how = sys.argv.pop(1)
-    fit._backward = dying
+    steps._backward = dying
     command(stages.train.main)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from dualkl import DualKLConfig, LogitsTeacher, TopKTeacher, dual_kl, kernels
+from dualkl.chunks import Positions, StepResult
 from dualkl.heads import PreparedHead
 from dualkl.kernels import fused
-from dualkl.steps import Positions, StepResult
-from tests.dualkl.test_losses import GATED, Case, N, V, gate_inputs, gradients, relative_error
-from tests.dualkl.test_steps import (
+from tests.dualkl.test_chunks import (
     CONFIGS,
     K,
     anchored,
@@ -29,6 +28,7 @@ from tests.dualkl.test_steps import (
     samples,
     topk_of,
 )
+from tests.dualkl.test_losses import GATED, Case, N, V, gate_inputs, gradients, relative_error
 
 KINDS = ["dense", "topk"]
 LANES = 64
@@ -255,7 +255,7 @@ def test_a_students_tiny_tail_keeps_its_gradient(tail: float, mix: float) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, config: DualKLConfig) -> None:
-    from tests.dualkl.test_steps import run as run_plain
+    from tests.dualkl.test_chunks import run as run_plain
 
     logits, dense = random_logits(1), random_logits(2)
     if side != "teacher":

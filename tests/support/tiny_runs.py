@@ -9,7 +9,7 @@ import cache
 from stages import train as stage_two
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import feed, fit, refresh, setup
+from stages.loops import feed, refresh, setup, steps
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
@@ -87,8 +87,8 @@ def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
 
 
 def batch(
-    run: Run, training: fit.Training, snapshot: cache.Snapshot, pool: fit.Pool, index: int
-) -> fit.Batch:
+    run: Run, training: steps.Training, snapshot: cache.Snapshot, pool: steps.Pool, index: int
+) -> steps.Batch:
     """The run's batch of step `index`, from 0."""
     return next(feed.global_batches(run, training.student, snapshot, pool, [index], training.caps))
 

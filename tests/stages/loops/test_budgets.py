@@ -12,7 +12,7 @@ from bench.counted_memory import CountedMemory
 from stages.engine.decoder import Decoder
 from stages.engine.protocol import Sampling
 from stages.engine.requests import Method, Request
-from stages.loops import budgets, collect, feed, fit, planning, schedule
+from stages.loops import budgets, collect, feed, planning, schedule, steps
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
 from stages.models import memory, speed
@@ -204,7 +204,7 @@ def test_on_a_cpu_nothing_depends_on_the_machine(tmp_path: Path) -> None:
     )  # ZeRO-3 would change the other tests of this process
     student = student_of(run)
     assert collect.slots_for(run, policy_of(run, student), scores_too=True) == 128
-    assert fit.prepare(run, student).caps == Caps(64, None)
+    assert steps.prepare(run, student).caps == Caps(64, None)
     with TeacherLoader(run.config, run.world) as teacher:
         assert budgets.score_tokens_of_run(run.config, run.world, teacher.get()) == 16_384
     assert budgets.score_tokens_of_run(make_run(tmp_path, score_tokens=123).config, run.world, None) == 123
@@ -225,7 +225,7 @@ def test_a_run_on_a_card_takes_what_fits(tmp_path: Path, monkeypatch: pytest.Mon
     write_rollouts(run, student)
     assert asked == [32_768] * 2  # once a unit
     on_a_card(monkeypatch, 0.05)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     assert training.caps.rows is None
     assert training.caps.tokens == budgets.LEAST_TOKENS
 
@@ -234,7 +234,7 @@ def test_forwards_of_a_step_are_cut_by_the_tokens_that_fit(tmp_path: Path) -> No
     run = make_run(tmp_path, **TINY)
     student = student_of(run)
     write_rollouts(run, student)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
 
     def forwards(caps: Caps) -> list[int]:
@@ -310,7 +310,7 @@ def _both_stages_with_unequal_memory(arguments: list[str]) -> None:
     budgets.card_bytes = lambda world: CARD
     student = student_of(run)
     write_rollouts(run, student)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     print("caps", training.caps.tokens, flush=True)
     schedule.fit(run, training, lambda *_: None)
 

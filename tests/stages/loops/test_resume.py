@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import cache
 from stages import train as stage_two
-from stages.loops import fit, refresh, setup
+from stages.loops import refresh, setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.run import Run, open_run
 from tests.support.helpers import Forker, assert_same_weights, records_of, small, weights_in
@@ -24,16 +24,16 @@ class Stop(Exception):
 def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Makes the next training crash at `place`."""
     if place.startswith("step "):
-        step, last = fit.train_step, int(place.split()[1])
+        step, last = steps.train_step, int(place.split()[1])
 
-        def stopping(run: Run, training: fit.Training, *arguments: Any) -> Any:
+        def stopping(run: Run, training: steps.Training, *arguments: Any) -> Any:
             if training.step == last:
                 raise Stop
             return step(run, training, *arguments)
 
-        monkeypatch.setattr(fit, "train_step", stopping)
+        monkeypatch.setattr(steps, "train_step", stopping)
     elif place.startswith("micro-step "):
-        backward, count = fit._backward, [0]
+        backward, count = steps._backward, [0]
 
         def counted(*arguments: Any) -> Any:
             count[0] += 1
@@ -41,7 +41,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
                 raise Stop
             return backward(*arguments)
 
-        monkeypatch.setattr(fit, "_backward", counted)
+        monkeypatch.setattr(steps, "_backward", counted)
     elif place == "between units":
         commit, count = cache.Writer.commit, [0]
 

@@ -15,7 +15,7 @@ import torch
 import cache
 from dualkl import DualKLOutput, TopKTeacher
 from dualkl.thresholds import AdaptiveTau, adapt, divergence_histogram
-from stages.loops import feed, fit, gating, schedule
+from stages.loops import feed, gating, schedule, steps
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
@@ -33,7 +33,7 @@ def taus(run: Run) -> list[float]:
 
 def steps_of(run: Run, num_steps: int) -> list[tuple[list[DualKLOutput], list[Any]]]:
     """The outputs and inputs of each forward of the first steps, as the loop has them."""
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     forward = training.module.forward
     found: list[tuple[list[DualKLOutput], list[Any]]] = []
@@ -50,7 +50,7 @@ def steps_of(run: Run, num_steps: int) -> list[tuple[list[DualKLOutput], list[An
     ) as batches:
         for batch in batches:
             found.append(([], []))
-            fit.train_step(run, training, pool, batch)
+            steps.train_step(run, training, pool, batch)
     return found
 
 
@@ -90,10 +90,10 @@ def test_an_adaptive_threshold_keeps_the_share(
         tau=5.0,
         **ADAPTIVE,
     )
-    steps = records_of(run.folder, "step")
-    assert steps[0]["gate"] > 0.95
-    assert steps[-1]["rkl"] < 0.5 * steps[0]["rkl"]
-    later = [step["gate"] for step in steps[4:]]
+    records = records_of(run.folder, "step")
+    assert records[0]["gate"] > 0.95
+    assert records[-1]["rkl"] < 0.5 * records[0]["rkl"]
+    later = [step["gate"] for step in records[4:]]
     assert all(abs(share - 0.6) < 0.1 for share in later), later
     assert abs(sum(later) / len(later) - 0.6) < 0.05
 
@@ -128,10 +128,10 @@ def test_micro_batches_do_not_change_an_adaptive_threshold(
 def save_steps(folder: Path, flags: list[str]) -> None:
     """In a process of its own: three steps, and this rank's state of the threshold to folder/RANK.pt."""
     run = open_run("", flags)
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     for batch in feed.global_batches(run, training.student, snapshot, pool, range(3), training.caps):
-        fit.train_step(run, training, pool, batch)
+        steps.train_step(run, training, pool, batch)
     assert training.adaptive is not None
     torch.save(training.adaptive.state(), folder / f"{run.world.rank}.pt")
 
@@ -214,7 +214,7 @@ def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[
     """Of the second step, over several forwards; half of the rows are of another run, ages differ."""
     values = {"signal_k": 4, "max_new_tokens": 48}
     run = step_run(tmp_path, caches(**values), **values, tau=0.02, micro_batch_tokens=400, packing="off")
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     ages = {key: (-1, 0, 5, 30)[number % 4] for number, key in enumerate(pool.row_ids)}
     pool = replace(pool, ages=ages)
@@ -229,7 +229,7 @@ def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[
     training.module.forward = noted
     batches = list(feed.global_batches(run, training.student, snapshot, pool, [0], training.caps))
     training.step = 4
-    fit.train_step(run, training, pool, batches[0])
+    steps.train_step(run, training, pool, batches[0])
     assert len(outputs) > 1
     step, gate = records_of(run.folder, "step")[0], records_of(run.folder, "gate")[0]
     assert step["step"] == gate["step"] == 5
@@ -297,7 +297,7 @@ def test_a_gate_record_is_small(tmp_path: Path, caches: Callable[..., str]) -> N
 def test_on_a_gpu_the_host_does_not_wait_for_figures(tmp_path: Path) -> None:
     device, lengths = torch.device("cuda"), [20, 300]
     config = make_config(tmp_path, tau=0.5)
-    pool = fit.Pool(["a", "b"], 0, {"a": 0, "b": -1}, {"a": (1, 20), "b": (1, 300)})
+    pool = steps.Pool(["a", "b"], 0, {"a": 0, "b": -1}, {"a": (1, 20), "b": (1, 300)})
     rkl, fkl, gate, tail = torch.rand(4, 320, device=device)
     out = DualKLOutput(rkl.sum(), rkl, fkl, gate, gate > 0.9, None, -tail)
     teacher = TopKTeacher(torch.zeros(320, 1, device=device), torch.zeros(320, 1, device=device), -tail)

@@ -18,7 +18,7 @@ from dualkl import HiddenTeacher
 from stages import evaluate
 from stages import train as stage_two
 from stages.data.alignment import align
-from stages.loops import feed, fit, schedule, setup
+from stages.loops import feed, schedule, setup, steps
 from stages.loops.caches import check_teacher_text
 from stages.models.student import Student
 from stages.runtime import checkpoint
@@ -76,10 +76,10 @@ def test_under_bf16_the_trained_weights_and_adamws_state_are_fp32(
 ) -> None:
     run = make_run(tmp_path, **(TINY | {"cache_dir": caches(), "dtype": "bf16", "batch_size": 16}))
     student = student_of(run)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     for index in range(6):
-        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, index))
+        steps.train_step(run, training, pool, batch(run, training, snapshot, pool, index))
     assert {p.dtype for p in student.trainable.values()} == {torch.float32}
     assert {p.dtype for p in student.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     states = [value for state in training.optimizer.state.values() for value in state.values() if value.ndim]
@@ -148,7 +148,7 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
 
 def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str]) -> None:
     run = step_run(tmp_path, caches(), max_grad_norm=1e-4)
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     for parameter in training.student.trainable.values():
         parameter.grad = torch.ones_like(parameter)
     norms: list[float] = []
@@ -158,7 +158,7 @@ def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str
         norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
 
     training.optimizer.register_step_pre_hook(note)
-    assert fit._update(training, 1e-4, torch.zeros(1))[1] > 1
+    assert steps._update(training, 1e-4, torch.zeros(1))[1] > 1
     assert norms[0] == pytest.approx(1e-4, rel=1e-3)
 
 
@@ -184,11 +184,11 @@ def test_rows_of_a_refresh_replace_those_before_it(tmp_path: Path) -> None:
     index = cache.open(run.config.cache_root).index.to_pylist()
     assert {(row["refresh_index"], row["policy_step"]) for row in index} == {(0, 0), (1, 3)}
     assert len({row["policy_hash"] for row in index}) == 2
-    steps, refreshes = records_of(run.folder, "step"), records_of(run.folder, "refresh")
-    assert [step["refresh_index"] for step in steps] == [0, 0, 0, 1, 1, 1]
+    records, refreshes = records_of(run.folder, "step"), records_of(run.folder, "refresh")
+    assert [step["refresh_index"] for step in records] == [0, 0, 0, 1, 1, 1]
     assert [record["step"] for record in refreshes] == [3]
     assert refreshes[0]["probe_gap"] < 1e-4
-    assert [step["staleness"] for step in steps] == [0, 1, 2, 0, 1, 2]
+    assert [step["staleness"] for step in records] == [0, 1, 2, 0, 1, 2]
 
 
 def test_rows_live_on_for_max_age_steps(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_run_that_begins_anew_has_no_best_yet(tmp_path: Path, caches: Callable
     run = step_run(tmp_path, caches())
     student = student_of(run)
     checkpoint.save_best(run.folder / "checkpoints", student.trainable, checkpoint.Best(3, 0.0, "a text"))
-    schedule.resume(run, fit.prepare(run, student))
+    schedule.resume(run, steps.prepare(run, student))
     assert checkpoint.best(run.folder / "checkpoints") is None
 
 
@@ -333,17 +333,17 @@ def test_nan_in_the_student_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     run = step_run(tmp_path, caches())
     student = student_of(run)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
-    fit.save_checkpoint(run, training, Position(0, 0))
+    steps.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
+    steps.save_checkpoint(run, training, Position(0, 0))
     with torch.no_grad():
         student.base.get_decoder().norm.weight[0] = math.nan
     before = {name: p.detach().clone() for name, p in student.trainable.items()}
     with pytest.raises(
         UserError, match=r"gradient of step 2 is not finite .* weights were not updated.*are kept.*Lower lr"
     ):
-        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 1))
+        steps.train_step(run, training, pool, batch(run, training, snapshot, pool, 1))
     assert_same_weights({n: p.detach() for n, p in student.trainable.items()}, before)
     newest = checkpoint.latest(run.folder / "checkpoints")
     assert newest is not None
@@ -362,7 +362,7 @@ def test_a_cached_head_is_freed_with_the_batches_that_use_it(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
     run = step_run(tmp_path, caches(signal="hidden"), signal="hidden")
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     batches = feed.global_batches(run, training.student, snapshot, pool, [0], training.caps)
     head = None

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages import train as stage_two
-from stages.loops import fit, setup
+from stages.loops import setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.errors import UserError
 from tests.support.helpers import make_run, records_of
@@ -79,14 +79,14 @@ def test_only_figures_of_one_text_are_compared_for_the_best(
 ) -> None:
     """The second text's first figure is kept though a higher one; from then on only its own figures count."""
 
-    def says(text: str, reverse_kl: float) -> fit.Evaluate:
+    def says(text: str, reverse_kl: float) -> steps.Evaluate:
         return lambda _: {"measured_on": text, "reverse_kl": reverse_kl}
 
     run = step_run(tmp_path, caches())
-    training = fit.prepare(run, student_of(run))
+    training = steps.prepare(run, student_of(run))
     figures = [("a", 0.5), ("a", 0.6), ("b", 0.7), ("b", 0.8), ("b", 0.6)]
     for training.step, (text, reverse_kl) in enumerate(figures, 1):
-        fit.evaluate_now(run, training, says(text, reverse_kl))
+        steps.evaluate_now(run, training, says(text, reverse_kl))
     assert [record["is_best"] for record in records_of(run.folder, "eval")] == [
         True,
         False,
@@ -104,13 +104,13 @@ def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
     run = step_run(tmp_path, caches())
-    training, folder = fit.prepare(run, student_of(run)), run.folder / "checkpoints"
+    training, folder = steps.prepare(run, student_of(run)), run.folder / "checkpoints"
     checkpoint.save_best(folder, training.student.trainable, checkpoint.Best(3, 0.1, "a text"))
     with safe_open(folder / checkpoint.BEST, "pt") as file:
         old = {key: value for key, value in file.metadata().items() if key != "measured_on"}
     save_file(load_file(folder / checkpoint.BEST), folder / checkpoint.BEST, metadata=old)
     assert checkpoint.best(folder) == checkpoint.Best(3, 0.1, "")
-    fit.evaluate_now(run, training, lambda _: {"reverse_kl": 0.2, "measured_on": "a text"})
+    steps.evaluate_now(run, training, lambda _: {"reverse_kl": 0.2, "measured_on": "a text"})
     assert checkpoint.best(folder) == checkpoint.Best(0, 0.2, "a text")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages import train as stage_two
-from stages.loops import fit
+from stages.loops import steps
 from stages.loops.drift import Drift
 from stages.runtime import distributed
 from stages.runtime.errors import UserError, command
@@ -51,14 +51,14 @@ def test_a_command_that_is_done_leaves_no_process_group_to_the_interpreters_exit
 
 def refuse_on_one_rank(arguments: list[str]) -> None:
     """In a process of its own: stage two, in which rank 1 refuses its second step."""
-    step = fit.train_step
+    step = steps.train_step
 
-    def refusing(run: object, training: fit.Training, *rest: object) -> Drift:
+    def refusing(run: object, training: steps.Training, *rest: object) -> Drift:
         if training.step == 1 and run.world.rank == 1:  # type: ignore[attr-defined]
             raise UserError("rank 1 cannot go on.")
         return step(run, training, *rest)
 
-    fit.train_step = refusing  # type: ignore[assignment]
+    steps.train_step = refusing  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train", *arguments])
         command(stage_two.main)

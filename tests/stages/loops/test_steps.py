@@ -15,7 +15,7 @@ import torch
 import cache
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
-from stages.loops import feed, fit, schedule
+from stages.loops import feed, schedule, steps
 from stages.loops.budgets import train_caps
 from stages.models.student import Student
 from stages.runtime.checkpoint import Position
@@ -35,22 +35,22 @@ def gradient(run: Run) -> dict[str, torch.Tensor]:
     """The gradient that `train_step` hands to the optimizer for the first batch."""
     student = student_of(run)
     stir(student)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     found: dict[str, torch.Tensor] = {}
 
-    def keep(training: fit.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
+    def keep(training: steps.Training, max_grad_norm: float, sums: torch.Tensor) -> tuple[list[float], float]:
         found.update(
             {name: p.grad.clone() for name, p in training.student.trainable.items() if p.grad is not None}
         )
         training.step += 1
         return sums.tolist(), 1.0
 
-    original, fit._update = fit._update, keep
+    original, steps._update = steps._update, keep
     try:
-        fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
+        steps.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     finally:
-        fit._update = original
+        steps._update = original
     return found
 
 
@@ -208,7 +208,7 @@ def test_only_scored_positions_have_a_gradient(
     stir(student)
     _, snapshot = schedule.open_pool(run, Position(0, 0))
     batch = to_tensors(snapshot[:], 1.0, None, 0, run.world.device, student.vocab_size)
-    loss, _ = fit.prepare(run, student).module(batch)
+    loss, _ = steps.prepare(run, student).module(batch)
     loss.backward()
     assert states[0].grad is not None
     gradients = states[0].grad.flatten(0, 1)
@@ -290,7 +290,7 @@ def test_the_padding_token_does_not_matter(tmp_path: Path, caches: Callable[...,
     run = step_run(tmp_path, caches(), packing="off")
     student = student_of(run)
     stir(student)
-    module = fit.prepare(run, student).module
+    module = steps.prepare(run, student).module
     _, snapshot = schedule.open_pool(run, Position(0, 0))
     losses, gradients = [], []
     for pad_id in (0, 77):
@@ -339,9 +339,9 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     stored = {"signal": signal, "signal_k": 8} | {k: v for k, v in keys.items() if k.startswith("signal_")}
     run = step_run(tmp_path, caches(**stored), **(stored | keys))
     student = student_of(run)
-    training = fit.prepare(run, student)
+    training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
-    fit.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
+    steps.train_step(run, training, pool, batch(run, training, snapshot, pool, 0))
     step = records_of(run.folder, "step")[0]
     records = snapshot[:]
     config = run.config.loss.settings(V)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualkl import DualKLConfig, TopKTeacher
-from dualkl.steps import StepResult, dense_step, topk_step
+from dualkl.chunks import StepResult, dense_step, topk_step
 from dualkl.targets import Sampled
 from tests.support import reference
 

@@ -19,14 +19,14 @@ if __name__ == "__main__":  # signals first: what follows imports for seconds
 
     ending.install()
 
-import time
 from typing import Any
 
 import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import measure, preflight, refresh, schedule, setup, steps, versions
+from stages.loops import measure, preflight, refresh, schedule, setup, steps
 from stages.loops.setup import Vocabulary
+from stages.loops.waiting import wait_for
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, history, metrics
@@ -118,16 +118,15 @@ def model_card(run: Run, step: int) -> str:
 
 def _await_cache(run: Run) -> None:
     """Waits until the follower has begun the cache (collective)."""
-    told = False
-    while not run.world.gather(cache.exists(run.config.cache_root))[0]:
-        if not told:
-            if run.world.is_main:
-                run.metrics.keep_config()  # the follower's
-            run.metrics.say(
-                f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}` begins"
-            )
-        told = True
-        time.sleep(versions.POLL_SECONDS)
+
+    def tell() -> None:
+        if run.world.is_main:
+            run.metrics.keep_config()  # the follower's
+        run.metrics.say(
+            f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}` begins"
+        )
+
+    wait_for(lambda: run.world.gather(cache.exists(run.config.cache_root))[0] or None, on_wait=tell)
 
 
 def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:

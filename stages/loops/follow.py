@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Literal
 
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
@@ -11,6 +11,7 @@ from stages.engine.protocol import Engine
 from stages.loops import preflight, refresh, setup, versions
 from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
+from stages.loops.waiting import wait_for
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
@@ -52,16 +53,17 @@ def follow(run: Run) -> None:
     engine = open_engine(student.model)
     start = Version(0, 0, policy_hash(student), len(rollouts_of(run.config, 0)))
     written: Version | None = None
+
+    def look() -> Version | Literal["finished"] | None:
+        version, finished = run.world.gather((_wanted(run, start), versions.is_finished(run.folder)))[0]
+        if version is not None and version != written:
+            return version
+        return "finished" if finished else None
+
     with TeacherLoader(run.config, run.world) as teacher:
-        while True:
-            version, finished = run.world.gather((_wanted(run, start), versions.is_finished(run.folder)))[0]
-            if version is not None and version != written:
-                _write(run, student, engine, vocabulary, prompts, version, teacher)
-                written = version
-            elif finished:
-                break
-            else:
-                time.sleep(versions.POLL_SECONDS)
+        while isinstance(version := wait_for(look), Version):
+            _write(run, student, engine, vocabulary, prompts, version, teacher)
+            written = version
     run.metrics.say(f"{run.folder} is finished: nothing more to write")
 
 

@@ -7,7 +7,6 @@ not communicate otherwise: each can be stopped at any time and run again.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from stages.loops.progress import Progress, counts_of
 from stages.loops.refresh import planned_units, scored_writer, tokenizer_json
 from stages.loops.scoring import Scoring, score_rows, teacher_head
 from stages.loops.setup import Vocabulary
+from stages.loops.waiting import wait_for
 from stages.loops.writing import UnitWriter
 from stages.models.policy import Policy
 from stages.models.teacher import TeacherLoader
@@ -26,7 +26,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
 
-POLL_SECONDS, PATIENCE = 1.0, 3600.0
+PATIENCE = 3600.0  # seconds without a unit to score
 PolicyKey = tuple[int, str]  # refresh index and policy hash, which together have one plan
 
 
@@ -137,20 +137,23 @@ class Inbox:
 
     def wait(self, most: int) -> list[cache.CommitRecord] | str:
         """At most `most` ready units, none if all planned rows are scored, or an error message if patience runs out."""
-        since, told = time.monotonic(), False
-        while True:
-            found = self.look()
-            if found.ready or not found.num_missing:
-                return found.ready[:most]
-            if time.monotonic() - since > PATIENCE:
-                return (
-                    f"no unit to score appeared at {self._run.config.unscored_root} for {PATIENCE / 60:g} minutes:"
-                    f" {found}. Is stages.rollout --role generate running with the same configuration? What is scored is kept."
-                )
-            if not told:
-                self._run.metrics.say(f"waiting for rollouts at {self._run.config.unscored_root}: {found}")
-                told = True
-            time.sleep(POLL_SECONDS)
+        found = wait_for(self._next, on_wait=self._tell, patience=PATIENCE)
+        if found is not None:
+            return found.ready[:most]
+        return (
+            f"no unit to score appeared at {self._run.config.unscored_root} for {PATIENCE / 60:g} minutes:"
+            f" {self.look()}. Is stages.rollout --role generate running with the same configuration? What is"
+            " scored is kept."
+        )
+
+    def _next(self) -> Found | None:
+        """What is there, once there is something to score or nothing left to wait for."""
+        found = self.look()
+        return found if found.ready or not found.num_missing else None
+
+    def _tell(self) -> None:
+        root = self._run.config.unscored_root
+        self._run.metrics.say(f"waiting for rollouts at {root}: {self.look()}")
 
     def look(self) -> Found:
         """The current contents of the two caches."""
@@ -170,15 +173,18 @@ class Inbox:
 
     def read(self, record: cache.CommitRecord) -> list[cache.Record]:
         """The rows of a unit in commit order."""
-        root, end = self._run.config.unscored_root, time.monotonic() + PATIENCE
-        while (snapshot := self._open(root)) is None or record.name not in {
-            r.name for r in snapshot.commit_records()
-        }:
-            if time.monotonic() > end:  # a shared file system may show it to one node before another
-                raise UserError(
-                    f"{root} does not show commits/{record.name} on this machine; is it the same folder?"
-                )
-            time.sleep(POLL_SECONDS)
+        root = self._run.config.unscored_root
+
+        def look() -> cache.Snapshot | None:
+            snapshot = self._open(root)
+            names = {known.name for known in snapshot.commit_records()} if snapshot else set()
+            return snapshot if record.name in names else None
+
+        snapshot = wait_for(look, patience=PATIENCE)
+        if snapshot is None:  # a shared file system may show it to one node before another
+            raise UserError(
+                f"{root} does not show commits/{record.name} on this machine; is it the same folder?"
+            )
         return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
 
     def _rows(self, root: str) -> dict[PolicyKey, dict[str, cache.CommitRecord]]:

@@ -6,7 +6,6 @@ Every decision depends only on what a checkpoint holds, so a run that was killed
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -16,10 +15,12 @@ from tqdm import tqdm
 import cache
 from stages.data.batches import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
+from stages.loops.arrivals import Arrivals
 from stages.loops.feed import global_batches
 from stages.loops.refresh import cut_share
 from stages.loops.steps import Training, save_checkpoint
 from stages.loops.versions import Version
+from stages.loops.waiting import wait_for
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending
 from stages.runtime.checkpoint import Position, Refresh
@@ -278,62 +279,29 @@ def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
     run.world.barrier()
 
 
-class Arrivals:
-    """Watches the cache for rows that were written elsewhere."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._snapshot = cache.open(run.config.cache_root) if run.world.is_main else None
-
-    def bring_newer(self, position: Position) -> bool:
-        """Whether rows that were on their way have arrived (collective)."""
-        return position.newest > position.refresh_index and self.newest(position) > position.refresh_index
-
-    def newest(self, position: Position) -> int:
-        """The newest refresh, of that in use and later ones, whose rows are all committed; -1: none (collective)."""
-        found = -1
-        if self._snapshot is not None:
-            self._snapshot = self._snapshot.refresh()
-            indices = range(position.refresh_index, position.newest + 1)
-            found = max((index for index in indices if self._is_complete(position, index)), default=-1)
-        return int(self._run.world.gather(found)[0])
-
-    def _is_complete(self, position: Position, index: int) -> bool:
-        assert self._snapshot is not None
-        if index and index == position.refresh_index:
-            return True  # it was, when it was taken up
-        wanted, rows = position.policies.get(index) if index else None, set()
-        for record in self._snapshot.commit_records():
-            right = [
-                run_id == self._run.run_id and refresh == index and wanted in (None, policy)
-                for run_id, _, policy, refresh in record.policies
-            ]
-            if any(right):
-                rows |= {
-                    row for row, of in zip(record.row_ids, record.policy_of_row, strict=True) if right[of]
-                }
-        return len(rows) >= len(rollouts_of(self._run.config, index))
-
-
 def _take_up_arrivals(
     run: Run, training: Training, position: Position, arrivals: Arrivals, pool: Pool | None
 ) -> Position:
-    """Goes over to the newest complete rows, after waiting for them where those in use are too old (collective)."""
-    told = False
-    while (index := arrivals.newest(position)) < 0 or (
-        index == position.refresh_index and _too_old(run.config, position)
-    ):
+    """Switches to the newest complete rows, after waiting for them if those in use are too old (collective)."""
+
+    def look() -> int | None:
+        index = arrivals.newest(position)
+        if index >= 0 and not (index == position.refresh_index and _too_old(run.config, position)):
+            return index
         _stop_if_asked(run, training, position)
         if run.world.is_main:
             versions.point_to(run.folder, position)
-        if not told:
-            run.metrics.say(
-                f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)}); training is"
-                f" at step {position.step} and max_age is {run.config.refresh.max_age}. They are written by"
-                f" `python -m stages.rollout --follow {run.folder}`"
-            )
-        told = True
-        time.sleep(versions.POLL_SECONDS)
+        return None
+
+    def tell() -> None:
+        run.metrics.say(
+            f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)}); training is"
+            f" at step {position.step} and max_age is {run.config.refresh.max_age}. They are written by"
+            f" `python -m stages.rollout --follow {run.folder}`"
+        )
+
+    index = wait_for(look, on_wait=tell)
+    assert index is not None  # it waits without limit
     if index == position.refresh_index:
         return position
     if pool is not None:

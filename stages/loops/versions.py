@@ -23,7 +23,6 @@ from stages.runtime.files import remove, replace_text
 from stages.runtime.run import Run
 
 NAME = re.compile(r"\d{6,}-[0-9a-f]{8}")
-POLL_SECONDS = 0.5
 KEPT = 3  # versions on disk: a follower may still be reading the one before
 
 

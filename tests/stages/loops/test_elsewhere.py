@@ -14,7 +14,7 @@ import torch
 
 import cache
 from stages import train as stage_two
-from stages.loops import follow, refresh, schedule, setup, versions
+from stages.loops import follow, refresh, schedule, setup, versions, waiting
 from stages.models.student import policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position, Refresh
@@ -104,11 +104,11 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
 ) -> None:
     """Versions of steps 2, 4 and 6 have been published, and the rows of none arrive."""
 
-    def waiting(_: float) -> None:
+    def stop(_: float) -> None:
         raise Stop
 
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda _, position: position.refresh_index)
-    monkeypatch.setattr(schedule.time, "sleep", waiting)
+    monkeypatch.setattr(waiting.time, "sleep", stop)
     with pytest.raises(Stop):
         train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_age": 6, "refresh_every": 2}))
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
@@ -121,7 +121,7 @@ def test_training_waits_for_the_first_rows_too(
     newest = schedule.Arrivals.newest
     waits: list[float] = []
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
-    monkeypatch.setattr(schedule.time, "sleep", waits.append)
+    monkeypatch.setattr(waiting.time, "sleep", waits.append)
     run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_age": 6}))
     assert "waiting for rollouts of refresh 0 (step 0)" in capsys.readouterr().out
     assert len(waits) == 2
@@ -150,7 +150,7 @@ def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **
                 teacher=teacher,
             )
 
-    monkeypatch.setattr(schedule, "time", SimpleNamespace(sleep=write))
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(sleep=write, monotonic=time.monotonic))
     stage_two.train(run, student, vocabulary)
     return run
 

@@ -51,15 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         return WRONG_INPUT
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    summary = commands.add_parser("summary", help="rows, tokens, bytes, policies, quantiles; reads no shard")
-    summary.add_argument("--json", action="store_true", help="the same figures for a program")
-    page = commands.add_parser("view", help="the rows in row-id order, one line each")
-    page.add_argument("--first", type=int, default=0, metavar="N", help="number of the first row (default 0)")
-    page.add_argument("--count", type=int, default=20, metavar="N", help="at most so many rows (default 20)")
-    show = commands.add_parser("show", help="one rollout token by token, or several as a table")
+def _add_show(show: argparse.ArgumentParser) -> None:
     which = show.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
     which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
@@ -75,15 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--longest", type=int, metavar="N", help="the N rows of the most tokens")
     show.add_argument("--tokens", action="store_true", help="of several rows, print each token by token too")
-    check = commands.add_parser(
-        "verify", help="check every digest and every row; exit code 1 if anything is wrong"
-    )
-    check.add_argument(
-        "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
-    )
-    copy = commands.add_parser("export", help="all rows, decoded, as Parquet")
-    copy.add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
-    old = commands.add_parser("prune", help="remove rows by age, policy or size")
+
+
+def _add_prune(old: argparse.ArgumentParser) -> None:
     rule = old.add_mutually_exclusive_group(required=True)
     rule.add_argument(
         "--max_age", type=int, help="rows more than this many optimizer steps old; needs --at_step"
@@ -97,6 +83,28 @@ def _parser() -> argparse.ArgumentParser:
     old.add_argument("--at_step", type=int, help="the step at which ages are counted")
     old.add_argument("--run_id", help="the run whose steps these are, where the cache has rows of several")
     old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    summary = commands.add_parser("summary", help="rows, tokens, bytes, policies, quantiles; reads no shard")
+    summary.add_argument("--json", action="store_true", help="the same figures for a program")
+    page = commands.add_parser("view", help="the rows in row-id order, one line each")
+    page.add_argument("--first", type=int, default=0, metavar="N", help="number of the first row (default 0)")
+    page.add_argument("--count", type=int, default=20, metavar="N", help="at most so many rows (default 20)")
+    show = commands.add_parser("show", help="one rollout token by token, or several as a table")
+    _add_show(show)
+    check = commands.add_parser(
+        "verify", help="check every digest and every row; exit code 1 if anything is wrong"
+    )
+    check.add_argument(
+        "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
+    )
+    copy = commands.add_parser("export", help="all rows, decoded, as Parquet")
+    copy.add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
+    old = commands.add_parser("prune", help="remove rows by age, policy or size")
+    _add_prune(old)
     union = commands.add_parser(
         "merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT"
     )

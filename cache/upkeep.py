@@ -214,15 +214,7 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
     snapshots = [open_cache(source) for source in sources]
     if not snapshots or any(snapshot.root == store.root for snapshot in snapshots):
         raise CacheError("merge copies from one or more caches into another one.")
-    first = snapshots[0]
-    known = load_fingerprint(store)
-    for snapshot in snapshots if known else snapshots[1:]:
-        (known or first.fingerprint).compare(snapshot.fingerprint, store.root if known else first.root)
-    heads = {digest for place in (store, *(s.store for s in snapshots)) if (digest := head_digest(place))}
-    if len(heads) > 1:
-        raise CacheError(
-            "the caches hold different teacher heads, so their rows do not mean the same; nothing was changed."
-        )
+    first, heads = snapshots[0], _check_same_meaning(store, snapshots)
     with explain_os_errors(
         store.root, lambda: sum(len(record.row_ids) for record in commit.read_records(store, {}).values())
     ):
@@ -253,6 +245,19 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
         shards_there=sum(len(snapshot.commit_records()) for snapshot in snapshots) - len(copied),
         differences=list(dict.fromkeys(differences)),
     )
+
+
+def _check_same_meaning(store: Store, snapshots: list[Snapshot]) -> set[str]:
+    """The digests of the teacher heads, at most one; CacheError if the caches' rows do not mean the same."""
+    known, first = load_fingerprint(store), snapshots[0]
+    for snapshot in snapshots if known else snapshots[1:]:
+        (known or first.fingerprint).compare(snapshot.fingerprint, store.root if known else first.root)
+    heads = {digest for place in (store, *(s.store for s in snapshots)) if (digest := head_digest(place))}
+    if len(heads) > 1:
+        raise CacheError(
+            "the caches hold different teacher heads, so their rows do not mean the same; nothing was changed."
+        )
+    return heads
 
 
 def _tokenizer_text(snapshot: Snapshot) -> str | None:

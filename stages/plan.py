@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import torch
 
 from cache.plain import plain
-from stages.loops.planning import Machine, Plan, make_plan
+from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
 from stages.runtime.config import parse_arguments
@@ -116,41 +116,21 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def table(plan: Plan) -> str:
     """The verdict, a line for each phase with its largest parts, speeds and sizes."""
-    machine, worst = plan.machine, plan.worst
-    cards = f"{machine.num_gpus} × {machine.gpu.name.upper()}, {machine.usable / GIB:.1f} GiB usable each"
-    if plan.fits:
-        verdict = f"It fits: {cards}; {plan.spare / GIB:.1f} GiB spare in the fullest phase ({worst.name})."
-    else:
-        verdict = f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
-    reads = (
-        f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory"
-        if plan.host_bytes
-        else ""
-    )
-    lines = [
-        f"{verdict} A plan, not a measurement.",
-        f"student {plan.student.parameters / 1e9:.2f}B ({plan.trained / 1e9:.3f}B trained), teacher"
-        f" {plan.teacher.parameters / 1e9:.2f}B{reads}",
-        "",
-        f"{'phase':<10}{'GiB/card':>9}{'tokens/s':>10}{'hours':>7}  largest parts, GiB",
-    ]
-    for phase in plan.phases:
-        parts = sorted(((v, k) for k, v in phase.parts.items() if v >= 0.05 * GIB), reverse=True)[:5]
-        rate, hours = plan.rates.get(phase.name), plan.hours.get(phase.name)
-        lines.append(
-            f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
-            f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
-        )
-    bound = (
-        [
-            f"bound     generate: at most so fast, no estimate: the launches of a decode step alone take {1e3 * plan.launch_bound:.2f} ms"
+    reads = f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory"
+    bound = []
+    if plan.launch_bound:
+        milliseconds = f"{1e3 * plan.launch_bound:.2f} ms"
+        bound = [
+            f"bound     generate: at most so fast, no estimate: the launches of a decode step alone take {milliseconds}"
         ]
-        if plan.launch_bound
-        else []
-    )
     return "\n".join(
         [
-            *lines,
+            f"{_verdict(plan)} A plan, not a measurement.",
+            f"student {plan.student.parameters / 1e9:.2f}B ({plan.trained / 1e9:.3f}B trained), teacher"
+            f" {plan.teacher.parameters / 1e9:.2f}B{reads if plan.host_bytes else ''}",
+            "",
+            f"{'phase':<10}{'GiB/card':>9}{'tokens/s':>10}{'hours':>7}  largest parts, GiB",
+            *(_phase_line(plan, phase) for phase in plan.phases),
             "",
             f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,} rollouts with refreshes",
             *bound,
@@ -158,6 +138,24 @@ def table(plan: Plan) -> str:
             f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
             " (--mean_completion_tokens, --mean_prompt_tokens)",
         ]
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    machine, worst = plan.machine, plan.worst
+    cards = f"{machine.num_gpus} × {machine.gpu.name.upper()}, {machine.usable / GIB:.1f} GiB usable each"
+    if plan.fits:
+        return f"It fits: {cards}; {plan.spare / GIB:.1f} GiB spare in the fullest phase ({worst.name})."
+    return f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
+
+
+def _phase_line(plan: Plan, phase: Phase) -> str:
+    """One phase: peak, speed, hours, and its five largest parts from 0.05 GiB on."""
+    parts = sorted(((v, k) for k, v in phase.parts.items() if v >= 0.05 * GIB), reverse=True)[:5]
+    rate, hours = plan.rates.get(phase.name), plan.hours.get(phase.name)
+    return (
+        f"{phase.name:<10}{phase.peak / GIB:>9.1f} {f'{rate:,.0f}' if rate else '–':>9}"
+        f"{f'{hours:.1f}' if hours else '–':>7}  {', '.join(f'{k} {v / GIB:.1f}' for v, k in parts)}"
     )
 
 

@@ -286,23 +286,15 @@ def save(
         engine.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
         world.barrier()
     if world.is_main:
+        states = {"scheduler": scheduler.state_dict(), "random": random_states}
         try:
-            save_file(
-                {name: p.detach().contiguous() for name, p in trainable.items()},
-                partial / "student.safetensors",
-            )
-            if engine is None:
-                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-            torch.save({"scheduler": scheduler.state_dict(), "random": random_states}, partial / "state.pt")
-            state = {"position": asdict(position), "files": _file_digests(partial)}
-            state = json.loads(json.dumps(state))  # keys as they will be read
-            (partial / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}))
+            _write_files(partial, position, trainable, None if engine is not None else optimizer, states)
             _publish(partial, final)
         except (
             OSError,
             RuntimeError,
             SafetensorError,
-        ) as error:  # torch and safetensors have classes of their own
+        ) as error:  # torch and safetensors have their own classes
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
@@ -311,6 +303,24 @@ def save(
             remove(old)
     world.barrier()
     return final
+
+
+def _write_files(
+    folder: Path,
+    position: Position,
+    trainable: dict[str, nn.Parameter],
+    optimizer: Any,
+    states: dict[str, Any],
+) -> None:
+    """A checkpoint's files, `state.json` with the digests of the others last. `optimizer`: None under DeepSpeed."""
+    weights = {name: parameter.detach().contiguous() for name, parameter in trainable.items()}
+    save_file(weights, folder / "student.safetensors")
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(states, folder / "state.pt")
+    state = {"position": asdict(position), "files": _file_digests(folder)}
+    state = json.loads(json.dumps(state))  # keys as they will be read
+    (folder / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}))
 
 
 def load(

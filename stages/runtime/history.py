@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,23 @@ def describe_changes(trained: Record | None, config: Config) -> str:
     return "; ".join(f"{leaf}: {new} (was {old})" for leaf, (old, new) in found.items())
 
 
+CARD_KEYS = (
+    "tau",
+    "alpha",
+    "gating",
+    "rkl",
+    "fkl",
+    "temperature",
+    "lr",
+    "batch_size",
+    "max_steps",
+    "seed",
+    "dataset",
+)
+
+
 def model_card(records: list[Record], config: Config, step: int) -> str:
-    """README.md of an exported student of `step`: what it is, which configuration trained which steps, what was measured."""
+    """README.md of the student exported at `step`: what it is, what trained it, and what was measured."""
     models, lora = config.models, config.lora.use_lora
     how = f"LoRA, rank {config.lora.lora_r}" if lora else "all weights trained"
     head = {
@@ -165,6 +180,9 @@ def model_card(records: list[Record], config: Config, step: int) -> str:
         "library_name": "peft" if lora else "transformers",
         "tags": ["distillation"],
     }
+    versions = (last_config(records) or {}).get("versions", {})
+    made = ", ".join(f"{_shown(name)} {_shown(version)}" for name, version in versions.items())
+    teacher = _shown(models.teacher_model) or "cached rows of a teacher"
     lines = [
         "---",
         *yaml.safe_dump(head, sort_keys=False, width=10**6).splitlines(),
@@ -172,52 +190,40 @@ def model_card(records: list[Record], config: Config, step: int) -> str:
         "",
         f"# {config.run.run_name}",
         "",
-        f"Distilled from {_shown(models.teacher_model) or 'cached rows of a teacher'} into {_shown(models.student_model)} ({how});"
-        f" weights of step {step}.",
+        f"Distilled from {teacher} into {_shown(models.student_model)} ({how}); weights of step {step}.",
         "",
         "| steps | trained with |",
         "|---|---|",
+        *_card_spans(records, config),
+        "",
+        f"Made with {made}." if made else "",
+        *_card_measures(records, step),
     ]
-    names = (
-        "tau",
-        "alpha",
-        "gating",
-        "rkl",
-        "fkl",
-        "temperature",
-        "lr",
-        "batch_size",
-        "max_steps",
-        "seed",
-        "dataset",
-    )
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _card_spans(records: list[Record], config: Config) -> Iterator[str]:
+    """A table row for each span of steps: the first with its main keys, later ones with what changed."""
     found = spans(records)
-    of_first = [
-        record["config"]
-        for record in _configs(records)
-        if found and record["from_step"] == found[0]["steps"][0]
-    ]
+    first = found[0]["steps"][0] if found else None
+    of_first = [record["config"] for record in _configs(records) if record["from_step"] == first]
     sections = of_first[-1] if of_first else config.model_dump()
     values = {leaf: value for section in sections.values() for leaf, value in section.items()}
     for number, span in enumerate(found):
-        what = [f"{name} {_shown(values[name])}" for name in names if name in values] if not number else []
+        what = [f"{name} {_shown(values[name])}" for name in CARD_KEYS if name in values and not number]
         what += [
-            f"{_shown(leaf)} {_shown(new)} (was {_shown(old)})"
-            for leaf, (old, new) in span["changed"].items()
+            f"{_shown(key)} {_shown(new)} (was {_shown(old)})" for key, (old, new) in span["changed"].items()
         ]
-        lines.append(f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |")
-    last = last_config(records)
-    made = ", ".join(
-        f"{_shown(name)} {_shown(version)}" for name, version in (last or {}).get("versions", {}).items()
-    )
-    lines += ["", f"Made with {made}." if made else ""]
-    for record in [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step][-1:]:
-        pairs = [
-            (name, record.get(key)) for name, key in (("forward", "forward_kl"), ("reverse", "reverse_kl"))
-        ]
-        shown = ", ".join(f"{name} KL {value:.4f}" for name, value in pairs if value is not None)
-        lines += ["", f"On held-out teacher text: {shown} nats a token."] if shown else []
-    return "\n".join(lines).rstrip() + "\n"
+        yield f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |"
+
+
+def _card_measures(records: list[Record], step: int) -> Iterator[str]:
+    """The last held-out KLs of `step`."""
+    measured = [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step]
+    for record in measured[-1:]:
+        kls = {name: record.get(f"{name}_kl") for name in ("forward", "reverse")}
+        if shown := ", ".join(f"{name} KL {value:.4f}" for name, value in kls.items() if value is not None):
+            yield from ("", f"On held-out teacher text: {shown} nats a token.")
 
 
 def _shown(value: Any) -> str:

@@ -56,43 +56,46 @@ def render(
     )
 
 
+CURVES = [
+    ("Loss, nats a token", {"loss": ("loss", BLUE)}),
+    (
+        "Divergence from the teacher, nats a token",
+        {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)},
+    ),
+    (
+        "Gate",
+        {
+            "gate": ("mean λ (weight of the reverse KL)", BLUE),
+            "share_forward": ("share of tokens with λ < 0.5", ORANGE),
+        },
+    ),
+    ("Gate threshold τ, nats", {"tau": ("τ", BLUE)}),
+    (
+        "Reverse KL on each side of τ, nats a token",
+        {
+            "rkl_above": ("tokens with D > τ", ORANGE),
+            "tau": ("τ", GREY),
+            "rkl_below": ("tokens with D ≤ τ", BLUE),
+        },
+    ),
+    ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
+    ("Drift from the policy of the rows, KL in nats a token", {"drift": ("drift", BLUE)}),
+    (
+        "Effective sample size, share",
+        {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)},
+    ),
+]
+"""Title, and the lines of each picture: key of the step records to label and colour."""
+
+
 def _pictures(records: list[dict[str, Any]]) -> list[str]:
     """SVGs over optimizer steps, refreshes as vertical lines."""
     steps = [record for record in records if record["kind"] == "step"]
     if not steps:
         return []
     refreshes = [record["step"] for record in records if record["kind"] == "refresh"]
-    pictures = [
-        ("Loss, nats a token", {"loss": ("loss", BLUE)}),
-        (
-            "Divergence from the teacher, nats a token",
-            {"rkl": ("reverse KL", BLUE), "fkl": ("forward KL", ORANGE)},
-        ),
-        (
-            "Gate",
-            {
-                "gate": ("mean λ (weight of the reverse KL)", BLUE),
-                "share_forward": ("share of tokens with λ < 0.5", ORANGE),
-            },
-        ),
-        ("Gate threshold τ, nats", {"tau": ("τ", BLUE)}),
-        (
-            "Reverse KL on each side of τ, nats a token",
-            {
-                "rkl_above": ("tokens with D > τ", ORANGE),
-                "tau": ("τ", GREY),
-                "rkl_below": ("tokens with D ≤ τ", BLUE),
-            },
-        ),
-        ("Gradient norm before clipping", {"grad_norm": ("gradient norm", GREY)}),
-        ("Drift from the policy of the rows, KL in nats a token", {"drift": ("drift", BLUE)}),
-        (
-            "Effective sample size, share",
-            {"ess": ("of the tokens", BLUE), "ess_rows": ("of the rows", ORANGE)},
-        ),
-    ]
     noted = set.intersection(*(set(step) for step in steps))  # older runs noted less
-    found = [_curve(steps, refreshes, title, lines) for title, lines in pictures if noted >= lines.keys()]
+    found = [_curve(steps, refreshes, title, lines) for title, lines in CURVES if noted >= lines.keys()]
     heldout = [record for record in records if record["kind"] == "eval"]
     if heldout:
         lines = {"reverse_kl": ("reverse KL", BLUE), "forward_kl": ("forward KL", ORANGE)}

@@ -1,1 +1,1 @@
-"""Rollout engines, which write completions. `protocol.py` is the contract, `opening.py` picks an engine."""
+"""Rollout engines, which generate completions. `protocol.py` is the contract; `opening.py` picks one."""

@@ -1,8 +1,8 @@
 """The built-in engine: a fixed number of slots decoded together.
 
-A row that ends makes room for a waiting prompt, so that no batch waits for its longest row. Completions of
-one prompt share its prefill. Token t of a row is the inverse CDF of the sampling distribution at the t-th
-uniform of the row's own stream, so that a row depends on its seed and its logits alone.
+A row that ends makes room for a waiting prompt: no batch waits for its longest row. Completions of one
+prompt share its prefill. Token t of a row is the inverse CDF of the sampling distribution at the t-th
+uniform of the row's own stream: a row depends only on its seed and its logits.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from stages.models.exact import decoder_of
 from stages.models.readout import readout_of
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
-"""Steps between two checks for ended rows, by device; on a GPU each check waits for the device."""
+"""Steps between checks for ended rows, by device; on a GPU each check waits for the device."""
 REFILL_SHARE = 8
-"""A prefill costs about one step however few its prompts, so it waits until one slot in this many is free."""
+"""Prefill waits until one slot in this many is free: even with few prompts it costs about one step."""
 PLACES = 64
-"""K/V places and tokens of a slot are rounded up to a multiple of this, so that later calls fit too."""
+"""K/V places and tokens of a slot are rounded up to a multiple of this; later calls may then fit too."""
 
 
 class BuiltInEngine(RequestEngine):
-    """Writes with the model's own modules.
+    """Generates with the model's own modules.
 
-    Keeps merged weights, slots and captured steps from one call to the next. Each call passes over the
-    weights once to see whether they, their device or the adapters changed, and rebuilds if so. Outside its
-    calls the model is untouched. Errors: `UserError` for a model whose attention it does not serve.
+    Keeps merged weights, slots and captured steps between calls. Each call reads the weights once to detect
+    changes to them, their device or the adapters, and rebuilds if needed. Between calls the model is
+    untouched. Raises UserError if it does not support the model's attention.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
@@ -62,13 +62,13 @@ class BuiltInEngine(RequestEngine):
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Eval mode without gradients, the engine's weights, no cast cache of autocast, which graphs outlive."""
+        """Eval mode, no gradients, the engine's weights, no autocast cast cache (graphs would outlive it)."""
         kind, was_training = next(self.base.parameters()).device.type, self.model.training
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         now: list[object] = [dtype, *origin_of(self.base)]
         if self._weights is None or now != self._made_for:
             check_served(self.base, decoder_of(self.base))
-            readout_of(self.base)  # measures it, if it is not known yet, on the model's own layers
+            readout_of(self.base)  # if still unknown, measured on the model's own layers
             self._weights = self._decoder = None  # frees their memory first
             self._weights = DecodingWeights(decoder_of(self.base), dtype)
             self._dtype, self._made_for = dtype, now
@@ -81,7 +81,7 @@ class BuiltInEngine(RequestEngine):
             self.model.train(was_training)
 
     def _decoder_for(self, requests: list[Request], method: Method, num_slots: int) -> Decoder:
-        """The decoder of the last call if it has the same method and is large enough, else a new one."""
+        """The last call's decoder if it has the same method and is large enough, else a new one."""
         places = max(len(request.prompt) + request.limit for request in requests)
         wanted = num_slots, places, max(request.limit for request in requests)
         old = self._decoder
@@ -100,7 +100,7 @@ class BuiltInEngine(RequestEngine):
 
 @dataclass
 class _Live:
-    """What the host knows of a slot without asking the device: an upper bound on its row's tokens."""
+    """Host-side state of a slot, kept without device syncs. `taken`: an upper bound on the row's tokens."""
 
     request: Request
     taken: int = 1
@@ -115,8 +115,8 @@ class _Live:
 
 
 def _decode(decoder: Decoder, requests: list[Request], widest: int) -> dict[int, Row]:
-    """Fills, steps and empties at most `widest` slots until every request is written."""
-    decoder.clear(widest)  # depends on this call alone, so that earlier calls do not change its rounding
+    """Fill, step and empty at most `widest` slots until every request is done."""
+    decoder.clear(widest)  # independent of earlier calls, which must not change the rounding
     rows: dict[int, _Live] = {}  # by slot
     waiting, written = _groups(requests, widest), dict[int, Row]()
     while waiting or rows:
@@ -137,7 +137,7 @@ def _decode(decoder: Decoder, requests: list[Request], widest: int) -> dict[int,
 
 
 def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
-    """The requests in order, neighbours with the same prompt grouped, at most `num_slots` in a group."""
+    """The requests in order, with consecutive equal prompts grouped, at most `num_slots` per group."""
     groups: deque[list[Request]] = deque()
     for _, same in groupby(requests, key=lambda request: request.prompt.tobytes()):
         group = list(same)
@@ -148,7 +148,7 @@ def _groups(requests: list[Request], num_slots: int) -> deque[list[Request]]:
 def _place(
     waiting: deque[list[Request]], free: list[int], rows: dict[int, _Live]
 ) -> list[tuple[int, Request]]:
-    """Whole groups for the free slots, once there are enough of these for a prefill."""
+    """Whole groups for the free slots, once enough are free for a prefill."""
     if rows and len(free) < _worth_a_prefill(len(free) + len(rows)):
         return []
     placed: list[tuple[int, Request]] = []
@@ -162,7 +162,7 @@ def _worth_a_prefill(num_slots: int) -> int:
 
 
 def _useful_steps(rows: dict[int, _Live], waiting: deque[list[Request]], width: int) -> int:
-    """Steps until enough rows reach their limits for a refill, or for half as many slots."""
+    """Steps until enough rows reach their limits for a refill or to halve the slots."""
     if waiting:
         wanted = max(len(waiting[0]), _worth_a_prefill(width)) - (width - len(rows))
     else:
@@ -172,7 +172,7 @@ def _useful_steps(rows: dict[int, _Live], waiting: deque[list[Request]], width: 
 
 
 def _narrow(decoder: Decoder, rows: dict[int, _Live], widest: int) -> None:
-    """Goes down to the least of widest, widest / 2, / 4 ... slots that holds the live rows."""
+    """Shrink to the fewest of widest, widest / 2, / 4 ... slots that hold the live rows."""
     width = widest
     while width > 1 and -(-width // 2) >= len(rows):
         width = -(-width // 2)

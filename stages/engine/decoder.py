@@ -23,15 +23,14 @@ from stages.models.exact import decoder_of
 from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""Prompt tokens in one prefill, by device; a longer prompt has one of its own."""
+"""Maximum prompt tokens per prefill, by device; a longer prompt is prefilled alone."""
 
 
 class Decoder:
-    """A model over `num_slots` slots of `num_places` K/V places, for completions of at most `num_tokens`
-    tokens.
+    """Decodes in `num_slots` slots of `num_places` K/V places; completions have at most `num_tokens` tokens.
 
-    `fill` prefills prompts into slots and draws their first tokens, `run` takes steps, `live` says which rows
-    go on, `narrow` moves them into fewer slots. Callers enter no_grad, autocast and eval mode first.
+    `fill` prefills prompts into slots and samples their first tokens, `run` takes steps, `live` tells which
+    rows continue, `narrow` moves them into fewer slots. Callers enter no_grad, autocast and eval mode first.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Decoder:
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(self, num_steps: int, longest: int) -> None:
-        """Takes steps in the first `width` slots, after which the fullest live row fills `longest` places."""
+        """Take steps in the first `width` slots; the fullest live row then fills `longest` places."""
         assert self._cache is not None
         for step in range(num_steps):
             if self.device.type == "cuda":
@@ -86,7 +85,7 @@ class Decoder:
         self.sampler.draw(progress, output.last_hidden_state[:, -1])
 
     def _graph(self, width: int) -> torch.cuda.CUDAGraph:
-        """The captured step. Warm-up and capture run without live rows, so that they change no row."""
+        """The captured step. Warm-up and capture run without live rows and change none."""
         if width in self.graphs:
             return self.graphs[width]
         live = self.progress.active.clone()
@@ -107,12 +106,12 @@ class Decoder:
         return graph
 
     def clear(self, width: int) -> None:
-        """Frees all slots, even those an interrupted call left, and uses the first `width` from now on."""
+        """Free all slots, including those left by an interrupted call; use the first `width` from now on."""
         self.width = width
         self.progress.active.zero_()
 
     def fill(self, placed: list[tuple[int, Request]]) -> None:
-        """Prefills the prompts into their slots, equal prompts once, and draws the first tokens."""
+        """Prefill the prompts into their slots, equal prompts once, and sample the first tokens."""
         prompts: dict[bytes, list[tuple[int, Request]]] = {}
         for slot, request in placed:
             prompts.setdefault(request.prompt.tobytes(), []).append((slot, request))
@@ -122,10 +121,10 @@ class Decoder:
             self._prefill(groups[start : start + size])
 
     def _prefill(self, groups: list[list[tuple[int, Request]]]) -> None:
-        """One right-padded forward without a mask: causal attention never sees padding behind a prompt."""
+        """One right-padded forward without a mask: causal attention never sees the padding after a prompt."""
         prompts = [group[0][1].prompt for group in groups]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
-        # Host-to-device copies come first: each waits for whatever was launched before it.
+        # Host-to-device copies come first: each waits for all earlier launches.
         progress = Progress.starting([request for _, _, request in rows], self.num_tokens).to(self.device)
         ids = pad_sequence(
             [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts],
@@ -138,7 +137,7 @@ class Decoder:
         cache = DynamicCache()
         output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         last = output.last_hidden_state[torch.arange(len(prompts), device=self.device), ends]
-        layers: list[Any] = cache.layers  # all of attention: see `check_served`
+        layers: list[Any] = cache.layers  # all attention layers: see `check_served`
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self._allocate(keys, values).fill(slots, source, keys, values)
         self.sampler.draw(progress, last[source])
@@ -148,7 +147,7 @@ class Decoder:
         return torch.tensor(numbers, device=self.device)
 
     def _allocate(self, keys: list[Tensor], values: list[Tensor]) -> SlotCache:
-        """Slots shaped like a prefill's K and V. Zeros, because a masked NaN would still spoil a sum."""
+        """Slots shaped like a prefill's K and V. Zero-filled: a masked NaN would still turn sums into NaN."""
         if self._cache is None:
 
             def slots(like: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ class Decoder:
         return self.progress.active[: self.width].cpu().numpy()
 
     def narrow(self, width: int, moves: dict[int, int], longest: int) -> None:
-        """Continues with `width` slots. `moves`: from live rows' slots at or above it to free ones below."""
+        """Continue with `width` slots. `moves`: live rows' slots at or above `width` to free ones below."""
         assert self._cache is not None
         self.width = width
         if moves:
@@ -179,8 +178,7 @@ def plain_steps_logprobs(
     completions: list[np.ndarray],
     head: Callable[[Tensor], Tensor],
 ) -> list[np.ndarray]:
-    """The logprobs of given completions from steps over slots, not captured, with the model's own layers in
-    float32.
+    """Logprobs of given completions from uncaptured steps over slots, using the model's layers in float32.
 
     Callers enter `exact.in_float32` first. `head`: states [B, d] to logits [B, V].
     """
@@ -207,7 +205,7 @@ def plain_steps_logprobs(
 
 @contextmanager
 def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
-    """`UserError` for a capture that CUDA refuses: warm-up succeeded, so the model's forward is the cause."""
+    """Raise UserError if CUDA refuses the capture: warm-up succeeded, so the model's forward is the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -224,5 +222,5 @@ def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the whole process, because the matrix library keeps a workspace for every stream."""
+    """The only capture stream of the process: the matrix library keeps a workspace for every stream."""
     return torch.cuda.Stream(device)

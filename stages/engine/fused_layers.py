@@ -1,5 +1,4 @@
-"""RMS norms, rotary embeddings and gated MLPs in one CUDA launch each; they are most of a step's small
-kernels.
+"""RMS norms, rotary embeddings and gated MLPs in one CUDA launch each: most of a step's small kernels.
 
 Models are not recognised by name. A norm, rotary function or MLP is replaced only if its output on a probe
 input equals the formula here bit for bit. The kernels round where the formula does.
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
 _NOT_THIS = (AttributeError, LookupError, TypeError, RuntimeError, ValueError)
-"""Errors raised by a function or module that has other inputs, outputs or parts than the one looked for."""
+"""Errors raised by modules or functions with other inputs, outputs or submodules than expected."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
@@ -53,7 +52,7 @@ class FusedNorm(nn.Module):
 
 @torch.no_grad()
 def fused_norm(module: nn.Module) -> FusedNorm | None:
-    """The module as one kernel, None unless it is an RMS norm."""
+    """The module as one kernel; None unless it is an RMS norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     lone = len(list(module.parameters())) == 1 and not list(module.buffers())
@@ -74,7 +73,7 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
 
 
 class FusedMLP(nn.Module):
-    """down(silu(gate x) up x), with the linear layers that `mlp` has when it is called."""
+    """down(silu(gate x) up x), with the linear layers that `mlp` has at call time."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class _Scale(nn.Module):
 
 @torch.no_grad()
 def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
-    """The MLP with one kernel between its matmuls, None unless it is gated. The probe is made like `like`."""
+    """The MLP with one kernel between its matmuls; None unless it is gated. `like`: see `_probe`."""
     factors = {"gate_proj": 1.5, "up_proj": 0.7, "down_proj": -0.6}
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in factors):
         return None
@@ -115,7 +114,7 @@ def fused_mlp(module: nn.Module, like: Tensor) -> FusedMLP | None:
 
 @torch.no_grad()
 def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., Any] | None:
-    """`original` as one kernel, None if it computes another rotation."""
+    """`original` as one kernel; None if it computes a different rotation."""
     query, key = _probe(2, 3, 1, 8, like=like), _probe(2, 1, 1, 8, like=like)
     cos, sin = _probe(2, 1, 8, like=like).cos(), _probe(2, 1, 8, like=like).sin()
     try:
@@ -141,7 +140,7 @@ def fused_rotary(original: Callable[..., Any], like: Tensor) -> Callable[..., An
 
 @contextmanager
 def fused_rotaries(decoder: nn.Module) -> Iterator[None]:
-    """Replaces the rotary functions in the decoder's modeling files; they are back afterwards."""
+    """Replace the rotary functions in the decoder's modeling files; restore them on exit."""
     files = {sys.modules[type(module).__module__] for module in decoder.modules()}
     own = {file: getattr(file, ROTARY) for file in files if hasattr(file, ROTARY)}
     like = next(decoder.parameters())

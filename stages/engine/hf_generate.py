@@ -1,8 +1,8 @@
-"""The engine for models that the built-in one does not serve: transformers' `generate`, which is slower.
+"""The engine for models that the built-in one does not support: transformers' `generate`, which is slower.
 
-Our own `Sampler` draws the tokens, from the last hidden state and each row's own uniforms, so that rows
-depend on their seeds and logits as in the built-in engine. Prompts of one length are batched without padding,
-because models that carry a state along the row cannot skip it.
+Our own `Sampler` samples the tokens from the last hidden state and each row's uniforms: as in the built-in
+engine, rows depend on their seeds and logits. Prompts of equal length are batched without padding, because
+models with a recurrent state cannot skip it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from stages.models.readout import last_hidden
 
 
 class HFGenerateEngine(RequestEngine):
-    """Writes by `generate`. Without `use_cache`, each token recomputes its whole row."""
+    """Generates with `generate`. Without `use_cache`, each token recomputes its whole row."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
         self.model, self.use_cache = model, use_cache
         self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
 
     def close(self) -> None:
-        """Does nothing: no memory is held between calls."""
+        """Do nothing: no memory is held between calls."""
 
     def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
         by_length: dict[int, list[Request]] = {}
@@ -77,7 +77,7 @@ class HFGenerateEngine(RequestEngine):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode, no gradients, a blank generation config: `generate` takes unset values from the model's."""
+        """Eval mode, no gradients, blank generation config: `generate` takes unset values from the model."""
         own, was_training = self.base.generation_config, self.model.training
         self.base.generation_config = GenerationConfig()
         self.model.eval()
@@ -90,7 +90,7 @@ class HFGenerateEngine(RequestEngine):
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token and leaves it as the only one that greedy `generate` can take."""
+    """Samples each row's next token and leaves greedy `generate` no other choice."""
 
     def __init__(self, sampler: Sampler, progress: Progress) -> None:
         self.progress, self._sampler = progress, sampler

@@ -1,4 +1,4 @@
-"""Linear layers with the same input as one matmul: alone, each leaves much of a GPU idle in a decode step."""
+"""Linear layers with the same input as one matmul: each alone leaves much of a GPU idle when decoding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class JoinedLinear(nn.Linear):
     """One of several linear layers with the same input; its weight is a slice of the joined weight.
 
     Calling the first runs the joined matmul; the others return their columns of it, and the last frees it. A
-    layer runs its own matmul when its input is not the tensor of the joined one or has changed since
-    (`_state`), when gradients are on, and for inference tensors, whose changes PyTorch does not count.
+    layer runs its own matmul if its input is not the tensor of the joined one or has changed since
+    (`_state`), if gradients are on, and for inference tensors, which have no version counter.
     """
 
     _together: _Together
@@ -27,7 +27,7 @@ class JoinedLinear(nn.Linear):
 
 
 class _Product(NamedTuple):
-    """The columns of all layers, their input (held, so that its identity stays unique) and its state."""
+    """Columns of all layers, their input (kept alive so that its identity stays unique) and its state."""
 
     input: Tensor
     state: tuple[object, ...]
@@ -37,7 +37,7 @@ class _Product(NamedTuple):
 class _Together:
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
         self.weight, self.bias, self.sizes = weight, bias, sizes
-        self._product: _Product | None = None  # replaced as a whole, so safe under errors and threads
+        self._product: _Product | None = None  # replaced as a whole: safe under errors and threads
 
     def columns(self, input: Tensor, index: int) -> Tensor:
         if torch.is_grad_enabled() or input.is_inference():
@@ -62,8 +62,8 @@ class _Together:
 def _state(input: Tensor) -> tuple[object, ...]:
     """Everything a product depends on besides the identity of its input.
 
-    The version counts writes, through views too; the address changes when `.data` is replaced. A graph may
-    only read what its own capture made, and code outside it must not.
+    The version counts writes, also through views; the address changes if `.data` is replaced. A graph may
+    only read products of its own capture, and code outside must not read those.
     """
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -72,7 +72,7 @@ def _state(input: Tensor) -> tuple[object, ...]:
 
 
 def join(layers: list[nn.Module]) -> list[JoinedLinear] | None:
-    """The layers with one joined weight; None unless they are plain linear layers of one width and dtype."""
+    """The layers with one joined weight; None unless all are plain linear layers of one width and dtype."""
     plain = [layer for layer in layers if type(layer) is nn.Linear]
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in plain

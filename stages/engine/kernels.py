@@ -1,8 +1,9 @@
-"""The engine's CUDA kernels, in Triton, for sm_80 and newer: attention over slots, storing K and V, reading
-logits, and the small operations between matmuls.
+"""Triton kernels of the engine, for sm_80 and newer.
 
-The attention's grid is rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to
-the 16 rows of a tensor-core tile, so that K and V are read once for the group.
+They cover attention over slots, storing K and V, logits statistics, and small operations between matmuls.
+
+The attention grid is rows × K/V heads × splits of the keys. The queries of a K/V head's group are padded to
+the 16 rows of a tensor-core tile: K and V are read once per group.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 LEAST = tl.constexpr(-3.4028234663852886e38)
 TILE_BYTES = 16_384
-"""Size of a block of keys; K and V in three stages then fit the shared memory of an sm_86."""
+"""Size of a block of keys: K and V in three stages then fit the shared memory of an sm_86."""
 NORM_TILE = 1024
 """Elements per program of short norms."""
 HEADS_TILE = 8
@@ -56,10 +57,10 @@ def decode_kernel(
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row, one K/V head, one share of its keys. `scale` and `cap` are in units of ln 2 without a cap,
-    else of 1.
+    """Attention of one row and K/V head over one split of its keys.
 
-    One split writes [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
+    `scale` and `cap` are in units of ln 2 without a cap, else of 1. A single split writes
+    [rows, heads, VALUE_WIDTH] to `out`; several write fp32 averages and their log masses.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -132,7 +133,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    """The splits' averages, weighted by their masses. One program per query head."""
+    """Average of the splits, weighted by their masses. One program per query head."""
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
@@ -168,7 +169,7 @@ def store_kernel(
     VALUE_WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Writes the new K and V of one row and head, cast, to the row's place."""
+    """Write the new K and V of one row and head, cast, to the row's place."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     place = tl.load(places_ptr + row)
@@ -227,9 +228,9 @@ def norm_kernel(
     PADDED: tl.constexpr,
     ONE_CENTRED: tl.constexpr,
 ):
-    """RMS norms of some rows, rounded as in `fused_layers.rms_norm`.
+    """RMS norms of several rows, rounded as in `fused_layers.rms_norm`.
 
-    Row r starts at r // inner outer strides plus r % inner inner strides; the output is dense.
+    Row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride; the output is dense.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
@@ -272,7 +273,7 @@ def rotary_kernel(
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Rotates some heads at one place: x cos + (−x₂, x₁) sin, each product rounded as in PyTorch."""
+    """Rotate several heads at one place: x cos + (−x₂, x₁) sin, each product rounded as in PyTorch."""
     at = tl.program_id(0)
     row, place = (at // num_places).to(tl.int64), (at % num_places).to(tl.int64)
     tile = tl.program_id(1)
@@ -305,7 +306,7 @@ def rotary_kernel(
 
 @triton.jit
 def gated_kernel(gate_ptr, gate_row, up_ptr, up_row, out_ptr, size, BLOCK: tl.constexpr):
-    """silu(gate) up for a part of one row, with PyTorch's rounding in between."""
+    """silu(gate) up for a part of one row, with PyTorch's intermediate rounding."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -317,7 +318,7 @@ def gated_kernel(gate_ptr, gate_row, up_ptr, up_row, out_ptr, size, BLOCK: tl.co
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor:
     """`fused_layers.rms_norm` of x [..., rows, size] in one launch."""
-    rows = _dense(x).reshape(-1, x.shape[-2], x.shape[-1])  # a view even of joined heads
+    rows = _dense(x).reshape(-1, x.shape[-2], x.shape[-1])  # a view, even for joined heads
     outer, inner, size = rows.shape
     dtype = x.dtype if one_centred else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -336,7 +337,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_centred: bool) -> Tensor
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, H, T, D] rotated by cos and sin [B or 1, T, D]; dtypes as PyTorch promotes them.
 
-    What it returns lies in memory as [B, T, H, D].
+    The results are laid out in memory as [B, T, H, D].
     """
     query, key, cos, sin = (_dense(x) for x in (query, key, cos, sin))
     (num_rows, heads, places, width), kv_heads = query.shape, key.shape[1]
@@ -366,7 +367,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up for two tensors [..., size] of the same shape."""
     size = gate.shape[-1]
-    gates, ups = (_dense(x).reshape(-1, size) for x in (gate, up))  # views even of joined columns
+    gates, ups = (_dense(x).reshape(-1, size) for x in (gate, up))  # views, even for joined columns
     out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     block = min(2048, triton.next_power_of_2(size))
     gated_kernel[(len(gates), triton.cdiv(size, block))](
@@ -385,11 +386,10 @@ def decode_attention(
     softcap: float | None,
     splits: int | None = None,
 ) -> Tensor:
-    """softmax(cap(scale q k)) v: query [B, heads, D] over the last `window` of `attended` [B] keys [B, H, S,
-    D].
+    """softmax(cap(scale q k)) v of `query` [B, heads, D] over `keys` and `values` [B, H, S, D].
 
-    Returns [B, heads, width of V] in the keys' dtype. `splits`: programs that share a row's keys, None: by
-    the device.
+    Row b sees the last `window` of its `attended[b]` keys. Returns [B, heads, width of V] in the keys' dtype.
+    `splits`: programs that share a row's keys; None: chosen for the device.
     """
     query = _dense(query)
     num_rows, num_heads, width = query.shape
@@ -440,7 +440,7 @@ def decode_attention(
 
 
 def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
-    """Writes key and value [B, H, 1, D] to place `places` [B] of each row of keys and values [B, H, S, D]."""
+    """Write key and value [B, H, 1, D] to place `places` [B] of each row of keys and values [B, H, S, D]."""
     key, value, width, value_width = _dense(key), _dense(value), keys.shape[3], values.shape[3]
     store_kernel[(keys.shape[0], keys.shape[1])](
         *(*_placed(key, 0, 1), *_placed(value, 0, 1), *_placed(keys, 0, 1, 2), *_placed(values, 0, 1, 2)),
@@ -470,17 +470,17 @@ def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _placed(tensor: Tensor, *dims: int) -> tuple[object, ...]:
-    """A tensor and its strides of these dimensions: how the kernels take it."""
+    """A tensor and its strides along `dims`, as kernel arguments."""
     return tensor, *(tensor.stride(dim) for dim in dims)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor with a last dimension of stride 1, as the kernels need it."""
+    """The tensor with stride 1 in its last dimension, as the kernels require."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _splits(device: torch.device, num_programs: int, num_blocks: int) -> int:
-    """Splits per row and K/V head: as many as fill the device with few rows, one if the rows fill it."""
+    """Splits per row and K/V head: enough to fill the device, one if the rows already do."""
     wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
     return max(1, min(MAX_SPLITS, num_blocks, wanted // num_programs))
 

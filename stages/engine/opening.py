@@ -1,4 +1,4 @@
-"""Which engine writes with a model: the one chosen for it at loading, the built-in one otherwise."""
+"""Choice of engine for a model: the one set at loading, else the built-in one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Model = PreTrainedModel | PeftModel
 
 
 def open_engine(model: Model) -> Engine:
-    """A new engine for the model. Errors: `UserError` where no engine writes correctly with it."""
+    """A new engine for the model. Raises UserError if no engine supports it."""
     opens: Callable[[Model], Engine] = getattr(_base(model), "_opens_engine", BuiltInEngine)
     return opens(model)
 
 
 def choose_engine(model: Model, opens: Callable[[Model], Engine]) -> None:
-    """Makes `open_engine` return what `opens` does, for the model with or without adapters."""
+    """Make `open_engine` return the result of `opens` for the model, with or without adapters."""
     _base(model)._opens_engine = opens
 
 

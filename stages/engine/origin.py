@@ -1,5 +1,4 @@
-"""What the engine's merged weights and captured steps were made from, so that a change of the model is
-noticed.
+"""Detect model changes that invalidate the engine's merged weights and captured steps.
 
 Pointers and version counters alone miss writes through `.data`, which is how PEFT's `hotswap_adapter` loads
 an adapter.
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 
 def origin_of(model: nn.Module) -> list[object]:
-    """Equal lists mean the same weights at the same addresses under the same adapters.
+    """A list that changes if the weights, their addresses or the adapters change.
 
-    They hold each parameter's address, version counter and sum of bits, and each adapted layer's active,
-    disabled, merged and scaled adapters. Passes over the weights and waits for the device once.
+    It holds each parameter's address, version counter and sum of bits, and each adapted layer's active,
+    disabled, merged and scaled adapters. Reads the weights and waits for the device once.
     """
     parameters = list(model.parameters())
     places = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
@@ -29,10 +28,10 @@ def origin_of(model: nn.Module) -> list[object]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """The tensor's memory as 8-byte integers, added up modulo 2**64: a scalar int64 on its device."""
+    """Sum of the tensor's memory as 8-byte integers, modulo 2**64: a scalar int64 on its device."""
     octets = tensor.reshape(-1).view(torch.uint8)
     if len(octets) % 8 or octets.storage_offset() % 8:
-        octets = nn.functional.pad(octets, (0, -len(octets) % 8))  # a copy, so aligned
+        octets = nn.functional.pad(octets, (0, -len(octets) % 8))  # a copy, hence aligned
     return octets.view(torch.int64).sum()
 
 

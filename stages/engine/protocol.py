@@ -1,4 +1,4 @@
-"""What every rollout engine offers: completions of prompts, with their tokens' log-probabilities."""
+"""Interface of a rollout engine: completions of prompts, with their tokens' log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `top_p` 1 and `top_k` 0 are off; `greedy` takes the most likely token."""
+    """How tokens are sampled. `top_p` 1 and `top_k` 0 are off; `greedy` takes the most likely token."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -22,18 +22,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """T tokens, EOS included. Logprobs and entropy (nats) are those of the distribution that was sampled."""
+    """T tokens, including EOS. Logprobs and entropy (nats) are of the distribution that was sampled."""
 
     ids: Int32[np.ndarray, " T"]
     logprobs: Float32[np.ndarray, " T"]
-    entropy: Float32[np.ndarray, " T"] | None  # None: the engine does not measure it
+    entropy: Float32[np.ndarray, " T"] | None  # None if the engine does not measure it
     finish_reason: str  # "eos" or "length"
 
 
 class Engine(Protocol):
-    """Writes completions with one model.
+    """Generates completions with one model.
 
-    A change of the model between two calls (weights, device, adapters) takes effect in the second.
+    Changes to the model between two calls (weights, device, adapters) take effect in the second.
     """
 
     def generate(
@@ -48,18 +48,17 @@ class Engine(Protocol):
         micro_batch: int,
         forced: list[np.ndarray] | None = None,
     ) -> list[Completion]:
-        """One completion for each prompt, in order. `prompts` are token ids, `seeds` integers below 2**128,
-        one a row.
+        """One completion per prompt, in order.
 
-        Only ids below `vocab_size` are drawn; `eos_ids` end a completion. `micro_batch` caps the rows decoded
-        together. `forced` gives token ids to take instead of drawing, as many as each row shall have: the
-        result holds the engine's logprobs of that text. Under autocast, products are in its dtype. Errors:
-        `UserError` for a model that the engine does not serve.
+        `prompts` are token ids; `seeds` are integers below 2**128, one per row. Only ids below `vocab_size`
+        are sampled; `eos_ids` end a completion. `micro_batch` caps the rows decoded together. `forced` gives
+        all of each row's tokens instead of sampling them; the result then holds the engine's logprobs of that
+        text. Under autocast, products are in its dtype. Raises UserError if the model is not supported.
         """
         ...
 
     def close(self) -> None:
-        """Frees the engine's memory. A later call allocates it again."""
+        """Free the engine's memory. A later call allocates it again."""
         ...
 
 
@@ -71,7 +70,7 @@ def forced_logprobs(
     vocab_size: int,
     pad_id: int = 0,
 ) -> list[np.ndarray]:
-    """The engine's logprobs, float32 [T], of the tokens of given completions at temperature 1."""
+    """The engine's logprobs, float32 [T], of given completions at temperature 1."""
     written = engine.generate(
         prompts,
         [0] * len(prompts),

@@ -1,4 +1,4 @@
-"""A call of an engine as requests, one for each completion: what the engines of this package work on."""
+"""An engine call split into requests, one per completion; used by the engines of this package."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from stages.engine.protocol import Completion, Sampling
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""A completion as engines read it back: token ids (int32, EOS included), logprobs and entropies (float32)."""
+"""A finished completion: token ids (int32, including EOS), logprobs and entropies (float32)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One completion of 1 to `limit` tokens; `index` is its place in the call. `forced`: ids to take."""
+    """One completion of 1 to `limit` tokens. `index`: its place in the call. `forced`: ids to take."""
 
     index: int
     prompt: np.ndarray
@@ -25,7 +25,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Method:
-    """What all requests of a call share, and what a captured step is compiled for."""
+    """Settings shared by all requests of a call; a captured step is specific to them."""
 
     sampling: Sampling
     vocab_size: int
@@ -34,7 +34,7 @@ class Method:
 
 
 class RequestEngine:
-    """`Engine.generate` for engines that write requests; they implement `_write`."""
+    """Implements `Engine.generate` for engines that implement `_write`."""
 
     def generate(
         self,
@@ -62,7 +62,7 @@ class RequestEngine:
         return [Completion(*row, _finish_reason(row[0], eos_ids)) for row in found]
 
     def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
-        """Each request's row by its index; at most `num_rows` are written together."""
+        """Each request's row by its index; at most `num_rows` are decoded together."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""The last part of every engine's step: from a hidden state to the token that its row continues with."""
+"""Last part of every engine's step: from a hidden state to the row's next token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.models import pretrained
 
 
 class Sampler:
-    """Draws each row's next token with a model's head and records it in the row's progress."""
+    """Samples each row's next token with a model's head and records it in the row's progress."""
 
     def __init__(self, model: PreTrainedModel, method: Method, device: torch.device) -> None:
         self._model, self._method = model, method
@@ -23,7 +23,7 @@ class Sampler:
         self._head: PreparedHead | None = None
 
     def draw(self, progress: Progress, hidden: Float[Tensor, "B d"]) -> Int[Tensor, " B"]:
-        """The tokens, of dead slots too."""
+        """The sampled tokens, including those of dead slots."""
         uniforms, forced = progress.next_inputs()
         chosen = choose(self.logits(hidden), uniforms, forced, self._method.sampling)
         progress.record(chosen, self._eos)

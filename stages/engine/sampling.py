@@ -1,8 +1,7 @@
-"""The draw: from a step's logits to tokens, their log-probabilities and the entropy of the sampling
-distribution.
+"""Sampling: from a step's logits to tokens, their log-probabilities and the sampling distribution's entropy.
 
 The vocabulary is read once, in blocks of 1,024 ids, to find each block's peak, mass and first moment.
-Everything else uses those few numbers and the one block that holds the token. Sums are in float64.
+Everything else uses those few numbers and the block that holds the token. Sums are in float64.
 
 Shape suffixes: B rows, V vocabulary after the cut, C blocks, E ids of a block.
 """
@@ -23,7 +22,7 @@ _BELOW_ONE = 1.0 - 2.0**-53
 
 
 class Chosen(NamedTuple):
-    """One token a row, its logprob and the entropy (nats) of its sampling distribution."""
+    """One token per row, its logprob and the entropy (nats) of its sampling distribution."""
 
     token: Int[Tensor, " B"]
     logprob: Float[Tensor, " B"]
@@ -31,7 +30,7 @@ class Chosen(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Of each block of logits z, float64: the largest, Σ exp(z − peak) and Σ exp(z − peak) (z − peak)."""
+    """Per block of logits z, in float64: the largest z, Σ exp(z − peak) and Σ exp(z − peak) (z − peak)."""
 
     peak: Float[Tensor, "B C"]
     mass: Float[Tensor, "B C"]
@@ -41,8 +40,7 @@ class Blocks(NamedTuple):
 def choose(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], forced: Int[Tensor, " B"], sampling: Sampling
 ) -> Chosen:
-    """The forced token where it is not negative, else the most likely one (greedy) or the one drawn at the
-    row's uniform.
+    """The forced token if not negative, else the most likely (greedy) or the one at the row's uniform.
 
     `uniforms` are float64 in [0, 1), `logits` float32. A NaN among a row's logits makes its logprob NaN.
     """
@@ -52,7 +50,7 @@ def choose(
     mass = blocks.mass * (blocks.peak - top).exp()
     total = mass.sum(-1)
     drawn = _most_likely(logits, blocks) if sampling.greedy else _inverse_cdf(logits, mass, uniforms)
-    drawn = drawn.clamp(max=logits.shape[1] - 1)  # a NaN row points past its end
+    drawn = drawn.clamp(max=logits.shape[1] - 1)  # rows with NaN point past the end
     token = torch.where(forced >= 0, forced, drawn)
     log_total = total.log()
     logprob = logits.gather(1, token[:, None]).squeeze(1) - top.squeeze(1) - log_total
@@ -61,7 +59,7 @@ def choose(
 
 
 def sampling_logits(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits after temperature, top-k and top-p, in this order; not normalised, -inf for ids cut off."""
+    """Logits after temperature, top-k and top-p, in this order; not normalised, -inf for removed ids."""
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.top_k > 0:
@@ -76,13 +74,13 @@ def sampling_logits(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[T
 
 
 def block_statistics(logits: Float[Tensor, "B V"]) -> Blocks:
-    """Peak, mass and moment of each block of at most 1,024 ids; NaN for a block that holds NaN."""
+    """Peak, mass and moment of each block of at most 1,024 ids; NaN if the block holds NaN."""
     if logits.is_cuda:
         from stages.engine import kernels
 
         return Blocks(*kernels.block_statistics(logits, BLOCK))
     logits_BCE = _in_blocks(logits)
-    peak = logits_BCE.amax(-1).clamp(min=LEAST)  # finite, so that a block without mass has mass 0, not NaN
+    peak = logits_BCE.amax(-1).clamp(min=LEAST)  # finite: an empty block has mass 0, not NaN
     gap_BCE = (logits_BCE - peak[..., None]).clamp(min=LEAST)
     p_BCE = gap_BCE.exp()
     moment = (p_BCE * gap_BCE).sum(-1, dtype=torch.float64)
@@ -99,7 +97,7 @@ def _in_blocks(logits: Float[Tensor, "B V"]) -> Float[Tensor, "B C E"]:
 
 
 def _most_likely(logits: Float[Tensor, "B V"], blocks: Blocks) -> Int[Tensor, " B"]:
-    """The first of the largest logits."""
+    """Id of the first largest logit."""
     block = blocks.peak.argmax(-1)
     within, start = _block_of(logits, block)
     return start + within.argmax(-1)
@@ -124,7 +122,7 @@ def _inverse_cdf(
 def _block_of(
     logits: Float[Tensor, "B V"], block: Int[Tensor, " B"]
 ) -> tuple[Float[Tensor, "B E"], Int[Tensor, " B"]]:
-    """The logits of one block a row, -inf beyond the vocabulary, and the block's first id."""
+    """Logits of one block per row, -inf beyond the vocabulary, and the block's first id."""
     num_ids = logits.shape[1]
     size = min(BLOCK, num_ids)
     start = block * size

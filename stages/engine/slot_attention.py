@@ -1,8 +1,8 @@
-"""Attention of each row's one new token over its slot, without expanding K and V for grouped queries.
+"""Attention of one new token per row over its slot, without expanding K and V for grouped queries.
 
-It is registered with transformers as an attention implementation without a mask function, so that models pass
-no mask. On CUDA a kernel reads only the places that a row has filled. Elsewhere it is PyTorch's attention
-with a mask, over slots cut to the longest row.
+Registered with transformers as an attention implementation without a mask function: models pass no mask.
+On CUDA a kernel reads only the filled places of a row. Elsewhere PyTorch's attention runs with a mask, over
+slots cut to the longest row.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def attend(
     slots: SlotCache | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(cap(scaling q k)) v of each row's one query [B, heads, 1, D] over `slots.attended` keys.
+    """softmax(cap(scaling q k)) v of one query per row [B, heads, 1, D] over `slots.attended` keys.
 
-    `key` and `value` are all of the slots [B, H, S, D]. Returns [B, 1, heads, D]; softmax and sums are fp32.
+    `key` and `value` are whole slots [B, H, S, D]. Returns [B, 1, heads, D]; softmax and sums are fp32.
     """
     unserved = [name for name in _REFUSED if others.get(name) is not None]
     if slots is None or attention_mask is not None or unserved:
@@ -83,7 +83,7 @@ def plain_attention(
 
 
 def _mask(slots: SlotCache, window: int | None) -> Tensor:
-    """[B, 1, 1, longest]: the keys that each row sees, made once per step for each kind of layer."""
+    """[B, 1, 1, longest]: the keys visible to each row, built once per step for each kind of layer."""
     if window not in slots.masks:
         assert slots.attended is not None
         place, attended = torch.arange(slots.longest), slots.attended[:, None]
@@ -96,7 +96,7 @@ def _mask(slots: SlotCache, window: int | None) -> Tensor:
 
 @contextmanager
 def slot_attention(config: PretrainedConfig) -> Iterator[None]:
-    """Models that share `config` use `attend` inside this context, their own attention afterwards."""
+    """Models that share `config` use `attend` inside this context, and their own attention afterwards."""
     own = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -106,7 +106,7 @@ def slot_attention(config: PretrainedConfig) -> Iterator[None]:
 
 
 def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
-    """Errors: `UserError`, naming the model type, for attention that slots cannot serve."""
+    """Raise UserError, naming the model type, if slots do not support its attention."""
     config = decoder.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     reason = ""
@@ -127,7 +127,7 @@ def check_served(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
 
 
 def check_attended(decoder: PreTrainedModel, slots: SlotCache) -> None:
-    """After a step: `UserError` unless every layer has attended by `attend`."""
+    """After a step, raise UserError unless every layer has used `attend`."""
     num_layers = decoder.config.num_hidden_layers
     if slots.num_attended_layers != num_layers:
         found = f"only {slots.num_attended_layers} of its {num_layers} layers use transformers' AttentionInterface"

@@ -1,8 +1,7 @@
-"""Slots: the rows decoded together, their K/V and their progress through their completions, all on the
-device.
+"""Slots: K/V and progress of the rows decoded together, all on the device.
 
-A slot that is free or whose row has ended takes part in every step with one attended key, and its output goes
-to a scratch column. Only `Progress.rows` waits for the device.
+A free slot, or one whose row has ended, takes part in every step with one attended key; its output goes to
+a scratch column. Only `Progress.rows` waits for the device.
 
 Shape suffixes: B slots, H K/V heads, S places of a slot, D width of a head, T longest completion.
 """
@@ -42,7 +41,7 @@ class SlotCache(Cache):
         return SlotCache([k[:width] for k in self.keys], [v[:width] for v in self.values])
 
     def begin_step(self, places: Int[Tensor, " B"], active: Bool[Tensor, " B"]) -> None:
-        """Sets where the step's K and V go and how many keys each row sees: one in a dead slot."""
+        """Set the place of the step's K and V and the number of keys each row sees: one in a dead slot."""
         self.places = places
         self.attended = torch.where(active, places + 1, 1).to(torch.int32)
         self.num_attended_layers = 0
@@ -51,7 +50,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Stores [B, H, 1, D]. Returns all places of all slots, as transformers' attention modules expect."""
+        """Store [B, H, 1, D]. Returns all places of all slots, as transformers' attention modules expect."""
         assert self.places is not None
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if keys.is_cuda:
@@ -70,7 +69,7 @@ class SlotCache(Cache):
     def fill(
         self, slots: Int[Tensor, " R"], source: Int[Tensor, " R"], keys: list[Tensor], values: list[Tensor]
     ) -> None:
-        """Copies rows `source` of a prefill's K and V [U, H, P, D] of each layer to the start of `slots`."""
+        """Copy rows `source` of a prefill's K and V [U, H, P, D] of each layer to the start of `slots`."""
         for own, new in zip([*self.keys, *self.values], [*keys, *values], strict=True):
             own[:, :, : new.shape[2]].index_copy_(0, slots, new.index_select(0, source).to(own.dtype))
 
@@ -82,15 +81,15 @@ class SlotCache(Cache):
 
 @dataclass
 class Progress:
-    """The state of each slot's row. The last column of `ids`, `logprobs`, `entropy` is for dead slots."""
+    """State of each slot's row. The last column of `ids`, `logprobs` and `entropy` is for dead slots."""
 
-    token: Int[Tensor, " B"]  # the last one drawn, fed next
-    length: Int[Tensor, " B"]  # filled places, which is the position of `token`
+    token: Int[Tensor, " B"]  # last sampled; the next input
+    length: Int[Tensor, " B"]  # filled places, and the position of `token`
     taken: Int[Tensor, " B"]  # tokens of the completion so far
     limit: Int[Tensor, " B"]
     active: Bool[Tensor, " B"]
     uniforms: Float[Tensor, "B T"]  # float64
-    forced: Int[Tensor, "B T"]  # -1: draw
+    forced: Int[Tensor, "B T"]  # -1: sample
     ids: Int[Tensor, "B T+1"]
     logprobs: Float[Tensor, "B T+1"]
     entropy: Float[Tensor, "B T+1"]
@@ -115,7 +114,7 @@ class Progress:
 
     @classmethod
     def starting(cls, requests: list[Request], num_tokens: int) -> Progress:
-        """The rows of requests before their first token, on the host, one slot each."""
+        """State of new requests before their first token, on the host, one slot each."""
         progress = cls.empty(len(requests), num_tokens, torch.device("cpu"))
         for row, request in enumerate(requests):
             uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(request.limit)
@@ -149,7 +148,7 @@ class Progress:
         return self.uniforms.gather(1, column).squeeze(1), self.forced.gather(1, column).squeeze(1)
 
     def record(self, chosen: Chosen, eos_ids: Int[Tensor, " E"]) -> None:
-        """Writes each live row's token. Ends rows at their limit or an EOS, which is kept: it was sampled."""
+        """Write each live row's token. Rows end at their limit or an EOS, which is kept: it was sampled."""
         column = torch.where(self.active, self.taken, self.ids.shape[1] - 1)[:, None]
         self.ids.scatter_(1, column, chosen.token[:, None])
         self.logprobs.scatter_(1, column, chosen.logprob[:, None])

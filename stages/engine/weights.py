@@ -1,4 +1,4 @@
-"""The engine's versions of a model's layers: merged, cast once, joined, fused. The model stays untouched."""
+"""The engine's versions of a model's layers: merged, cast, joined, fused. The model stays untouched."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class _Swap:
 
 
 class DecodingWeights:
-    """Plain linear layers that replace a decoder's adapted ones, and its fp32 ones under autocast, inside
-    `swapped`.
+    """Replaces a decoder's adapted layers, and under autocast its fp32 ones, by plain ones inside `swapped`.
 
     On CUDA, layers with the same input are joined into one matmul, and the small operations between matmuls
     are fused. W + s B A is summed in fp32 and rounded once, stochastically (`_rounded`). Variants such as
@@ -56,7 +55,7 @@ class DecodingWeights:
             self._join()
 
     def _join(self) -> None:
-        """Joins only layers that are copied anyway; others would take their memory twice."""
+        """Join only layers that are copied anyway; others would take their memory twice."""
         for name, _ in self._decoder.named_modules():
             for leaves in JOINED:
                 places = [f"{name}.{leaf}" for leaf in leaves]
@@ -67,7 +66,7 @@ class DecodingWeights:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Puts these layers into the decoder; its own are back afterwards, after an error too."""
+        """Put these layers into the decoder; restore its own on exit, also after an error."""
         with ExitStack() as stack:
             for swap in self._swaps.values():
                 stack.callback(setattr, swap.parent, swap.name, swap.own)
@@ -82,7 +81,7 @@ def _on_cuda(module: nn.Module) -> bool:
 
 
 def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -> nn.Linear | None:
-    """The adapted layer as one linear layer. None unless it computes W + s B A."""
+    """The adapted layer as one linear layer; None unless it computes W + s B A."""
     base = module.get_base_layer()
     adapters = [name for name in module.active_adapters if name in module.lora_A]
     plain = all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapters)
@@ -90,7 +89,7 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -
     if type(base) is not nn.Linear or not plain or switched:
         return None
     dtype = autocast_dtype or base.weight.dtype
-    weight = base.weight.detach().to(dtype).to(torch.float32, copy=True)  # W as training's matmuls read it
+    weight = base.weight.detach().to(dtype).to(torch.float32, copy=True)  # W as read by training's matmuls
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         for name in adapters:
             a, b = (cast(nn.Linear, side[name]).weight.float() for side in (module.lora_A, module.lora_B))
@@ -99,12 +98,11 @@ def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -
 
 
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """`weight` (fp32, overwritten) in `dtype`. bfloat16 is rounded up or down at random so that the mean is
-    exact.
+    """`weight` (fp32, overwritten) in `dtype`; rounding to bfloat16 is random, with exact mean.
 
-    W is on bfloat16's grid, and an early update is a small fraction of a grid step: rounding to nearest would
-    drop it from nearly every weight, and the rollouts would be an older student's. The same `seed` gives the
-    same weights.
+    W is on bfloat16's grid, and an early update is a small fraction of a grid step. Rounding to nearest would
+    drop it from nearly every weight, and the rollouts would be an older student's. Equal `seed`s give equal
+    weights.
     """
     if dtype != torch.bfloat16:
         return weight.to(dtype)

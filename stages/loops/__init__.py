@@ -1,1 +1,1 @@
-"""What a stage does, phase by phase: collect rollouts, fit the student, refresh the cache, measure."""
+"""The phases of a stage: collect rollouts, train the student, refresh the cache, measure."""

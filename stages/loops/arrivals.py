@@ -1,4 +1,4 @@
-"""Rows that another process writes for a training run: which refreshes are complete in the cache."""
+"""Track which refreshes, written by another process, are complete in the cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from stages.runtime.split import rollouts_of
 
 
 class Arrivals:
-    """Watches the cache for rows that were written elsewhere."""
+    """Watches the cache for rows written elsewhere."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._snapshot = cache.open(run.config.cache_root) if run.world.is_main else None
 
     def bring_newer(self, position: Position) -> bool:
-        """Whether rows that were on their way have arrived (collective)."""
+        """Whether all rows of a newer refresh have arrived (collective)."""
         return position.newest > position.refresh_index and self.newest(position) > position.refresh_index
 
     def newest(self, position: Position) -> int:
-        """The newest refresh, of that in use and later ones, whose rows are all committed; -1: none (collective)."""
+        """Newest fully committed refresh, no older than the one in use; -1 if there is none (collective)."""
         found = -1
         if self._snapshot is not None:
             self._snapshot = self._snapshot.refresh()
@@ -31,7 +31,7 @@ class Arrivals:
     def _is_complete(self, position: Position, index: int) -> bool:
         assert self._snapshot is not None
         if index and index == position.refresh_index:
-            return True  # it was, when it was taken up
+            return True  # checked when training switched to it
         wanted, rows = position.policies.get(index) if index else None, set()
         for record in self._snapshot.commit_records():
             right = [

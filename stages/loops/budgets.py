@@ -1,7 +1,7 @@
-"""What the phases of a run take on a card, and how much work at a time `auto` gives them there.
+"""GPU memory of each phase of a run, and the sizes that `auto` chooses from it.
 
-The run measures the memory that is free and the plan computes it; from there both go through the functions of this file.
-On a CPU `auto` stands for fixed numbers, so that a run is the same on every machine.
+The run measures free memory and the plan computes it; both then use the functions below.
+On a CPU `auto` means fixed numbers: a run is the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
-MARGIN = 0.8  # of the free memory that `auto` hands out
+MARGIN = 0.8  # share of free memory that `auto` uses
 CPU_GEN_ROWS, MOST_GEN_ROWS = 128, 512
 CPU_SCORE_TOKENS, CPU_TRAIN_ROWS = 16_384, 64
-LEAST_TOKENS, MOST_TOKENS = 2_048, 32_768  # of a forward: fewer leave the card idle, more bring nothing
-TOKENS_BESIDE_SLOTS = 16_384  # the scoring forward that slots leave room for
+# Per forward: fewer tokens leave the GPU idle, more gain nothing.
+LEAST_TOKENS, MOST_TOKENS = 2_048, 32_768
+TOKENS_BESIDE_SLOTS = 16_384  # size of the scoring forward that must fit beside the slots
 STEP_TOKENS = 1_024
 
 Parts = dict[str, float]
@@ -33,11 +34,11 @@ def total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-# --- what a phase takes, bytes by part
+# --- memory of each phase, in bytes by part
 
 
 def slot_parts(config: Config, shape: Shape, itemsize: int, slots: int) -> Parts:
-    """What the rollout engine keeps while it is open: slots that reach to the longest sequence, and logits to draw from."""
+    """Memory of an open rollout engine: slots as long as the longest sequence, and logits to sample from."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     return {
         "keys and values": float(slots * longest * memory.kv_bytes_per_token(shape, itemsize)),
@@ -46,7 +47,7 @@ def slot_parts(config: Config, shape: Shape, itemsize: int, slots: int) -> Parts
 
 
 def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> float:
-    """Activations of the prompts that are read at once, and their keys and values before these are in slots."""
+    """Activations of the prompts prefilled at once, and their keys and values before these move to slots."""
     longest = config.data.max_prompt_tokens
     tokens = min(max(PREFILL_TOKENS["cuda"], longest), slots * longest)
     each = memory.forward_bytes_per_token(shape, itemsize) + memory.kv_bytes_per_token(shape, itemsize)
@@ -54,7 +55,7 @@ def prefill_bytes(config: Config, shape: Shape, itemsize: int, slots: int) -> fl
 
 
 def copied_bytes(config: Config, student: Shape) -> float:
-    """The engine's own weights: the adapted layers with LoRA added; in full fine-tuning all fp32 weights in dtype."""
+    """The engine's own weights: layers merged with LoRA; in full fine-tuning all fp32 weights in dtype."""
     itemsize = pretrained.DTYPES[config.run.dtype].itemsize
     if not config.lora.use_lora:
         return float(student.parameters * itemsize) if itemsize < 4 else 0.0
@@ -63,14 +64,14 @@ def copied_bytes(config: Config, student: Shape) -> float:
 
 
 def gathered_bytes(config: Config, teacher: Shape, num_gpus: int) -> float:
-    """What ZeRO-3 holds whole of the teacher while it forwards."""
+    """Teacher weights that ZeRO-3 gathers during a forward."""
     zero = zero3_settings(config)["zero_optimization"]
     prefetch = int(zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_ELEMENTS))
     return float(memory.gather_bytes(teacher, _teacher_itemsize(config), num_gpus, prefetch))
 
 
 def scoring_parts(config: Config, teacher: Shape, gathered: float, tokens: int, device_bytes: float) -> Parts:
-    """A scoring forward of `tokens` tokens, all of them scored, beside the teacher's weights."""
+    """A scoring forward of `tokens` tokens, all scored, without the teacher's weights."""
     return {
         "gathered weights": gathered,
         "activations": float(tokens * memory.forward_bytes_per_token(teacher, _teacher_itemsize(config))),
@@ -83,7 +84,7 @@ def _teacher_itemsize(config: Config) -> int:
 
 
 def state_parts(config: Config, student: Shape, num_gpus: int, zero2: bool) -> Parts:
-    """What the optimizer keeps, and the gradients."""
+    """Optimizer state and gradients."""
     trained = trained_parameters(config, student)
     return {
         "optimizer": float(memory.optimizer_bytes(trained, num_gpus, zero2)),
@@ -92,10 +93,10 @@ def state_parts(config: Config, student: Shape, num_gpus: int, zero2: bool) -> P
 
 
 def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_bytes: float) -> Parts:
-    """A training forward of `tokens` tokens and its backward, at the fullest moment: in the forward, the loss or the backward.
+    """Peak of a training step of `tokens` tokens, reached in the forward, the loss or the backward.
 
-    The loss's chunks are gone when the backward begins; the copies that autocast keeps of trained weights last for the
-    forward, and as long as autograd keeps them: with checkpointing for a layer's recomputation.
+    The loss's chunks are freed before the backward. Autocast's copies of trained weights last for the
+    forward, and as long as autograd keeps them: with checkpointing, for the recomputation of one layer.
     """
     lora, checkpointing = config.lora, config.train.gradient_checkpointing
     itemsize = pretrained.DTYPES[config.run.dtype].itemsize
@@ -122,13 +123,13 @@ def trained_parameters(config: Config, student: Shape) -> int:
     )
 
 
-# --- what `auto` stands for, given free bytes of a card
+# --- values of `auto`, given the free bytes of a GPU
 
 
 def gen_rows(config: Config, shape: Shape, itemsize: int, free: float, beside: float = 0.0) -> int:
-    """Slots that fit with the prompts being read, or with `beside` bytes of scoring, at most half of the room, if that is more.
+    """Slots that fit beside the larger of prompt prefill and `beside` (scoring, at most half the room).
 
-    A multiple of 8 from 8 on, at most a unit's rollouts and 512, at least 1.
+    A multiple of 8 from 8 on, at most 512 and the rollouts of a unit, at least 1.
     """
     most, room = min(MOST_GEN_ROWS, config.rollout.rollouts_per_unit), free * MARGIN
     room -= max(min(beside, room / 2), prefill_bytes(config, shape, itemsize, most))
@@ -144,7 +145,7 @@ def score_tokens(config: Config, teacher: Shape, gathered: float, free: float, d
 
 
 def train_tokens(config: Config, student: Shape, free: float, device_bytes: float) -> int:
-    """The same of a training forward and its backward, beside the optimizer's state, if every token is scored."""
+    """The same for a training forward and backward beside the optimizer state, with every token scored."""
     return _most_tokens(
         lambda tokens: total(step_parts(config, student, tokens, tokens, device_bytes)), free * MARGIN
     )
@@ -156,30 +157,33 @@ def _most_tokens(bytes_of: Callable[[int], float], room: float) -> int:
 
 
 class Caps(NamedTuple):
-    """The most that a training forward may have; None: no cap."""
+    """Size limits of a training forward; None: no limit."""
 
     rows: int | None
     tokens: int | None
 
 
 def train_caps(config: Config, fitting: int | None) -> Caps:
-    """lp_micro_batch and micro_batch_tokens, `fitting` tokens in place of `auto`; without (on a CPU) 64 rows of any length."""
+    """lp_micro_batch and micro_batch_tokens, with `auto` tokens replaced by `fitting`.
+
+    If that is None (on a CPU), `auto` rows are 64, of any length.
+    """
     rows, tokens = config.rollout.lp_micro_batch, config.train.micro_batch_tokens
     automatic_rows = CPU_TRAIN_ROWS if fitting is None else None
     return Caps(automatic_rows if rows == "auto" else rows, fitting if tokens == "auto" else tokens)
 
 
-# --- the same for a run, whose free memory is measured
+# --- the same for a run, which measures its free memory
 
 
 def free_bytes(world: World) -> int | None:
-    """Free memory of the fullest rank's GPU, what torch holds in reserve included; None on a CPU (collective)."""
+    """Free memory of the fullest rank's GPU, including torch's reserve; None on a CPU (collective)."""
     own = _own_free_bytes(world.device)
     return None if own is None else min(world.gather(own))
 
 
 def _own_free_bytes(device: torch.device) -> int | None:
-    """Of this process. The reserve of captured steps is a pool of their own, which serves nobody else."""
+    """Free memory of this process. Excludes private pools of captured steps: nothing else can use them."""
     if device.type == "cpu":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -198,10 +202,10 @@ def card_bytes(world: World) -> int:
 def slots_of_run(
     config: Config, world: World, model_config: Any, *, is_teacher: bool, scores_too: bool
 ) -> int:
-    """gen_micro_batch: as given, or what fits beside the models that are loaded now (collective).
+    """gen_micro_batch as configured, or what fits beside the models loaded now (collective).
 
-    `is_teacher`: it is the teacher that writes, from weights of no other copy. `scores_too`: the same process scores
-    between the engine's calls.
+    `is_teacher`: the teacher generates, with its own weights and no copy. `scores_too`: the same process
+    scores between the engine's calls.
     """
     given = config.rollout.gen_micro_batch
     if given != "auto":
@@ -225,14 +229,14 @@ def slots_of_run(
 
 
 def beside_slots(config: Config, teacher: Shape, gathered: float, device_bytes: float) -> float:
-    """Bytes that slots leave to a scoring forward of the same process."""
+    """Bytes that slots leave free for a scoring forward in the same process."""
     given = config.rollout.score_tokens
     tokens = TOKENS_BESIDE_SLOTS if given == "auto" else given
     return total(scoring_parts(config, teacher, gathered, tokens, device_bytes))
 
 
 def score_tokens_of_run(config: Config, world: World, teacher: Teacher) -> int:
-    """score_tokens: as given, or what fits beside what is loaded now, the same for all ranks (collective)."""
+    """score_tokens as configured, or what fits beside what is loaded now; same on all ranks (collective)."""
     given = config.rollout.score_tokens
     if given != "auto":
         return given
@@ -245,10 +249,7 @@ def score_tokens_of_run(config: Config, world: World, teacher: Teacher) -> int:
 
 
 def train_caps_of_run(config: Config, world: World, student_config: Any) -> Caps:
-    """Caps of a training forward beside the student, which is all that is loaded now, and what training adds.
-
-    The same for all ranks (collective).
-    """
+    """Limits of a training forward, with only the student loaded so far; same on all ranks (collective)."""
     free = free_bytes(world)
     if free is None or config.train.micro_batch_tokens != "auto":
         return train_caps(config, None if free is None else MOST_TOKENS)
@@ -264,7 +265,7 @@ _shapes: dict[str, Shape] = {}
 
 
 def _shape(model_config: Any, key: str) -> Shape:
-    """The model's sizes, made once; `key` is the setting to name where it cannot be planned."""
+    """The model's sizes, cached. `key` is the setting to name in the error if it cannot be planned."""
     name = model_config.to_json_string()
     if name not in _shapes:
         try:

@@ -1,4 +1,4 @@
-"""Whether caches can be trained on, together and with the configured loss, or measured on."""
+"""Check that caches can be trained on, together and with the configured loss, or evaluated on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from stages.runtime.errors import UserError
 
 
 def check_trainable(config: Config, vocabulary: Vocabulary) -> None:
-    """Refuses caches that are not there, or that cannot be trained on together or with this loss.
+    """Refuse caches that are missing, or that cannot be trained on together or with this loss.
 
-    The run's own may be written later: it will be of this vocabulary.
+    The run's own cache may be written later; it will use this vocabulary.
     """
     if cache.exists(config.cache_root):
         own = cache.open(config.cache_root).fingerprint
@@ -33,7 +33,7 @@ def check_trainable(config: Config, vocabulary: Vocabulary) -> None:
 
 
 def check_teacher_text(config: Config, root: str, vocabulary: Vocabulary) -> None:
-    """Refuses an `eval_teacher_text` that exact KLs cannot be measured on."""
+    """Refuse an `eval_teacher_text` cache on which exact KLs cannot be measured."""
     kind = cache.open(root).fingerprint.must_match["signal"]["kind"]
     if kind != "hidden":
         raise UserError(
@@ -50,7 +50,7 @@ def check_teacher_text(config: Config, root: str, vocabulary: Vocabulary) -> Non
 
 
 def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
-    """Refuses a loss that the rows of the cache at `root`, whoever wrote them, cannot support."""
+    """Refuse a loss that the rows of the cache at `root`, from any run, do not support."""
     signal, recorded = stored.must_match["signal"], stored.recorded
     if signal["kind"] in ("topk", "nucleus") and config.loss.temperature != signal["temperature"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Generate, score, commit: one planned unit of rollouts at a time, the missing ones only."""
+"""Generate, score and commit missing rollouts, one planned unit at a time."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from stages.runtime.run import Run
 class PlannedRow:
     row_id: str
     prompt: Prompt
-    occurrence: int  # how often the same prompt came before in this plan
+    occurrence: int  # how often the same prompt occurs earlier in this plan
     sample_index: int
     refresh_index: int
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows that are generated, scored and committed together; its content depends on the plan alone."""
+    """Rows generated, scored and committed together. Its content depends on the plan alone."""
 
     name: str
     rows: tuple[PlannedRow, ...]
@@ -55,9 +55,9 @@ def plan(
     rollouts_per_unit: int,
     first_rollout: int = 0,
 ) -> list[Unit]:
-    """The units of a refresh: the next `num_rollouts / group_size` prompts in turn, `group_size` completions each.
+    """Units of a refresh: `group_size` completions of each of the next `num_rollouts / group_size` prompts.
 
-    `first_rollout`: how many rollouts the refreshes before it plan.
+    `first_rollout`: number of rollouts planned for earlier refreshes.
     """
     occurrences: Counter[str] = Counter()
     rows = []
@@ -87,11 +87,11 @@ def collect(
     signal: SignalSection,
     elsewhere: Set[str] = frozenset(),
 ) -> int:
-    """Writes the units that `writer`'s cache lacks, spread over the ranks; returns their number (collective).
+    """Write the units missing from `writer`'s cache, spread over the ranks; return their number (collective).
 
-    Each rank makes one unit per round; ranks without one join the others' ZeRO-3 forwards with dummies. A thread encodes
-    and writes rows while the next ones are made. Without a teacher they are committed unscored. `elsewhere`: ids of rows
-    to leave out although this cache lacks them. Frees the engine's memory at the end.
+    Each rank makes one unit per round; ranks without one run dummies in the others' ZeRO-3 forwards. A thread
+    encodes and writes rows while the next ones are made. Without a teacher they are committed unscored.
+    `elsewhere`: row ids to skip although this cache lacks them. Frees the engine's memory at the end.
     """
     rank, size = run.world.rank, run.world.size
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
@@ -126,7 +126,7 @@ def collect(
 
 
 def slots_for(run: Run, policy: Policy, *, scores_too: bool) -> int:
-    """Rows decoded together: `gen_micro_batch`, or as many as the free memory holds (collective)."""
+    """Rows decoded together: `gen_micro_batch`, or as many as fit in free memory (collective)."""
     return slots_of_run(
         run.config, run.world, policy.model.config, is_teacher=policy.is_teacher, scores_too=scores_too
     )
@@ -137,7 +137,7 @@ def _row_id(*parts: object) -> str:
 
 
 def write_unit(unit: Unit, policy: Policy, num_slots: int) -> list[cache.Record]:
-    """The unit's rows, not scored yet. Errors: `UserError` where the model gives logits that are not finite."""
+    """The unit's rows, unscored. Raises UserError if the model returns logits that are not finite."""
     prompts, seeds = [row.prompt.ids for row in unit.rows], [int(row.row_id, 16) for row in unit.rows]
     completions = policy.generate(prompts, seeds, num_slots)
     for row, completion in zip(unit.rows, completions, strict=True):

@@ -1,4 +1,4 @@
-"""The batches of stage two. A thread reads the rows of the next forwards and makes tensors of them."""
+"""Batches of stage two. A thread reads the rows of the next forwards and builds their tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Batch:
 def global_batches(
     run: Run, student: Student, snapshot: cache.Snapshot, pool: Pool, indices: Iterable[int], caps: Caps
 ) -> Generator[Batch, None, None]:
-    """The pool's batches with these indices, in order; the next forwards are read ahead in a thread.
+    """Yield the pool's batches with these indices, in order; a thread reads the next forwards ahead.
 
     `caps` must be the same on all ranks.
     """
@@ -104,7 +104,7 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
 def cut_forwards(
     pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool
 ) -> Iterator[list[str]]:
-    """Splits a rank's rows of a step by `grad_accum`, then by cache, then by the caps of a forward."""
+    """Split a rank's rows of a step by `grad_accum`, then by cache, then by the caps of a forward."""
     for start in range(0, len(row_ids), micro_rows):
         for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
             yield from micro_batches(

@@ -1,4 +1,4 @@
-"""What smaller signals would change: the configured loss on stored rows against the same loss on the whole distribution."""
+"""Effect of smaller signals: the configured loss on stored rows against the loss on the full distribution."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOST_OF_NUCLEUS = 64
 
 @dataclass
 class Setting:
-    """A signal that might be stored, and the sums of its errors over tokens."""
+    """A candidate signal, and its errors summed over tokens."""
 
     k: int
     p: float
@@ -55,7 +55,7 @@ class Setting:
 
 
 def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
-    """Errors of each setting against the cache's own rows, over at most `MAX_TOKENS` tokens in row-id order."""
+    """Errors of each setting relative to the cache's rows, on at most `MAX_TOKENS` tokens in row-id order."""
     config = run.config.loss.settings(student.vocab_size)
     sizes = sorted({min(k, student.vocab_size) for k in SIZES})
     settings = [Setting(k, 1.0) for k in sizes]
@@ -107,7 +107,7 @@ def _first_rows(snapshot: cache.Snapshot) -> Iterator[cache.Record]:
 def _loss(
     student: Student, states: Tensor, batch: MicroBatch, teacher: AnyTeacher, config: DualKLConfig
 ) -> tuple[DualKLOutput, Tensor]:
-    """The loss, and its gradient [N, d] by the student's hidden states."""
+    """The loss, and its gradient [N, d] with respect to the student's hidden states."""
     hidden_Nd = states.detach().clone().requires_grad_()
     out = dual_kl(hidden_Nd, student.head, teacher, config, batch.sampled, batch.weights)
     (gradient_Nd,) = torch.autograd.grad(out.loss, hidden_Nd)
@@ -117,7 +117,7 @@ def _loss(
 def _stored(
     setting: Setting, records: list[cache.Record], batch: MicroBatch, device: torch.device, vocab_size: int
 ) -> AnyTeacher:
-    """The teacher that stage two would read back from rows packed as `setting` says; counts their bytes."""
+    """The teacher that stage two would read from rows packed with `setting`. Counts their bytes."""
     kept = _compress(batch.teacher, batch.aligned.targets, setting, vocab_size)
     ids, logprobs, tail = (to_numpy(part) for part in (kept.ids, kept.logprobs, kept.log_tail_mass))
     edges = np.cumsum([0, *(len(record.completion_ids) for record in records)])

@@ -1,4 +1,4 @@
-"""Stage one beside a training run elsewhere: rollouts from the newest published student until that run finishes."""
+"""Stage one beside a training run: write rollouts of its newest published student until it finishes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.runtime.split import rollouts_of
 
 
 def arguments_of(folder: str, rest: list[str]) -> list[str]:
-    """The command line of a follower: the configuration of the run in `folder`, then the changes in `rest`."""
+    """Command line of a follower: the configuration of the run in `folder`, then the changes in `rest`."""
     path = Path(folder)
     own = ["--config", str(path / "config.yaml")]
     if not (path / "config.yaml").exists():
@@ -36,9 +36,9 @@ def arguments_of(folder: str, rest: list[str]) -> list[str]:
 
 
 def follow(run: Run) -> None:
-    """Writes the missing rollouts of each newest version until the run is finished (collective).
+    """Write the missing rollouts of each newest version until the run is finished (collective).
 
-    Before the first version is published, the initial student writes refresh 0. It may be killed and restarted any time.
+    Until a version is published, the initial student writes refresh 0. Can be killed and restarted anytime.
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
@@ -68,7 +68,7 @@ def follow(run: Run) -> None:
 
 
 def _wanted(run: Run, start: Version) -> Version | None:
-    """The newest version; before the first one, the initial student, unless training has already moved on from it."""
+    """The newest version; if there is none, the initial student, unless the run already has a checkpoint."""
     untrained = checkpoint.latest(run.folder / "checkpoints") is None
     return versions.newest(run.folder) or (start if untrained else None)
 

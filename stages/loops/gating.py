@@ -1,8 +1,8 @@
-"""The gate in stage two: the threshold of each step, and the statistics of λ and of its divergence D that are logged.
+"""The gate in stage two: each step's threshold, and logged statistics of λ and its divergence D.
 
-Statistics are summed on the device, forward by forward, and reach the host with the other numbers of the step. An adaptive
-threshold depends only on histograms of D over the tokens of earlier steps: counts, whose sums do not depend on how a step
-was split.
+Statistics are summed on the device, forward by forward, and reach the host with the step's other figures.
+An adaptive threshold depends only on histograms of D over the tokens of earlier steps. These are counts:
+their sums do not depend on how a step is split.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.runtime.config import Config
 
 POSITION_BOUNDS = (16, 64, 256)
 POSITIONS = ("0-15", "16-63", "64-255", "256+")
-"""Tokens of the completion before the one that is scored."""
+"""Number of completion tokens before the scored one."""
 AGE_BOUNDS = (4, 16, 64)
 AGES = ("0-3", "4-15", "16-63", "64+", "other runs")
 """Optimizer steps since the weights that wrote the row; rows of other runs have no age."""
@@ -39,7 +39,7 @@ DIGITS = 6
 def starting(config: Config, state: dict[str, float]) -> AdaptiveTau | None:
     """The adaptive threshold from a checkpoint's `state`, or a new one; None if τ does not adapt.
 
-    It lives on the host, which reads the statistics that move it once a step anyway.
+    It lives on the host, which reads the statistics once a step anyway.
     """
     if not config.loss.tau_share:
         return None
@@ -56,7 +56,7 @@ def threshold(config: Config, adaptive: AdaptiveTau | None) -> float | None:
 def groups_of(
     pool: Pool, step: int, keys: Sequence[str], lengths: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The group, by age at 0-based `step` and place in its completion, of each scored token of these rows."""
+    """Group of each scored token of these rows, by age at 0-based `step` and position in the completion."""
     ages = np.array([pool.ages[key] for key in keys])
     of_age = np.digitize(ages + step - pool.opened_at, AGE_BOUNDS)
     of_age[ages < 0] = len(AGES) - 1
@@ -81,7 +81,7 @@ def statistics_of(config: Config, out: DualKLOutput, batch: MicroBatch, groups: 
 
 
 def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) -> AdaptiveTau | None:
-    """The threshold of the next step, after one with these statistics, of all processes."""
+    """The next step's threshold, given the last step's statistics, summed over all processes."""
     if adaptive is None:
         return None
     loss = config.loss
@@ -96,10 +96,10 @@ def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) ->
 
 
 def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | None]:
-    """What a `step` record says of the gate: means over the tokens of the step.
+    """Gate figures of a `step` record: means over the step's tokens; None if there are no tokens.
 
-    `rkl`, `fkl`, `gate` (λ) and `share_floored`; with a threshold `tau` and both KLs on its two sides (`*_below`: D <= τ); with top-k rows the probability on their kept ids, of student and teacher.
-    None: no token there.
+    `rkl`, `fkl`, `gate` (λ) and `share_floored`. With a threshold: `tau`, and both KLs on its two sides
+    (`*_below`: D <= τ). With top-k rows: student and teacher probability of the kept ids.
     """
     found = figures(statistics)
     chosen = {"rkl": "rkl", "fkl": "fkl", "gate": "gate_mean", "share_floored": "floored_share"}
@@ -109,10 +109,11 @@ def step_figures(statistics: Tensor, tau: float | None) -> dict[str, float | Non
 
 
 def gate_record(statistics: Tensor, tau: float | None) -> dict[str, Any]:
-    """What a `gate` record holds: histograms of λ and D, and means by position and by age.
+    """Figures of a `gate` record: histograms of λ and D, and means by position and by age.
 
-    `gate_histogram`: tokens in equal bins of λ in [0, 1]. `divergence_histogram`: tokens below `histogram_from` nats, then
-    in `histogram_bins_per_decade` bins a decade of D, the last one without an end. Tables leave out what holds no token.
+    `gate_histogram`: tokens in equal bins of λ in [0, 1]. `divergence_histogram`: tokens below
+    `histogram_from` nats, then in `histogram_bins_per_decade` bins per decade of D; the last is unbounded.
+    Tables omit groups without tokens.
     """
     found = figures(statistics)
     fine_B = np.array(found["divergence_histogram"])
@@ -131,7 +132,7 @@ def gate_record(statistics: Tensor, tau: float | None) -> dict[str, Any]:
 
 
 def _table(names: Sequence[str], sums_GC: Tensor, has_threshold: bool) -> dict[str, dict[str, float]]:
-    """Tokens, mean λ, both KLs and the share with D > τ of each group that holds tokens."""
+    """Tokens, mean λ, both KLs and the share with D > τ of each non-empty group."""
     columns = {"gate": "gate_mean", "rkl": "rkl", "fkl": "fkl"}
     columns |= {"share_forward": "share_above"} if has_threshold else {}
     table = {}

@@ -1,4 +1,4 @@
-"""Memory between refreshes: what is allocated once the teacher is gone, and a warning where that grows."""
+"""Memory between refreshes: what is still allocated without the teacher, with a warning if it grows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stages.runtime import metrics
 from stages.runtime.run import Run
 
 TOLERATED_SHARE, TOLERATED_BYTES = 0.05, 64 * 2**20
-"""Growth over the first comparable refresh below either of these is no leak."""
+"""Growth since the first comparable refresh is tolerated up to the larger of these."""
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Bytes of this process's tensors on `device`: of CUDA's allocator, on a CPU of all tensors that Python holds."""
+    """Bytes of this process's tensors on `device`: from CUDA's allocator; on a CPU, of all Python tensors."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -28,9 +28,9 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def memory_after_refresh(run: Run) -> dict[str, int]:
-    """For a refresh record: bytes of the fullest process, and their growth over the first comparable refresh (collective).
+    """Bytes of the fullest process and growth since the first comparable refresh, to log (collective).
 
-    Comparable is a refresh after at least one step of this process: what a step allocates to stay is there by then.
+    A refresh is comparable if this process has taken a step before it: a step's lasting memory then exists.
     """
     allocated = int(run.world.max([float(allocated_bytes(run.world.device))])[0])
     first = _first_comparable(run)
@@ -45,7 +45,7 @@ def memory_after_refresh(run: Run) -> dict[str, int]:
 
 
 def _first_comparable(run: Run) -> int | None:
-    """Bytes in the first refresh record behind a step record of this process; None before it and on other ranks."""
+    """Bytes in this process's first refresh record after a step; None if none yet, or not the main rank."""
     stepped = False
     for record in metrics.read(run.metrics.path) if run.world.is_main else []:
         if record.get("time", 0) < run.clock.started:

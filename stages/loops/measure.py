@@ -1,4 +1,4 @@
-"""Evaluation: KLs on fixed teacher text and on fresh student text, and answers solved at temperature 0."""
+"""Evaluation: KLs on fixed teacher text and on fresh student text, and accuracy at temperature 0."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
 AUTO_ROWS = 64
-UNIT_ROWS = 256  # at most, in a unit of evaluation text, so that several processes share few prompts
+# Maximum rows in a unit of evaluation text: lets several processes share few prompts.
+UNIT_ROWS = 256
 HIDDEN = SignalSection(signal="hidden")
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every evaluation of a run shares: held-out prompts and the folder of its files."""
+    """State shared by all evaluations of a run: held-out prompts and the output folder."""
 
     run: Run
     vocabulary: Vocabulary
@@ -58,7 +59,7 @@ class Evaluation:
 
     @property
     def subject(self) -> dict[str, Any]:
-        """What a kept result must have been measured on."""
+        """Settings under which a result was measured; a kept result must match them."""
         ids = [prompt.prompt_id for prompt in self.prompts]
         config = self.run.config
         subject = {
@@ -77,7 +78,7 @@ class Evaluation:
 
 
 def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> Evaluation:
-    """Reads the held-out prompts unless they are given."""
+    """Read the held-out prompts unless they are given."""
     return Evaluation(run, vocabulary, prompts or heldout_of(run, vocabulary))
 
 
@@ -92,10 +93,11 @@ def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
 def measure(
     evaluation: Evaluation, student: Student, policy: Policy, label: str, teacher: TeacherLoader | None
 ) -> Result:
-    """`before` or `after`: forward_kl, reverse_kl, top1_agreement, accuracy, on_student.*; kept in eval/<label>.json.
+    """Measure the student; keep the result in eval/<label>.json, where `label` is `before` or `after`.
 
-    `policy` is the student's. KLs are exact over the shared vocabulary, nats a token. `cut_share`: the share of the answers,
-    or of the text measured on, that max_new_tokens cut off. Figures that need a missing teacher or checker are null.
+    Figures: forward_kl, reverse_kl, top1_agreement, accuracy, cut_share, on_student.*. KLs are exact over the
+    shared vocabulary, in nats per token. `cut_share` is the share of answers, or of the text measured on, cut
+    off at max_new_tokens. Figures that need a missing teacher or checker are null. `policy` is the student's.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
     subject: Result = {"policy_hash": policy.policy_hash, **evaluation.subject}
@@ -117,7 +119,7 @@ def measure(
 
 
 def measure_teacher(evaluation: Evaluation) -> Result:
-    """The teacher's accuracy, and its text on the held-out prompts, written once by the plain teacher if that fits."""
+    """The teacher's accuracy, and its text on the held-out prompts, written once if a plain teacher fits."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
     found = _kept(run, path, evaluation.subject)
     if found is not None:
@@ -155,7 +157,10 @@ def _with_plain_teacher(evaluation: Evaluation) -> Result:
 def _write_text(
     evaluation: Evaluation, policy: Policy, root: str, get_teacher: Callable[[], Teacher]
 ) -> list[str]:
-    """Writes a completion of each held-out prompt to a `hidden` cache at `root`; returns row ids (collective; resumes)."""
+    """Write a completion of each held-out prompt to a `hidden` cache at `root`; return row ids.
+
+    Collective. Resumes an interrupted run.
+    """
     run, vocabulary = evaluation.run, evaluation.vocabulary
     units = plan(
         evaluation.prompts,
@@ -184,7 +189,7 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
         return _nothing() | {"measured_on": None}
     snapshot = cache.open(evaluation.teacher_text)
     path, written = evaluation.folder / "teacher.json", None
-    if not evaluation.run.config.eval.eval_teacher_text:  # a given cache is used whole
+    if not evaluation.run.config.eval.eval_teacher_text:  # a configured cache is used whole
         written = schema.evaluation(path, evaluation.run.metrics.say).get("text_rows")
     row_ids = written or snapshot.row_ids
     found = divergences(evaluation.run, student, snapshot, row_ids)
@@ -192,7 +197,7 @@ def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
 
 
 def _measured_on(run: Run, snapshot: cache.Snapshot, row_ids: list[str]) -> str:
-    """A hash of the row ids, the bytes of their shards, the cache's fingerprint and the student's dtype."""
+    """Hash of the row ids, the bytes of their shards, the cache's fingerprint and the student's dtype."""
     wanted = set(row_ids)
     shards = {
         record.shard_sha256 for record in snapshot.commit_records() if wanted.intersection(record.row_ids)
@@ -207,7 +212,7 @@ def _nothing() -> Result:
 
 @torch.no_grad()
 def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
-    """Token means of exact forward and reverse KL and of top-1 agreement over rows of a `hidden` cache (collective)."""
+    """Token means of exact forward KL, reverse KL and top-1 agreement on a `hidden` cache (collective)."""
     head = cached_head(snapshot, run.world.device)
     rows = run.config.rollout.lp_micro_batch
     was_training = student.model.training
@@ -245,7 +250,7 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
 
 
 def _solve(evaluation: Evaluation, policy: Policy) -> Result:
-    """Greedy completions of the held-out prompts: samples, and the shares solved and cut off (collective)."""
+    """Greedy completions of the held-out prompts: samples, accuracy and the share cut off (collective)."""
     run, spec = evaluation.run, evaluation.run.config.eval.answer_checker
     checker = open_checker(spec)
     own = evaluation.prompts[run.world.rank :: run.world.size]
@@ -267,19 +272,19 @@ def _solve(evaluation: Evaluation, policy: Policy) -> Result:
 
 
 def _interleave(parts: list[list[T]]) -> list[T]:
-    """Undoes the [rank::size] split."""
+    """Undo the [rank::size] split."""
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
 def _kept(run: Run, path: Path, subject: Result) -> Result | None:
-    """An earlier result if it has the same subject."""
+    """The earlier result at `path` if it has the same subject, else None."""
     found = schema.evaluation(path, run.metrics.say)
     return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
 
 
 def _keep(run: Run, path: Path, result: Result, step: int) -> Result:
-    """Writes a result to `path` and to the records (collective)."""
+    """Write a result to `path` and to the metrics (collective)."""
     if run.world.is_main:
         path.parent.mkdir(exist_ok=True)
         replace_text(path, json.dumps(result, indent=1))

@@ -1,7 +1,8 @@
-"""The plan of a run: which parts are in memory in each phase, whether that fits, how fast it should go, how large the cache gets.
+"""Plan a run: memory of each phase and whether it fits, expected speed, and cache size.
 
-Pure arithmetic over two model configurations; nothing is loaded. Memory is what `torch.cuda.max_memory_allocated` would say,
-of the fullest card; beside it a card needs RESERVE for the CUDA context, NCCL and fragments of the allocator.
+Pure arithmetic over two model configurations; nothing is loaded. Memory means
+`torch.cuda.max_memory_allocated` of the fullest GPU. RESERVE is kept free on top of it for the CUDA
+context, NCCL and allocator fragmentation.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
 
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
-PACKED_ID_BYTES, PACKED_TOKEN_BYTES = (
-    2.3,
-    5,
-)  # docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
-HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: of the raw states and of the raw logits
+# docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
+PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5
+HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: relative to the raw states and the raw logits
 PLAIN_COLUMN_BYTES = 33  # docs/results.md: 447 - 414 bytes a token; the demo's are 26
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`num_gpus` equal cards of `gib` GiB, one process each; `zero2`: the student's optimizer under DeepSpeed ZeRO-2."""
+    """`num_gpus` equal GPUs of `gib` GiB, one process each.
+
+    `zero2`: the student's optimizer is sharded by DeepSpeed ZeRO-2.
+    """
 
     gpu: Gpu
     num_gpus: int
@@ -39,13 +41,13 @@ class Machine:
 
     @property
     def usable(self) -> float:
-        """Bytes of one card that tensors may take."""
+        """Bytes of one GPU available to tensors."""
         return max(0.0, self.gib * (1 - RESERVE_SHARE) - RESERVE_GIB) * GIB
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is on a card at the fullest moment of a phase: bytes by part."""
+    """Peak memory of one GPU in a phase, in bytes by part."""
 
     name: str
     parts: dict[str, float]
@@ -57,10 +59,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory by phase, rates of all cards together (tokens/s), hours and cache over the whole run.
+    """Memory by phase, rates of all GPUs together (tokens/s), hours and cache size of the whole run.
 
-    `hours` and `cache_bytes` are for completions of `mean_completion` tokens and prompts of `mean_prompt`. `launch_bound`:
-    seconds that the launches of a decode step alone take, where the rate of `generate` is what they allow and no estimate.
+    `hours` and `cache_bytes` assume completions of `mean_completion` and prompts of `mean_prompt` tokens.
+    `launch_bound`: seconds that kernel launches alone take per decode step, if they limit the rate of
+    `generate`; that rate is then an upper bound, not an estimate.
     """
 
     machine: Machine
@@ -85,7 +88,7 @@ class Plan:
 
     @property
     def spare(self) -> float:
-        """Bytes left on a card in the worst phase; negative: so much is missing."""
+        """Bytes left on a GPU in the worst phase; negative if memory is short."""
         return self.machine.usable - self.worst.peak
 
     @property
@@ -95,7 +98,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the phases share."""
+    """Inputs shared by all phases."""
 
     config: Config
     machine: Machine
@@ -113,7 +116,7 @@ class _Sizes:
 
     @property
     def card(self) -> float:
-        """Bytes of a whole card."""
+        """Total bytes of one GPU."""
         return self.machine.gib * GIB
 
     @property
@@ -124,10 +127,12 @@ class _Sizes:
 def make_plan(
     config: Config, machine: Machine, mean_completion: float = 0.0, mean_prompt: float = 0.0
 ) -> Plan:
-    """The plan of `config` on `machine`; means of 0 stand for their upper bounds, max_new_tokens and max_prompt_tokens.
+    """Plan `config` on `machine`. A mean of 0 stands for its bound: max_new_tokens or max_prompt_tokens.
 
-    With role generate or score `machine` is the cards of those processes, which do nothing else. Errors: `UserError` for a
-    model that cannot be read or planned, no teacher, an impossible batch, or a mean above its upper bound.
+    With role generate or score, `machine` describes the GPUs of those processes, which do nothing else.
+
+    Raises UserError if a model cannot be read or planned, the teacher is missing, the batch is impossible,
+    or a mean exceeds its upper bound.
     """
     models = config.models
     if not models.teacher_model:
@@ -174,10 +179,10 @@ def _check_mean(key: str, most: int, mean: float) -> None:
 
 @dataclass(frozen=True)
 class _Writing:
-    """Stage one beside `resident` bytes: slots and tokens of a scoring forward, and what each half takes at its fullest.
+    """Memory of stage one: slots, tokens of a scoring forward, and the peak of generating and of scoring.
 
-    The engine keeps its weights and slots while the teacher scores, unless the models take turns on the card, or the halves
-    are on cards of their own.
+    The engine keeps its weights and slots while the teacher scores, unless the models take turns on the GPU
+    or generating and scoring run on separate GPUs.
     """
 
     slots: int
@@ -187,7 +192,7 @@ class _Writing:
 
 
 def plan_phases(sizes: _Sizes) -> list[Phase]:
-    """evaluate, generate, score, train, refresh, in the order of a pipeline; the one of role generate or score."""
+    """evaluate, generate, score, train, refresh, in pipeline order; role generate or score: only that one."""
     student, state = _student_parts(sizes), _state_parts(sizes)
     first, later = _writing(sizes, {}), _writing(sizes, state)
     alone = {"generate": first.generate, "score": first.score}
@@ -209,7 +214,7 @@ def _student_parts(sizes: _Sizes) -> Parts:
 
 
 def _teacher_parts(sizes: _Sizes) -> Parts:
-    """Shard and whole head under ZeRO-3; all weights where plain; the head alone where the shard is offloaded."""
+    """ZeRO-3: shard and whole head, or only the head if the shard is offloaded. Otherwise: all weights."""
     if not sizes.config.models.teacher_ds_zero3:
         return {"teacher": float(sizes.teacher.parameters * sizes.teacher_b)}
     shard = memory.zero3_shard_bytes(sizes.teacher, sizes.teacher_b, sizes.machine.num_gpus)
@@ -224,7 +229,7 @@ def _state_parts(sizes: _Sizes) -> Parts:
 
 
 def _writing(sizes: _Sizes, state: Parts) -> _Writing:
-    """Stage one, or a refresh where training's `state` is on the card too."""
+    """Memory of stage one, or of a refresh if training's `state` is on the GPU too."""
     config, shape, apart = sizes.config, sizes.student, sizes.config.rollout.role != "both"
     own, teacher, gathered = _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
     student = state | own
@@ -254,7 +259,7 @@ def _gathered(sizes: _Sizes) -> float:
 
 
 def _slots(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, beside: float) -> int:
-    """gen_micro_batch as given; `auto` as it would be chosen on this machine, at most a unit's rollouts."""
+    """gen_micro_batch, with `auto` resolved for this machine; at most the rollouts of a unit."""
     given = sizes.config.rollout.gen_micro_batch
     if given != "auto":
         return min(given, sizes.config.rollout.rollouts_per_unit)
@@ -262,7 +267,7 @@ def _slots(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, beside: 
 
 
 def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
-    """The padded tokens of a full scoring forward."""
+    """Padded tokens of a full scoring forward."""
     config, cap = sizes.config, sizes.config.rollout.score_tokens
     if cap == "auto":
         free = sizes.machine.usable - total(resident)
@@ -272,7 +277,7 @@ def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
 
 
 def _step_tokens(sizes: _Sizes) -> int:
-    """The padded tokens of the largest training forward."""
+    """Padded tokens of the largest training forward."""
     config, longest = sizes.config, sizes.longest
     free = (
         sizes.machine.usable - total(_student_parts(sizes)) - total(_state_parts(sizes)) - _kept_head(sizes)
@@ -285,27 +290,26 @@ def _step_tokens(sizes: _Sizes) -> int:
 
 
 def _kept_head(sizes: _Sizes) -> int:
-    """The teacher's head that training on a `hidden` cache holds."""
+    """Bytes of the teacher's head, which training on a `hidden` cache keeps in memory."""
     is_hidden = sizes.config.teacher_signal.signal == "hidden"
     return memory.head_bytes(sizes.teacher, sizes.teacher_b) if is_hidden else 0
 
 
 def _step_parts(sizes: _Sizes) -> Parts:
-    """Forward and backward of the largest micro-batch, of sequences of the greatest length."""
+    """Forward and backward of the largest micro-batch, all sequences at full length."""
     tokens = _step_tokens(sizes)
     scored = -(-tokens * sizes.config.rollout.max_new_tokens // sizes.longest)
     parts = budgets.step_parts(sizes.config, sizes.student, tokens, scored, sizes.card)
     update = float(memory.update_bytes(sizes.trained, sizes.machine.num_gpus, sizes.machine.zero2))
     parts["loss"] += _kept_head(sizes)
-    return parts | {
-        "activations": max(parts["activations"], update)
-    }  # they are gone when the optimizer steps
+    # Activations are freed before the optimizer steps.
+    return parts | {"activations": max(parts["activations"], update)}
 
 
 def _evaluation_parts(sizes: _Sizes, student: Parts) -> Parts:
-    """The plain teacher writing and scoring held-out text beside the student, where its weights and a tenth fit.
+    """The plain teacher writes and scores held-out text beside the student, if 1.1 times its weights fit.
 
-    Else it is skipped, and only the student writes.
+    Otherwise that is skipped, and only the student writes.
     """
     config, weights = sizes.config, float(sizes.teacher.parameters * sizes.teacher_b)
     if weights * 1.1 > sizes.machine.usable - total(student):
@@ -327,7 +331,7 @@ def _writer_parts(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, b
 
 
 def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
-    """What to lower, the largest part that a key moves first."""
+    """Keys to lower, largest adjustable part first."""
     whole = {
         "keys and values": "gen_micro_batch (fewer slots), max_new_tokens or max_prompt_tokens",
         "logits": "gen_micro_batch",
@@ -348,7 +352,7 @@ def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
 
 
 def num_refreshes(config: Config) -> int:
-    """Times that rollouts are written: stage one, and each refresh up to the last step."""
+    """How often rollouts are written: in stage one, and in each refresh up to the last step."""
     every = config.refresh.refresh_every if config.refresh.refresh_mode != "off" else 0
     return 1 + ((config.train.max_steps - 1) // every if every else 0)
 
@@ -356,12 +360,14 @@ def num_refreshes(config: Config) -> int:
 def _speeds(
     sizes: _Sizes, completion: float, prompt: float
 ) -> tuple[dict[str, float], dict[str, float], float | None, int]:
-    """Rates in completion tokens/s of all cards, hours by phase, launch bound, rollouts written in all; of a role its own."""
+    """Rates of all GPUs (completion tokens/s), hours by phase, launch bound and total number of rollouts.
+
+    With role generate or score, only that phase is included.
+    """
     config, machine, role = sizes.config, sizes.machine, sizes.config.rollout.role
     gpu, num_gpus = machine.gpu, machine.num_gpus
-    writing = _writing(
-        sizes, _state_parts(sizes) if role == "both" else {}
-    )  # as in refreshes, which are most of it
+    # As in refreshes, which take up most of a run.
+    writing = _writing(sizes, _state_parts(sizes) if role == "both" else {})
     per_forward = writing.score_tokens
     scored = per_forward * completion / (completion + prompt)
     zero3 = config.models.teacher_ds_zero3
@@ -394,7 +400,7 @@ def _speeds(
 
 
 def bytes_per_token(config: Config, teacher: Shape) -> float:
-    """Bytes on disk of one scored token: the signal and the plain columns. A nucleus is planned at its most ids."""
+    """Bytes on disk per scored token: signal and plain columns. Nucleus: its maximum number of ids."""
     signal = config.teacher_signal
     itemsize = pretrained.DTYPES[config.models.teacher_dtype].itemsize
     kept = min(signal.signal_k, teacher.vocab_size)

@@ -1,4 +1,4 @@
-"""What a command checks before it reads a weight: files, tokenizers, prompts, caches and sizes, in its first seconds."""
+"""Checks before any weights are read: files, tokenizers, prompts, caches and sizes, within seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stages.runtime.split import rows_per_micro_step
 
 @dataclass(frozen=True)
 class Work:
-    """What a command will do: the student writes rollouts, the teacher scores, the student is trained, or is measured."""
+    """The tasks of a command: write rollouts with the student, score with the teacher, train, evaluate."""
 
     generates: bool = False
     scores: bool = False
@@ -43,7 +43,7 @@ SCORING = Work(scores=True)
 
 @dataclass(frozen=True)
 class Ready:
-    """What was read on the way: the vocabulary, and prompts, which only a command that generates from them has."""
+    """The vocabulary and prompts read during the checks. Prompts are empty unless the command needs them."""
 
     vocabulary: Vocabulary
     prompts: list[Prompt]
@@ -52,7 +52,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Side:
-    """A model as its config.json has it; `key` is that of its name in the configuration."""
+    """A model as described by its config.json; `key` is the setting that names it."""
 
     key: str
     name: str
@@ -62,7 +62,10 @@ class Side:
 def check_early(
     run: Run, work: Work, read_vocabulary: Callable[[Config], Vocabulary] = setup.shared_vocabulary
 ) -> Ready:
-    """Refuses in one sentence what cannot work, says what will not be as configured; reads no weights."""
+    """Raise a one-line error for anything that cannot work; report settings that will not apply as given.
+
+    Reads no weights.
+    """
     config = run.config
     _check_settings(run, work)
     sides = _open_models(config, work)
@@ -92,7 +95,7 @@ def check_early(
 
 
 def _check_weights(config: Config, side: Side) -> None:
-    """Of a local folder: its files are whole, hold what config.json asks for, and what is put on the student fits it."""
+    """Check a local folder: files are complete and match config.json, and LoRA settings fit the student."""
     folders.check_weights(side.key, side.name)
     if Path(side.name).is_dir():
         attention = config.models.attn_implementation
@@ -102,7 +105,7 @@ def _check_weights(config: Config, side: Side) -> None:
 
 
 def _check_settings(run: Run, work: Work) -> None:
-    """What needs the configuration and the files that it names, but no model."""
+    """Check what needs only the configuration and the files it names, but no model."""
     config = run.config
     if work.trains:
         rows_per_micro_step(config, run.world.size)
@@ -114,7 +117,7 @@ def _check_settings(run: Run, work: Work) -> None:
         zero3_settings(config)
     attention = config.models.attn_implementation
     known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
-    if attention not in known and "/" not in attention:  # with a slash: a kernel on the hub
+    if attention not in known and "/" not in attention:  # a slash names a kernel on the hub
         raise UserError(
             f"attn_implementation {attention} is not known to transformers; sdpa, eager and flash_attention_2 are."
         )
@@ -125,7 +128,7 @@ def _check_settings(run: Run, work: Work) -> None:
 
 
 def _check_writable(root: str) -> None:
-    """`UserError` unless the local folder `root` is there or can be made; nothing is made."""
+    """Raise UserError unless the local folder `root` exists or can be created. Creates nothing."""
     if "://" in root:
         return
     path = Path(root).absolute()
@@ -136,7 +139,7 @@ def _check_writable(root: str) -> None:
 
 
 def _open_models(config: Config, work: Work) -> list[Side]:
-    """The student, and the teacher where the command uses it."""
+    """The student, and the teacher if the command uses it."""
     models = config.models
     named = {"student_model": models.student_model}
     if work.scores or work.generates:
@@ -147,7 +150,7 @@ def _open_models(config: Config, work: Work) -> list[Side]:
 
 
 def _check_caches(config: Config, work: Work, vocabulary: Vocabulary, student: Side) -> None:
-    """The caches that are read or gone on with: what their rows mean, and whether they can be trained on."""
+    """Check that the caches to read or extend match this configuration and can be trained on."""
     root, text = config.cache_root, config.eval.eval_teacher_text
     exists = cache.exists(root)
     if work.generates and work.scores and exists:
@@ -162,7 +165,7 @@ def _check_caches(config: Config, work: Work, vocabulary: Vocabulary, student: S
 
 
 def _check_rows(root: str, student: Side) -> None:
-    """Cached rows that are longer than the student's positions."""
+    """Raise UserError if cached rows are longer than the student's positions."""
     index, limit = cache.open(root).index, positions_of(student.config)
     lengths = pc.add(index["num_prompt_tokens"], index["num_completion_tokens"])
     longest = pc.max(lengths).as_py() or 0
@@ -174,7 +177,10 @@ def _check_rows(root: str, student: Side) -> None:
 
 
 def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None:
-    """Ids that only the student knows have no probability in rollouts, and the teacher cannot read them."""
+    """Raise UserError for ids that only the student knows.
+
+    Rollouts give them no probability, and the teacher cannot read them.
+    """
     size, tokenizer = vocabulary.size, vocabulary.tokenizer
     outside = [prompt for prompt in prompts if len(prompt.ids) and int(prompt.ids.max()) >= size]
     if not outside:
@@ -195,7 +201,7 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
 
 
 def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list[Side]) -> None:
-    """Prompts and completions that together are longer than the positions of student or teacher."""
+    """Raise UserError if a prompt and its completion can exceed the positions of student or teacher."""
     longest, new = max(len(prompt.ids) for prompt in prompts), config.rollout.max_new_tokens
     for side in sides:
         limit = positions_of(side.config)
@@ -209,7 +215,7 @@ def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list
 
 
 def _about_sizes(config: Config, work: Work, ready: Ready) -> Iterator[str]:
-    """Settings that go beyond what is there."""
+    """Remarks on settings that exceed the available amounts."""
     train, signal = config.train, config.teacher_signal
     if (work.trains or work.generates) and train.warmup_steps > train.max_steps:
         yield f"warmup_steps {train.warmup_steps} is longer than the run of max_steps {train.max_steps}: lr never reaches its peak"

@@ -1,9 +1,9 @@
-"""The check at each refresh that the policy that generates is the one in training, and that it has moved since the last.
+"""At each refresh, check that the generator runs the student in training and that the student has moved.
 
-Rounding is measured on a fixed probe batch: the same student in fp32 (`in_fp32`) shows how far training and generation
-each are from the unrounded logprobs. Rounding has no direction. Another policy has one: towards the student without its
-adapter, towards the student of the refresh before, or along the adapter's part of a layer's output. So a gap beyond
-rounding is a warning, and a direction is an error.
+Rounding is measured on a fixed probe batch: the same student in fp32 (`in_fp32`) shows how far training
+and generation each are from the unrounded logprobs. Rounding has no direction, but another policy does:
+towards the student without its adapter, towards the student of the previous refresh, or along the
+adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
 """
 
 from __future__ import annotations
@@ -38,31 +38,33 @@ OTHERS = {
     "refresh_before": "that of the refresh before",
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens of a forward in fp32, with padding."""
+"""Tokens per fp32 forward, including padding."""
 SIGNIFICANT, SIGNIFICANT_LAYER = 6.0, 8.0
-"""Standard errors beyond which a direction counts: over all tokens, and for one layer among hundreds."""
-FEW = 20  # tokens: with so few, a direction must be twice as clear
+"""Significance bounds for a direction, in standard errors: over all tokens, and for one of many layers."""
+FEW = 20  # tokens: with only this many, the significance bound doubles
 LEAST_SHARE = {torch.bfloat16: 0.03, torch.float32: 0.003}
-"""Smaller shares of the way to another policy may be rounding."""
+"""Smallest share of the way to another policy that cannot be rounding."""
 LEAST_LAYER_SHARE = 0.3
 CLEAR = 8.0
-"""Contrast beyond which a forward that rounds the frozen product before adding an update is seen to follow it."""
-FP32_ROUNDING = 1e-4  # nats: sums in another order
-MORE = 1.5  # times the rounding of training's forward for a healthy generator: merged weights are rounded too
+"""Contrast above which a forward that rounds the frozen product before adding an update does follow it."""
+FP32_ROUNDING = 1e-4  # nats: different summation order
+# Allowed rounding of a healthy generator relative to training's forward: merged weights are rounded too.
+MORE = 1.5
 SAME = 1e-7  # nats: no direction
-UNSEEN = 1e-5  # nats: below this gap in logprobs, errors of single layers are ignored
+# Nats: with a smaller gap in logprobs, errors of single layers are ignored.
+UNSEEN = 1e-5
 BOUND, BROKEN = 3.0, 30.0
-"""In units of the rounding of training's logprobs: a gap beyond the first is a warning, beyond the second an error."""
+"""Gaps that cause a warning and an error, in units of the rounding of training's logprobs."""
 LAYER_BOUND = 8.0
-"""Largest error of a layer's output, in units of its own rounding."""
+"""Largest allowed error of a layer's output, in units of its own rounding."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How far logprobs are along the way from the student's to another policy's.
+    """Position of logprobs on the line from the student's to another policy's.
 
-    `value` is 0 at the student and 1 at the other policy; `error` is its standard error. `contrast` is the distance of the
-    other policy, root mean square, in units of what remains of the distance to the student.
+    `value` is 0 at the student and 1 at the other policy; `error` is its standard error. `contrast` is the
+    mean distance to the other policy divided by the mean residual off the line.
     """
 
     of: str
@@ -80,7 +82,7 @@ class Row(NamedTuple):
 
 
 def check_generator(run: Run, student: Student, engine: Engine, refresh_index: int) -> dict[str, float]:
-    """Figures of the probe for the refresh record. Errors: `UserError` if what generates is not the student in training.
+    """Probe figures for the refresh record. Raises UserError if the generator is not the student in training.
 
     An adapter that never reaches the generator would otherwise look like staleness, with a finite loss.
     """
@@ -122,7 +124,7 @@ def check_generator(run: Run, student: Student, engine: Engine, refresh_index: i
 def _judge(
     run: Run, refresh_index: int, gap: float, rounding: float, num_tokens: int, reasons: list[str]
 ) -> None:
-    """`UserError` for a gap that has reasons or is far beyond rounding, a warning for one that is beyond rounding."""
+    """Raise UserError if there are reasons or `gap` is far beyond rounding; warn if it is just beyond."""
     if gap > BROKEN * rounding:
         reasons = [
             *reasons,
@@ -143,7 +145,7 @@ def _judge(
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean |difference|, nats a token."""
+    """Mean |difference|, nats per token."""
     return float(np.abs(one - other).mean())
 
 
@@ -155,10 +157,13 @@ def share_of(
     rounded: np.ndarray,
     lengths: list[int],
 ) -> Share | None:
-    """How far `logprobs` are along the way from `exact` to `other`; None if these are equal. All are [N], row after row.
+    """Position of `logprobs` between `exact` (0) and `other` (1); None if those are equal.
 
-    It is a slope over the tokens, without the hundredth furthest away: unlikely tokens, which are rounded most. Its error
-    assumes `MORE` times the rounding of `rounded`, with tokens or rows (`lengths`) as samples, whichever gives more.
+    All arrays are [N], row after row.
+
+    The value is a slope over tokens. It excludes the 1% furthest apart: unlikely tokens, which round most.
+    Its error assumes `MORE` times the rounding of `rounded`, with tokens or rows (`lengths`) as samples,
+    whichever is larger.
     """
     way, moved, noise = (np.float64(each) - exact for each in (other, logprobs, rounded))
     way, moved, noise = way - way.mean(), moved - moved.mean(), noise - noise.mean()
@@ -179,10 +184,10 @@ def share_of(
 
 
 def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_tokens: int) -> Iterator[str]:
-    """Why the logprobs are another policy's. `lags` are the shares of training's forward.
+    """Reasons to believe that the logprobs are another policy's. `lags` are the shares of training's forward.
 
-    Some adapters' forwards round the frozen product before they add to it, and follow small updates only in part. That is
-    not another policy, so the generator is judged by how far it lies beyond.
+    Some adapters round the frozen product before adding to it, so their forward follows small updates only
+    in part. That is not another policy, so the generator is judged by its distance beyond training's forward.
     """
     significant = SIGNIFICANT * (1 + FEW / num_tokens)
     for share, lag in zip(shares, lags, strict=True):
@@ -198,7 +203,7 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
 
 
 def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
-    """Why layers seen while the generator ran are not the student's. `gap`: of the logprobs, nats a token."""
+    """Reasons to believe that the generator's layers are not the student's. `gap`: nats per token."""
     adapted = [layer for layer in layers if layer.error]
     if adapted:
         weights = np.array([layer.error**-2 for layer in adapted])
@@ -214,9 +219,9 @@ def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
 
 
 def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
-    """The rows of the run's first probe, and its logprobs by refresh index.
+    """Rows of the run's first probe, and its logprobs by refresh index.
 
-    If they cannot be read, or rows are gone from the cache, another batch begins.
+    Starts a new batch if they cannot be read or rows are gone from the cache.
     """
     snapshot, path = cache.open(run.config.cache_root), run.folder / "probe.json"
     kept = _read(path)
@@ -235,7 +240,7 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, list[float]]] | None:
-    """Row ids, and logprobs by refresh, of a probe.json; None if it is missing or damaged."""
+    """Row ids and logprobs by refresh from probe.json; None if it is missing or damaged."""
     try:
         kept = json.loads(path.read_bytes()) if path.exists() else {}
         row_ids, logprobs = list(kept["row_ids"]), dict(kept["logprobs"])
@@ -247,7 +252,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[float]]] | None:
 
 
 def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, rows: list[Row]) -> float:
-    """Mean |change| of the student's probe logprobs since the refresh before; no change is an error."""
+    """Mean |change| of the student's probe logprobs since the last refresh; UserError if there is none."""
     moved = _distance(exact, before) if before.shape == exact.shape else 0.0
     if before.shape == exact.shape and moved == 0.0:
         raise UserError(

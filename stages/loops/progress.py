@@ -1,4 +1,4 @@
-"""How stage one is getting on: the bar, and `rollout_progress` records in metrics.jsonl."""
+"""Progress of stage one: the bar, and `rollout_progress` records in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stages.runtime.metrics import Clock
 from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
 
-PHASES = {"generate": "rollout", "score": "score"}  # and the name of each in the run's clock
-WAITS = ("write", "rows")  # for the thread that writes, for a generator
+PHASES = {"generate": "rollout", "score": "score"}  # phase: its name in the run's clock
+WAITS = ("write", "rows")  # for the writer thread; for a generator's rows
 
 
 _SHARES = {
@@ -32,7 +32,7 @@ _SHARES = {
 
 @dataclass
 class Counts:
-    """Work done: rollouts, those cut off at max_new_tokens, tokens drawn, read by the teacher, and read with padding."""
+    """Work done: rollouts, those cut off, and tokens generated, scored, and scored including padding."""
 
     rollouts: int = 0
     cut_rollouts: int = 0
@@ -42,15 +42,15 @@ class Counts:
 
 
 def counts_of(rows: list[cache.Record], *, generated: bool) -> Counts:
-    """Of the rows of a unit; `generated`: their tokens were drawn now."""
+    """Counts of a unit's rows; `generated`: whether their tokens were generated just now."""
     num_cut = sum(row.finish_reason == "length" for row in rows)
     return Counts(len(rows), num_cut, sum(len(row.completion_ids) for row in rows) if generated else 0)
 
 
 class Progress:
-    """Rates, time left, GPU memory and shares of time, of all processes together; a context manager.
+    """Rates, time left, GPU memory and time shares over all processes; a context manager.
 
-    Rates of tokens are over the main process' time of their own phase, the others over all time since the start.
+    Token rates use the main process's time in the respective phase, other rates the time since the start.
     """
 
     def __init__(self, run: Run, num_rollouts: int) -> None:
@@ -60,7 +60,7 @@ class Progress:
         self._of = {
             "began": round(time.time(), 3),
             "evaluation": run.clock.is_evaluating,
-        }  # tells records apart
+        }  # distinguishes records
         self._bar = tqdm(
             total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
         )
@@ -72,12 +72,12 @@ class Progress:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Time that waits for one of `WAITS`, in a phase or outside."""
+        """Count time spent waiting for one of `WAITS`, inside or outside a phase."""
         with self._clock.phase(what):
             yield
 
     def add(self, counts: Counts) -> None:
-        """Notes what this process did in a round (collective), and where stage one stands."""
+        """Add this process's work of a round (collective) and log the progress of stage one."""
         sums = self._run.world.sum([float(value) for value in vars(counts).values()])
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
@@ -88,7 +88,7 @@ class Progress:
         self._bar.update(int(sums[0]))
 
     def shares(self) -> dict[str, float]:
-        """Of all time since the start, by phase and wait, on this process."""
+        """Shares of the time since the start, by phase and wait, on this process."""
         total = self._clock.total()
         return {name: seconds / total for name, seconds in self._clock.seconds.items()}
 
@@ -138,7 +138,7 @@ def _rates(record: dict[str, Any]) -> str:
 
 
 def last_line(run: Run) -> str:
-    """What the last record of this start of the run says, for people; empty if there is none (main process)."""
+    """Summary of the last record since this start of the run; empty if there is none (main process)."""
     found = [
         r
         for r in metrics.read(run.metrics.path)

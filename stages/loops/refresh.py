@@ -22,7 +22,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import pool_size, rollouts_of, steps_of
 
-TOLERATED_IDLE = 0.2  # of the processes' time
+TOLERATED_IDLE = 0.2  # share of the processes' time
 
 
 def write_rollouts(
@@ -34,7 +34,7 @@ def write_rollouts(
     refresh_index: int,
     teacher: TeacherLoader,
 ) -> int:
-    """Writes the units that refresh `refresh_index` lacks; returns their number (collective)."""
+    """Write the missing units of refresh `refresh_index`; return their number (collective)."""
     config = run.config
     refuse_role(config)
     units = planned_units(run, policy, prompts, refresh_index)
@@ -55,7 +55,7 @@ def write_rollouts(
 
 
 def refuse_role(config: Config) -> None:
-    """UserError if a command that must both generate and score is told to do only one."""
+    """Raise UserError if a command that must both generate and score has the role of only one."""
     if config.rollout.role != "both":
         raise UserError(
             f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and a follower both"
@@ -96,7 +96,7 @@ def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index
 
 
 def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
-    """A writer of the run's teacher cache. `head`: the teacher's, for signal hidden."""
+    """A writer for the run's teacher cache. `head`: the teacher's, for signal hidden."""
     fingerprint = setup.fingerprint(config, vocabulary, config.teacher_signal)
     return cache.Writer(config.cache_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary), head=head)
 
@@ -120,7 +120,7 @@ def refresh(
     refresh_index: int,
     reason: str,
 ) -> None:
-    """A refresh between two optimizer steps: writes new rows, frees the teacher's memory, checks the generator."""
+    """Refresh between two optimizer steps: write new rows, free the teacher's memory, check the generator."""
     with TeacherLoader(run.config, run.world) as teacher:
         num_units = write_rollouts(
             run, policy, vocabulary, prompts, refresh_index=refresh_index, teacher=teacher
@@ -140,7 +140,7 @@ def refresh(
 
 
 def cut_share(run: Run, refresh_index: int) -> float | None:
-    """The share of a refresh's committed rows that max_new_tokens cut off; None without rows."""
+    """Share of a refresh's committed rows cut off at max_new_tokens; None without rows."""
     reasons: Counter[str] = Counter()
     for record in cache.open(run.config.cache_root).commit_records():
         if all(

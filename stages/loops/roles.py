@@ -1,8 +1,8 @@
-"""Stage one split in two: processes that only generate and processes that only score, on separate GPUs.
+"""Stage one split into processes that only generate and processes that only score, on separate GPUs.
 
-The generator commits rows with signal `none` to a cache beside the main one (`Config.unscored_root`). The scorer follows
-that cache, scores whole committed units, and commits them to the main cache under the same unit names and row ids. They do
-not communicate otherwise: each can be stopped at any time and run again.
+The generator commits rows with signal `none` to a cache beside the main one (`Config.unscored_root`). The
+scorer follows that cache, scores whole committed units, and commits them to the main cache under the same
+unit names and row ids. They do not communicate otherwise; each can be stopped and restarted at any time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rollouts_of
 
-PATIENCE = 3600.0  # seconds without a unit to score
-PolicyKey = tuple[int, str]  # refresh index and policy hash, which together have one plan
+PATIENCE = 3600.0  # seconds to wait for a unit to score
+PolicyKey = tuple[int, str]  # refresh index and policy hash; one plan each
 
 
 def generate_rollouts(
@@ -38,7 +38,10 @@ def generate_rollouts(
     *,
     refresh_index: int,
 ) -> int:
-    """Writes, unscored, the units of refresh `refresh_index` that neither cache has; returns their number (collective)."""
+    """Write, unscored, the units of refresh `refresh_index` missing from both caches; return their number.
+
+    Collective.
+    """
     config = run.config
     units = planned_units(run, policy, prompts, refresh_index)
     scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
@@ -48,9 +51,9 @@ def generate_rollouts(
 
 
 def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
-    """Scores the units of the run's refreshes from `refresh_index` on as they appear; returns their number (collective).
+    """Score units from refresh `refresh_index` on as they appear; return their number (collective).
 
-    Ends when all planned rows of every policy that has written there are scored. UserError if no unit appears for
+    Ends when all planned rows of every policy found there are scored. Raises UserError if no unit appears for
     `PATIENCE` seconds.
     """
     config, world = run.config, run.world
@@ -87,7 +90,7 @@ def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teac
 
 
 def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.CommitRecord]:
-    """The main process's answer for all ranks: at most one unit per rank, none when everything is scored."""
+    """Next units, chosen by the main process for all ranks: at most one per rank, none if all are scored."""
     answer: list[cache.CommitRecord] | str = []
     if run.world.is_main:
         with progress.waiting("rows"):
@@ -101,19 +104,19 @@ def _next_units(run: Run, inbox: Inbox, progress: Progress) -> list[cache.Commit
 
 @dataclass(frozen=True)
 class Found:
-    """Progress of the planned rows by policy: how many are planned, and how many are `there`, scored or not.
+    """Progress by policy: rows `planned`, and rows `there`, scored or not.
 
     If no policy has written yet, `planned` counts the first refresh wanted.
     """
 
     planned: dict[PolicyKey, int]
     there: dict[PolicyKey, int]
-    num_unscored: int  # planned rows that the main cache lacks
+    num_unscored: int  # planned rows missing from the main cache
     ready: list[cache.CommitRecord]
 
     @property
     def num_missing(self) -> int:
-        """Planned rows that nobody has generated yet."""
+        """Planned rows not generated yet."""
         return sum(max(0, planned - self.there.get(policy, 0)) for policy, planned in self.planned.items())
 
     def __str__(self) -> str:
@@ -125,18 +128,18 @@ class Found:
 
 
 class Inbox:
-    """The unscored units of a run's refreshes from `first_refresh` on, as they are committed.
+    """Unscored units of a run's refreshes from `first_refresh` on, as they are committed.
 
-    CacheError for either cache if it was written with another configuration.
+    Raises CacheError if either cache was written with another configuration.
     """
 
     def __init__(self, run: Run, vocabulary: Vocabulary, first_refresh: int) -> None:
         self._run, self._first, self._vocabulary = run, first_refresh, vocabulary
         self._snapshots: dict[str, cache.Snapshot] = {}
-        self.taken: set[str] = set()  # commit records that this world's processes have scored or are scoring
+        self.taken: set[str] = set()  # commit records that this world has scored or is scoring
 
     def wait(self, most: int) -> list[cache.CommitRecord] | str:
-        """At most `most` ready units, none if all planned rows are scored, or an error message if patience runs out."""
+        """At most `most` ready units, none if all planned rows are scored, or an error message on timeout."""
         found = wait_for(self._next, on_wait=self._tell, patience=PATIENCE)
         if found is not None:
             return found.ready[:most]
@@ -147,7 +150,7 @@ class Inbox:
         )
 
     def _next(self) -> Found | None:
-        """What is there, once there is something to score or nothing left to wait for."""
+        """Progress, once there is a unit to score or nothing left to wait for; else None."""
         found = self.look()
         return found if found.ready or not found.num_missing else None
 
@@ -156,10 +159,10 @@ class Inbox:
         self._run.metrics.say(f"waiting for rollouts at {root}: {self.look()}")
 
     def look(self) -> Found:
-        """The current contents of the two caches."""
+        """Current contents of the two caches."""
         config = self._run.config
         unscored, scored = self._rows(config.unscored_root), self._rows(config.cache_root)
-        policies = sorted(unscored or scored)  # without any unscored row there may be nothing left to do
+        policies = sorted(unscored or scored)  # with no unscored rows, all work may be done
         planned = {policy: len(rollouts_of(config, policy[0])) for policy in policies or [(self._first, "")]}
         there = {policy: len(unscored[policy].keys() | scored[policy].keys()) for policy in policies}
         num_unscored = sum(max(0, count - len(scored[policy])) for policy, count in planned.items())
@@ -181,14 +184,14 @@ class Inbox:
             return snapshot if record.name in names else None
 
         snapshot = wait_for(look, patience=PATIENCE)
-        if snapshot is None:  # a shared file system may show it to one node before another
+        if snapshot is None:  # shared file systems may show a file to one node before another
             raise UserError(
                 f"{root} does not show commits/{record.name} on this machine; is it the same folder?"
             )
         return [snapshot[snapshot.position(row_id)] for row_id in record.row_ids]
 
     def _rows(self, root: str) -> dict[PolicyKey, dict[str, cache.CommitRecord]]:
-        """The run's row ids in the cache at `root`, by policy, and the commit record of each."""
+        """Row ids of the run in the cache at `root`, by policy, each with its commit record."""
         found: dict[PolicyKey, dict[str, cache.CommitRecord]] = defaultdict(dict)
         snapshot = self._open(root)
         for record in snapshot.commit_records() if snapshot else []:
@@ -203,7 +206,7 @@ class Inbox:
         return found
 
     def _open(self, root: str) -> cache.Snapshot | None:
-        """The current snapshot, None if nothing has been written yet."""
+        """Current snapshot; None if nothing has been written yet."""
         if root in self._snapshots:
             self._snapshots[root] = self._snapshots[root].refresh()
         elif cache.exists(root):

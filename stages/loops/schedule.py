@@ -1,6 +1,6 @@
-"""The main loop of stage two: which rows to train on, when to refresh and why, and how to resume after a crash.
+"""Main loop of stage two: which rows to train on, when to refresh and why, and how to resume after a crash.
 
-Every decision depends only on what a checkpoint holds, so a run that was killed makes it again.
+Every decision depends only on the contents of a checkpoint: a killed run repeats it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WriteRows = Callable[[Training, int, str], None]
 
 
 def due(config: Config, position: Position) -> str:
-    """Why new rows are due before the next step; "" if they are not, and always after the last step."""
+    """Reason why new rows are due before the next step; "" if none are due, and after the last step."""
     policy = config.refresh
     since = position.step - position.step_of(position.newest)
     if not config.refreshes or position.step >= config.train.max_steps or since < 1:
@@ -42,7 +42,7 @@ def due(config: Config, position: Position) -> str:
     if policy.refresh_every and since >= policy.refresh_every:
         return f"every: {since} steps since the weights of the one before"
     if position.newest > position.refresh_index:
-        return ""  # newer rows are on their way, whatever is measured on these
+        return ""  # newer rows are on their way, whatever the drift of these
     if policy.refresh_drift and len(position.recent) == DRIFT_WINDOW:
         drift = sum(position.recent) / DRIFT_WINDOW
         if drift >= policy.refresh_drift:
@@ -59,7 +59,7 @@ def _too_old(config: Config, position: Position) -> bool:
 
 
 def last_step(config: Config, position: Position) -> int:
-    """The latest step at which training on these rows stops: new ones are due, or must be waited for."""
+    """The latest step at which training on these rows stops: new rows are then due or awaited."""
     for step in range(position.step + 1, config.train.max_steps):
         later = replace(position, step=step)
         if due(config, later) or _too_old(config, later):
@@ -68,7 +68,7 @@ def last_step(config: Config, position: Position) -> int:
 
 
 def lost(run: Run, position: Position) -> str:
-    """Why a refresh is due because rows in use are gone from the cache (damaged or pruned); "" if all are there.
+    """Reason for a refresh if rows in use are gone from the cache (damaged or pruned); "" if all exist.
 
     The student that wrote them has changed since, so all rows are written again.
     """
@@ -87,7 +87,7 @@ def lost(run: Run, position: Position) -> str:
 
 
 def resume(run: Run, training: Training) -> Position | None:
-    """Loads the checkpoint to resume from, if there is one (collective)."""
+    """Load the checkpoint to resume from, if there is one (collective)."""
     path = setup.checkpoint_to_go_on_from(run)
     if path is None:
         if run.world.is_main:
@@ -104,12 +104,13 @@ def resume(run: Run, training: Training) -> Position | None:
 
 
 def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evaluate | None = None) -> None:
-    """Trains from the current step to `max_steps`.
+    """Train from the current step to `max_steps`.
 
-    `evaluate(training)` returns held-out KLs; it is called every `eval_every` steps and after the last one, and the weights
-    with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before every published version: a
-    run that is killed resumes from saved weights, never from recomputed ones, and so writes the same rows again. Under
-    `refresh_mode: external` the rows come from elsewhere and are used once those of a version are complete.
+    `evaluate(training)` returns held-out KLs. It is called every `eval_every` steps and after the last one;
+    the weights with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before
+    every published version: a killed run resumes from saved weights, never from recomputed ones, and so
+    writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere; those of a
+    version are used once complete.
     """
     config = run.config
     start = {0: Refresh(0, policy_hash(training.student), "start")}
@@ -157,7 +158,7 @@ def _log_packing(run: Run, student: Student) -> None:
 def _renew(
     run: Run, training: Training, position: Position, reason: str, refresh: WriteRows | None
 ) -> Position:
-    """Has the current student's rows written, by `refresh` or, if that is None, elsewhere (collective)."""
+    """Have the current student's rows written, by `refresh` or, if None, elsewhere (collective)."""
     _discard_later(run, training.step)
     save_checkpoint(run, training, position)
     index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
@@ -171,14 +172,14 @@ def _renew(
 
 
 def _discard_later(run: Run, step: int) -> None:
-    """With `resume_from`, discards the checkpoints after `step`, once training is certain to start."""
+    """With `resume_from`, discard the checkpoints after `step`, once training is certain to start."""
     if run.world.is_main and run.config.train.resume_from:
         checkpoint.discard_after(run.folder / "checkpoints", step)
     run.world.barrier()
 
 
 def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
-    """Between two steps: saves a checkpoint and exits if a signal asked any process to end (collective)."""
+    """Between two steps: if a signal asked any process to end, save a checkpoint and exit (collective)."""
     number = int(run.world.max([float(ending.asked())])[0])
     if not number or training.step >= run.config.train.max_steps:
         return
@@ -199,7 +200,7 @@ def _fit_pool(
     bar: tqdm,
     evaluate: steps.Evaluate | None,
 ) -> Position:
-    """Trains on the rows of `pool` until new ones are due, arrive or must be waited for, or to the end."""
+    """Train on the rows of `pool` until new ones are due, arrive or are awaited, or to the end."""
     train, last = run.config.train, last_step(run.config, position)
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
@@ -225,7 +226,7 @@ def _taken_up(position: Position, index: int) -> Position:
 
 
 def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
-    """The rows to train on at `position`, the same on all ranks, whoever else writes to the caches (collective)."""
+    """Rows to train on at `position`, same on all ranks even if others write to the caches (collective)."""
     config, version = run.config, position.refresh_index
     roots = [config.cache_root, *(root for root, weight in config.run.extra_caches.items() if weight)]
     snapshots = [cache.open(root) for root in roots]
@@ -257,7 +258,7 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
 
 
 def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
-    """The rows of this run that `position` trains on, and those of others in its cache."""
+    """This run's rows that `position` trains on, and other runs' rows in its cache."""
     return live_pool(
         snapshot,
         run.run_id,
@@ -269,7 +270,7 @@ def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
 
 
 def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
-    """Hands the student's weights to whoever follows this run (collective)."""
+    """Publish the student's weights for the followers of this run (collective)."""
     run.world.barrier()
     if run.world.is_main:
         num_rollouts = len(rollouts_of(run.config, index))
@@ -282,7 +283,7 @@ def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
 def _take_up_arrivals(
     run: Run, training: Training, position: Position, arrivals: Arrivals, pool: Pool | None
 ) -> Position:
-    """Switches to the newest complete rows, after waiting for them if those in use are too old (collective)."""
+    """Switch to the newest complete rows, after waiting for them if those in use are too old (collective)."""
 
     def look() -> int | None:
         index = arrivals.newest(position)

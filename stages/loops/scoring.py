@@ -1,4 +1,4 @@
-"""Scoring: unscored rows -> teacher forwards of like lengths -> scored rows, one unit at a time.
+"""Score unscored rows, one unit at a time, in teacher forwards over rows of similar length.
 
 Shapes: N scored positions, D teacher width, V vocabulary, K kept ids.
 """
@@ -27,13 +27,13 @@ from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-NUCLEUS_FLOOR = 4  # fewest ids that signal nucleus keeps
-FORWARD_COST = 1 / 32  # of the budget: what a forward costs beside its tokens
+NUCLEUS_FLOOR = 4  # minimum number of ids kept by signal nucleus
+FORWARD_COST = 1 / 32  # fixed cost of a forward, as a share of the token budget
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is kept of the teacher; `pad_id` and `vocab_size` are those of the rows' student."""
+    """Scoring settings; `pad_id` and `vocab_size` are those of the rows' student."""
 
     signal: SignalSection
     vocab_size: int
@@ -42,14 +42,14 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Rows, in order, and the teacher's columns of all their tokens, which are still on their way to the host."""
+    """Rows, in order, and the teacher's columns of all their tokens, which are being copied to the host."""
 
     rows: list[cache.Record]
     landing: Landing
     hidden_dtype: str
 
     def records(self) -> Iterator[cache.Record]:
-        """The scored rows. UserError if the teacher gave what is no number."""
+        """The scored rows. Raises UserError if the teacher returned NaN or infinite values."""
         columns = self.landing.arrays()
         for name in ("teacher_logprobs", "teacher_entropy"):
             if not np.isfinite(columns[name]).all():
@@ -86,9 +86,9 @@ def score_rows(
     progress: Progress,
     counts: Counts,
 ) -> None:
-    """Scores a unit's rows (none: a rank without a unit), hands them to the writer and counts them (collective).
+    """Score a unit's rows, hand them to the writer and count them (collective).
 
-    The host is one forward behind the device, which so has always one more to do.
+    `rows` is empty on a rank without a unit. The host runs one forward behind the device, to keep it busy.
     """
     lengths = [num_tokens(row) for row in rows]
     cut = packed_batches if teacher.packs else scoring_batches
@@ -107,15 +107,16 @@ def _max_rows(run: Run) -> int | None:
 
 
 def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
-    """Row indices of each scoring forward, the longest rows first: like lengths together, every row once.
+    """Row indices of each scoring forward: longest rows first, similar lengths together, every row once.
 
-    A forward holds at most `max_rows` rows and `max_tokens` tokens with padding, or one row. Of all cuts of the sorted
-    rows this is the one with the least padded tokens, each forward counted as `FORWARD_COST` of the budget more.
+    A forward holds at most `max_rows` rows and `max_tokens` tokens including padding, or one row. This is the
+    cheapest partition of the sorted rows, where a forward costs its padded tokens plus `FORWARD_COST` of the
+    budget.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     num_rows = len(order)
     least = np.zeros(num_rows + 1)  # cost of all rows from here to the shortest
-    end = np.zeros(num_rows, int)  # of the batch that begins here
+    end = np.zeros(num_rows, int)  # of the batch that starts here
     for first in reversed(range(num_rows)):
         longest = lengths[order[first]]
         most = max(1, min(max_tokens // longest, max_rows or num_rows, num_rows - first))
@@ -132,9 +133,10 @@ def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: in
 
 
 def packed_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
-    """The same for rows that lie one after the other without padding: each forward as full as it gets.
+    """The same for packed rows, without padding: each forward is filled as far as possible.
 
-    Like lengths together too: attention off the flash kernel takes them in one call, and the plain columns compress better.
+    Lengths are sorted here too: attention without the flash kernel handles equal lengths in one call, and the
+    plain columns compress better.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return list(micro_batches(order, lengths.__getitem__, max_rows, max_tokens, packed=True))
@@ -143,7 +145,7 @@ def packed_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int
 def _forwards(
     run: Run, rows: list[cache.Record], batches: list[list[int]], scoring: Scoring, teacher: Teacher
 ) -> Iterator[ScoredBatch]:
-    """The scored batches of this rank; ranks with fewer join the others' forwards with dummies."""
+    """Scored batches of this rank; ranks with fewer run dummy forwards alongside the others."""
     num_forwards = int(run.world.max([len(batches)])[0]) if teacher.is_collective else len(batches)
     for index in range(num_forwards):
         if index >= len(batches):
@@ -153,7 +155,7 @@ def _forwards(
 
 
 def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
-    """One batch; of signal `full` one for each row, whose logits alone are large."""
+    """Score one batch. Signal `full` yields one batch per row: the logits of a single row are large."""
     hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
     columns = teacher_columns(hidden_ND, teacher.head, targets_N, scoring.signal, scoring.vocab_size)
     dtype = "bfloat16" if hidden_ND.dtype == torch.bfloat16 else "float32"
@@ -170,14 +172,14 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
 
 
 def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, D] at the scored positions of `rows`, and the tokens [N] that they predict."""
+    """The teacher's hidden states [N, D] at the scored positions of `rows`, and their target tokens [N]."""
     prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
     aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
     return at_scored(teacher.hidden(aligned), aligned), aligned.targets
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
-    """The same batches, each when it is on the host: by then the device has the next forward to do."""
+    """Yield each batch once it is on the host. By then the next forward is queued on the device."""
     before: ScoredBatch | None = None
     for batch in batches:
         if before is not None:
@@ -192,7 +194,7 @@ def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
 def teacher_columns(
     hidden_ND: Tensor, head: Head, targets_N: Tensor, signal: SignalSection, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Per scored token what every row stores, and under `signal_*` what only its signal needs."""
+    """Per scored token: the columns that every row stores, and as `signal_*` those specific to its signal."""
     kind = signal.signal
     keeps_ids = kind in ("topk", "nucleus")
     k = min(signal.signal_k, vocab_size) if keeps_ids else 1
@@ -218,13 +220,13 @@ def teacher_columns(
 
 
 def full_logits(hidden_TD: Tensor, head: Head, vocab_size: int) -> Tensor:
-    """The logits [T, V] of one rollout in the teacher's dtype."""
+    """Logits [T, V] of one rollout in the teacher's dtype."""
     prepared = prepare_head(head, hidden_TD, vocab_size)
     return prepared.logits(hidden_TD.to(prepared.weight_Vd.dtype)).to(hidden_TD.dtype)
 
 
 def teacher_head(head: Head, vocab_size: int) -> cache.TeacherHead:
-    """The head as a `hidden` cache stores it, cut to the shared vocabulary."""
+    """The head in the format of a `hidden` cache, cut to the shared vocabulary."""
     dtype = "bfloat16" if head.weight.dtype == torch.bfloat16 else "float32"
     bias = None if head.bias is None else to_numpy(head.bias[:vocab_size].float())
     return cache.TeacherHead(

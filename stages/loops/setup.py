@@ -1,4 +1,4 @@
-"""What all stages share before they start: tokenizers, vocabulary cut, fingerprints, the current student."""
+"""Setup shared by all stages: tokenizers, vocabulary cut, fingerprints, the current student."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Vocabulary:
 
 
 def shared_vocabulary(config: Config) -> Vocabulary:
-    """Compares the two tokenizers. Reads configurations and tokenizers only."""
+    """Compare the two tokenizers and return what they share. Reads configurations and tokenizers only."""
     models = config.models
     if not models.teacher_model:
         raise UserError(NO_TEACHER)
@@ -50,12 +50,15 @@ def shared_vocabulary(config: Config) -> Vocabulary:
 
 
 def cached_vocabulary(config: Config) -> Vocabulary:
-    """The cut that stage one chose, from the cache, so that stage two needs no teacher files."""
+    """The cut chosen in stage one, read from the cache: stage two needs no teacher files."""
     return vocabulary_of(config, config.cache_root)
 
 
 def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
-    """The student's tokenizer and the cut of the cache at `cache_root`. UserError if another tokenizer wrote the cache."""
+    """The student's tokenizer and the cut of the cache at `cache_root`.
+
+    Raises UserError if the cache was written with another tokenizer.
+    """
     tokenizer = pretrained.load_tokenizer(config.models.student_model)
     must_match = cache.open(cache_root).fingerprint.must_match
     own = vocabulary_fingerprint(tokenizer, must_match["vocab_size"])
@@ -69,7 +72,7 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
 
 
 def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
-    """What decides the meaning of a row (`must_match`), and what is only recorded."""
+    """Settings that define the meaning of a row (`must_match`), and settings that are only recorded."""
     models = config.models
     kept = {"kind": signal.signal, "temperature": 1.0}
     if signal.signal in ("topk", "nucleus"):
@@ -86,7 +89,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
 
 
 def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Fingerprint:
-    """The fingerprint of rows that no teacher has scored."""
+    """Fingerprint of rows not yet scored by a teacher."""
     return cache.Fingerprint(
         {**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config)
     )
@@ -114,7 +117,7 @@ def _sampling(config: Config) -> dict[str, Any]:
 
 
 def check_history(run: Run) -> None:
-    """Refuses a finished run whose keys have changed; reports which keys of an unfinished one have changed."""
+    """Refuse a finished run whose keys have changed; report the changed keys of an unfinished one."""
     trained = history.last_config(metrics.read(run.metrics.path))
     position = newest_position(run)
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
@@ -124,13 +127,16 @@ def check_history(run: Run) -> None:
 
 
 def newest_position(run: Run) -> checkpoint.Position:
-    """The position of the checkpoint that the run continues from, the beginning if it has none."""
+    """Position of the checkpoint that the run continues from; the beginning if there is none."""
     start = checkpoint_to_go_on_from(run)
     return checkpoint.Position(0, 0) if start is None else checkpoint.read_position(start)
 
 
 def checkpoint_to_go_on_from(run: Run) -> Path | None:
-    """The newest checkpoint, or that of `resume_from` until a step is taken after it; then the same command continues."""
+    """The newest checkpoint, or the one of `resume_from` until the run has taken a step after it.
+
+    Repeating the same command then continues from the newest.
+    """
     folder, step = run.folder / "checkpoints", run.config.train.resume_from
     last = history.last_config(metrics.read(run.metrics.path)) if step else None
     if not step or (last is not None and history.goes_on(last, run.config)):
@@ -139,7 +145,7 @@ def checkpoint_to_go_on_from(run: Run) -> Path | None:
 
 
 def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
-    """The student with the weights of the checkpoint that the run continues from, and that checkpoint's position."""
+    """The student with the weights of the checkpoint that the run continues from, and its position."""
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
         start = checkpoint_to_go_on_from(run)
@@ -149,7 +155,7 @@ def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoi
 
 
 def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Policy:
-    """The student after `step` optimizer steps, which samples as the configuration says."""
+    """The student after `step` optimizer steps, sampling as configured."""
     rollout = run.config.rollout
     return Policy(
         student.model,
@@ -168,7 +174,7 @@ def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Pol
 
 
 def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
-    """The plain teacher, whole on this device, which samples from its full distribution."""
+    """The plain teacher, whole on this device, sampling from its full distribution."""
     models, device = run.config.models, run.world.device
     model = load_plain_model(run.config, run.world)
     check_writer(model)

@@ -1,4 +1,4 @@
-"""Stage two: one optimizer step on committed rows, and what is kept of it. Which rows, and when others: schedule.py."""
+"""Stage two: run and log one optimizer step on committed rows. schedule.py chooses the rows."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from stages.runtime.config import Config, TrainSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-EXPLODED = 100.0  # times the largest weight at the start, and 1
+# Bound on the largest weight, as a multiple of max(1, its value at the start).
+EXPLODED = 100.0
 MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
-    """Student forward and gated loss in one module, so that DDP and DeepSpeed see one forward."""
+    """Student forward and gated loss in one module: DDP and DeepSpeed must see a single forward."""
 
     def __init__(self, student: Student, config: DualKLConfig):
         super().__init__()
@@ -63,15 +64,15 @@ class StudentLoss(nn.Module):
 
 @dataclass
 class Training:
-    """The student with what updates it.
+    """The student, its optimizer and the state of training.
 
     Attributes:
         module: StudentLoss as wrapped by DDP or DeepSpeed.
-        adaptive: the gate's threshold for the next step where it follows the divergences seen.
-        caps: how large a forward may be.
+        adaptive: adaptive gate threshold for the next step; None if τ is not adaptive.
+        caps: size limits of a forward.
         step: optimizer steps done.
-        size_at_start: largest trained weight as this process began.
-        last_forward: rows and host tensors of this process' first forward in the last step.
+        size_at_start: largest trained weight when this process started.
+        last_forward: row ids and host tensors of this process's first forward in the last step.
     """
 
     student: Student
@@ -86,12 +87,12 @@ class Training:
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine, or None under DDP and in a single process."""
+        """The DeepSpeed engine; None under DDP and in a single process."""
         return self.module if hasattr(self.module, "set_gradient_accumulation_boundary") else None
 
 
 def prepare(run: Run, student: Student) -> Training:
-    """Wraps the student for this world and makes AdamW with warm-up and cosine decay (collective)."""
+    """Wrap the student for this world; build AdamW with warm-up and cosine decay (collective)."""
     train, world = run.config.train, run.world
     caps = train_caps_of_run(run.config, world, student.base.config)
     module: nn.Module = StudentLoss(student, run.config.loss.settings(student.vocab_size))
@@ -107,9 +108,11 @@ def prepare(run: Run, student: Student) -> Training:
         module, optimizer = world.accelerator.prepare(module, optimizer)
     elif world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
+        # find_unused_parameters keeps DDP from regrouping gradients after the first step. Without it, a
+        # resumed run with three or more processes would sum them in another order.
         module = nn.parallel.DistributedDataParallel(
             module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-        )  # else it regroups gradients after the first step: from three processes on a resumed run would sum in another order
+        )
     adaptive = gating.starting(run.config, {})
     return Training(
         student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student)
@@ -117,7 +120,10 @@ def prepare(run: Run, student: Student) -> Training:
 
 
 def lr_factor(train: TrainSection, step: int) -> float:
-    """Learning rate of 0-based `step` over the peak: linear warm-up that ends at 1, then a cosine down to lr_min_ratio."""
+    """Learning rate of 0-based `step` relative to the peak.
+
+    Linear warm-up that ends at 1, then a cosine down to lr_min_ratio.
+    """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     share = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
@@ -125,7 +131,10 @@ def lr_factor(train: TrainSection, step: int) -> float:
 
 
 def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
-    """What the accelerate config leaves open; accumulation and normalisation over the step are ours."""
+    """Fill in settings missing from the accelerate config.
+
+    Gradient accumulation and normalisation over the step are done here, not by DeepSpeed.
+    """
     if settings.get("zero_optimization", {}).get("stage", 0) == 3:
         raise UserError(
             "the student cannot be sharded with ZeRO-3 (it generates); use stage 2 in the accelerate config."
@@ -133,19 +142,19 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = config.train.max_grad_norm
-    settings["bf16"] = {"enabled": False}  # trained weights stay fp32 as under DDP; the forward autocasts
+    settings["bf16"] = {"enabled": False}  # trained weights stay fp32, as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
 
 
 def is_evaluated(config: Config, step: int) -> bool:
-    """Whether held-out KLs are due after `step`: every `eval_every` steps, and after the last."""
+    """Whether to measure held-out KLs after `step`: every `eval_every` steps and after the last."""
     every = config.eval.eval_every
     return bool(every) and (step % every == 0 or step == config.train.max_steps)
 
 
 def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
-    """Logs the held-out KLs and keeps the weights if no student of this run was nearer to the teacher (collective)."""
+    """Log the held-out KLs; keep the weights if they are the best of this run so far (collective)."""
     with run.clock.phase("evaluate"):
         found = evaluate(training)
     now = Best(training.step, found["reverse_kl"], found["measured_on"])
@@ -155,7 +164,10 @@ def evaluate_now(run: Run, training: Training, evaluate: Evaluate) -> None:
 
 
 def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
-    """Whether no student before, by the same measure, had a lower reverse KL; its weights are kept then (main process)."""
+    """Save the weights if this is the lowest reverse KL so far by the same measure; return whether it is.
+
+    Main process only.
+    """
     folder = run.folder / "checkpoints"
     best = checkpoint.best(folder)
     if best is not None and best.measured_on != now.measured_on:
@@ -164,7 +176,7 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
             f" of {best.reverse_kl:.4f} cannot be compared, and the search for the best begins anew at step {now.step}"
         )
         best = None
-    # Equal to it where this evaluation repeats one from before a crash.
+    # Equal if this evaluation repeats one from before a crash.
     is_best = best is None or now.reverse_kl < best.reverse_kl or best == now
     if is_best:
         checkpoint.save_best(folder, training.student.trainable, now)
@@ -172,9 +184,9 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
 
 
 def save_checkpoint(run: Run, training: Training, position: Position) -> Path:
-    """Keeps the state after `training.step` steps, on the rows that `position` names; returns its folder (collective).
+    """Save the state after `training.step` steps on the rows of `position`; return its folder (collective).
 
-    UserError, and no checkpoint, where the weights have exploded or their forward is not finite.
+    Raises UserError and saves nothing if the weights have exploded or their forward is not finite.
     """
     _check_sound(run, training)
     adaptive = training.adaptive
@@ -194,14 +206,14 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> Path:
 
 
 def largest_weight(student: Student) -> float:
-    """The largest |trained weight|; infinite or NaN if one is."""
+    """Largest absolute trained weight; infinite or NaN if any weight is."""
     norms = [p.detach().abs().max() for p in student.trainable.values() if p.numel()]
     return float(torch.stack([norm.float() for norm in norms]).max())
 
 
 @torch.no_grad()
 def _check_sound(run: Run, training: Training) -> None:
-    """UserError if this student is not one to go on from: its weights, or its forward on rows of the last step (collective)."""
+    """Raise UserError if weights exploded or the last step's forward is not finite now (collective)."""
     size, bound = largest_weight(training.student), EXPLODED * max(1.0, training.size_at_start)
     problem = (
         ""
@@ -236,7 +248,7 @@ def _how_to_go_on(run: Run) -> str:
 
 
 def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tuple[str, float]]:
-    """This rank's rows whose divergences are not finite, else those with the largest; (row id, nats a token)."""
+    """This rank's rows with non-finite or else the largest divergences, as (row id, nats per token)."""
     rows: list[tuple[str, float]] = []
     forwards = [forward for forward in batch.forwards if not forward.is_idle]
     for forward, out in zip(forwards, outputs, strict=True):
@@ -255,7 +267,7 @@ def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tup
 def _not_finite(
     run: Run, training: Training, grad_norm: float, suspects: list[tuple[str, float]]
 ) -> UserError:
-    """What to say of a step whose gradient is not finite (collective)."""
+    """The error for a step whose gradient is not finite (collective)."""
     everyone = run.world.gather(suspects)
     broken = [(rank, *row) for rank, rows in enumerate(everyone) for row in rows if not math.isfinite(row[1])]
     shown = broken or [(rank, *row) for rank, rows in enumerate(everyone) for row in rows]
@@ -270,16 +282,15 @@ def _not_finite(
 
 
 def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
-    """One optimizer step (collective); returns how far the student was from the policies of its rows.
+    """Run one optimizer step (collective); return the student's drift from the policies that wrote the rows.
 
-    The host waits for the device once: for the numbers of the step, before the weights are touched.
+    The host waits for the device only once, to read the step's figures before the weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world
     training.module.train()
-    torch.manual_seed(
-        (config.run.seed * 1_000_003 + training.step) * 4096 + world.rank
-    )  # dropout, apart on every rank
+    # Dropout differs between ranks.
+    torch.manual_seed((config.run.seed * 1_000_003 + training.step) * 4096 + world.rank)
     tau = gating.threshold(config, training.adaptive)
     done = _run_forwards(run, training, pool, batch, tau)
     lr = training.scheduler.get_last_lr()[0]
@@ -308,12 +319,12 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
 
 @dataclass
 class _Forwards:
-    """What this rank's forwards of one step leave, idle ones excluded.
+    """Results of this rank's forwards in one step, idle ones excluded.
 
     Attributes:
-        outputs, gates, drifts: of each forward; statistics stay on the device.
+        outputs, gates, drifts: one per forward; statistics stay on the device.
         first: rows of the first forward.
-        num_cut: rows that were cut at max_new_tokens.
+        num_cut: rows cut off at max_new_tokens.
         waited: seconds spent waiting for rows.
     """
 
@@ -325,7 +336,7 @@ class _Forwards:
     waited: float = 0.0
 
     def sums(self) -> Tensor:
-        """Float64 on the device: the loss, sums of `MEANS` over tokens, gate statistics, then `row_sums` of each row."""
+        """Float64 on the device: loss, token sums of `MEANS`, gate statistics, `row_sums` of each row."""
 
         def of(out: DualKLOutput) -> Tensor:
             assert out.student_logprobs is not None
@@ -337,7 +348,7 @@ class _Forwards:
 
 
 def _run_forwards(run: Run, training: Training, pool: Pool, batch: Batch, tau: float | None) -> _Forwards:
-    """Forward and backward of everything in `batch`; gradients are left on the parameters."""
+    """Run forward and backward of everything in `batch`; gradients accumulate on the parameters."""
     config, world, done = run.config, run.world, _Forwards()
     for index, forward in enumerate(batch.forwards):
         asked = time.perf_counter()
@@ -361,7 +372,7 @@ def _run_forwards(run: Run, training: Training, pool: Pool, batch: Batch, tau: f
 
 
 def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool) -> DualKLOutput:
-    """Forward and backward of one micro-batch. Gradients are averaged over ranks, hence the factor."""
+    """Run one micro-batch, forward and backward. The factor undoes averaging of gradients over ranks."""
     engine = training.engine
     if engine is not None:
         loss, out = engine(batch)
@@ -380,9 +391,9 @@ def _backward(training: Training, batch: MicroBatch, world_size: int, last: bool
 
 
 def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[list[float], float]:
-    """Clips, steps, clears; returns `sums` as read from the device and the gradient norm before clipping.
+    """Clip, step and clear; return `sums` read from the device and the gradient norm before clipping.
 
-    Without a step where that norm is not finite (DeepSpeed has stepped by then).
+    If that norm is not finite, no step is taken (but DeepSpeed has already stepped by then).
     """
     engine = training.engine
     if engine is not None:
@@ -403,7 +414,7 @@ def _update(training: Training, max_grad_norm: float, sums: Tensor) -> tuple[lis
 
 @dataclass(frozen=True)
 class _Totals:
-    """Sums over the global batch of one step: over its tokens (`loss`, `means`, `gate`) and of each row (`rows_R3`)."""
+    """Sums over one step's global batch: over tokens (`loss`, `means`, `gate`) and per row (`rows_R3`)."""
 
     num_cut: float
     loss: float
@@ -413,7 +424,7 @@ class _Totals:
 
 
 def _over_ranks(run: Run, batch: Batch, num_cut: int, values: list[float]) -> _Totals:
-    """Adds up `_Forwards.sums`, read from the device as `values`, of all ranks (collective)."""
+    """Sum `_Forwards.sums`, given as `values` read from the device, over all ranks (collective)."""
     end = 1 + len(MEANS) + gating.LENGTH
     rows_R3 = _spread_rows(run, batch, np.array(values[end:]).reshape(-1, NUM_SUMS))
     num_cut_all, loss, *rest = run.world.sum([num_cut, *values[:end], *rows_R3.flatten().tolist()])
@@ -428,7 +439,7 @@ def _over_ranks(run: Run, batch: Batch, num_cut: int, values: list[float]) -> _T
 
 
 def _figures(training: Training, pool: Pool, batch: Batch, totals: _Totals, drift: Drift) -> dict[str, float]:
-    """What a `step` record says of the rows of the step."""
+    """Figures of a `step` record that describe the step's rows."""
     ages = [pool.ages[row_id] for row_id in batch.row_ids if pool.ages[row_id] >= 0]
     return {
         "loss": totals.loss,
@@ -445,7 +456,7 @@ def _figures(training: Training, pool: Pool, batch: Batch, totals: _Totals, drif
 
 
 def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
-    """This rank's rows, in the order of its forwards, at their places in the global batch; zeros elsewhere."""
+    """Place this rank's rows, given in the order of its forwards, in the global batch; zeros elsewhere."""
     size, world = len(batch.row_ids), run.world
     first = world.rank * size // world.size
     places: dict[str, list[int]] = {}
@@ -460,7 +471,7 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
-    """Every `trace_every` steps: λ, reverse and forward KL of each token of `rows`, the main rank's first forward."""
+    """Every `trace_every` steps, write λ and both KLs per token of the main rank's first forward."""
     every = run.config.log.trace_every
     if not (run.world.is_main and every and training.step % every == 0):
         return
@@ -474,6 +485,6 @@ def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list
     table = pa.table(columns | {name: value.float().cpu().numpy() for name, value in values.items()})
     path = Path(run.folder / "trace" / f"step-{training.step:06d}.arrow")
     path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)  # a file of its own, whatever lay there
+    path.unlink(missing_ok=True)  # always a new file
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

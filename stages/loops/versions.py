@@ -1,7 +1,7 @@
-"""What stage two publishes for those who write its rollouts elsewhere: versions of the student in `runs/<name>/versions/`.
+"""Student versions in `runs/<name>/versions/`, published by stage two for rollout writers elsewhere.
 
-`000003-1f2e3d4c/` is an exported student; `newest.json` names the one to write from, and is replaced as a whole once that
-is complete. `finished` says that no more will come.
+`000003-1f2e3d4c/` is an exported student. `newest.json` names the version to generate with; it is replaced
+atomically once that version is complete. `finished` marks that no more will come.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stages.runtime.files import remove, replace_text
 from stages.runtime.run import Run
 
 NAME = re.compile(r"\d{6,}-[0-9a-f]{8}")
-KEPT = 3  # versions on disk: a follower may still be reading the one before
+KEPT = 3  # versions on disk; a follower may still be reading the previous one
 
 
 @dataclass(frozen=True)
 class Version:
-    """A student as published: the refresh it is for, its optimizer step and policy hash, the rollouts wanted of it."""
+    """A published student: its refresh, optimizer step and policy hash, and the number of rollouts wanted."""
 
     refresh_index: int
     step: int
@@ -41,7 +41,7 @@ class Version:
 
 
 def publish(run_folder: Path, student: Student, version: Version) -> None:
-    """Exports the student, then names it as the newest; a version that is there already is only named."""
+    """Export the student, then point `newest.json` to it; an existing export is kept."""
     folder, text = run_folder / "versions", json.dumps(asdict(version))
     if not (folder / version.name).exists():
         students.export(student, folder / version.name, {"version.json": text})
@@ -54,9 +54,9 @@ def publish(run_folder: Path, student: Student, version: Version) -> None:
 
 
 def point_to(run_folder: Path, position: Position) -> None:
-    """Makes `newest.json` name the version that `position` waits for, where a trajectory that was given up left another.
+    """Point `newest.json` to the version that `position` waits for, if discarded steps left another.
 
-    The student at the start (refresh 0) is known to everybody, and never published.
+    The initial student (refresh 0) is known to all and never published.
     """
     awaited, found = position.refreshes.get(position.newest), newest(run_folder)
     if (
@@ -75,7 +75,7 @@ def point_to(run_folder: Path, position: Position) -> None:
 
 
 def newest(run_folder: Path) -> Version | None:
-    """The version to write from, or None if none was published."""
+    """The version to generate with; None if none was published."""
     path = run_folder / "versions" / "newest.json"
     if not path.exists():
         return None
@@ -94,7 +94,7 @@ def newest(run_folder: Path) -> Version | None:
 
 
 def load(run_folder: Path, student: Student, version: Version) -> None:
-    """Copies a published version's weights into `student`; UserError if they are not what was published."""
+    """Copy a published version's weights into `student`; UserError if they differ from the published ones."""
     folder = run_folder / "versions" / version.name
     stored = {
         name: tensor
@@ -116,7 +116,7 @@ def load(run_folder: Path, student: Student, version: Version) -> None:
 
 
 def set_finished(run: Run, finished: bool) -> None:
-    """Tells followers whether more versions will come (collective)."""
+    """Tell followers whether more versions will come (collective)."""
     folder = run.folder / "versions"
     if run.world.is_main:
         folder.mkdir(exist_ok=True)

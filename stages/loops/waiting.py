@@ -1,4 +1,4 @@
-"""The one loop that waits for work of other processes: units, rows and versions that appear on disk."""
+"""The loop that waits for other processes' work to appear on disk: units, rows and versions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def wait_for(
     on_wait: Callable[[], None] | None = None,
     patience: float = math.inf,
 ) -> T | None:
-    """Calls `look` until it returns something other than None, and returns that; None after `patience` seconds.
+    """Call `look` until it returns something other than None, and return that; None after `patience` seconds.
 
-    `on_wait` is called once, before the first pause. Collective if `look` is and all ranks get the same from it.
+    `on_wait` is called once, before the first pause. Collective if `look` is; it must then return the same on
+    all ranks.
     """
     began, waits = time.monotonic(), False
     while (found := look()) is None:

@@ -1,4 +1,4 @@
-"""From the device to the shards beside the next forward: copies that nobody waits for, and a thread that writes."""
+"""Write shards while the next forward runs: asynchronous copies to the host, and a writer thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cache
 
-JOBS_AHEAD = 2  # scored batches that may wait for the thread: what bounds its memory
+JOBS_AHEAD = 2  # limits memory: scored batches that may wait for the thread
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -24,7 +24,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 class Landing:
-    """Tensors on their way to host memory: on CUDA through pinned buffers, with one event for all of them."""
+    """Asynchronous copies of tensors to host memory: on CUDA through pinned buffers, with a single event."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._host = {name: _start_copy(tensor.detach()) for name, tensor in tensors.items()}
@@ -34,12 +34,12 @@ class Landing:
             self._event.record()
 
     def wait(self) -> None:
-        """Returns when everything has arrived."""
+        """Block until all copies are complete."""
         if self._event is not None:
             self._event.synchronize()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What arrived, as `to_numpy` gives it."""
+        """The copied tensors, converted by `to_numpy`."""
         self.wait()
         return {name: to_numpy(tensor) for name, tensor in self._host.items()}
 
@@ -52,11 +52,11 @@ def _start_copy(tensor: Tensor) -> Tensor:
 
 
 class UnitWriter:
-    """Encodes, appends and commits in a thread of its own, in the order of the calls and at most `JOBS_AHEAD` of them behind.
+    """Encodes, appends and commits in its own thread, in call order, at most `JOBS_AHEAD` calls behind.
 
-    A context manager. What goes wrong in the thread is raised by the next call, or at the end of the block; nothing is
-    written after it. An exception in the block gives up what was not begun, and leaving waits for the thread either way.
-    The `cache.Writer` belongs to the thread until then.
+    A context manager. An error in the thread is raised by the next call or at the end of the block, and
+    nothing is written after it. An exception in the block drops jobs not yet started; leaving the block
+    always waits for the thread. The `cache.Writer` belongs to the thread until then.
     """
 
     def __init__(self, writer: cache.Writer) -> None:
@@ -67,7 +67,7 @@ class UnitWriter:
         self._thread = threading.Thread(target=self._work, name="unit-writer", daemon=True)
 
     def append(self, rows: Iterable[cache.Record]) -> None:
-        """Appends rows, which the thread takes one after the other."""
+        """Append rows; the thread consumes them one by one."""
 
         def job() -> None:
             for row in rows:
@@ -76,11 +76,11 @@ class UnitWriter:
         self._put(job)
 
     def commit(self, unit: str) -> None:
-        """Commits, under this name, the rows appended since the commit before."""
+        """Commit, under this name, the rows appended since the previous commit."""
         self._put(lambda: self._writer.commit(unit))
 
     def drain(self) -> None:
-        """Waits until everything so far is done."""
+        """Wait until all queued work is done."""
         self._jobs.join()
         self._raise()
 
@@ -97,11 +97,11 @@ class UnitWriter:
             try:
                 if self._error is None and not self._given_up:
                     job()
-            except BaseException as error:  # the caller raises it
+            except BaseException as error:  # raised again in the caller
                 self._error = error
             finally:
                 self._jobs.task_done()
-                del job  # and with it the batch
+                del job  # frees the batch
 
     def __enter__(self) -> Self:
         self._thread.start()

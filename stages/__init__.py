@@ -1,1 +1,1 @@
-"""The two stages as commands: composition of the method (`dualkl`) and the shards (`cache`) with models and data."""
+"""The two stages as commands: the method (`dualkl`) and the shards (`cache`) applied to models and data."""

@@ -1,20 +1,20 @@
-"""Measures the run's student as it stands: KLs on teacher text and on its own fresh text, and answers solved.
+"""Measure the run's current student: KLs on teacher text and on its own fresh text, and answers solved.
 
     python -m stages.evaluate --config pipeline.yaml
 
-Before training this writes eval/before.json, after it eval/after.json. The teacher is needed for its text and for
-on_student; with `--teacher_model ""` those are null where no earlier evaluation left them.
+Writes eval/before.json before training, eval/after.json after it. The teacher is needed for its text and for
+on_student; with `--teacher_model ""` those are null unless an earlier evaluation measured them.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -37,7 +37,7 @@ def main() -> None:
     ready = preflight.check_early(run, preflight.Work(scores=has_teacher, evaluates=True), read)
     evaluation = measure.open_evaluation(run, ready.vocabulary, ready.heldout)
     student, position = setup.current_student(run, ready.vocabulary)
-    if run.config.train.export_checkpoint == "best":  # what was exported is what is measured
+    if run.config.train.export_checkpoint == "best":  # measure the exported weights
         checkpoint.load_best(run.folder / "checkpoints", student.trainable)
     label = "after" if position.step else "before"
     policy = setup.student_policy(run, student, open_engine(student.model), position.step)

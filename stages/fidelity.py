@@ -1,21 +1,22 @@
-"""What a smaller signal would cost in accuracy: bytes a token against errors of KL, gate and gradient of the real loss.
+"""Measure what smaller signals cost in accuracy: bytes per token against errors of KL, gate and gradient.
 
     python -m stages.fidelity runs/exact/cache --student_model ... (any key of the configuration)
 
-Reads a `hidden` or `full` cache, which holds the teacher's whole distribution, packs its rows as top-k and nucleus signals of
-several sizes as stage one would, and puts the student through the configured loss with each. Writes fidelity.json and
-fidelity.png below the run's folder. The student is the run's newest checkpoint, else student_model itself.
+Reads a `hidden` or `full` cache, which holds the teacher's whole distribution, packs its rows as top-k and
+nucleus signals of several sizes like stage one, and evaluates the configured loss of the student with each.
+Writes fidelity.json and fidelity.png to the run's folder. The student is the run's newest checkpoint, else
+student_model itself.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def split_root(arguments: list[str]) -> tuple[str, list[str]]:
-    """The cache's folder, as the first argument or the last, and all others."""
+    """Split off the cache's folder, which is the first or the last argument."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     if len(arguments) % 2 and not arguments[-1].startswith("-"):
@@ -81,7 +82,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Gradient error against bytes a token, one line for top-k and one for nucleus."""
+    """Plot gradient error against bytes per token, one line for top-k and one for nucleus."""
     import matplotlib
 
     matplotlib.use("Agg")

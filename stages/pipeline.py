@@ -1,19 +1,19 @@
-"""The whole of it: evaluate, both stages with refreshes, evaluate, report.
+"""Run the whole pipeline: evaluate, both stages with refreshes, evaluate, report.
 
-    python -m stages.pipeline --config pipeline.yaml           (torchrun / accelerate launch for several processes)
+    python -m stages.pipeline --config pipeline.yaml      (torchrun / accelerate launch for several processes)
 
-Each part leaves files behind and is skipped where they exist, so that the same command goes on after a crash.
+Each part is skipped if its output files exist, so the same command resumes after a crash.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()

@@ -1,22 +1,23 @@
-"""Whether a run fits, how long it takes and how large its cache gets, from the model configurations alone.
+"""Estimate whether a run fits, its duration and cache size, from the model configurations alone.
 
-    python -m stages.plan --config recipes/qwen3-4b.yaml --gpus 2 --gpu_memory 80     (any key of the configuration)
+    python -m stages.plan --config recipes/qwen3-4b.yaml --gpus 2 --gpu_memory 80     (any configuration key)
 
-Nothing is loaded: a folder with config.json, or a hub name, is enough for each model. Exit code 0 if it fits, 1 if it does not.
-Of its own: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB of a card; --mean_completion_tokens and
---mean_prompt_tokens (else their upper bounds); --zero2 (recipes/accelerate_zero2.yaml); --json.
-With --role generate or --role score it plans the cards of those processes alone.
+Loads no weights: for each model, a folder with config.json or a hub name is enough. Exit code 0 if the run
+fits, 1 if not. Extra options: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB per GPU;
+--mean_completion_tokens and --mean_prompt_tokens (default: their upper bounds); --zero2
+(recipes/accelerate_zero2.yaml); --json. With --role generate or --role score, plans the GPUs of those
+processes alone.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -43,9 +44,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # a hub out of reach is one sentence, not one a retry
+    # report an unreachable hub once, not once per retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     own, rest = _own_arguments(sys.argv[1:])
     config = parse_arguments(rest, __doc__ or "")
     plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
@@ -72,7 +72,7 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
 
 
 def machine_of(own: argparse.Namespace) -> Machine:
-    """The machine that was described, the rest of it from the GPUs that are here; UserError where neither says enough."""
+    """The machine given by the options, completed from the local GPUs; UserError if that is not enough."""
     here = torch.cuda.device_count()
     gib = own.gpu_memory
     if gib is None and not own.gpu:
@@ -82,13 +82,13 @@ def machine_of(own: argparse.Namespace) -> Machine:
             )
         gib = torch.cuda.get_device_properties(0).total_memory / GIB
     gpu = gpu_for(own.gpu, gib)
-    # a card sold as 80 GB reports 79.1 GiB, one sold as 141 GB 139.8
+    # a GPU sold as 80 GB reports 79.1 GiB, one sold as 141 GB reports 139.8 GiB
     reported = gpu.gib if gib is None else min(gib, gpu.gib) if gib <= 1.02 * gpu.gib else gib
     return Machine(gpu, own.gpus or max(1, here), reported, own.zero2)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All figures; bytes, tokens/s and hours."""
+    """All figures, in bytes, tokens/s and hours."""
     return {
         "fits": plan.fits,
         "spare_bytes": round(plan.spare),

@@ -1,20 +1,20 @@
-"""The verdict on a run, from the files that it left: report.json, report.html, and a summary on the terminal.
+"""Report on a run from its files: report.json, report.html, and a summary on the terminal.
 
     python -m stages.report --config pipeline.yaml
 
-Loads no model. The configuration is the one that the run kept; --runs_dir, --run_name and --cache_dir say where it lies.
-What a run has not measured (yet), or what is not a number, is null in report.json and a dash on the page.
+Loads no model. The configuration is the run's own; --runs_dir, --run_name and --cache_dir locate it. Values
+not measured (yet), or not finite, are null in report.json and a dash on the page.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -37,12 +37,12 @@ from stages.runtime.schema import finite
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
-NOTICEABLE_POINTS = 1.0  # a smaller change of accuracy is called none
-NOTICEABLE_CUT = 0.05  # a smaller share of cut completions is in the figures alone
+NOTICEABLE_POINTS = 1.0  # smaller changes of accuracy are reported as none
+NOTICEABLE_CUT = 0.05  # smaller shares of cut completions appear only in the table
 
 
 def write_report(folder: Path, config: Config) -> Report:
-    """Writes report.json and report.html into the run's `folder` and returns what report.json holds."""
+    """Write report.json and report.html into the run's `folder`; returns the content of report.json."""
     records, evaluations = _read(folder)
     report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
@@ -51,12 +51,12 @@ def write_report(folder: Path, config: Config) -> Report:
 
 
 def collect(folder: Path, config: Config) -> Report:
-    """The figures of a run; the keys before, after, teacher, cache and seconds are fixed, the others may grow."""
+    """Figures of a run; the keys before, after, teacher, cache and seconds are stable, others may change."""
     return _figures(*_read(folder), config)
 
 
 def _read(folder: Path) -> tuple[list[Report], dict[str, Report]]:
-    """A run's records and evaluations. `after` is left out where it is of another student than the run's newest one."""
+    """A run's records and evaluations; `after` is omitted if it measured an older student than the newest."""
     records = finite(metrics.read(folder / "metrics.jsonl"))
     labels = ("before", "after", "teacher")
     evaluations = {label: schema.evaluation(folder / "eval" / f"{label}.json") for label in labels}
@@ -67,7 +67,7 @@ def _read(folder: Path) -> tuple[list[Report], dict[str, Report]]:
 
 
 def _newest_student(records: list[Report]) -> Report:
-    """The newest record of a student that was exported or measured; {} without one. Going back drops those of later steps."""
+    """Newest record of an exported or measured student; {} without one. A resume drops later records."""
     found = (r for r in reversed(records) if r["kind"] == "export" or r.get("label") == "after")
     return next((record for record in found if record.get("policy_hash")), {})
 
@@ -87,13 +87,13 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "config": _spelled(config.model_dump()),
     }
     report["ratios"] = _ratios(report["before"], report["after"])
-    report = finite(report)  # sums and ratios of extreme values
+    report = finite(report)  # sums and ratios of extreme values may overflow
     report["verdict"] = verdict(report)
     return report
 
 
 def verdict(report: Report) -> str:
-    """What the numbers bear out, in one line."""
+    """One-line conclusion from the figures."""
     after, run = report["after"], report["run"]
     if not run["steps"]:
         return "Not trained yet."
@@ -112,7 +112,7 @@ def verdict(report: Report) -> str:
 
 
 def _answers_and_divergence(report: Report) -> str:
-    """The change of accuracy, if it was measured at both ends, and that of the divergences."""
+    """The change of accuracy, if measured before and after, and the change of the divergences."""
     before, after = report["before"]["accuracy"], report["after"]["accuracy"]
     divergence = _divergence_clause(report["ratios"])
     if before is None and after is None:
@@ -130,14 +130,14 @@ def _answers_and_divergence(report: Report) -> str:
 
 
 def _cut_clause(report: Report) -> str:
-    """Of the rollouts trained on and of the answers after training: what was cut, if it is much."""
+    """Shares of training completions and held-out answers that were cut, if large."""
     shares = {"completions": report["cache"]["cut_share"], "held-out answers": report["after"]["cut_share"]}
     much = [cut_sentence(share, what) for what, share in shares.items() if (share or 0) >= NOTICEABLE_CUT]
     return f" {'; '.join(much)}." if much else ""
 
 
 def summary(report: Report, folder: Path, config: Config) -> str:
-    """What the demo prints last: the verdict, the table, where the time went, and what to do next."""
+    """Final terminal output: the verdict, the table, time by phase, and next steps."""
     run, stored = report["run"], report["cache"]
     lines = ["", report["verdict"], "", *_table(report), "", _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
@@ -170,7 +170,7 @@ def _span(span: Report) -> str:
 
 
 def _table(report: Report) -> list[str]:
-    """Before, after and teacher, aligned."""
+    """Aligned table of before, after and teacher."""
     before, after = report["before"], report["after"]
     own_before, own_after = before["on_student"], after["on_student"]
     rows = [
@@ -201,7 +201,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _run(records: list[dict[str, Any]], config: Config) -> Report:
-    """Steps, refreshes and tokens so far; tokens a second are those of the optimizer steps alone."""
+    """Steps, refreshes and tokens so far; tokens per second count optimizer steps only."""
     steps = [record for record in records if record["kind"] == "step"]
     tokens = sum(step.get("tokens", 0) for step in steps)
     seconds = sum(step.get("seconds") or 0.0 for step in steps)
@@ -227,7 +227,7 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
 
 
 def _spelled(values: Any) -> Any:
-    """The same plain values with infinities as words: a setting is not unknown because it is infinite."""
+    """The same plain values with infinities as text, so that infinite settings do not become null."""
     return json.loads(json.dumps(values), parse_constant=str)
 
 
@@ -250,13 +250,13 @@ def _cache(root: str) -> Report:
 
 
 def _seconds(records: list[dict[str, Any]]) -> Report:
-    """Sums over the processes of a resumed run: of each the last clock that it noted."""
+    """Seconds summed over the processes of a resumed run, from each one's last clock record."""
     clocks = {record["start"]: record for record in records if record["kind"] == "clock"}
     return {phase: sum(clock[phase] for clock in clocks.values()) for phase in (*metrics.PHASES, "total")}
 
 
 def _ratios(before: Report, after: Report) -> Report:
-    """KLs after training as a share of those before it."""
+    """KLs after training divided by those before."""
 
     def ratio(old: float | None, new: float | None) -> float | None:
         return new / old if old and new is not None else None
@@ -298,7 +298,7 @@ def _show(value: float | None, form: str) -> str:
 
 
 def own_config(folder: Path, given: Config) -> Config:
-    """What the newest steps of the run were trained with; where it lies now, `given` says."""
+    """Configuration of the run's newest steps, with the location of the run taken from `given`."""
     path = folder / "config.yaml"
     if not path.is_file():
         return given

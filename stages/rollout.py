@@ -1,27 +1,27 @@
-"""Stage one: the student writes rollouts, the teacher scores them, shards are committed.
+"""Stage one: the student generates rollouts, the teacher scores them, shards are committed.
 
-    python -m stages.rollout --config pipeline.yaml            (torchrun / accelerate launch for several processes)
-    python -m stages.rollout --config pipeline.yaml --role generate      only that, for the processes of --role score
-    python -m stages.rollout --config pipeline.yaml --role score         on other GPUs or nodes, at the same time or later
+    python -m stages.rollout --config pipeline.yaml    (torchrun / accelerate launch for several processes)
+    python -m stages.rollout --config pipeline.yaml --role generate     (only generate, for --role score)
+    python -m stages.rollout --config pipeline.yaml --role score    (on other GPUs or nodes, then or later)
 
-Run it again after anything went wrong: only the missing units are made. With checkpoints in the run's folder it writes the
-refresh that is due at the newest one.
+Rerun it after any failure: only missing units are generated. With checkpoints in the run's folder it writes
+the refresh that is due at the newest one.
 
-    python -m stages.rollout --follow runs/demo                (beside a training with refresh_mode external)
+    python -m stages.rollout --follow runs/demo           (next to a training with refresh_mode external)
 
-takes the run's configuration and keeps writing rollouts from the newest student that the training has published, until the
-run is finished; flags change keys for this command, e.g. its device.
+takes the run's configuration and keeps writing rollouts from the newest student published by the training,
+until the run is finished; flags override keys for this command, e.g. its device.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -47,7 +47,7 @@ def main() -> None:
     role = run.config.rollout.role
     if role == "generate" and "://" not in run.config.unscored_root:
         run.claim(Path(run.config.unscored_root))
-    elif role != "score":  # any number of these, beside their generator
+    elif role != "score":  # several scorers may run next to their generator
         run.claim()
     setup.check_history(run)
     position = setup.newest_position(run)
@@ -86,7 +86,7 @@ def _follow(arguments: list[str]) -> None:
 
 
 def tell(run: Run, num_units: int) -> None:
-    """Reports how it went, what the cache holds now, and what to do next."""
+    """Report the result, the content of the cache, and the next command."""
     run.log_totals("rollout")
     if not run.world.is_main:
         return

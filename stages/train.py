@@ -1,20 +1,20 @@
-"""Stage two: trains the student from the shards with the gated KL, and refreshes them on schedule.
+"""Stage two: train the student on the shards with the gated KL, and refresh them on schedule.
 
-    python -m stages.train --config pipeline.yaml              (torchrun / accelerate launch for several processes)
+    python -m stages.train --config pipeline.yaml         (torchrun / accelerate launch for several processes)
 
-Goes on from the newest checkpoint of the run. The teacher is loaded for refreshes only: with refresh_mode off never, and
-with refresh_mode external by `python -m stages.rollout --follow RUN_FOLDER` elsewhere.
+Resumes from the run's newest checkpoint. The teacher is loaded for refreshes only: never with refresh_mode
+off; with refresh_mode external, by `python -m stages.rollout --follow RUN_FOLDER` in another process.
 """
 
 from __future__ import annotations
 
-if not __package__:  # run as a file: the repository's root is importable, not stages/
+if not __package__:  # run as a file: the repository root must be importable, not stages/
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signals first: what follows imports for seconds
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
     from stages.runtime import ending
 
     ending.install()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _work(config: Config) -> preflight.Work:
-    """Without refreshes no teacher is needed: held-out KLs are measured on text that it may have written before."""
+    """Work to check before training. Without refreshes no teacher is needed: its text may already exist."""
     inline = config.refreshes and config.refresh.refresh_mode == "inline"
     if inline:
         refresh.refuse_role(config)
@@ -62,7 +62,7 @@ def _work(config: Config) -> preflight.Work:
 
 
 def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
-    """Trains to max_steps and exports the student to `runs/<name>/student`. Refreshes read the prompts if not given."""
+    """Train to max_steps and export the student to `runs/<name>/student`; `prompts`: read if not given."""
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
     training = steps.prepare(run, student)
     if prompts is None:
@@ -98,7 +98,7 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
 
 
 def _export(run: Run, student: Student, step: int) -> None:
-    """Writes the student of `step` with a model card, unless the run has already exported it (collective)."""
+    """Export the student of `step` with a model card, unless the run has already done so (collective)."""
     run.world.barrier()
     if not run.world.is_main:
         return
@@ -112,16 +112,16 @@ def _export(run: Run, student: Student, step: int) -> None:
 
 
 def model_card(run: Run, step: int) -> str:
-    """The exported student's README.md, from the run's records."""
+    """README.md of the exported student, from the run's records."""
     return history.model_card(metrics.read(run.metrics.path), run.config, step)
 
 
 def _await_cache(run: Run) -> None:
-    """Waits until the follower has begun the cache (collective)."""
+    """Wait until the follower has created the cache (collective)."""
 
     def tell() -> None:
         if run.world.is_main:
-            run.metrics.keep_config()  # the follower's
+            run.metrics.keep_config()  # the follower reads it
         run.metrics.say(
             f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}` begins"
         )
@@ -130,7 +130,7 @@ def _await_cache(run: Run) -> None:
 
 
 def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:
-    """A function that measures the student on held-out teacher text, which the plain teacher writes now if missing."""
+    """A function that evaluates the student on held-out teacher text, which is generated now if missing."""
     evaluation = measure.open_evaluation(run, vocabulary)
     if not run.config.eval.eval_teacher_text:
         measure.measure_teacher(evaluation)

@@ -1,6 +1,6 @@
-"""Fixtures: the embedded models, and `forked`, which runs stages in clean processes without paying for imports.
+"""Fixtures: the embedded models, and `forked`, which runs stages in clean processes without the import time.
 
-What needs transformers is imported by the fixtures that need it: the tests of `dualkl` and `cache` start without it.
+Fixtures import transformers themselves, so that tests of `dualkl` and `cache` start without it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays; a full garbage collection, which every closed teacher asks for, need not go through it again."""
+    """Freeze imported objects: full garbage collections, run whenever a teacher is closed, then skip them."""
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """At the interpreter's end it is collected, or extension modules report it as leaked."""
+    """Unfreeze objects, or extension modules report them as leaked at interpreter exit."""
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paths of pipeline.yaml are relative to the repository."""
+    """Run tests from the repository root: paths in pipeline.yaml are relative to it."""
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)
 def _no_process_group() -> Iterator[None]:
-    """No test leaves torch.distributed set up in this process: a command that fails would end it, and the tests with it."""
+    """Assert that tests leave no process group behind: a failing command would then end the test process."""
     yield
     torch = sys.modules.get("torch")
     assert torch is None or not torch.distributed.is_initialized(), (
@@ -61,13 +61,13 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def student_model() -> Any:
-    """The embedded student, plain and in fp32. Tests do not change it."""
+    """The embedded student, plain and in fp32. Tests must not modify it."""
     return _model("student")
 
 
 @pytest.fixture(scope="session")
 def teacher_model() -> Any:
-    """The embedded teacher, plain and in fp32. Tests do not change it."""
+    """The embedded teacher, plain and in fp32. Tests must not modify it."""
     return _model("teacher")
 
 
@@ -81,7 +81,7 @@ def _model(name: str) -> Any:
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The root of a cache of 16 rollouts with the signal asked for; written once."""
+    """Function that returns the root of a cache of 16 rollouts with the given signal; written once."""
     from tests.support.helpers import make_run
     from tests.support.tiny_runs import TINY, student_of, write_rollouts
 
@@ -100,7 +100,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Forker:
-    """Clean processes that have imported everything already."""
+    """Clean processes that have already imported everything."""
     from tests.support.helpers import make_forker
 
     return make_forker(tmp_path_factory.mktemp("forked"))

@@ -1,10 +1,11 @@
-"""Hostile caches from a seed: whatever the bytes, a reader gives sound rows or one sentence.
+"""Fuzz caches from a seed: for any bytes, a reader returns valid rows or fails with one sentence.
 
-    python -m tests.fuzz_cache --minutes 60 --seed 1      # prints the seed and the number of each case that ends otherwise
+    python -m tests.fuzz_cache --minutes 60 --seed 1     # prints the seed and the number of each failing case
 
-Each case changes one file of a small cache, mostly with digests made to fit, which is what an accident cannot and a person
-can do, and then opens, summarises, streams, shows and verifies it in a process of its own. That process may end with
-success or a CacheError, within `SECONDS` and `MEGABYTES`, and every row that it was given keeps the format's invariants.
+Each case changes one file of a small cache, usually with matching digests (an attacker can do this, an
+accident cannot), then opens, summarises, streams, shows and verifies it in its own process. The process must
+end with success or a CacheError within `SECONDS` and `MEGABYTES`, and every row returned must satisfy the
+format's invariants.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def the_record(root: Path) -> Path:
 
 
 def mutate_json(body: Any, rng: random.Random) -> Any:
-    """`body` with one value somewhere in it replaced, doubled or gone."""
+    """`body` with one value anywhere in it replaced, duplicated or removed."""
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -109,7 +110,7 @@ def mutate_json(body: Any, rng: random.Random) -> Any:
 
 
 def flip(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
-    """Some bytes changed, cut, doubled or put in."""
+    """Change, cut, duplicate or insert some bytes."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         at = rng.randrange(min(len(changed), end or len(changed)) or 1)
@@ -126,7 +127,7 @@ def flip(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
 
 
 def put_message(root: Path, changed: bytes) -> None:
-    """The first record batch's message replaced, offsets and digests following."""
+    """Replace the first record batch's message, and update offsets and digests."""
     path = the_record(root)
     body = body_of(path)
     shard, entry = root / body["shard"], body["batches"][0]
@@ -153,7 +154,7 @@ def fuzz_message(root: Path, rng: random.Random) -> None:
 
 
 def fuzz_columns(root: Path, rng: random.Random) -> None:
-    """A batch that is not compressed: every change reaches offsets, validity and values as it is."""
+    """Fuzz an uncompressed batch, so that changes reach offsets, validity and values directly."""
     data = _message_of(_read_batch(root), None)
     start = 8 + struct.unpack_from("<i", data, 4)[0]
     body = flip(data[start:], rng)[: len(data) - start]
@@ -173,7 +174,7 @@ def fuzz_signal(root: Path, rng: random.Random) -> None:
 
 
 def bomb(rng: random.Random) -> bytes:
-    """A few bytes that declare, and where they can unpack to, a great deal."""
+    """A few bytes that declare, and where possible unpack to, a huge size."""
     size = rng.choice((1 << 20, 1 << 28, 1 << 33))
     block = struct.pack("<I", 1 << 1 | (1 << 17) << 3)[:3] + b"\0"
     frame = (
@@ -199,7 +200,7 @@ def fuzz_record(root: Path, rng: random.Random) -> None:
 
 
 def fuzz_fingerprint(root: Path, rng: random.Random) -> None:
-    """With records that follow the fingerprint's digest, half of the time."""
+    """Fuzz the fingerprint; half of the time, records get its new digest."""
     path = root / "fingerprint.json"
     body = mutate_json(body_of(path), rng)
     reseal(path, body)
@@ -209,7 +210,7 @@ def fuzz_fingerprint(root: Path, rng: random.Random) -> None:
 
 
 def fuzz_head(root: Path, rng: random.Random) -> None:
-    """The head's bytes, with head.json and all records following; caches without one get their record fuzzed."""
+    """Fuzz the head's bytes, and update head.json and all records; without a head, fuzz the record."""
     if not (root / "head.json").exists():
         fuzz_record(root, rng)
         return
@@ -226,7 +227,7 @@ def fuzz_head(root: Path, rng: random.Random) -> None:
 
 
 def fuzz_raw(root: Path, rng: random.Random) -> None:
-    """Any file, no digest following; JSON files with text that no writer makes."""
+    """Fuzz any file without updating digests; JSON files may get text that no writer produces."""
     path = rng.choice(sorted(p for p in root.rglob("*") if p.is_file()))
     data = path.read_bytes()
     if path.suffix == ".json" and rng.random() < 0.5:
@@ -237,7 +238,7 @@ def fuzz_raw(root: Path, rng: random.Random) -> None:
 
 
 def fuzz_names(root: Path, rng: random.Random) -> None:
-    """Links, pipes, folders and files of odd names where files of the cache are, or beside them."""
+    """Put links, pipes, folders and oddly named files in place of cache files, or next to them."""
     path = rng.choice(sorted(p for p in root.rglob("*") if p.is_file()))
     outside = root.parent / "outside"
     outside.mkdir()
@@ -295,7 +296,7 @@ FUZZERS: tuple[Callable[[Path, random.Random], None], ...] = (
 
 
 def use(root: Path) -> None:
-    """What programs and people do with a cache; rows that come out are checked."""
+    """Use a cache as programs and people do, and check the rows returned."""
     try:
         snapshot = cache.open(root)
         snapshot.summary()
@@ -326,7 +327,7 @@ def check_row(row: cache.Record, vocab_size: int) -> None:
 
 
 def run_case(seed: int, bases: Path, work: Path) -> str | None:
-    """What went wrong in case `seed`, or None. The process of the case has run and is gone."""
+    """Run case `seed` in a child process that has ended on return; what went wrong, or None."""
     rng = random.Random(seed)
     fuzz = rng.choice(FUZZERS)
     root = work / "cache"
@@ -379,7 +380,7 @@ def make_bases(folder: Path) -> None:
 
 
 def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
-    """How many cases ran, and what went wrong in which."""
+    """Number of cases run, and a description of each failure."""
     with tempfile.TemporaryDirectory(prefix="fuzz-cache-") as folder:
         make_bases(Path(folder) / "bases")
         (Path(folder) / "victim").mkdir()
@@ -392,7 +393,7 @@ def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
 def each_case(
     seeds: Iterable[int], seconds: float, folder: Path, run: Callable[[int, Path], str | None]
 ) -> tuple[int, list[str]]:
-    """Runs the case of each seed in a folder of its own until time is up; how many, and what went wrong."""
+    """Run one case per seed in separate folders until time is up; returns their number and the failures."""
     end, count, problems = time.monotonic() + seconds, 0, []
     for seed in seeds:
         if time.monotonic() > end:
@@ -408,7 +409,7 @@ def each_case(
 
 
 def run_command(description: str, campaign: Callable[[Iterable[int], float], tuple[int, list[str]]]) -> int:
-    """The command line of a fuzzer; 1 if a case went wrong."""
+    """Command line of a fuzzer; returns 1 if a case failed."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

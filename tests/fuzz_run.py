@@ -1,9 +1,10 @@
-"""Hostile files of a run from a seed: configuration, prompts, metrics, checkpoints, versions, evaluations, adapters.
+"""Fuzz a run's files: configuration, prompts, metrics, checkpoints, versions, evaluations, adapters.
 
-    python -m tests.fuzz_run --minutes 60 --seed 1      # prints the seed and the number of each case that ends otherwise
+    python -m tests.fuzz_run --minutes 60 --seed 1      # prints the seed and the number of each failing case
 
-Each case changes one file of a small run, JSON half of the time with a seal that fits, and reads it as the commands do, in a process of
-its own. That process may end with success or one sentence, within `SECONDS` and `MEGABYTES` above what it started with.
+Each case changes one file of a small run (JSON half of the time with a matching seal) and reads it like the
+commands do, in its own process. The process must end with success or one sentence, within `SECONDS` and at
+most `MEGABYTES` above its initial memory.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ YAML = (
 
 
 def make_base(folder: Path) -> None:
-    """A run with checkpoints, a published version, evaluations and a report, and data sets of every kind of file."""
+    """A run with checkpoints, a published version, evaluations, a report, and data sets of all file types."""
     values = TINY | {"max_steps": 4, "refresh_every": 2, "eval_prompts": 4, "num_prompts": 16}
     run_python("-m", "stages.pipeline", *small(folder, **values)).expect_success()
     position = checkpoint.read_position(checkpoint.latest(folder / "demo/checkpoints") or folder)
@@ -93,7 +94,7 @@ def make_base(folder: Path) -> None:
 
 
 def change(path: Path, rng: random.Random) -> None:
-    """One file changed: its bytes, or a value of its JSON, with the seal that checkpoints have."""
+    """Change one file: its bytes, or a value of its JSON with the seal that checkpoints have."""
     data, what = path.read_bytes(), rng.random()
     if path.suffix == ".json" and what < 0.6:
         body = mutate_json(json.loads(data), rng)
@@ -129,7 +130,7 @@ def use_prompts(folder: Path) -> None:
 
 
 def use_run(folder: Path) -> None:
-    """The report, the summary, what a resumed run reads first."""
+    """Read the report, the summary, and what a resumed run reads first."""
     run, config = folder / "demo", _config(folder)
     records = metrics.read(run / "metrics.jsonl")
     history.spans(records)
@@ -183,7 +184,7 @@ def _one_line(error: Exception) -> None:
 
 
 def run_case(seed: int, base: Path, work: Path) -> str | None:
-    """What went wrong in case `seed`, or None. The process of the case has run and is gone."""
+    """Run case `seed` in a child process that has ended on return; what went wrong, or None."""
     rng = random.Random(seed)
     name = rng.choice(sorted(USES))
     use, pattern = USES[name]
@@ -229,7 +230,7 @@ def _in_child(use: Callable[[Path], None], folder: Path, path: Path, rng: random
 
 
 def campaign(seeds: Iterable[int], seconds: float) -> tuple[int, list[str]]:
-    """How many cases ran, and what went wrong in which; the seconds begin when the run that they change is there."""
+    """Number of cases run, and a description of each failure; time starts once the base run exists."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz-run-") as temporary:
         base = Path(temporary) / "base"

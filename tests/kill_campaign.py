@@ -1,12 +1,13 @@
-"""Ends commands at random moments, runs them again until they are done, and compares with runs that nobody disturbed.
+"""Kill commands at random moments, rerun them until done, and compare with uninterrupted runs.
 
     python -m tests.kill_campaign --kills 300 --seed 1 --workers 2 [--minutes 60] [--output kills.json]
 
-Kinds: stage one, stage two with inline refreshes and the pipeline, each in 1, 2 and 4 processes; stage two beside a follower
-(external refreshes); `cache export`. Signals: SIGKILL to all processes or to one of them, SIGTERM and SIGINT to all. Moments: any,
-or as soon as a checkpoint or a shard is being written. After the last one the command runs to its end: rows in every column, decoded
-signals, steps, refreshes, evaluations and the student must be bit for bit those of the undisturbed run, with nothing half
-written left. SIGTERM and SIGINT must end a command within a minute, with 143 or 130 and no traceback.
+Kinds: stage one, stage two with inline refreshes and the pipeline, each in 1, 2 and 4 processes; stage two
+next to a follower (external refreshes); `cache export`. Signals: SIGKILL to all processes or one of them,
+SIGTERM and SIGINT to all. Moments: any, or while a checkpoint or a shard is being written. After the last
+kill the command runs to its end: all columns of rows, decoded signals, steps, refreshes, evaluations and the
+student must equal those of the uninterrupted run bit for bit, with no partial files left. SIGTERM and SIGINT
+must end a command within a minute, with exit code 143 or 130 and no traceback.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ KINDS = [(kind, n) for n in (1, 2, 4) for kind in ("rollout", "train", "pipeline
 WAYS = ("kill all", "kill all", "kill one", "terminate", "interrupt")
 MOMENTS = ("any", "any", "checkpoint", "shard")
 CODES = {"terminate": (signal.SIGTERM, 143), "interrupt": (signal.SIGINT, 130)}
-PATIENCE = 60.0  # seconds that a command has to end after SIGTERM, and peers after one of them is killed
+PATIENCE = 60.0  # seconds for a command to end after SIGTERM, and for peers after one is killed
 
 
 @dataclass
 class Command:
-    """A running command: its processes and what they print."""
+    """A running command: its processes and their output."""
 
     workers: list[Any]
     where: Path
@@ -82,7 +83,7 @@ class Command:
                     os.kill(worker.pid, number)
 
     def join(self, seconds: float) -> bool:
-        """Whether all its processes have ended in that time."""
+        """Whether all its processes end within that time."""
         end = time.monotonic() + seconds
         for worker in self.workers:
             worker.join(max(0.0, end - time.monotonic()))
@@ -94,7 +95,7 @@ class Command:
 
 @dataclass
 class Kind:
-    """A kind of run, what an undisturbed one of it left, and the seconds that it took."""
+    """A kind of run, with the result and duration of an uninterrupted one."""
 
     forked: Forker
     name: str
@@ -103,7 +104,7 @@ class Kind:
     seconds: float = 0.0
 
     def prepare(self, folder: Path) -> None:
-        """A new folder in which all stages before this one are done."""
+        """A new folder with all earlier stages done."""
         folder.mkdir(parents=True)
         for stage in BEFORE[self.name]:
             self.forked.stage(f"stages.{stage}", *small(folder, **VALUES)).expect_success()
@@ -135,7 +136,7 @@ class Kind:
             assert exists or not any(codes), f"exit codes {codes}\n{command.errors()[-3000:]}"
 
     def measure(self, folder: Path) -> None:
-        """The undisturbed run that others are compared with; its refreshes are inline."""
+        """Do the uninterrupted reference run; its refreshes are inline."""
         undisturbed = Kind(self.forked, "pipeline", 1) if self.name == "external" else self
         self.prepare(folder)
         started = time.monotonic()
@@ -147,7 +148,7 @@ class Kind:
         self.expected, self.seconds = folder, time.monotonic() - started
 
     def compare(self, folder: Path) -> None:
-        """AssertionError where `folder` differs from the undisturbed run."""
+        """AssertionError if `folder` differs from the uninterrupted run."""
         if self.name == "export":
             left, right = (sorted((f / "exported").rglob("*.parquet")) for f in (folder, self.expected))
             assert [path.name for path in left] == [path.name for path in right]
@@ -176,7 +177,7 @@ class Kind:
 
 
 def assert_same_rows(left: Path, right: Path) -> None:
-    """Ids, all plain columns and the decoded signals."""
+    """Compare ids, all plain columns and the decoded signals."""
     one, other = cache.open(left), cache.open(right)
     assert one.verify() == other.verify() == []
     assert one.row_ids == other.row_ids
@@ -190,7 +191,7 @@ def assert_same_rows(left: Path, right: Path) -> None:
 
 @dataclass
 class Trial:
-    """One run of a kind that is ended `ends` times."""
+    """One run of a kind that is killed `ends` times."""
 
     kind: Kind
     folder: Path
@@ -234,7 +235,7 @@ class Trial:
             victim.send(signal.SIGKILL)
         elif way == "kill one":
             victim.send(signal.SIGKILL, [self.dice.choice(victim.workers)])
-            if len(victim.workers) > 1:  # the others see it, or a launcher ends them
+            if len(victim.workers) > 1:  # the others notice, or a launcher ends them
                 time.sleep(1.0)
                 victim.send(signal.SIGTERM)
                 victim.join(5)
@@ -249,7 +250,7 @@ class Trial:
 
 
 def _writing(folder: Path, moment: str) -> set[str]:
-    """Files that are being written, or just were, of a checkpoint or of the cache."""
+    """Files of a checkpoint or the cache that are being written, or have just been."""
     below = folder / "demo" / {"checkpoint": "checkpoints", "shard": "cache/shards"}.get(moment, "nowhere")
     return {str(path) for path in below.glob("*")}
 
@@ -262,7 +263,7 @@ def campaign(
     kinds: list[tuple[str, int]] = KINDS,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """Trials of random kinds until `kills` have landed or time is up; counts by kind, way and moment, and what failed."""
+    """Run random kinds until `kills` have landed or time is up; counts by kind, way, moment, and failures."""
     end = time.monotonic() + 60 * minutes
     dice, ready = random.Random(seed), {}
     counts: Counter[str] = Counter()
@@ -309,7 +310,7 @@ def _worker(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`workers` campaigns beside each other, with seeds that follow each other."""
+    """Run `workers` campaigns in parallel, with consecutive seeds."""
     share, running = -(-options.kills // options.workers), []
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:

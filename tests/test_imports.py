@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source."""
+"""Allowed imports between packages, checked in the source."""
 
 import ast
 import subprocess
@@ -20,7 +20,7 @@ FORBIDDEN = {
 
 
 def imported_packages(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, inside functions too; relative imports stay in the package."""
+    """Top-level packages imported anywhere in a file, even in functions; relative imports count as own."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -88,7 +88,7 @@ def test_importing_a_package_loads_nothing_that_it_may_not_know(package: str, ab
 def test_the_cache_is_imported_in_half_a_second() -> None:
     code = "import time; start = time.perf_counter(); import cache; print(time.perf_counter() - start)"
     seconds = []
-    for _ in range(3):  # the best of three: other processes may hold the machine
+    for _ in range(3):  # the best of three: other processes may slow the machine
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )

@@ -1,4 +1,4 @@
-"""Turns off dropout and router noise of a checkpoint: distillation trains the student without randomness."""
+"""Disable a checkpoint's dropout and router noise: distillation trains the student without randomness."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.modeling_utils import PreTrainedModel
 
 RANDOM = "drop"  # in the names of probabilities: resid_pdrop, layerdrop
-NOISE = "jitter"  # of routers: router_jitter_noise, which some models (Phi-MoE) read in evaluation too
+NOISE = "jitter"  # of routers: router_jitter_noise, which some models (Phi-MoE) also use in evaluation
 
 
 def switch_off(model: PreTrainedModel) -> None:
-    """Sets dropout to 0 in layers, modules and configs, and pins routers with noise to evaluation mode.
+    """Set dropout to 0 in layers, modules and configs, and pin noisy routers to evaluation mode.
 
-    Call it before adding adapters, to keep their `lora_dropout`. `own_dropout` restores the config temporarily.
+    Call before adding adapters, to keep their `lora_dropout`. `own_dropout` temporarily restores the config.
     """
     if any(_numbers(holder, NOISE) for holder in [*model.modules(), *_configs(model)]):
         pin_to_evaluation(model)
@@ -31,12 +31,12 @@ def switch_off(model: PreTrainedModel) -> None:
         for name, value in _numbers(config, RANDOM):
             kept.append((config, name, value))
             setattr(config, name, 0.0)
-    model._own_dropout = kept  # type: ignore[assignment]  # typed as if modules held only tensors and modules
+    model._own_dropout = kept  # type: ignore[assignment]  # modules may hold any attribute
 
 
 @contextmanager
 def own_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Restores the checkpoint's dropout in the config while the model is saved."""
+    """Restore the checkpoint's dropout in the config while the model is saved."""
     kept = getattr(model, "_own_dropout", [])
     for config, name, value in kept:
         setattr(config, name, value)
@@ -48,9 +48,9 @@ def own_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 
 def pin_to_evaluation(model: PreTrainedModel) -> None:
-    """Keeps modules in evaluation mode for good, except those with gradient checkpointing.
+    """Keep modules in evaluation mode permanently, except those with gradient checkpointing.
 
-    For models whose randomness in training mode has no setting (PhiMoE samples its experts).
+    For models without a setting for their training-mode randomness (PhiMoE samples its experts).
     """
     adapters = {
         id(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()
@@ -83,6 +83,6 @@ def _numbers(holder: Any, word: str) -> list[tuple[str, float]]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The distinct config objects of the model's modules."""
+    """Distinct config objects of the model's modules."""
     found = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
     return list(found.values())

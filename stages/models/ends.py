@@ -17,12 +17,12 @@ MARK = "dualkl0mark"
 
 
 def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
-    """The ids below `vocab_size` that end a rollout: those of `eos_token`, else the student's; may be empty."""
+    """Ids below `vocab_size` that end a rollout: those of `eos_token`, else the student's; may be empty."""
     return tuple(i for i in _wanted(config, tokenizer) if i < vocab_size)
 
 
 def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end the teacher's own text: those of its files, and the EOS of the student's tokenizer."""
+    """Ids that end the teacher's own text: those of its files, and the EOS of the student's tokenizer."""
     own = _own(config.models.teacher_model, tokenizer)
     named = _named(config.rollout.eos_token, tokenizer) if config.rollout.eos_token else ()
     drawable = {i for i in {*own, *named} if i < vocab_size}
@@ -46,7 +46,7 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
 
 
 def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Remarks on EOS tokens at which rollouts do not end; none if student and teacher agree or `eos_token` is set."""
+    """Remarks on EOS tokens that do not end rollouts; none if the models agree or `eos_token` is set."""
     models, own = config.models, _wanted(config, tokenizer)
     if config.rollout.eos_token:
         return []
@@ -75,13 +75,13 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
 
 
 def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special token that the chat template writes after an assistant's text; empty if there is none."""
+    """Special token that the chat template writes after an assistant's text; empty if there is none."""
     if not tokenizer.chat_template:
         return ()
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": MARK}]
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **config.data.chat_template_kwargs)
-    except Exception:  # templates may raise anything; drawing prompts reports it
+    except Exception:  # templates may raise anything; reading the prompts reports it
         return ()
     _, mark, rest = text.rpartition(MARK)
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if mark else []
@@ -91,12 +91,12 @@ def turn_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
 
 @lru_cache(maxsize=16)
 def checkpoint_ends(name: str) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, or of config.json where there is none: those a loaded model would have."""
+    """EOS ids a loaded model would have: from generation_config.json, else from config.json."""
     path = Path(name) / "generation_config.json"
     where, revision = name_and_revision(name)
     try:
         found = GenerationConfig.from_pretrained(where, revision=revision)
-    except Exception as error:  # whatever a malformed file makes it raise
+    except Exception as error:  # malformed files raise various errors
         if path.is_file():
             raise UserError(f"{path} cannot be read as a generation config; mend or remove it.") from error
         found = GenerationConfig.from_model_config(pretrained.load_config(name))
@@ -120,7 +120,7 @@ def _own(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _named(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of tokens separated by commas, or of `text` if it is one token."""
+    """Ids of tokens separated by commas, or of `text` if it is a single token."""
     vocabulary = tokenizer.get_vocab()
     parts = [text] if text in vocabulary else text.split(",")
     names = [part if part in vocabulary else part.strip() for part in parts]

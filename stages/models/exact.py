@@ -1,7 +1,7 @@
-"""Forwards in float32 for any model dtype, with short attention windows, for comparing two computations.
+"""Forwards in float32 for any model dtype, with short attention windows, to compare two computations.
 
-In float32 they differ either by rounding (about 1e-6) or by a real error. Weights are upcast one at a time, as they are
-used, so there is no second copy of the model.
+In float32, differences are either rounding (about 1e-6) or a real error. Weights are upcast one at a time
+when used, so there is no second copy of the model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_utils import PreTrainedModel
 
 NARROW = (torch.bfloat16, torch.float16)
-LINEAR_ROWS = (
-    32_768  # rows of a weight upcast at a time: a whole lm_head of 152,064 rows would take gigabytes
-)
+# rows of a weight upcast at a time; a whole lm_head of 152,064 rows would take gigabytes
+LINEAR_ROWS = 32_768
 WINDOW = 8
+# names in configs and attention modules
 WINDOWS = (
     "sliding_window",
     "attention_chunk_size",
     "attention_window_size",
-)  # names in configs and attention modules
+)
 _MOVERS = {
     "__getitem__",
     "view",
@@ -51,11 +51,11 @@ _MOVERS = {
     "dim",
     "__len__",
 }
-"""These only view or describe a tensor; it is upcast by the function that computes with it."""
+"""These only view or describe a tensor; the function that computes with the result upcasts it."""
 
 
 class _Widening(TorchFunctionMode):
-    """Every torch function computes in float32: half-precision arguments are upcast, requested dtypes replaced."""
+    """Make every torch function compute in float32: upcast half-precision inputs, override given dtypes."""
 
     active = True
 
@@ -90,8 +90,10 @@ def linear_by_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 @contextmanager
 def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
-    """No gradients, no autocast, everything in float32. `sharded`: the module of a ZeRO-3 engine, whose hooks must see the
-    weights unchanged."""
+    """Disable gradients and autocast, and compute everything in float32.
+
+    `sharded`: the module of a ZeRO-3 engine, whose hooks must see the weights unchanged.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = _Widening()
     with ExitStack() as stack:
@@ -104,7 +106,7 @@ def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The module that computes the hidden states for the lm_head.
+    """Module that computes the hidden states for the lm_head.
 
     `get_decoder` returns the whole model for Llama 4, and the head's matrix for ModernBERT's decoder.
     """
@@ -116,7 +118,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def float32_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Disables flash attention, which needs half precision."""
+    """Disable flash attention, which needs half precision."""
     own = model.config._attn_implementation
     if "flash" in own:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -128,7 +130,7 @@ def float32_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) -> None:
-    """Turns the mode off while the module's pre-forward and forward hooks run."""
+    """Turn the mode off while the module's pre-forward and forward hooks run."""
 
     def set_to(active: bool) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -143,7 +145,7 @@ def _pause_around_hooks(module: nn.Module, mode: _Widening, stack: ExitStack) ->
 
 @contextmanager
 def short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Sets attention windows and chunks in configs and modules to `WINDOW`, so that short rows exceed them."""
+    """Set attention windows and chunks in configs and modules to `WINDOW`, so that short rows exceed them."""
     holders: list[Any] = list(model.modules())
     holders += list(
         {id(c): c for module in holders if (c := getattr(module, "config", None)) is not None}.values()

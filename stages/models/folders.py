@@ -1,4 +1,4 @@
-"""Checks the files of models and adapters before weights are read."""
+"""Checks of model and adapter files before weights are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
 def open_config(side: str, name: str) -> Any:
-    """The model's config.json; `UserError`, saying what `side` ("student_model") names instead, if it is no language model."""
+    """The model's config.json; `UserError` if it is no language model, saying what `side` names instead.
+
+    `side`: config key of the model, e.g. "student_model".
+    """
     folder = Path(name)
     if folder.is_file():
         raise UserError(f"{side} {name} is a file; give the folder of a model that transformers can load.")
@@ -51,7 +54,7 @@ def open_config(side: str, name: str) -> Any:
 
 
 def check_weights(side: str, name: str) -> None:
-    """`UserError` if weight files of a local folder are missing, truncated or of an unsupported format."""
+    """`UserError` if weight files of a local folder are missing, truncated or in an unsupported format."""
     folder = Path(name)
     if not folder.is_dir() or "transformers_weights" in (folder / "config.json").read_text():
         return
@@ -77,7 +80,7 @@ def check_weights(side: str, name: str) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without a config or weights seems to be, for an error message."""
+    """Guess what a folder without a config or weights contains, for an error message."""
     if (folder / "adapter_config.json").is_file():
         base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
         return f"it is a LoRA adapter; give the model that it adapts ({base}), and this folder as student_adapter"
@@ -128,7 +131,7 @@ def _check_whole(side: str, path: Path) -> None:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Size in bytes of the header of a safetensors file, and its tensors by name."""
+    """Header size in bytes of a safetensors file, and its tensors by name."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -189,7 +192,7 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
     folder = Path(config.models.student_adapter)
     try:
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.init_lora_weights = False  # a LoraConfig: check_adapter has checked it
+        settings.init_lora_weights = False  # a LoraConfig, as verified by check_adapter
         wanted = get_peft_model_state_dict(PeftModel(model, settings), save_embedding_layers=False)
         stored = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # PEFT raises many types

@@ -1,11 +1,11 @@
 """LoRA on a linear layer with a minimal number of passes over memory: y = x W' + s (x A') B'.
 
-PEFT writes (x A') B', then s times it, then the sum with x W'; autograd mirrors each of these. Here s is folded into B, x W'
-is accumulated in place (`addmm_`), and the gradient of x is computed in the same way.
+PEFT writes (x A') B', then s times it, then the sum with x W'; autograd does the same in reverse. Here s is
+folded into B, x W' is accumulated in place (`addmm_`), and the gradient of x is computed the same way.
 
-CUDA rounds x W' to bfloat16 before adding, which loses most of an early update (`bench/early_updates.py`). Without gradients
-(the probe of a refresh, evaluation) the sum is therefore in fp32. Training uses the cheaper sum, and lags behind its adapter
-while updates are that small.
+CUDA rounds x W' to bfloat16 before adding, which loses most of an early update (`bench/early_updates.py`).
+Without gradients (the probe of a refresh, evaluation) the sum is therefore in fp32. Training uses the cheaper
+sum, whose output lags behind the adapter while updates are that small.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch.nn.functional import linear
 
 
 def make_lean(model: nn.Module) -> None:
-    """Replaces the forward of PEFT's LoRA layers on linear layers by `LeanLinear`, a subclass of `LoraLinear`."""
+    """Replace the forward of PEFT's LoRA layers on linear layers by `LeanLinear`, a `LoraLinear` subclass."""
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = LeanLinear
 
 
 class LeanLinear(LoraLinear):
-    """Fast path for one active plain adapter without active dropout, on a frozen `nn.Linear` in the compute dtype.
+    """Fast path for one active plain adapter without dropout, on a frozen `nn.Linear` in the compute dtype.
 
-    Everything else (DoRA, LoRA with a bias, several, merged or disabled adapters, quantised weights) uses PEFT's forward.
+    All other cases use PEFT's forward: DoRA, LoRA with a bias, quantised weights, several adapters, and
+    merged or disabled ones.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Maps x [..., K] to [..., N] in the dtype of the weights."""
+        """Map x [..., K] to [..., N] in the dtype of the weights."""
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
@@ -47,7 +48,7 @@ class LeanLinear(LoraLinear):
         return adapted(x.to(dtype), base.weight, bias, down.weight, up.weight, self.scaling[adapter])
 
     def _alone(self, dtype: torch.dtype) -> str | None:
-        """The name of the adapter if the fast path applies, else None."""
+        """Name of the adapter if the fast path applies, else None."""
         base = self.get_base_layer()
         if self.disable_adapters or self.merged or self.fan_in_fan_out or type(base) is not nn.Linear:
             return None
@@ -72,8 +73,8 @@ def adapted(
         out_TN = _summed_in_fp32(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
         return out_TN.view(*x.shape[:-1], -1)
     out_TN = _Update.apply(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
-    # Outside `_Update`, after it has saved its tensors: recomputing a checkpoint stops before the layer's last product, which
-    # no gradient needs. `_Update.backward` includes the gradient of this product.
+    # Outside `_Update`, which has saved its tensors: checkpoint recomputation then stops before the layer's
+    # last product, which no gradient needs. `_Update.backward` includes this product's gradient.
     with torch.no_grad():
         out_TN.addmm_(x_TK, weight_NK.t())
     return out_TN.view(*x.shape[:-1], -1)
@@ -127,7 +128,7 @@ class _Update(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on CUDA without rounding to the dtype of the factors first."""
+    """a @ b in `dtype`; on CUDA, without first rounding to the dtype of the factors."""
     if a.is_cuda and a.dtype != dtype and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

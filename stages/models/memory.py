@@ -1,8 +1,9 @@
-"""Bytes that models, caches, activations and optimizers take, from transformers configurations alone: pure arithmetic.
+"""Memory of models, caches, activations and optimizers in bytes, computed from transformers configurations.
 
-Legend of the formulas: M tokens of a forward, N scored tokens, V vocabulary, d width, I MLP width, Q / C width of all query /
-all key heads, L layers, P parameters, T trained parameters, r rank, b bytes of a compute number. Activation coefficients are
-bytes a token, counted on the real modules by `bench/counted_memory.py` (tests/stages/loops/test_plan.py repeats the count).
+Symbols: M tokens of a forward, N scored tokens, V vocabulary, d width, I MLP width, Q / C width of all query
+/ all key heads, L layers, P parameters, T trained parameters, r rank, b bytes of a compute number, n GPUs.
+Activation coefficients are bytes per token, counted on the real modules by `bench/counted_memory.py`
+(tests/stages/loops/test_plan.py repeats the count).
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from transformers import AutoModelForCausalLM
 from stages.runtime.errors import UserError
 
 GIB = 2**30
-LOGIT_BYTES = (
-    32  # a slot and id while a token is drawn: fp32 logits and logprobs, their probabilities and sums in fp64
-)
+# Per slot and vocabulary id while sampling: fp32 logits and logprobs, fp64 probabilities and their sums.
+LOGIT_BYTES = 32
 PREFETCH_ELEMENTS = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 LOSS_BUFFER = GIB * 3 // 10  # dualkl.kernels.fused.BUFFER_BYTES
 COMPRESS_BUDGET = 4 * GIB  # dualkl.heads, at most a sixteenth of the device
@@ -27,9 +27,9 @@ COMPRESS_BUDGET = 4 * GIB  # dualkl.heads, at most a sixteenth of the device
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes. `linears`: (name, inputs, outputs) of each linear layer but the head.
+    """A decoder's sizes. `linears`: (name, inputs, outputs) of each linear layer except the head.
 
-    `active` parameters work on one token: all of them but the experts that a token is not sent to.
+    `active`: parameters used for each token, without experts that are not selected.
     """
 
     parameters: int
@@ -48,14 +48,14 @@ class Shape:
 
     @property
     def body(self) -> int:
-        """Parameters that multiply each token: without embedding and head."""
+        """Parameters multiplied with each token, without embedding and head."""
         return self.active - self.head * (1 if self.is_tied else 2)
 
 
 def shape_of(config: Any) -> Shape:
-    """Sizes of the model that `config` (transformers) describes, built without memory on the meta device.
+    """Sizes of the model described by a transformers `config`, built on the meta device.
 
-    Errors: `UserError` where it is no causal language model of query, key and value heads.
+    Errors: `UserError` if it is no causal language model with query, key and value heads.
     """
     text = config.get_text_config()
     try:
@@ -103,7 +103,7 @@ def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
 
 
 def adapted(shape: Shape, targets: str) -> list[tuple[str, int, int]]:
-    """The linear layers that LoRA adapts; `targets` as the key lora_targets. UserError where a name fits none."""
+    """Linear layers that LoRA adapts; `targets`: the key lora_targets. UserError if a name matches none."""
     if targets == "all-linear":
         return list(shape.linears)
     names = [name.strip() for name in targets.split(",")]
@@ -119,17 +119,17 @@ def lora_parameters(shape: Shape, rank: int, targets: str) -> int:
 
 
 def kv_bytes_per_token(shape: Shape, itemsize: int) -> int:
-    """2 L C b: keys and values of one token in all layers (sliding windows are planned whole)."""
+    """2 L C b: keys and values of one token in all layers (sliding windows are counted in full)."""
     return 2 * shape.layers * shape.key * itemsize
 
 
 def zero3_shard_bytes(shape: Shape, itemsize: int, num_gpus: int) -> int:
-    """P b / n, rounded up parameter by parameter (less than 0.01 % more, not counted)."""
+    """P b / n; rounding up each parameter (less than 0.01 %) is ignored."""
     return -(-shape.parameters * itemsize // num_gpus)
 
 
 def gather_bytes(shape: Shape, itemsize: int, num_gpus: int, prefetch: int = PREFETCH_ELEMENTS) -> int:
-    """(largest module + largest layer's share + prefetch) b: what ZeRO-3 holds whole for a moment; on one card nothing."""
+    """(largest module + largest layer's share + prefetch) b: weights ZeRO-3 gathers at once; 0 on one GPU."""
     if num_gpus == 1:
         return 0
     largest_linear = max((inputs * outputs for _, inputs, outputs in shape.linears), default=0)
@@ -137,12 +137,12 @@ def gather_bytes(shape: Shape, itemsize: int, num_gpus: int, prefetch: int = PRE
 
 
 def head_bytes(shape: Shape, itemsize: int) -> int:
-    """V d b: the head that each rank keeps whole beside its shard."""
+    """V d b: the head, which each rank keeps whole in addition to its shard."""
     return shape.head * itemsize
 
 
 def forward_bytes_per_token(shape: Shape, itemsize: int) -> int:
-    """max(3 I + 4 d, 4 d + 5 Q + 4 C) b: the widest moment of one layer, in the MLP or in attention, without gradients."""
+    """max(3 I + 4 d, 4 d + 5 Q + 4 C) b: peak of one layer without gradients, in the MLP or attention."""
     mlp = 3 * shape.intermediate
     return (4 * shape.hidden + max(mlp, 5 * shape.query + 4 * shape.key)) * itemsize
 
@@ -150,12 +150,15 @@ def forward_bytes_per_token(shape: Shape, itemsize: int) -> int:
 def activation_bytes_per_token(
     shape: Shape, itemsize: int, *, checkpointing: bool, lora_rank: int
 ) -> tuple[float, float]:
-    """What a training forward keeps for each token, and what its backward takes beside it; `lora_rank` 0: full fine-tuning.
+    """Bytes per token kept by a training forward, and temporary in its backward.
 
-    With checkpointing L d s (inputs of the layers, s = b, fp32 in full fine-tuning); one layer's moment of recomputation and
-    backward: LoRA 32 d + 14 I + 14.5 Q + 4.5 C + 40 r, full 36 d + 12 I + 14.5 Q + 6 C.
-    Without, L times what autograd keeps: LoRA 18.7 d + 8.1 I + 14.6 Q + 4.3 C + 23 r, full 28 d + 8 I + 14.5 Q + 6.3 C; 22 d.
-    The coefficients are of bf16 autocast; fp32 compute takes at most twice as much and is planned so.
+    `lora_rank` 0: full fine-tuning.
+
+    With checkpointing: L d s kept (layer inputs; s = b, fp32 in full fine-tuning); recomputation and backward
+    of one layer: LoRA 32 d + 14 I + 14.5 Q + 4.5 C + 40 r, full 36 d + 12 I + 14.5 Q + 6 C.
+    Without: autograd keeps L times LoRA 18.7 d + 8.1 I + 14.6 Q + 4.3 C + 23 r, full 28 d + 8 I + 14.5 Q +
+    6.3 C; temporary: 22 d. The coefficients hold for bf16 autocast; fp32 compute takes at most twice as much,
+    which is assumed.
     """
     sizes = (shape.hidden, shape.intermediate, shape.query, shape.key, lora_rank)
 
@@ -170,17 +173,17 @@ def activation_bytes_per_token(
 
 
 def optimizer_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
-    """AdamW's two fp32 moments, 8 T; under ZeRO-2 (8 + 4) T / n: moments and fp32 master of this rank's share."""
+    """AdamW's two fp32 moments, 8 T; ZeRO-2: this rank's moments and fp32 master weights, (8 + 4) T / n."""
     return 12 * trained // num_gpus if zero2 else 8 * trained
 
 
 def update_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
-    """4 T (ZeRO-2: / n): the square roots of AdamW's update, when the activations are gone."""
+    """4 T (ZeRO-2: / n): square roots in AdamW's update, after the activations are freed."""
     return 4 * trained // num_gpus if zero2 else 4 * trained
 
 
 def gradient_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
-    """4 T; several processes under DDP 8 T (its buckets beside the gradients); ZeRO-2 4 T / n and a bucket of 2 GB at most."""
+    """4 T; under DDP 8 T (gradients and buckets); ZeRO-2: 4 T / n and a bucket of at most 2 GB."""
     if zero2:
         return 4 * trained // num_gpus + min(4 * trained, 2 * 10**9)
     return (8 if num_gpus > 1 else 4) * trained
@@ -189,11 +192,11 @@ def gradient_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
 def loss_bytes(
     num_scored: int, shape: Shape, signal: str, device_bytes: float, *, trains_head: bool
 ) -> tuple[float, float]:
-    """What outlasts the loss, and its chunks of fp32 logits and bf16 gradients, as dualkl.kernels.fused cuts them.
+    """Memory that stays after the loss, and its chunks (fp32 logits, bf16 gradients) in dualkl.kernels.fused.
 
-    The first: hidden states and their gradients, 4 V d for a trained head, the logits of `full`, 6 N V. Chunks: u for topk,
-    nucleus and full, 2 u for hidden, and as much and one more u for gradients (u = 0.3 GiB, all within a sixteenth of the
-    device), less for few tokens.
+    Staying: hidden states and their gradients; 4 V d for a trained head; 6 N V for the logits of `full`.
+    Chunks, with u = 0.3 GiB: u for topk, nucleus and full, 2 u for hidden; the same again plus u for
+    gradients; in total at most a sixteenth of the device, and less for few tokens.
     """
     buffers = 2 if signal == "hidden" else 1
     unit = min(LOSS_BUFFER, device_bytes / 16 / (2 * buffers + 1))
@@ -204,5 +207,5 @@ def loss_bytes(
 
 
 def compress_bytes(num_scored: int, shape: Shape, device_bytes: float) -> float:
-    """An fp32 array [rows, V] of `dualkl.compress`: its kernels need one of the three that its rows are chosen for."""
+    """One fp32 array [rows, V] of `dualkl.compress`, which sizes its rows for three; its kernels need one."""
     return min(12.0 * num_scored * shape.vocab_size, COMPRESS_BUDGET, device_bytes / 16) / 3

@@ -1,9 +1,10 @@
 """Attention over packed rows: each sequence attends only to itself, as if it were in its own row.
 
-`PACKED` is an attention function registered with transformers. Called with packed boundaries (`model_inputs`), it computes
-causal attention per sequence: with PyTorch's variable-length flash kernel on CUDA, else with one SDPA call per group of
-sequences of similar length. All other calls (generation, padded rows) use transformers' SDPA, so one model object serves
-both. transformers' flash attention supports packing itself.
+`PACKED` is an attention function registered with transformers. Called with packed boundaries
+(`model_inputs`), it computes causal attention per sequence: with PyTorch's variable-length flash kernel on
+CUDA, else with one SDPA call per group of sequences of similar length. All other calls (generation, padded
+rows) use transformers' SDPA, so one model object serves both. transformers' flash attention supports packing
+itself.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ PACKED = "dualkl_packed"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_WIDEST_HEAD = 256
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-UNSERVED = ("softcap", "s_aux", "position_bias", "cache")  # optional arguments of attention functions
+UNSERVED = (
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "cache",
+)  # optional arguments of attention functions that packing does not support
 
 
 def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
-    """Prepares `model` for packed rows; returns why rows must be padded instead, or "".
+    """Prepare `model` for packed rows; return "", or why rows must be padded instead.
 
-    `wanted`: the config key `packing`: on (True), off (False) or `auto`, which packs if that is exact.
+    `wanted`: the config key `packing`: on (True), off (False) or `auto`, which packs if the result is exact.
     Errors: `UserError` if packing is on and the model does not support it.
     """
     reason = "packing is off" if wanted is False else refusal(model)
@@ -53,7 +59,7 @@ def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> N
 
 
 def _mark_windows(model: PreTrainedModel) -> None:
-    """Marks sliding attention layers. Looking up the layer index instead would recompile every layer."""
+    """Mark sliding attention layers; looking up the layer index instead would recompile every layer."""
     for module in model.modules():
         types = getattr(getattr(module, "config", None), "layer_types", None)
         if types and isinstance(number := getattr(module, "layer_idx", None), int):
@@ -61,7 +67,7 @@ def _mark_windows(model: PreTrainedModel) -> None:
 
 
 def refusal(model: PreTrainedModel) -> str:
-    """Why packed rows would not be exact for this model, or ""."""
+    """Reason why packed rows would not be exact for this model, or ""."""
     config = model.config.get_text_config()
     implementation = model.config._attn_implementation
     other_layers = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
@@ -77,13 +83,13 @@ def refusal(model: PreTrainedModel) -> str:
 
 
 def model_inputs(aligned: Aligned, implementation: str) -> dict[str, Any]:
-    """Keyword arguments of a decoder with attention `implementation` for `aligned`."""
+    """Keyword arguments for calling a decoder with attention `implementation` on `aligned`."""
     packing = aligned.packing
     if packing is None:
         return {"input_ids": aligned.input_ids, "attention_mask": aligned.attention_mask}
     shared = {"input_ids": aligned.input_ids, "position_ids": aligned.position_ids}
     if implementation == PACKED:
-        # An empty mask: transformers passes it on unchanged, and any other attention function fails on it.
+        # transformers passes an empty mask on unchanged, and any other attention function fails on it.
         nothing = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=aligned.input_ids.device)
         return shared | {"attention_mask": nothing, "packing": packing}
     bounds = {"cu_seq_lens_q": packing.bounds, "cu_seq_lens_k": packing.bounds}
@@ -108,7 +114,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, T, h], key and value [B, G, T, h] to ([B, T, H, h], None)."""
+    """transformers' attention function: query [B, H, T, h], key and value [B, G, T, h] -> [B, T, H, h]."""
     if packing is None:
         assert attention_mask is None or attention_mask.numel(), (
             "the model does not hand `packing` to its attention"
@@ -129,7 +135,7 @@ def packed_attention(
 
 
 def _check_window(module: nn.Module, sliding_window: int | None) -> None:
-    """Rejects a model whose window is only in its masks, which packed attention ignores."""
+    """Reject a model whose window is only in its masks, which packed attention ignores."""
     if getattr(module, "slides", False) and sliding_window is None:
         raise UserError(
             "packed rows cannot be served: the model keeps its attention window to itself; use --packing off."
@@ -137,7 +143,7 @@ def _check_window(module: nn.Module, sliding_window: int | None) -> None:
 
 
 def _find_varlen() -> tuple[Any, bool]:
-    """PyTorch's variable-length attention if it supports windows and scales, and whether it supports grouped heads."""
+    """PyTorch's variable-length attention if it has windows and scales; whether it has grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -170,7 +176,7 @@ def _varlen(
     return _varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
 
 
-@torch.compiler.disable  # lengths differ in every batch and would recompile
+@torch.compiler.disable  # lengths differ in every batch and would cause recompilation
 def _by_groups(
     q_THh: Tensor,
     k_TGh: Tensor,
@@ -180,7 +186,7 @@ def _by_groups(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """One SDPA call per group of sequences of similar length. Right padding is invisible to causal attention."""
+    """One SDPA call per group of sequences of similar length; causal attention never sees right padding."""
     heads = [states.shape[1] for states in (q_THh, k_TGh, v_TGh)]
     one_width = q_THh.shape[-1] == v_TGh.shape[-1]
     together = [torch.cat([q_THh, k_TGh, v_TGh], dim=1)] if one_width else [q_THh, k_TGh, v_TGh]
@@ -210,7 +216,7 @@ def _by_groups(
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """[T, T], True where a position sees another: itself and the `window` - 1 before it."""
+    """[T, T], True where a position attends to another: itself and the `window` - 1 before it."""
     position = torch.arange(length, device=device)
     behind = position[:, None] - position
     return (behind >= 0) & (behind < window)

@@ -1,4 +1,4 @@
-"""A policy: a model that writes completions, the engine it writes with, and what the cache records of it."""
+"""A policy: a model that generates completions, its engine, and how the cache records it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stages.engine.protocol import Completion, Engine, Sampling
 
 @dataclass(frozen=True)
 class Policy:
-    """How one model samples, and what its rows are recorded under."""
+    """A model with its sampling settings, and the identity recorded with its rows."""
 
     model: PreTrainedModel | PeftModel
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     run_id: str
     policy_hash: str
-    step: int  # optimizer steps behind its weights
+    step: int  # optimizer steps of its weights
     sampling: Sampling
     vocab_size: int
     eos_ids: tuple[int, ...]
@@ -31,7 +31,7 @@ class Policy:
     is_teacher: bool = False
 
     def generate(self, prompts: list[np.ndarray], seeds: list[int], num_slots: int) -> list[Completion]:
-        """One completion for each prompt, at most `num_slots` decoded together. See `Engine.generate`."""
+        """Generate one completion per prompt, at most `num_slots` at a time. See `Engine.generate`."""
         with self.autocast():
             return self.engine.generate(
                 prompts,

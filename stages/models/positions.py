@@ -1,4 +1,4 @@
-"""The longest sequence that a model supports, from its config."""
+"""Maximum sequence length of a model, from its config."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ FOLLOW_LENGTH = ("dynamic", "longrope")
 
 
 def positions_of(config: Any) -> int | None:
-    """Maximum tokens of a sequence: learned positions, or the reach of scaled rotary embeddings; None: no limit.
+    """Maximum tokens per sequence: learned positions or range of scaled rotary embeddings; None: no limit.
 
-    Frequencies that depend on the longest row of a batch (`dynamic`, `longrope`) count up to the length where that begins.
+    Frequencies that depend on the batch's longest row (`dynamic`, `longrope`) are valid up to the length at
+    which they change.
     """
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -30,7 +31,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def _scalings(text: Any) -> list[dict[str, Any]]:
-    """The rotary settings: one for all layers, or one per layer type."""
+    """Rotary settings: one for all layers, or one per layer type."""
     found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
     return nested or [found]

@@ -1,4 +1,4 @@
-"""Loads configs, tokenizers, models and heads from folders or the hub. Shared by student and teacher."""
+"""Load configs, tokenizers, models and heads from folders or the hub, for student and teacher."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 
 
 def identity(name: str) -> str:
-    """What a model is: the hub's commit, or a sha256 over config, and of each weight file size, header and sampled blocks.
+    """Identity of a model: the hub's commit, or a sha256 of its config and samples of its weight files.
 
-    A weight file of up to 4 MiB is hashed whole; of a larger one, its size, the first block (the safetensors header) and 63
-    evenly spaced blocks: milliseconds for a 65 GB teacher, and a retrained one still differs.
+    Weight files of up to 4 MiB are hashed whole. For larger ones the hash covers the size, the first block
+    (the safetensors header) and 63 evenly spaced blocks: this takes milliseconds for a 65 GB teacher, and
+    still detects retrained weights.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -56,7 +57,7 @@ def identity(name: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths with the name of a weight file in a model folder, of any file type."""
+    """Paths in a model folder with the name of a weight file, of any file type."""
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
@@ -78,10 +79,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, with only the EOS and pad ids of its generation_config.
+    """Load a causal language model in eval mode, with only the EOS and pad ids of its generation_config.
 
-    Other generation settings (Qwen3: temperature 0.6, top_p 0.95, top_k 20) would silently make rollouts off-policy.
-    `reads_weights=False` checks only names and shapes, in a fraction of a second, and returns a model on the meta device.
+    Other generation settings (Qwen3: temperature 0.6, top_p 0.95, top_k 20) would silently make rollouts
+    off-policy. `reads_weights=False` only checks names and shapes, in a fraction of a second, and returns a
+    model on the meta device.
     Errors: `UserError` if a tensor is missing or has the wrong shape; unused tensors give a warning.
     """
     if attn_implementation == "sdpa" and getattr(load_config(name).get_text_config(), SOFTCAP, None):
@@ -91,7 +93,7 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # reported, and refused below
+        "ignore_mismatched_sizes": True,  # reported, and rejected below
     }
     if not reads_weights:
         settings["device_map"] = "meta"
@@ -110,7 +112,7 @@ def load_model(
 
 
 def _check_complete(name: str, found: dict[str, Any]) -> None:
-    """Rejects tensors that transformers would initialise randomly; warns of those that it ignores."""
+    """Reject tensors that transformers would initialise randomly; warn about those that it ignores."""
     if mismatched := sorted(found["mismatched_keys"]):
         key, stored, built = mismatched[0]
         raise UserError(
@@ -130,7 +132,7 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The lm_head as `dualkl` takes it, with the measured logit scale and soft cap."""
+    """The lm_head as a `dualkl` head, with the measured logit scale and soft cap."""
     weight, bias = output_weights(model)
     readout = readout_of(model)
     return Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
@@ -139,10 +141,10 @@ def head_of(model: PreTrainedModel) -> Head:
 def vocabulary_cut(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int
 ) -> int:
-    """Size of the shared vocabulary: ids at or above it are padding, or known to one side only.
+    """Size of the shared vocabulary: ids at or above it are padding, or known to one model only.
 
     `student_rows`, `teacher_rows`: rows of the two embeddings (Qwen3 pads 151,669 ids to 151,936).
-    Errors: `UserError` if an id is a different token on each side, or a tokenizer has ids beyond its model's embedding.
+    Errors: `UserError` if an id is a different token on each side, or exceeds the embedding of its model.
     """
     maps = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)]
     for side, ids, rows in (("student", maps[0], student_rows), ("teacher", maps[1], teacher_rows)):
@@ -162,7 +164,7 @@ def vocabulary_cut(
 
 
 def why(error: Exception) -> str:
-    """One line on why a library did not load a model, without its advice to trust remote code."""
+    """One-line reason why a library did not load a model, without its advice to trust remote code."""
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
     if "weights_only" in str(error):
@@ -171,7 +173,7 @@ def why(error: Exception) -> str:
 
 
 def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
-    """Calls `function` on a model folder or hub name. Never runs the model's own code, and never prompts for it."""
+    """Call `function` on a model folder or hub name; never run, or prompt for, the model's own code."""
     is_folder = Path(name).is_dir()
     where, revision = name_and_revision(name)
     if not is_folder:
@@ -180,7 +182,7 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
         return function(where, trust_remote_code=False, **kwargs)
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a missing package, a broken pickle, a config.json of wrong types ...
+    except Exception as error:  # a missing package, a broken pickle, wrong types in config.json ...
         is_unknown = (
             not is_folder
             and isinstance(error, OSError | ValueError)

@@ -1,7 +1,7 @@
-"""How a model turns hidden states into logits, measured on one forward.
+"""How a model maps hidden states to logits, measured on one forward.
 
-HyperCLOVA-X multiplies by `logits_scaling`, Granite divides by it, Cohere multiplies by `logit_scale`, Gemma caps. The
-numbers come from the config; how they are used is inferred from the model's logits.
+HyperCLOVA-X multiplies by `logits_scaling`, Granite divides by it, Cohere multiplies by `logit_scale`, Gemma
+caps. The constants come from the config; their use is inferred from the model's logits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Readout:
 
 
 def readout_of(model: PreTrainedModel) -> Readout:
-    """The readout, measured once by a forward of a few tokens; `UserError` with the model type if none fits."""
+    """The readout, measured once on a forward of a few tokens; `UserError` if none fits the model."""
     if not hasattr(model, "_readout"):
         ids = check_ids(model, 6)
         modes = [(module, module.training) for module in model.modules()]
@@ -52,7 +52,7 @@ def readout_of(model: PreTrainedModel) -> Readout:
 def note_readout(
     model: PreTrainedModel, hidden_Td: Tensor, logits_TV: Tensor, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """Fits the readout that maps `hidden` to `logits`, and stores it for `readout_of`. Errors: `UserError`."""
+    """Fit the readout that maps `hidden` to `logits`, and store it for `readout_of`. Errors: `UserError`."""
     if hidden_Td.shape[-1] != weight.shape[1]:
         widths = f"its decoder's states have width {hidden_Td.shape[-1]}, its lm_head takes {weight.shape[1]}"
         raise UserError(_sentence(model, widths))
@@ -72,7 +72,7 @@ def note_readout(
         raise UserError(
             _sentence(model, f"its own logits differ from the nearest such product by {gaps[best]:.1%}")
         )
-    model._readout = fits[best]  # type: ignore[assignment]  # typed as if modules held only tensors and modules
+    model._readout = fits[best]  # type: ignore[assignment]  # modules may hold any attribute
 
 
 def _sentence(model: PreTrainedModel, what: str) -> str:
@@ -92,7 +92,7 @@ def output_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def full_forward(model: PreTrainedModel, ids_BT: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, d] of the decoder and logits [T, V] of the model for one row, from the same forward.
+    """Hidden states [T, d] of the decoder and logits [T, V] of the model for one row, from one forward.
 
     Errors: `UserError` if the forward does not call the decoder exactly once.
     """
@@ -113,7 +113,7 @@ def last_hidden(output: Any) -> Tensor:
 
 
 def check_ids(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
-    """[1, length] random token ids, without the special ones of the config (padding, images)."""
+    """[1, length] random token ids, without the config's special ones (padding, images)."""
     text = model.config.get_text_config()
     special = {
         value
@@ -123,12 +123,12 @@ def check_ids(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
     }
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(text.vocab_size, generator=generator)[: length + len(special)].tolist()
-    usable = [i for i in ids if i not in special] * length  # a tiny vocabulary repeats its ids
+    usable = [i for i in ids if i not in special] * length  # repeated if the vocabulary is tiny
     return torch.tensor([usable[:length]], device=next(model.parameters()).device)
 
 
 def relative_gap(found_TV: Tensor, expected_TV: Tensor) -> float:
-    """Largest distance between the logits of a position, relative to their spread; constant shifts are ignored."""
+    """Largest difference of a position's logits, relative to their spread; ignores constant shifts."""
     expected = expected_TV - expected_TV.mean(-1, keepdim=True)
     found = found_TV - found_TV.mean(-1, keepdim=True)
     gaps = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
@@ -144,7 +144,7 @@ def _numbers(config: Any) -> list[tuple[str, float]]:
 
 
 def _scale(products_TV: Tensor, logits_TV: Tensor, softcap: float | None, numbers: list[float]) -> float:
-    """The factor on the products by least squares, snapped to a number of the config or its inverse if one matches."""
+    """Least-squares factor on the products, snapped to a matching number of the config or its inverse."""
     x, y = products_TV.flatten().double(), logits_TV.flatten().double()
     if softcap is not None:
         inside = y.abs() < 0.9 * softcap

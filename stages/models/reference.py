@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def in_fp32(model: nn.Module, read_as: torch.dtype) -> Iterator[None]:
-    """Runs forwards of `model` in fp32, with the weights that training uses. Autocast must be off.
+    """Run forwards of `model` in fp32 with the weights that training uses. Autocast must be off.
 
-    `read_as`: dtype to which autocast rounds the matrices of frozen and fully trained layers. Adapter weights are not
-    rounded, since they are merged unrounded. Embeddings are looked up in their own dtype.
+    `read_as`: dtype to which autocast rounds the matrices of frozen and fully trained layers. Adapter weights
+    are merged unrounded, so they are not rounded here. Embeddings are looked up in their own dtype.
     """
     precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
@@ -42,7 +42,7 @@ def in_fp32(model: nn.Module, read_as: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _attention_in_fp32(model: Any) -> Iterator[None]:
-    """transformers' flash attention needs half precision; its SDPA computes the same in fp32."""
+    """Replace flash attention, which needs half precision, with SDPA, which is equivalent in fp32."""
     own = model.config._attn_implementation
     if "flash" not in (own or ""):
         yield
@@ -61,7 +61,7 @@ def _upcast(tree: Any) -> Any:
 
 
 class _Swap:
-    """Swaps a module's parameters for fp32 ones while it runs."""
+    """Replace a module's parameters with fp32 ones while it runs."""
 
     def __init__(self, read_as: torch.dtype | None) -> None:
         self._read_as = read_as

@@ -1,10 +1,10 @@
-"""Checks at loading that every way in which the stages compute a model's logits agrees with the model's own forward.
+"""Load-time checks that every way the stages compute logits agrees with the model's own forward.
 
-A path that disagrees is replaced by a slower correct one, and reported, or the model is rejected. The model's forward of a
-single short row, in float32 and with attention windows of a few tokens, is compared with (1) its forward of the first half
-of the row (causality), (2) padded rows through decoder and head, (3) packed rows, (4) training mode, (5) the rollout
-engine. Effects of long rows are not detected: rotary embeddings that change beyond a length, and windows that neither a
-config nor a module names.
+A path that disagrees is replaced by a slower correct one, with a report, or the model is rejected. The
+model's forward of a single short row, in float32 and with attention windows of a few tokens, is compared with
+(1) its forward of the first half of the row (causality), (2) padded rows through decoder and head, (3) packed
+rows, (4) training mode, (5) the rollout engine. Effects of long rows are not detected: rotary embeddings that
+change beyond a length, and windows that neither a config nor a module names.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
 
 LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
-FEW = 4  # tokens checked with `generate`, which is slow for models with a state but no kernels
+FEW = 4  # tokens checked with `generate`, which is slow for models with a recurrent state but no kernels
 WRITTEN = 5e-3  # nats; both sides in float32
-CACHED = 2e-4  # nats; `generate` with a cache may differ more, but by at most 4 times the gap without one
-FLASH_SLACK = 4.0  # times the model's own rounding, for kernels that need half precision
+CACHED = 2e-4  # nats; `generate` with a cache may exceed this, up to 4 times the gap without a cache
+FLASH_SLACK = 4.0  # multiple of the model's own rounding, for kernels that need half precision
 BY_CHUNKS = ("reformer",)
-"""Attend within chunks that depend on the length of the row, so a check on short rows proves nothing."""
+"""Architectures that attend within chunks whose size depends on the row, so short rows prove nothing."""
 T = TypeVar("T")
 
 
 @dataclass
 class Subject:
-    """A loaded model and how the stages compute with it. Collective if `agree` is.
+    """A loaded model and how the stages compute with it; collective if `agree` is.
 
-    `hidden`: batch -> states of the decoder; `full`: ids [1, T] -> states [T, d] and the model's own logits [T, V];
-    `agree`: maximum over all ranks, so that they decide alike.
+    `hidden`: batch -> decoder states; `full`: ids [1, T] -> states [T, d] and the model's own logits [T, V];
+    `agree`: maximum over all ranks, so that all decide alike.
     """
 
     model: PreTrainedModel
@@ -61,7 +61,7 @@ class Subject:
     agree: Callable[[float], float] = float
     side: str = "model"
     rows: list[np.ndarray] = field(default_factory=list)
-    expected: list[Tensor] = field(default_factory=list)  # logits [T, V] of each row by `full`
+    expected: list[Tensor] = field(default_factory=list)  # logits [T, V] of each row from `full`
 
     def __post_init__(self) -> None:
         first, other = (check_ids(self.model, LONG, seed)[0].cpu().numpy() for seed in (0, 1))
@@ -85,7 +85,7 @@ class Subject:
         return align(prompts, completions, 0, self.device, packed=packed)
 
     def found(self, packed: bool) -> list[Tensor]:
-        """The logits of each row from `hidden` and the head."""
+        """Logits of each row from `hidden` and the head."""
         states = self.hidden(self.aligned(packed))
         parts = states[0].split([len(row) for row in self.rows]) if packed else states
         return [self.logits(part[: len(row)]) for part, row in zip(parts, self.rows, strict=True)]
@@ -103,7 +103,7 @@ class Subject:
 
 
 def check_forwards(subject: Subject) -> None:
-    """Measures the readout. `UserError` if the model is not causal, or padded rows or the head change its logits."""
+    """Measure the readout; `UserError` if the model is not causal, or padding or head change its logits."""
     if subject.model.config.model_type in BY_CHUNKS:
         raise UserError(
             f"a {subject.kind} cannot be used: a token's logits depend on how long its row is. Choose another model."
@@ -134,7 +134,7 @@ def check_forwards(subject: Subject) -> None:
 
 
 def packing_refused(subject: Subject) -> str:
-    """Why packed rows cannot be used although the model seems to support them; empty if they are exact."""
+    """Why packed rows cannot be used although the model seems to support them; "" if they are exact."""
     bound = EXACT
     try:
         if "flash" in subject.model.config._attn_implementation:
@@ -157,7 +157,7 @@ def packing_refused(subject: Subject) -> str:
 
 
 def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed: bool) -> None:
-    """Makes training mode compute the same as evaluation mode; `UserError` if that is impossible."""
+    """Make training mode compute the same as evaluation mode; `UserError` if that is impossible."""
 
     def gap() -> float:
         model.train()
@@ -214,7 +214,7 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
 
 
 def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
-    """Selects the rollout engine of `model` (with its adapters): the built-in one, or `generate`.
+    """Select the rollout engine of `model` (with its adapters): the built-in one, or `generate`.
 
     If even `generate` gives wrong logprobs, `rollout_engine` raises later.
     """
@@ -254,7 +254,7 @@ def _refuse(sentence: str, _model: PreTrainedModel | PeftModel) -> Never:
 
 
 def _written(subject: Subject, engine: Callable[..., list[np.ndarray]], num_tokens: int) -> tuple[float, str]:
-    """Gap in nats over the rows' last `num_tokens`, and why the engine cannot be used (empty if it can)."""
+    """Gap in nats over the rows' last `num_tokens`, and why the engine is unusable ("" if it is usable)."""
     try:
         gap = forced_gap(subject, engine, num_tokens)
     except UserError as error:

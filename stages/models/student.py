@@ -1,4 +1,4 @@
-"""The student: loading, LoRA or full fine-tuning, the forward to hidden states, the policy hash, export."""
+"""The student: loading, LoRA or full fine-tuning, the forward to hidden states, policy hash and export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from stages.runtime.files import new_folder, publish_folder, replace_text
 
 @dataclass(frozen=True)
 class Student:
-    """The trained model; a PeftModel under LoRA. `vocab_size`: ids below it are shared with the teacher."""
+    """The trained model, a PeftModel under LoRA. `vocab_size`: ids below it are shared with the teacher."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,8 +45,8 @@ class Student:
     vocab_size: int
     eos_ids: tuple[int, ...]
     compute_dtype: torch.dtype
-    padded_because: str = "packing is off"  # why rows must be padded; empty if they are packed
-    is_compiled: bool = False  # the decoder layers, for training
+    padded_because: str = "packing is off"  # why rows must be padded; "" if they are packed
+    is_compiled: bool = False  # whether the decoder layers are compiled for training
 
     @property
     def packs(self) -> bool:
@@ -84,19 +84,19 @@ class Student:
 def load_student(
     config: Config, device: torch.device, vocab_size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Student:
-    """The student for training: frozen weights in `dtype`, trained weights in fp32."""
+    """Load the student for training: frozen weights in `dtype`, trained weights in fp32."""
     models = config.models
     load_dtype = pretrained.DTYPES[config.run.dtype] if config.lora.use_lora else torch.float32
     base = pretrained.load_model(models.student_model, load_dtype, models.attn_implementation)
     eos = ends.student_ends(config, tokenizer, vocab_size)
     source = pretrained.identity(models.student_model)
     student = assemble(config, base, tokenizer, source, vocab_size, eos, device)
-    student.model.to(device)  # type: ignore[arg-type]  # typed as if self were an argument
+    student.model.to(device)  # type: ignore[arg-type]  # wrong stub of `to`
     return checked(student, config.train.packing)
 
 
 def checked(student: Student, packing: bool | str) -> Student:
-    """The student, set to padded rows if packed ones are not exact (`selfcheck`); `UserError` if it is unsupported."""
+    """Use padded rows if packed ones are not exact (`selfcheck`); `UserError` if the model is unsupported."""
     base = student.base
     subject = selfcheck.Subject(
         base, partial(decoder_states, base), partial(full_forward, base), output_weights(base), side="student"
@@ -118,7 +118,7 @@ def assemble(
     eos: tuple[int, ...],
     device: torch.device,
 ) -> Student:
-    """Makes a student of a loaded model: adapters, packing, gradient checkpointing and compilation from the config.
+    """Make a student from a loaded model: adapters, packing, gradient checkpointing and compilation.
 
     `device`: the training device.
     """
@@ -140,17 +140,18 @@ def assemble(
 
 
 def _cast_once(model: nn.Module) -> None:
-    """Stops adapters from casting bf16 inputs to fp32: autocast rounds them back, so the result is bit-identical."""
+    """Stop adapters from casting bf16 inputs to fp32: autocast casts them back, so results are identical."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
 
 
 def compile_layers(base: PreTrainedModel) -> None:
-    """Compiles the decoder layers for training, equal ones once; evaluation and generation run them uncompiled.
+    """Compile the decoder layers for training, equal ones once; evaluation and generation run uncompiled.
 
-    Gradient checkpointing moves inside the compiled function, so that only what gradients need is recomputed. Layers with
-    checkpointing stay uncompiled if the compiler cannot trace their attention (packed rows without the flash kernel).
+    Gradient checkpointing moves inside the compiled function, so only what gradients need is recomputed.
+    Layers with checkpointing stay uncompiled if the compiler cannot trace their attention (packed rows
+    without the flash kernel).
     Errors: `UserError` for a model without `layers` (GPT-2).
     """
     layers = _layers(base)
@@ -159,7 +160,7 @@ def compile_layers(base: PreTrainedModel) -> None:
             f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers as `layers`; set"
             " compile: false."
         )
-    torch._dynamo.config.optimize_ddp = False  # would split a layer's graph at DDP's buckets
+    torch._dynamo.config.optimize_ddp = False  # it would split a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
     for layer in layers:
         recompute = bool(getattr(layer, "gradient_checkpointing", False))
@@ -194,7 +195,7 @@ def _training_forward(layer: nn.Module, recompute: bool, *arguments: Any, **keyw
 
 
 def policy_hash(student: Student) -> str:
-    """16 hex digits: hash of identity and trained weights, or of the identity alone while LoRA's update is zero."""
+    """16 hex digits: hash of identity and trained weights; identity alone while the LoRA update is zero."""
     untouched = isinstance(student.model, PeftModel) and all(
         not p.any() for name, p in student.trainable.items() if "lora_B" in name
     )
@@ -207,7 +208,7 @@ def policy_hash(student: Student) -> str:
 
 
 def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
-    """Replaces `folder` by a checkpoint (full) or PEFT adapter (LoRA) with the tokenizer and the text files `notes`.
+    """Replace `folder` with a checkpoint (full) or PEFT adapter (LoRA), the tokenizer and the texts `notes`.
 
     Errors: `UserError` if the files cannot be written; the previous folder is kept.
     """
@@ -249,7 +250,7 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
 
 
 def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
-    """`base` with a new adapter; `UserError` for a name in `lora_targets` that no layer has."""
+    """Add a new adapter to `base`; `UserError` for a name in `lora_targets` that matches no layer."""
     targets = config.lora.lora_targets
     names: str | list[str] = (
         targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
@@ -274,7 +275,7 @@ def new_lora(config: Config, base: PreTrainedModel) -> PeftModel:
 
 
 def _set_dropout(model: PeftModel, p: float) -> None:
-    """Replaces the dropout that `student_adapter` was saved with by the configured one."""
+    """Replace the dropout saved with `student_adapter` by the configured one."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_dropout:
@@ -282,8 +283,11 @@ def _set_dropout(model: PeftModel, p: float) -> None:
 
 
 def _unadapted(base: PreTrainedModel) -> list[str] | None:
-    """Linear layers that `all-linear` must exclude: routers that return more than a product, and the projections whose
-    weights Mamba's fused kernels read without calling the layer."""
+    """Linear layers that `all-linear` must exclude.
+
+    These are routers that return more than a product, and projections whose weights Mamba's fused kernels
+    read without calling the layer.
+    """
     names = []
     for name, module in base.named_modules():
         parent = base.get_submodule(name.rpartition(".")[0])

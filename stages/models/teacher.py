@@ -1,7 +1,8 @@
 """The teacher: forward passes only, plain or under DeepSpeed ZeRO-3.
 
-Under ZeRO-3 every forward is collective: all ranks must call `hidden` (or `dummy`) equally often, and `generate` is never
-called. The lm_head is gathered once at loading and kept whole on each rank, so scoring needs no further collectives.
+Under ZeRO-3 every forward is collective: all ranks must call `hidden` (or `dummy`) equally often, and
+`generate` is never called. Each rank gathers the whole lm_head once at loading, so scoring needs no further
+collectives.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from stages.runtime.errors import UserError
 
 
 class _Backbone(nn.Module):
-    """Maps a batch to last hidden states. DeepSpeed's hooks need this to be the `forward` of its root module."""
+    """Map a batch to last hidden states; DeepSpeed's hooks need this to be its root module's `forward`."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, batch: Aligned | Tensor) -> Any:
-        """States [B, T, D] of a batch; for ids [1, T], the result of `full_forward` (for the check at loading)."""
+        """States [B, T, D] of a batch; for ids [1, T] the result of `full_forward` (load-time check)."""
         return (
             full_forward(self.model, batch)
             if isinstance(batch, Tensor)
@@ -54,7 +55,7 @@ class _Backbone(nn.Module):
 
 @dataclass
 class Teacher:
-    """`forward` maps a batch to hidden states; `packs`: it accepts packed rows; `engine`: DeepSpeed's, if sharded."""
+    """`forward`: batch -> hidden states; `packs`: accepts packed rows; `engine`: DeepSpeed's, if sharded."""
 
     forward: Any
     head: Head
@@ -78,27 +79,27 @@ class Teacher:
         return self.forward(aligned)
 
     def dummy(self) -> None:
-        """A dummy forward, for a rank that has no work while others do."""
+        """Dummy forward, for a rank without work while others have some."""
         one = np.zeros(1, dtype=np.int64)
         self.hidden(align([one], [one], 0, self.device))
 
     def move(self, device: torch.device) -> None:
-        """Moves the weights of a plain teacher; does nothing for a sharded one."""
+        """Move the weights of a plain teacher; no effect on a sharded one."""
         if self.engine is None:
             self.forward.to(device)
 
     def close(self) -> None:
-        """Frees all memory."""
+        """Free all memory."""
         if self.engine is not None:
             _destroy(self.engine)
-        self.forward = self.engine = self.head = None  # type: ignore[assignment]  # unusable from here on
+        self.forward = self.engine = self.head = None  # unusable from here on
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 class TeacherLoader:
-    """Loads the scoring teacher at first use and frees it at the end of a `with` block."""
+    """Load the scoring teacher on first use, and free it at the end of a `with` block."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
@@ -130,11 +131,11 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     models = config.models
     dtype = pretrained.DTYPES[models.teacher_dtype]
     model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation)
-    return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # typed as if self were an argument
+    return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # wrong stub of `to`
 
 
 def check_writer(model: PreTrainedModel) -> None:
-    """For a teacher that generates text (evaluation): checks it and selects the engine that generates correctly."""
+    """Check a teacher that generates text (evaluation), and select an engine that generates correctly."""
     subject = _plain_subject(model, _Backbone(model))
     selfcheck.check_forwards(subject)
     selfcheck.check_writing(subject, model)
@@ -145,7 +146,7 @@ def _plain_subject(model: PreTrainedModel, backbone: _Backbone) -> selfcheck.Sub
 
 
 def plain_model_fits(config: Config, world: World) -> bool:
-    """Whether the weights of the plain teacher, plus 10 %, fit in the free memory of all devices; True on a CPU."""
+    """Whether the plain teacher's weights plus 10 % fit in the free memory of all devices; True on a CPU."""
     if world.device.type == "cpu":
         return True
     free, _ = torch.cuda.mem_get_info(world.device)
@@ -153,7 +154,7 @@ def plain_model_fits(config: Config, world: World) -> bool:
 
 
 def resident_bytes(config: Config, num_gpus: int) -> float:
-    """Bytes of the scoring teacher's weights on each GPU: all where plain, a shard under ZeRO-3, none where offloaded."""
+    """Bytes of the scoring teacher's weights per GPU: all if plain, a shard under ZeRO-3, 0 if offloaded."""
     if not config.models.teacher_model:
         return 0.0
     if not config.models.teacher_ds_zero3:
@@ -163,7 +164,7 @@ def resident_bytes(config: Config, num_gpus: int) -> float:
 
 
 def _weight_bytes(config: Config) -> int:
-    """Bytes of the whole teacher in teacher_dtype; no weights are read."""
+    """Bytes of the whole teacher in teacher_dtype; reads no weights."""
     return (
         _num_parameters(config.models.teacher_model) * pretrained.DTYPES[config.models.teacher_dtype].itemsize
     )
@@ -184,7 +185,7 @@ def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> 
 
 
 def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | str) -> bool:
-    """Whether packed rows are exact; `UserError` for an unsupported teacher (collective if the teacher is)."""
+    """Whether packed rows are exact; `UserError` for an unsupported teacher (collective if it is)."""
     selfcheck.check_forwards(subject)
     if not padded_because:
         padded_because = selfcheck.packing_refused(subject)
@@ -213,7 +214,7 @@ def _load_zero3(config: Config, world: World) -> Teacher:
 def sharded_teacher(
     model: PreTrainedModel, settings: dict[str, Any], world: World, packing: bool | str
 ) -> Teacher:
-    """A ZeRO-3 teacher from a loaded model, whole or partitioned (collective)."""
+    """Make a ZeRO-3 teacher from a loaded model, whole or partitioned (collective)."""
     import deepspeed
 
     model.requires_grad_(False)
@@ -240,10 +241,11 @@ def sharded_teacher(
 
 
 def _destroy(engine: Any) -> None:
-    """Destroys a ZeRO-3 engine, clears DeepSpeed's global references to it, and empties its weights.
+    """Destroy a ZeRO-3 engine, clear DeepSpeed's global references to it, and empty its weights.
 
-    FWD_MODULE_STACK keeps the root module after a forward without gradients; an `lru_cache` of a coordinator's method keeps
-    the modules once a trace is complete. Emptied weights cost nothing if another version of DeepSpeed keeps more.
+    FWD_MODULE_STACK keeps the root module after a forward without gradients; an `lru_cache` of a
+    coordinator's method keeps the modules once a trace is complete. Emptied weights cost nothing if another
+    version of DeepSpeed keeps more references.
     """
     module = engine.module
     engine.destroy()
@@ -260,7 +262,7 @@ def _destroy(engine: Any) -> None:
 
 
 def _caches_in(function: Any, depth: int = 3) -> Iterator[Any]:
-    """The `lru_cache`s in a decorated function; DeepSpeed's decorators keep the function only in a closure."""
+    """`lru_cache`s in a decorated function, which DeepSpeed's decorators hide in a closure."""
     if hasattr(function, "cache_clear"):
         yield function
     elif depth:
@@ -278,10 +280,10 @@ def _gathered_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def restore_buffers(model: PreTrainedModel) -> None:
-    """Recomputes in float32 the computed buffers (rotary frequencies above all) that plain loading keeps in float32.
+    """Recompute in float32 the buffers (mainly rotary frequencies) that plain loading keeps in float32.
 
-    Loading in bf16 under ZeRO-3 rounds them, an error that grows with the position (relative error of the last hidden state
-    at 512 tokens: 0.115 instead of 0.026).
+    Loading in bf16 under ZeRO-3 rounds them; the error grows with the position (relative error of the last
+    hidden state at 512 tokens: 0.115 instead of 0.026).
     """
     computed = {
         f"{prefix}.{name}".lstrip("."): module
@@ -301,7 +303,7 @@ def restore_buffers(model: PreTrainedModel) -> None:
 
 
 def zero3_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings for a forward-only stage-3 engine: the defaults, or `teacher_ds_config` without `auto`s."""
+    """DeepSpeed settings for a forward-only stage-3 engine: default, or `teacher_ds_config` without autos."""
     bf16 = config.models.teacher_dtype == "bf16"
     if not config.models.teacher_ds_config:
         stage_three = {"stage": 3, "stage3_param_persistence_threshold": 0}

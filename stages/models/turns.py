@@ -1,4 +1,4 @@
-"""Student and teacher take turns on a GPU that cannot hold both."""
+"""Offloading of student and teacher on a GPU that cannot hold both."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from stages.runtime.run import Run
 
 HOST = torch.device("cpu")
 CROWDED = 0.8
-"""Share of a GPU's memory that the weights of both may take; slots and activations need the rest."""
-ADAM_BYTES = 8  # the optimizer's state for each trained weight
+"""Maximum share of GPU memory for the weights of both; slots and activations need the rest."""
+ADAM_BYTES = 8  # optimizer state per trained weight
 
 
 def must_take_turns(student: float, trained: int, teacher: float, card: float) -> bool:
-    """Whether both models leave too little room on a GPU of `card` bytes.
+    """Whether the weights of both models leave too little room on a GPU of `card` bytes.
 
-    `student`, `teacher`: bytes of their weights there. `trained`: the student's trained weights.
+    `student`, `teacher`: bytes of their weights on the GPU. `trained`: number of the student's trained
+    weights.
     """
     return student + ADAM_BYTES * trained + teacher > CROWDED * card
 
 
 class Turns:
-    """Moves the student and a plain teacher between the GPU and host memory, if both do not fit.
+    """Move the student and a plain teacher between GPU and host memory if both do not fit.
 
-    Weights return bit for bit, in the same parameters at other addresses; the engine's memory is freed. A ZeRO-3 teacher
-    stays where its DeepSpeed settings put it. So does a student under ZeRO-2, whose weights are views of DeepSpeed's
-    buffers.
+    Weights are restored bit for bit, in the same parameters at other addresses; the engine's memory is freed.
+    A ZeRO-3 teacher stays where its DeepSpeed settings place it. So does a student under ZeRO-2, whose
+    weights are views of DeepSpeed's buffers.
     """
 
     def __init__(self, run: Run, student: nn.Module, engine: Engine | None = None) -> None:
@@ -38,7 +39,7 @@ class Turns:
         self._student, self._engine = student, engine
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
-        """The teacher on the device, loaded there the first time."""
+        """Put the teacher on the device, loading it the first time."""
         if self._enabled:
             if self._engine is not None:
                 self._engine.close()
@@ -50,7 +51,7 @@ class Turns:
         return teacher
 
     def to_student(self, teacher: Teacher | None) -> None:
-        """Puts the student on the device. `teacher`: the one there now, if any."""
+        """Put the student on the device. `teacher`: the one currently there, if any."""
         if not self._enabled:
             return
         if teacher is not None:

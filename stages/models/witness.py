@@ -1,8 +1,8 @@
-"""Checks that an engine generates with the weights that are trained.
+"""Check that an engine generates with the weights being trained.
 
-Whatever replaces a layer in an engine (merged, joined, cast), its outputs can be compared: a few tokens of each layer's
-first call, against W x + s B A x in fp32. Rounding errors have no direction; a missing, outdated or wrongly scaled adapter
-leaves an error along s B A x.
+Engines may merge, join or cast layers, but outputs stay comparable: a few tokens of each layer's first call
+are compared with W x + s B A x in fp32. Rounding errors have no direction; a missing, outdated or wrongly
+scaled adapter leaves an error along s B A x.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 TOKENS = 64
-"""Tokens compared per layer, from its first call."""
+"""Number of tokens compared per layer, from its first call."""
 
-LEAST_ERROR = 1e-6  # least standard error of a share: rounding of fp32 sums
+LEAST_ERROR = 1e-6  # minimum standard error of a share: rounding of fp32 sums
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer. `share`: excess of the adapter's part in the output (-1: the adapter is missing); `error`: its standard
-    error. `rounding`: RMS of the remaining difference, relative to that of the layer's own rounding."""
+    """Result of one layer.
+
+    `share`: excess of the adapter's part in the output (-1: the adapter is missing); `error`: its standard
+    error. `rounding`: RMS of the remaining difference, relative to that of the layer's own rounding.
+    """
 
     name: str
     share: float
@@ -41,7 +44,7 @@ class _Layer:
 
 
 class Witness:
-    """While `watching`, compares the first call of each linear layer of `decoder`, plain or with one plain adapter."""
+    """In `watching`, compare each linear layer's first call in `decoder`, plain or with one plain adapter."""
 
     def __init__(self, decoder: nn.Module, compute_dtype: torch.dtype) -> None:
         self._decoder, self._dtype = decoder, compute_dtype
@@ -63,7 +66,7 @@ class Witness:
             self._names = {}
 
     def seen(self) -> list[Seen]:
-        """The results in call order. Synchronises with the device."""
+        """Results in call order. Synchronises with the device."""
         if not self._found:
             return []
         rows = torch.stack(list(self._found.values())).tolist()
@@ -101,10 +104,10 @@ class Witness:
 
 
 def slope(product_G: Tensor, square_G: Tensor) -> tuple[Tensor, Tensor]:
-    """The slope c of y = c x + rest and its standard error (jackknife over groups), both 0-dimensional.
+    """Slope c of y = c x + rest and its standard error (jackknife over groups), both 0-dimensional.
 
-    `product_G`, `square_G`: sums of x y and x x over independent groups of samples. A group that determines c alone makes
-    the error large.
+    `product_G`, `square_G`: sums of x y and x x over independent groups of samples. The error is large if a
+    single group determines c.
     """
     total = square_G.sum()
     if not total:

@@ -1,9 +1,9 @@
-"""Checkpoints: all that a later process needs to go on as if it had never stopped.
+"""Checkpoints: everything a later process needs to resume training exactly.
 
-`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and state.json (the
-position, from which the order of rows follows; sha256 of every other file, and of itself). A folder appears under its name
-only when it is complete. `checkpoints/best.safetensors` holds the weights with the lowest held-out reverse KL of the run so
-far.
+`checkpoints/step-000040/` holds the trained weights, optimizer, scheduler, random states of every rank, and
+state.json: the position, which determines the order of rows, and the sha256 of every other file and of
+itself. A folder gets its final name only once it is complete. `checkpoints/best.safetensors` holds the
+weights with the lowest held-out reverse KL of the run so far.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.files import new_folder, publish_folder, remove
 from stages.runtime.schema import Count, complaint
 
-# What the libraries raise for a file that is not what was written.
+# Errors that the libraries raise for corrupt files.
 DAMAGE = (
     OSError,
     RuntimeError,
@@ -49,12 +49,12 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NAME = re.compile(r"step-\d{6,}")
 STRICT = ConfigDict(strict=True, extra="forbid")
 BEST = "best.safetensors"
-WRITTEN = ("student.safetensors", "state.pt")  # in every checkpoint, beside the optimizer's
+WRITTEN = ("student.safetensors", "state.pt")  # in every checkpoint, next to the optimizer files
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """Weights that write, or wrote, rollouts: their optimizer step, their policy hash, and why a refresh was due."""
+    """Weights that generate rollouts: optimizer step, policy hash, and the reason for the refresh."""
 
     __pydantic_config__: ClassVar = STRICT
     step: Count
@@ -64,16 +64,18 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands, and all that decides when rows are next replaced and by which.
+    """Position in training, and the state that decides when a refresh is due and which rows it uses.
 
     Attributes:
         step: optimizer steps done.
-        refresh_index: the refresh whose rows are trained on; 0: what stage one wrote.
-        refreshes: each refresh by index, 0 the student at the start; those after `refresh_index` are being written elsewhere.
-        opened_at: the step at which the rows of `refresh_index` were taken up.
-        num_rows: how many of this run's rows there were then; 0: not known.
+        refresh_index: refresh whose rows are being trained on; 0: those of stage one.
+        refreshes: every refresh by index; 0 is the initial student. Other processes are still writing those
+            after `refresh_index`.
+        opened_at: step at which training switched to the rows of `refresh_index`.
+        num_rows: number of this run's rows at that step; 0: unknown.
         recent: drift of the last steps on these rows, oldest first, nats per token.
-        adaptive_tau: state of the gate's threshold (`dualkl.thresholds.AdaptiveTau.state`); empty where it does not adapt.
+        adaptive_tau: state of the gate's threshold (`dualkl.thresholds.AdaptiveTau.state`); empty if it is
+            constant.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -87,22 +89,22 @@ class Position:
 
     @property
     def newest(self) -> int:
-        """The last refresh that was begun."""
+        """Index of the last refresh that was started."""
         return max(self.refreshes, default=self.refresh_index)
 
     @property
     def policies(self) -> dict[int, str]:
-        """The policy hash of each refresh: rows of this run by any other come from a trajectory that was given up."""
+        """Policy hash of each refresh; this run's rows with other hashes are from an abandoned trajectory."""
         return {index: refresh.policy_hash for index, refresh in self.refreshes.items()}
 
     def step_of(self, index: int) -> int:
-        """The step of the weights that wrote refresh `index`."""
+        """Optimizer step of the weights that wrote refresh `index`."""
         return self.refreshes[index].step if index in self.refreshes else 0
 
 
 @dataclass(frozen=True)
 class _State:
-    """state.json but for its own sha256: the position, and the sha256 of each other file."""
+    """state.json without its own sha256: the position, and the sha256 of every other file."""
 
     __pydantic_config__: ClassVar = STRICT
     position: Position
@@ -114,9 +116,9 @@ _STATE = TypeAdapter(_State)
 
 @dataclass(frozen=True)
 class Best:
-    """Which student of a run was nearest to the teacher, by held-out reverse KL, nats a token.
+    """The checkpoint of a run with the lowest held-out reverse KL, nats per token.
 
-    Only figures of equal `measured_on`, which names the held-out text, can be compared; "" is that of an older file.
+    Only values with equal `measured_on`, the held-out text, are comparable; "" marks an older file.
     """
 
     step: int
@@ -125,7 +127,7 @@ class Best:
 
 
 def best(folder: Path) -> Best | None:
-    """What `folder`'s best weights are, or None if none were kept."""
+    """Read the metadata of `folder`'s best weights; None if there are none."""
     path = folder / BEST
     if not path.is_file():
         return None
@@ -135,7 +137,7 @@ def best(folder: Path) -> Best | None:
 
 
 def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> None:
-    """Replaces the best weights in one step: they are there under their name at every moment (main process)."""
+    """Replace the best weights atomically (main process)."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
     metadata = {
         "step": str(kept.step),
@@ -145,7 +147,7 @@ def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> N
     }
     folder.mkdir(exist_ok=True)
     partial = folder / f".partial-{BEST}"
-    remove(partial)  # what a crash left, or a link
+    remove(partial)  # left by a crash, or a link
     try:
         save_file(tensors, partial, metadata=metadata)
         with partial.open("rb") as file:
@@ -158,7 +160,7 @@ def save_best(folder: Path, trainable: dict[str, nn.Parameter], kept: Best) -> N
 
 @torch.no_grad()
 def load_best(folder: Path, trainable: dict[str, nn.Parameter]) -> Best | None:
-    """Puts the best weights into a student's parameters; None, and nothing changed, if there are none."""
+    """Load the best weights into a student's parameters; return None and change nothing if there are none."""
     kept = best(folder)
     if kept is None:
         return None
@@ -172,7 +174,7 @@ def load_best(folder: Path, trainable: dict[str, nn.Parameter]) -> Best | None:
 
 
 def forget_best(folder: Path) -> None:
-    """For a run that begins anew: what an earlier one kept is not its own."""
+    """Delete the best weights of an earlier run, before a new one starts."""
     (folder / BEST).unlink(missing_ok=True)
 
 
@@ -185,7 +187,7 @@ def _tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below `folder`, by step."""
+    """Complete checkpoints in `folder`, sorted by step."""
     found = [
         path
         for path in folder.glob("step-*")
@@ -199,12 +201,12 @@ def step_of(path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`."""
+    """Newest complete checkpoint in `folder`."""
     return next(reversed(complete(folder)), None)
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """The complete checkpoint of `step`; UserError that names those that are there."""
+    """Complete checkpoint of `step`; otherwise a UserError that lists the existing ones."""
     there = complete(folder)
     for path in there:
         if step_of(path) == step:
@@ -216,7 +218,7 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints of later steps, newest first, and best weights of one (main process)."""
+    """Remove checkpoints after `step`, newest first, and best weights from after it (main process)."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
             remove(path)
@@ -245,9 +247,9 @@ def _read_state(path: Path) -> _State:
 
 @contextmanager
 def _explained(path: Path, checked: bool = False) -> Iterator[None]:
-    """Turns what the libraries say into a sentence: of damage, or of a machine that could not read sound files.
+    """Turn library errors into a `UserError`: damaged files, or a machine that could not read intact ones.
 
-    `checked`: the files are what was written, so that only the machine, or other versions of the libraries, can be at fault.
+    `checked`: the digests matched, so only the machine or other library versions can be at fault.
     """
     try:
         yield
@@ -275,7 +277,7 @@ def save(
     keep: int,
     engine: Any = None,
 ) -> Path:
-    """Writes `step-N` atomically (collective) and removes all but the newest `keep`."""
+    """Write `step-N` atomically and remove all but the newest `keep` checkpoints (collective)."""
     final = folder / f"step-{position.step:06d}"
     partial = folder / f".partial-step-{position.step:06d}"
     if world.is_main:
@@ -331,7 +333,7 @@ def load(
     world: World,
     engine: Any = None,
 ) -> Position:
-    """Puts a checkpoint's state into the given objects; learning rate and weight decay stay those of the configuration."""
+    """Restore a checkpoint in place; learning rate and weight decay stay those of the configuration."""
     own = [(group["initial_lr"], group["weight_decay"]) for group in scheduler.optimizer.param_groups]
     load_weights(path, trainable)
     with _explained(path, checked=True):
@@ -350,7 +352,7 @@ def load(
 
 
 def _set_rates(scheduler: Any, own: list[tuple[float, float]]) -> None:
-    """The (peak learning rate, weight decay) of each group, at the step where the scheduler stands."""
+    """Set each group's (peak learning rate, weight decay) for the scheduler's current step."""
     scheduler.base_lrs = [peak for peak, _ in own]
     rates = [
         peak * factor(scheduler.last_epoch)
@@ -363,7 +365,7 @@ def _set_rates(scheduler: Any, own: list[tuple[float, float]]) -> None:
 
 @torch.no_grad()
 def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
-    """Copies a checkpoint's trained weights into a student's parameters, after checking the digest of every file."""
+    """Verify the digest of every file, then copy a checkpoint's weights into a student's parameters."""
     with _explained(path):
         found = _read_state(path).files
         optimizer = [file for file in (path / "optimizer.pt", *path.glob("deepspeed/**/*")) if file.is_file()]
@@ -372,9 +374,8 @@ def load_weights(path: Path, trainable: dict[str, nn.Parameter]) -> None:
         for name, digest in found.items():
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"state.json names {name[:100]!r}")
-            if digest != _file_digest(path / name) and digest != _file_digest(
-                path / name
-            ):  # one bad read is no damage
+            # a single bad read is not damage
+            if digest != _file_digest(path / name) and digest != _file_digest(path / name):
                 raise ValueError(f"{name} is not what was written")
     with _explained(path, checked=True):
         stored = load_file(path / "student.safetensors")
@@ -397,7 +398,7 @@ def _copy(path: Path, stored: dict[str, torch.Tensor], trainable: dict[str, nn.P
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its path there."""
+    """sha256 of every file in a folder, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): _file_digest(path) for path in paths}
 
@@ -412,7 +413,7 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    if (final / "state.json").is_file():  # the same step, saved before: never a moment without it
+    if (final / "state.json").is_file():  # the same step, saved before: keep it visible throughout
         shutil.rmtree(partial)
     else:
         publish_folder(partial, final)

@@ -1,6 +1,6 @@
-"""The configuration: every key with its type, default (Qwen scale) and range, and how files and flags set it.
+"""Configuration: every key with its type, default (Qwen scale) and range; parsing of files and flags.
 
-Sections only group keys for the reader: leaf names are unique, so `--tau 0.5` and `loss: {tau: 0.5}` mean the same.
+Sections only group keys for the reader: key names are unique, so `--tau 0.5` equals `loss: {tau: 0.5}`.
 Later sources win: defaults, then each `--config` file in order, then flags.
 """
 
@@ -49,7 +49,7 @@ class RunSection(Section):
 
 
 def name_and_revision(model: str) -> tuple[str, str]:
-    """`NAME@REVISION` of the hub in two, with main where no revision is given; a folder keeps its name."""
+    """Split a hub `NAME@REVISION`; the revision defaults to main. A local folder keeps its name."""
     if Path(model).is_dir():
         return model, "main"
     name, _, revision = model.partition("@")
@@ -83,7 +83,7 @@ class LoraSection(Section):
 
 
 def _weighted(value: Any) -> Any:
-    """A list of data sets, or of {data set: weight}, as one map. ValueError for one named twice, by whatever path."""
+    """Convert a list of data sets, or of {data set: weight}, to one map; ValueError if one is repeated."""
     parts = [value] if isinstance(value, dict) else value
     if not isinstance(parts, list) or not all(isinstance(each, str | dict) for each in parts):
         return value
@@ -121,7 +121,7 @@ class DataSection(Section):
 
 
 def _joined(value: Any) -> Any:
-    """A list of names, joined by commas."""
+    """Join a list of names with commas."""
     is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return ",".join(value) if is_list else value
 
@@ -167,7 +167,7 @@ class SignalSection(Section):
 
 
 class LossSection(Section):
-    """Ranges are those of `DualKLConfig`, which checks them."""
+    """`DualKLConfig` checks the ranges."""
 
     tau: Finite = Field(1.0, description="gate threshold on the reverse KL, nats")
     tau_share: Finite = Field(
@@ -198,7 +198,7 @@ class LossSection(Section):
     )
 
     def settings(self, vocab_size: int | None = None) -> DualKLConfig:
-        """As `dual_kl` takes them; ValueError for those that it refuses."""
+        """Settings for `dual_kl`; ValueError if they are invalid."""
         return DualKLConfig(**self.model_dump(exclude={"tau_share"}), vocab_size=vocab_size)
 
 
@@ -308,7 +308,7 @@ class Config(Section):
 
     @property
     def refreshes(self) -> bool:
-        """Whether any refresh can become due."""
+        """Whether a refresh can ever become due."""
         policy = self.refresh
         is_inline = policy.refresh_mode == "inline"
         return policy.refresh_mode == "external" or (
@@ -321,7 +321,7 @@ class Config(Section):
 
     @property
     def unscored_root(self) -> str:
-        """Where `role: generate` leaves what `role: score` takes."""
+        """Cache to which `role: generate` writes and from which `role: score` reads."""
         return self.cache_root.rstrip("/") + "-unscored"
 
 
@@ -363,9 +363,9 @@ MOST_BYTES = 2**20
 
 
 def parse_arguments(arguments: list[str], description: str) -> Config:
-    """The configuration of a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
+    """Parse a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
 
-    Errors: `UserError` that names the key, the nearest real one, and the type that was expected.
+    Errors: `UserError` that names the key, the closest valid key, and the expected type.
     """
     known, unknown = _parser(description).parse_known_args(arguments)
     if unknown:
@@ -401,7 +401,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file, whether they stand in their section or at the top level."""
+    """Read the keys of a YAML file, in their sections or at the top level."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist (looked in {Path.cwd()}).")
     if path.stat().st_size > MOST_BYTES:
@@ -437,7 +437,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _from_text(leaf: str, text: str) -> Any:
-    """The value of a flag: a text that the key takes as it is, else YAML, as in a file."""
+    """Parse a flag's value: taken literally if the key accepts text, else read as YAML."""
     annotation = SECTIONS[SECTION_OF[leaf]].model_fields[leaf].annotation
     if annotation is str or (str in get_args(annotation) and not text.startswith(("{", "["))):
         return text
@@ -458,11 +458,11 @@ def _unknown_key(key: str, where: str) -> str:
     return f"unknown key {key} {where}{hint}"
 
 
-# --- validation: what no type says
+# --- validation beyond types
 
 
 def build(values: dict[str, dict[str, Any]]) -> Config:
-    """The configuration of values by section; UserError for types, ranges, and keys that do not go together."""
+    """Build the configuration from values by section; UserError for invalid types, ranges or combinations."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -477,7 +477,7 @@ def build(values: dict[str, dict[str, Any]]) -> Config:
 
 
 def _invalid(error: ValidationError) -> str:
-    """One sentence for the first invalid key, with every type that it could have had."""
+    """Describe the first invalid key in one sentence, with all accepted types."""
     errors = error.errors()
     section, leaf = errors[0]["loc"][:2]
     wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
@@ -504,7 +504,7 @@ def _check_training(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    """What rollouts and signal must be for the loss, and what the gate must be for an adaptive threshold."""
+    """Check rollouts and signal against the loss, and the gate against an adaptive threshold."""
     rollout, signal, loss = config.rollout, config.teacher_signal.signal, config.loss
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Processes: who am I, where do I compute, and the few reductions that the stages need."""
+"""The current process, its device, and the few reductions that the stages need."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from accelerate.utils import InitProcessGroupKwargs
 from cache.plain import plain
 from stages.runtime.errors import UserError
 
-# A rank without a unit waits for one that generates: longer than the libraries' ten minutes. A dead rank is the launcher's to see.
+# Ranks without a unit wait for those that generate, longer than the libraries' default of ten minutes. The
+# launcher detects dead ranks.
 PATIENCE = timedelta(hours=6)
 _said: set[str] = set()
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`; every reduction is collective (all ranks call it) and free for a single process."""
+    """One of `size` processes. Reductions are collective (all ranks call them), and free when alone."""
 
     rank: int
     size: int
@@ -49,7 +50,7 @@ class World:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (picklable), in rank order."""
+        """Gather `value` (picklable) from every rank, in rank order."""
         gathered = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(gathered, value)
@@ -64,9 +65,9 @@ class World:
 
 
 def start(device: str) -> World:
-    """Joins the processes that torchrun or accelerate launch started, or runs alone.
+    """Join the processes launched by torchrun or accelerate, or run alone.
 
-    Errors: `UserError` where a GPU is asked for and there is none.
+    Errors: `UserError` if a GPU is requested and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no GPU here; use --device cpu or auto.")
@@ -83,7 +84,7 @@ def start(device: str) -> World:
 
 
 def say_once(line: str) -> None:
-    """Prints `line` on the main process unless it has done so before."""
+    """Print `line` on the main process, the first time only."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     if is_main and line not in _said:
         print(plain(line), flush=True)
@@ -91,9 +92,9 @@ def say_once(line: str) -> None:
 
 
 def ensure_process_group(world: World) -> None:
-    """What DeepSpeed wants to find, for a process that no launcher started too: a process group and these variables.
+    """Create the process group and environment variables that DeepSpeed needs, even without a launcher.
 
-    On a CPU it also keeps DeepSpeed from compiling.
+    On a CPU, also stop DeepSpeed from compiling its collective.
     """
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
@@ -105,8 +106,7 @@ def ensure_process_group(world: World) -> None:
 
 
 def _skip_compiled_shared_memory_op() -> None:
-    """On a CPU DeepSpeed would compile a collective with g++ (20 s, and not every machine has a compiler); gloo serves."""
-    module: Any = importlib.import_module(
-        "deepspeed.comm.torch"
-    )  # the attribute of that name is torch itself
+    """Skip compiling DeepSpeed's CPU collective (20 s, needs g++); gloo is used instead."""
+    # the attribute of that name is torch itself
+    module: Any = importlib.import_module("deepspeed.comm.torch")
     module.build_shm_op = lambda: None

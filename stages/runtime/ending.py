@@ -1,4 +1,4 @@
-"""How a process ends, whatever ends it: signals, locks to give back, records to send. Imports nothing heavy."""
+"""Process shutdown: signals, lock release and final records. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NAMES = {
     signal.SIGUSR1: "SIGUSR1",
     signal.SIGUSR2: "SIGUSR2",
 }
-ECHO_SECONDS = 2.0  # under torchrun a signal of the terminal comes twice: by itself, and forwarded
+ECHO_SECONDS = 2.0  # under torchrun a terminal signal arrives twice: directly, and forwarded
 
 
 class Stopped(BaseException):
-    """Training ended early, at a step boundary; the message is for the user, `code` the exit code."""
+    """Training ended early, at a step boundary; `code` is the exit code, the message is for the user."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -29,25 +29,25 @@ class Stopped(BaseException):
 
 
 class _Process:
-    """What this process was asked, and what it does about it."""
+    """Shutdown state of this process."""
 
     asked = 0  # the signal that asked it to end
     asked_at = 0.0
-    finishes = 0  # > 0: what is under way ends by itself at a safe place
+    finishes = 0  # > 0: the work in progress ends by itself at a safe point
     ends_hard = False
     tasks: list[tuple[Callable[[], None], bool]] = []  # noqa: RUF012
     reader = writer = -1
 
 
 def install() -> None:
-    """From now on a signal ends this process in order: at once with a sentence, or where `finishing` says, at a safe place.
+    """Install signal handling: end at once with a message, or at the next safe point inside `finishing`.
 
-    A thread waits for signals: the main one may be deep in a library for a long time. A second signal ends at once. Signals
-    that the process was told to ignore stay ignored. For the first lines of a command, before its imports.
+    A thread waits for signals because the main thread may spend a long time inside a library. A second signal
+    ends the process at once. Signals that were already ignored stay ignored. Call before a command's other
+    imports.
     """
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # read when torch is imported; DDP warns of a flag that is meant
+    # read when torch is imported; DDP warns about a flag that is intended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _Process.reader, _Process.writer = os.pipe()
     os.set_blocking(_Process.writer, False)
     for number in NAMES:
@@ -59,13 +59,13 @@ def install() -> None:
 
 
 def asked() -> int:
-    """The signal that asked this process to end, 0 if none did."""
+    """The signal that asked this process to end; 0 if none did."""
     return _Process.asked
 
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Inside, a first signal is left to the caller, who looks at `asked` at every safe place."""
+    """Defer the first signal: the caller checks `asked` at every safe point."""
     _Process.finishes += 1
     try:
         yield
@@ -77,7 +77,7 @@ def finishing() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Inside `finishing`: what is under way may be dropped, a signal ends it at once."""
+    """Inside `finishing`, let a signal end the process at once: the work in progress may be dropped."""
     finishes, _Process.finishes = _Process.finishes, 0
     if _Process.asked:
         _end_now(_Process.asked)
@@ -88,7 +88,7 @@ def at_once() -> Iterator[None]:
 
 
 def at_end(task: Callable[[], None], quick: bool = False) -> None:
-    """`task` runs when the command ends in order, a quick one also where a signal ends it at once; the last one first."""
+    """Run `task` at shutdown, last registered first; quick tasks run even if a signal ends the process."""
     _Process.tasks.append((task, quick))
 
 
@@ -100,14 +100,14 @@ def run_tasks(quick_only: bool = False) -> None:
 
 
 def end_if_asked(patience: float = 0.0) -> None:
-    """Ends the process if a signal asked for it, or does within `patience` seconds: what failed since is its consequence."""
+    """Exit if a signal asked for it, or does within `patience` seconds: it explains the recent failure."""
     time.sleep(patience)
     if _Process.asked:
         _end_now(_Process.asked)
 
 
 def abandon() -> None:
-    """Some library's own exit would take too long: the process ends without it."""
+    """Exit without running library exit handlers, which could take too long."""
     _Process.ends_hard = True
 
 
@@ -116,7 +116,7 @@ def ends_hard() -> bool:
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """Python's side of a handler; the watching thread does the work."""
+    """Python-level signal handler; the watching thread does the work."""
 
 
 def _watch() -> None:
@@ -153,7 +153,7 @@ def _tell(line: str) -> None:
 
 
 def _uninstall() -> None:
-    """A forked child has no watching thread, and its signals are not its parent's."""
+    """Reset signal handling in a forked child, which has no watching thread."""
     signal.set_wakeup_fd(-1)
     for number in NAMES:
         if signal.getsignal(number) is _noted:

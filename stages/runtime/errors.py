@@ -1,4 +1,4 @@
-"""One sentence for the user instead of a traceback: what went wrong, where, and what to do."""
+"""User-facing errors: one sentence that says what went wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -47,28 +47,29 @@ REMEDIES = {
 }
 
 
-CLOSED_PIPE = 128 + 13  # as shells report a program that SIGPIPE ended
+CLOSED_PIPE = 128 + 13  # the exit code shells report for a program ended by SIGPIPE
 
 
 class UserError(ValueError):
-    """A mistake or a condition outside the code; its message is all that the user needs."""
+    """A user mistake or an external condition; the message is all the user needs."""
 
 
 def one_line(error: Exception) -> str:
-    """A library's words on one line, without the end of a sentence, at most 300 characters."""
+    """A library's message on one line, without a final full stop, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 300 else f"{text[:299]}…").rstrip(".")
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3.
+    """Run a stage's `main`; user errors become one line on stderr and exit code 2, out of memory exit code 3.
 
-    Where nobody reads its output any more (`| head`) it ends without a word, with exit code 141.
+    If the output pipe is closed (`| head`), exit silently with code 141.
     """
     try:
         _flushed(main)
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort it
+            # at interpreter exit its threads sometimes abort the process
+            torch.distributed.destroy_process_group()
         ending.run_tasks()
         if ending.ends_hard():
             _leave("", 0)
@@ -99,7 +100,7 @@ def command(main: Callable[[], None]) -> None:
 
 
 def machine_error(error: OSError) -> str:
-    """One sentence for what the file system refused, and what to do."""
+    """Describe a file system error and its remedy in one sentence."""
     if error.errno == errno.ENOENT:
         return (
             f"{error.filename} is not there (any more); was a folder moved or removed while this ran? Put it back, or start"
@@ -110,14 +111,14 @@ def machine_error(error: OSError) -> str:
 
 
 def _fail(error: Exception) -> None:
-    """A mistake of ours: its traceback; none where a signal has ended other processes, which this one finds gone."""
+    """Print the traceback of a bug; not if it results from a signal that ended other processes."""
     ending.end_if_asked(patience=1.0 if torch.distributed.is_initialized() else 0.0)
     print(plain("".join(traceback.format_exception(error)), kept="\n"), end="", file=sys.stderr)
     _leave("", 1)
 
 
 def _flushed(main: Callable[[], None]) -> None:
-    """`main`, and what it printed on its way: left to the interpreter's exit, a closed pipe would be noted there."""
+    """Run `main` and flush stdout; at interpreter exit, a closed pipe would be reported on stderr."""
     try:
         main()
     except SystemExit:
@@ -127,7 +128,7 @@ def _flushed(main: Callable[[], None]) -> None:
 
 
 def _drop_unread() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads; what is left for it goes nowhere from now on."""
+    """Whether stdout or stderr is a closed pipe; if so, send further output to /dev/null."""
     unread = [descriptor for descriptor in (1, 2) if _is_unread(descriptor)]
     for descriptor in unread:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
@@ -141,7 +142,7 @@ def _is_unread(descriptor: int) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    """Ends the process at once: a clean interpreter exit would wait for the collectives of the other ranks."""
+    """Exit at once: a clean interpreter exit would wait for the other ranks' collectives."""
     ending.run_tasks()
     if message:
         print(plain(message), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run's own files: whole or not there at all, durable, and never reached through a link that lies in the run's folder."""
+"""A run's own files: written atomically and durably, and never through links in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # a link, a folder, a pipe 
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of the regular file `path`; UserError if that is a link, a folder, a pipe or a device. It never waits."""
+    """Open the regular file `path` without blocking; UserError for a link, folder, pipe or device."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -30,7 +30,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def read(path: Path) -> bytes | None:
-    """What the regular file `path` holds; None if it is not there."""
+    """Content of the regular file `path`; None if it does not exist."""
     try:
         descriptor = open_regular(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -40,15 +40,15 @@ def read(path: Path) -> bytes | None:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds `text` to the regular file `path`, which is made if its folder is there."""
+    """Append `text` to the regular file `path`, creating it if its folder exists."""
     with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.write(_encoded(text))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `path` as a whole or not at all, durably. Its folder must be there: that of a run that was moved is not made anew."""
+    """Write `path` atomically and durably. The folder must exist: a moved run's folder is not recreated."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # what a crash left, or a link
+    partial.unlink(missing_ok=True)  # left by a crash, or a link
     try:
         with os.fdopen(open_regular(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(_encoded(text))
@@ -61,11 +61,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")  # paths may hold bytes that are no text
+    return text.encode("utf-8", "backslashreplace")  # paths may hold bytes that are not valid text
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it; of a link only the link."""
+    """Remove a file, or a folder and its contents; for a link, only the link itself."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,14 +73,14 @@ def remove(path: Path) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """An empty folder in the place of whatever was there; the one above must be there or can be made, but none above that."""
+    """Replace whatever is at `path` by an empty folder; creates the parent, but not further ancestors."""
     path.parent.mkdir(exist_ok=True)
     remove(path)
     path.mkdir()
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Gives a folder that is complete its final name, durably, and removes what had that name: a crash leaves it complete or gone."""
+    """Durably rename a complete folder, replacing any at `final`; after a crash it is complete or absent."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)

@@ -1,24 +1,25 @@
-"""What a run's `gate` records say of its first and its last steps together: histograms, and tables by position and by age."""
+"""Gate statistics of a run's first and last steps: histograms, and tables by position and by age."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PART = 4
-"""The first and the last steps are this part of all."""
+"""The first and the last 1 / PART of the steps are summarised."""
 COLUMNS = ("gate", "share_forward", "rkl", "fkl")
 MASSES = ("student_support_mass", "teacher_support_mass")
 Record = dict[str, Any]
 
 
 def gate_summary(records: list[Record]) -> Record:
-    """`first` and `last`: a quarter of the steps each, at least one; {} for a run without such records.
+    """Summarise the `first` and `last` quarter of the steps, at least one each; {} without `gate` records.
 
-    Each holds `steps` (first and last one), `tau` (of its last step; None without a threshold), the histograms of a record
-    (summed), tables with `tokens`, `share` of the tokens, and the token means of `COLUMNS`, and the mass on the kept ids.
+    Each holds `steps` (first and last one), `tau` (at its last step; None without a threshold), the summed
+    histograms, tables with `tokens`, `share` of the tokens and token means of `COLUMNS`, and the mass on kept
+    ids.
     """
     gates = [record for record in records if record["kind"] == "gate"]
-    gates = [gate for gate in gates if _bins(gate) == _bins(gates[-1])]  # other versions had others
+    gates = [gate for gate in gates if _bins(gate) == _bins(gates[-1])]  # other versions had other bins
     if not gates:
         return {}
     steps = {record["step"]: record for record in records if record["kind"] == "step"}
@@ -45,7 +46,7 @@ def _pooled(gates: list[Record], steps: dict[int, Record]) -> Record:
 
 
 def _table(tables: list[dict[str, Record]]) -> dict[str, Record]:
-    """Rows of one name pooled over steps, weighted by tokens; ranges in order, names without a number last."""
+    """Pool rows of equal name over steps, weighted by tokens; ranges in order, names without numbers last."""
     names = sorted({name for table in tables for name in table}, key=_place)
     total = sum(row["tokens"] for table in tables for row in table.values())
     found = {}
@@ -63,7 +64,7 @@ def _place(name: str) -> tuple[bool, int]:
 
 
 def _mean(weighted: list[tuple[int, float | None]]) -> float | None:
-    """Of the values that there are."""
+    """Weighted mean of the values that are not None."""
     known = [(weight, value) for weight, value in weighted if value is not None]
     total = sum(weight for weight, _ in known)
     return sum(weight * value for weight, value in known) / total if total else None

@@ -1,4 +1,4 @@
-"""Which configuration trained which steps: `config` records in metrics.jsonl, one where a first step is taken with it."""
+"""The configuration of each training step: a `config` record in metrics.jsonl at every change."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ FREE = {
     "wandb_name",
     "trace_every",
 }
-"""Keys that decide how a run is computed, kept or shown, not what is trained and measured."""
+"""Keys that affect how a run is computed, stored or displayed, but not what is trained and measured."""
 MOST_NAMED = 5
 Record = dict[str, Any]
 
 
 def config_record(config: Config, world: World, step: int) -> Record:
-    """What a `config` record holds: the configuration from `step` on, and the command, versions and processes."""
+    """Content of a `config` record: the configuration from `step` on, command, versions and processes."""
     return {
         "from_step": step,
         "config": config.model_dump(),
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 
 
 def last_config(records: Iterable[Record]) -> Record | None:
-    """The newest `config` record, None for a run that has not trained, or began before there were any."""
+    """Newest `config` record; None if the run has not trained or predates these records."""
     return next(iter(reversed(_configs(records))), None)
 
 
@@ -88,13 +88,13 @@ def _configs(records: Iterable[Record]) -> list[Record]:
 
 
 def is_same_span(before: Record | None, now: Record) -> bool:
-    """Whether steps under `now` belong to the span that `before` began; the command may be worded in another way."""
+    """Whether steps under `now` continue the span of `before`, even if the command was worded differently."""
     names = ("config", "versions", "processes", "device")
     return before is not None and all(before.get(name) == json.loads(json.dumps(now[name])) for name in names)
 
 
 def changes(before: Record, now: Record) -> dict[str, list[Any]]:
-    """Keys whose values differ between two dumped configurations: [before, now]."""
+    """Keys whose values differ between two dumped configurations, as [before, now]."""
     old, new = (
         {leaf: value for section in config.values() for leaf, value in section.items()}
         for config in (before, now)
@@ -104,15 +104,15 @@ def changes(before: Record, now: Record) -> dict[str, list[Any]]:
 
 
 def goes_on(last: Record, config: Config) -> bool:
-    """Whether steps have been taken with this configuration, `resume_from` included."""
+    """Whether steps have already been taken with this configuration, including `resume_from`."""
     found = changes(last["config"], config.model_dump())
     return "resume_from" not in found and found.keys() <= FREE
 
 
 def spans(records: list[Record]) -> list[Record]:
-    """The configurations of a run in order: steps (first, last), what changed from the one before, command, versions.
+    """A run's configurations in order: steps (first, last), changes from the previous one, command, versions.
 
-    Empty for a run that has not trained, or began before such records were kept. One that no step came after is left out.
+    Configurations without any step are left out; empty if the run has not trained or predates these records.
     """
     configs = _configs(records)
     last = max((record["step"] for record in records if record["kind"] == "step"), default=0)
@@ -129,7 +129,7 @@ def spans(records: list[Record]) -> list[Record]:
 
 
 def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step: int) -> None:
-    """UserError if the run in `folder` stands at `step`, its end, and was trained with other keys than `config`'s."""
+    """UserError if the run in `folder` ended at `step` and was trained with a different configuration."""
     if trained is None or step < config.train.max_steps:
         return
     found = {
@@ -151,7 +151,7 @@ def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step
 
 
 def describe_changes(trained: Record | None, config: Config) -> str:
-    """The keys that differ from those of the steps before, e.g. `lr: 0.1 (was 0.2)`; empty if none do."""
+    """Describe the keys that changed since the previous steps, e.g. `lr: 0.1 (was 0.2)`; "" if none did."""
     found = changes(trained["config"], config.model_dump()) if trained is not None else {}
     return "; ".join(f"{leaf}: {new} (was {old})" for leaf, (old, new) in found.items())
 
@@ -227,5 +227,5 @@ def _card_measures(records: list[Record], step: int) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """A path or a setting as text of a page in Markdown: on one line, and neither markup nor HTML."""
+    """Format a path or setting as Markdown text: on one line, with markup and HTML escaped."""
     return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", plain(str(value)))

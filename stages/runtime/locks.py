@@ -1,8 +1,8 @@
-"""One writer at a time: a lock file with the host, process and start of whoever holds it.
+"""Single-writer lock files that record the host, process and start time of their holder.
 
-The kernel's record lock decides (fcntl; freed however its process ends), where the file system has it; it spans hosts on
-NFS 4. What is written in the file names the holder, and decides where the kernel's lock says nothing: on a file system
-without it, and for a file that a process of another machine left.
+The kernel's record lock decides where the file system supports it (fcntl; released when its process ends;
+spans hosts on NFS 4). The file's content names the holder. It decides on file systems without such locks, and
+for a file left by a process on another machine.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _held: dict[Path, int] = {}
 
 
 def take(path: Path, what: str) -> None:
-    """Locks `path` until this process ends, for the one writer of `what`; UserError that names the process that has it.
+    """Lock `path` for the one writer of `what` until this process ends; UserError that names the holder.
 
-    The folder is made, and removed again at the end if nothing else has come into it.
+    Creates the folder if needed, and removes it at the end if nothing else was added.
     """
     path = path.absolute()
     if path in _held:
@@ -42,7 +42,7 @@ def take(path: Path, what: str) -> None:
             raise
         if _is_there(descriptor, path):
             break
-        os.close(descriptor)  # its last holder removed it meanwhile
+        os.close(descriptor)  # its last holder has just removed it
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
     _held[path] = descriptor
@@ -92,12 +92,12 @@ def _identity() -> dict[str, Any]:
 
 
 def _process_start(pid: int) -> str:
-    """Ticks from the machine's start to the process', which tell it from a later one of the same number; "" if unknown."""
+    """Start of a process in ticks since boot, which identifies it if its pid is reused; "" if unknown."""
     return (_read_text(f"/proc/{pid}/stat").rpartition(")")[2].split() + [""] * 20)[19]
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine runs; of another boot, none does."""
+    """Whether the holder is a running process of this machine; always false after a reboot."""
     own, pid = _identity(), holder.get("pid")
     if holder.get("boot") != own["boot"] or not isinstance(pid, int) or pid <= 0:
         return False
@@ -111,7 +111,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _read(descriptor: int, patience: float = 0.0) -> dict[str, Any]:
-    """What the file says; {} if it says nothing. `patience`: seconds for a holder that is about to write it."""
+    """Content of the file, {} if empty. `patience`: seconds to wait for a holder to write its entry."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -131,7 +131,7 @@ def _read_text(path: str) -> str:
 
 
 def _is_there(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:

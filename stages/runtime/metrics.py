@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, the clock of its phases, Weights & Biases, lines on the terminal."""
+"""A run's output: `metrics.jsonl`, phase timing, Weights & Biases, and terminal lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stages.runtime.watch import Watch
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
 WORK = ("rollout_progress", "step", "refresh", "version", "eval", "evaluation", "export")
-"""Kinds of records that a command writes when it has really done something."""
+"""Kinds of records that a command writes only if it has done real work."""
 COUNTED = {
     "step": "step",
     "gate": "step",
@@ -30,15 +30,15 @@ COUNTED = {
     "config": "from_step",
     "refresh": "refresh_index",
 }
-"""What places a record in the run; records beyond the place that a run goes on from are dropped."""
+"""The field that orders records of each kind; on resuming, later records are dropped by it."""
 Record = dict[str, Any]
 
 
 class Clock:
-    """Seconds of this process by phase. A phase inside `evaluate` counts as evaluate, else the inner phase counts."""
+    """Seconds of this process by phase; inner phases count separately, except inside `evaluate`."""
 
     def __init__(self, phases: tuple[str, ...] = PHASES) -> None:
-        self.started = round(time.time(), 3)  # names this process among those of a resumed run
+        self.started = round(time.time(), 3)  # identifies this process among those of a resumed run
         self._start = time.perf_counter()
         self.seconds = dict.fromkeys(phases, 0.0)
         self._open: list[tuple[str, float]] = []
@@ -69,7 +69,7 @@ class Clock:
             self._open[-1] = (name, now)
 
     def total(self) -> float:
-        """Seconds since the start; `seconds` is up to date then."""
+        """Seconds since the start; also brings `seconds` up to date."""
         self._pause()
         return time.perf_counter() - self._start
 
@@ -82,10 +82,11 @@ class Clock:
 
 
 class Metrics:
-    """Appends records to `metrics.jsonl` (docs/metrics.md) and Weights & Biases on the main process; silent on the others.
+    """Append records to `metrics.jsonl` (docs/metrics.md) and Weights & Biases; only the main process writes.
 
-    A command that does nothing leaves nothing: until the first record of `WORK` others are held back, and the folder, its
-    config.yaml and the run on the site are not touched. `keeps_config`: the run's configuration is that of this command.
+    A command that does no work leaves no files: other records are buffered until the first one of a kind in
+    `WORK`; until then the folder, config.yaml and the Weights & Biases run are untouched. `keeps_config`:
+    this command's configuration becomes the run's.
     """
 
     def __init__(
@@ -120,14 +121,14 @@ class Metrics:
             )
 
     def rewind(self, step: int, refresh_index: int) -> None:
-        """Drops what a run that goes on after `step` and refresh `refresh_index` will write again, with its first record."""
+        """At the next record, drop those after `step` and `refresh_index`, which will be written again."""
         if self.world.is_main:
             self._rewound = step, refresh_index
             if self._has_begun:
                 self._drop_rewound()
 
     def keep_config(self) -> None:
-        """Writes the run's config.yaml now, for those who wait for it, unless another has trained (main process)."""
+        """Write config.yaml now, for waiting processes, unless the run has already trained (main process)."""
         if not any(record["kind"] == "step" for record in read(self.path)):
             replace_text(self.path.parent / "config.yaml", configuration.to_yaml(self._config))
 
@@ -136,13 +137,13 @@ class Metrics:
             print(plain(line, kept="\n"), flush=True)
 
     def say_once(self, line: str) -> None:
-        """Says a line that holds for the whole run, however often it comes up."""
+        """Print a line at most once per run."""
         if line not in self._said:
             self._said.add(line)
             self.say(line)
 
     def close(self) -> None:
-        """Sends what is left to the site, within `site.PATIENCE` seconds."""
+        """Send remaining records to Weights & Biases, within `site.PATIENCE` seconds."""
         if self._site is not None:
             self._site.close()
 
@@ -165,7 +166,7 @@ class Metrics:
             self._site.send(record)
 
     def _note_configuration(self, step: int) -> None:
-        """A `config` record where `step` is the first with this configuration, and config.yaml beside it."""
+        """Write config.yaml, and a `config` record if `step` is the first with this configuration."""
         record = history.config_record(self._config, self.world, step)
         if not history.is_same_span(history.last_config(read(self.path)), record):
             self._write({"kind": "config", "time": round(time.time(), 3), **record})
@@ -188,7 +189,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; lines that a crash cut off, or that lack what their kind must hold, are left out."""
+    """Records of a `metrics.jsonl`; skips lines that are truncated or lack required fields."""
     records = []
     for line in (files.read(path) or b"").decode(errors="replace").split("\n"):
         try:
@@ -201,6 +202,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _end_last_line(path: Path) -> None:
-    """Closes a line that a crash cut off, so that the next record has a line of its own."""
+    """End a line truncated by a crash, so that the next record starts a new line."""
     if not (files.read(path) or b"\n").endswith(b"\n"):
         files.append(path, "\n")

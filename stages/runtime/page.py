@@ -1,4 +1,4 @@
-"""report.html: one self-contained page with the verdict, pictures and samples of a run."""
+"""report.html: one self-contained page with the verdict, figures and samples of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.runtime.files import read
 from stages.runtime.rounds import Round
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report_template.html"
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # apart for colour-blind readers
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # distinguishable for colour-blind readers
 TRACED_ROWS = 2
 TOKENS = TypeAdapter(list[schema.Token])
 USES = {
@@ -40,7 +40,7 @@ def render(
     folder: Path,
     config: Config,
 ) -> str:
-    """The page as text: no scripts, no outside resources, all run texts escaped."""
+    """The page as text: no scripts, no external resources, all text from the run escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
@@ -89,7 +89,7 @@ CURVES = [
 
 
 def _pictures(records: list[dict[str, Any]]) -> list[str]:
-    """SVGs over optimizer steps, refreshes as vertical lines."""
+    """SVG curves over optimizer steps, with refreshes as vertical lines."""
     steps = [record for record in records if record["kind"] == "step"]
     if not steps:
         return []
@@ -104,7 +104,7 @@ def _pictures(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _histograms(gate: dict[str, Any]) -> list[str]:
-    """SVGs of the divergences that the gate looked at, τ marked, and of λ, in the first and the last steps."""
+    """SVG histograms of the gated divergence (τ marked) and of λ, in the first and last steps."""
     if not gate:
         return []
     parts = [(gate["first"], ORANGE, "first"), (gate["last"], BLUE, "last")]
@@ -140,7 +140,7 @@ def _outline(axes: Any, counts: list[int], edges: list[float], colour: str, labe
 
 
 def _figure(title: str) -> tuple[Any, Any]:
-    """An empty figure of the page's size and its axes."""
+    """An empty figure of the page's size, and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -160,11 +160,11 @@ def _curve(
         axes.axvline(step, color="#c9cdd3", linewidth=0.8, zorder=0)
     for key, (label, colour) in lines.items():
         marker = "o" if len(steps) == 1 else None
-        values = [math.nan if s[key] is None else s[key] for s in steps]  # None: no token there
+        values = [math.nan if s[key] is None else s[key] for s in steps]  # None: no tokens
         axes.plot([s["step"] for s in steps], values, color=colour, linewidth=1.5, label=label, marker=marker)
     axes.set_xlabel("optimizer step (grey lines: refreshes)" if refreshes else "optimizer step")
     if "rkl_below" in lines:
-        axes.set_yscale("log")  # orders of magnitude apart
+        axes.set_yscale("log")  # they differ by orders of magnitude
         axes.set_ylim(top=20 * axes.get_ylim()[1])  # room for the legend
     else:
         axes.set_ylim(bottom=min(0, *(s[key] for s in steps for key in lines if s[key] is not None)))
@@ -174,7 +174,7 @@ def _curve(
 
 
 def _round_pictures(found: list[Round]) -> list[str]:
-    """SVGs over the rounds of stage one: where each one's time went, tokens a second, and on a GPU its memory."""
+    """SVG curves over the rounds of stage one: time by phase, tokens per second, and GPU memory if any."""
     if not found:
         return []
     starts = [number for number, one in enumerate(found, 1) if one.is_first]
@@ -227,7 +227,7 @@ def _round_axes(title: str, starts: list[int]) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The figure's <svg> element, sized by its container."""
+    """The figure's <svg> element, scaled to its container."""
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "dualkl"}):
@@ -240,7 +240,7 @@ def _svg(figure: Any) -> str:
 
 
 def _phases(seconds: dict[str, float]) -> list[tuple[str, float, float]]:
-    """(name, seconds, share in percent) of each phase, `other` last."""
+    """(name, seconds, percentage) of each phase, `other` last."""
     total = seconds["total"] or 1.0
     named = [(phase, seconds[phase]) for phase in metrics.PHASES]
     named.append(("other", max(0.0, total - sum(value for _, value in named))))
@@ -248,7 +248,7 @@ def _phases(seconds: dict[str, float]) -> list[tuple[str, float, float]]:
 
 
 def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same prompts before, after and by the teacher."""
+    """Completions of the same prompts before training, after training, and by the teacher."""
     found = {label: evaluation.get("samples", []) for label, evaluation in evaluations.items()}
     count = max(len(samples) for samples in found.values())
     rows = []
@@ -259,7 +259,7 @@ def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Tokens with λ and KLs of a few rows of the first and the last trace."""
+    """Tokens with λ and KLs of a few rows of the first and last traces."""
     files = sorted(path for path in (folder / "trace").glob("step-*.arrow") if path.stem[5:].isdecimal())
     tokenizer = (
         cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
@@ -281,7 +281,7 @@ def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
 def _trace_rows(path: Path, decoder: Any) -> list[list[dict[str, Any]]]:
     data = read(path)
     table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
-    table.validate(full=True)  # offsets that lie would end the interpreter
+    table.validate(full=True)  # invalid offsets would crash the interpreter
     rows: dict[str, list[dict[str, Any]]] = {}
     for token in TOKENS.dump_python(TOKENS.validate_python(table.to_pylist())):
         text = decoder.decode([token["token_id"]], skip_special_tokens=False)

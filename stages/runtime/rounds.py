@@ -1,4 +1,4 @@
-"""Stage one as `rollout_progress` records tell it, round by round: in a round each process makes one unit."""
+"""Rounds of stage one from `rollout_progress` records; in a round each process makes one unit."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 PROGRESS = "rollout_progress"
-SPENT = ("generate", "score", "write", "rows")  # what time goes to besides `other`
+SPENT = ("generate", "score", "write", "rows")  # uses of time other than `other`
 COUNTED = ("rollouts", "generated_tokens", "scored_tokens", "padded_tokens")
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round added: seconds by use (`other` included), work by kind; `peak` GPU bytes so far.
+    """Increment of one round: seconds by use (including `other`), work by kind; `peak` GPU bytes so far.
 
-    `is_first`: of the rollouts that are written together.
+    `is_first`: whether it is the first round of the rollouts written together.
     """
 
     is_first: bool
@@ -28,20 +28,20 @@ class Round:
 
     @property
     def generated_rate(self) -> float | None:
-        """Tokens drawn in a second of generation; None without any."""
+        """Tokens generated per second of generation; None without any."""
         return _ratio(self.work["generated_tokens"], self.seconds["generate"])
 
     @property
     def scored_rate(self) -> float | None:
-        """Tokens read in a second of scoring, waiting for the writer included; None without any."""
+        """Tokens scored per second of scoring, including waits for the writer; None without any."""
         return _ratio(self.work["scored_tokens"], self.seconds["score"] + self.seconds["write"])
 
 
 def rounds_of(records: list[dict[str, Any]]) -> list[Round]:
-    """The rounds of stage one and its refreshes, in the order of the records; those of evaluations are left out."""
+    """Rounds of stage one and its refreshes in record order, without those of evaluations."""
     found, before = [], dict[float, dict[str, Any]]()
     for record in records:
-        if record["kind"] != PROGRESS or record.get("evaluation", True):  # older runs did not say
+        if record["kind"] != PROGRESS or record.get("evaluation", True):  # older runs lack it
             continue
         last = before.get(record["began"])
         found.append(_added(record, last))
@@ -50,7 +50,7 @@ def rounds_of(records: list[dict[str, Any]]) -> list[Round]:
 
 
 def _added(record: dict[str, Any], last: dict[str, Any] | None) -> Round:
-    """Records count from the beginning of their rollouts."""
+    """Difference from the last record; counts are cumulative over a set of rollouts."""
 
     def grown(of: dict[str, Any] | None) -> dict[str, float]:
         if of is None:
@@ -66,7 +66,7 @@ def _added(record: dict[str, Any], last: dict[str, Any] | None) -> Round:
 
 
 def summary(rounds: list[Round]) -> dict[str, Any]:
-    """Totals over rounds: seconds and shares of time by use, tokens a second, padding, peak GPU bytes (None: no GPU)."""
+    """Totals: seconds and time shares by use, tokens per second, padding, peak GPU bytes (None: no GPU)."""
     seconds = {name: sum(r.seconds[name] for r in rounds) for name in (*SPENT, "other")}
     work = {name: sum(r.work[name] for r in rounds) for name in COUNTED}
     whole = Round(True, seconds, work, max((r.peak for r in rounds), default=0))

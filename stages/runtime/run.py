@@ -1,4 +1,4 @@
-"""One execution of a stage: configuration, processes, folder, clock and metrics, made in one place."""
+"""Set up one execution of a stage: configuration, processes, folder, clock and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
 
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
-"""What a run writes into, and removes from, below its own folder."""
+"""Subfolders in which a run writes and removes files."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Names this run's rows in a cache: the same for every start and resume of one run."""
+        """Identifies this run's rows in a cache; the same for every start and resume of the run."""
         config = self.config
         parts = (
             config.run.run_name,
@@ -49,9 +49,9 @@ class Run:
         return f"{config.run.run_name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
     def claim(self, *paths: Path) -> None:
-        """Makes this command the only writer of the run's folder, and of `paths`, until it ends (collective).
+        """Make this command the only writer of the run's folder, and of `paths`, until it ends (collective).
 
-        UserError that names the process that writes there already, or a link in the place of one of the run's own folders.
+        UserError if another process is writing there, or if one of the run's own folders is a link.
         """
         problem = ""
         if self.world.is_main:
@@ -69,7 +69,7 @@ class Run:
             raise UserError(problem)
 
     def log_totals(self, stage: str) -> None:
-        """Seconds by phase and peak GPU memory so far, of the slowest and the fullest rank (collective)."""
+        """Log seconds by phase and peak GPU memory so far, each the maximum over ranks (collective)."""
         self.metrics.log("clock", start=self.clock.started, **self.clock.totals(self.world))
         on_gpu = self.world.device.type == "cuda"
         peak = float(torch.cuda.max_memory_allocated(self.world.device)) if on_gpu else 0.0
@@ -92,9 +92,10 @@ def open_run(
     only_looks: bool = False,
     notes: str = "metrics.jsonl",
 ) -> Run:
-    """Reads the command line and joins the other processes; the run's folder is made when something is done in it.
+    """Parse the command line and join the other processes; the first record of work creates the folder.
 
-    `only_looks`: the command is no part of the run, whose own configuration stays. `notes`: the file of its metrics.
+    `only_looks`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
+    file.
     """
     config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
     clock = Clock()
@@ -106,7 +107,7 @@ def open_run(
 
 
 def _quieten_libraries() -> None:
-    """Our own progress and sentences only: no bars for loading weights, no deprecation notes of one library to another."""
+    """Hide progress bars for loading weights, and deprecation warnings between libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="torch.distributed")

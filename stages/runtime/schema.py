@@ -1,6 +1,6 @@
-"""What records of metrics.jsonl, eval/*.json and traces must hold, checked once when they are read.
+"""Schemas of the records in metrics.jsonl, eval/*.json and traces, checked once when they are read.
 
-A run's files may be cut off by a crash, written by another version, or come from a stranger.
+A run's files may be truncated by a crash, written by another version, or come from an untrusted source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.runtime import files
 from stages.runtime.errors import one_line
 
 DEPTH = 32
-LARGEST = 1e40  # beyond fp32's numbers
+LARGEST = 1e40  # outside the range of fp32
 
 
 def _figure(value: Any) -> Any:
@@ -27,7 +27,7 @@ def _figure(value: Any) -> Any:
 
 
 Figure = Annotated[Any, PlainValidator(_figure)]
-"""A number, NaN and infinities too, or None."""
+"""A number (including NaN and infinities) or None."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 Bins = Annotated[list[Count], Field(min_length=1, max_length=200)]
@@ -39,7 +39,7 @@ class _Checked(BaseModel):
 
 
 class _Figures(_Checked):
-    """All further fields are numbers too."""
+    """All extra fields are numbers too."""
 
     __pydantic_extra__: dict[str, Figure]
 
@@ -98,7 +98,7 @@ class Sample(_Checked):
 
 
 class Evaluation(Measured):
-    """eval/*.json."""
+    """An eval/*.json file."""
 
     accuracy: Figure = None
     on_student: Measured | None = None
@@ -117,7 +117,7 @@ class Evaluated(Record):
 
 class Progressed(Record):
     began: Amount = 0
-    evaluation: bool = True  # older runs did not say
+    evaluation: bool = True  # older runs lack it
 
 
 class Round(Progressed):
@@ -154,7 +154,7 @@ class Clocked(Record):
 
 
 class Token(_Checked):
-    """A row of trace/*.arrow."""
+    """One row of trace/*.arrow."""
 
     row_id: str
     token_id: Annotated[int, Field(ge=0, lt=2**31)]
@@ -177,7 +177,7 @@ KINDS: dict[str, type[BaseModel]] = {
 
 
 def is_record(value: Any) -> bool:
-    """Whether a line of metrics.jsonl is a record that holds what its kind requires; unknown kinds require a `Record`."""
+    """Whether a line of metrics.jsonl is a valid record of its kind; unknown kinds need only be `Record`s."""
     if not isinstance(value, dict) or is_deeper(value, DEPTH):
         return False
     kind = KINDS.get(str(value.get("kind")), Record)
@@ -191,7 +191,7 @@ def is_record(value: Any) -> bool:
 
 
 def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The evaluation at `path`; {} if there is none, or if it cannot be read, which `say` reports."""
+    """Read the evaluation at `path`; {} if it is missing, or unreadable, which `say` reports."""
     try:
         data = files.read(path)
         found = {} if data is None else finite(json.loads(data))
@@ -203,7 +203,7 @@ def evaluation(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]
 
 
 def complaint(error: Exception) -> str:
-    """An error of reading or checking as one line: where, and what."""
+    """Where and what went wrong, on one line, for an error in reading or validation."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(part)[:40] for part in first['loc'])}: {first['msg']}"
@@ -211,11 +211,11 @@ def complaint(error: Exception) -> str:
 
 
 def finite(values: Any) -> Any:
-    """The same plain values, with None for NaN and infinities, which JSON cannot hold."""
+    """The same plain values with NaN and infinities, which JSON cannot hold, replaced by None."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and maps are nested more than `depth` times."""
+    """Whether lists and maps are nested more than `depth` levels deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth < 0 or any(is_deeper(one, depth - 1) for one in inner if isinstance(one, dict | list))

@@ -1,7 +1,8 @@
-"""Weights & Biases: a run's records in a thread of their own, so that a site out of reach neither stops nor slows the run.
+"""Weights & Biases: records are sent from a background thread, so an unreachable site never blocks the run.
 
-Names on the site are `<kind>/<key>` of the records in metrics.jsonl (docs/metrics.md). No call names a step: wandb drops
-what is logged for a step below its own counter. `step` and `time` are the axes instead (`define_metric`).
+Names on the site are `<kind>/<key>` of the records in metrics.jsonl (docs/metrics.md). No call passes a step,
+since wandb drops data for a step below its own counter; `step` and `time` are the axes instead
+(`define_metric`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import read, replace_text
 
-PATIENCE = 20.0  # seconds that a command waits at its end for the site; metrics.jsonl has everything by then
+PATIENCE = 20.0  # seconds a command waits for the site at its end; metrics.jsonl is complete by then
 BY_STEP = ("step", "gate", "eval", "evaluation", "refresh", "warning")
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement", "accuracy", "cut_share")
 Record = dict[str, Any]
 
 
 def open_site(config: Config) -> Site:
-    """UserError where wandb is not installed; nothing is begun before the first record."""
+    """Open the site lazily, at the first record; UserError if wandb is not installed."""
     try:
         found = find_spec("wandb") is not None
     except ValueError:  # a module without a spec
@@ -44,7 +45,7 @@ def open_site(config: Config) -> Site:
 
 
 class Site:
-    """One run on the site for all starts of a run's folder."""
+    """One Weights & Biases run for all starts of a run's folder."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -53,7 +54,7 @@ class Site:
         self._evaluations: dict[str, Record] = {}
 
     def send(self, record: Record) -> None:
-        """Returns at once; a thread sends it. What the run is configured with, the site has from the start."""
+        """Queue a record for the thread, except `config`: the site has the configuration from the start."""
         if record["kind"] == "config":
             return
         if self._thread is None:
@@ -63,7 +64,7 @@ class Site:
         self._records.put(record)
 
     def close(self) -> None:
-        """Waits until everything is sent, or for `PATIENCE` seconds; later calls return at once."""
+        """Wait until everything is sent, at most `PATIENCE` seconds; later calls return at once."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -83,7 +84,7 @@ class Site:
             while (record := self._records.get()) is not None:
                 self._log(run, record)
             run.finish()
-        except Exception as error:  # whatever it raises, the training goes on
+        except Exception as error:  # no error of wandb may stop training
             _tell(f"wandb stopped taking records ({one_line(error)}); metrics.jsonl has them all")
             while self._records.get() is not None:
                 pass
@@ -105,7 +106,7 @@ class Site:
 
 
 def scalars(prefix: str, values: Record) -> dict[str, float]:
-    """The numbers of a record, those of nested tables too, by their path: `gate/by_age/0-3/rkl`."""
+    """Numbers of a record, including nested tables, by path: `gate/by_age/0-3/rkl`."""
     found: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -116,7 +117,7 @@ def scalars(prefix: str, values: Record) -> dict[str, float]:
 
 
 def _histograms(kind: str, values: Record) -> dict[str, Any]:
-    """λ over [0, 1], and the divergence that the gate looked at over log10 of nats, as wandb's histograms."""
+    """wandb histograms of λ over [0, 1], and of the gated divergence over log10 of nats."""
     if kind != "gate" or "gate_histogram" not in values:
         return {}
     import wandb
@@ -138,7 +139,7 @@ def _histograms(kind: str, values: Record) -> dict[str, Any]:
 
 
 def _tell_evaluation(run: Any, label: str, values: Record, known: dict[str, Record]) -> None:
-    """`before/reverse_kl` and the like in the summary, a table of all evaluations, a table of this one's samples."""
+    """Log `before/reverse_kl` etc. to the summary, and tables of all evaluations and this one's samples."""
     import wandb
 
     for name, value in scalars(label, values).items():
@@ -164,7 +165,7 @@ def _start(config: Config) -> Any:
     own = "-score" if config.rollout.role == "score" else ""  # it runs at the same time as its generator
     path = Path(config.run_folder / f"wandb_id{own}")
     name = (read(path) or b"").decode(errors="replace").strip()
-    if not re.fullmatch(r"[\w-]{1,64}", name):  # none yet, or what a crash left
+    if not re.fullmatch(r"[\w-]{1,64}", name):  # none yet, or damaged by a crash
         name = secrets.token_hex(4)
         replace_text(path, name)
     options: dict[str, Any] = {
@@ -177,7 +178,7 @@ def _start(config: Config) -> Any:
     }
     try:
         run = wandb.init(**options)  # WANDB_MODE=offline keeps records for `wandb sync`
-    except Exception as error:  # no network, no key: what is kept here can be sent later
+    except Exception as error:  # no network or key: local records can be sent later
         where = config.run_folder / "wandb"
         _tell(f"wandb cannot be reached ({one_line(error)}); records are kept in {where} for `wandb sync`")
         run = wandb.init(mode="offline", **options)

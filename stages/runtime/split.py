@@ -1,4 +1,4 @@
-"""How rollouts are split among refreshes, and the rows of a step among processes and micro-steps."""
+"""Rollouts of each refresh, and rows of a step per process and micro-step."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
 DRIFT_WINDOW = 4
-"""Optimizer steps on the rows in use that `refresh_drift` averages over."""
+"""Number of latest optimizer steps on the current rows over which `refresh_drift` is averaged."""
 
 
 def rollouts_of(config: Config, refresh_index: int) -> range:
-    """The indices of a refresh's rollouts among all that the run writes: whole groups, in the order of refreshes."""
+    """Indices of a refresh's rollouts among all rollouts of the run: whole groups, in refresh order."""
     start = sum(pool_size(config, index) for index in range(refresh_index))
     return range(start, start + pool_size(config, refresh_index))
 
 
 def pool_size(config: Config, refresh_index: int) -> int:
-    """Rollouts that a refresh writes: `rollouts_per_refresh`, or fewer if the steps cannot read them all."""
+    """Rollouts that a refresh writes: `rollouts_per_refresh`, or fewer if the steps cannot use them all."""
     rows, group = steps_of(config, refresh_index) * config.train.batch_size, config.rollout.group_size
     return min(config.refresh.rollouts_per_refresh, -(-rows // group) * group)
 
 
 def steps_of(config: Config, refresh_index: int) -> int:
-    """Most optimizer steps on the rows of a refresh before the next one replaces them."""
+    """Maximum optimizer steps on a refresh's rows before the next refresh replaces them."""
     policy, max_steps = config.refresh, config.train.max_steps
     if policy.refresh_mode == "off":
         return max_steps
@@ -35,7 +35,7 @@ def steps_of(config: Config, refresh_index: int) -> int:
 
 
 def rows_per_micro_step(config: Config, world_size: int) -> int:
-    """Rows of each process in each of its `grad_accum` micro-steps; UserError if they do not divide evenly."""
+    """Rows per process in each of the `grad_accum` micro-steps; UserError if they do not divide evenly."""
     train = config.train
     rows, rest = divmod(train.batch_size, world_size * train.grad_accum)
     if rest or rows == 0:

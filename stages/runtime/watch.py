@@ -1,4 +1,4 @@
-"""Warnings with figures about a training that goes wrong slowly, from the records as they are written."""
+"""Warnings about slowly degrading training, from the records as they are written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
-WINDOW = 8  # steps that are averaged, at the beginning and now
-RECENT = 16  # steps before, that a spike is compared with
-SPIKE, GRADIENT_SPIKE = 3.0, 10.0  # times the median of the recent steps
+WINDOW = 8  # steps averaged, at the start and now
+RECENT = 16  # previous steps that a spike is compared with
+SPIKE, GRADIENT_SPIKE = 3.0, 10.0  # multiples of the median of the recent steps
 LEAST_LOSS = 0.1  # nats above the median: smaller jumps are noise
-COLLAPSED, LONGER = 0.25, 2.0  # of what it was in the first steps
+COLLAPSED, LONGER = 0.25, 2.0  # relative to the first steps
 MOST_CUT = 0.5
 LOST_MASS, LOST_TIMES = 0.02, 2.0
 Record = dict[str, Any]
 
 
 class Watch:
-    """Looks at every record; each warning comes once, a spike's again after `RECENT` steps."""
+    """Check every record; each warning is given once, a spike's again after `RECENT` steps."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._losses: deque[float] = deque(maxlen=RECENT)
@@ -30,7 +30,7 @@ class Watch:
             self.look(record)
 
     def look(self, record: Record) -> list[str]:
-        """What there is to warn of after this record."""
+        """Warnings raised by this record."""
         found = []
         if (cut := _number(record, "cut_share")) is not None and cut > MOST_CUT:
             found += self._once(

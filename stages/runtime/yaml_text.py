@@ -1,6 +1,6 @@
-"""YAML for configurations: plain values only, read and written with one set of rules for what a bare word means.
+"""YAML for configurations: plain values only, with the same rules for bare words in reading and writing.
 
-They are PyYAML's but for what surprises people: `1e-4` is a number, and a date is text.
+The rules are PyYAML's, except that `1e-4` is a number and a date is text.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ BARE_WORDS = {
     "float": r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
     "merge": r"<<",
 }
-"""What makes a bare word something else than text; the first that fits."""
+"""Patterns that give a bare word a type other than text; the first match wins."""
 
 
 class RepeatedKeyError(ValueError):
-    """A map has a key twice."""
+    """A map has a duplicate key."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML's own name for BARE_WORDS
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """PyYAML keeps the last of equal keys without a word; here the second one is an error."""
+        """Reject duplicate keys; PyYAML silently keeps the last."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes texts that `_Loader` would read as something else."""
+    """Quote text that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -54,14 +54,14 @@ for _tag, _pattern in BARE_WORDS.items():
 
 
 def read(text: str) -> Any:
-    """Plain values (texts, numbers, lists, maps with plain keys); ValueError with a short reason for anything else."""
+    """Parse plain values (text, numbers, lists, maps with plain keys); otherwise a short ValueError."""
     try:
         return _plain(yaml.load(text, _Loader), [MOST_VALUES], 0)
     except RepeatedKeyError:
         raise
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # a constructor raises whatever Python's own functions do
+    except Exception as error:  # constructors raise arbitrary Python errors
         raise ValueError(short(" ".join(str(error).split()) or type(error).__name__)) from None
 
 
@@ -93,7 +93,7 @@ def short(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut to MOST_SHOWN characters."""
+    """A value for a message, cut to MOST_SHOWN characters."""
     try:
         return short(repr(value))
     except ValueError:  # an integer of thousands of digits

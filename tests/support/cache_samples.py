@@ -1,4 +1,4 @@
-"""Small rows of every signal, made from a seed, for the tests of the cache."""
+"""Small seeded rows of every signal, for the cache tests."""
 
 import hashlib
 from pathlib import Path
@@ -42,7 +42,7 @@ def head(seed: int = 0) -> cache.TeacherHead:
 
 
 def bfloat16(array: np.ndarray) -> np.ndarray:
-    """Cut to bfloat16, as bit patterns."""
+    """Truncate to bfloat16, as bit patterns."""
     return (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -52,7 +52,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def record(number: int, kind: str = "topk", num_tokens: int | None = None, **changes: object) -> cache.Record:
-    """Row `number`: the same for the same arguments; `changes` replace fields."""
+    """Row `number`, deterministic in its arguments; `changes` replace fields."""
     rng = np.random.default_rng(number)
     T = num_tokens or 1 + number % 6
     logprobs = log_softmax(rng.normal(0, 3, (T, VOCAB)))
@@ -107,7 +107,7 @@ def signal_of(kind: str, kept: cache.TopK, logprobs: np.ndarray, rng: np.random.
 
 
 def write(root: Path, numbers: range, kind: str = "topk", unit: str = "g0000-00000") -> cache.CommitResult:
-    """Commits some rows as one unit."""
+    """Commit some rows as one unit."""
     with cache.Writer(root, fingerprint(kind), head=head() if kind == "hidden" else None) as writer:
         for number in numbers:
             writer.append(record(number, kind))
@@ -115,7 +115,7 @@ def write(root: Path, numbers: range, kind: str = "topk", unit: str = "g0000-000
 
 
 def assert_same(actual: cache.Record, expected: cache.Record) -> None:
-    """Equal in every field; a top-k signal's logprobs and tail up to the codec's rounding."""
+    """Assert equality in every field; a top-k signal's logprobs and tail up to codec rounding."""
     for name, value in vars(expected).items():
         if name != "signal":
             np.testing.assert_array_equal(getattr(actual, name), value, err_msg=name)
@@ -130,5 +130,5 @@ def assert_same(actual: cache.Record, expected: cache.Record) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of all files in a folder, temporary ones too."""
+    """Names of all files in a folder, including temporary ones."""
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

@@ -1,6 +1,6 @@
-"""Writers that die or race, for the tests of commits: processes forked from one that has imported only the cache.
+"""Writers that crash or race, for the commit tests: forks of a process that has imported only the cache.
 
-python -m tests.support.cache_writers crash|kill|race ROOT [options]      prints what happened, as JSON
+python -m tests.support.cache_writers crash|kill|race ROOT [options]      prints the outcome as JSON
 """
 
 import json
@@ -25,7 +25,7 @@ UNITS = [range(start, start + 3) for start in range(0, 30, 3)]
 
 
 def drive(*arguments: str) -> str:
-    """Runs `main` of this file in a process of its own; its output."""
+    """Run this file's `main` in its own process; returns the output."""
     command = [sys.executable, "-m", "tests.support.cache_writers", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def drive(*arguments: str) -> str:
 
 
 def assert_holds(root: str | Path, numbers: list[int]) -> None:
-    """The cache is sound and holds exactly these rows, as they were appended."""
+    """Assert that the cache is sound and holds exactly these rows, as they were appended."""
     snapshot = cache.open(root)
     assert snapshot.row_ids == sorted(row_id(n) for n in numbers)
     for number in numbers:
@@ -42,7 +42,7 @@ def assert_holds(root: str | Path, numbers: list[int]) -> None:
 
 
 def write_missing(root: str | Path, units: list[range]) -> tuple[int, int]:
-    """Commits the units that lack a row; how many rows this writer committed, and how many it left out."""
+    """Commit the units that lack a row; returns the numbers of rows committed and skipped by this writer."""
     rows = left_out = 0
     with cache.Writer(root, fingerprint(), tokenizer_json="{}") as writer:
         for unit in units:
@@ -57,14 +57,14 @@ def write_missing(root: str | Path, units: list[range]) -> tuple[int, int]:
 
 
 def seconds_of(root: str) -> float:
-    """How long it takes to write all units, beside `root`."""
+    """Seconds to write all units, next to `root`."""
     start = time.perf_counter()
     assert code_of(in_a_fork(lambda: write_missing(f"{root}-timed", UNITS) and None)) == 0
     return time.perf_counter() - start
 
 
 def in_a_fork(work: Callable[[], None]) -> int:
-    """Process id of a fork that does `work` and exits with 0, or 1 if that raises."""
+    """Fork a process that does `work` and exits with 0, or 1 if it raises; returns the process id."""
     child = os.fork()
     if child:
         return child
@@ -81,7 +81,7 @@ def code_of(child: int) -> int:
 
 
 def die_at(count: int, when: str, steps: list[tuple[object, str]]) -> list[str]:
-    """Makes the process die before or after its `count`-th call of the steps, or in the middle of a local write."""
+    """Die before or after the `count`-th call of the steps, or halfway through a local write."""
     seen: list[str] = []
 
     def patch(owner: object, name: str) -> None:
@@ -107,7 +107,7 @@ def die_at(count: int, when: str, steps: list[tuple[object, str]]) -> list[str]:
 
 
 def drive_crashes(root: str) -> list[str]:
-    """One cache per step of making a cache and committing two units, each left by a writer that died there."""
+    """One cache per step of creating it and committing two units, left by a writer killed at that step."""
     names: list[str] = []
     steps = steps_of(root)
     units = [range(3), range(3, 6)]
@@ -135,14 +135,14 @@ def drive_crashes(root: str) -> list[str]:
 
 
 def steps_of(root: str) -> Sequence[tuple[object, str]]:
-    """The calls that change files at `root`."""
+    """Functions that change files at `root`."""
     if "://" not in root:
         return STEPS
     return [(ObjectStore, name) for name in ("_upload", "create", "remove")]
 
 
 def drive_kills(root: str, seed: int, num_kills: int) -> dict[str, object]:
-    """Kills a writer again and again at random times; each next one goes on until all units are there."""
+    """Kill a writer repeatedly at random times; the next one continues until all units are there."""
     rng, kills = random.Random(seed), 0
     seconds_of(root)
     seconds = seconds_of(root + "-again")
@@ -158,9 +158,9 @@ def drive_kills(root: str, seed: int, num_kills: int) -> dict[str, object]:
 
 
 def drive_race(root: str, plan: str) -> list[list[int]]:
-    """Four writers at once, all with the same units in different orders, or each with units of another size.
+    """Run four concurrent writers: the same units in different orders, or units of different sizes.
 
-    While they write, a fifth process reads (`read_until`).
+    A fifth process reads meanwhile (`read_until`).
     """
     children = []
     seconds_of(root)
@@ -180,7 +180,7 @@ def drive_race(root: str, plan: str) -> list[list[int]]:
 
 
 def read_until(root: str, num_rows: int, unit_rows: int) -> None:
-    """Reads the cache while others write to it, until it has all rows: they come by whole units, and stay."""
+    """Read the cache during writes until it has all rows; they must arrive in whole units, and stay."""
     while not cache.exists(root):
         time.sleep(0.01)
     snapshot = cache.open(root)

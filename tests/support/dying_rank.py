@@ -2,8 +2,8 @@
 
     dying_rank.py killed|refuses|hangs FLAGS
 
-killed: by SIGKILL. refuses: with a user error, as on damaged rows. hangs: the same while rank 0 never returns from its
-collective, as under NCCL.
+killed: by SIGKILL. refuses: with a user error, as on damaged rows. hangs: like refuses, but rank 0 never
+returns from its collective, as under NCCL.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""The frozen caches in tests/data, and how they are made: one cache for each signal kind.
+"""The frozen caches in tests/data, one for each signal kind, and the script that generates them.
 
-    python -m tests.support.frozen_cache FOLDER    # makes such caches in FOLDER/<kind>, and their expected.json
+    python -m tests.support.frozen_cache FOLDER    # writes caches to FOLDER/<kind>, with their expected.json
 
-Once a version is released, its committed files are never made again: they stand for caches that users have.
+Once a version is released, its committed files are never regenerated: they represent users' caches.
 """
 
 import json
@@ -26,7 +26,7 @@ NUMBERS = range(1, 5)
 
 
 def make(root: Path, kind: str) -> None:
-    """Writes four rows of two to five tokens as one unit, and beside it what a reader must find."""
+    """Write four rows of two to five tokens as one unit, and the expected result of reading them."""
     write(root, NUMBERS, kind)
     snapshot = cache.open(root)
     expected: dict[str, Any] = {"rows": [readable(record) for record in snapshot], "head": None}
@@ -46,7 +46,7 @@ def make(root: Path, kind: str) -> None:
 
 
 def readable(record: cache.Record) -> dict[str, object]:
-    """Every field as JSON; empty slots of a signal are left out, masses and logprobs in nats."""
+    """Every field as JSON, without empty signal slots; masses and logprobs in nats."""
     fields = {name: _json(value) for name, value in vars(record).items() if name != "signal"}
     signal = record.signal
     if isinstance(signal, cache.TopK):
@@ -65,7 +65,7 @@ def readable(record: cache.Record) -> dict[str, object]:
 
 
 def _json(value: object) -> object:
-    """Floats to nine digits, which say a float32 exactly; -inf as null."""
+    """Floats with nine digits, which determine a float32 exactly; -inf as null."""
     if not isinstance(value, np.ndarray):
         return value
     if value.dtype.kind == "i":

@@ -1,12 +1,11 @@
-"""Imported last by the server that `forked` forks from: what is imported by then is left out of every garbage collection.
+"""Exclude all imported objects from garbage collection in the server of `forked`; imported last.
 
-The processes share that memory with the server; a collection would touch, and so copy, all of it.
+Forked processes share this memory with the server; a collection would touch it, and so copy all of it.
 """
 
 import atexit
 import gc
 
 gc.freeze()
-atexit.register(
-    gc.unfreeze
-)  # of the server alone; what is never collected, extension modules report as leaked
+# only in the server; extension modules report objects that are never collected as leaked
+atexit.register(gc.unfreeze)

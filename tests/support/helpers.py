@@ -1,4 +1,4 @@
-"""Small configurations, stages run in processes of their own, and what they leave behind."""
+"""Small configurations, stages run in separate processes, and their results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _PRELOAD = [
 
 @dataclass(frozen=True)
 class Finished:
-    """What a process left: its exit code and what it wrote."""
+    """A finished process: its exit code and output."""
 
     code: int
     out: str
@@ -69,7 +69,7 @@ class Finished:
         return self
 
     def expect_sentence(self, *parts: str) -> str:
-        """Checks that it failed with one `error: ...` line that holds `parts`, and no traceback."""
+        """Check that it failed with one `error: ...` line that contains `parts`, and no traceback."""
         assert self.code != 0, f"it succeeded\n{self.out[-2000:]}"
         assert "Traceback" not in self.err, self.err[-6000:]
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -85,7 +85,7 @@ def flags(**values: Any) -> list[str]:
 
 
 def small(folder: Path, **values: Any) -> list[str]:
-    """The command line of the small demo, its runs below `folder`; a later flag of the same name wins."""
+    """Command line of the small demo with runs in `folder`; later flags of the same name win."""
     return [*SMALL, "--runs_dir", str(folder), *flags(**values)]
 
 
@@ -94,7 +94,7 @@ def make_config(folder: Path, **values: Any) -> Config:
 
 
 def make_run(folder: Path, **values: Any) -> Run:
-    """A run of the small demo in this process, its folder made as `Run.claim` does."""
+    """A run of the small demo in this process, with the folder that `Run.claim` creates."""
     run = open_run("", small(folder, **values))
     run.folder.mkdir(parents=True, exist_ok=True)
     return run
@@ -105,7 +105,7 @@ def prompts_of(config: Config) -> list[Prompt]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a process that computes on one CPU thread and asks no hub."""
+    """Environment of a process that computes on one CPU thread and stays offline."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     inherited = {name: value for name, value in os.environ.items() if name not in launcher}
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -113,7 +113,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_python(*arguments: str, timeout: float = 300, **extra: str) -> Finished:
-    """`python ARGUMENTS` at the repository's root; `extra` are environment variables."""
+    """Run `python ARGUMENTS` at the repository root; `extra` are environment variables."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -127,30 +127,30 @@ def run_python(*arguments: str, timeout: float = 300, **extra: str) -> Finished:
 
 
 def torchrun(*arguments: str, timeout: float = 300) -> Finished:
-    """`torchrun --standalone --nproc_per_node=2 ARGUMENTS` (a script, or `-m MODULE`, and its arguments)."""
+    """Run `torchrun --standalone --nproc_per_node=2 ARGUMENTS` (script or `-m MODULE`, and its arguments)."""
     return run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, timeout=timeout
     )
 
 
 class Forker:
-    """Runs functions in clean processes, forked from a server that has imported everything once.
+    """Run functions in clean processes, forked from a server that has imported everything once.
 
-    Each process is as fresh as one that a shell starts, without the seconds that importing torch takes. Several
-    processes find each other through the variables that torchrun sets.
+    Each process is as fresh as one started by a shell, without the seconds needed to import torch. Several
+    processes find each other through torchrun's environment variables.
     """
 
     def __init__(self, context: Any, folder: Path) -> None:
         self._context, self._folder, self._count = context, folder, 0
 
     def stage(self, module: str, *arguments: str, processes: int = 1, **variables: str) -> Finished:
-        """`python -m MODULE ARGUMENTS`."""
+        """Run `python -m MODULE ARGUMENTS`."""
         return self.call(_run_module, module, arguments, processes=processes, **variables)
 
     def call(
         self, function: Callable[..., None], *arguments: Any, processes: int = 1, **variables: str
     ) -> Finished:
-        """`function(*arguments)`, a function of a module, in `processes` processes with these variables."""
+        """Run a module-level `function(*arguments)` in `processes` processes with these variables."""
         workers, where = self._start(function, arguments, processes, variables)
         for worker in workers:
             worker.join(300)
@@ -163,11 +163,11 @@ class Forker:
         return Finished(code, *texts)
 
     def start(self, module: str, *arguments: str, processes: int = 1) -> list[Any]:
-        """The processes of `python -m MODULE ARGUMENTS`, running."""
+        """Start `python -m MODULE ARGUMENTS`; returns the running processes."""
         return self.launch(module, *arguments, processes=processes)[0]
 
     def launch(self, module: str, *arguments: str, processes: int = 1) -> tuple[list[Any], Path]:
-        """The same, and the folder of what they print: `out-RANK` and `err-RANK`."""
+        """Like `start`, and also return the folder of their output: `out-RANK` and `err-RANK`."""
         return self._start(_run_module, (module, arguments), processes, {})
 
     def _start(
@@ -200,7 +200,7 @@ class Forker:
 
 
 def make_forker(folder: Path) -> Forker:
-    """A forker whose processes print into `folder`."""
+    """A forker whose processes write their output to `folder`."""
     saved = dict(os.environ)
     wanted = environment()
     context = multiprocessing.get_context("forkserver")
@@ -208,7 +208,7 @@ def make_forker(folder: Path) -> Forker:
     os.environ.clear()
     os.environ.update(wanted)
     try:
-        context.Process(target=int).start()  # the server keeps the environment it is started in
+        context.Process(target=int).start()  # the server keeps the environment in which it is started
     finally:
         os.environ.clear()
         os.environ.update(saved)
@@ -225,7 +225,7 @@ def _in_process(
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(where / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command has its own handlers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command installs its own handlers
     os.chdir(ROOT)
     torch.set_num_threads(1)
     function(*arguments)
@@ -246,13 +246,13 @@ def _free_port() -> int:
 
 
 def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind in a run's metrics.jsonl."""
+    """Records of one kind in a run's metrics.jsonl."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == kind]
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an exported student or of a checkpoint."""
+    """All tensors of an exported student or a checkpoint."""
     from safetensors.torch import load_file
 
     return {
@@ -263,7 +263,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
+    """Assert bitwise equality."""
     assert left
     assert left.keys() == right.keys()
     different = [name for name, tensor in left.items() if not torch.equal(tensor, right[name])]
@@ -273,5 +273,5 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
 def refused(
     forked: Forker, module: str, folder: Path, *parts: str, extra: list[str] | None = None, **values: Any
 ) -> None:
-    """The command fails with one sentence that holds `parts`."""
+    """Assert that the command fails with one sentence that contains `parts`."""
     forked.stage(f"stages.{module}", *small(folder, **values), *(extra or [])).expect_sentence(*parts)

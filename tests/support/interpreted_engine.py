@@ -1,6 +1,7 @@
 """The engine's kernels on a CPU, under Triton's interpreter, against PyTorch.
 
-Not collected by itself: `tests/stages/engine/test_kernels.py` runs it in a process of its own with TRITON_INTERPRET=1.
+Not collected by itself: `tests/stages/engine/test_kernels.py` runs it in its own process with
+TRITON_INTERPRET=1.
 """
 
 import math
@@ -26,7 +27,7 @@ CAPACITY = 150
 def problem(
     heads: int, kv_heads: int, width: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, SlotCache]:
-    """Queries and slots whose places beyond each row's own hold NaN."""
+    """Queries and slots, with NaN beyond each row's own positions."""
     generator = torch.Generator().manual_seed(heads + width)
     attended = torch.tensor([1, 17, 64, 65, 150], dtype=torch.int32)
     query = torch.randn(5, heads, width, generator=generator).to(dtype)
@@ -39,7 +40,7 @@ def problem(
 
 
 def poisoned(slots: SlotCache, window: int | None) -> tuple[Tensor, Tensor]:
-    """K and V with NaN wherever a row may not look."""
+    """K and V with NaN wherever a row must not attend."""
     place, attended = torch.arange(CAPACITY), slots.attended
     assert attended is not None
     hidden = place >= attended[:, None]
@@ -79,7 +80,7 @@ def test_values_may_be_of_another_width_than_keys() -> None:
 
 
 def test_half_precision_attention_is_as_near_to_float64_as_pytorchs() -> None:
-    """float16: the interpreter multiplies bfloat16 as integers. On a GPU `tests/gpu/test_engine.py` tests bfloat16."""
+    """In float16: the interpreter treats bfloat16 as integers; tests/gpu/test_engine.py tests bfloat16."""
     query, slots = problem(8, 2, 64, torch.float16)
     assert slots.attended is not None
     arguments = (slots.keys[0], slots.values[0])
@@ -106,7 +107,7 @@ def test_extreme_scores_stay_finite() -> None:
 def test_keys_and_values_are_stored_at_each_rows_place_and_nowhere_else() -> None:
     keys, values = torch.zeros(3, 2, 9, 24), torch.zeros(3, 2, 9, 16)
     places = torch.tensor([0, 8, 4])
-    new = torch.randn(3, 1, 2, 24).transpose(1, 2)  # as projections give it
+    new = torch.randn(3, 1, 2, 24).transpose(1, 2)  # the layout that projections return
     kernels.store(new, new[..., :16], keys, values, places)
     wanted = torch.zeros_like(keys)
     wanted[torch.arange(3), :, places] = new.squeeze(2)
@@ -161,7 +162,7 @@ def test_a_norm_of_heads_that_lie_in_a_joined_product_is_the_formula(heads: int,
 def test_a_rotary_embedding_is_the_formula(
     width: int, heads: int, kv_heads: int, places: int, cos_rows: int
 ) -> None:
-    """Queries and keys as parts of a joined product, at one place a row and at many."""
+    """Queries and keys as parts of a joined product, at one position per row and at several."""
     torch.manual_seed(0)
     joined = torch.randn(5, places, heads + kv_heads, width).transpose(1, 2)
     query, key = joined.split([heads, kv_heads], dim=1)
@@ -210,7 +211,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
         JoinedLinear, "forward", lambda self, x: products.append(self.out_features) or original(self, x)
     )
     monkeypatch.setattr(_Together, "_alone", lambda *_: pytest.fail("a joined layer multiplied by itself"))
-    num_tokens = 6  # the second completion begins within a sliding layer's window and ends beyond it
+    num_tokens = 6  # the second completion starts within a sliding layer's window and ends beyond it
     model, prompts = random_model(name), [np.arange(20, 38), np.arange(60, 69)]
     wanted = [theirs(model, prompt, num_tokens) for prompt in prompts]
     writer = (
@@ -225,6 +226,5 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
         {"gated"} if model.config.model_type[:5] != "gemma" else set()
     )
     num_layers = model.config.num_hidden_layers
-    assert (
-        launches.count("rotary") == num_tokens * num_layers
-    )  # the prefill's, then a step's for each further token
+    # once per layer for the prefill, and for each further token
+    assert launches.count("rotary") == num_tokens * num_layers

@@ -1,7 +1,7 @@
-"""The CUDA kernels' logic on a CPU, under Triton's interpreter, against the float64 oracles.
+"""CUDA kernels on a CPU, under Triton's interpreter, against the float64 oracles.
 
-Not collected by itself: `tests/dualkl/test_kernels.py` runs it in a process of its own with TRITON_INTERPRET=1, which Triton
-reads when a kernel is defined and which would disturb everything else that uses Triton.
+Not collected by itself: `tests/dualkl/test_kernels.py` runs it in its own process with TRITON_INTERPRET=1.
+Triton reads that variable when a kernel is defined, and it would affect all other uses of Triton.
 """
 
 import math
@@ -37,7 +37,7 @@ calls: list[str] = []
 
 @pytest.fixture(autouse=True)
 def _kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything but float64 runs in the kernels, in tiles of 256 columns; a test that launches none fails."""
+    """Run all dtypes but float64 in the kernels, in tiles of 256 columns; fail tests that launch none."""
 
     def counted(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -59,7 +59,7 @@ def _kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run(
     logits: Tensor, teacher: dict[str, Tensor], config: DualKLConfig, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[StepResult, Tensor]:
-    """The kernel's result and the gradient of the sum of losses, in `dtype`; padding is NaN."""
+    """The kernel's result and the gradient of the summed losses, in `dtype`; padding is NaN."""
     num_rows, num_ids = logits.shape
     sampled, head = samples(logits), PreparedHead(torch.empty(0), None, 1.0, None, torch.float32)
     buffer = torch.full((num_rows, fused.padded(num_ids)), math.nan)
@@ -96,7 +96,7 @@ def check(
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 @pytest.mark.parametrize("full_head", [False, True], ids=["weight", "bias+scale+softcap+temperature+cut"])
 def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool) -> None:
-    """All methods; ragged and empty top-k rows; an upstream gradient other than 1."""
+    """All methods, ragged and empty top-k rows, and an upstream gradient other than 1."""
     case = Case(full_head, 1.7 if full_head else 1.0, 491 if full_head else None, torch.float32)
     for method in GATED if full_head and kind != "hidden" else [GATED[i] for i in (0, 3, 6, -1)]:
         config = case.config(**method, mix=0.3)
@@ -177,7 +177,7 @@ def test_what_it_reports_besides_the_loss_is_the_plain_paths() -> None:
 @pytest.mark.parametrize("config", CONFIGS[4:8], ids=name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_gradient_is_the_oracles(kind: str, config: DualKLConfig) -> None:
-    """The interpreter cuts a float32 off to bfloat16, where a GPU rounds it: its bound is twice as wide."""
+    """The bound is doubled: the interpreter truncates float32 to bfloat16, where a GPU rounds."""
     logits, teacher = random_logits(1, rows=2), teacher_of(kind, random_logits(2, rows=2))
     check(*run(logits, teacher, config), *expected(logits.float().double(), teacher, config), bound=2**-7)
 

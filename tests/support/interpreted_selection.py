@@ -1,6 +1,6 @@
-"""The selection's kernels on a CPU, under Triton's interpreter, against a sort in float64 and the plain path.
+"""Selection kernels on a CPU, under Triton's interpreter, against a float64 sort and the plain path.
 
-Not collected by itself: `test_dualkl_kernels.py` runs it in a process of its own, as `interpreted_kernels.py`.
+Not collected by itself: `test_dualkl_kernels.py` runs it in its own process, like `interpreted_kernels.py`.
 """
 
 import math
@@ -23,7 +23,7 @@ calls: list[int] = []
 
 @pytest.fixture(autouse=True)
 def _kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Groups of 8 ids, 128 ids a segment; a test that launches nothing fails."""
+    """Use groups of 8 ids and segments of 128; fail tests that launch nothing."""
 
     def counted(*args: Any) -> Any:
         calls.append(1)
@@ -84,7 +84,7 @@ def test_any_shape(num_ids: int, k: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 9, 40, 200])
 def test_the_largest_may_stand_anywhere(k: int) -> None:
-    """In one group, one segment, in order, in reverse, at the ends: no arrangement hides an id."""
+    """In one group, in one segment, in order, in reverse, at the ends: no arrangement hides an id."""
     base = torch.linspace(-3, 3, V, dtype=torch.float64).float().double()
     column = torch.arange(V)
     near = (column % 64 // 4 == 5).double() * 10 + base / 10

@@ -1,4 +1,4 @@
-"""Kernels without a GPU: the tests of one file under Triton's interpreter."""
+"""Kernel tests without a GPU: run one test file under Triton's interpreter."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pass_interpreted(name: str) -> None:
-    """Runs tests/support/`name` in a process of its own, since Triton asks for its interpreter when it is imported."""
+    """Run tests/support/`name` in its own process, since Triton selects its interpreter at import."""
     if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
         pytest.skip(
             "Triton's interpreter before 3.7 makes numbers of arrays in a way that NumPy refuses from 2.4 on"

@@ -1,4 +1,4 @@
-"""Reads packed signals by cache/FORMAT.md alone, one number at a time: struct, math and zstandard, nothing of `cache`."""
+"""Read packed signals from cache/FORMAT.md alone, one number at a time, without code from `cache`."""
 
 import math
 import struct
@@ -8,7 +8,7 @@ import zstandard
 
 
 def read_signal(packed: bytes) -> dict[str, Any]:
-    """`ids`, `logprobs` (ragged lists) and `log_tail_mass` of a top-k signal; else the raw `bytes` of the matrix."""
+    """`ids`, `logprobs` (ragged lists), `log_tail_mass` of a top-k signal; else the matrix's raw `bytes`."""
     version, kind, dtype, zero, T, width, temperature = struct.unpack_from("<BBBBIIf", packed)
     assert (version, zero) == (2, 0)
     planes = _planes(packed[16:])

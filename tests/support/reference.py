@@ -1,9 +1,10 @@
-"""Float64 oracles: the gated dual KL written position by position, slowly, as its definition reads.
+"""Float64 oracles: the gated dual KL position by position, written directly from its definition.
 
-They share no code with `dualkl`; gradients are autograd's. A teacher is one of
-    {"logits": [N, V]}, {"hidden": [N, D], "head": head}, {"ids": [N, K], "logprobs": [N, K], "log_tail_mass": [N]},
-a head is {"weight": [V, d]} and optionally "bias", "scale", "softcap". `config` is anything with the attributes of
-`DualKLConfig`. Nats throughout.
+They share no code with `dualkl`; gradients come from autograd. A teacher is one of
+    {"logits": [N, V]}, {"hidden": [N, D], "head": head} or
+    {"ids": [N, K], "logprobs": [N, K], "log_tail_mass": [N]}.
+A head is {"weight": [V, d]} and optionally "bias", "scale", "softcap". `config` is any object with the
+attributes of `DualKLConfig`. All values are in nats.
 """
 
 import math
@@ -25,7 +26,7 @@ def head_logits(hidden: Tensor, head: dict[str, Any], vocab_size: int | None = N
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Σ_c p_c (ln p_c - ln q_c) of one position, outcome by outcome; impossible outcomes of p add nothing."""
+    """Σ_c p_c (ln p_c - ln q_c) of one position, outcome by outcome; impossible outcomes of p add 0."""
     total = torch.zeros((), dtype=torch.float64)
     possible = [c for c in range(len(logp)) if logp[c] > -math.inf]
     for block in range(0, len(possible), 64):
@@ -35,7 +36,7 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def jensen_shannon(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    """β KL(q || m) + (1 - β) KL(p || m), m = β q + (1 - β) p, of one position: the definition of arXiv 2306.13649."""
+    """β KL(q || m) + (1 - β) KL(p || m), m = β q + (1 - β) p, of one position (arXiv 2306.13649)."""
     log_mixture = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
     return beta * kl(logq, log_mixture) + (1 - beta) * kl(logp, log_mixture)
 
@@ -70,7 +71,7 @@ def topk_outcomes(
 
 
 def gate(divergence: float, config: Any, tau: float | None = None) -> float:
-    """λ of one position, a plain number."""
+    """λ of one position, as a plain number."""
     tau = config.tau if tau is None else tau
     if config.gating == "fixed":
         return float(config.mix)
@@ -94,9 +95,9 @@ def position_loss(
     tau: Tensor | None = None,
     teacher_entropy: Tensor | None = None,
 ) -> dict[str, Any]:
-    """loss (differentiable in z), rkl, fkl and gate of one position. `z` and teacher logits are at temperature.
+    """loss (differentiable in z), rkl, fkl and gate of one position; `z` and teacher logits at temperature.
 
-    `tau` and `teacher_entropy` are of all positions.
+    `tau` and `teacher_entropy` cover all positions.
     """
     threshold, epsilon = None if tau is None else float(tau[row]), config.teacher_smoothing
     logp_all = log_softmax(z)
@@ -143,7 +144,7 @@ def dual_kl(
     tau: Tensor | None = None,
     teacher_entropy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The whole loss, differentiable in hidden, head["weight"] and head["bias"]; rkl, fkl and gate per position."""
+    """The full loss, differentiable in hidden and the head's weight and bias; rkl, fkl, gate per position."""
     num_rows = hidden.shape[0]
     if weights is None:
         weights = torch.full((num_rows,), 1 / max(1, num_rows), dtype=torch.float64)
@@ -167,7 +168,7 @@ def dual_kl(
 def compress(
     logits: Tensor, k: int, p: float = 1.0, floor: int = 1
 ) -> tuple[list[list[int]], list[list[float]], list[float]]:
-    """Kept ids by falling probability, their logprobs, and the log tail mass, one list entry per position."""
+    """Kept ids by descending probability, their logprobs, and the log tail mass, one entry per position."""
     all_ids, all_logprobs, tails = [], [], []
     for z in logits.double():
         logq = log_softmax(z)

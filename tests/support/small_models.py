@@ -1,4 +1,4 @@
-"""Small models for the rollout engine's tests, and what its completions are compared with."""
+"""Small models for the rollout engine's tests, and references for its completions."""
 
 import copy
 from contextlib import closing
@@ -38,7 +38,7 @@ def question_prompts(tokenizer: Any) -> list[np.ndarray]:
 def generate(
     model: Any, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, **values: Any
 ) -> list[Completion]:
-    """One call of the model's engine, opened for it; `values` as in `Engine.generate`."""
+    """Open the model's engine and call it once; `values` as in `Engine.generate`."""
     with closing(open_engine(model)) as engine:
         return engine.generate(prompts, seeds, sampling, **values)
 
@@ -51,7 +51,7 @@ def run(model: Any, prompts: list[np.ndarray], sampling: Sampling, **values: Any
 
 @torch.no_grad()
 def forced_logits(model: Any, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """The logits [T, V] that predict a completion, from one forward over prompt + completion without padding."""
+    """Logits [T, V] that predict a completion, from one forward over prompt + completion without padding."""
     ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
 
@@ -69,7 +69,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 WINDOW = 12
-"""Places that a sliding layer sees: fewer than the prompts have."""
+"""Positions that a sliding layer attends to: fewer than the prompts have."""
 CONFIGS = {
     "qwen3": Qwen3Config(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
@@ -93,7 +93,7 @@ CONFIGS = {
 
 def random_model(name: str) -> Any:
     torch.manual_seed(3)
-    attention = "eager" if name == "gemma2" else "sdpa"  # its cap is not for PyTorch's
+    attention = "eager" if name == "gemma2" else "sdpa"  # PyTorch's attention does not support its softcap
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIGS[name]), attn_implementation=attention
     ).eval()
@@ -102,7 +102,7 @@ def random_model(name: str) -> Any:
 
 
 def theirs(model: Any, prompt: np.ndarray, num_tokens: int) -> list[int]:
-    """What transformers' `generate` writes greedily, one prompt at a time: without any padding."""
+    """Greedy completion by transformers' `generate`, one prompt at a time and so without padding."""
     ids = torch.from_numpy(prompt.astype(np.int64))[None]
     settings = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": EOS, "pad_token_id": 0}
     return model.generate(input_ids=ids, **settings)[0, len(prompt) :].tolist()
@@ -111,7 +111,7 @@ def theirs(model: Any, prompt: np.ndarray, num_tokens: int) -> list[int]:
 def check_logprobs(
     model: Any, prompt: np.ndarray, completion: Completion, temperature: float, atol: float
 ) -> None:
-    """Those of a teacher-forced forward."""
+    """Compare a completion's logprobs with those of a teacher-forced forward."""
     logprobs = (forced_logits(model, prompt, completion.ids) / temperature).log_softmax(-1)
     picked = logprobs.gather(1, torch.from_numpy(completion.ids.astype(np.int64))[:, None])[:, 0]
     np.testing.assert_allclose(completion.logprobs, picked.numpy(), atol=atol)

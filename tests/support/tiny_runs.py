@@ -1,4 +1,4 @@
-"""Both stages on a few rows in this process: what the tests of training, resuming and checkpoints share."""
+"""Both stages on a few rows in this process, for the tests of training, resuming and checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def write_rollouts(run: Run, student: Student, prompts: list[Prompt] | None = No
 
 
 def train(folder: Path, **values: Any) -> Run:
-    """Both stages in this process, from wherever the run in `folder` stands; with dropout, whose masks must resume too."""
+    """Run or resume both stages in this process; with dropout, whose masks must resume too."""
     run = make_run(folder, **(TINY | {"lora_dropout": 0.1} | values))
     student = student_of(run)
     if not (run.folder / "checkpoints").exists():
@@ -65,7 +65,7 @@ def train(folder: Path, **values: Any) -> Run:
 
 
 def stir(student: Student, scale: float = 0.02) -> None:
-    """Moves LoRA's B away from zero, so that every adapter has a gradient."""
+    """Move LoRA's B away from zero, so that every adapter has a gradient."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(student.trainable.items()):
@@ -74,12 +74,12 @@ def stir(student: Student, scale: float = 0.02) -> None:
 
 
 def step_run(folder: Path, cache_dir: str, **values: Any) -> Run:
-    """A run of steps of 16 rows over a cache that is there."""
+    """A run with steps of 16 rows on an existing cache."""
     return make_run(folder, **(TINY | {"cache_dir": cache_dir, "batch_size": 16} | values))
 
 
 def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
-    """Stage two alone, on a cache that is there."""
+    """Run stage two alone on an existing cache."""
     run = make_run(folder, **(TINY | {"cache_dir": cache_dir} | values))
     vocabulary = setup.cached_vocabulary(run.config)
     stage_two.train(run, setup.current_student(run, vocabulary)[0], vocabulary)
@@ -89,12 +89,12 @@ def train_from(folder: Path, cache_dir: str, **values: Any) -> Run:
 def batch(
     run: Run, training: steps.Training, snapshot: cache.Snapshot, pool: steps.Pool, index: int
 ) -> steps.Batch:
-    """The run's batch of step `index`, from 0."""
+    """The run's batch of step `index`, starting at 0."""
     return next(feed.global_batches(run, training.student, snapshot, pool, [index], training.caps))
 
 
 def save_weights(folder: Path, flags: list[str]) -> None:
-    """In a process of its own: both stages, and this rank's trained weights to folder/RANK.pt."""
+    """In a separate process, run both stages and save this rank's trained weights to folder/RANK.pt."""
     run = open_run("", flags)
     student = student_of(run)
     write_rollouts(run, student)

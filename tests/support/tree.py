@@ -1,5 +1,8 @@
-"""The shape of the source tree. `python -m tests.support.tree` prints lines per package, config keys, import
-circles, long functions and long lines."""
+"""Statistics of the source tree.
+
+`python -m tests.support.tree` prints lines per package, config keys, import circles, long functions and long
+lines.
+"""
 
 import ast
 from collections import Counter
@@ -14,12 +17,12 @@ LONGEST_FUNCTION, LONGEST_LINE = 40, 110
 
 
 def sources(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
-    """The Python files of the packages, relative to `root`."""
+    """Python files of the packages, relative to `root`."""
     return sorted(path.relative_to(root) for package in packages for path in (root / package).rglob("*.py"))
 
 
 def import_graph(root: Path, files: list[Path]) -> dict[str, set[str]]:
-    """Which of the files each one imports, as modules; inside functions too, but not under TYPE_CHECKING."""
+    """Modules of `files` that each file imports, including inside functions but not under TYPE_CHECKING."""
     modules = {_module(path): path for path in files}
     return {
         name: {target for target in _targets(root / path, name, modules) if target != name}
@@ -28,7 +31,7 @@ def import_graph(root: Path, files: list[Path]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
-    """Groups of modules that import each other, directly or through others. All is sorted."""
+    """Sorted groups of modules that import each other, directly or indirectly."""
     reached = {name: _reachable(graph, name) for name in graph}
     groups = {
         tuple(sorted(other for other in reached[name] if name in reached[other]))
@@ -71,12 +74,12 @@ def _targets(path: Path, name: str, modules: dict[str, Path]) -> Iterator[str]:
             parts = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*parts, *filter(None, [node.module])])
             for alias in node.names:
-                target = f"{base}.{alias.name}"  # a module, or a name in one
+                target = f"{base}.{alias.name}"  # a module, or a name in it
                 yield from [each for each in (target, base) if each in modules][:1]
 
 
 def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING:`."""
+    """All nodes except those under `if TYPE_CHECKING:`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             continue

@@ -1,4 +1,4 @@
-"""The teacher cache: shards of scored rollouts that are committed whole, checked by digest, and read as numpy.
+"""The teacher cache: shards of scored rollouts, committed atomically, verified by digest, read as numpy.
 
 Imports neither torch nor the stages. FORMAT.md specifies the files; the names below are the public API.
 """

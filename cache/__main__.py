@@ -1,12 +1,12 @@
-"""A cache from the command line: what it holds, single rollouts, whether it is sound, copies for other tools, upkeep.
+"""Command line for caches: summarise, view, verify, export, prune and merge.
 
 python -m cache summary ROOT                            rows, tokens, bytes, policies, quantiles
-python -m cache view ROOT [--first N] [--count N]       the rows in row-id order, one line each
+python -m cache view ROOT [--first N] [--count N]       rows in row-id order, one per line
 python -m cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
-python -m cache verify ROOT [--repair]                  every digest and every row; withdraws what is damaged
-python -m cache export --to parquet ROOT OUT   all rows, decoded
-python -m cache prune ROOT --max_age|--policy|--max_bytes ...    fewer rows
-python -m cache merge ROOT SOURCE ...                   the rows of other caches too
+python -m cache verify ROOT [--repair]                  check every digest and row; withdraw damaged ones
+python -m cache export --to parquet ROOT OUT            export all rows, decoded
+python -m cache prune ROOT --max_age|--policy|--max_bytes ...   remove rows
+python -m cache merge ROOT SOURCE ...                   add the rows of other caches
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ DAMAGED, WRONG_INPUT = 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 if `verify` finds faults, 2 for wrong input."""
+    """Run one command. Return the exit code: 0, 1 if `verify` finds faults, 2 for invalid input."""
     args = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal cannot display
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _COMMANDS[args.command](args)
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a root that is a file, a folder that may not be changed
+    except OSError as error:  # a root that is a file, a folder without write permission
         text = f"error: {error.filename or args.root}: {error.strerror or error}; mend that and rerun."
         print(plain(text), file=sys.stderr)
         return WRONG_INPUT
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(text: object = "") -> None:
-    """All output passes here, so text from models, data sets or other runs cannot control the terminal."""
+    """Print `text` escaped; all output goes through here, so untrusted text cannot control the terminal."""
     print(plain(str(text), kept="\n"))
 
 
@@ -127,7 +127,7 @@ def _summary(args: argparse.Namespace) -> int:
     if args.json:
         print(
             json.dumps(summary, indent=1).replace("\x7f", "\\u007f")
-        )  # the one control character that JSON does not escape
+        )  # the only control character that JSON does not escape
     else:
         _print(summary_text(summary))
     return 0
@@ -163,7 +163,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _selected(snapshot: Snapshot, args: argparse.Namespace) -> list[int]:
-    """The numbers of the rows that the options of `show` name."""
+    """Return the row numbers selected by the options of `show`."""
     if args.row is not None:
         return selection.by_row(snapshot, args.row)
     if args.prompt is not None:

@@ -1,4 +1,4 @@
-"""The packed form of a row's signal: a header of 16 bytes, then byte planes, each a zstandard frame.
+"""The packed form of a row's signal: a 16-byte header, then byte planes, each a zstandard frame.
 
 Other modules use only `encode` and `decode`; FORMAT.md specifies the bytes. T tokens, K slots, n kept ids.
 """
@@ -27,33 +27,34 @@ from cache.schema import (
 )
 
 CODEC_VERSION = 2
-STEP_NATS = 1 / 256  # of the grid of gaps to the most likely id: a large gap is as exact as a small one
+STEP_NATS = 1 / 256  # grid of logprob gaps to the most likely id; the error does not grow with the gap
 _LARGEST_CODE = 2**31 - 128  # fits int32, exact in float32: 8.4e6 nats
-ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # bound on how far packing moves a top-1 logprob
+ROUNDING_NATS = 1 / 32 + 2 * MASS_TOLERANCE  # how far packing may move a top-1 logprob
 _HEADER = struct.Struct(
     "<BBBxIIf"
-)  # codec version, kind, dtype (bits of an id in top-k), T, width (K, D or V), temperature
+)  # codec version, kind, dtype (for top-k: bits of an id), T, width (K, D or V), temperature
 _LENGTH = struct.Struct("<I")
 _TOPK, _HIDDEN, _FULL = 1, 2, 3
 _KINDS = {"topk": _TOPK, "nucleus": _TOPK, "hidden": _HIDDEN, "full": _FULL}
 _FREE_NUMBERS, _NUMBERS_PER_BYTE = (
     2**25,
     16,
-)  # T * width that a signal may unpack to: less than 1 GB while it does
+)  # maximum T * width of a signal; unpacking then takes less than 1 GB
 _MATRICES: dict[int, type[Hidden] | type[Full]] = {_HIDDEN: Hidden, _FULL: Full}
 _DTYPES = tuple(STATE_DTYPES)
 _LEVEL = 1
-_ESCAPE = 0xFFFF  # marks a step too large for its two planes
+_ESCAPE = 0xFFFF  # marks a step too large for two planes
 _LN_HALF = np.log(0.5)
 Bytes = npt.NDArray[np.uint8]
 
 
 def encode(signal: Signal) -> bytes:
-    """Packs a signal, states and logits bit for bit.
+    """Pack a signal. Hidden states and logits are packed losslessly.
 
-    A top-k signal is normalised over its kept ids and tail; its ids are exact, the gap of each logprob to that of slot
-    0 is within 1/512 nat however large, ln of the smaller of kept and tail mass within 2**-17 of itself. CacheError if
-    it packs to so little that no reader would unpack it: no real signal does.
+    A top-k signal is normalised over its kept ids and tail. Ids are exact. Each logprob's gap to slot 0 is
+    accurate to 1/512 nat, however large, and ln of the smaller of kept and tail mass to a relative 2**-17.
+    CacheError if the result is so small that readers would refuse to unpack it, which cannot happen with real
+    signals.
     """
     packed = _encode_topk(signal) if isinstance(signal, TopK) else _encode_matrix(signal)
     _, _, _, num_tokens, width, _ = _HEADER.unpack_from(packed)
@@ -74,15 +75,15 @@ def _encode_matrix(signal: Hidden | Full) -> bytes:
     bits = array.reshape(-1).view(f"u{size}")
     rotated = (bits << 1) | (
         bits >> (8 * size - 1)
-    )  # the exponent alone in the highest byte (of bfloat16, float32)
+    )  # put the exponent alone in the highest byte (bfloat16, float32)
     return header + b"".join(_pack(plane) for plane in _split(rotated, size))
 
 
 def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rules | None = None) -> Signal:
-    """Unpacks a signal; a top-k signal's kept ids and tail are normalised together.
+    """Unpack a signal; a top-k signal's kept ids and tail are normalised together.
 
-    CacheError on damaged bytes, and, before anything is unpacked, on a signal that is not of `num_tokens` tokens and as
-    `rules` say (None for any), or that would unpack to far more numbers than its bytes can tell.
+    CacheError on damaged bytes. Before unpacking anything, also CacheError on a signal that does not match
+    `num_tokens` or `rules` (None: any), or that declares far more values than its bytes can hold.
     """
     try:
         version, kind, dtype, T, width, temperature = _HEADER.unpack_from(packed)
@@ -124,7 +125,7 @@ def _check_size(num_tokens: int, width: int, num_bytes: int) -> None:
 
 
 def _check_rules(kind: int, width: int, temperature: float, rules: Rules) -> None:
-    """ValueError unless a signal's header is as the fingerprint says."""
+    """Raise ValueError unless a signal's header matches the fingerprint."""
     if kind != _KINDS.get(rules.kind):
         raise ValueError(f"its kind is {kind}, the fingerprint says {rules.kind}")
     if kind == _TOPK:
@@ -140,8 +141,8 @@ def _check_rules(kind: int, width: int, temperature: float, rules: Rules) -> Non
 
 
 def _check_topk(signal: TopK, rules: Rules | None) -> None:
-    """ValueError on faults of a decoded top-k signal that are cheap to detect; `verify` checks the rest."""
-    first = signal.logprobs[:, 0][signal.ids[:, 0] >= 0]  # the others lie below it by finite gaps
+    """Cheap checks of a decoded top-k signal (ValueError); `verify` checks the rest."""
+    first = signal.logprobs[:, 0][signal.ids[:, 0] >= 0]  # the other gaps are finite by construction
     if not np.isfinite(first).all() or np.isnan(signal.log_tail_mass).any():
         raise ValueError("a logprob or a mass is no number")
     if rules and signal.ids.max(initial=0) >= rules.vocab_size:
@@ -155,7 +156,7 @@ def _check_finite(array: Array, dtype: str) -> None:
 
 
 def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
-    """Counts of kept ids, the ids, the mass word of each token, first steps, other steps, escapes."""
+    """Kept counts, ids, mass word per token, first steps, other steps, escapes."""
     kept = signal.ids >= 0
     first = np.where(kept[:, :1], signal.logprobs[:, :1], 0)
     gaps = np.where(kept, first - signal.logprobs, 0)
@@ -175,7 +176,7 @@ def _topk_planes(signal: TopK, num_bits: int) -> Iterator[Bytes]:
 
 
 def _codes_of(gaps: Float32) -> npt.NDArray[np.int32]:
-    """The nearest grid codes of gaps >= 0 (nats), monotone in the gap."""
+    """Return the nearest grid codes of gaps >= 0 (nats), monotone in the gap."""
     return np.rint(np.minimum(gaps * np.float32(1 / STEP_NATS), np.float32(_LARGEST_CODE))).astype(np.int32)
 
 
@@ -205,7 +206,7 @@ def _decode_topk(source: _Source, num_tokens: int, width: int, num_bits: int, te
 
 
 def _read_codes(source: _Source, kept: Array, is_full: bool) -> npt.NDArray[np.int64]:
-    """The grid codes [T, K] of all slots; zero in slot 0."""
+    """Read the grid codes [T, K] of all slots; zero in slot 0."""
     first = source.join(int(kept[:, 1:2].sum()), 2)
     others = source.join(int(kept[:, 2:].sum()), 2)
     missing = [first == _ESCAPE, others == _ESCAPE]
@@ -223,7 +224,7 @@ def _read_codes(source: _Source, kept: Array, is_full: bool) -> npt.NDArray[np.i
 
 
 def _mass_word(log_kept: Array, log_tail: Array) -> npt.NDArray[np.uint32]:
-    """The highest 24 bits of a float32: ln of the tail's share if that is the smaller one, else −ln of the kept share."""
+    """Top 24 bits of a float32: ln of the tail's share if it is the smaller, else −ln of the kept share."""
     log_total = np.logaddexp(log_kept, log_tail)
     tail = log_tail - log_total
     word = np.where(tail < _LN_HALF, tail, log_total - log_kept).astype("<f4").view("<u4")
@@ -231,7 +232,7 @@ def _mass_word(log_kept: Array, log_tail: Array) -> npt.NDArray[np.uint32]:
 
 
 def _masses(words: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """ln of the kept and of the tail's share; their masses add up to 1."""
+    """Return ln of the kept and of the tail's share; the two masses add up to 1."""
     word = (words << 8).view("<f4").astype(np.float64)
     smaller = -np.abs(word)
     with np.errstate(divide="ignore"):
@@ -247,31 +248,31 @@ def _decode_matrix(source: _Source, size: int, dtype: np.dtype) -> Array:
 
 
 def _in_slots(values: Array, kept: Array, dtype: npt.DTypeLike, fill: float) -> Array:
-    """The kept slots' values in a [T, K] array that holds `fill` elsewhere."""
+    """Scatter the kept slots' values into a [T, K] array filled with `fill`."""
     array = np.full(kept.shape, fill, dtype)
     array[kept] = values
     return array
 
 
 def _bytes_for(largest: int) -> int:
-    """How many bytes hold numbers from 0 to `largest`."""
+    """Return the number of bytes needed for integers from 0 to `largest`."""
     return max(1, (largest.bit_length() + 7) // 8)
 
 
 def _split(values: Array, num_planes: int) -> Iterator[Bytes]:
-    """The `num_planes` lowest bytes of little-endian integers, each as an array, the lowest first."""
+    """Yield the `num_planes` lowest bytes of little-endian integers, lowest first, each as an array."""
     bytes_of = values.view(np.uint8).reshape(len(values), values.dtype.itemsize)
     return (np.ascontiguousarray(bytes_of[:, i]) for i in range(num_planes))
 
 
 def _bits_in_highest_plane(num_bits: int) -> int:
-    """Bits that a number of `num_bits` bits takes in its highest plane: what its highest byte uses, as 1, 2, 4 or 8."""
+    """Bits used in the highest plane of a `num_bits`-bit number, rounded up to 1, 2, 4 or 8."""
     used = (num_bits - 1) % 8 + 1
     return 1 << (used - 1).bit_length()
 
 
 def _pack_bits(plane: Bytes, width: int) -> Bytes:
-    """Numbers of `width` bits, 8 / width to a byte, the first in the lowest bits; zeros fill the last byte."""
+    """Pack `width`-bit numbers, 8 / width to a byte, the first in the lowest bits, padded with zeros."""
     per_byte = 8 // width
     padded = np.zeros(-(-len(plane) // per_byte) * per_byte, np.uint8)
     padded[: len(plane)] = plane
@@ -286,7 +287,7 @@ def _unpack_bits(packed: Bytes, width: int, size: int) -> Bytes:
 
 
 class _Tools(threading.local):
-    """zstandard contexts; threads must not share them."""
+    """zstandard contexts, one per thread."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
@@ -302,7 +303,7 @@ def _pack(plane: Bytes) -> bytes:
 
 
 class _Source:
-    """Reads planes in the order in which they were packed; ValueError where sizes differ from what is expected."""
+    """Reads planes in the order in which they were packed; ValueError on unexpected sizes."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -321,7 +322,7 @@ class _Source:
         return np.frombuffer(_tools.decompressor.decompress(frame), np.uint8)
 
     def join(self, size: int, num_planes: int, num_bytes: int = 4, bits_per_number: int = 8) -> Array:
-        """`size` integers of `num_bytes` bytes from the planes of their lowest `num_planes` bytes.
+        """Read `size` integers of `num_bytes` bytes from the planes of their lowest `num_planes` bytes.
 
         In the last plane each number has `bits_per_number` bits.
         """

@@ -1,7 +1,7 @@
-"""How data becomes part of a cache: sealed JSON and commit records.
+"""The commit protocol: sealed JSON files and commit records.
 
-FORMAT.md has the protocol. A shard is published under a unique name; then its commit record is created exclusively,
-and only that makes its rows exist.
+See FORMAT.md. A shard is published under a unique name. Its rows exist once its commit record has been
+created, exclusively.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _MOST = 2**63
 
 
 def leftovers(store: Store, referenced: Iterable[str]) -> dict[str, int]:
-    """Sizes in bytes of temporary files and uncommitted shards, left by writers that are running or have died.
+    """Return temporary files and uncommitted shards, with sizes in bytes, of running or crashed writers.
 
-    Files whose names do not match this format belong to someone else and are not listed.
+    Files whose names do not match this format are foreign and not listed.
     """
     known = set(referenced)
     found = {}
@@ -46,7 +46,7 @@ def leftovers(store: Store, referenced: Iterable[str]) -> dict[str, int]:
 
 @contextmanager
 def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None]:
-    """Turns an OSError during a write into a CacheError that says what is kept and what to do."""
+    """Turn an OSError during a write into a CacheError that states what is kept and what to do."""
     try:
         yield
     except OSError as error:
@@ -59,14 +59,14 @@ def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None
 
 
 def canonical_json(value: Any) -> bytes:
-    """The canonical form of a JSON value, over which digests are taken."""
+    """Return a JSON value in canonical form, the input of digests."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
 
 
 def seal(body: dict[str, Any]) -> bytes:
-    """`body` as a JSON file that carries its own sha256."""
+    """Return `body` as a JSON file that contains its own sha256."""
     digest = hashlib.sha256(canonical_json(body)).hexdigest()
     return canonical_json({**body, "sha256": digest}) + b"\n"
 
@@ -75,10 +75,11 @@ _MOST_VALUES = 1_000_000
 
 
 def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str = "") -> dict[str, Any]:
-    """The body of a sealed JSON file; CacheError, naming `path` and ending in `advice`, unless every byte is right.
+    """Return the body of a sealed JSON file.
 
-    The digest is that of the file's own bytes without the seal: nothing is serialised to compare it. The value of the
-    key `apart`, which comes before the last key `before`, is not decoded: it is bytes under the key `<apart>_json`.
+    CacheError, naming `path` and ending in `advice`, unless every byte is correct. The digest covers the
+    file's own bytes without the seal, so nothing is serialised again. The value of key `apart`, which
+    precedes the last key `before`, is returned undecoded, as bytes under `<apart>_json`.
     """
     text, start, end = data, data.find(f',"{apart}":'.encode()), data.rfind(f',"{before}":'.encode())
     if apart and 0 <= start < end:
@@ -89,7 +90,7 @@ def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str 
         body = _DECODER.decode(text.decode())
         digest = body.pop("sha256")
         seal_in_order = f'"sha256":"{digest}"'.encode()
-        if b"\\u" in text:  # an escaped surrogate is no text
+        if b"\\u" in text:  # reject escaped surrogates
             canonical_json(body)
         if text is not data:
             body[f"{apart}_json"] = data[start + len(apart) + 4 : end]
@@ -114,18 +115,18 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def is_digest(value: Any) -> bool:
-    """Whether a value is a sha256 in hex."""
+    """Return whether a value is a sha256 in hex."""
     return isinstance(value, str) and DIGEST.fullmatch(value) is not None
 
 
 def is_count(value: Any, least: int = 0, end: int = _MOST) -> bool:
-    """Whether a value is an integer (True is none) with least <= value < end."""
+    """Return whether a value is an integer (not a bool) with least <= value < end."""
     return type(value) is int and least <= value < end
 
 
 @dataclass(frozen=True)
 class BatchEntry:
-    """Where a record batch's message lies in its shard (bytes), its rows and its sha256."""
+    """A record batch in a shard: byte range of its message, number of rows, sha256."""
 
     offset: int
     num_bytes: int
@@ -135,9 +136,10 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """Makes a shard exist: holds its digests, the identity of its rows (in shard order) and its statistics.
+    """Commits a shard: its digests, the identity of its rows (in shard order) and its statistics.
 
-    `policies` are distinct (run_id, policy_step, policy_hash, refresh_index); `policy_of_row` points into them.
+    `policies` are distinct (run_id, policy_step, policy_hash, refresh_index); `policy_of_row` points into
+    them.
     """
 
     unit: str
@@ -152,24 +154,24 @@ class CommitRecord:
     prompt_ids: list[str]
     num_prompt_tokens: list[int]
     num_completion_tokens: list[int]
-    statistics_json: bytes  # half of a record's text; decoded only when needed
+    statistics_json: bytes  # half of a record's text; decoded on demand
     head_sha256: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
     def name(self) -> str:
-        """File name of this record: writers of the same rows under the same unit compete for it."""
+        """The record's file name. Writers of the same rows under the same unit compete for it."""
         rows = hashlib.sha256("".join(sorted(self.row_ids)).encode()).hexdigest()
         return f"{file_stem(self.unit)}-{rows[:12]}.json"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the shard and of this record."""
+        """Total bytes of the shard and this record."""
         return self.shard_bytes + len(self.sealed())
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Sums and histograms over the rows, as `Statistics.to_json` gives them; CacheError if they cannot be right."""
+        """Sums and histograms over the rows, as from `Statistics.to_json`; CacheError if they are invalid."""
         expected = (len(self.row_ids), sum(self.num_prompt_tokens), sum(self.num_completion_tokens))
         with suppress(ValueError, RecursionError):
             part: dict[str, Any] = _DECODER.decode(self.statistics_json.decode())
@@ -178,14 +180,14 @@ class CommitRecord:
         raise CacheError(f"{record_path(self.name)}: its statistics cannot be right. {_ADVICE}")
 
     def sealed(self) -> bytes:
-        """The bytes of its file."""
+        """Return the bytes of the record's file."""
         body = asdict(self)
         del body["statistics_json"]
         return seal({**body, "statistics": self.statistics})
 
 
 def file_stem(unit: str) -> str:
-    """A unit's name as part of a file name."""
+    """Return a unit's name as used in file names."""
     stem = quote(unit, safe=" +=@,")
     if not unit or len(stem) > 160 or stem.startswith("."):
         raise CacheError(f"the unit name {unit!r} cannot be a file name; expected 1 to 160 plain characters.")
@@ -193,7 +195,7 @@ def file_stem(unit: str) -> str:
 
 
 def write_record(store: Store, record: CommitRecord) -> bool:
-    """Commits a published shard; returns False if another writer committed the same rows first."""
+    """Commit a published shard; return False if another writer committed the same rows first."""
     data = record.sealed()
     if len(data) > MOST_BYTES_READ:
         raise CacheError(
@@ -208,7 +210,7 @@ def record_path(name: str) -> str:
 
 
 def read_record(store: Store, name: str) -> CommitRecord:
-    """The commit record of that file name; CacheError if it is damaged."""
+    """Read the commit record of that file name; CacheError if it is damaged."""
     return _parse(store, name, store.read(record_path(name)))
 
 
@@ -228,7 +230,7 @@ def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
         raise CacheError(f"{path} is not a commit record ({error}). {_ADVICE}") from error
     if wrong:
         raise CacheError(f"{path} is not a commit record: {wrong} cannot be right. {_ADVICE}")
-    if record.name != name:  # else removing this one's rows would remove the record that bears the name
+    if record.name != name:  # else removing this record's rows would remove the record whose name it bears
         raise Misnamed(f"{path} should be called {record.name}; give it that name.")
     return record
 
@@ -238,7 +240,7 @@ class Misnamed(CacheError):
 
 
 def _wrong_fields(record: CommitRecord) -> Iterator[str]:
-    """Names of the fields that no writer can have written. Types are checked before values, counts before sums."""
+    """Yield the names of invalid fields. Checks types before values, and counts before sums."""
     if not (isinstance(record.unit, str) and _is_stem(record.unit)):
         yield "unit"
     if not (is_digest(record.fingerprint) and is_digest(record.shard_sha256)):
@@ -302,9 +304,9 @@ def _is_policy(policy: Any) -> bool:
 
 
 def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """All commit records by file name, in its order; those in `known` are not read again while their shard is there.
+    """Return all commit records, sorted by file name. Those in `known` are reused while their shard exists.
 
-    Rows that were withdrawn and written again have the record's name of before and another shard.
+    Rows that were withdrawn and rewritten keep the record's name but have a new shard.
     """
     found = record_names(store)
     shards = set(store.names(SHARDS)) if known else set()
@@ -315,7 +317,7 @@ def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, Comm
 
 
 def read_new_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """The same without listing the shards; a writer needs only the rows."""
+    """Like `read_records`, but without listing the shards; writers need only the rows."""
     found = record_names(store)
     return _complete(store, found, {name: known[name] for name in found if name in known})
 

@@ -1,7 +1,7 @@
-"""`python -m cache export`: all rows, decoded, as a folder of Parquet files.
+"""`python -m cache export`: writes all rows, decoded, to a folder of Parquet files.
 
-Rows are in the order of `Snapshot.places`, one record batch at a time, so memory does not grow with the cache.
-T tokens of a row, K kept ids, V vocabulary, D teacher width; logprobs are in nats.
+Rows are processed in the order of `Snapshot.places`, one record batch at a time; memory is independent of the
+cache's size. T tokens of a row, K kept ids, V vocabulary, D teacher width; logprobs in nats.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cache.reader import PLAIN_COLUMNS, Snapshot
 from cache.schema import SCHEMA, Array, CacheError, Full, Hidden, Record, TopK, to_batch, to_float32
 from cache.store import sync
 
-FILE_BYTES = 500 * 10**6  # a file is closed once it has this size
+FILE_BYTES = 500 * 10**6  # a file is closed once it reaches this size
 _MATRICES = {"hidden": "signal_states", "full": "signal_logits"}
 _MOST_VALUES = 2**31 - 1  # limit of the 32-bit offsets of an Arrow list column
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: `rows`, and the files of the folder and their bytes."""
+    """Result of an export: `rows`, number of files, and their total bytes."""
 
     rows: int
     files: int
@@ -39,11 +39,11 @@ class Exported:
 
 
 def export(snapshot: Snapshot, out: str) -> Exported:
-    """Writes all rows to the folder `out` as Parquet: the plain columns, then the signal's (see `_schema`).
+    """Write all rows to the folder `out` as Parquet: the plain columns, then the signal's (see `_schema`).
 
-    The files are written to a locked folder `.NAME-<hex>.partial` beside `out`, which is renamed once complete. The
-    next export to `out` removes what a killed process left. CacheError if `out` exists and is not an empty folder, if
-    it cannot be written, or if the cache is damaged.
+    Files are written to a locked folder `.NAME-<hex>.partial` beside `out`, which is renamed when complete.
+    Leftovers of a killed process are removed by the next export to `out`. CacheError if `out` exists and is
+    not an empty folder, if it cannot be written, or if the cache is damaged.
     """
     target = _target(out)
     held: int | None = None
@@ -55,7 +55,7 @@ def export(snapshot: Snapshot, out: str) -> Exported:
         _write_files(snapshot, partial)
         sizes = [path.stat().st_size for path in partial.iterdir()]
         sync(partial)
-        partial.rename(target)  # refused by the system unless `target` is absent or empty
+        partial.rename(target)  # fails unless `target` is absent or empty
         sync(target.parent)
     except OSError as error:
         raise CacheError(f"{out} cannot be written ({error}); nothing was exported.") from error
@@ -67,7 +67,7 @@ def export(snapshot: Snapshot, out: str) -> Exported:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder until it is closed, or its process ends; None while another holds it."""
+    """Return a descriptor that locks the folder until closed (or process exit); None if already locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,9 +97,9 @@ def _target(out: str) -> Path:
 
 
 def _write_files(snapshot: Snapshot, folder: Path) -> None:
-    """`part-00000.parquet` and so on: zstd, a row group per record batch, the fingerprint in the metadata.
+    """Write `part-00000.parquet` etc.: zstd, a row group per record batch, the fingerprint as metadata.
 
-    A new file starts when one reaches `FILE_BYTES`; a cache without rows makes one file.
+    A new file starts when one reaches `FILE_BYTES`; an empty cache gives one file.
     """
     import pyarrow.parquet as parquet
 
@@ -112,7 +112,7 @@ def _write_files(snapshot: Snapshot, folder: Path) -> None:
             pa.OSFile(str(path), "wb") as sink,
             parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
         ):
-            is_full = False  # every file takes at least one batch
+            is_full = False  # every file gets at least one batch
             while batch is not None and not is_full:
                 writer.write_batch(batch)
                 is_full = sink.tell() >= FILE_BYTES
@@ -127,7 +127,7 @@ def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _metadata(snapshot: Snapshot) -> dict[str, str]:
-    """What the rows mean, as Parquet metadata: a key `cache.<name>` for each part, its value as JSON."""
+    """The fingerprint as Parquet metadata: one key `cache.<name>` per part, with a JSON value."""
     fingerprint = snapshot.fingerprint
     parts = {
         "must_match": fingerprint.must_match,
@@ -141,11 +141,12 @@ def _metadata(snapshot: Snapshot) -> dict[str, str]:
 
 
 def _schema(snapshot: Snapshot) -> pa.Schema:
-    """The plain columns, and after them the signal's.
+    """The plain columns, followed by the signal's.
 
-    top-k and nucleus: `signal_ids` list<list<int32>> [T, K], `signal_logprobs` list<list<float>> [T, K], without the
-    empty slots. hidden: `signal_states` [T, D]; full: `signal_logits` [T, V]; both list<list<halffloat>> if the first
-    row is in float16, else list<list<float>>, into which bfloat16 goes exactly. none: no more columns.
+    top-k and nucleus: `signal_ids` list<list<int32>> [T, K], `signal_logprobs` list<list<float>> [T, K],
+    without empty slots. hidden: `signal_states` [T, D]; full: `signal_logits` [T, V]; both
+    list<list<halffloat>> if the first row is in float16, else list<list<float>>, which represents bfloat16
+    exactly. none: no further columns.
     """
     kind = snapshot.fingerprint.rules.kind
     fields = [pa.field(name, SCHEMA.field(name).type) for name in PLAIN_COLUMNS]
@@ -162,7 +163,7 @@ def _schema(snapshot: Snapshot) -> pa.Schema:
 
 
 def _batch(records: list[Record], schema: pa.Schema) -> pa.RecordBatch:
-    """Some rows as a record batch of `_schema`; CacheError on float32 states in a cache of float16 ones."""
+    """Convert rows to a record batch of `_schema`; CacheError on float32 states in a float16 cache."""
     plain = to_batch(records, [None] * len(records)).select(list(PLAIN_COLUMNS))
     columns = [*plain.columns, *_signal_columns(records, schema)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -212,7 +213,7 @@ def _matrix(record: Record, dtype: np.dtype[np.generic]) -> Array:
 def _lists(
     first: Record, values: list[Array], widths: npt.NDArray[np.integer], row_lengths: list[int]
 ) -> pa.ListArray:
-    """list<list>: `values` of all rows, cut into one list a token by `widths`, those into rows by `row_lengths`."""
+    """list<list>: `values` split into one list per token by `widths`, then into rows by `row_lengths`."""
     inner, outer = _offsets(widths), _offsets(row_lengths)
     if inner[-1] > _MOST_VALUES:
         raise CacheError(

@@ -1,4 +1,4 @@
-"""What decides the meaning of a row: the part of a cache that must match, and the part that is only recorded."""
+"""The fingerprint of a cache: fields that must match, and fields that are only recorded."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows a
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identity of a cache's content; values are whatever JSON can hold.
+    """Identity of a cache's content; values are any JSON values.
 
     Attributes:
-        must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size,
-            signal {kind, k, p, temperature}; format_version is added here.
-        recorded: student, sampling, dataset: noted, and free to differ between writers.
+        must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size, signal
+            {kind, k, p, temperature}; format_version is added here.
+        recorded: student, sampling, dataset: informational, may differ between writers.
     """
 
     must_match: dict[str, Any]
@@ -57,20 +57,20 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """sha256 over the part that must match."""
+        """sha256 of the part that must match."""
         return hashlib.sha256(canonical_json(self.must_match)).hexdigest()
 
     @property
     def rules(self) -> Rules:
-        """What this fingerprint says about every row."""
+        """Return the rules for every row."""
         signal = self.must_match["signal"]
         temperature = float(signal.get("temperature", 1.0))
         return Rules(self.must_match["vocab_size"], signal["kind"], temperature, signal.get("k"))
 
     def compare(self, wanted: Fingerprint, root: str | PathLike[str]) -> list[str]:
-        """Compares this fingerprint, the one of the cache at `root`, with what a program wants.
+        """Compare this fingerprint, of the cache at `root`, with the one a program expects.
 
-        Returns one sentence for each recorded field that differs; raises CacheError if one that must match does.
+        Returns one sentence per recorded field that differs. CacheError if a field that must match differs.
         """
         for name, own, other in _differences(self.must_match, wanted.must_match):
             own, other = _show(own, other)
@@ -85,13 +85,13 @@ class Fingerprint:
 
 
 def load_fingerprint(store: Store) -> Fingerprint | None:
-    """The fingerprint of the cache, or None where there is none; CacheError if it is damaged."""
+    """Return the cache's fingerprint, None if it has none; CacheError if it is damaged."""
     body = _load(store)
     return None if body is None else Fingerprint(body["must_match"], body["recorded"])
 
 
 def tokenizer_digest(store: Store) -> str | None:
-    """sha256 of the tokenizer.json that the cache was begun with, or None if it was begun without one."""
+    """Return the sha256 of the tokenizer.json stored by the first writer, or None if there was none."""
     body = _load(store)
     if body is None:
         raise CacheError(f"{store.path(FINGERPRINT)} is missing. {_ADVICE}")
@@ -100,7 +100,7 @@ def tokenizer_digest(store: Store) -> str | None:
 
 
 def _load(store: Store) -> dict[str, Any] | None:
-    """The body of fingerprint.json, its fields checked but for what a `Fingerprint` checks."""
+    """Return the body of fingerprint.json with checked fields, except for the checks of `Fingerprint`."""
     path = store.path(FINGERPRINT)
     try:
         data = store.read(FINGERPRINT)
@@ -125,10 +125,10 @@ def _load(store: Store) -> dict[str, Any] | None:
 def store_fingerprint(
     store: Store, wanted: Fingerprint, tokenizer_json: str | None, committed_as: str | None
 ) -> Fingerprint:
-    """The cache's fingerprint, which becomes `wanted` (and gets the tokenizer) if it has none.
+    """Return the cache's fingerprint; if it has none, store `wanted` and the tokenizer.
 
-    `committed_as` is the digest that its commit records name, None without any: a cache that lost its fingerprint
-    gets it back only from a writer of the same rows.
+    `committed_as` is the digest in the cache's commit records, or None without records: a cache that lost its
+    fingerprint only accepts it back from a writer of the same rows.
     """
     stored = load_fingerprint(store)
     if stored is None:
@@ -161,7 +161,7 @@ def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(what: str, data: bytes) -> None:
-    """CacheError for a JSON text of too many values: decoded, each takes up to 30 times its bytes."""
+    """Raise CacheError for a JSON text with too many values: decoded, each takes up to 30 times its bytes."""
     if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise CacheError(
             f"{what} holds more than {_MOST_VALUES:,} values; it is no fingerprint that this program writes."
@@ -188,7 +188,7 @@ def _differences(own: dict[str, Any], other: dict[str, Any], prefix: str = "") -
 
 
 def _show(value: Any, other: Any) -> tuple[str, str]:
-    """Both values, long ones from just before where they part."""
+    """Return both values as text; long ones start just before their first difference."""
     texts = [v if v is _ABSENT else plain(json.dumps(v, ensure_ascii=False)) for v in (value, other)]
     if max(map(len, texts)) <= _SHOWN:
         return texts[0], texts[1]

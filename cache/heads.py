@@ -1,4 +1,4 @@
-"""The teacher's head beside a cache of hidden states: stored once, as safetensors named by their sha256."""
+"""The teacher's head in a cache of hidden states: stored once, as safetensors named by its sha256."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ADVICE = "Delete head.json and the file it names, and rerun stage one, which wr
 
 
 def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord]) -> str:
-    """Writes the head unless the cache has it; returns its sha256.
+    """Write the head unless the cache has it; return its sha256.
 
-    CacheError if the cache has another one, or rows (those of `records`) of another one.
+    CacheError if the cache has a different head, or rows (`records`) written with a different one.
     """
     parts = _parts(head)
     digest = _sha256(parts)
@@ -58,7 +58,7 @@ def _sha256(parts: list[bytes | memoryview]) -> str:
 
 
 def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | None) -> None:
-    """CacheError unless all rows were written with the head of this digest: states mean nothing under another one."""
+    """Raise CacheError unless all rows were written with this head; states are meaningless without it."""
     for record in records:
         if record.head_sha256 != digest:
             own, other = (str(d)[:8] + "…" if d else "no head" for d in (record.head_sha256, digest))
@@ -70,7 +70,7 @@ def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | Non
 
 
 def head_digest(store: Store) -> str | None:
-    """sha256 of the cache's head, or None where it has none."""
+    """Return the sha256 of the cache's head, or None if it has none."""
     try:
         body = unseal(store.path(HEAD), store.read(HEAD), _ADVICE)
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def head_digest(store: Store) -> str | None:
 
 
 def head_width(store: Store) -> int | None:
-    """D, the width of the states that the head is applied to, from its file's header; None where the cache has no head."""
+    """Return D, the width of the head's input states, from its file's header; None without a head."""
     digest = head_digest(store)
     if digest is None:
         return None
@@ -91,13 +91,13 @@ def head_width(store: Store) -> int | None:
 
 
 def head_files(store: Store) -> list[str]:
-    """The files that hold the head."""
+    """Return the files that hold the head."""
     digest = head_digest(store)
     return [] if digest is None else [HEAD, _file(digest)]
 
 
 def load_head(store: Store) -> TeacherHead | None:
-    """The cache's head, memory-mapped, after checking its digest; None where it has none."""
+    """Return the cache's head, memory-mapped, after checking its digest; None without a head."""
     digest = head_digest(store)
     if digest is None:
         return None
@@ -116,7 +116,7 @@ def _file(digest: str) -> str:
 
 
 def _parts(head: TeacherHead) -> list[bytes | memoryview]:
-    """Header and arrays of a safetensors file."""
+    """Return the header and arrays of a safetensors file."""
     tensors: list[tuple[str, str, Array]] = [("weight", _NAMES[head.dtype], head.weight)]
     if head.bias is not None:
         tensors.append(("bias", "F32", head.bias))
@@ -131,7 +131,7 @@ def _parts(head: TeacherHead) -> list[bytes | memoryview]:
 
 
 def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where its arrays start; CacheError unless it is that of a head."""
+    """Return a safetensors header and the offset of the arrays; CacheError unless it describes a head."""
     size = store.size(file) or 0
     length = int.from_bytes(memoryview(store.read_range(file, 0, 8)), "little")
     wrong = CacheError(f"{store.path(file)} is not a teacher head ({size:,} bytes). {_ADVICE}")
@@ -158,7 +158,7 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
 
 
 def _fits(entry: dict[str, Any], rank: int, num_bytes: int) -> bool:
-    """Whether an array of the header lies within the file and has as many bytes as its shape takes."""
+    """Return whether a header's array lies within the file and its size matches its shape."""
     (first, last), shape = entry["data_offsets"], entry["shape"]
     if (
         not all(is_count(n) for n in (first, last))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a cache command at once; as after a crash, committed data stays whole."""
+"""Ctrl-C and SIGTERM end a cache command at once; committed data stays intact, as after a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def install() -> None:
-    """Installs the handlers; call before other imports. Signals that are ignored stay ignored."""
+    """Install the handlers; call before other imports. Ignored signals stay ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)

@@ -1,8 +1,8 @@
-"""Checks an encapsulated Arrow message before Arrow decodes it: its layout, and how much memory it would take.
+"""Validates an encapsulated Arrow message, layout and memory use, before Arrow decodes it.
 
-A record batch's buffers are compressed and each declares its unpacked size: a hundred bytes can declare gigabytes.
-The message's metadata is a FlatBuffer (arrow.apache.org/docs/format/Columnar.html); only the positions of buffers are
-read here.
+A record batch's buffers are compressed and declare their unpacked sizes: a hundred bytes can declare
+gigabytes. The message's metadata is a FlatBuffer (arrow.apache.org/docs/format/Columnar.html), of which only
+the buffers' positions are read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ _BUFFER = struct.Struct("<qq")
 
 
 def most_bytes(num_bytes: int) -> int:
-    """How many bytes a message of `num_bytes` bytes may unpack to."""
+    """Return the maximum unpacked size of a message of `num_bytes` bytes."""
     return FREE_BYTES + _BYTES_PER_BYTE * num_bytes
 
 
 def check_message(message: memoryview) -> None:
-    """CacheError unless the message is a zstd record batch whose buffers lie within it and unpack to `most_bytes`."""
+    """Raise CacheError unless the message is a zstd record batch with buffers inside it.
+
+    The unpacked size may be up to `most_bytes`.
+    """
     try:
         total = _unpacked_bytes(message)
     except (struct.error, IndexError, ValueError, OverflowError) as error:
@@ -63,7 +66,7 @@ def _unpacked_bytes(message: memoryview) -> int:
 
 
 class _Table:
-    """A FlatBuffers table: its fields lie where its vtable says, or are absent."""
+    """A FlatBuffers table; its vtable gives the position of each field, or marks it absent."""
 
     def __init__(self, data: memoryview, start: int) -> None:
         self._data = data
@@ -85,7 +88,7 @@ class _Table:
         return _Table(self._data, self._follow(field))
 
     def vector(self, field: int) -> tuple[int, int]:
-        """Where the first element lies, and how many there are."""
+        """Return the position of the first element, and the number of elements."""
         start = self._follow(field)
         return start + 4, _at("<I", self._data, start)
 

@@ -1,4 +1,4 @@
-"""Makes text from models, data sets and other people's caches safe to print on a terminal."""
+"""Makes text from untrusted sources (models, data sets, other caches) safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _STEERING = {
     "Zl",
     "Zp",
 }  # controls (C0, DEL, C1), bidi and other formats, surrogates, line ends
-_JOINERS = "\u200c\u200d"  # formats that Persian, Hindi and emoji are written with, and that only join
+_JOINERS = "\u200c\u200d"  # format characters used by Persian, Hindi and emoji, which only join
 
 
 def plain(text: str, kept: str = "") -> str:
-    """`text` with every control and format character escaped (ESC becomes `\\x1b`), except those in `kept`.
+    """Escape every control and format character in `text` (ESC becomes `\x1b`), except those in `kept`.
 
-    Printable text of any language is unchanged.
+    Printable text in any language is unchanged.
     """
     if text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""Reads committed rows: an immutable snapshot of a cache, opened from its commit records alone."""
+"""Reads committed rows through an immutable snapshot, opened from the commit records alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Rows of one record batch: batch number `batch` of a shard, and which of its rows, in the file's order."""
+    """Rows of one record batch: batch number `batch` of a shard, and row numbers within it, in file order."""
 
     shard: CommitRecord
     batch: int
@@ -38,10 +38,10 @@ class Place:
 
 
 def open_cache(root: Root) -> Snapshot:
-    """A snapshot of the rows committed at `root`, a directory or an fsspec URL (`s3://bucket/folder`).
+    """Return a snapshot of the rows committed at `root`, a directory or fsspec URL (`s3://bucket/folder`).
 
-    CacheError if there is no cache, if a commit record is damaged, if rows were written under another fingerprint or
-    with another teacher head than the cache's, or if the storage does not answer.
+    CacheError if there is no cache, a commit record is damaged, rows were written under another fingerprint
+    or teacher head, or the storage does not answer.
     """
     store = open_store(root)
     fingerprint = load_fingerprint(store)
@@ -54,26 +54,26 @@ def open_cache(root: Root) -> Snapshot:
 
 
 def rules_of(store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord]) -> Rules:
-    """What fingerprint and head say about each row; the head is looked at if there are rows of hidden states."""
+    """Return the rules for each row; the head is read only if there are rows with hidden states."""
     rules = fingerprint.rules
     return replace(rules, width=head_width(store)) if records and rules.kind == "hidden" else rules
 
 
 def exists(root: Root) -> bool:
-    """Whether there is a cache at `root`: a writer has been there, though it may have committed nothing yet."""
+    """Return whether `root` holds a cache: a writer has opened it, even if nothing is committed yet."""
     return open_store(root).size(commit.FINGERPRINT) is not None
 
 
 class Snapshot(Sequence[Record]):
-    """The rows that were committed when it was made, in the order of their ids; it never changes.
+    """The rows committed when the snapshot was made, in row-id order. Immutable.
 
-    A row that two units hold (writers with different plans, at the same moment) is read from the one whose commit
-    record's name sorts first.
+    If two units hold the same row (written concurrently with different plans), it is read from the one whose
+    commit record's name sorts first.
 
     Attributes:
         root: directory or URL of the cache, as text.
-        store: its files.
-        fingerprint: what its rows mean.
+        store: the cache's files.
+        fingerprint: the cache's fingerprint.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Snapshot(Sequence[Record]):
         self._locate()
 
     def _locate(self) -> None:
-        """Where each row lies: `_shard_of`, its number in `_shards`, and `_row_of`, its row in that shard."""
+        """Locate each row: `_shard_of`, an index into `_shards`, and `_row_of`, its row in that shard."""
         counts = [len(record.row_ids) for record in self._shards]
         ids = np.array([row_id for record in self._shards for row_id in record.row_ids], dtype="S32")
         order = np.argsort(ids, kind="stable")
@@ -123,7 +123,7 @@ class Snapshot(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
 
     def __getitem__(self, index: SupportsIndex | slice) -> Record | list[Record]:
-        """Row `index` in row-id order, decoded (a slice: a list of rows). CacheError if its bytes are damaged."""
+        """Return row `index` in row-id order, decoded (a slice: a list). CacheError on damaged bytes."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
@@ -139,7 +139,7 @@ class Snapshot(Sequence[Record]):
         return [row_id.decode() for row_id in self._ids.tolist()]
 
     def position(self, row_id: str) -> int:
-        """The index of a row. CacheError if this snapshot has no such row."""
+        """Return the index of a row. CacheError if this snapshot has no such row."""
         index = int(np.searchsorted(self._ids, row_id.encode()))
         if index == len(self) or self._ids[index].decode() != row_id:
             raise CacheError(f"{self.root} has no row {row_id} among its {len(self)} committed rows.")
@@ -147,7 +147,7 @@ class Snapshot(Sequence[Record]):
 
     @cached_property
     def index(self) -> pa.Table:
-        """One row per committed row, in row-id order, from the commit records alone."""
+        """One entry per committed row, in row-id order, from the commit records alone."""
         rows: dict[str, list[Any]] = {name: [] for name in _INDEX_SCHEMA.names}
         for record in self._shards:
             policies = list(zip(*(record.policies[i] for i in record.policy_of_row), strict=True))
@@ -161,12 +161,12 @@ class Snapshot(Sequence[Record]):
         return pa.table(rows, schema=_INDEX_SCHEMA).take(pa.array(self._kept))
 
     def places(self) -> list[Place]:
-        """Where all rows lie, each once: the record batches with rows of this snapshot, by the least row id of each."""
+        """Return the location of every row once, as record batches ordered by their lowest row id."""
         batches = [(record, batch) for record in self._shards for batch in range(len(record.batches))]
         sizes = [record.batches[batch].num_rows for record, batch in batches]
         ends = np.cumsum(sizes, dtype=np.int64)
         batch_of_row = np.searchsorted(ends, self._kept, side="right")
-        rows: dict[int, list[int]] = {}  # by batch, in the order of the least row id
+        rows: dict[int, list[int]] = {}  # by batch, in order of the lowest row id
         for batch, row in zip(batch_of_row.tolist(), self._kept.tolist(), strict=True):
             rows.setdefault(batch, []).append(row)
         return [
@@ -175,18 +175,18 @@ class Snapshot(Sequence[Record]):
         ]
 
     def read_place(self, place: Place) -> list[Record]:
-        """The rows of a place, decoded; nothing of the batch is kept. CacheError if its bytes are damaged."""
+        """Return the decoded rows of a place, without caching the batch. CacheError on damaged bytes."""
         rows = self._batches.read(place.shard, place.batch)
         return [rows.record(row) for row in place.rows.tolist()]
 
     def head(self) -> TeacherHead | None:
-        """The teacher's head, memory-mapped and checked; None in a cache that has none."""
+        """Return the teacher's head, memory-mapped and verified; None if the cache has none."""
         return load_head(self.store)
 
     def tokenizer_file(self) -> Path | None:
-        """A local tokenizer.json, to be opened by `tokenizers`; None in a cache that was begun without, or has lost it.
+        """Return a local tokenizer.json for `tokenizers`; None if the cache has none or has lost it.
 
-        CacheError if it is not the one that the cache was begun with.
+        CacheError if it is not the one that the cache was created with.
         """
         expected = tokenizer_digest(self.store)
         if expected is None or self.store.size(commit.TOKENIZER) is None:
@@ -200,32 +200,38 @@ class Snapshot(Sequence[Record]):
         return self.store.local_copy(commit.TOKENIZER)
 
     def refresh(self) -> Snapshot:
-        """A newer snapshot; what this one has read and checked is shared with it."""
+        """Return a newer snapshot that shares everything already read and checked."""
         return Snapshot(
             self.store, self.fingerprint, commit.read_records(self.store, self._records), self._batches
         )
 
     def commit_records(self) -> list[CommitRecord]:
-        """The commit record of each shard, sorted by file name."""
+        """Return the commit record of each shard, sorted by file name."""
         return list(self._shards)
 
     def shard_paths(self) -> list[str]:
-        """Paths or URLs of the committed shards, in the order of `commit_records`, for other Arrow readers.
+        """Return the paths or URLs of the committed shards, in the order of `commit_records`.
 
-        They check no digest, and a row that two units hold is in two of these files.
+        For other Arrow readers. They check no digests, and see a row twice if two units hold it.
         """
         return [self.store.path(record.shard) for record in self._shards]
 
     def summary(self) -> dict[str, Any]:
-        """Rows, scored tokens, bytes, policies and quantiles as plain JSON (see `cache.summary`); reads no shard."""
+        """Return counts, bytes, policies and quantiles as plain JSON (`cache.summary`); reads no shard."""
         return summarise(self.store, self.fingerprint, self._shards, self.index)
 
     def verify(self) -> list[Finding]:
-        """Every fault of the cache as it is now (`cache.verify`), empty if it is sound; damage never raises."""
+        """Return every fault of the cache as it is now (`cache.verify`), empty if sound.
+
+        Damage never raises.
+        """
         return verify(self.store)
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The plain columns (or those named; `signal` is the packed one) of all rows, in row-id order, in memory."""
+        """Load columns of all rows, in row-id order; by default all plain ones.
+
+        `signal` is the packed signal.
+        """
         names = list(PLAIN_COLUMNS if columns is None else columns)
         unknown = [name for name in names if name not in SCHEMA.names]
         if unknown:
@@ -256,7 +262,7 @@ _INDEX_SCHEMA = pa.schema(
 
 
 class _Batches:
-    """Checked record batches, the most recently used ones kept up to `BATCH_MEMORY_BYTES` bytes."""
+    """Verified record batches, with an LRU cache of `BATCH_MEMORY_BYTES` bytes."""
 
     def __init__(self, store: Store, rules: Rules) -> None:
         self._store = store
@@ -282,7 +288,7 @@ class _Batches:
         return rows
 
     def read(self, record: CommitRecord, index: int) -> BatchRows:
-        """A batch that is not kept here; its digest is compared if it is read for the first time."""
+        """Read a batch that is not cached; its digest is checked on the first read."""
         key = (record.shard, index)
         rows = read_batch(self._store, record, index, self._rules, check=key not in self._checked)
         with self._lock:

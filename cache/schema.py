@@ -1,7 +1,7 @@
-"""What a row is: the record classes, the Arrow schema of a shard, and the invariants of every row.
+"""Record classes, the Arrow schema of a shard, and the invariants of every row.
 
-Shapes: P prompt tokens, T scored tokens (the completion, EOS included), K kept ids, V vocabulary, D teacher width.
-Logprobs, entropies and tail masses are in nats.
+Shapes: P prompt tokens, T scored tokens (the completion, EOS included), K kept ids, V vocabulary, D teacher
+width. Logprobs, entropies and tail masses are in nats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_CHARACTERS = 2_000
 MASS_TOLERANCE = 1e-4
 FINISH_REASONS = ("eos", "length")
 STATE_DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(np.uint16),  # numpy has none: carried as bit patterns
+    "bfloat16": np.dtype(np.uint16),  # not in numpy: stored as bit patterns
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
@@ -32,9 +32,9 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 
 
 class CacheError(ValueError):
-    """A problem with the cache or its input that the user can fix; the message says what, where and what to do.
+    """A problem with the cache or its input that the user can fix; states what, where and what to do.
 
-    Text quoted from a cache is escaped and truncated, so it cannot send control codes to a terminal or flood it.
+    Quoted text is escaped and truncated, so it cannot control or flood a terminal.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -43,7 +43,7 @@ class CacheError(ValueError):
 
 
 def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -> Array:
-    """`value` as a contiguous array of `dtype`; CacheError on another rank, or if a conversion would lose integers."""
+    """Return `value` as a contiguous array. CacheError on a wrong rank or a lossy conversion to integers."""
     array, wanted = np.asarray(value), np.dtype(dtype)
     if array.ndim != ndim:
         raise CacheError(
@@ -61,7 +61,7 @@ def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -
 
 
 def as_states(name: str, value: npt.ArrayLike, dtype: str) -> Array:
-    """A matrix in one of `STATE_DTYPES`; CacheError if the array's dtype is not the one that carries `dtype`."""
+    """Return a matrix in one of `STATE_DTYPES`; CacheError unless the array's dtype can carry `dtype`."""
     if dtype not in STATE_DTYPES:
         raise CacheError(f"{name} has dtype {dtype!r}; expected one of {', '.join(STATE_DTYPES)}.")
     array = np.asarray(value)
@@ -74,7 +74,7 @@ def as_states(name: str, value: npt.ArrayLike, dtype: str) -> Array:
 
 
 def to_float32(array: Array, dtype: str) -> Float32:
-    """The values of an array in one of `STATE_DTYPES` as float32 (exact)."""
+    """Convert an array in one of `STATE_DTYPES` to float32 (exact)."""
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
@@ -82,13 +82,13 @@ def to_float32(array: Array, dtype: str) -> Float32:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The teacher's most likely ids at each position and the mass of all others, normalised together.
+    """The teacher's most likely ids per position and the mass of all others, normalised together.
 
     Attributes:
-        ids: int32 [T, K], by falling logprob; empty slots hold -1 and come last.
+        ids: int32 [T, K], in descending logprob; empty slots hold -1 and come last.
         logprobs: float32 [T, K], nats; -inf in empty slots.
-        log_tail_mass: float32 [T], ln of the mass outside the kept ids, nats; -inf where everything is kept.
-        temperature: at which logprobs and tail were taken.
+        log_tail_mass: float32 [T], ln of the mass outside the kept ids, nats; -inf if everything is kept.
+        temperature: temperature of logprobs and tail.
     """
 
     ids: Int32
@@ -105,7 +105,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """The teacher's last hidden states [T, D]; `dtype` as in `STATE_DTYPES` (bfloat16 carried as uint16)."""
+    """The teacher's last hidden states [T, D]; `dtype` as in `STATE_DTYPES` (bfloat16 stored as uint16)."""
 
     states: Array
     dtype: str
@@ -130,7 +130,7 @@ Signal: TypeAlias = TopK | Hidden | Full
 
 @dataclass(frozen=True, eq=False)
 class TeacherHead:
-    """What turns hidden states into logits: cap(scale * (states @ weight.T + bias)), cap(x) = c tanh(x / c).
+    """Maps hidden states to logits: cap(scale * (states @ weight.T + bias)), cap(x) = c tanh(x / c).
 
     Attributes:
         weight: [V, D], `dtype` as in `STATE_DTYPES`.
@@ -158,17 +158,17 @@ class TeacherHead:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Record:
-    """One rollout, decoded: the student's text, and what student and teacher say about each token.
+    """One decoded rollout: tokens, with the student's and teacher's statistics for each.
 
     Attributes:
         row_id: 32 hex digits, the identity of the planned rollout.
         prompt_ids, completion_ids: int32 [P], [T]; the completion includes its EOS.
-        behaviour_logprobs: float32 [T], of the distribution that was actually sampled.
+        behaviour_logprobs: float32 [T], under the true sampling distribution.
         behaviour_entropy: float32 [T], of the same distribution; None if the engine does not report it.
         teacher_logprobs: float32 [T], of the sampled tokens.
         teacher_entropy, top1_id, top1_logprob: [T], of the teacher's full distribution.
-        log_tail_mass: float32 [T], mass outside the ids that the signal keeps; -inf where it keeps everything.
-        signal: the teacher's distribution; None, like all teacher columns, in rows that are not scored yet.
+        log_tail_mass: float32 [T], ln of the mass outside the signal's kept ids; -inf if it keeps everything.
+        signal: the teacher's distribution. Like all teacher columns, None in unscored rows.
     """
 
     row_id: str
@@ -201,7 +201,7 @@ class Record:
 
 
 TEACHER_COLUMNS = ("teacher_logprobs", "teacher_entropy", "log_tail_mass", "top1_id", "top1_logprob")
-OPTIONAL_COLUMN = "behaviour_entropy"  # null in any row whose engine does not report it
+OPTIONAL_COLUMN = "behaviour_entropy"  # null if the row's engine does not report it
 TOKEN_COLUMNS: dict[str, type[np.generic]] = {
     "prompt_ids": np.int32,
     "completion_ids": np.int32,
@@ -240,7 +240,7 @@ SCHEMA = pa.schema(
 
 
 def to_batch(records: list[Record], signals: list[bytes | memoryview | None]) -> pa.RecordBatch:
-    """The record batch of some rows, all scored or none of them; `signals` are the packed ones, in the same order."""
+    """Build the record batch of some rows, all or none of them scored; `signals` are packed, in row order."""
     columns: list[pa.Array] = [
         pa.array([getattr(record, name) for record in records], kind) for name, kind in _SCALARS.items()
     ]
@@ -261,11 +261,11 @@ def _list_column(name: str, arrays: list[Array | None]) -> pa.Array:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a cache's fingerprint says about each row.
+    """The fingerprint's constraints on every row.
 
     Attributes:
-        k: the most ids a position may keep, or None.
-        width: D of hidden states, from the teacher's head, or None where it is not known.
+        k: maximum kept ids per position, or None.
+        width: D of hidden states, from the teacher's head; None if unknown.
     """
 
     vocab_size: int
@@ -286,10 +286,10 @@ SIGNAL_KINDS = tuple(_SIGNAL_OF_KIND)
 
 
 def check_record(record: Record, rules: Rules, rounding: float = 0.0) -> None:
-    """Raises CacheError, naming row, field and position, unless the row keeps every invariant of the format.
+    """Raise CacheError, naming row, field and position, if the row violates an invariant of the format.
 
-    `rounding` (nats) is how far the signal's logprobs may lie from the columns beside `MASS_TOLERANCE`: 0 for a row to
-    be written, `codec.ROUNDING_NATS` for one that was read.
+    `rounding` (nats) is the allowed difference between signal and columns beyond `MASS_TOLERANCE`: 0 for a
+    row to be written, `codec.ROUNDING_NATS` for a row that was read.
     """
     _check_identity(record)
     _check_tokens(record, rules)
@@ -313,7 +313,7 @@ def _refuse(record: Record, problem: str) -> None:
 
 
 def _refuse_where(record: Record, name: str, bad: Array, values: Array, expected: str) -> None:
-    """Refuses the first position of `bad` [T] or [T, K]."""
+    """Report the first bad position of `bad` [T] or [T, K]."""
     if bad.any():
         place = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
         index = ", ".join(map(str, place))
@@ -361,13 +361,13 @@ def _check_values(record: Record, name: str, values: Array, rules: Rules) -> Non
 
 
 def wrong_value(name: str, values: Array, rules: Rules) -> tuple[int, str] | None:
-    """Position of the first invalid value of a token column and what the format expects; None if all are valid."""
+    """Return a token column's first invalid position and the format's requirement, or None."""
     bad, _, expected = _bad_values(name, values, rules)
     return (int(bad.argmax()), expected) if bad.any() else None
 
 
 def _bad_values(name: str, values: Array, rules: Rules) -> tuple[Array, Array, str]:
-    """A mask of invalid values of a token column, the values, and a description of valid ones."""
+    """Return a mask of invalid values of a token column, the values, and a description of valid ones."""
     if values.dtype == np.int32:
         bad = (values < 0) | (values >= rules.vocab_size)
         return bad, values, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary"
@@ -389,7 +389,7 @@ def _check_topk(record: Record, signal: TopK, rules: Rules, rounding: float) -> 
             record,
             f"signal keeps {ids.shape[1]} ids a token; expected at most {most}, as the fingerprint says",
         )
-    if np.float32(signal.temperature) != np.float32(rules.temperature):  # as it is packed
+    if np.float32(signal.temperature) != np.float32(rules.temperature):  # float32, as it is packed
         _refuse(record, f"signal is at temperature {signal.temperature}; expected {rules.temperature}")
     bad = (ids < -1) | (ids >= rules.vocab_size)
     _refuse_where(
@@ -425,7 +425,7 @@ def _check_topk_order(record: Record, ids: Int32, logprobs: Float32) -> None:
 
 
 def _check_topk_columns(record: Record, signal: TopK, tolerance: float) -> None:
-    """Refuses plain columns that differ from the signal by more than `tolerance` (nats; for the tail, a share)."""
+    """Reject columns that differ from the signal by more than `tolerance` (nats; a share for the tail)."""
     assert record.top1_id is not None
     assert record.top1_logprob is not None
     assert record.log_tail_mass is not None

@@ -1,4 +1,7 @@
-"""Which rows `python -m cache view` and `show` print: row numbers in row-id order, as `Snapshot.__getitem__` counts them."""
+"""Selects the rows that `python -m cache view` and `show` print.
+
+Row numbers are in row-id order, as in `Snapshot.__getitem__`.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ _SHORTEST_ID = 8
 
 
 def by_index(snapshot: Snapshot, index: int) -> list[int]:
-    """Row number `index`, from the end if negative; CacheError if there is none."""
+    """Return row `index`, counted from the end if negative; CacheError if there is none."""
     if not -len(snapshot) <= index < len(snapshot):
         raise CacheError(f"{snapshot.root} has {len(snapshot)} committed rows; there is no row {index}.")
     return [index % len(snapshot)]
 
 
 def page(snapshot: Snapshot, first: int, count: int) -> list[int]:
-    """At most `count` rows from number `first` on, which counts from the end if negative; CacheError if there is no such row."""
+    """Return up to `count` rows starting at `first` (negative: from the end); CacheError if out of range."""
     _check_count(snapshot, "--count", count)
     (first,) = by_index(snapshot, first)
     return list(range(first, min(first + count, len(snapshot))))
 
 
 def by_row(snapshot: Snapshot, beginning: str) -> list[int]:
-    """The row whose id begins so; CacheError unless it is exactly one."""
+    """Return the row whose id has this prefix; CacheError unless there is exactly one."""
     found = [i for i, row_id in enumerate(snapshot.row_ids) if row_id.startswith(beginning)]
     if len(found) != 1:
         raise CacheError(
@@ -40,9 +43,9 @@ def by_row(snapshot: Snapshot, beginning: str) -> list[int]:
 
 
 def by_prompt(snapshot: Snapshot, beginning: str) -> list[int]:
-    """All rows of one prompt, by refresh, then row id: of the prompt with this id, else the one that begins so.
+    """Return all rows of one prompt, by refresh, then row id. An exact prompt id wins over a prefix.
 
-    CacheError if no prompt does, or several do.
+    CacheError if no prompt or several prompts match.
     """
     prompt_ids = snapshot.index["prompt_id"].to_pylist()
     found = sorted({prompt_id for prompt_id in prompt_ids if prompt_id.startswith(beginning)})
@@ -59,16 +62,17 @@ def by_prompt(snapshot: Snapshot, beginning: str) -> list[int]:
 
 
 def longest(snapshot: Snapshot, count: int) -> list[int]:
-    """The `count` rows of the most scored tokens, the longest first, ties by row id; reads no shard."""
+    """Return the `count` rows with the most scored tokens, longest first, ties by row id; reads no shard."""
     _check_count(snapshot, "--longest", count)
     return _largest(snapshot.index["num_completion_tokens"].to_numpy(), count)
 
 
 def worst(snapshot: Snapshot, count: int) -> list[int]:
-    """The `count` rows of the largest sum over tokens of behaviour − teacher logprob, the largest first.
+    """Return the `count` rows with the largest sum of behaviour − teacher logprob, largest first.
 
-    Ties by row id. Text that the student likes and the teacher does not. Reads two plain columns of all rows into
-    memory: 8 bytes a scored token, twice while they are put in order. CacheError if the rows are not scored.
+    These are rollouts that the student likes and the teacher does not. Ties by row id. Reads two plain
+    columns of all rows into memory: 8 bytes per scored token, twice that while sorting. CacheError if the
+    rows are not scored.
     """
     _check_count(snapshot, "--worst", count)
     if snapshot.fingerprint.rules.kind == "none":
@@ -80,7 +84,7 @@ def worst(snapshot: Snapshot, count: int) -> list[int]:
 
 
 def shortest_ids(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
-    """Beginnings of these rows' ids, all of one length, that `show --row` takes: long enough to name one row each."""
+    """Return id prefixes of one common length for `show --row`, long enough to be unique."""
     ids = snapshot.row_ids
     pairs = [(i, j) for i in positions for j in (i - 1, i + 1) if 0 <= j < len(ids)]  # ids are sorted
     length = max([_SHORTEST_ID, *(_num_shared(ids[i], ids[j]) + 1 for i, j in pairs)])
@@ -88,7 +92,7 @@ def shortest_ids(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
 
 
 def _num_shared(left: str, right: str) -> int:
-    """How many characters two different ids of one length begin with alike."""
+    """Return the length of the common prefix of two different ids of equal length."""
     return next(n for n, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
 
 
@@ -105,7 +109,7 @@ def _largest(values: npt.NDArray[np.number], count: int) -> list[int]:
 
 
 def _row_sums(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """The sum of each row's list of floats, in float64; no list is empty."""
+    """Return the sum of each row's list of floats, in float64; no list is empty."""
     sums = [
         np.add.reduceat(
             chunk.flatten().to_numpy(), np.append(0, np.cumsum(chunk.value_lengths())[:-1]), dtype=np.float64

@@ -1,6 +1,6 @@
-"""One shard, an Arrow IPC file: written batch by batch with a digest of each, and read one checked batch at a time.
+"""One shard, an Arrow IPC file: written with a digest per batch, read one verified batch at a time.
 
-A batch is checked by digest before Arrow decodes it, and against its commit record and the fingerprint after.
+A batch is verified by digest before Arrow decodes it, and against commit record and fingerprint afterwards.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from cache.statistics import Statistics
 from cache.store import Store
 
 TOKENS_PER_BATCH = 8_192
-SIGNAL_BYTES_PER_BATCH = 4 * 2**20  # a batch, the unit of random access, ends at either bound
+SIGNAL_BYTES_PER_BATCH = 4 * 2**20  # a batch, the unit of random access, ends at either limit
 _MAGIC_BYTES = 8
 
 
 class OpenShard:
-    """A shard being written as a draft; rows wait in memory for at most one record batch."""
+    """A shard being written as a draft; buffers at most one record batch of rows in memory."""
 
     def __init__(self, store: Store) -> None:
         self.row_ids: list[str] = []
@@ -66,7 +66,7 @@ class OpenShard:
             self._write_batch()
 
     def publish(self, unit: str, stem: str, fingerprint: str, head: str | None) -> CommitRecord:
-        """Completes the file, makes it durable under its final name, and returns the record that would commit it."""
+        """Complete the file, publish it durably under its final name, and return its commit record."""
         if self._records:
             self._write_batch()
         self._ipc.close()
@@ -97,7 +97,7 @@ class OpenShard:
         data = self._sink.take()
         start = _schema_end(data) if first else 0
         message = memoryview(data)[start:]
-        if batch.nbytes > most_bytes(len(message)):  # never of real rows, and readers refuse it
+        if batch.nbytes > most_bytes(len(message)):  # never for real rows; readers would refuse it
             raise CacheError(
                 f"a record batch of {batch.nbytes:,} bytes packs to {len(message):,}, which no real rows do; the one"
                 f" that begins with row {self._records[0].row_id} was not written."
@@ -111,7 +111,7 @@ class OpenShard:
 
 
 class _Sink(io.RawIOBase):
-    """Collects what Arrow writes until it is taken; positions count from the start of the file."""
+    """Buffers Arrow's output; positions count from the start of the file."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -134,7 +134,7 @@ class _Sink(io.RawIOBase):
 
 
 class _RowIndex:
-    """What a commit record says about each row, collected as rows are appended."""
+    """Collects the commit record's per-row columns while rows are appended."""
 
     def __init__(self) -> None:
         self._policies: dict[tuple[Any, ...], int] = {}
@@ -175,7 +175,7 @@ def _metadata() -> dict[str, str]:
 
 
 def _stored_bytes(signals: list[bytes | memoryview | None]) -> int:
-    """What the signals of a batch take in the file: their buffer as Arrow compresses it."""
+    """Return the bytes that a batch's signals take in the file: their buffer after Arrow's compression."""
     joined = b"".join(signal for signal in signals if signal is not None)
     return len(_arrow_codec().compress(joined)) if joined else 0
 
@@ -189,14 +189,14 @@ def _options() -> ipc.IpcWriteOptions:
 
 
 def _schema_end(data: bytes) -> int:
-    """Where the schema message that opens an Arrow file ends: magic, continuation, length, that many bytes."""
+    """Return the end of an Arrow file's first message, the schema (magic, continuation, length, body)."""
     return _MAGIC_BYTES + 8 + int.from_bytes(data[12:16], "little")
 
 
 class BatchRows:
-    """A record batch as rows, each decoded on demand.
+    """A record batch as rows, decoded on demand.
 
-    The commit record, the fingerprint (`rules`) and the stored bytes bound the memory that a row can take.
+    Commit record, fingerprint (`rules`) and stored bytes bound the memory per row.
     """
 
     def __init__(self, batch: pa.RecordBatch, rules: Rules | None) -> None:
@@ -210,7 +210,7 @@ class BatchRows:
                 self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy(), is_valid)
 
     def record(self, row: int) -> Record:
-        """Row `row` of the batch, its signal decoded and normalised. CacheError if the signal is damaged."""
+        """Return row `row`, with its signal decoded and normalised; CacheError if the signal is damaged."""
         fields: dict[str, Any] = {name: self.batch.column(name)[row].as_py() for name in SCALAR_COLUMNS}
         fields |= dict.fromkeys(TOKEN_COLUMNS)
         for name, (offsets, values, is_valid) in self._lists.items():
@@ -225,7 +225,7 @@ class BatchRows:
             raise CacheError(f"row {fields['row_id']}: {error}") from error
 
     def packed(self, row: int) -> memoryview | None:
-        """The signal of row `row` as it is stored."""
+        """Return row `row`'s packed signal."""
         buffer = self.batch.column("signal")[row].as_buffer()
         return None if buffer is None else memoryview(buffer)
 
@@ -233,7 +233,7 @@ class BatchRows:
 def read_batch(
     store: Store, record: CommitRecord, index: int, rules: Rules | None, check: bool = True
 ) -> BatchRows:
-    """Record batch `index` of a shard; with `check` its digest is compared first. CacheError on any damage."""
+    """Read record batch `index` of a shard; `check` verifies its digest first. CacheError on any damage."""
     entry = record.batches[index]
     try:
         if check and (size := store.size(record.shard)) != record.shard_bytes:
@@ -258,9 +258,9 @@ def read_batch(
 def decode_batch(
     store: Store, record: CommitRecord, index: int, message: pa.Buffer, rules: Rules | None
 ) -> BatchRows:
-    """The rows of a message whose digest is correct. CacheError unless they agree with record and fingerprint.
+    """Decode a message whose digest is correct. CacheError unless the rows match record and fingerprint.
 
-    Digests protect against accidents, not attackers: the whole message is validated before any of it is used.
+    Digests protect against accidents, not attackers, so the whole message is validated before use.
     """
     try:
         check_message(memoryview(message))
@@ -275,7 +275,7 @@ def decode_batch(
 
 
 def _check_columns(batch: pa.RecordBatch, record: CommitRecord, index: int, rules: Rules | None) -> None:
-    """The columns beside the signal, all rows at once: what the record says of them, and the format's ranges."""
+    """Check the plain columns of all rows at once against the commit record and the format's ranges."""
     first = sum(entry.num_rows for entry in record.batches[:index])
     rows = slice(first, first + record.batches[index].num_rows)
     if batch.num_rows != record.batches[index].num_rows:
@@ -316,10 +316,10 @@ def _check_lists(
 
 
 def damage(store: Store, record: CommitRecord, problem: str) -> CacheError:
-    """The error of a shard that is not what was committed."""
+    """Return the error for a shard that differs from what was committed."""
     return CacheError(f"{store.path(record.shard)} {problem}. {advice(record)}")
 
 
 def advice(record: CommitRecord) -> str:
-    """What to do about a damaged shard."""
+    """Return the remedy for a damaged shard."""
     return f"Delete it and commits/{record.name} and rerun stage one, which fills in its rows; other rows are kept."

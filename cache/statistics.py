@@ -1,4 +1,4 @@
-"""Counts and histograms of a shard's rows, kept in its commit record so that a summary reads no shard."""
+"""Counts and histograms of a shard's rows, kept in its commit record so that summaries read no shards."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ import numpy as np
 from cache.schema import Array, Record
 
 BINS_PER_OCTAVE = 8
-_LEAST_BIN = (
-    -40 * BINS_PER_OCTAVE
-)  # 2**-40, about 1e-12; all that is smaller, 0 included, falls in the bin below
-_MOST_BINS = 1024 * BINS_PER_OCTAVE  # of a float64
+_LEAST_BIN = -40 * BINS_PER_OCTAVE  # 2**-40, about 1e-12; the bin below takes everything smaller, 0 included
+_MOST_BINS = 1024 * BINS_PER_OCTAVE  # number of bins for the range of float64
 HISTOGRAMS = ("behaviour_entropy", "teacher_entropy", "tail_mass")
 
 
 @dataclass
 class Statistics:
-    """Sums over rows; `signal_bytes` is what signals take in the shard.
+    """Sums over rows; `signal_bytes` is the size of the signals in the shard.
 
-    `histograms` are of per-token values: entropies in nats, tail mass as a probability.
+    `histograms` are over per-token values: entropies in nats, tail mass as a probability.
     """
 
     rows: int = 0
@@ -48,7 +46,7 @@ class Statistics:
                 self.histograms[name].update(_bins(array))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a histogram maps bin numbers, as text, to tokens."""
+        """Return plain JSON; a histogram maps bin numbers, as text, to token counts."""
         histograms = {name: {str(b): n for b, n in sorted(h.items())} for name, h in self.histograms.items()}
         return {**vars(self), "finish_reasons": dict(self.finish_reasons), "histograms": histograms}
 
@@ -57,7 +55,7 @@ _NAMES = vars(Statistics()).keys()
 
 
 def check_statistics(part: Any, expected: tuple[int, int, int]) -> bool:
-    """Whether these are statistics as `to_json` gives them, with the expected rows, prompt and scored tokens."""
+    """Return whether `part` is valid `to_json` output with the expected rows, prompt and scored tokens."""
     if not isinstance(part, dict) or part.keys() != _NAMES:
         return False
     signal_bytes, reasons, histograms = part["signal_bytes"], part["finish_reasons"], part["histograms"]
@@ -87,7 +85,7 @@ def _is_bin(name: str) -> bool:
 
 
 def merge(parts: Iterable[dict[str, Any]]) -> Statistics:
-    """The statistics of several shards, each as `to_json` gives it, as one."""
+    """Merge the statistics of several shards, each in `to_json` form."""
     total = Statistics()
     for part in parts:
         for name in ("rows", "prompt_tokens", "scored_tokens", "signal_bytes"):
@@ -99,7 +97,7 @@ def merge(parts: Iterable[dict[str, Any]]) -> Statistics:
 
 
 def quantiles(histogram: Counter[int], shares: Iterable[float]) -> dict[str, float] | None:
-    """The value below which each share of the tokens lies, to 5 % (bins are 1/8 octave); None without tokens."""
+    """Quantiles over tokens, within 5 % (1/8-octave bins), for each of `shares`; None without tokens."""
     if not histogram:
         return None
     bins = np.array(sorted(histogram))

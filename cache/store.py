@@ -1,7 +1,7 @@
-"""Storage of a cache: the few operations it needs, on a local directory and, through fsspec, on an object store.
+"""Storage of a cache: its few operations, on a local directory or, through fsspec, an object store.
 
-Only this module writes, renames or deletes a cache's files. Names are relative to the root: FILE or FOLDER/FILE. A
-store touches nothing outside its root, whatever the name and wherever a link leads.
+Only this module writes, renames or deletes a cache's files. Names are relative to the root: FILE or
+FOLDER/FILE. A store never touches anything outside its root, whatever the name and wherever links point.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ TEMPORARY = ".tmp-"
 TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 WITHDRAWN = "withdrawn"
 STALE_SECONDS = 24 * 3600
-MOST_BYTES_READ = 32 * 2**20  # of a whole file: sealed JSON
+MOST_BYTES_READ = 32 * 2**20  # limit for whole files (sealed JSON)
 _CHUNK = 1 << 24
-_READERS = 16  # requests to an object store at a time
+_READERS = 16  # concurrent requests to an object store
 _PART = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 
 Root: TypeAlias = "str | PathLike[str] | Store"
 
 
 class StoreError(CacheError):
-    """The storage failed (unreachable, permission denied, out of order); this says nothing about the data."""
+    """The storage failed (unreachable, permission denied, out of order); the data may be intact."""
 
 
 class Draft:
@@ -65,17 +65,17 @@ class Draft:
         self.num_bytes += len(view)
 
     def publish(self, name: str) -> None:
-        """Durably gives the file its final name, replacing a file of that name."""
+        """Durably publish the file under its final name, replacing any file of that name."""
         self.finish()
         self._publish(self.path, name)
 
     def finish(self) -> None:
-        """Flushes to disk and closes the file."""
+        """Flush to disk and close the file."""
         os.fsync(self._fd)
         self._close()
 
     def discard(self) -> None:
-        """Removes the file; harmless after it was published."""
+        """Remove the file; no effect after publishing."""
         self._close()
         with suppress(FileNotFoundError):
             self.path.unlink()
@@ -96,18 +96,18 @@ class Store(ABC):
     root: str
 
     def path(self, name: str) -> str:
-        """A file's path or URL, for messages and for other programs."""
+        """Return a file's path or URL, for messages and for other programs."""
         return f"{self.root}/{name}"
 
     def names(self, folder: str) -> list[str]:
-        """The published files of a folder, sorted; none if there is no such folder."""
+        """Return the published files of a folder, sorted; empty if there is no such folder."""
         return sorted(name for name in self._names(folder) if not name.startswith("."))
 
     @abstractmethod
     def _names(self, folder: str) -> Iterable[str]: ...
 
     def _check(self, name: str) -> None:
-        """StoreError unless the name, of a file or a folder, can only lie below the root."""
+        """Raise StoreError unless the name (file or folder) can only lie below the root."""
         parts = name.split("/") if name else []
         if len(parts) > 2 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
             raise StoreError(
@@ -124,27 +124,27 @@ class Store(ABC):
 
     @abstractmethod
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file of a folder, temporary ones too, by name; empty if there is no such folder."""
+        """Return the size in bytes of each file in a folder, temporary ones too; empty if it is missing."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None if there is none."""
+        """Return a file's size in bytes, or None if it is missing."""
 
     @abstractmethod
     def modified(self, name: str) -> float:
-        """When a file was last written, in seconds since the epoch, by the storage's clock."""
+        """Return a file's modification time by the storage's clock, in seconds since the epoch."""
 
     @abstractmethod
     def now(self) -> float:
-        """The current time by the same clock. Writers' own clocks may differ by hours."""
+        """Return the current time by the same clock. Writers' own clocks may be off by hours."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file; CacheError if it has more than `MOST_BYTES_READ` bytes."""
+        """Read a whole file; CacheError if it is larger than `MOST_BYTES_READ` bytes."""
 
     @abstractmethod
     def read_many(self, names: list[str]) -> list[bytes | None]:
-        """Whole files; None for one that is not there (any more)."""
+        """Read whole files; None for each missing one."""
 
     def read_or_none(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError):
@@ -153,38 +153,38 @@ class Store(ABC):
 
     @abstractmethod
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
-        """Bytes `offset` to `offset + num_bytes` of a file; fewer where it ends before."""
+        """Read bytes `offset` to `offset + num_bytes` of a file, or up to its end."""
 
     @abstractmethod
     def hash(self, name: str) -> str:
-        """sha256 of a file's bytes."""
+        """Return the sha256 of a file's bytes."""
 
     @abstractmethod
     def local_copy(self, name: str) -> Path:
-        """A local file with the same content, to be mapped to memory; it lives as long as this store."""
+        """Return a local file with the same content, for memory mapping; it lives as long as this store."""
 
     @abstractmethod
     def draft(self, folder: str) -> Draft:
-        """A new file that will be published in `folder`."""
+        """Create a file to be published in `folder`."""
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Durably writes a whole file unless one of that name exists; says whether it did."""
+        """Durably write a whole file unless one of that name exists; return whether it was written."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a published file, if it is there."""
+        """Remove a published file if it exists."""
 
     @abstractmethod
     def set_aside(self, name: str) -> str:
-        """Moves a published file, if it is there, to the folder `withdrawn`; returns its new name."""
+        """Move a published file, if it exists, to the folder `withdrawn`; return its new name."""
 
     @abstractmethod
     def check_create(self) -> None:
-        """Raises StoreError where `create` would not keep two writers apart."""
+        """Raise StoreError if `create` would not be exclusive between two writers."""
 
     def remove_stale(self, names: Iterable[str]) -> None:
-        """Removes those files that nobody has written to for `STALE_SECONDS`; a commit takes a fraction of a second."""
+        """Remove files not written to for `STALE_SECONDS` (a commit takes a fraction of a second)."""
         now = None
         for name in names:
             with suppress(OSError):
@@ -194,7 +194,7 @@ class Store(ABC):
 
 
 def open_store(root: Root) -> Store:
-    """The store at a directory, or at a URL that fsspec knows. StoreError if no installed package opens the URL."""
+    """Return the store of a directory or fsspec URL. StoreError if no installed package opens the URL."""
     if isinstance(root, Store):
         return root
     text = os.fspath(root)
@@ -207,7 +207,7 @@ def open_store(root: Root) -> Store:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Turns a failed read into StoreError: it says nothing about the file's content, so it is not damage."""
+    """Turn a failed read into StoreError: it says nothing about the file's content, so it is not damage."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -233,7 +233,10 @@ class LocalStore(Store):
         return str(self._folder / name)
 
     def _locate(self, name: str, *, follow: bool = True) -> Path:
-        """The file's path; StoreError if it leaves the root, also through a link (with `follow`, its own too)."""
+        """Return the file's path; StoreError if it leaves the root, through links too.
+
+        `follow`: also check the file itself for being a link.
+        """
         return Path(self._text(name, follow=follow))
 
     def _text(self, name: str, *, follow: bool = True) -> str:
@@ -252,7 +255,7 @@ class LocalStore(Store):
 
     @contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        """A file descriptor for reading; CacheError if it is a folder, a pipe or a device."""
+        """Open a file descriptor for reading; CacheError for a folder, pipe or device."""
         path = self._text(name)
         with _reading(path):
             fd = os.open(
@@ -276,7 +279,7 @@ class LocalStore(Store):
         path = self._locate(folder)
         with _reading(str(path)), suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # a temporary file that was published since
+                with suppress(FileNotFoundError):  # a temporary file that was published meanwhile
                     found[entry.name] = entry.stat(follow_symlinks=False).st_size
         return found
 
@@ -307,7 +310,7 @@ class LocalStore(Store):
         return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
-        with self._open(name) as fd:  # not mapped: a disk's error would be SIGBUS
+        with self._open(name) as fd:  # not memory-mapped: a disk error would raise SIGBUS
             left = max(0, os.fstat(fd).st_size - offset)
             return pa.py_buffer(_read_at(fd, offset, min(num_bytes, left)))
 
@@ -357,7 +360,7 @@ class LocalStore(Store):
         return new
 
     def check_create(self) -> None:
-        pass  # a hard link is never made over a file
+        pass  # a hard link never overwrites a file
 
     def _rename(self, path: Path, name: str) -> None:
         target = self._locate(name, follow=False)
@@ -366,7 +369,7 @@ class LocalStore(Store):
 
 
 def _read_at(fd: int, offset: int, num_bytes: int) -> bytes:
-    """Bytes of a file from `offset` on, fewer where it ends before."""
+    """Read a file's bytes from `offset`, up to its end."""
     parts = []
     while num_bytes and (part := os.pread(fd, num_bytes, offset)):
         parts.append(part)
@@ -375,12 +378,12 @@ def _read_at(fd: int, offset: int, num_bytes: int) -> bytes:
 
 
 def _aside(name: str) -> str:
-    """A new name in the folder of withdrawn files, which keeps apart what was withdrawn at different times."""
+    """Return a new name in `withdrawn/` that distinguishes files withdrawn at different times."""
     return f"{WITHDRAWN}/{secrets.token_hex(4)}-{name.rsplit('/', 1)[-1]}"
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or the names in a folder, durable."""
+    """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -389,7 +392,7 @@ def sync(path: Path) -> None:
 
 
 class ObjectStore(Store):
-    """Objects under a URL prefix. They appear whole or not at all; `create` is a put that fails if the key is taken."""
+    """Objects under a URL prefix. Writes are atomic; `create` is a put that fails if the key exists."""
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
@@ -397,12 +400,12 @@ class ObjectStore(Store):
         self.root = url.rstrip("/")
         try:
             self._fs, self._prefix = url_to_fs(self.root, use_listings_cache=False)
-        except Exception as error:  # an archive that is none, a package that is missing
+        except Exception as error:  # an invalid archive, a missing package
             raise StoreError(
                 f"{url} cannot be opened ({error}); look at its address, and install what its protocol needs."
             ) from error
         self._copies: dict[str, Path] = {}
-        self._sizes: dict[str, int] = {}  # as last listed
+        self._sizes: dict[str, int] = {}  # as of the last listing
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -480,7 +483,7 @@ class ObjectStore(Store):
             except FileExistsError:
                 return (
                     self._fs.cat_file(self._key(name)) == data
-                )  # a put whose answer was lost was sent again
+                )  # a put was retried after its response was lost
         return True
 
     def remove(self, name: str) -> None:
@@ -521,7 +524,7 @@ class ObjectStore(Store):
 
     @contextmanager
     def _requests(self) -> Iterator[None]:
-        """Client libraries raise what they like: all but a missing or an existing file becomes StoreError."""
+        """Turn all client errors but missing or existing files into StoreError; their types vary."""
         try:
             yield
         except (FileNotFoundError, FileExistsError, CacheError):

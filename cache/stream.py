@@ -1,4 +1,4 @@
-"""All rows of a snapshot in a shuffled order, read ahead by a thread, within the memory of a few record batches."""
+"""Streams all rows of a snapshot in shuffled order, read ahead by a thread, with bounded memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW = 4  # record batches whose rows are shuffled together
 
 
 class _Window(NamedTuple):
-    """Places read together, and the order of their rows, numbered place after place."""
+    """Places that are read together, and the shuffled order of their rows, numbered consecutively."""
 
     places: list[Place]
     order: npt.NDArray[np.int64]
@@ -35,27 +35,28 @@ def stream(
     start: int = 0,
     ahead: int = 2,
 ) -> Generator[Record, None, None]:
-    """One epoch's rows of one worker of one rank, decoded and checked as `snapshot[i]` does.
+    """Yield one epoch's rows for one worker of one rank, decoded and verified as by `snapshot[i]`.
 
-    Order: record batches are permuted, then the rows within each window of `WINDOW` batches. It depends on the
-    arguments, the row ids, and which rows share a record batch, not on names or timing; rows of distant batches do not
-    mix within an epoch.
+    Order: record batches are permuted, then the rows within each window of `WINDOW` batches. The order
+    depends on the arguments, the row ids, and which rows share a record batch, not on names or timing. Rows
+    of distant batches do not mix within an epoch.
 
-    Sharding: the permuted rows are cut into num_ranks * num_workers contiguous shares, whose sizes differ by at most
-    one row; together they hold each row once. Share i of n has N * (i + 1) // n - N * i // n rows, with
-    i = rank * num_workers + worker. A batch is read once, or by both sides of a cut that runs through it.
+    Sharding: the permuted rows are split into num_ranks * num_workers contiguous shares whose sizes differ by
+    at most one row. Together they contain each row once. Share i of n has N * (i + 1) // n - N * i // n rows,
+    with i = rank * num_workers + worker. A batch is read once, or twice if a split runs through it.
 
-    Memory: decoded rows worth `ahead` + `WINDOW` record batches (one is at most 8,192 tokens or 4 MiB of packed
-    signal, plus a row), whatever the cache's size. A thread reads and decodes; it starts with the first row and ends
-    when the generator is exhausted, closed, or raises.
+    Memory: decoded rows of `ahead` + `WINDOW` record batches (each at most 8,192 tokens or 4 MiB of packed
+    signal, plus a row), whatever the cache's size. The reader thread starts with the first row and ends when
+    the generator is exhausted, closed, or raises.
 
     Args:
-        snapshot: rows to read; what later commits add is not seen.
-        seed, epoch: of the order.
-        start: rows of this share that were yielded before; the rest follows in the same order.
+        snapshot: rows to read; later commits are not seen.
+        seed, epoch: determine the order.
+        start: number of rows of this share to skip; the rest keeps its order.
         ahead: record batches that may be decoded beyond the window, at least 1.
 
-    Raises CacheError for arguments out of range at once, and for a damaged batch when its window is reached.
+    Raises CacheError immediately for arguments out of range, and for a damaged batch when its window is
+    reached.
     """
     counts = {
         "seed": seed,
@@ -84,7 +85,7 @@ def stream(
 
 
 def _cut(places: list[Place], first: int, end: int) -> list[Place]:
-    """Rows `first` to `end` of all rows of `places`, one place after the other."""
+    """Return rows `first` to `end` of the concatenated rows of `places`."""
     found, position = [], 0
     for place in places:
         rows = place.rows[max(first - position, 0) : max(end - position, 0)]
@@ -95,7 +96,7 @@ def _cut(places: list[Place], first: int, end: int) -> list[Place]:
 
 
 def _windows(places: list[Place], seeds: list[int], start: int) -> list[_Window]:
-    """The windows of a share, each shuffled by its own number, without the first `start` rows."""
+    """Return the windows of a share, each shuffled by its own seed, without the first `start` rows."""
     found = []
     for number in range(0, len(places), WINDOW):
         window = places[number : number + WINDOW]
@@ -118,14 +119,14 @@ def _rows(snapshot: Snapshot, windows: list[_Window], ahead: int) -> Generator[R
             while waiting:
                 yield waiting.pop()
                 done = len(places) * (len(order) - len(waiting)) // len(order)
-                reader.free(done - used)  # the rows of that many batches are gone
+                reader.free(done - used)  # the rows of that many batches have been yielded
                 used = done
     finally:
         reader.close()
 
 
 class _ReadAhead:
-    """Decodes places in a thread, in order, at most `num_places` that were not freed at a time."""
+    """Decodes places in order in a thread, holding at most `num_places` that were not freed."""
 
     def __init__(self, snapshot: Snapshot, places: list[Place], num_places: int) -> None:
         self._snapshot = snapshot
@@ -137,7 +138,7 @@ class _ReadAhead:
         self._thread.start()
 
     def take(self) -> list[Record]:
-        """The next place's rows; raises what went wrong in the thread."""
+        """Return the next place's rows; reraises the thread's error."""
         rows = self._ready.get()
         if isinstance(rows, BaseException):
             raise rows
@@ -159,5 +160,5 @@ class _ReadAhead:
                 if self._closed:
                     return
                 self._ready.put(self._snapshot.read_place(place))
-        except BaseException as error:  # the consumer raises it
+        except BaseException as error:  # raised again by the consumer
             self._ready.put(error)

@@ -1,4 +1,4 @@
-"""The figures of a cache, from its commit records alone."""
+"""Summary figures of a cache, from its commit records alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _POLICY = ("run_id", "policy_step", "policy_hash", "refresh_index")
 def summarise(
     store: Store, fingerprint: Fingerprint, records: Sequence[CommitRecord], index: pa.Table
 ) -> dict[str, Any]:
-    """Plain JSON: counts, sizes in bytes, policies, and quantiles over tokens (entropies in nats, tail mass a share).
+    """Return counts, sizes in bytes, policies and quantiles over tokens as plain JSON.
 
-    `records` are the cache's commit records and `index` its rows, each once, as `Snapshot.index` lists them.
+    `records` are the cache's commit records and `index` its distinct rows (`Snapshot.index`).
 
-    `bytes` are all bytes of the cache that count: shards, commit records, fingerprint, tokenizer and teacher head;
-    `signal_bytes` those that packed signals take in the shards. Both per scored token are None without rows. The `age`
-    of a policy is in optimizer steps, counted at the newest policy of its run.
+    Entropies are in nats, tail mass is a share. `bytes` covers shards, commit records, fingerprint, tokenizer
+    and teacher head; `signal_bytes` the packed signals in the shards. Both per scored token are None without
+    rows. A policy's `age` is in optimizer steps behind the newest policy of its run.
     """
     totals = merge(record.statistics for record in records)
     tokens = sum(index["num_completion_tokens"].to_pylist())
@@ -60,7 +60,7 @@ def summarise(
 
 
 def _sizes(store: Store, records: Sequence[CommitRecord]) -> dict[str, int]:
-    """Bytes on disk: in total, of the head, and of files that no commit record names."""
+    """Return bytes on disk: total, teacher head, and files not named by any commit record."""
     head = sum(store.size(name) or 0 for name in head_files(store))
     of_records = store.sizes(commit.COMMITS)
     small = sum(store.size(name) or 0 for name in (commit.FINGERPRINT, commit.TOKENIZER))

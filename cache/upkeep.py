@@ -1,7 +1,7 @@
-"""Keeping caches: rows that are not wanted any more are pruned, caches that mean the same are merged.
+"""Prunes and merges caches.
 
-Signals are copied as they are stored, never decoded and packed again. Both commands may be killed and run again: what
-takes the place of a shard is committed before the shard is withdrawn, and readers take a row that is there twice once.
+Signals are copied in packed form. Both commands can be killed and rerun: a shard's replacement is committed
+before the shard is removed, and readers see a duplicate row once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _IsDoomed: TypeAlias = Callable[[str, int, str], bool]  # run_id, policy_step, p
 
 @dataclass
 class Pruned:
-    """What a prune removed: rows, their completion tokens, shards that are gone, and bytes that are free.
+    """Result of a prune: removed rows, their completion tokens, removed shards and freed bytes.
 
-    In a dry run `num_bytes` counts a shard that would be written anew by the share of its tokens.
+    In a dry run, `num_bytes` counts a partly pruned shard in proportion to its removed tokens.
     """
 
     rows: int = 0
@@ -47,19 +47,19 @@ def prune(
     max_bytes: int | None = None,
     dry_run: bool = False,
 ) -> Pruned:
-    """Removes rows of the cache at `root` by one rule; with `dry_run` only counts them.
+    """Remove rows of the cache at `root` by one rule; with `dry_run` only count them.
 
-    A shard of which some rows stay is written anew under the same unit. Snapshots that are open elsewhere lose the
-    removed rows: refresh them. Stage one writes pruned rows again if it is asked for the same refresh again.
+    A partly pruned shard is rewritten under the same unit. Snapshots opened earlier lose the removed rows and
+    must be refreshed. Stage one writes pruned rows again if asked for the same refresh.
 
     Args:
-        max_age, at_step: rows of `run_id` that are more than `max_age` optimizer steps old at step `at_step`; rows of
-            other runs have no age and stay.
-        run_id: whose steps these are; may be left out where all rows are of one run.
-        policies: the rows of these policies, each given by the beginning of its `policy_hash`.
-        max_bytes: whole shards, the least policy step first, until the cache (`summary()["bytes"]`) is this small.
+        max_age, at_step: remove rows of `run_id` that are more than `max_age` optimizer steps old at step
+            `at_step`; rows of other runs have no age and stay.
+        run_id: the run to which these steps belong; optional if all rows are of one run.
+        policies: remove the rows of these policies, given by prefixes of `policy_hash`.
+        max_bytes: remove whole shards, lowest policy step first, until the cache (`summary()["bytes"]`) fits.
 
-    Raises CacheError unless there is exactly one rule, and it names runs and policies that the cache has.
+    Raises CacheError unless there is exactly one rule, with runs and policies that the cache has.
     """
     snapshot = open_cache(root)
     if [max_age is not None, bool(policies), max_bytes is not None].count(True) != 1:
@@ -113,7 +113,7 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
 
 
 def _rows_that_stay(snapshot: Snapshot, is_doomed: _IsDoomed) -> list[tuple[CommitRecord, list[int]]]:
-    """The shards with rows to be removed, each with those that stay."""
+    """Return the shards with rows to remove, each with its remaining rows."""
     plan = []
     for record in snapshot.commit_records():
         doomed = [is_doomed(*policy[:3]) for policy in record.policies]
@@ -124,7 +124,7 @@ def _rows_that_stay(snapshot: Snapshot, is_doomed: _IsDoomed) -> list[tuple[Comm
 
 
 def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
-    """The shards to remove so that all that is left takes at most `max_bytes`."""
+    """Return the oldest shards, whose removal reduces the cache to at most `max_bytes`."""
     records = snapshot.commit_records()
     left = snapshot.summary()["bytes"]
     beside = left - sum(record.num_bytes for record in records)
@@ -159,7 +159,7 @@ def _prune_shard(
         freed -= _rewrite(store, record, stay, rules).num_bytes
     if not dry_run:
         store.remove(commit.record_path(record.name))
-        if not is_shared:  # no writer names a shard twice
+        if not is_shared:  # shard names are never reused
             store.remove(record.shard)
     pruned.rows += len(gone)
     pruned.scored_tokens += tokens
@@ -168,7 +168,7 @@ def _prune_shard(
 
 
 def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) -> CommitRecord:
-    """Commits some rows of a shard as a shard of their own, their signals as they are stored."""
+    """Commit some rows of a shard as a new shard, copying their packed signals."""
     shard, first, wanted = OpenShard(store), 0, set(rows)
     try:
         for index, entry in enumerate(record.batches):
@@ -189,12 +189,12 @@ def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) 
 
 @dataclass
 class Merged:
-    """What a merge did.
+    """Result of a merge.
 
     Attributes:
-        shards, rows, num_bytes: copied; the rows include those that the target has in other shards.
-        shards_there: shards that the target had already.
-        differences: one sentence for each recorded part of a fingerprint that differs from the target's.
+        shards, rows, num_bytes: copied; rows include those that the target already has in other shards.
+        shards_there: shards that the target already had.
+        differences: one sentence for each recorded field of a fingerprint that differs from the target's.
     """
 
     shards: int
@@ -205,10 +205,11 @@ class Merged:
 
 
 def merge(target: Root, sources: Sequence[Root]) -> Merged:
-    """Copies every committed shard of `sources` into the cache at `target`, which is made if there is none.
+    """Copy every committed shard of `sources` into the cache at `target`, creating it if needed.
 
-    Shards are copied byte for byte under their own names and checked on the way; a row that several of them hold is
-    read once. CacheError, before anything is written, unless fingerprints and teacher heads mean the same everywhere.
+    Shards are copied byte for byte under their own names and verified on the way. Readers see a row in
+    several shards once. CacheError, before anything is written, unless all fingerprints and teacher heads
+    match.
     """
     store = open_store(target)
     snapshots = [open_cache(source) for source in sources]
@@ -269,7 +270,7 @@ def _tokenizer_text(snapshot: Snapshot) -> str | None:
 
 
 def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
-    """Copies a shard and commits it; False if another process has done so meanwhile."""
+    """Copy a shard and commit it; return False if another process did so meanwhile."""
     if target.size(record.shard) is not None and target.hash(record.shard) != record.shard_sha256:
         raise CacheError(
             f"{target.path(record.shard)} is there and another file than the one of this name in {source.root};"

@@ -1,6 +1,7 @@
-"""Finds damage (every digest, every row's invariants, every file that a commit record needs) and withdraws it.
+"""Finds and withdraws damage: checks every digest, row invariant and file that a commit record needs.
 
-Nothing is deleted: a damaged shard and its commit record move to `withdrawn/`, and stage one writes the rows again.
+Nothing is deleted: a damaged shard and its commit record move to `withdrawn/`, and stage one rewrites the
+rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _NAMED_SHARD = re.compile(f'"shard":"({commit.SHARD_NAME.pattern})"'.encode())
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, as text a sentence or two: what is wrong, where, and what to do.
+    """One fault, described in a sentence or two: what is wrong, where, and what to do.
 
     Attributes:
         file: the damaged file, relative to the cache.
-        rows: first and last damaged row of a shard, where that is known.
-        record: the commit record to withdraw so that stage one writes the rows again, if that is the remedy.
+        rows: first and last damaged row of a shard, if known.
+        record: the commit record to withdraw so that stage one rewrites the rows, if that is the remedy.
     """
 
     file: str
@@ -47,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What every commit record must name; None or empty where that file is damaged itself."""
+    """Values that every commit record must match; None or empty if the file they come from is damaged."""
 
     fingerprint: str | None = None
     rules: Rules | None = None
@@ -55,11 +56,12 @@ class _Expected:
 
 
 def verify(root: Root) -> list[Finding]:
-    """All faults of the cache at `root`; an empty list if it is sound. Damage never raises.
+    """Return all faults of the cache at `root`, empty if it is sound. Damage never raises.
 
-    Whatever looks damaged is read a second time. If the second read is correct, the finding blames the machine and
-    costs no rows. Shards are checked in parallel, one thread per CPU. Temporary files and shards without a commit
-    record are not faults, because readers ignore them. CacheError only if there is no cache or the storage fails.
+    Anything that looks damaged is read a second time. If the second read is correct, the finding blames the
+    machine and costs no rows. Shards are checked in parallel, one thread per CPU. Temporary files and shards
+    without a commit record are not faults, because readers ignore them. CacheError only if there is no cache
+    or the storage fails.
     """
     store = open_store(root)
     record_names = commit.record_names(store)
@@ -104,11 +106,11 @@ def _look(
 def _collect(
     store: Store, file: str, find: Callable[[], Iterator[Finding]], record: str | None = None
 ) -> list[Finding]:
-    """What `find` yields; errors caused by damage become findings."""
+    """Collect what `find` yields; errors caused by damage become findings."""
     found: list[Finding] = []
     try:
         found.extend(find())
-    except StoreError:  # tells nothing about the file
+    except StoreError:  # says nothing about the file
         raise
     except commit.Misnamed as error:
         found.append(Finding(file, str(error)))
@@ -147,7 +149,7 @@ def _verify_head(store: Store) -> Iterator[Finding]:
 
 
 def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
-    """Faults of one shard."""
+    """Yield the faults of one shard."""
     record = commit.read_record(store, name)
     path = store.path(record.shard)
     _ = record.statistics  # decoded and checked here
@@ -171,7 +173,7 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
 
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
-    """A sound shard beside the wrong `file`. Withdrawing it would lose rows for nothing, so no record is named."""
+    """A sound shard next to a wrong `file`. Withdrawing it would only lose rows, so no record is named."""
     remedy = (
         f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
     )
@@ -179,7 +181,7 @@ def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
 
 
 def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Finding]:
-    """Which record batches of a damaged shard are not what was committed."""
+    """Yield the damaged record batches of a shard."""
     path = store.path(record.shard)
     is_located = False
     for first, entry in _first_rows(record):
@@ -202,7 +204,7 @@ def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
 
 
 def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Iterator[Finding]:
-    """Decodes every row and checks it as the writer did."""
+    """Decode every row and apply the writer's checks."""
     path = store.path(record.shard)
     for index, (first, entry) in enumerate(_first_rows(record)):
         try:
@@ -224,17 +226,17 @@ def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Ite
 
 
 def withdraw(root: Root, findings: Iterable[Finding]) -> list[str]:
-    """Moves the commit records named by findings of `verify`, then their shards, to `withdrawn/`; returns their names.
+    """Move the commit records named in `findings`, then their shards, to `withdrawn/`; return their names.
 
-    Shards that another record names stay. Findings without a record (fingerprint, tokenizer, head, a file name, a
-    machine that misreads) are ignored: withdrawing rows would not fix them.
+    Shards named by other records stay. Findings without a record (fingerprint, tokenizer, head, a file name,
+    a machine with read errors) are ignored: withdrawing rows would not fix them.
     """
     store = open_store(root)
     names = sorted({finding.record for finding in findings if finding.record is not None})
     there = [f"{commit.SHARDS}/{file}" for file in store.names(commit.SHARDS)] if names else []
     shards = {shard for name in names for shard in _shards_of(store, name, there)}
     others = [name for name in commit.record_names(store) if name not in names] if shards else []
-    shards -= {_shard_of(store, name) for name in others}  # read before anything is moved: it may fail
+    shards -= {_shard_of(store, name) for name in others}  # read before moving anything: it may fail
     moved = [*map(commit.record_path, names), *sorted(shards)]
     for file in moved:
         store.set_aside(file)
@@ -242,7 +244,7 @@ def withdraw(root: Root, findings: Iterable[Finding]) -> list[str]:
 
 
 def _shards_of(store: Store, name: str, there: list[str]) -> list[str]:
-    """The shard that a record names, if it is in `there`; otherwise every shard written for its unit.
+    """Return the shard named by a record if it is in `there`, else every shard written for its unit.
 
     If a shard named only by a damaged record stayed, a writer would later remove it as a leftover.
     """
@@ -255,7 +257,7 @@ def _shards_of(store: Store, name: str, there: list[str]) -> list[str]:
 
 
 def _shard_of(store: Store, name: str) -> str | None:
-    """The shard that a commit record names, if its text still shows one; the record may be damaged."""
+    """Return the shard named by a commit record, if still readable; the record may be damaged."""
     try:
         data = store.read(commit.record_path(name))
     except StoreError:

@@ -1,4 +1,4 @@
-"""The cache as text, at most `WIDTH` columns wide: a summary table, and a rollout token by token."""
+"""The cache as text, up to `WIDTH` columns wide: a summary table, and rollouts token by token."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WIDTH = 100
 NUM_TOP = 5
 IDS_PER_TILE = 8_192
 _MOST_POLICIES = 12
-_CHARACTERS_PER_COLUMN = 16  # combining ones take no column
-_PIECE = 10_000  # characters that `textwrap`, which is quadratic in a word, is given at a time
+_CHARACTERS_PER_COLUMN = 16  # combining characters take no column
+_PIECE = 10_000  # characters per `textwrap` call, which is quadratic in a word's length
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The table that `python -m cache summary` prints, of `Snapshot.summary()`."""
+    """Format `Snapshot.summary()` as the table of `python -m cache summary`."""
     per_token, signal = summary["bytes_per_token"], summary["signal_bytes_per_token"]
     lines = [
         ("cache", summary["root"]),
@@ -53,7 +53,7 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def _wrap(label: str, value: str) -> list[str]:
-    """Text beside a label, on as many lines as it takes."""
+    """Wrap text beside a label."""
     return textwrap.wrap(
         plain(value[:_PIECE]), WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
     )
@@ -86,7 +86,7 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]) -> Iterator[str]:
-    """The table that `python -m cache view` and `show` print of several rows, one line each, called by `names`."""
+    """Yield the table of several rows printed by `python -m cache view` and `show`, one line per row name."""
     width = max(map(len, names), default=0)
     yield "sum: behaviour - teacher logprob over the tokens of a row, nats"
     heads = f"{'refresh':>7}{'step':>9}{'tokens':>8}  {'finish':<7}{'sum':>10}"
@@ -102,13 +102,13 @@ def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]
 
 
 def _one_line(text: str) -> str:
-    """The beginning of a text, each run of white space as one space, what a terminal would obey as its escape."""
+    """Return the start of a text, with white space collapsed and control characters escaped."""
     words = " ".join(text[: 10 * WIDTH].split())
     return plain(words[:WIDTH])
 
 
 def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
-    """The lines that `python -m cache show` prints for row `index`: its text, then two lines a token."""
+    """Yield the lines of `python -m cache show` for row `index`: its text, then two lines per token."""
     record = snapshot[index]
     unit = snapshot.index["unit"][index].as_py()
     yield f"row {record.row_id}, number {index} of {len(snapshot)}, unit {plain(unit)}"
@@ -158,7 +158,7 @@ def _number(value: float | None, width: int) -> str:
 
 
 def fit(text: str, width: int) -> str:
-    """`text`, cut to `width` columns of a terminal."""
+    """Cut `text` to `width` terminal columns."""
     used = kept = 0
     for place, character in enumerate(text):
         used += _columns(character)
@@ -169,7 +169,7 @@ def fit(text: str, width: int) -> str:
 
 
 def pad(text: str, width: int) -> str:
-    """`text` on `width` columns, cut to leave one free at its end."""
+    """Pad `text` to `width` columns, cut to leave the last one free."""
     text = fit(text, width - 1)
     return text + " " * (width - _columns(text))
 
@@ -181,7 +181,7 @@ def _columns(text: str) -> int:
 
 
 def token_names(snapshot: Snapshot) -> Callable[[int], str]:
-    """What to call a token id: its text, quoted, if the cache has a tokenizer.json, else its number."""
+    """Return a function that names a token id: its quoted text, or its number without a tokenizer.json."""
     path = snapshot.tokenizer_file()
     if path is None:
         return str
@@ -191,14 +191,14 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
         tokenizer = Tokenizer.from_file(str(path))
     except ImportError:
         return str
-    except Exception as error:  # the library raises plain Exception for a file that it cannot parse
+    except Exception as error:  # the library raises plain Exception for files it cannot parse
         raise CacheError(
             f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `python -m cache verify` on the cache."
         ) from error
 
     def name(token: int) -> str:
         text = tokenizer.decode([token], skip_special_tokens=False)
-        if not text or "\ufffd" in text:  # part of a character: its name in the vocabulary
+        if not text or "\ufffd" in text:  # part of a character: use its vocabulary entry
             text = tokenizer.id_to_token(token) or str(token)
         return plain(json.dumps(text, ensure_ascii=False))
 
@@ -206,9 +206,9 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
 
 
 def top_ids(record: Record, head: Callable[[], TeacherHead | None]) -> tuple[Int32, Float32] | None:
-    """The teacher's `NUM_TOP` most likely ids [T, 5], -1 where fewer are kept, and their probabilities.
+    """Return the teacher's `NUM_TOP` most likely ids [T, 5] (-1 beyond the kept ones) and probabilities.
 
-    None where the record does not tell: not scored, or hidden states without a head.
+    None if the record is not scored, or has hidden states but no head.
     """
     signal = record.signal
     if isinstance(signal, TopK):
@@ -237,7 +237,7 @@ def _logits(states: Float32, head: TeacherHead, ids: slice) -> Float32:
 def _top_of_tiles(
     num_positions: int, num_ids: int, logits_of: Callable[[slice], Float32]
 ) -> tuple[Int32, Float32]:
-    """Top ids and probabilities from logits of a part of the vocabulary at a time."""
+    """Return top ids and probabilities, computing the logits of one part of the vocabulary at a time."""
     width = min(NUM_TOP, num_ids)
     best = np.full((num_positions, width), -np.inf, np.float32)
     ids = np.full((num_positions, width), -1, np.int32)

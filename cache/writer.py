@@ -1,4 +1,4 @@
-"""Checks rows as they are appended and commits them unit by unit."""
+"""Writer of a cache: validates rows as they are appended and commits them unit by unit."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from cache.shard import OpenShard
 from cache.store import Root, open_store
 
 _QUICK_SECONDS = 0.1
-_SHARE = 10  # where looking takes longer, it may take one part in so many of the time
+_SHARE = 10  # slow listings take at most 1 / _SHARE of the time
 
 
 @dataclass(frozen=True)
 class CommitResult:
-    """What a commit did; all but `unit` are 0 where other writers had committed every row.
+    """Result of a commit; all counts are 0 if other writers had committed every row.
 
     Attributes:
-        rows: rows that this commit made exist.
+        rows: newly committed rows.
         scored_tokens: their completion tokens.
         num_bytes: bytes of the shard and of its commit record.
-        signal_bytes: bytes that the packed signals take in the shard.
-        rows_left_out: appended rows that were committed already, under any unit, and were not written again.
+        signal_bytes: bytes of the packed signals in the shard.
+        rows_left_out: appended rows already committed under any unit, and therefore not written.
     """
 
     unit: str
@@ -42,21 +42,21 @@ class CommitResult:
 
 
 class Writer:
-    """Appends rows to the cache at `root` and commits them unit by unit; several writers may share a cache.
+    """Appends rows to the cache at `root` and commits them unit by unit; writers may share a cache.
 
-    Makes the cache if there is none. Raises CacheError if the cache's fingerprint (or teacher head) must match and
-    does not. Leaving the context after an exception drops rows that were not committed; leaving it normally with
-    such rows is a mistake of the caller and an AssertionError.
+    Creates the cache if there is none. CacheError if the fingerprint or teacher head does not match the
+    cache's. Leaving the context after an exception drops uncommitted rows; leaving it normally with
+    uncommitted rows is a caller's bug (AssertionError).
 
     Args:
         root: directory or fsspec URL of the cache.
-        fingerprint: what this writer's rows mean.
-        tokenizer_json: text of the tokenizer's tokenizer.json; the first writer's is kept beside the shards.
-        head: the teacher's head, which a cache of hidden states needs before its first commit.
+        fingerprint: this writer's fingerprint.
+        tokenizer_json: text of the tokenizer's tokenizer.json; the first writer's is kept in the cache.
+        head: the teacher's head, required by a cache of hidden states before its first commit.
 
     Attributes:
         fingerprint: the cache's, as its first writer stored it.
-        differences: one sentence for each recorded part of the fingerprint in which this writer differs.
+        differences: one sentence for each recorded field in which this writer's fingerprint differs.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Writer:
             self.store.remove_stale(commit.leftovers(self.store, [r.shard for r in self._records.values()]))
 
     def _checked_head(self, head: TeacherHead | None) -> str | None:
-        """The digest of the cache's head, which becomes `head` if it has none; CacheError if its rows have another one."""
+        """Return the digest of the cache's head, storing `head` if it has none; CacheError on a mismatch."""
         records = self._records.values() if self.fingerprint.rules.kind == "hidden" else ()
         if head:
             return store_head(self.store, head, records)
@@ -93,13 +93,13 @@ class Writer:
 
     @property
     def committed_ids(self) -> set[str]:
-        """Ids of all committed rows, of any writer, as of opening or of this writer's last commit."""
+        """Return the ids of all committed rows, of any writer, as of opening or this writer's last commit."""
         return set(self._committed)
 
     def append(self, record: Record) -> None:
-        """Takes a row into the unit at hand; a row that is committed already is left out (see `commit`).
+        """Add a row to the current unit; a row already committed is left out (see `commit`).
 
-        Raises CacheError, naming row, field and position, if the row breaks an invariant of the format.
+        CacheError, naming row, field and position, if the row violates an invariant of the format.
         """
         try:
             check_record(record, self.fingerprint.rules)
@@ -116,10 +116,10 @@ class Writer:
             self._shard.append(record, packed)
 
     def commit(self, unit: str) -> CommitResult:
-        """Makes the rows appended since the last commit exist, as one shard named after `unit`.
+        """Commit the rows appended since the last commit, as one shard named after `unit`.
 
-        All of them become visible at once or, if this raises or the process dies, none. Rows that another unit or
-        writer committed first are not written twice; the result counts them.
+        The commit is atomic: all rows become visible at once or, if this raises or the process dies, none.
+        Rows committed first by another unit or writer are not written twice; the result counts them.
         """
         stem, left_out = commit.file_stem(unit), len(self._left_out)
         if not self._num_pending:
@@ -139,7 +139,7 @@ class Writer:
         return CommitResult(unit, len(rows), tokens, record.num_bytes, signal_bytes, left_out)
 
     def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
-        """The record that committed the shard, or None if another writer committed the same rows first."""
+        """Return the commit record, or None if another writer committed the same rows first."""
         if self.fingerprint.rules.kind == "hidden" and self._head is None:
             raise CacheError(
                 f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun."
@@ -147,9 +147,7 @@ class Writer:
         record = shard.publish(unit, stem, self.fingerprint.digest, self._head)
         try:
             is_first = commit.write_record(self.store, record)
-            if (
-                is_first and self.store.size(record.shard) is None
-            ):  # a writer that slept for a day between the two
+            if is_first and self.store.size(record.shard) is None:  # a writer that slept for a day in between
                 self.store.remove(commit.record_path(record.name))
                 raise CacheError(
                     f"{self.store.path(record.shard)} was removed before its rows were committed; they were not. Rerun"
@@ -157,7 +155,7 @@ class Writer:
                 )
         except (
             OSError
-        ):  # of a directory; a put to an object store that failed here may still arrive: its shard stays
+        ):  # on a directory; on an object store a failed put may still arrive, so its shard stays
             if self.store.size(commit.record_path(record.name)) is None:
                 self.store.remove(record.shard)
             raise
@@ -172,10 +170,10 @@ class Writer:
         return len(self._left_out) + (len(self._shard.row_ids) if self._shard else 0)
 
     def _refresh(self) -> None:
-        """Learns what other writers committed.
+        """Load what other writers have committed.
 
-        Not at every commit where that takes long (a listing of 10,000 records in a bucket, a second): of the time
-        between two looks, they take at most a tenth. A row that is written twice meanwhile is read once.
+        Slow listings (10,000 records in a bucket take a second) are skipped at some commits, so that they
+        take at most a tenth of the time. Rows written twice meanwhile are read once.
         """
         began = time.monotonic()
         known, self._records = self._records, commit.read_new_records(self.store, self._records)
@@ -194,7 +192,7 @@ class Writer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Drops the current unit on any error; a failed write becomes a CacheError that says what is kept."""
+        """Drop the current unit on any error; turn a failed write into a CacheError about what is kept."""
         try:
             with explain_os_errors(self.root, lambda: len(self._committed)):
                 yield

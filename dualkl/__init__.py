@@ -1,6 +1,6 @@
-"""The gated dual KL: forward and reverse KL between a teacher and a student, mixed per position by a gate.
+"""Gated dual KL: forward and reverse KL between a teacher and a student, mixed per position by a gate.
 
-Tensors in, tensors out. Nothing here knows files, run configuration or a model library.
+Pure tensor functions, independent of files, run configuration and model libraries.
 """
 
 from dualkl.config import DualKLConfig

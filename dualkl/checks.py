@@ -1,14 +1,14 @@
-"""Checks of what a caller passes in; each failure is one sentence with the expected and the found value."""
+"""Input checks. Each error message gives the expected and the actual value."""
 
 import torch
 from torch import Tensor
 
 
 def cut_vocabulary(vocab_size: int | None, sizes: dict[str, int]) -> int:
-    """The number of ids every softmax runs over: `vocab_size`, or the size that all of `sizes` share.
+    """Return the softmax vocabulary size: `vocab_size`, or the size shared by all of `sizes`.
 
     Raises:
-        ValueError: a vocabulary smaller than vocab_size, or several sizes and no vocab_size.
+        ValueError: `vocab_size` exceeds a vocabulary, or `sizes` differ and `vocab_size` is None.
     """
     if vocab_size is None:
         if len(set(sizes.values())) > 1:
@@ -24,7 +24,7 @@ def cut_vocabulary(vocab_size: int | None, sizes: dict[str, int]) -> int:
 
 
 def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
-    """Raise ValueError for an id outside [0, num_ids). Looks at the values: waits for the device they are on."""
+    """Raise ValueError for an id outside [0, num_ids). Synchronises with the ids' device."""
     bad_N = (ids_N < 0) | (ids_N >= num_ids)
     if bad_N.any():
         row = int(bad_N.nonzero()[0])
@@ -38,7 +38,7 @@ def check_integers(name: str, ids: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    """Raise ValueError for a tensor on another device than the hidden states."""
+    """Raise ValueError if `tensor` and the hidden states are on different devices."""
     if tensor.device != hidden.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the hidden states are on {hidden.device}; expected one device."
@@ -46,7 +46,7 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless `tensor` has the expected shape; None stands for any size."""
+    """Raise ValueError unless `tensor` has the expected shape; None matches any size."""
     same_rank = tensor.ndim == len(expected)
     if not same_rank or any(e is not None and e != s for s, e in zip(tensor.shape, expected, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in expected)

@@ -1,10 +1,11 @@
-"""One chunk of positions: logits in; divergences, gate, loss and (in place of the logits) its gradient out.
+"""The loss on one chunk of positions: divergences, gate, loss and gradient from logits, in plain PyTorch.
 
-One function per kind of teacher, `dense_step` and `topk_step`, in plain PyTorch; `dualkl.kernels` does the same on CUDA
-in one pass over the logits. `plain_steps` wraps them as the loop over chunks calls either.
+`dense_step` and `topk_step` handle one kind of teacher each; the gradient overwrites the logits.
+`plain_steps` wraps both in the interface that the chunk loop calls. `dualkl.kernels` computes the same on
+CUDA in one pass over the logits.
 
-Shape suffixes: N positions of the chunk, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with the tail
-bucket last).
+Shape suffixes: N positions of the chunk, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with
+the tail bucket last).
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from dualkl.targets import DenseTarget, Sampled, Teacher, TopKTeacher, select_ro
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """Per position, detached, nats: what a step computes besides the gradient that it leaves in the logits."""
+    """Per-position results of a step, detached, in nats. The gradient is left in the logits."""
 
     rkl: Tensor
     fkl: Tensor
@@ -37,7 +38,7 @@ class StepResult:
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """What the loss knows of some positions, besides the teacher. `active_N1` is None where all weights count."""
+    """Per-position inputs of the loss other than the teacher. `active_N1` is None if every weight counts."""
 
     hidden_Nd: Tensor
     weights_N: Tensor
@@ -46,7 +47,7 @@ class Positions:
     gate_inputs: GateInputs = NO_INPUTS
 
     def select(self, rows: slice) -> "Positions":
-        """Some of the positions; hidden states of weight 0 become zeros."""
+        """Select positions; hidden states of weight 0 become zeros."""
         hidden_Nd, active_N1 = self.hidden_Nd[rows], self.active_N1
         if active_N1 is not None:
             active_N1 = active_N1[rows]
@@ -56,18 +57,21 @@ class Positions:
 
 
 def select_sampled(sampled: Sampled | None, rows: slice) -> Sampled | None:
-    """The samples of some of the positions."""
+    """Select the samples of some positions."""
     return None if sampled is None else Sampled(*(column[rows] for column in sampled_columns(sampled)))
 
 
 def sampled_columns(sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, teacher's and behaviour logprobs of the sampled tokens."""
+    """Return the ids, teacher logprobs and behaviour logprobs of the sampled tokens."""
     return sampled.ids, sampled.teacher_logprobs, sampled.behaviour_logprobs
 
 
 Step = Callable[[slice, Positions, Tensor], tuple[StepResult, Tensor | None]]
-"""One chunk: (its slice, its positions, their hidden states in the head's product dtype) to (what it computed, the
-gradient [N, V] of the loss by hidden @ weight.T + bias, or None). The gradient's storage may serve the next chunk."""
+"""Maps (slice, positions, hidden states in the head's product dtype) of a chunk to (result, gradient).
+
+The gradient [N, V] is with respect to hidden @ weight.T + bias, or None. Its storage may be reused by the
+next chunk.
+"""
 
 
 def plain_steps(
@@ -78,7 +82,7 @@ def plain_steps(
     config: DualKLConfig,
     differentiate: bool,
 ) -> Step:
-    """The step in plain PyTorch: any device, any dtype."""
+    """Return a plain PyTorch step, for any device and dtype."""
     dense = None
     if not isinstance(teacher, TopKTeacher):
         dense = DenseTarget(teacher, num_ids, config.temperature, hidden, config.teacher_smoothing)
@@ -105,7 +109,7 @@ def plain_steps(
 
 @dataclass(frozen=True, eq=False)
 class _Mix:
-    """Loss and gradient over C outcomes; the gradient lacks the one-hot term of the sampled token, `onehot_N`."""
+    """Loss and gradient over C outcomes. The gradient excludes the sampled token's term, `onehot_N`."""
 
     rkl_N: Tensor
     fkl_N: Tensor
@@ -123,13 +127,14 @@ def dense_step(
     config: DualKLConfig,
     gate_inputs: GateInputs = NO_INPUTS,
 ) -> StepResult:
-    """The gated dual KL against a teacher whose logits are all known.
+    """Gated dual KL against a dense teacher.
 
-    With l_j = ln p_j - ln q_j the gradient by the student's logits is
-    g_j = p_j [λ (l_j - R) + (1 - λ)] - (1 - λ) q_j, times `gradient_scale_N`; it replaces the logits unless that is
-    None. R is Σ_j p_j l_j, not the difference of two log-sum-exps, which cancels.
+    With l_j = ln p_j - ln q_j, the gradient with respect to the student's logits is
+        g_j = p_j [λ (l_j - R) + (1 - λ)] - (1 - λ) q_j.
+    Multiplied by `gradient_scale_N`, it replaces the logits (unless the scale is None). R is computed as Σ_j
+    p_j l_j; the difference of two log-sum-exps would suffer cancellation.
 
-    Both arguments are at the loss's temperature, and both are overwritten.
+    Both logits are at the loss's temperature, and both are overwritten.
     """
     logp_NV, logq_NV = log_normalise_(logits_NV), log_normalise_(teacher_NV)
     top_N1 = logq_NV.argmax(1, keepdim=True) if config.fkl == "argmax" else None
@@ -149,16 +154,18 @@ def topk_step(
     config: DualKLConfig,
     gate_inputs: GateInputs = NO_INPUTS,
 ) -> StepResult:
-    """The gated dual KL against a teacher known by its K most likely ids and the mass of the rest.
+    """Gated dual KL against a top-k teacher.
 
-    The rest is one outcome, the tail bucket, with student mass p_0 and teacher mass q_0; the loss is that of the K + 1
-    outcomes. Its gradient G_c by outcome is `dense_step`'s formula. A kept id takes its own G_c; the bucket's G_0 is
-    shared among the ids outside by the student's own shape, g_j = G_0 softmax_outside(z)_j. This equals
-    p_j [λ (l_0 - R) + (1 - λ)] - (1 - λ) exp(z_j - lse_tail + ln q_0), and selects between the two cases: the equal
-    c p + k-hot form holds q_0 / p_0 and loses all digits when the student is far more peaked than the teacher.
+    All ids outside the top K form one outcome, the tail bucket, with student mass p_0 and teacher mass q_0.
+    The loss and its gradient G_c per outcome follow `dense_step` over the K + 1 outcomes. A kept id takes its
+    own G_c. The ids outside share the bucket's G_0 in proportion to the student's probabilities:
+        g_j = G_0 softmax_outside(z)_j
+            = p_j [λ (l_0 - R) + (1 - λ)] - (1 - λ) exp(z_j - lse_tail + ln q_0).
+    The equivalent c p + k-hot form contains q_0 / p_0 and loses all precision when the student is far more
+    peaked than the teacher.
 
-    Rows without any kept id have R = F = 0, no loss and no gradient. `logits_NV` (at the loss's temperature) is
-    overwritten, with the gradient times `gradient_scale_N` unless that is None.
+    Rows without kept ids have R = F = 0, zero loss and zero gradient. `logits_NV` (at the loss's temperature)
+    is overwritten, with the gradient times `gradient_scale_N` unless that is None.
     """
     bucket = bucket_teacher(teacher, logits_NV.shape[1], config.tail_floor, logits_NV.dtype)
     centre_(logits_NV)
@@ -190,7 +197,7 @@ def _mix_outcomes_(
     config: DualKLConfig,
     gate_inputs: GateInputs,
 ) -> _Mix:
-    """Divergences, gate, loss and scaled gradient over C outcomes; the gradient ends in `logp_NC`'s storage."""
+    """Divergences, gate, loss and scaled gradient over C outcomes; the gradient overwrites `logp_NC`."""
     if config.objective == "jsd":
         return _jensen_shannon_(logp_NC, logq_NC, scale_N, config)
     cross_entropy_N = None if top_N1 is None else -logp_NC.gather(1, top_N1)[:, 0]
@@ -216,10 +223,10 @@ def _mix_outcomes_(
 
 
 def _jensen_shannon_(logp_NC: Tensor, logq_NC: Tensor, scale_N: Tensor | None, config: DualKLConfig) -> _Mix:
-    """`_mix_outcomes_` for objective="jsd": the gradient is (1 - β) p_c [ln(p_c / m_c) - KL(p || m)].
+    """`_mix_outcomes_` for objective="jsd". The gradient is (1 - β) p_c [ln(p_c / m_c) - KL(p || m)].
 
-    The divergence is summed as Σ_c β q_c ln(q_c / m_c) + (1 - β) p_c ln(p_c / m_c): no term of it is negative, so that
-    it keeps its digits near 0, where the two KL alone cancel.
+    The divergence is summed as Σ_c β q_c ln(q_c / m_c) + (1 - β) p_c ln(p_c / m_c). Its terms are
+    non-negative, so it stays accurate near 0, where the two KL terms summed separately would cancel.
     """
     beta, ratio_NC = config.mix, logp_NC - logq_NC
     rkl_N, fkl_N, _ = divergences_(logp_NC, logq_NC)
@@ -243,9 +250,9 @@ def _outcome_gradient_(
     onehot_N: Tensor | None,
     top_N1: Tensor | None,
 ) -> None:
-    """p <- λ p (l - R) + (1 - λ) (p - q), with λ and 1 - λ scaled, from p, q and p l, in the fewest passes.
+    """Set p to λ p (l - R) + (1 - λ) (p - q), with scaled λ and 1 - λ, from p, q and p l, in few passes.
 
-    mc has -λA p in place of the first term, argmax a one-hot in place of q.
+    "mc" replaces the first term by -λA p; "argmax" replaces q by a one-hot.
     """
     if onehot_N is None:
         p_NC.mul_(forward_N1 - reverse_N1 * rkl_N[:, None]).addcmul_(product_NC, reverse_N1)
@@ -258,14 +265,14 @@ def _outcome_gradient_(
 
 
 def _add_onehot_(gradient_NV: Tensor, onehot_N: Tensor | None, sampled: Sampled | None) -> None:
-    """Add the sampled token's term, which only mc has."""
+    """Add the sampled token's one-hot term (rkl="mc" only)."""
     if onehot_N is not None:
         assert sampled is not None
         gradient_NV.scatter_add_(1, sampled.ids.long()[:, None], onehot_N[:, None])
 
 
 def _spread_(split: Split, bucket: Bucket, gradient_NC: Tensor) -> None:
-    """Turn the logits outside K into their share of the bucket's gradient, and write the kept ids' own."""
+    """Replace the logits outside K by their share of the bucket's gradient; write the kept ids' own."""
     shift_N1 = split.lse_tail_N1.masked_fill(split.lse_tail_N1 == -torch.inf, 0)
     split.outside_NV.sub_(shift_N1).exp_().mul_(gradient_NC[:, -1:])
     gradient_NK = torch.where(bucket.kept_NK, gradient_NC[:, :-1], gradient_NC[:, :1])

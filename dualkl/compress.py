@@ -1,4 +1,4 @@
-"""`compress`: a teacher's distribution cut to its most likely ids, with the mass of all others kept.
+"""Compress a teacher's distribution to its most likely ids and the mass of the rest.
 
 Shape suffixes: N positions, V vocabulary after the cut, K kept ids, D width of the teacher's hidden states.
 """
@@ -18,14 +18,14 @@ from dualkl.logprobs import LEAST_LOGPROB, entropy, log_normalise_
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A teacher's distribution cut to its most likely ids; all logprobs and entropies in nats, float32.
+    """A teacher's most likely ids and tail mass. Logprobs and entropies are float32, in nats.
 
     Attributes:
-        ids: kept ids by falling probability, -1 in empty slots (which come last).
-        logprobs: of the kept ids under the full distribution; -inf in empty slots.
-        log_tail_mass: ln of the mass outside the kept ids; -inf where there is none.
-        entropy: of the full distribution.
-        sampled_logprobs: of the sampled tokens under the full distribution.
+        ids: kept ids in descending probability; empty slots hold -1 and come last.
+        logprobs: log-probabilities of the kept ids under the full distribution; -inf in empty slots.
+        log_tail_mass: ln of the mass outside the kept ids; -inf if there is none.
+        entropy: entropy of the full distribution.
+        sampled_logprobs: log-probabilities of the sampled tokens under the full distribution.
     """
 
     ids: Int[Tensor, "N K"]
@@ -48,26 +48,26 @@ def compress(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Compressed:
-    """The teacher's k most likely ids at each position, its tail mass, entropy and sampled tokens' logprobs.
+    """Return each position's k most likely ids, tail mass, entropy and sampled token's logprob.
 
-    The head is applied to a few positions at a time, so that the logits of all positions never exist at once; logits
-    and statistics are float32. The tail mass is the log-sum-exp over the ids that are not kept, never 1 - sum: it is
-    accurate however small. K = min(k, vocabulary).
+    Logits are float32 and computed in chunks, never for all positions at once. The tail mass is the
+    log-sum-exp over the dropped ids, not 1 - sum, and therefore accurate however small. K = min(k,
+    vocabulary).
 
     Args:
         hidden: the teacher's last hidden states.
-        head: its output head.
-        sampled_ids: the token drawn at each position.
-        k: the most ids to keep at a position.
+        head: the teacher's output head.
+        sampled_ids: the sampled token at each position.
+        k: maximum number of ids kept per position.
         p: keep the smallest set of ids with mass >= p (the nucleus), at most k of them; 1 keeps k.
-        floor: the fewest ids that a nucleus may keep.
+        floor: minimum number of ids in a nucleus.
         vocab_size: cut the vocabulary to this many ids before the softmax.
         temperature: divides the logits.
-        chunk_rows: positions per application of the head; by default what fits a memory budget.
+        chunk_rows: positions per chunk; by default as many as fit a memory budget.
 
     Raises:
-        ValueError: k, p, floor, temperature or vocab_size out of range, shapes that do not fit together, or (on a
-            CPU) a sampled id outside the vocabulary.
+        ValueError: k, p, floor, temperature or vocab_size out of range, mismatched shapes, or (on CPU) a
+            sampled id outside the vocabulary.
     """
     head = as_head(head)
     _check_compress(hidden, head, sampled_ids, k, p, floor, temperature)
@@ -91,10 +91,10 @@ def compress(
 def compress_logits(
     logits: Float[Tensor, "N V"], sampled_ids: Int[Tensor, " N"], *, k: int, p: float = 1.0, floor: int = 1
 ) -> Compressed:
-    """As `compress`, of logits that exist already and are cut to the vocabulary; they are not changed.
+    """Apply `compress` to existing logits, already cut to the vocabulary. The input is not modified.
 
     Raises:
-        ValueError: k, p or floor out of range, or shapes that do not fit together.
+        ValueError: k, p or floor out of range, or mismatched shapes.
     """
     check_shape("logits", logits, (sampled_ids.shape[0], None))
     _check_kept(k, p, floor)
@@ -108,10 +108,10 @@ def compress_logits(
 def _compress_rows(
     source_ND: Tensor, head: PreparedHead, temperature: float, sampled_N: Tensor, k: int, p: float, floor: int
 ) -> tuple[Tensor, ...]:
-    """The fields of `Compressed` for some positions, their hidden states in the head's product dtype."""
+    """The fields of `Compressed` for a chunk; hidden states are in the head's product dtype."""
     if not kernels.selectable(source_ND, k):
         return _compress_chunk(head.logits(source_ND).div_(temperature), sampled_N, k, p, floor)
-    from dualkl.kernels.fused import padded  # triton is imported only where the kernels run
+    from dualkl.kernels.fused import padded  # import triton only where the kernels run
 
     num_ids = len(head.weight_Vd)
     products_NW = torch.empty(len(source_ND), padded(num_ids), dtype=head.dtype, device=source_ND.device)
@@ -129,7 +129,7 @@ def _compress_on_cuda(
     p: float,
     floor: int,
 ) -> tuple[Tensor, ...]:
-    """`_compress_chunk` by the kernels, of raw products (of finished logits if `head` is None), which are not changed."""
+    """Kernel version of `_compress_chunk` on raw products (logits if `head` is None); the input is kept."""
     from dualkl.kernels.selection import largest
 
     ids_NK, logprobs_NK, log_tail_N, entropy_N, sampled_N = largest(
@@ -145,14 +145,14 @@ def _compress_on_cuda(
 
 
 def _in_nucleus(logprobs_NK: Tensor, p: float, floor: int) -> Tensor:
-    """Which of the ids, by falling probability, make up the smallest set with mass >= p, `floor` of them at least."""
+    """Mask of the smallest set with mass >= p, at least `floor` ids. Ids are in descending probability."""
     mass_NK = logprobs_NK.double().exp()
     before_NK = mass_NK.cumsum(1) - mass_NK
     return (before_NK < p) | (torch.arange(mass_NK.shape[1], device=mass_NK.device) < floor)
 
 
 def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floor: int) -> tuple[Tensor, ...]:
-    """The fields of `Compressed` for some positions. Overwrites the logits."""
+    """The fields of `Compressed` for a chunk. Overwrites the logits."""
     logprobs_NV = log_normalise_(logits_NV)
     sampled_logprobs_N = logprobs_NV.gather(1, sampled_N.long()[:, None])[:, 0]
     entropy_N = entropy(logprobs_NV)
@@ -160,7 +160,7 @@ def _compress_chunk(logits_NV: Tensor, sampled_N: Tensor, k: int, p: float, floo
     kept_NK = logprobs_NK > LEAST_LOGPROB
     if p < 1.0:
         kept_NK &= _in_nucleus(logprobs_NK, p, floor)
-    # An empty slot takes slot 0's id, so that it removes nothing else from the tail.
+    # Empty slots scatter to slot 0's id, so nothing else is removed from the tail.
     logprobs_NV.scatter_(1, torch.where(kept_NK, ids_NK, ids_NK[:, :1]), -torch.inf)
     log_tail_N = logprobs_NV.masked_fill_(logprobs_NV <= LEAST_LOGPROB, -torch.inf).logsumexp(1)
     ids_NK = ids_NK.masked_fill(~kept_NK, -1).int()

@@ -1,10 +1,10 @@
-"""The settings of the loss, checked when they are made."""
+"""Settings of the loss, validated on construction."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 TAIL_FLOOR = 1e-8
-"""Smallest probability that the teacher's tail bucket is taken to hold."""
+"""Default minimum probability of the teacher's tail bucket."""
 
 _CHOICES = {
     "gating": ("soft", "hard", "fixed"),
@@ -20,31 +20,33 @@ class DualKLConfig:
     """Settings of `dual_kl`. Divergences are in nats.
 
     Attributes:
-        tau: reverse KL at which the gate is one half (soft) or closes (hard); `dual_kl` takes others per call.
+        tau: reverse KL at which the gate is one half (soft) or closes (hard); can be overridden per `dual_kl`
+            call.
         alpha: steepness of the soft gate per nat. With alpha * tau < 4 the gate is close to a constant mix.
         gating: "soft" λ = sigmoid(alpha (tau - D)); "hard" λ = 1[D <= tau]; "fixed" λ = mix.
         mix: weight of the reverse KL under gating="fixed"; β under objective="jsd".
         rkl: "exact" sums over the vocabulary; "mc" is the score-function estimate at the sampled token.
         fkl: "full" forward KL; "argmax" cross-entropy on the teacher's most likely token (lowers entropy).
-        temperature: divides both logits. No T² factor, so the gradient by the logits is g / T.
-        importance_cap: upper bound of the importance ratio of rkl="mc"; inf leaves it unbiased.
-        tail_floor: least mass of the teacher's tail bucket; rows below it are reported as floored.
-        vocab_size: both vocabularies are cut to this many ids before every softmax; None cuts nothing.
+        temperature: divides both logits. No T² factor: the gradient with respect to the logits is g / T.
+        importance_cap: upper bound of the importance ratio for rkl="mc"; inf leaves it unbiased.
+        tail_floor: minimum mass of the teacher's tail bucket; rows below it are reported as floored.
+        vocab_size: cut both vocabularies to this many ids before every softmax; None cuts nothing.
         objective: "gated" mixes the two divergences; "jsd" is the generalised Jensen-Shannon divergence of
-            arXiv 2306.13649, β KL(teacher || m) + (1 - β) KL(student || m) with m = β teacher + (1 - β) student and
-            β = mix in (0, 1). It has no gate and no sampled form: gating="fixed", rkl="exact" and fkl="full".
-        gate_on: the gate's D: "rkl" R, "fkl" F, or "teacher_entropy", the entropy of the (smoothed) teacher; of a top-k
-            teacher's kept ids and tail bucket, a lower bound, unless `dual_kl` is given the full one.
-        teacher_smoothing: ε in [0, 1): the teacher becomes (1 - ε) q + ε / V, V the vocabulary after the cut. Exact for
-            dense teachers; a top-k teacher's tail bucket gets the uniform part of all ids outside, before its floor. R and F
-            are of the smoothed teacher; sampled tokens' teacher logprobs are given without it and get it too.
+            arXiv 2306.13649, β KL(teacher || m) + (1 - β) KL(student || m) with m = β teacher + (1 - β)
+            student and β = mix in (0, 1). "jsd" requires gating="fixed", rkl="exact" and fkl="full".
+        gate_on: the gate's D: "rkl" R, "fkl" F, or "teacher_entropy", the entropy of the (smoothed) teacher.
+            For a top-k teacher it is the entropy of the kept ids and tail bucket, a lower bound, unless the
+            full entropy is passed to `dual_kl`.
+        teacher_smoothing: ε in [0, 1): replaces the teacher by (1 - ε) q + ε / V, with V the vocabulary after
+            the cut. Exact for dense teachers. For a top-k teacher, the tail bucket gets the uniform share of
+            all ids outside, before flooring. R and F refer to the smoothed teacher. Pass sampled tokens'
+            teacher logprobs unsmoothed; they are smoothed too.
 
-    objective="jsd", gate_on other than "rkl" and teacher_smoothing > 0 run in plain PyTorch on every device; the Triton
-    kernels serve all other settings.
+    objective="jsd", gate_on other than "rkl" and teacher_smoothing > 0 run in plain PyTorch on every device;
+    the Triton kernels handle all other settings.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, or an objective or a signal of the gate that the other
-            settings do not fit.
+        ValueError: an unknown choice, a number out of range, or an incompatible combination of settings.
     """
 
     tau: float = 1.0

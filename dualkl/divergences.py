@@ -1,6 +1,7 @@
-"""Forward and reverse KL per position: the sums, the K + 1 outcomes of a top-k teacher, and measuring without gradient.
+"""Forward and reverse KL per position, the K + 1 outcomes of a top-k teacher, and gradient-free evaluation.
 
-Shape suffixes: N positions, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with the tail bucket last).
+Shape suffixes: N positions, V vocabulary after the cut, K kept ids, C outcomes (V, or K + 1 with the tail
+bucket last).
 """
 
 import math
@@ -27,14 +28,14 @@ from dualkl.targets import (
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A student measured against a teacher, per position; divergences and entropy in nats, float32.
+    """Per-position comparison of a student with a teacher. Divergences and entropy in nats, float32.
 
     Attributes:
         rkl: KL(student || teacher); over the kept ids and the tail bucket for a top-k teacher.
         fkl: KL(teacher || student), likewise.
-        student_entropy: of the student's full distribution.
-        student_top1: its most likely id.
-        teacher_top1: the teacher's most likely id; -1 where a top-k teacher keeps none.
+        student_entropy: entropy of the student's full distribution.
+        student_top1: the student's most likely id.
+        teacher_top1: the teacher's most likely id; -1 if a top-k teacher keeps none.
     """
 
     rkl: Float[Tensor, " N"]
@@ -55,13 +56,13 @@ def compare(
     tail_floor: float = TAIL_FLOOR,
     chunk_rows: int | None = None,
 ) -> Comparison:
-    """Both divergences, the student's entropy and both top-1 ids at each position, without gradient.
+    """Both divergences, the student's entropy and both top-1 ids per position, without gradient.
 
-    Same sums as `dual_kl`: float32 over chunks of positions, exact over the vocabulary for dense teachers. For a
-    top-k teacher both divergences are lower bounds of the full ones (up to `tail_floor`).
+    As in `dual_kl`, sums run in float32 over chunks of positions and are exact over the vocabulary for dense
+    teachers. For a top-k teacher both divergences are lower bounds of the full ones (up to `tail_floor`).
 
     Raises:
-        ValueError: as `dual_kl`.
+        ValueError: see `dual_kl`.
     """
     head = as_head(lm_head)
     check_temperature(temperature)
@@ -118,11 +119,11 @@ def gather_logprobs(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Float[Tensor, " N"]:
-    """ln p(id) of one id per position, nats, float32, without gradient; logits exist for a few positions at a time.
+    """ln p(id) of one id per position, nats, float32, without gradient. Logits are computed in chunks.
 
     Raises:
-        ValueError: shapes that do not fit together, a temperature or vocab_size out of range, or (on a CPU) an id
-            outside the vocabulary.
+        ValueError: mismatched shapes, a temperature or vocab_size out of range, or (on CPU) an id outside the
+            vocabulary.
     """
     head = as_head(head)
     check_temperature(temperature)
@@ -142,10 +143,10 @@ def gather_logprobs(
 
 
 def divergences_(logp_NC: Tensor, logq_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, F, [p l]): KL(p||q), KL(q||p) in nats and p (ln p - ln q). Turns both arguments into probabilities in place.
+    """Return KL(p||q), KL(q||p) in nats and p (ln p - ln q). Overwrites the inputs with probabilities.
 
-    Sums run in the arguments' dtype; rounding below 0 is cut off. A token that only one side rules out makes its
-    divergence of the order of 1e30 instead of infinite.
+    Sums run in the inputs' dtype; results are clamped at 0. A token that is impossible on only one side gives
+    a divergence of order 1e30 instead of infinity.
     """
     ratio_NC = logp_NC - logq_NC
     p_NC, q_NC = logp_NC.exp_(), logq_NC.exp_()
@@ -155,9 +156,10 @@ def divergences_(logp_NC: Tensor, logq_NC: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def over_mixture(ratio_NC: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(ln p/m, ln q/m) of the mixture m = β q + (1 - β) p, given ln p/q. Exact to rounding however near p and q are.
+    """Return (ln p/m, ln q/m) for m = β q + (1 - β) p, given ln p/q. Accurate to rounding even for p ≈ q.
 
-    The larger side's is -ln(1 + w (e^-|ln p/q| - 1)), with w the other side's weight in m; the two differ by ln p/q.
+    For the larger of p and q it is -ln(1 + w (e^-|ln p/q| - 1)), where w is the other's weight in m. The two
+    differ by ln p/q.
     """
     student_larger_NC = ratio_NC >= 0
     weight_NC = torch.full_like(ratio_NC, 1 - beta).masked_fill_(student_larger_NC, beta)
@@ -168,7 +170,7 @@ def over_mixture(ratio_NC: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """A top-k teacher as K + 1 outcomes. `index_NK` is `ids` with slot 0's id (or 0) in empty slots."""
+    """A top-k teacher as K + 1 outcomes. `index_NK` is `ids`, with slot 0's id (or 0) in empty slots."""
 
     index_NK: Tensor
     kept_NK: Tensor
@@ -178,7 +180,7 @@ class Bucket:
 
 
 def bucket_teacher(teacher: TopKTeacher, num_ids: int, tail_floor: float, dtype: torch.dtype) -> Bucket:
-    """The teacher's K + 1 logprobs, tail last, floored and renormalised.
+    """Return the teacher's K + 1 logprobs, tail last, floored and renormalised.
 
     A row that keeps all `num_ids` ids has no tail outcome; any other tail is at least `tail_floor`.
     """
@@ -206,10 +208,10 @@ class Split:
 
 
 def split_student_(logits_NV: Tensor, bucket: Bucket) -> Split:
-    """Split the student's centred logits at the teacher's kept ids, in place. The tail is a log-sum-exp, never 1 - Σ."""
+    """Split the student's centred logits at the kept ids, in place. The tail is a log-sum-exp, not 1 - Σ."""
     at_index_NK = logits_NV.gather(1, bucket.index_NK)
     inside_NK = at_index_NK.masked_fill(~bucket.kept_NK, -torch.inf)
-    # Where nothing is kept, index 0 is a stand-in and its logit stays where it is.
+    # Without kept ids, index 0 is a placeholder, and its logit stays in place.
     logits_NV.scatter_(1, bucket.index_NK, at_index_NK.masked_fill_(bucket.filled_N[:, None], -torch.inf))
     lse_tail_N1 = logits_NV.logsumexp(1, keepdim=True)
     lse_N1 = torch.logaddexp(lse_tail_N1, inside_NK.logsumexp(1, keepdim=True))

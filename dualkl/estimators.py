@@ -11,7 +11,7 @@ from dualkl.logprobs import LEAST_LOGPROB
 def importance_ratio(
     student_logprobs: Float[Tensor, " N"], behaviour_logprobs: Float[Tensor, " N"], cap: float
 ) -> Float[Tensor, " N"]:
-    """min(p(y) / μ(y), cap), computed from logprobs in nats. Truncation biases the estimate; cap = inf does not."""
+    """min(p(y) / μ(y), cap), from logprobs in nats. Truncation biases the estimate; cap = inf does not."""
     return (student_logprobs - behaviour_logprobs).clamp(max=math.log(cap)).exp()
 
 
@@ -22,11 +22,11 @@ def sampled_reverse_kl(
     reverse_kl: Float[Tensor, " N"],
     cap: float,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """The reverse KL's estimate and its advantage at sampled tokens y ~ μ, in nats.
+    """Return the sampled reverse KL and its advantage at tokens y ~ μ, in nats.
 
-    With l = ln p(y) - ln q(y) and w = min(p(y) / μ(y), cap): the value is w l, E[w l] = KL(p || q) for cap = inf; the
-    advantage is A = w (l - R), and A (1[j = y] - p_j) estimates dR/dz_j without bias for cap = inf. Subtracting the
-    exact R as the baseline (arXiv 2605.07865) leaves the mean alone and about halves the variance.
+    With l = ln p(y) - ln q(y) and w = min(p(y) / μ(y), cap), the value is w l, and the advantage is A = w (l
+    - R). For cap = inf both are unbiased: E[w l] = KL(p || q), and A (1[j = y] - p_j) estimates dR/dz_j.
+    Subtracting the exact R as baseline (arXiv 2605.07865) keeps the mean and about halves the variance.
     """
     ratio = importance_ratio(student_logprobs, behaviour_logprobs, cap)
     log_ratio = student_logprobs - teacher_logprobs.clamp(min=LEAST_LOGPROB)

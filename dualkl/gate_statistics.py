@@ -1,7 +1,8 @@
-"""What a run logs of its gate: histograms of λ and D, divergences on both sides of τ, mass on the kept ids.
+"""Gate statistics for logging: histograms of λ and D, divergences on either side of τ, mass on the kept ids.
 
-`gate_statistics` makes one flat tensor of counts and sums on the device, without waiting for it; tensors of micro-batches
-and processes are added. `figures` reads the total on the host, `group_sums` and `means` what is kept of groups of positions.
+`gate_statistics` returns one flat tensor of counts and sums on the device, without synchronising. Sum these
+tensors over micro-batches and processes, then read the total on the host with `figures`, or per group with
+`group_sums` and `means`.
 
 Shape suffixes: N positions, B bins, G groups, C columns that are summed.
 """
@@ -31,16 +32,18 @@ def gate_statistics(
     groups: Int[Tensor, " N"] | None = None,
     num_groups: int = 0,
 ) -> Float[Tensor, " length"]:
-    """Counts and sums over positions, float64: LENGTH of them (`figures`), then NUM_SUMS for each group (`group_sums`).
+    """Float64 counts and sums over positions: LENGTH for all, then NUM_SUMS per group.
+
+    Read them with `figures` and `group_sums`.
 
     Args:
-        out: what `dual_kl` returned.
-        tau: the threshold that it used.
-        counted: positions where this is 0 are left out (the loss's weights, or those times a mask).
-        divergence: the gate's D; by default R, as gate_on="rkl" has it.
-        teacher_log_tail_mass: a top-k teacher's, for the mass on its kept ids; without it that mass is not reported.
-        groups: which of `num_groups` groups each position belongs to, 0-based; one outside belongs to none. A NaN that
-            counts shows in every group.
+        out: output of `dual_kl`.
+        tau: the threshold it used.
+        counted: positions where this is 0 are excluded (the loss's weights, optionally times a mask).
+        divergence: the gate's D; defaults to R, as for gate_on="rkl".
+        teacher_log_tail_mass: needed to report a top-k teacher's mass on its kept ids.
+        groups: 0-based group of each position; positions outside [0, num_groups) belong to none. A NaN at a
+            counted position propagates to every group.
     """
     divergence_N = out.rkl if divergence is None else divergence
     include_N = torch.ones_like(out.rkl, dtype=torch.bool) if counted is None else counted != 0
@@ -59,7 +62,7 @@ def gate_statistics(
 def _columns(
     out: DualKLOutput, include_N: Tensor, is_above_N: Tensor, teacher_log_tail_mass: Tensor | None
 ) -> Float[Tensor, "C N"]:
-    """What SUMS and SUPPORT_SUMS are sums of, float64, 0 where a position does not count."""
+    """Columns behind SUMS and SUPPORT_SUMS, float64; 0 where a position is excluded."""
     above_N, below_N = include_N & is_above_N, include_N & ~is_above_N
     columns = [(include_N, include_N), (above_N, above_N), (out.gate, include_N)]
     columns += [(out.rkl, below_N), (out.rkl, above_N), (out.fkl, below_N), (out.fkl, above_N)]
@@ -73,20 +76,20 @@ def _columns(
 
 
 def divergence_counts(statistics: Float[Tensor, " length"]) -> Float[Tensor, " B"]:
-    """The histogram of D that is part of the statistics: what `dualkl.thresholds.adapt` works from."""
+    """Return the histogram of D from the statistics, as input to `dualkl.thresholds.adapt`."""
     return statistics[NUM_GATE_BINS : NUM_GATE_BINS + NUM_BINS]
 
 
 def group_sums(statistics: Float[Tensor, " length"], num_groups: int) -> Float[Tensor, "G C"]:
-    """The sums of each group in statistics that were made with `groups`; rows can be added, `means` reads one."""
+    """Return the sums per group of statistics made with `groups`. Rows can be added; `means` reads one."""
     return statistics[LENGTH:].view(num_groups, NUM_SUMS)
 
 
 def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]]:
-    """The statistics of all positions for a log. Waits for the device. {} without positions.
+    """Return the statistics over all positions for logging; {} without positions.
 
-    Keys: those of `means`, `gate_histogram` (equal bins of [0, 1]) and `divergence_histogram` (edges:
-    `dualkl.thresholds.bin_edges`).
+    Synchronises with the device. Keys: those of `means`, `gate_histogram` (equal bins of [0, 1]) and
+    `divergence_histogram` (edges: `dualkl.thresholds.bin_edges`).
     """
     counts = statistics[: NUM_GATE_BINS + NUM_BINS].tolist()
     found: dict[str, float | list[int]] = {**means(statistics[NUM_GATE_BINS + NUM_BINS : LENGTH])}
@@ -97,11 +100,12 @@ def figures(statistics: Float[Tensor, " length"]) -> dict[str, float | list[int]
 
 
 def means(sums: Float[Tensor, " C"]) -> dict[str, float]:
-    """NUM_SUMS sums as means over their positions. Waits for the device. {} without positions.
+    """Convert NUM_SUMS sums to means over positions; {} without positions. Synchronises with the device.
 
-    Keys: `positions` (their number), `gate_mean`, `share_above` (positions with D > τ), `rkl` and `fkl` and their means
-    at positions with D <= τ (`*_below`) and D > τ (`*_above`; nats, left out where there are none), `floored_share`,
-    `student_support_mass` and `teacher_support_mass` (probability on the kept ids; of positions with a top-k teacher).
+    Keys: `positions` (count), `gate_mean`, `share_above` (positions with D > τ), `rkl` and `fkl` and their
+    means at positions with D <= τ (`*_below`) and D > τ (`*_above`; nats, omitted if there are none),
+    `floored_share`, `student_support_mass` and `teacher_support_mass` (probability on the kept ids; over
+    positions with a top-k teacher).
     """
     total: dict[str, float] = dict(zip((*SUMS, *SUPPORT_SUMS), sums.tolist(), strict=True))
     num_all, num_above = total["positions"], total["above_tau"]

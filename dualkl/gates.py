@@ -1,4 +1,4 @@
-"""The gate λ in [0, 1]: how much of each position's loss is reverse KL; the rest is forward KL."""
+"""The gate λ in [0, 1]: each position's weight of the reverse KL against the forward KL."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from dualkl.logprobs import entropy
 
 @dataclass(frozen=True, eq=False)
 class GateInputs:
-    """What a caller tells the gate, per position; None leaves `config.tau` and the entropy of the teacher's outcomes."""
+    """Optional per-position gate inputs; by default `config.tau` and the teacher outcomes' entropy."""
 
     tau_N: Tensor | None = None
     teacher_entropy_N: Tensor | None = None
 
     def select(self, rows: slice) -> "GateInputs":
-        """Those of some of the positions."""
+        """Select positions."""
         return GateInputs(*(None if x is None else x[rows] for x in (self.tau_N, self.teacher_entropy_N)))
 
 
@@ -28,14 +28,14 @@ NO_INPUTS = GateInputs()
 def gate(
     divergence: Float[Tensor, " N"], config: DualKLConfig, tau: Float[Tensor, "*N"] | None = None
 ) -> Float[Tensor, " N"]:
-    """Weight of the reverse KL at each position, given D (by default KL(student || teacher)) in nats.
+    """Return the weight of the reverse KL at each position.
 
-    soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <= tau]. fixed: λ = mix. `tau`, of any shape that goes with D,
-    takes the place of `config.tau`.
+    D is in nats and defaults to KL(student || teacher). soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <=
+    tau]. fixed: λ = mix. `tau`, broadcastable to D, overrides `config.tau`.
 
-    The result carries no gradient. Through an undetached soft gate the reverse KL's own gradient is multiplied by
-    λ - alpha λ (1 - λ) (R - F) + ..., which is negative once alpha (1 - λ) (R - F) > 1: it would raise the reverse KL.
-    D = inf gives λ = 0; D = NaN gives NaN under the soft and 0 under the hard gate.
+    The result is detached. Through an undetached soft gate the reverse KL's own gradient is multiplied by λ -
+    alpha λ (1 - λ) (R - F) + ..., which is negative once alpha (1 - λ) (R - F) > 1: it would raise the
+    reverse KL. D = inf gives λ = 0; D = NaN gives NaN (soft gate) or 0 (hard gate).
     """
     divergence = divergence.detach()
     threshold = config.tau if tau is None else tau.detach()
@@ -49,7 +49,7 @@ def gate(
 def teacher_signal(
     logq_NC: Float[Tensor, "N C"], config: DualKLConfig, inputs: GateInputs
 ) -> Float[Tensor, " N"] | None:
-    """The gate's D where it is known from the teacher alone: the entropy that was given, or that of C outcomes."""
+    """Return a D that depends on the teacher alone (given entropy or that of its outcomes), else None."""
     if config.gate_on != "teacher_entropy":
         return None
     return entropy(logq_NC) if inputs.teacher_entropy_N is None else inputs.teacher_entropy_N

@@ -48,20 +48,20 @@ class Head:
 
 
 def as_head(lm_head: Tensor | Head) -> Head:
-    """A bare weight as a head without bias, scale or cap."""
+    """Wrap a bare weight as a head without bias, scale or cap."""
     return lm_head if isinstance(lm_head, Head) else Head(lm_head)
 
 
 def statistics_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of logits and all statistics: float32, or float64 for float64 hidden states."""
+    """Return the dtype of logits and statistics: float32, or float64 for float64 hidden states."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedHead:
-    """A detached head, cut to the vocabulary and in the dtype of its matrix products.
+    """A detached head, cut to the vocabulary and cast to the dtype of its matrix products.
 
-    bfloat16 hidden states multiply in bfloat16 on CUDA, with float32 sums and float32 results; everywhere else
+    On CUDA, bfloat16 hidden states use bfloat16 products with float32 accumulation and results. Otherwise
     products run in the statistics dtype.
     """
 
@@ -72,7 +72,7 @@ class PreparedHead:
     dtype: torch.dtype
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
-        """Logits [N, V] in the statistics dtype, freshly allocated. `hidden_Nd` is in the head's product dtype."""
+        """Return logits [N, V] in the statistics dtype, newly allocated, from states in the product dtype."""
         logits_NV = self.products(hidden_Nd)
         if self.bias_V is not None:
             logits_NV += self.bias_V
@@ -83,18 +83,18 @@ class PreparedHead:
         return logits_NV
 
     def products(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden @ weight.T [N, V] in the statistics dtype: logits before bias, scale and cap. Written to `out`."""
+        """Return hidden @ weight.T [N, V] (no bias, scale, cap) in the statistics dtype; written to `out`."""
         return _matmul(hidden_Nd, self.weight_Vd.T, self.dtype, out)
 
     def slope(self, logits_NV: Tensor) -> Tensor | None:
-        """d logits / d (scaled raw logits) = 1 - (logits / softcap)², or None where it is 1."""
+        """d logits / d (scaled raw logits) = 1 - (logits / softcap)², or None if it is 1 everywhere."""
         if self.softcap is None:
             return None
         return logits_NV.div(self.softcap).square_().neg_().add_(1.0)
 
 
 def prepare_head(lm_head: Tensor | Head, hidden: Tensor, num_ids: int) -> PreparedHead:
-    """Detach `lm_head`, keep its first `num_ids` rows and cast it once for products with `hidden`."""
+    """Detach `lm_head`, keep its first `num_ids` rows and cast it for products with `hidden`."""
     head = as_head(lm_head)
     dtype = statistics_dtype(hidden)
     product = torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else dtype
@@ -105,8 +105,8 @@ def prepare_head(lm_head: Tensor | Head, hidden: Tensor, num_ids: int) -> Prepar
 class HeadGradient:
     """Accumulates the gradients of hidden states, head weight and head bias, chunk by chunk.
 
-    The weight's and bias's gradients are summed over chunks in the statistics dtype; nothing is allocated or
-    multiplied for an input that needs no gradient.
+    Weight and bias gradients are accumulated in the statistics dtype. Inputs that need no gradient cost no
+    memory and no matmul.
     """
 
     def __init__(
@@ -120,12 +120,13 @@ class HeadGradient:
         self._weight_dtype = lm_head.weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
         self._num_summed = 0
-        """Rows of the weight's gradient that hold a sum already; the others are not even zeros yet."""
+        """Number of initialised rows of the weight gradient; the rest is uninitialised memory."""
 
     def add(self, rows: slice, hidden_Nd: Tensor, gradient_NV: Tensor) -> None:
-        """Add one chunk, given the gradient by hidden @ weight.T + bias, that is with scale and cap already undone.
+        """Add one chunk, given the gradient with respect to hidden @ weight.T + bias (before scale and cap).
 
-        Every position has to be in one chunk. The gradient is in the statistics dtype or the head's product dtype.
+        Each position must belong to exactly one chunk. The gradient is in the statistics dtype or the product
+        dtype.
         """
         num_ids = gradient_NV.shape[1]
         if self.bias_V is not None:
@@ -142,7 +143,7 @@ class HeadGradient:
             self._num_summed = num_ids
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients by (hidden, weight, bias), each in its input's dtype, None where not needed."""
+        """Return the gradients of (hidden, weight, bias) in the inputs' dtypes, None where not needed."""
         weight_Vd = None
         if self.weight_Vd is not None:
             self.weight_Vd[self._num_summed :] = 0
@@ -154,10 +155,10 @@ class HeadGradient:
 def row_chunks(
     num_rows: int, chunk_rows: int | None, num_ids: int, num_buffers: int, like: Tensor
 ) -> Iterator[slice]:
-    """Slices of at most `chunk_rows` positions each, as equal as possible.
+    """Return slices of at most `chunk_rows` positions, as equal as possible.
 
-    Without `chunk_rows`, as many positions as keep `num_buffers` arrays [rows, num_ids] of the statistics dtype
-    within 192 MiB on a CPU, 4 GiB (at most a sixteenth of the memory) on a GPU.
+    By default, chunks are sized so that `num_buffers` arrays [rows, num_ids] of the statistics dtype fit 192
+    MiB on CPU, or 4 GiB (at most 1/16 of the memory) on a GPU.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; expected a number of positions >= 1, or None.")
@@ -176,7 +177,7 @@ def _memory_budget(device: torch.device) -> int:
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b with results (not only sums) in `dtype`: rounding logits to bfloat16 adds up to 1e-3 nats of KL."""
+    """a @ b, accumulated and returned in `dtype`. Rounding logits to bfloat16 adds up to 1e-3 nats of KL."""
     return torch.mm(a, b, out=out) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype, out=out)
 
 

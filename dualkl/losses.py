@@ -1,4 +1,4 @@
-"""The gated dual KL: `dual_kl`, its output, and the loop over chunks that computes loss and gradient together.
+"""The gated dual KL: `dual_kl`, its output, and the chunk loop that computes loss and gradient together.
 
 Shape suffixes: N positions, V vocabulary after the cut, d width of the student's hidden states.
 """
@@ -34,18 +34,21 @@ _HIDDEN_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class DualKLOutput:
-    """What `dual_kl` returns. All but `loss` is detached and per position, in nats at the loss's temperature.
+    """Output of `dual_kl`. All fields but `loss` are detached and per position.
 
-    float32, or float64 for float64 hidden states. Positions of weight 0 hold 0.
+    Nats at the loss's temperature; float32, or float64 for float64 hidden states. Positions of weight 0 hold
+    0.
 
     Attributes:
-        loss: Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n), or of the Jensen-Shannon divergences; a scalar.
-        rkl: R = KL(student || teacher), whatever the estimator; bucketed for a top-k teacher.
+        loss: Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n), or the weighted sum of Jensen-Shannon divergences; a
+            scalar.
+        rkl: R = KL(student || teacher), for either estimator; bucketed for a top-k teacher.
         fkl: F = KL(teacher || student), likewise.
         gate: λ, the weight of the reverse KL; β under objective="jsd".
-        floored: where a top-k teacher's tail was below `tail_floor`; False for dense teachers.
+        floored: True where a top-k teacher's tail was below `tail_floor`; False for dense teachers.
         student_logprobs: ln p(y) of the sampled tokens, or None without `sampled`.
-        student_log_tail_mass: ln of the student's mass outside a top-k teacher's kept ids (-1e30 for none), or None.
+        student_log_tail_mass: ln of the student's mass outside a top-k teacher's kept ids (-1e30 for zero
+            mass); None for dense teachers.
     """
 
     loss: Float[Tensor, ""]
@@ -71,50 +74,55 @@ def dual_kl(
     chunk_rows: int | None = None,
     check: bool = False,
 ) -> DualKLOutput:
-    """Forward and reverse KL mixed at each position by a gate on the reverse KL, with the output head inside.
+    """Forward and reverse KL, mixed per position by a gate, computed from hidden states and the output head.
 
     With student p, teacher q and l_j = ln p_j - ln q_j, in nats:
         R = KL(p || q) = Σ_j p_j l_j,  F = KL(q || p) = -Σ_j q_j l_j,  λ = gate(D), detached (`dualkl.gates`),
         loss = Σ_n weights_n (λ_n r_n + (1 - λ_n) f_n).
-    D is R unless `config.gate_on` says otherwise. r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc", `dualkl.estimators`); f is F (fkl="full") or the
-    cross-entropy on the teacher's most likely token (fkl="argmax"). objective="jsd" has the generalised Jensen-Shannon
-    divergence in place of the bracket (`DualKLConfig`), R and F being reported as ever. Forward and reverse KL for distillation on the
-    student's own text: arXiv 2306.13649; sparse teachers are K kept ids and one bucket for the rest (`dualkl.chunks`).
+    D is R by default (`config.gate_on`). r is R (rkl="exact") or the sampled estimate w l_y (rkl="mc",
+    `dualkl.estimators`). f is F (fkl="full") or the cross-entropy on the teacher's most likely token
+    (fkl="argmax"). objective="jsd" replaces the bracket by the generalised Jensen-Shannon divergence
+    (`DualKLConfig`); R and F are still reported. Forward and reverse KL for on-policy distillation: arXiv
+    2306.13649. Top-k teachers have K kept ids and one bucket for the rest (`dualkl.chunks`).
 
-    Logits exist for a chunk of positions at a time, and the gradient is computed together with the loss: backward
-    only multiplies it. Logits and all statistics are float32 (float64 for float64 hidden states), the head's
-    gradient is summed over chunks in float32; bfloat16 hidden states on CUDA multiply in bfloat16. Autocast has no
-    effect inside. mc saves no memory or time: the gate needs R.
+    Logits exist only for one chunk of positions at a time. The gradient is computed together with the loss;
+    backward only scales it. Logits and statistics are float32 (float64 for float64 hidden states), and the
+    head's gradient is accumulated in that dtype. On CUDA, bfloat16 hidden states use bfloat16 products.
+    Autocast is disabled inside. "mc" saves no memory or time, since the gate needs R.
 
-    On CUDA the gated objective runs in Triton kernels (`dualkl.kernels`). objective="jsd", teacher smoothing and
-    gate_on other than "rkl" run in plain PyTorch on every device: the same numbers, with more time and memory.
+    On CUDA the gated objective runs in Triton kernels (`dualkl.kernels`). objective="jsd", teacher smoothing
+    and gate_on other than "rkl" run in plain PyTorch on every device: the same numbers, with more time and
+    memory.
 
     Args:
-        student_hidden: the student's last hidden states at the scored positions; bfloat16, float32 or float64.
+        student_hidden: the student's last hidden states at the scored positions; bfloat16, float32 or
+            float64.
         lm_head: the student's output head; frozen parts cost nothing.
         teacher: logits, hidden states and a head, or top-k ids with the tail's mass.
         config: gate, estimators, temperature and limits.
-        sampled: the sampled tokens; required by rkl="mc", else only reported on (`student_logprobs`).
-        weights: constants, not differentiated; by default 1 / N. Positions of weight 0 are skipped: they give exactly
-            zero loss and gradient, whatever they hold, NaN included. Weights must be finite.
-        tau: in place of config.tau for this call: a number, or a tensor of none or of one threshold a position, on the
-            device of the hidden states, which is not waited for (schedules, adaptive thresholds: `dualkl.thresholds`).
-            A position's gate is moved toward forward KL by s nats with tau - s.
-        teacher_entropy: of the teacher's full distribution, nats; what gate_on="teacher_entropy" looks at instead of
-            the entropy of the teacher as given. Read by no other setting.
-        chunk_rows: positions per chunk; by default what fits a memory budget. Changes rounding only.
-        check: look for invalid values on CUDA too, which waits for the device. CPU tensors are always checked.
+        sampled: the sampled tokens; required by rkl="mc", otherwise used only to report `student_logprobs`.
+        weights: finite constants, by default 1 / N. Positions of weight 0 are skipped: they contribute
+            exactly zero loss and gradient, even if they contain NaN.
+        tau: overrides config.tau for this call (schedules, adaptive thresholds: `dualkl.thresholds`). A
+            number, a scalar tensor or one value per position, on the hidden states' device; never
+            synchronises. tau - s shifts a position's gate towards forward KL by s nats.
+        teacher_entropy: entropy of the teacher's full distribution, nats; gate_on="teacher_entropy" uses it
+            instead of the entropy of `teacher`. Ignored by other settings.
+        chunk_rows: positions per chunk; by default as many as fit a memory budget. Affects rounding only.
+        check: also validate values on CUDA, which synchronises. CPU tensors are always validated.
 
     Returns:
-        The loss, differentiable in `student_hidden` and `lm_head` (once), and what it was made of. N = 0 gives a loss
-        of 0 attached to both. Positions where a top-k teacher keeps no id contribute nothing. A token that only one
-        side rules out (logit -inf) counts as ln p = -1e30: its divergence is huge instead of infinite, soft and hard
-        gates close, and nothing becomes NaN. NaN in a position that counts gives a NaN loss.
+        The loss, differentiable once in `student_hidden` and `lm_head`, and its components. N = 0 gives a
+            loss of 0 attached to both. Positions where a top-k teacher keeps no id contribute nothing. A
+            token that is impossible on only one side (logit -inf) counts as ln p = -1e30: the divergence is
+            huge but finite, soft and hard gates close, and nothing becomes NaN. A NaN at a position of
+            nonzero weight gives a NaN loss.
 
     Raises:
-        ValueError: shapes, devices, dtypes or vocabularies that do not fit together; rkl="mc" without `sampled`; a
-            top-k teacher at another temperature; a tau for gating="fixed"; where values are checked: weights that are not finite, ids outside
-            the vocabulary or kept twice, top-k masses that miss 1 by more than 1e-4.
+        ValueError: mismatched shapes, devices, dtypes or vocabularies; rkl="mc" without `sampled`; a top-k
+            teacher at another temperature; a tau for gating="fixed". If values are validated: non-finite
+            weights, ids outside the vocabulary or kept twice, top-k masses that differ from 1 by more than
+            1e-4.
     """
     head = as_head(lm_head)
     num_ids = shared_vocabulary(head, teacher, config.vocab_size)
@@ -137,7 +145,7 @@ def dual_kl(
 
 
 class _AttachGradient(torch.autograd.Function):
-    """The loss as a function of (hidden, weight, bias) whose gradients are already known."""
+    """The loss as a function of (hidden, weight, bias) with precomputed gradients."""
 
     @staticmethod
     def forward(
@@ -167,7 +175,7 @@ def _needs_gradient(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
 def _smoothed(
     teacher: Teacher, sampled: Sampled | None, num_ids: int, config: DualKLConfig, dtype: torch.dtype
 ) -> tuple[Teacher, Sampled | None]:
-    """Top-k teacher and teacher logprobs of the samples with their uniform part; dense teachers get theirs by chunk."""
+    """Smooth a top-k teacher and the samples' teacher logprobs (dense teachers are smoothed per chunk)."""
     epsilon = config.teacher_smoothing
     if isinstance(teacher, TopKTeacher):
         teacher = smooth_topk(teacher, num_ids, epsilon, dtype)
@@ -184,7 +192,7 @@ def _positions(
     tau: Tensor | None,
     teacher_entropy: Tensor | None,
 ) -> Positions:
-    """All positions, their numbers in the statistics dtype; samples and gate inputs of weight 0 harmless."""
+    """All positions, in the statistics dtype. Samples and gate inputs at weight 0 are replaced by zeros."""
     dtype, num_rows = statistics_dtype(hidden), hidden.shape[0]
     active_N = None if weights is None else weights != 0
     if weights is None:
@@ -221,7 +229,7 @@ def _forward(
     needs: tuple[bool, bool, bool],
     chunk_rows: int | None,
 ) -> tuple[DualKLOutput, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The output with a detached loss, and its gradients by (hidden, weight, bias)."""
+    """Return the output, with a detached loss, and the gradients of (hidden, weight, bias)."""
     hidden = positions.hidden_Nd
     head = prepare_head(lm_head, hidden, num_ids)
     gradient = HeadGradient(head, hidden, lm_head, needs)
@@ -248,9 +256,9 @@ def _step_for(
     differentiate: bool,
     chunk_rows: int | None,
 ) -> tuple[Step, Iterable[slice]]:
-    """The step of this kind of teacher on this device, and the chunks to run it on."""
+    """Return the step for this teacher and device, and the chunks it runs on."""
     if kernels.usable(hidden, teacher, config):
-        from dualkl.kernels import fused  # triton is imported only where the kernels run
+        from dualkl.kernels import fused  # import triton only where the kernels run
 
         return fused.steps(teacher, head, hidden, num_ids, config, differentiate, chunk_rows)
     num_buffers = (2 if isinstance(teacher, TopKTeacher) else 4) + (head.softcap is not None)
@@ -261,7 +269,7 @@ def _step_for(
 
 
 def _assemble(results: list[StepResult], positions: Positions, bucketed: bool) -> DualKLOutput:
-    """Join the chunks; the loss is one sum over all positions, so that it does not depend on the chunks."""
+    """Join the chunks. The loss is a single sum over positions, independent of the chunking."""
     zeros_N, active_N1 = torch.zeros_like(positions.weights_N), positions.active_N1
 
     def join(name: str) -> Tensor:
@@ -287,7 +295,7 @@ def _check_inputs(
     sampled: Sampled | None,
     weights: Tensor | None,
 ) -> None:
-    """Everything that can be told without looking at values."""
+    """Checks that do not read tensor values."""
     check_shape("student_hidden", hidden, (None, head.weight.shape[1]))
     num_rows = hidden.shape[0]
     if hidden.dtype not in _HIDDEN_DTYPES:
@@ -323,7 +331,7 @@ def _check_gate_inputs(
 
 
 def _check_values(teacher: Teacher, sampled: Sampled | None, weights: Tensor | None, num_ids: int) -> None:
-    """Everything that needs the values, and so waits for the device they are on. Rows of weight 0 are exempt."""
+    """Checks that read tensor values, and therefore synchronise. Rows of weight 0 are exempt."""
     if weights is not None and not weights.isfinite().all():
         row = int((~weights.isfinite()).nonzero()[0])
         raise ValueError(f"weights[{row}] is {float(weights[row])}; expected finite numbers.")

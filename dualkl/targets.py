@@ -1,4 +1,4 @@
-"""The teacher's side of the loss: the three forms that a teacher's distribution comes in, and their checks.
+"""The teacher's distribution in its three forms, and their checks.
 
 Shape suffixes: N positions, V vocabulary after the cut, K kept ids, d / D width of student / teacher.
 """
@@ -23,7 +23,7 @@ class LogitsTeacher:
 
 @dataclass(frozen=True, eq=False)
 class HiddenTeacher:
-    """A teacher given by its last hidden states and its head: the full distribution at D numbers a position."""
+    """A teacher given by hidden states and a head: the full distribution from D numbers per position."""
 
     hidden: Float[Tensor, "N D"]
     lm_head: Float[Tensor, "V D"] | Head
@@ -31,13 +31,14 @@ class HiddenTeacher:
 
 @dataclass(frozen=True, eq=False)
 class TopKTeacher:
-    """A teacher given by its most likely ids and the mass of all others, the tail bucket.
+    """A teacher given by its most likely ids and the mass of all others (the tail bucket).
 
     Attributes:
         ids: kept ids, the most likely in slot 0; empty slots hold -1 and come last.
-        logprobs: nats, normalised together with the tail, never over the kept ids alone; ignored where empty.
-        log_tail_mass: ln of the mass outside the kept ids, nats; -inf where all ids are kept.
-        temperature: at which logprobs and tail were taken.
+        logprobs: nats, normalised together with the tail, never over the kept ids alone; ignored in empty
+            slots.
+        log_tail_mass: ln of the mass outside the kept ids, nats; -inf if all ids are kept.
+        temperature: temperature of the logprobs and tail.
     """
 
     ids: Int[Tensor, "N K"]
@@ -51,12 +52,12 @@ Teacher = LogitsTeacher | HiddenTeacher | TopKTeacher
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """The tokens that were drawn, and their logprobs in nats.
+    """Sampled tokens and their logprobs in nats.
 
     Attributes:
         ids: the sampled token of each position.
         teacher_logprobs: under the teacher, at the loss's temperature and after its vocabulary cut.
-        behaviour_logprobs: under the distribution that was really sampled, at the sampling temperature.
+        behaviour_logprobs: under the true sampling distribution, at the sampling temperature.
     """
 
     ids: Int[Tensor, " N"]
@@ -65,9 +66,9 @@ class Sampled:
 
 
 class DenseTarget:
-    """Serves a dense teacher's logits, a few positions at a time, in the statistics dtype and at a temperature.
+    """Computes a dense teacher's logits chunk by chunk, in the statistics dtype and at a temperature.
 
-    With `smoothing` they are the logprobs of (1 - smoothing) q + smoothing / V.
+    With `smoothing`, returns the logprobs of (1 - smoothing) q + smoothing / V instead.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class DenseTarget:
         self._dtype = statistics_dtype(like)
 
     def logits(self, rows: slice, active_N1: Tensor | None) -> Tensor:
-        """Logits / temperature [rows, V], freshly allocated; rows that are not active come from zeros."""
+        """Return logits / temperature [rows, V], newly allocated; inactive rows are computed from zeros."""
         source = self._source[rows]
         if active_N1 is not None:
             source = torch.where(active_N1, source, 0)
@@ -107,14 +108,14 @@ class DenseTarget:
 
 
 def support_tensor(teacher: Teacher) -> Tensor:
-    """The tensor that holds the teacher's distribution, for its device."""
+    """Return the tensor that holds the teacher's distribution (used for device checks)."""
     if isinstance(teacher, LogitsTeacher):
         return teacher.logits
     return teacher.hidden if isinstance(teacher, HiddenTeacher) else teacher.logprobs
 
 
 def shared_vocabulary(head: Head, teacher: Teacher, vocab_size: int | None) -> int:
-    """The number of ids that student and teacher are cut to."""
+    """Return the vocabulary size that student and teacher are cut to."""
     sizes = {"student's head": head.weight.shape[0]}
     if isinstance(teacher, HiddenTeacher):
         sizes["teacher's head"] = as_head(teacher.lm_head).weight.shape[0]
@@ -125,7 +126,7 @@ def shared_vocabulary(head: Head, teacher: Teacher, vocab_size: int | None) -> i
 
 
 def check_teacher(teacher: Teacher, num_rows: int, temperature: float) -> None:
-    """Raise ValueError unless the teacher's shapes fit each other and `num_rows`, and its temperature is the loss's."""
+    """Raise ValueError unless the teacher's shapes match `num_rows` and its temperature is the loss's."""
     if isinstance(teacher, LogitsTeacher):
         check_shape("teacher.logits", teacher.logits, (num_rows, None))
     elif isinstance(teacher, HiddenTeacher):
@@ -145,9 +146,9 @@ def check_teacher(teacher: Teacher, num_rows: int, temperature: float) -> None:
 
 
 def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | None = None) -> None:
-    """Raise ValueError for the first active row that is no distribution over distinct ids and a tail.
+    """Raise ValueError for the first active row that is not a distribution over distinct ids and a tail.
 
-    Looks at the values, so that it waits for the device they are on.
+    Reads values, and therefore synchronises.
     """
     ids_NK = teacher.ids if active_N is None else torch.where(active_N[:, None], teacher.ids, -1)
     kept_NK = ids_NK >= 0
@@ -184,7 +185,7 @@ def _refuse(bad_N: Tensor, what: str, value_N: Tensor | None = None) -> None:
 
 
 def smooth_topk(teacher: TopKTeacher, num_ids: int, epsilon: float, dtype: torch.dtype) -> TopKTeacher:
-    """The teacher mixed with the uniform distribution over `num_ids`: its share of all ids outside goes to the tail."""
+    """Mix a top-k teacher with the uniform distribution over `num_ids`; the tail gets the outside share."""
     num_outside_N = (num_ids - (teacher.ids >= 0).sum(1)).to(dtype)
     return TopKTeacher(
         teacher.ids,
@@ -195,7 +196,7 @@ def smooth_topk(teacher: TopKTeacher, num_ids: int, epsilon: float, dtype: torch
 
 
 def select_rows(teacher: TopKTeacher, rows: slice, active_N1: Tensor | None) -> TopKTeacher:
-    """Some positions of a top-k teacher; rows that are not active become empty."""
+    """Select positions of a top-k teacher; inactive rows become empty."""
     ids_NK = teacher.ids[rows]
     if active_N1 is not None:
         ids_NK = torch.where(active_N1, ids_NK, -1)

@@ -1,7 +1,7 @@
-"""The gate's threshold over a run, adapted to the divergences seen. Pure functions.
+"""The gate's threshold τ, adapted to the observed divergences. Pure functions.
 
-What they give is passed to `dual_kl(tau=...)`. Adapting works from a histogram of D with fixed bins, so that processes
-add up theirs first and all come to the same threshold; it runs on the histogram's device and nothing waits for it.
+Pass the result to `dual_kl(tau=...)`. Adaptation uses a histogram of D with fixed bins: processes sum their
+histograms and arrive at the same threshold. It runs on the histogram's device without synchronising.
 
 Shape suffixes: N positions, B bins, E bin edges (B + 1).
 """
@@ -15,17 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LEAST_DIVERGENCE, LARGEST_DIVERGENCE = 1e-6, 1e2
-"""Nats. Between them bins have equal ratios; one bin below and one above take the rest."""
+"""Histogram range in nats, with log-spaced bins; one bin below and one above take the rest."""
 BINS_PER_DECADE = 32
 RATE = 0.1
-"""Part of the way to a histogram's own threshold that τ goes, once as many histograms have been seen as that takes."""
+"""Minimum fraction by which an update moves τ towards the latest histogram's threshold."""
 NUM_BINS = BINS_PER_DECADE * round(math.log10(LARGEST_DIVERGENCE / LEAST_DIVERGENCE)) + 2
 
 
 def divergence_histogram(
     divergence: Float[Tensor, " N"], counted: Float[Tensor, " N"] | Int[Tensor, " N"] | None = None
 ) -> Int[Tensor, " B"]:
-    """How many positions have their D in each of NUM_BINS bins, int64. NaN, and where `counted` is 0, is left out."""
+    """Count positions per bin of D (NUM_BINS, int64). Excludes NaN and positions where `counted` is 0."""
     values_N = divergence.detach().double()
     include_N = ~values_N.isnan()
     if counted is not None:
@@ -37,7 +37,10 @@ def divergence_histogram(
 
 
 def bin_edges(device: torch.device | str = "cpu") -> Float[Tensor, " E"]:
-    """0, then LEAST_DIVERGENCE to LARGEST_DIVERGENCE, then one bin's ratio more (the last bin has no end), float64."""
+    """Return the bin edges, float64: 0, LEAST_DIVERGENCE to LARGEST_DIVERGENCE, and one above.
+
+    The top edge is nominal, as the last bin is open.
+    """
     steps = torch.arange(NUM_BINS, dtype=torch.float64, device=device)
     edges_E = LEAST_DIVERGENCE * 10 ** (steps / BINS_PER_DECADE)
     return torch.cat([edges_E.new_zeros(1), edges_E])
@@ -49,10 +52,11 @@ def tau_for_share(
     gating: Literal["soft", "hard"],
     alpha: float,
 ) -> Float[Tensor, ""]:
-    """The τ in nats, float64, at which the mean of λ over the histogram's positions is `share`; NaN without positions.
+    """Return τ in nats, float64, for which λ averages `share` over the histogram; NaN if it is empty.
 
-    hard: the quantile of D, linear within its bin. soft: the τ that solves mean sigmoid(alpha (τ - D)) = share, with D in
-    the middle of its bin. Where even τ = 0 gives more than `share` (a soft gate with a small alpha), it is 0.
+    hard: the quantile of D, interpolated linearly within its bin. soft: the solution of mean sigmoid(alpha (τ
+    - D)) = share, with D at bin centres. Returns 0 if even τ = 0 exceeds `share` (a soft gate with a small
+    alpha).
 
     Raises:
         ValueError: a share outside (0, 1), or a gating without a threshold.
@@ -68,7 +72,7 @@ def tau_for_share(
         middles_B = (edges_E[1:] + edges_E[:-1]) / 2
         below_E = (torch.sigmoid(alpha * (edges_E[:, None] - middles_B)) * counts_B).sum(1)
     mean_E = below_E.cummax(0).values / counts_B.sum()
-    # `gather` on a one-element index: plain indexing by a tensor would wait for its value.
+    # `gather` with a one-element index: plain indexing by a tensor would synchronise.
     upper = torch.searchsorted(mean_E, mean_E.new_full((1,), share)).clamp_(1, NUM_BINS)
     (mean_low, mean_high), (low, high) = (
         (x.gather(0, upper - 1), x.gather(0, upper)) for x in (mean_E, edges_E)
@@ -81,25 +85,25 @@ def tau_for_share(
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveTau:
-    """The state of an adaptive threshold: τ in nats and how many histograms have moved it, float64 on one device."""
+    """State of an adaptive threshold: τ in nats and the number of updates, float64 on one device."""
 
     tau: Float[Tensor, ""]
     num_updates: Float[Tensor, ""]
 
     @classmethod
     def starting_at(cls, tau: float, device: torch.device | str = "cpu") -> "AdaptiveTau":
-        """Before any histogram; the first one replaces `tau` altogether."""
+        """Initial state. The first histogram replaces `tau` completely."""
         return cls.from_state({"tau": tau, "num_updates": 0.0}, device)
 
     @classmethod
     def from_state(cls, state: dict[str, float], device: torch.device | str = "cpu") -> "AdaptiveTau":
-        """What `state` described, to the last bit."""
+        """Restore a `state`, bit for bit."""
         return cls(
             *(torch.full((), state[x], dtype=torch.float64, device=device) for x in ("tau", "num_updates"))
         )
 
     def state(self) -> dict[str, float]:
-        """Two floats for a checkpoint. Waits for the device."""
+        """Return two floats for a checkpoint. Synchronises."""
         return {"tau": float(self.tau), "num_updates": float(self.num_updates)}
 
 
@@ -111,13 +115,14 @@ def adapt(
     gating: Literal["soft", "hard"],
     alpha: float,
 ) -> AdaptiveTau:
-    """τ moved toward the threshold at which the histogram's mean λ is `share`.
+    """Move τ towards the threshold for which the histogram's mean λ is `share`.
 
-    The n-th update moves it by max(RATE, 1 / n) of the way: a mean of the first ones, then an exponential mean. A histogram without
-    positions changes nothing. Equal histograms give equal thresholds, whatever they were summed from.
+    The n-th update moves it by max(RATE, 1 / n) of the way: a running mean at first, then an exponential
+    moving average. An empty histogram changes nothing. Equal histograms give equal thresholds, however they
+    were summed.
 
     Raises:
-        ValueError: as `tau_for_share`.
+        ValueError: see `tau_for_share`.
     """
     wanted = tau_for_share(histogram, share, gating, alpha)
     counted, num_updates = ~wanted.isnan(), current.num_updates + 1

@@ -1,10 +1,10 @@
-"""The loss and the selection on CUDA, in Triton, reading float32 logits as the matrix product left them.
+"""Triton kernels for the loss and for top-k selection, on float32 logits as written by the matrix product.
 
-The loss: `fused` holds the buffers and launches, `dense` and `sparse` the kernels, one for each kind of teacher.
-`selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.compress`. `common`
-is what they share. Triton is imported on first use. Without it or without a GPU, and for objective="jsd", teacher
-smoothing and gate_on other than "rkl", the loss runs in the plain PyTorch of `dualkl.chunks`. `compress` has its own
-plain path. Both are also the kernels' oracles.
+Loss: `fused` holds buffers and launches, `dense` and `sparse` one kernel per kind of teacher. Selection:
+`selection` launches the kernels of `topk`, which find a teacher's most likely ids for `dualkl.compress`.
+`common` holds code shared by the loss kernels. Triton is imported on first use. Without Triton or a GPU, and
+for objective="jsd", teacher smoothing and gate_on other than "rkl", the loss runs in plain PyTorch
+(`dualkl.chunks`). `compress` has its own plain path. The plain paths are the kernels' test oracles.
 """
 
 import functools
@@ -17,17 +17,17 @@ from dualkl.config import DualKLConfig
 from dualkl.targets import Teacher, TopKTeacher
 
 MAX_SLOTS = 4096
-"""Most kept ids of a top-k teacher that the sparse kernel holds in registers; more run in plain PyTorch."""
+"""Maximum kept ids of a top-k teacher in the sparse kernel's registers; larger K runs in plain PyTorch."""
 
 MAX_SELECTED = 1024
-"""Most ids per position that the selection keeps in registers; more run in plain PyTorch."""
+"""Maximum ids per position in the selection's registers; larger k runs in plain PyTorch."""
 
 
 def usable(hidden: Tensor, teacher: Teacher, config: DualKLConfig) -> bool:
-    """Whether the kernels compute this loss.
+    """Return whether the kernels support this loss.
 
-    They compute objective="gated" with gate_on="rkl" and no teacher smoothing, for bfloat16 or float32 hidden states
-    on CUDA and at most MAX_SLOTS kept ids. Everything else runs in plain PyTorch.
+    They support objective="gated" with gate_on="rkl" and no teacher smoothing, for bfloat16 or float32 hidden
+    states on CUDA and at most MAX_SLOTS kept ids. Everything else runs in plain PyTorch.
     """
     slots = teacher.ids.shape[1] if isinstance(teacher, TopKTeacher) else 0
     gated_on_rkl = config.objective == "gated" and config.gate_on == "rkl" and config.teacher_smoothing == 0
@@ -36,7 +36,7 @@ def usable(hidden: Tensor, teacher: Teacher, config: DualKLConfig) -> bool:
 
 
 def selectable(values: Tensor, k: int) -> bool:
-    """Whether the kernels select these rows' `k` most likely ids: on CUDA, not float64, at most MAX_SELECTED ids."""
+    """Return whether the selection kernels support this input: CUDA, not float64, k <= MAX_SELECTED."""
     return values.is_cuda and values.dtype != torch.float64 and k <= MAX_SELECTED and _has_triton()
 
 

@@ -1,15 +1,15 @@
-"""What both kernels share: logits from raw products, the gate, the mixed loss and its gradient by outcome.
+"""Code shared by both loss kernels: logits from raw products, gate, mixed loss, gradient per outcome.
 
-A program owns one row and walks it in tiles of [LANES, 4] columns. Each lane keeps its own running maximum and sums, so
-that the walk has no step in which threads wait for each other; lanes meet once, at the end of the row. Four columns a
-lane are one 16-byte load.
+One program processes one row in tiles of [LANES, 4] columns. Each lane keeps its own running maximum and
+sums, so the loop needs no synchronisation; lanes are reduced once, at the end of the row. Four columns per
+lane make one 16-byte load.
 """
 
 import triton
 import triton.language as tl
 
 LEAST = tl.constexpr(-1e30)
-"""ln 0, as in `dualkl.logprobs`: finite, so that nothing becomes NaN."""
+"""ln 0, as in `dualkl.logprobs`: finite, to avoid NaN."""
 VECTOR = tl.constexpr(4)
 SOFT = tl.constexpr(0)
 HARD = tl.constexpr(1)
@@ -25,13 +25,13 @@ FLOORED = tl.constexpr(6)
 
 @triton.jit
 def at_least(x, bound):
-    """max(x, bound) that keeps NaN."""
+    """max(x, bound), propagating NaN."""
     return tl.where(x < bound, bound, x)
 
 
 @triton.jit
 def tanh(x):
-    """Within about 1 ulp of float32 (Cephes' tanhf): by e^2x alone, small x would lose all relative accuracy."""
+    """tanh to about 1 ulp of float32 (Cephes' tanhf); e^2x alone loses relative accuracy for small x."""
     square = x * x
     poly = -5.70498872745e-3
     poly = poly * square + 2.06390887954e-2
@@ -45,9 +45,10 @@ def tanh(x):
 
 @triton.jit
 def activate(raw, bias_ptr, offsets, valid, inner, outer, CAPPED: tl.constexpr):
-    """(logits at the loss's temperature, their slope up to the head's constant factor) of raw = hidden @ weight.T.
+    """Return (logits at the loss's temperature, their slope) from raw = hidden @ weight.T.
 
-    inner (raw + bias), or with a cap outer tanh(inner (raw + bias)); the slope is 1, or 1 - tanh².
+    Logits are inner (raw + bias), or outer tanh(inner (raw + bias)) with a cap. The slope omits the head's
+    constant factor: 1, or 1 - tanh².
     """
     x = raw
     if bias_ptr is not None:
@@ -77,7 +78,7 @@ def mix(
     MC: tl.constexpr,
     ARGMAX: tl.constexpr,
 ):
-    """(λ, loss, advantage) of one row: `dualkl.gates` and `dualkl.estimators` on scalars."""
+    """Return (λ, loss, advantage) of one row: scalar version of `dualkl.gates` and `dualkl.estimators`."""
     if GATING == SOFT:
         gate = 1.0 / (1.0 + tl.exp(-alpha * (tau - rkl)))
     elif GATING == HARD:
@@ -100,9 +101,9 @@ def mix(
 
 @triton.jit
 def outcome_gradient(p, q, centred, hit, reverse, forward, onehot, MC: tl.constexpr, ARGMAX: tl.constexpr):
-    """reverse p (l - R) + forward (p - q), with l - R in `centred`, all by outcome.
+    """reverse p (l - R) + forward (p - q) per outcome, with l - R in `centred`.
 
-    mc has -onehot p in place of the first term (its one-hot is added by the caller), argmax 1[hit] in place of q.
+    MC replaces the first term by -onehot p (the caller adds the one-hot); ARGMAX replaces q by 1[hit].
     """
     target = q
     if ARGMAX:

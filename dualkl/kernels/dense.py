@@ -1,9 +1,10 @@
-"""The kernel for teachers whose logits are all known: `dualkl.chunks.dense_step` in one launch.
+"""Loss kernel for dense teachers: `dualkl.chunks.dense_step` in one launch.
 
 With the shifted logits u = z - max z, v = t - max t, d = u - v, S_z = Σ e^u, S_t = Σ e^v:
     R = (Σ e^u d) / S_z + ln (S_t / S_z),  F = -(Σ e^v d) / S_t - ln (S_t / S_z).
-One read of both rows is enough: no large numbers cancel, because both sides are shifted by their own maxima and only
-the quotient of the sums enters a logarithm. When a running maximum moves, the sums of d move with it.
+One read of both rows is enough. No large numbers cancel: each side is shifted by its own maximum, and only
+the quotient of the sums enters a logarithm. When a running maximum changes, the sums of d are rescaled
+accordingly.
 """
 
 import triton
@@ -61,12 +62,12 @@ def dense_kernel(
     ARGMAX: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
+    """Reads rows of raw logits; writes `out` columns and the gradient with respect to hidden @ weight.T."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     weight = tl.load(weights_ptr + row)
-    num_live = tl.where(weight != 0, num_ids, 0)  # rows of weight 0 are not looked at
+    num_live = tl.where(weight != 0, num_ids, 0)  # skip rows of weight 0
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
 
@@ -189,7 +190,7 @@ def dense_kernel(
         centre = rkl - log_quotient  # l - R = d - centre
         num_tiles = tl.cdiv(width, TILE)
         for i in range(num_tiles):
-            start = (num_tiles - 1 - i) * TILE  # the end of the row may still be in the cache
+            start = (num_tiles - 1 - i) * TILE  # backwards: the end of the row may still be cached
             j = start + columns
             known = j < num_ids
             z_raw = tl.load(student_ptr + j, mask=j < width, other=0.0, eviction_policy="evict_first")

@@ -1,10 +1,10 @@
-"""Products, buffers and launches: what the loop over chunks calls on CUDA in place of `dualkl.chunks.plain_steps`.
+"""Matrix products, buffers and kernel launches: the CUDA counterpart of `dualkl.chunks.plain_steps`.
 
-Logits stay in the float32 rows that the matrix product wrote. Bias, scale, cap and temperature are applied in
-registers; the gradient goes to rows of its own, in the dtype of the products that follow.
+Kernels read the float32 logits as written by the matrix product, and apply bias, scale, cap and temperature
+in registers. Gradients go to separate buffers, in the dtype of the products that consume them.
 
-Shape suffixes: N positions of the chunk, V vocabulary after the cut, W the rows' padded width, d width of the hidden
-states.
+Shape suffixes: N positions of the chunk, V vocabulary after the cut, W the rows' padded width, d width of the
+hidden states.
 """
 
 import math
@@ -24,16 +24,19 @@ from dualkl.kernels.sparse import sparse_kernel
 from dualkl.targets import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 
 PADDING = 64
-"""Columns that a row's width is a multiple of: each row of logits and of gradients starts at 128 bytes."""
+"""Row widths are a multiple of this, so each row of logits and gradients is aligned to 128 bytes."""
 ROW_MULTIPLE = 256
-"""Rows that default chunks and groups are multiples of: a matrix product's tile would otherwise be partly empty."""
+"""Default chunks and groups are multiples of this many rows, to fill the matrix product's tiles."""
 BUFFER_BYTES = 2**30 * 3 // 10
-"""Of a chunk's logits, student's or teacher's: 512 rows of 151,936 ids. A group's gradients take twice that: 2,048 rows."""
+"""Size of a chunk's logits, per model: 512 rows of 151,936 ids.
+
+A group's gradients take twice that: 2,048 rows.
+"""
 
 
 @dataclass
 class Launch:
-    """How a kernel runs: `lanes` of 4 columns are a tile, walked by `num_warps` warps. A bench may set either."""
+    """Launch parameters: a tile has `lanes` of 4 columns and is processed by `num_warps` warps. Tunable."""
 
     lanes: int
     num_warps: int
@@ -52,10 +55,11 @@ def steps(
     differentiate: bool,
     chunk_rows: int | None,
 ) -> tuple[Step, Iterable[slice]]:
-    """The step of a group of positions, over buffers that all groups share, and the groups.
+    """Return the step for a group of positions, with buffers shared by all groups, and the groups.
 
-    A group's logits are made, and turned into its gradients, a chunk at a time: float32 logits are large, gradients in
-    bfloat16 are not, and the products of the gradient want many rows (each adds to a head's gradient in float32).
+    Within a group, logits are computed and turned into gradients chunk by chunk. float32 logits are large and
+    bfloat16 gradients are not, and the gradient's matrix products are efficient with many rows (each adds to
+    the head's gradient in float32).
     """
     num_buffers = 2 if isinstance(teacher, HiddenTeacher) else 1
     groups, chunk_size = groups_of(hidden, chunk_rows, num_ids, num_buffers, head.weight_Vd.dtype)
@@ -105,11 +109,11 @@ def steps(
 def groups_of(
     hidden: Tensor, chunk_rows: int | None, num_ids: int, num_buffers: int, dtype: torch.dtype
 ) -> tuple[list[slice], int]:
-    """Slices of positions whose gradients (in `dtype`) are held at once, and how many of them make a chunk of logits.
+    """Return groups of positions whose gradients (in `dtype`) coexist, and the chunk size in positions.
 
-    With `chunk_rows`, both have at most so many positions. Without, they are multiples of ROW_MULTIPLE that keep each of
-    `num_buffers` buffers of logits within BUFFER_BYTES and the gradients within twice that, or less on a small device: all
-    of it within a sixteenth of its memory.
+    With `chunk_rows`, both have at most that many positions. By default they are multiples of ROW_MULTIPLE:
+    each of `num_buffers` logits buffers fits BUFFER_BYTES and the gradients twice that, or less on a small
+    device, so that all buffers fit 1/16 of its memory.
     """
     num_rows = hidden.shape[0]
     if chunk_rows is not None or num_rows == 0:
@@ -130,7 +134,7 @@ def _multiple(num_rows: int) -> int:
 
 
 def padded(num_ids: int) -> int:
-    """Columns of a row that holds `num_ids` logits."""
+    """Return the padded width of a row of `num_ids` logits."""
     return -(-num_ids // PADDING) * PADDING
 
 
@@ -145,9 +149,10 @@ def dense_rows(
     num_ids: int,
     out_CN: Tensor,
 ) -> None:
-    """`dualkl.chunks.dense_step` on raw products. Teacher rows without a head are finished logits of any dtype.
+    """`dualkl.chunks.dense_step` on raw products. Without a teacher head, teacher rows are logits.
 
-    Logits are not changed. Fills `gradient_NV`, of any floating dtype, and `out_CN`, by the columns of `common`.
+    Such logits may have any dtype. Inputs are not modified. Fills `gradient_NV`, of any floating dtype, and
+    `out_CN`, by the columns of `common`.
     """
     if teacher_NV.stride(1) != 1:
         teacher_NV = teacher_NV.contiguous()
@@ -185,7 +190,7 @@ def topk_rows(
     num_ids: int,
     out_CN: Tensor,
 ) -> None:
-    """`dualkl.chunks.topk_step` on raw products, which lose their kept logits; fills what `dense_rows` fills."""
+    """`dualkl.chunks.topk_step` on raw products. Overwrites the kept logits; outputs as `dense_rows`."""
     ids_NK, logprobs_NK = teacher.ids[rows].contiguous(), teacher.logprobs.detach()[rows].contiguous()
     bias_V, inner, outer = activation(head, config.temperature)
     if len(logits_NW):
@@ -204,7 +209,7 @@ def topk_rows(
 
 
 def activation(head: PreparedHead | None, temperature: float) -> tuple[Tensor | None, float, float]:
-    """(bias, inner, outer) of `common.activate`; no head is the identity."""
+    """Return (bias, inner, outer) for `common.activate`; the identity if `head` is None."""
     if head is None:
         return None, 1 / temperature, 1.0
     if head.softcap is None:

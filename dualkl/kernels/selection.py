@@ -1,4 +1,4 @@
-"""Buffers and launches of the selection: what `dualkl.compress` calls on CUDA.
+"""Buffers and launches of the top-k selection, the CUDA path of `dualkl.compress`.
 
 Shape suffixes: N positions, W the rows' width, K kept ids, C columns of statistics.
 """
@@ -16,18 +16,19 @@ from dualkl.logprobs import LEAST_LOGPROB
 
 LANES = 512
 STEPS = 8
-"""Groups are STEPS * 4 ids; a program of `groups_kernel` reads LANES of them."""
+"""A group has STEPS * 4 ids; a program of `groups_kernel` reads LANES groups."""
 
 
 def largest(
     logits_NW: Tensor, num_ids: int, head: PreparedHead | None, temperature: float, sampled_N: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The k largest of the first `num_ids` logits of each row of raw products (of finished logits if `head` is None).
+    """Return the k largest logits per row, as ids and logprobs, with tail mass and statistics.
 
-    Logits are read, not changed. Returns ids [N, K] by falling probability (of equal logits that are taken the lower
-    id first; which of several equal ones are taken is arbitrary, but always the same), their logprobs, ln of the mass
-    of all other ids, the entropy, and the sampled ids' logprobs (NaN for an id outside the vocabulary). Impossible ids
-    have logprob LEAST_LOGPROB; a row with NaN, with +inf or without any possible id is NaN.
+    Rows are raw products (logits if `head` is None), of which the first `num_ids` columns count; they are not
+    modified. Returns ids [N, K] in descending probability, their logprobs, ln of the mass of all other ids,
+    the entropy, and the sampled ids' logprobs (NaN for an id outside the vocabulary). Ties are ordered by id;
+    which of several equal logits make the cut is arbitrary but deterministic. Impossible ids have logprob
+    LEAST_LOGPROB. A row with NaN or +inf, or without any possible id, is NaN.
     """
     num_rows, (bias_V, inner, outer) = len(logits_NW), activation(head, temperature)
     if logits_NW.stride(1) != 1:
@@ -88,12 +89,12 @@ def largest(
 
 
 def warps_for(num_values: int) -> int:
-    """Warps that hold `num_values` in registers, 16 a thread: from 4 to 16."""
+    """Return the number of warps (4 to 16) that hold `num_values` in registers, 16 per thread."""
     return max(4, min(16, num_values // 512))
 
 
 def unpack(packed_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, float32 logits) of packed keys."""
+    """Unpack keys to (ids, float32 logits)."""
     keys_NK = (packed_NK >> 32).int()
     bits_NK = keys_NK ^ ((keys_NK >> 31) & topk.ID_BITS.value)
     return (packed_NK & topk.ID_BITS.value) ^ topk.ID_BITS.value, bits_NK.view(torch.float32)

@@ -1,8 +1,8 @@
-"""The kernel for top-k teachers with a tail bucket: `dualkl.chunks.topk_step` in one launch.
+"""Loss kernel for top-k teachers with a tail bucket: `dualkl.chunks.topk_step` in one launch.
 
-The kept logits are gathered, and a mark is put in their place; the walk over the row then sees only ids outside K, so
-that the tail's log-sum-exp is over those ids, never 1 - Σ. The gradient outside is the bucket's, shared by the
-student's own shape; the kept ids' own is scattered over it at the end.
+The kept logits are gathered and replaced by a marker, so the pass over the row covers only ids outside K. The
+tail is thus a log-sum-exp over those ids, not 1 - Σ. They share the bucket's gradient in proportion to the
+student's probabilities; the kept ids' own gradients are scattered in at the end.
 """
 
 import triton
@@ -25,7 +25,7 @@ from dualkl.kernels.common import (
 )
 
 MARK = tl.constexpr(-3.4028234663852886e38)
-"""Stands in the place of a kept logit: the least float32. -inf would not do, since a capped head bends it to -cap."""
+"""Marker for a kept logit: the lowest finite float32. -inf fails, because a capped head maps it to -cap."""
 
 
 @triton.jit
@@ -64,15 +64,15 @@ def sparse_kernel(
     ARGMAX: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Rows of raw logits in; `out` columns and, over the student's logits, the gradient by hidden @ weight.T out."""
+    """Reads rows of raw logits; writes `out` columns and the gradient with respect to hidden @ weight.T."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     weight = tl.load(weights_ptr + row)
-    num_live = tl.where(weight != 0, num_ids, 0)  # rows of weight 0 are not looked at
+    num_live = tl.where(weight != 0, num_ids, 0)  # skip rows of weight 0
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
 
-    # The teacher's K + 1 outcomes, floored and renormalised. An id outside the vocabulary makes the row NaN.
+    # The teacher's K + 1 outcomes, floored and renormalised. An id outside the vocabulary gives a NaN row.
     slot = tl.arange(0, SLOTS)
     ids = tl.load(ids_ptr + row * num_slots + slot, mask=slot < num_slots, other=-1).to(tl.int32)
     kept = (ids >= 0) & (ids < num_live)
@@ -89,7 +89,7 @@ def sparse_kernel(
     logq = at_least(raw_logq - max_q - log_total_q, LEAST)
     logq_tail = at_least(raw_tail - max_q - log_total_q, LEAST)
 
-    # The student's kept and sampled logits; then marks in place of the kept ones.
+    # Load the student's kept and sampled logits, then overwrite the kept ones with markers.
     z_kept = tl.load(student_ptr + ids, mask=kept, other=0.0)
     z_kept, slope_kept = activate(
         z_kept, student_bias_ptr, ids, kept, student_inner, student_outer, STUDENT_CAPPED
@@ -184,7 +184,7 @@ def sparse_kernel(
         share = tl.where(total_out == 0.0, 0.0, g_tail / total_out)
         num_tiles = tl.cdiv(width, TILE)
         for i in range(num_tiles):
-            start = (num_tiles - 1 - i) * TILE  # the end of the row may still be in the cache
+            start = (num_tiles - 1 - i) * TILE  # backwards: the end of the row may still be cached
             j = start + columns
             known = j < num_ids
             raw = tl.load(student_ptr + j, mask=j < width, other=0.0, eviction_policy="evict_first")

@@ -1,10 +1,11 @@
-"""The kernels of `dualkl.kernels.selection`: the k largest logits of each row, exactly, in little more than one read.
+"""Kernels of `dualkl.kernels.selection`: exact top-k of each row in little more than one read.
 
-A row is cut into groups: the ids that one lane sees in one segment, STEPS * 4 of them. `groups_kernel` reads the row and
-leaves each group's maximum and sum. An id among the k largest lies in one of the k groups with the largest maxima (the
-maximum of any other group is exceeded, or equalled, in k groups already), so that `choose_kernel` names these groups and
-`pick_kernel` reads only their ids again. The tail is a log-sum-exp over what is not kept, of whole groups and of the ids
-left over, never 1 - Σ. Both choices search the k-th largest key bit by bit; nothing depends on the order of threads.
+A row is split into groups of STEPS * 4 ids, those that one lane reads in one segment. `groups_kernel` reads
+the row and stores each group's maximum and sum. The k largest ids lie in the k groups with the largest
+maxima: the maximum of any other group is at most equal to k maxima already. `choose_kernel` selects these
+groups, and `pick_kernel` rereads only their ids. The tail is a log-sum-exp over the unselected groups and the
+rest of the selected ones, not 1 - Σ. Both selections find the k-th largest key by bitwise search; results do
+not depend on thread order.
 """
 
 import triton
@@ -20,19 +21,19 @@ OUTSIDE_MAX = tl.constexpr(4)
 OUTSIDE_SUM = tl.constexpr(5)
 LOG_TAIL = tl.constexpr(6)
 ID_BITS = tl.constexpr(0x7FFFFFFF)
-"""A packed key's low half is an id with these bits turned over, so that of equal logits the lower id comes first."""
+"""A packed key's low half is an id with these bits inverted: among equal logits the lower id sorts first."""
 
 
 @triton.jit
 def order_key(z):
-    """An int32 that sorts as the float32 does (-0 before 0)."""
+    """Map a float32 to an int32 with the same order (-0 before 0)."""
     bits = z.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def take_largest(keys, valid, k):
-    """A mask of k of the valid keys (of all if they are fewer): none outside is larger; of equal ones the first."""
+    """Mask of the k largest valid keys (all, if there are fewer). Among equal keys the first are taken."""
     threshold = tl.full([], -2147483648, tl.int64)
     step = tl.full([], 2147483648, tl.int64)
     for _ in range(32):
@@ -64,7 +65,7 @@ def groups_kernel(
     STEPS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """Each group's maximum and sum of exp(z - maximum); each segment's maximum, Σ e^u and Σ e^u u, u = z - maximum."""
+    """Per group: maximum and Σ exp(z - maximum). Per segment: maximum, Σ e^u and Σ e^u u, u = z - maximum."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     TILE: tl.constexpr = LANES * VECTOR
@@ -122,7 +123,7 @@ def choose_kernel(
     STEPS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """The row's statistics, the groups that hold its largest logits, and the mass of all other groups."""
+    """Row statistics, the groups that hold the row's largest logits, and the mass of all other groups."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SEGMENTS)
     real = part < num_segments
@@ -135,7 +136,7 @@ def choose_kernel(
     part_moment = tl.load(parts_ptr + 2, mask=real, other=0.0)
     total = tl.sum((shrink * part_sum).to(tl.float64), 0).to(tl.float32)
     moment = tl.sum((shrink * (part_moment + part_sum * shift)).to(tl.float64), 0).to(tl.float32)
-    total = tl.where(row_max == LEAST, float("nan"), total)  # no id is possible
+    total = tl.where(row_max == LEAST, float("nan"), total)  # no possible id
     log_total = tl.log(total)
     y = tl.load(sampled_ptr + row)
     legal = (y >= 0) & (y < num_ids)
@@ -179,7 +180,7 @@ def pick_kernel(
     STEPS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """The k largest logits of the chosen groups, key and id in one int64, in no order; ln of the mass of the rest."""
+    """The k largest logits of the chosen groups, as unordered int64 (key, id); ln of the remaining mass."""
     row = tl.program_id(0).to(tl.int64)
     GROUP: tl.constexpr = STEPS * VECTOR
     index = tl.arange(0, HITS * GROUP)

@@ -1,1 +1,1 @@
-"""Prompts in, batches out; the one place that knows which position predicts which token."""
+"""Prompts in, batches out; the only place that knows which position predicts which token."""

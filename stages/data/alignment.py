@@ -1,7 +1,8 @@
-"""The only module that knows that the hidden state at position t-1 predicts token y_t.
+"""Aligns hidden states with targets; only this module knows that position t-1 predicts token y_t.
 
-A sequence is prompt + completion. A batch is padded (one sequence a row, padding on the right) or packed (all sequences
-concatenated in one row). A position is scored if its *next* token belongs to the completion (EOS included).
+A sequence is prompt + completion. A batch is padded (one sequence per row, padding on the right) or packed
+(all sequences concatenated in one row). A position is scored if its *next* token belongs to the completion
+(EOS included).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Groups:
 
     Attributes:
         grids: the packed position of each slot; slots past the end of a sequence repeat its last position.
-        places: for each packed position, its index in the concatenation of the flattened grids.
+        places: the index of each packed position in the concatenation of the flattened grids.
     """
 
     grids: list[Int[Tensor, "b t"]]
@@ -32,11 +33,11 @@ class Groups:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where B sequences that share one row begin and end.
+    """Boundaries of B sequences that share one row.
 
     Attributes:
         lengths: tokens of each sequence, on the host.
-        bounds: their cumulative sum from 0, on the device.
+        bounds: cumulative sum of `lengths` from 0, on the device.
         longest: max(lengths), stored so that compiled code does not specialise on every length.
     """
 
@@ -77,8 +78,8 @@ class Packing:
 class Aligned:
     """Model inputs of B sequences, and their scored positions in order.
 
-    Padded: `input_ids` and `attention_mask` are [B, T]. Packed: `input_ids` and `position_ids` are [1, T], T the tokens of
-    all sequences; `packing` holds the boundaries and there is no mask.
+    Padded: `input_ids` and `attention_mask` are [B, T]. Packed: `input_ids` and `position_ids` are [1, T], T
+    tokens in total; `packing` holds the boundaries and there is no mask.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -97,7 +98,7 @@ def align(
     *,
     packed: bool = False,
 ) -> Aligned:
-    """One batch of B prompts (each of at least one token) and completions; copies to CUDA are asynchronous."""
+    """Align a batch of B prompts (at least one token each) and completions; copies are asynchronous."""
     sequences = [np.concatenate([p, c]).astype(np.int64) for p, c in zip(prompts, completions, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
     starts = np.cumsum([0, *lengths]) if packed else np.arange(len(lengths) + 1) * max(lengths)
@@ -122,11 +123,11 @@ def align(
 
 
 def queued(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on `device`; asynchronous on CUDA."""
+    """Copy the array to `device`, asynchronously on CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def at_scored(hidden_BTd: Tensor, aligned: Aligned) -> Tensor:
-    """Hidden states [N, d] at the scored positions of a backbone's output [B, T, d]."""
+    """Select the hidden states [N, d] at the scored positions of a backbone's output [B, T, d]."""
     return hidden_BTd.flatten(0, 1).index_select(0, aligned.scored)

@@ -1,4 +1,4 @@
-"""Committed rows -> the live pool -> batches in a fixed order -> tensors and teachers for the loss."""
+"""Turns committed rows into training batches: live pool, fixed batch order, tensors and teachers."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
 CPU = torch.device("cpu")
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples modulo 1 are evenly spread
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows that may be trained on.
+    """The rows eligible for training.
 
     Attributes:
         row_ids: sorted.
         version: index of the newest refresh in the pool.
-        ages: optimizer steps of each row since its weights; -1 for rows of other runs.
+        ages: each row's staleness in optimizer steps; -1 for rows of other runs.
         lengths: prompt and completion tokens of each row.
-        opened_at: the optimizer step that `ages` are of.
-        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` hold them too.
+        opened_at: the optimizer step at which `ages` were computed.
+        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` include them.
     """
 
     row_ids: list[str]
@@ -56,7 +56,7 @@ class Pool:
         return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
 
     def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
-        """This pool with the rows of one more cache; `weight` of them are drawn per row of the own cache."""
+        """Return this pool with another cache's rows; `weight` of them are drawn per row of the main one."""
         prefix = f"{len(self.extras)}:"
         keys = [prefix + row_id for row_id in found.row_ids]
         return replace(
@@ -69,14 +69,14 @@ class Pool:
         )
 
     def locate(self, key: str, own: cache.Snapshot) -> tuple[cache.Snapshot, str]:
-        """The snapshot that holds the row and its id there; `own` is the snapshot of the own cache."""
+        """Return the snapshot that holds the row, and the row's id there; `own` is the main cache."""
         number, found, row_id = key.rpartition(":")
         return (self.extras[int(number)].snapshot if found else own), row_id
 
 
 @dataclass(frozen=True)
 class Extra:
-    """The rows of a further cache in a pool; `weight` of them are drawn per row of the own cache."""
+    """The rows of another cache in a pool; `weight` of them are drawn per row of the main cache."""
 
     keys: list[str]
     weight: float
@@ -87,7 +87,7 @@ class Extra:
 class MicroBatch:
     """Inputs of one training forward; `weights` are the constant loss weights of the scored positions.
 
-    `tau`: gate threshold in nats, for each position or one for all; None: the configured one.
+    `tau`: gate threshold in nats, per position or a scalar; None: as configured.
     `teacher_entropy`: entropy of the teacher's full distribution, nats, from the cache.
     """
 
@@ -107,10 +107,13 @@ def live_pool(
     max_age: int,
     policies: dict[int, str],
 ) -> Pool:
-    """This run's rows of refresh `version`, its earlier ones up to `max_age` steps old, and all rows of other runs.
+    """Return the rows eligible for training at step `at_step`.
 
-    `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded, except in refresh
-    0, where they count as rows of another run.
+    These are this run's rows of refresh `version`, its earlier ones up to `max_age` steps old, and all rows
+    of other runs.
+
+    `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded,
+    except in refresh 0, where they count as rows of another run.
     `kept`: the earlier rows to keep; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
@@ -121,7 +124,7 @@ def live_pool(
         elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
             if row["refresh_index"] == version == 0:
                 ages[row["row_id"]] = -1
-            continue  # written by weights that were rolled back
+            continue  # written by rolled-back weights
         elif row["refresh_index"] == version or (
             row["refresh_index"] < version and at_step - row["policy_step"] <= max_age
         ):
@@ -135,10 +138,10 @@ def live_pool(
 
 
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
-    """Keys of the rows of global batch `batch_index` since the pool was opened.
+    """Return the row keys of global batch `batch_index`, counted since the pool was opened.
 
-    Each cache is an endless stream of its rows, permuted anew each epoch with the seed (seed, epoch, version). Batch places
-    are assigned to caches by weight, deterministically.
+    Each cache is an endless stream of its rows, permuted each epoch with the seed (seed, epoch, version).
+    Batch slots are assigned to caches by weight, deterministically.
     """
     start, end = batch_index * batch_size, (batch_index + 1) * batch_size
     owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
@@ -154,7 +157,7 @@ def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list
 
 
 def _owners(weights: list[float], num_places: int) -> np.ndarray:
-    """The cache of each place; any contiguous range matches the weights to within a row or two."""
+    """Return the cache of each batch slot; any contiguous range matches the weights within a row or two."""
     bounds = np.cumsum(weights) / sum(weights)
     return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
 
@@ -168,7 +171,7 @@ def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iter
 
 
 def by_cache(keys: Iterable[str]) -> list[list[str]]:
-    """Groups keys by cache, the own cache first; keeps the order within a group."""
+    """Group keys by cache, the main cache first, keeping the order within each group."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         groups.setdefault(key.rpartition(":")[0], []).append(key)
@@ -183,9 +186,10 @@ def micro_batches(
     *,
     packed: bool = False,
 ) -> Iterator[list[T]]:
-    """Splits rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens (None: no cap).
+    """Split rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens.
 
-    A row longer than `max_tokens` is a forward of its own. Padding counts, unless rows are `packed`.
+    None means no limit. A row longer than `max_tokens` gets its own forward. Padding counts, unless rows are
+    `packed`.
     """
     batch: list[T] = []
     longest = total = 0
@@ -203,12 +207,12 @@ def micro_batches(
 
 
 def num_tokens(record: cache.Record) -> int:
-    """Tokens of prompt and completion."""
+    """Return the number of prompt and completion tokens."""
     return len(record.prompt_ids) + len(record.completion_ids)
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int = 1) -> Iterator[R]:
-    """Yields `read(item)` in order; a thread reads up to `depth` items ahead."""
+    """Yield `read(item)` in order; a thread reads up to `depth` items ahead."""
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         waiting: deque[Future[R]] = deque()
         for item in items:
@@ -229,7 +233,10 @@ def to_tensors(
     *,
     packed: bool = False,
 ) -> MicroBatch:
-    """The tensors of one forward. `head`: the teacher's, for `hidden` rows; `weight`: of each scored position."""
+    """Build the tensors of one forward; `weight` applies to each scored position.
+
+    `head`: the teacher's head, for `hidden` rows.
+    """
     teacher = teacher_of(records, head, device, vocab_size)  # first, to reject unscored rows
     aligned = align(
         [r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed
@@ -253,7 +260,7 @@ def pinned_tensors(
     *,
     packed: bool,
 ) -> MicroBatch:
-    """`to_tensors` in pinned host memory, with top-k values checked, for asynchronous copies by `on_device`."""
+    """Like `to_tensors`, in pinned memory with top-k values checked, for copies by `on_device`."""
     batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
     if isinstance(batch.teacher, TopKTeacher):
         check_topk_values(batch.teacher, vocab_size)
@@ -261,12 +268,12 @@ def pinned_tensors(
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch on `device`; copies from pinned memory are asynchronous."""
+    """Copy the batch to `device`; copies from pinned memory are asynchronous."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Applies `function` to every tensor of a data class, recursively."""
+    """Apply `function` to every tensor of a data class, recursively."""
     if isinstance(value, Tensor):
         return function(value)
     if not is_dataclass(value):
@@ -278,12 +285,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 def teacher_of(
     records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int
 ) -> AnyTeacher:
-    """The loss's teacher for the scored positions of `records`, in order.
+    """Return the loss's teacher for the scored positions of `records`, in order.
 
-    Top-k values for a GPU are checked here on the host, because the loss checks only shapes there.
+    Top-k values for a GPU are checked here on the host, because on a GPU the loss checks only shapes.
     """
     signals = [record.signal for record in records]
-    first = signals[0]  # rows of one cache hold one kind
+    first = signals[0]  # rows of one cache share one kind
     if isinstance(first, cache.TopK):
         topk = cast(list[cache.TopK], signals)
         width = max(signal.ids.shape[1] for signal in topk)
@@ -312,7 +319,7 @@ def teacher_of(
 
 
 def cached_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
-    """The head of a `hidden` cache on `device`, else None.
+    """Return the head of a `hidden` cache on `device`, else None.
 
     Each call reads it again, so its memory is freed when the caller drops it.
     """
@@ -322,7 +329,7 @@ def cached_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
 
 
 def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head | None:
-    """A stored teacher head as `dualkl` takes it, on `device`."""
+    """Convert a stored teacher head to `dualkl`'s type, on `device`."""
     if stored is None:
         return None
     bias = None if stored.bias is None else torch.from_numpy(np.array(stored.bias)).to(device)

@@ -20,7 +20,7 @@ Checker = Callable[[dict[str, Any], str], bool]
 
 
 def open_checker(spec: str) -> Checker | None:
-    """The checker of `load_checker`, or None. Errors: `UserError` if it does not accept (row, completion)."""
+    """Return the checker of `load_checker`, or None; `UserError` if it does not accept (row, completion)."""
     try:
         checker = load_checker(spec)
     except SystemExit as error:
@@ -31,7 +31,7 @@ def open_checker(spec: str) -> Checker | None:
         return None
     try:
         signature = inspect.signature(checker)
-    except (TypeError, ValueError):  # compiled functions have none
+    except (TypeError, ValueError):  # compiled functions have no signature
         return checker
     try:
         signature.bind({}, "")
@@ -44,7 +44,10 @@ def open_checker(spec: str) -> Checker | None:
 
 
 def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool | float:
-    """True, False or a share in [0, 1]. Errors: `UserError`, with the row, if the checker raises or returns anything else."""
+    """Return True, False or a share in [0, 1].
+
+    Errors: `UserError`, with the row, if the checker raises or returns anything else.
+    """
     try:
         answer: Any = checker(prompt.row, completion)
     except (Exception, SystemExit) as error:
@@ -71,7 +74,7 @@ def _start(value: Any) -> str:
 
 
 def load_checker(spec: str) -> Checker | None:
-    """The checker `gsm8k` or `path/to/file.py:function`; None for an empty spec."""
+    """Return the checker `gsm8k` or `path/to/file.py:function`; None for an empty spec."""
     if not spec:
         return None
     if spec == "gsm8k":
@@ -96,7 +99,7 @@ def load_checker(spec: str) -> Checker | None:
 
 
 def check_gsm8k(row: dict[str, Any], completion: str) -> bool:
-    """True if the last number of `completion` is the one after `####` in `row["answer"]`."""
+    """Return whether the last number of `completion` is the one after `####` in `row["answer"]`."""
     numbers = re.findall(r"-?\d[\d,]*\.?\d*", completion)
     if not numbers:
         return False

@@ -1,4 +1,4 @@
-"""Converts records of common layouts to chat turns, up to where the assistant answers, and tools.
+"""Converts records of common layouts to chat turns, ending before the assistant's answer, and tools.
 
 Turns keep all their fields. A record that cannot be a prompt raises `Unusable`.
 """
@@ -17,7 +17,7 @@ TEXTS = ("prompt", "question", "problem", "query", "instruction", "input")
 COLUMNS = (*TURNS, *TEXTS, "chosen")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PROMPTING = ("user", "tool", "function", "ipython", "observation")
-"""Roles that an assistant answers, tools included."""
+"""Roles that the assistant answers, including tools."""
 SYSTEM = ("system", "developer")
 CALLS = ("function_call", "tool_call")
 ROLES = {
@@ -34,12 +34,12 @@ ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""Role names of data sets, in lower case; other names are kept."""
+"""Role names found in data sets, in lower case; other names are kept."""
 SHAREGPT_ROLES = ROLES | {"observation": "tool", "function": "tool"}
 
 
 class Unusable(Exception):
-    """A record that cannot be a prompt. The text completes the sentence "N records ...": the reason."""
+    """A record that cannot be a prompt. The message completes the sentence "N records ..."."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Conversation:
 
 
 def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversation:
-    """The turns up to the last message that is not an assistant's, and the tools.
+    """Return the turns up to the last non-assistant message, and the tools.
 
-    The prompt is the first non-empty one of COLUMNS. The system message is a turn of the record, else its `system` (or
-    `system_prompt`) column, else the argument `system_prompt`. Errors: `Unusable`.
+    The prompt is the first non-empty one of COLUMNS. The system message is a turn of the record, else its
+    `system` (or `system_prompt`) column, else the argument `system_prompt`. Errors: `Unusable`.
     """
     for name in MEDIA:
         if record.get(name):
@@ -69,7 +69,7 @@ def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversatio
 
 
 def plain(turns: list[Turn]) -> list[Turn]:
-    """The turns with text parts joined and missing contents empty, for templates that take only text."""
+    """Join text parts and replace missing contents by "", for templates that accept only text."""
     return [turn | {"content": _joined(turn.get("content"))} for turn in turns]
 
 
@@ -104,7 +104,7 @@ def _before_the_answer(turns: list[Turn]) -> list[Turn]:
     return turns[: last + 1]
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------
+# --- columns ------------------------------------------------------------------------------------------------
 
 
 def _turns(name: str, record: dict[str, Any]) -> list[Turn]:
@@ -153,7 +153,7 @@ def _system(record: dict[str, Any]) -> str:
 
 
 def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `tools` unchanged, or OpenAI's older `functions` as tools."""
+    """Return the `tools` unchanged, or OpenAI's older `functions` as tools."""
     name = "tools" if _is_filled(record.get("tools")) else "functions"
     value, why = record.get(name), f"whose {name} are not JSON objects"
     value = _rows(_from_json(value, why) if isinstance(value, str) and value else value) or []
@@ -165,7 +165,7 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(value: Any) -> Any:
-    """Turns a struct of equally long lists, as `datasets` stores a sequence of structs, back into a list."""
+    """Convert a struct of equally long lists (how `datasets` stores a sequence of structs) back to a list."""
     lists = list(value.values()) if isinstance(value, dict) else []
     if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
         return value
@@ -179,11 +179,11 @@ def _from_json(text: str, why: str) -> Any:
         raise Unusable(why) from None
 
 
-# --- turns --------------------------------------------------------------------------------------------------------------
+# --- turns --------------------------------------------------------------------------------------------------
 
 
 def _turn(value: Any) -> Turn:
-    """The turn with the keys `role` and `content`; null fields are dropped."""
+    """Return the turn with the keys `role` and `content`; null fields are dropped."""
     if isinstance(value, str):
         value = _from_json(value, "whose turns are text, without a role")
     said = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
@@ -210,7 +210,7 @@ def _turn(value: Any) -> Turn:
 
 
 def _without_empty(part: Any) -> Any:
-    """A text part without empty fields: an empty `image` field would make templates render an image."""
+    """Drop a text part's empty fields: an empty `image` field would make templates render an image."""
     return (
         {k: v for k, v in part.items() if v or k == "text"}
         if isinstance(part, dict) and _is_text(part)
@@ -219,7 +219,7 @@ def _without_empty(part: Any) -> Any:
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:
-    """Tool calls of a turn whose role is in CALLS: one or several {name, arguments} as JSON."""
+    """Return the tool calls of a turn with a role in CALLS: one or several {name, arguments} as JSON."""
     why = "with a function_call that is not JSON with a name"
     value = _from_json(text, why) if isinstance(text, str) else text
     calls = value if isinstance(value, list) else [value]
@@ -229,7 +229,7 @@ def _calls(text: Any) -> list[dict[str, Any]]:
 
 
 def _check_content(turn: Turn) -> None:
-    """`Unusable` for images, audio and video, and for content other than text or text parts (except of tools)."""
+    """Raise `Unusable` for images, audio, video, and anything else but text (unless the role is a tool)."""
     content = turn.get("content")
     for part in content if isinstance(content, list) else []:
         kind = str(part.get("type") or ", ".join(part)) if isinstance(part, dict) else type(part).__name__

@@ -1,4 +1,4 @@
-"""Draws prompts from the data sets: records -> chat template -> token ids. Counts skipped records by reason."""
+"""Draws prompts from data sets: records -> chat template -> token ids. Counts skipped records by reason."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 
 FEW = 50
-"""Records of which any number may be skipped (unless none may): whoever tries a few reads the line that counts them."""
-HOPELESS = 200  # records without a prompt after which a data set is given up
+"""Up to this many records may be skipped regardless of the share (unless none may be skipped)."""
+HOPELESS = 200  # unusable records after which a data set is given up
 SHOWN = 4  # reasons
 REFUSED = "that the chat template refuses"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt. `prompt_id` is a hash of the token ids; `row` is the record (for answer checkers)."""
+    """A tokenized prompt. `prompt_id` is a hash of the ids; `row` is the record (for answer checkers)."""
 
     prompt_id: str
     ids: np.ndarray
@@ -57,17 +57,17 @@ class PromptSet:
 
 
 def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """`num_prompts` prompts of `dataset` (0: all) in a seeded order; several data sets are mixed by weight.
+    """Return `num_prompts` prompts of `dataset` (0: all) in a seeded order.
 
-    A data set that ends before the others is repeated until all have ended.
-    Errors: `UserError` if a data set cannot be read, has no prompts, or more than `allow_skipped` of its records are
-    skipped.
+    Several data sets are mixed by weight. One that ends before the others is repeated until all have ended.
+    Errors: `UserError` if a data set cannot be read, has no prompts, or more than `allow_skipped` of its
+    records are skipped.
     """
     return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """`eval_prompts` prompts of `eval_dataset`, else those that follow the training prompts in `dataset`."""
+    """Return `eval_prompts` prompts of `eval_dataset`, or those after the training prompts in `dataset`."""
     if config.eval.eval_dataset:
         name = config.eval.eval_dataset
         records = open_records(name, "test")
@@ -92,12 +92,12 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     return replace(taken, prompts=unseen)
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Source:
-    """A data set whose prompts are drawn in `order`."""
+    """A data set with prompts drawn in `order`."""
 
     name: str
     weight: float
@@ -116,7 +116,7 @@ class _Source:
         return self.num_records == len(self.order)
 
     def check(self) -> None:
-        """`UserError` if too few of the records are prompts."""
+        """Raise `UserError` if too few records are prompts."""
         if not self.num_records:
             return
         skips = _skips(self.skipped, self.num_records)
@@ -185,7 +185,7 @@ def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source
 
 
 def _mixed(sources: list[_Source], limit: int) -> PromptSet:
-    """Up to `limit` prompts, each from the data set that is furthest behind its share."""
+    """Return up to `limit` prompts, each from the data set furthest behind its share."""
     prompts: list[Prompt] = []
     whole = sum(source.weight for source in sources)
     while len(prompts) < limit and not all(source.has_ended for source in sources):
@@ -220,7 +220,7 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-# --- encoding -----------------------------------------------------------------------------------------------------------
+# --- encoding -----------------------------------------------------------------------------------------------
 
 
 def encode(
@@ -230,9 +230,9 @@ def encode(
     kwargs: dict[str, Any],
     tools: Sequence[Any] = (),
 ) -> Prompt:
-    """Applies the chat template with a generation prompt; without a template, joins the texts of the turns.
+    """Apply the chat template with a generation prompt; without a template, join the turns' texts.
 
-    Errors: `Unusable` if the template rejects the turns or they give no tokens.
+    Errors: `Unusable` if the template rejects the turns or the result has no tokens.
     """
     if tokenizer.chat_template:
         text = _templated(turns, tokenizer, kwargs | ({"tools": list(tools)} if tools else {}))
@@ -249,7 +249,7 @@ def encode(
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids. Without a chat template, special tokens before the text (BOS) are kept, those after it (EOS) are not."""
+    """Return token ids; without a chat template, keep leading special tokens (BOS), not trailing (EOS)."""
     ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.chat_template:
         return ids
@@ -260,7 +260,7 @@ def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """Renders the turns; if the template rejects text parts or nulls, renders their plain text instead."""
+    """Render the turns; if the template rejects text parts or nulls, render plain text instead."""
     as_text = plain(turns)
     has_parts = any(isinstance(turn.get("content"), list) for turn in turns)
     tries = (
@@ -277,7 +277,7 @@ def _templated(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: di
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:
-    """Whether the template renders a text part as its text; others raise or print the Python or JSON value."""
+    """Return whether the template renders a text part as text; others raise or print its repr or JSON."""
     word = "part-0f3a"
     try:
         text = _render([{"role": "user", "content": [{"type": "text", "text": word}]}], tokenizer, kwargs)
@@ -292,7 +292,7 @@ def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, kwargs: dict[
     )
 
 
-# --- fingerprints --------------------------------------------------------------------------------------------------------
+# --- fingerprints -------------------------------------------------------------------------------------------
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -300,6 +300,6 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
-    """Hash of the token -> id map below `vocab_size`: equal for tokenizers that differ only in padding."""
+    """Hash the token -> id map below `vocab_size`: equal for tokenizers that differ only in padding."""
     pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i < vocab_size)
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Opens data sets as sequences of records: files, folders, saved data sets and hub names.
 
-Strings are never converted to dates or numbers. Null fields that Arrow adds because another record has them are removed.
-JSON lines are indexed first and parsed on access: a million lines open in a second.
+Strings are never converted to dates or numbers. Null fields that Arrow adds because another record has them
+are removed. JSON lines are indexed first and parsed on access: a million lines open in a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in file names that name a split, as in `datasets`."""
+"""Words in file names that identify a split, as in `datasets`."""
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BOM = b"\xef\xbb\xbf"
 CHUNK = 2**23
@@ -44,12 +44,13 @@ MOST_LINE, MOST_WHOLE = 2**28, 2**30
 
 
 def open_records(name: str, split: str) -> Sequence[Record]:
-    """The records of a local file, a folder, or a hub data set; at least one.
+    """Return the records (at least one) of a local file, a folder, or a hub data set.
 
-    `name`: `PATH`, or `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`, where CONFIG may be empty (`FOLDER::SPLIT`). `split` is
-    taken if none is named; it counts on the hub, in a saved DatasetDict, and in a folder whose files name splits.
-    Errors: `UserError` for what is missing, empty, not UTF-8 or broken, with the line; of JSON lines all but the first and
-    the last are parsed, and refused, as they are read.
+    `name`: `PATH`, or `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`, where CONFIG may be empty
+    (`FOLDER::SPLIT`). `split` is the default split; it applies to the hub, a saved DatasetDict, and a folder
+    whose file names contain splits.
+    Errors: `UserError`, with the line, for missing, empty, non-UTF-8 or broken data. In JSON lines, all but
+    the first and last line are only parsed (and rejected) when read.
     """
     base, config, named = name, "", ""
     if not _path(name).exists():
@@ -76,15 +77,15 @@ def open_records(name: str, split: str) -> Sequence[Record]:
 def _path(name: str) -> Path:
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # of a user that there is not
+    except RuntimeError:  # the named user does not exist
         return Path(name)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def _kind(path: Path) -> str:
-    """The suffix that gives the format, without a compression suffix."""
+    """Return the suffix that determines the format, ignoring a compression suffix."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
@@ -127,7 +128,7 @@ def _unpacking(path: Path) -> Iterator[pa.NativeFile]:
 
 
 class Lines(Sequence[Record]):
-    """The non-blank lines of a JSON lines file, parsed on access; `number` is the line number of the first."""
+    """The non-blank lines of a JSON lines file, parsed on access; `number` is the first line's number."""
 
     def __init__(self, path: Path, data: Bytes, number: int = 1) -> None:
         self.path, self.data = path, data
@@ -135,7 +136,7 @@ class Lines(Sequence[Record]):
         found = []
         for at in range(begin, len(data), CHUNK):
             ends = np.flatnonzero(np.frombuffer(data, np.uint8, min(CHUNK, len(data) - at), at) == 10) + at
-            if at + CHUNK >= len(data) and data[-1:] != b"\n":  # the last line has no line end
+            if at + CHUNK >= len(data) and data[-1:] != b"\n":  # the last line is unterminated
                 ends = np.append(ends, len(data))
             if len(ends):
                 found.append(_filled(data, np.append(begin, ends[:-1] + 1), ends, number))
@@ -144,7 +145,7 @@ class Lines(Sequence[Record]):
         self.next_number = number
 
     def keep_filled(self) -> None:
-        """Drops the bytes of blank lines if they are more than half of the data."""
+        """Drop the bytes of blank lines if they are more than half of the data."""
         if 2 * int((self.ends - self.starts).sum()) < len(self.data):
             self.data = b"".join(
                 self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True)
@@ -166,7 +167,7 @@ class Lines(Sequence[Record]):
 
 
 def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
-    """[3, n]: starts, ends and numbers of the non-blank lines; `number` is the line number of the first."""
+    """Return starts, ends and numbers [3, n] of the non-blank lines; `number` is the first line's number."""
     at = np.flatnonzero(starts < ends)
     lines = np.stack([starts[at], ends[at], number + at])
     is_filled = np.ones(len(at), bool)
@@ -176,7 +177,7 @@ def _filled(data: Bytes, starts: np.ndarray, ends: np.ndarray, number: int) -> n
 
 
 def _unpacked_lines(path: Path) -> list[Lines]:
-    """The lines of a compressed file, unpacked in chunks; empty if it is not JSON lines."""
+    """Return the lines of a compressed file, unpacked in chunks; empty if it is not JSON lines."""
     found, held, number = [], [b""], 1
     with _unpacking(path) as stream:
         while held:
@@ -198,7 +199,7 @@ def _unpacked_lines(path: Path) -> list[Lines]:
 
 
 def _json(path: Path, data: Bytes) -> Sequence[Record]:
-    """JSON lines, one array, or concatenated values, whatever the suffix says."""
+    """Parse JSON lines, one array, or concatenated values, whatever the suffix."""
     lines = Lines(path, data)
     if _are_records([lines]):
         return lines
@@ -209,7 +210,7 @@ def _json(path: Path, data: Bytes) -> Sequence[Record]:
 
 
 def _are_records(parts: list[Lines]) -> bool:
-    """Whether non-empty parts are JSON lines: at least two lines, the first an object."""
+    """Return whether non-empty parts are JSON lines: at least two lines, the first an object."""
     if sum(map(len, parts)) < 2 or not _starts_with_object(parts[0]):
         return False
     parts[-1].value(-1)  # raises if the file was truncated within its last line
@@ -224,7 +225,7 @@ def _starts_with_object(lines: Lines) -> bool:
 
 
 def _unwrapped(value: Any) -> list[Any]:
-    """`{"data": [{...}, ...]}` -> its records; any other single value is a record."""
+    """Return the records of `{"data": [{...}, ...]}`; any other single value is one record."""
     if not isinstance(value, dict) or any(name in value for name in COLUMNS):
         return [value]
     lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
@@ -232,7 +233,7 @@ def _unwrapped(value: Any) -> list[Any]:
 
 
 def _record(value: Any) -> Record:
-    """Wraps a bare list as chat turns and any other bare value as a prompt."""
+    """Wrap a bare list as chat turns and any other bare value as a prompt."""
     if isinstance(value, dict):
         return value
     return {"messages" if isinstance(value, list) else "prompt": value}
@@ -250,7 +251,7 @@ def _text(path: Path, data: bytes, line: int = 1) -> str:
 
 
 def _csv(path: Path, data: Bytes) -> Sequence[Record]:
-    """A table with a header; every value is a string. The header of a .csv decides between `,`, `;` and tabs."""
+    """Parse a table with a header as strings. The header of a .csv decides between `,`, `;` and tabs."""
     text = _text(path, data[:])
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
@@ -314,7 +315,7 @@ KINDS: dict[str, Reader] = {
 LINES = (".jsonl", ".ndjson")
 
 
-# --- folders and the hub ------------------------------------------------------------------------------------------------
+# --- folders and the hub ------------------------------------------------------------------------------------
 
 
 class Joined(Sequence[Record]):
@@ -333,7 +334,10 @@ class Joined(Sequence[Record]):
 
 
 def _folder(folder: Path, split: str) -> Sequence[Record]:
-    """A saved data set, or all data files below, by name; if file names name splits, only those of `split`."""
+    """A saved data set, or all data files below `folder`, by name.
+
+    If file names contain splits, only the files of `split`.
+    """
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(folder, split)
     files = sorted(path for path in _visible(folder) if _kind(path) in KINDS and path.name not in ABOUT)
@@ -366,7 +370,7 @@ def _split_of(path: Path) -> str:
 
 
 class Rows(Sequence[Record]):
-    """The rows of a `datasets.Dataset`, all columns, whatever format it was saved with; images are not decoded."""
+    """The rows of a `datasets.Dataset`, all columns in any saved format; images are not decoded."""
 
     def __init__(self, data: Any) -> None:
         self.data = data.with_format("arrow")
@@ -411,14 +415,14 @@ def _hub(name: str, config: str, split: str) -> Rows:
         ) from error
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
 def _values(text: str, path: Path) -> list[Any]:
     decoder, white = json.JSONDecoder(strict=False), re.compile(r"\s*")
     values, at = [], 0
     with _refusing(path, 1):
-        while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it always matches
+        while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # always matches
             value, at = decoder.raw_decode(text, at)
             values.append(value)
     return values
@@ -426,7 +430,7 @@ def _values(text: str, path: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def _refusing(path: Path, line: int) -> Iterator[None]:
-    """Turns JSON errors of a text that begins at `line` into `UserError`."""
+    """Turn JSON errors of a text starting at `line` into `UserError`."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -441,13 +445,13 @@ def _refusing(path: Path, line: int) -> Iterator[None]:
 
 
 def _arrow_record(row: pa.RecordBatch | pa.Table) -> Record:
-    """The record of one row. Errors: `Unusable` for images, audio and video in any column."""
+    """Convert one row to a record. Errors: `Unusable` for images, audio and video in any column."""
     values = row.to_pylist()[0]
     return {field.name: _value(field.name, field.type, values[field.name]) for field in row.schema}
 
 
 def _value(name: str, kind: pa.DataType, value: Any) -> Any:
-    """The value without the null struct fields that Arrow adds: all structs of a column share their fields."""
+    """Remove the null struct fields that Arrow adds because all structs of a column share their fields."""
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):

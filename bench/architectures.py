@@ -1,14 +1,15 @@
 """Both stages on a tiny random model of every causal language model type that transformers knows.
 
-    python -m bench.architectures                       # the types that have no result with these versions; half an hour
-    python -m bench.architectures --only qwen3 gpt2     # these alone
-    python -m bench.architectures --again               # those with a result too
+    python -m bench.architectures                       # the types that have no result with these versions;
+    half an hour python -m bench.architectures --only qwen3 gpt2     # these alone python -m
+    bench.architectures --again               # those with a result too
 
-Each type is run as a user would run it, twice, in fp32 on the CPU. First packed as `packing: auto` decides, a student that
-is its own teacher: nothing is to be learned, so the first loss is 0. Then padded, with a random LoRA adapter and another
-teacher. Every log-probability that the project computes (of the rollout engine, the teacher, the student in training) is
-compared with transformers' own forward of each row alone, unpadded, in the attention that the type has by default.
-Results are kept in bench/results/architectures.json, from which docs/models.md is written.
+Each type is run as a user would run it, twice, in fp32 on the CPU. First packed as `packing: auto` decides, a
+student that is its own teacher: nothing is to be learned, so the first loss is 0. Then padded, with a random
+LoRA adapter and another teacher. Every log-probability that the project computes (of the rollout engine, the
+teacher, the student in training) is compared with transformers' own forward of each row alone, unpadded, in
+the attention that the type has by default. Results are kept in bench/results/architectures.json, from which
+docs/models.md is written.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# --- one run, judged ---------------------------------------------------------------------------------------------------
+# --- one run, judged
+# ---------------------------------------------------------------------------------------------------
 
 
 class Refused(Exception):
@@ -165,7 +167,9 @@ def stage(main: Callable[[], None], arguments: list[str]) -> None:
 def reference_logprobs(
     folder: Path, rows: list[cache.Record], vocabulary: int, adapter: Path | None = None
 ) -> np.ndarray:
-    """Log-probability of every completion token by transformers alone: each row by itself, unpadded, without a cache."""
+    """Log-probability of every completion token by transformers alone: each row by itself, unpadded, without
+    a cache.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -183,7 +187,9 @@ def row_logprobs(model: Any, prompt: np.ndarray, completion: np.ndarray, vocabul
 
 
 def judge(found: Found, run: Path, models: Models, name: str, **values: Any) -> None:
-    """Both stages on `models`: `found` gets what differs from transformers, and by which ways it was computed."""
+    """Both stages on `models`: `found` gets what differs from transformers, and by which ways it was
+    computed.
+    """
     arguments = flags(run, models, **values)
     with watched() as watch:
         stage(stages.rollout.main, arguments)
@@ -222,7 +228,9 @@ def rows_of(run: Path) -> list[cache.Record]:
 
 @dataclass
 class Watch:
-    """What a run shows besides its files: calls of transformers' `generate`, and the student before its first step."""
+    """What a run shows besides its files: calls of transformers' `generate`, and the student before its first
+    step.
+    """
 
     generate_calls: int = 0
     padded_because: str = ""
@@ -254,14 +262,15 @@ def _records(run: Path) -> Iterator[dict[str, Any]]:
     yield from map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
 
 
-# --- one type ----------------------------------------------------------------------------------------------------------
+# --- one type
+# ----------------------------------------------------------------------------------------------------------
 
 
 def sweep(kind: str, folder: Path) -> dict[str, Any]:
     """The record of one type.
 
-    Experts and indexed tokens are chosen by comparing numbers: now and then rounding decides, and a token is off. What is
-    wrong in a few tokens and right with other weights is such a case, and noted as `ties`.
+    Experts and indexed tokens are chosen by comparing numbers: now and then rounding decides, and a token is
+    off. What is wrong in a few tokens and right with other weights is such a case, and noted as `ties`.
     """
     if kind in tiny_types.ENCODER_DECODERS:
         return {"verdict": "excluded"}
@@ -356,7 +365,8 @@ def leak_of(folder: Path) -> float:
 
 
 def stirred_adapter(exported: Path, folder: Path) -> Path:
-    """A copy of an exported LoRA adapter whose update is random and not small, where a step of training had moved it.
+    """A copy of an exported LoRA adapter whose update is random and not small, where a step of training had
+    moved it.
 
     What no step moves acts in no forward: a router that reads its layer's weight by itself, say.
     """
@@ -384,7 +394,8 @@ def _where(error: BaseException) -> str:
     )
 
 
-# --- all types ---------------------------------------------------------------------------------------------------------
+# --- all types
+# ---------------------------------------------------------------------------------------------------------
 
 
 def work(pipe: Connection) -> None:
@@ -401,7 +412,9 @@ def work(pipe: Connection) -> None:
 
 
 class Worker:
-    """A process that sweeps types one after the other; a type that kills it or takes too long costs that process alone."""
+    """A process that sweeps types one after the other; a type that kills it or takes too long costs that
+    process alone.
+    """
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -429,7 +442,8 @@ class Worker:
         self._process.join()
 
 
-# --- command -----------------------------------------------------------------------------------------------------------
+# --- command
+# -----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
     python bench/cache_reading.py --gigabytes 1 10 --folder runs/cache_reading --out bench/results
 
-Writes a cache of each size (top-64 at 151,936 ids, rows of 256 tokens, units of 128 rows) unless it is there, then
-measures in fresh processes: `import cache`, `cache.open`, `summary`, and `cache.stream` over all rows with the peak of
-the process's anonymous memory (what it allocated; mapped shard pages are the kernel's to drop). Files are in the page
-cache as the machine leaves them. Writes cache_reading.json.
+Writes a cache of each size (top-64 at 151,936 ids, rows of 256 tokens, units of 128 rows) unless it is there,
+then measures in fresh processes: `import cache`, `cache.open`, `summary`, and `cache.stream` over all rows
+with the peak of the process's anonymous memory (what it allocated; mapped shard pages are the kernel's to
+drop). Files are in the page cache as the machine leaves them. Writes cache_reading.json.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m bench.cache_scale --shards 10000 [--folder /tmp/scale]
 
-Writes that many shards of one small row each by one writer, timing the last hundred commits, then measures a new reader and a new
-writer in this process. Files are in the page cache as the machine leaves them.
+Writes that many shards of one small row each by one writer, timing the last hundred commits, then measures a
+new reader and a new writer in this process. Files are in the page cache as the machine leaves them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ def main() -> None:
         root = Path(temporary) / "cache"
         total, commits = timed(lambda: write(root, range(options.shards)))
         print(
-            f"{options.shards:,} shards written in {total:.0f} s; commits of the first {LAST}: {_of(commits[:LAST])}"
+            f"{options.shards:,} shards written in {total:.0f} s; commits of the first {LAST}:"
+            f" {_of(commits[:LAST])}"
         )
         print(f"commits of the last {LAST}: {_of(commits[-LAST:])}")
         opened, snapshot = timed(lambda: cache.open(root))
         print(f"open: {opened:.2f} s, {len(snapshot):,} rows")
         print(
-            f"a new writer's first commit: {timed(lambda: write(root, range(options.shards, options.shards + 1)))[0]:.2f} s"
+            "a new writer's first commit:"
+            f" {timed(lambda: write(root, range(options.shards, options.shards + 1)))[0]:.2f} s"
         )
         summarised, _ = timed(cache.open(root).summary)
         print(f"summary: {summarised:.2f} s")

@@ -1,8 +1,9 @@
-"""Cells that are measured one by one on one device, their results file and its command line; as `stage_one.py` has them.
+"""Cells that are measured one by one on one device, their results file and its command line; as
+`stage_one.py` has them.
 
-Results are written after every cell. A cell that is there already for the same device, versions and sources is kept, one
-that went wrong (other than by memory) is tried again. Every call that measures first measures the device's ceilings: the
-rate of a large copy (bytes read and written) and of a large bf16 product.
+Results are written after every cell. A cell that is there already for the same device, versions and sources
+is kept, one that went wrong (other than by memory) is tried again. Every call that measures first measures
+the device's ceilings: the rate of a large copy (bytes read and written) and of a large bf16 product.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. `sources`, `packages`: the files, and versions beside torch's, whose change makes it out of date."""
+    """One measurement. `sources`, `packages`: the files, and versions beside torch's, whose change makes it
+    out of date.
+    """
 
     name: str
     measure: Callable[[Bench], Record]

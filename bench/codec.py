@@ -1,13 +1,15 @@
 """The packed top-k signal against other ways to store it, on a real teacher's distributions.
 
-    python bench/codec.py train --tokenizer bpe-16384.json --corpus train.jsonl.zst --out runs/codec/bpe16k --minutes 2.5
+    python bench/codec.py train --tokenizer bpe-16384.json --corpus train.jsonl.zst --out runs/codec/bpe16k
+    --minutes 2.5
     python bench/codec.py measure --teacher runs/codec/bpe16k/teacher --student runs/codec/bpe16k/student \
         --texts heldout.jsonl.zst --name bpe16k --out bench/results
 
-`train` makes a Qwen3-architecture teacher (12 layers of width 640) and keeps the same model at a quarter of the time as the
-student whose gradients are compared. `measure` takes the distributions of held-out text: per format signal bytes a token,
-encoding and decoding on one thread, KL(exact || decoded) over kept ids and tail, and the relative error of the loss's
-gradient by the student's hidden states (reverse and forward KL), against the same ids in fp32. It adds to codec.json.
+`train` makes a Qwen3-architecture teacher (12 layers of width 640) and keeps the same model at a quarter of
+the time as the student whose gradients are compared. `measure` takes the distributions of held-out text: per
+format signal bytes a token, encoding and decoding on one thread, KL(exact || decoded) over kept ids and tail,
+and the relative error of the loss's gradient by the student's hidden states (reverse and forward KL), against
+the same ids in fp32. It adds to codec.json.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def train(options: argparse.Namespace) -> None:
     save(model, tokenizer, options.out / "teacher")
     size = sum(p.numel() for p in model.parameters())
     print(
-        f"{size:,} parameters, {step} steps of {options.batch * LENGTH:,} tokens over {len(ids):,}, loss {loss.item():.3f}"
+        f"{size:,} parameters, {step} steps of {options.batch * LENGTH:,} tokens over {len(ids):,},"
+        f" loss {loss.item():.3f}"
     )
 
 
@@ -234,8 +237,9 @@ def parquet_zstd() -> Format:
 
 
 def distillkit(config: str, k: int, num_exact: int, vocab_size: int) -> Format:
-    """DistillKit's polynomial compressor by its published configuration: the first logprobs in bfloat16, the others as the
-    least-squares fit of fp32 coefficients over their rank, ids bit-packed at ceil(log2 V) bits. It keeps no tail."""
+    """DistillKit's polynomial compressor by its published configuration: the first logprobs in bfloat16, the
+    others as the least-squares fit of fp32 coefficients over their rank, ids bit-packed at ceil(log2 V) bits.
+    It keeps no tail."""
     bits = math.ceil(math.log2(vocab_size))
     rank = np.arange(k - num_exact, dtype=np.float64) / max(1, k - num_exact - 1)
     basis = np.stack([np.sqrt(rank) if term == "sqrt" else rank ** int(term) for term in TERMS[config]], 1)
@@ -412,7 +416,9 @@ def matrices(states: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[str, ca
 
 
 def disk_speed(folder: Path, megabytes: int = 512) -> dict[str, float]:
-    """What the disk below `folder` takes and gives: a file of random bytes, written to the platter and read past the page cache."""
+    """What the disk below `folder` takes and gives: a file of random bytes, written to the platter and read
+    past the page cache.
+    """
     block = np.random.default_rng(0).bytes(10**6)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         started = time.perf_counter()
@@ -474,14 +480,17 @@ def table(found: dict[str, Any]) -> str:
         if isinstance(row, dict) and "kl_mean" in row:
             lines.append(
                 f"{name:<48}{row['bytes_per_token']:>8.1f} B {row['encode_tokens_per_second'] / 1e3:>8.0f}k"
-                f" {row['decode_tokens_per_second'] / 1e3:>8.0f}k tok/s  KL {row['kl_mean']:.1e} p99 {row['kl_p99']:.1e}"
-                f"  grad {row['reverse_gradient_error']:.1e} {row['forward_gradient_error']:.1e}  k {row['kept_ids_per_token']:.1f}"
+                f" {row['decode_tokens_per_second'] / 1e3:>8.0f}k tok/s  KL {row['kl_mean']:.1e} p99"
+                f" {row['kl_p99']:.1e}"
+                f"  grad {row['reverse_gradient_error']:.1e} {row['forward_gradient_error']:.1e}  k"
+                f" {row['kept_ids_per_token']:.1f}"
             )
         elif isinstance(row, dict) and "share_of_raw" in row:
             lines.append(
                 f"{name:<48}{row['bytes_per_token']:>8.1f} B {100 * row['share_of_raw']:.1f} % of raw,"
                 f" {row['encode_mb_per_second']:.0f} / {row['decode_mb_per_second']:.0f} MB/s, of raw bytes;"
-                f" the disk {found['disk']['write_mb_per_second']:.0f} / {found['disk']['read_mb_per_second']:.0f} MB/s"
+                f" the disk {found['disk']['write_mb_per_second']:.0f} /"
+                f" {found['disk']['read_mb_per_second']:.0f} MB/s"
             )
     return "\n".join(lines)
 

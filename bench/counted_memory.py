@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 class CountedMemory(TorchDispatchMode):
     """Counts the storages that operators inside the block allocate, as they come and go.
 
-    `live` and `peak` in bytes. Tensors that exist before the block count for nothing, unless an operator returns them.
+    `live` and `peak` in bytes. Tensors that exist before the block count for nothing, unless an operator
+    returns them.
     """
 
     def __init__(self) -> None:

@@ -1,20 +1,24 @@
-"""`dual_kl` against the GEMM floor, plain PyTorch and other projects' fused losses: time, memory, gradient error.
+"""`dual_kl` against the GEMM floor, plain PyTorch and other projects' fused losses: time, memory, gradient
+error.
 
-    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or H200; on a CPU
+    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or
+    H200; on a CPU
                                                                  ours and eager at a laptop's size, in fp32
     python bench/loss.py --list                                  the names of all cells of the grid
     python bench/loss.py --only 'N8192-V151936-d2560/hidden/*'   some of them; calls add up
     python bench/loss.py --table                                 Markdown tables of bench/results/loss.json
 
-A cell is SHAPE/TEACHER/HEAD/CONTENDER: one forward and backward of a loss, by hidden states alone (HEAD `frozen`) or by
-the head's weight too (`trained`). Results are written after every cell. A cell that is there already for the same device,
-versions and sources (`dualkl/` and `bench/loss*.py` for ours, the peer's version and `bench/loss*.py` for others) is
-kept; --again measures it anew. No new cell is begun after --minutes. Cells that do not fit in memory say OOM.
+A cell is SHAPE/TEACHER/HEAD/CONTENDER: one forward and backward of a loss, by hidden states alone (HEAD
+`frozen`) or by the head's weight too (`trained`). Results are written after every cell. A cell that is there
+already for the same device, versions and sources (`dualkl/` and `bench/loss*.py` for ours, the peer's version
+and `bench/loss*.py` for others) is kept; --again measures it anew. No new cell is begun after --minutes.
+Cells that do not fit in memory say OOM.
 
-The floor of a cell is the sum of its matrix products alone, measured by the same process on the same data: the student's
-head forward (bf16 results), by hidden states, by the weight if it is trained, and the teacher's head for a teacher given
-by hidden states. Memory is the peak beyond the inputs and the bf16 `.grad`, which is there before the step. Errors are
-||found - wanted|| / ||wanted|| against float64 on the same bf16 inputs (512 positions of dX, 4,096 ids of dW).
+The floor of a cell is the sum of its matrix products alone, measured by the same process on the same data:
+the student's head forward (bf16 results), by hidden states, by the weight if it is trained, and the teacher's
+head for a teacher given by hidden states. Memory is the peak beyond the inputs and the bf16 `.grad`, which is
+there before the step. Errors are ||found - wanted|| / ||wanted|| against float64 on the same bf16 inputs (512
+positions of dX, 4,096 ids of dW).
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ class Cell:
         return f"{self.case}/{self.contender.name}"
 
 
-# --- which cells -------------------------------------------------------------------------------------------------
+# --- which cells
+# -------------------------------------------------------------------------------------------------
 
 
 def cells_of(shape: Shape, kinds: Iterable[str], names: Iterable[str] | None = None) -> list[Cell]:
@@ -98,7 +103,9 @@ def full_grid() -> list[Cell]:
 
 
 def quick_cells(device: str) -> list[Cell]:
-    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden; on a CPU against eager."""
+    """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden; on a CPU
+    against eager.
+    """
     if device == "cpu":
         return cells_of(LAPTOP, ("hidden", "topk", "full"), ["dual_kl", "eager"])
     return cells_of(HEADLINE, ("hidden", "topk"), ["dual_kl"]) + cells_of(HEADLINE, ["hidden"], PEERS_QUICK)
@@ -126,7 +133,8 @@ def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
     return [replace(cell, contender=variant) for variant in variants]
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------
+# --- measuring
+# ---------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(step: Step, device: str) -> int:
@@ -307,7 +315,8 @@ def try_cell(
         return {"status": "OOM" if "out of memory" in text.lower() else "error", "message": text}
 
 
-# --- the run -----------------------------------------------------------------------------------------------------
+# --- the run
+# -----------------------------------------------------------------------------------------------------
 
 
 def identity(cell: Cell | None) -> Record:
@@ -376,7 +385,8 @@ def run(options: argparse.Namespace) -> None:
             release(device)
         except Exception as error:
             sys.exit(
-                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was measured is kept"
+                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was"
+                " measured is kept"
             )
 
 
@@ -386,12 +396,14 @@ def line(name: str, record: Record) -> str:
         return f"{name:<66} {record['status']}: {record.get('message', '')[:160]}"
     errors = " ".join(f"{key} {value:.1e}" for key, value in record["errors"].items())
     return (
-        f"{name:<66} {JOBS[record['job']]:<22} {record['ms']:>9.3f} ms  {number(record['ratio'], 2):>6} x floor"
+        f"{name:<66} {JOBS[record['job']]:<22} {record['ms']:>9.3f} ms "
+        f" {number(record['ratio'], 2):>6} x floor"
         f"  {number(record['extra_gib'], 2):>6} GiB  {errors}  {show_settings(record['settings'])}"
     )
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
+# --- tables
+# ------------------------------------------------------------------------------------------------------
 
 
 def scientific(value: float | None) -> str:

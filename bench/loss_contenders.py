@@ -1,7 +1,8 @@
 """Who is measured by `bench/loss.py`: DualKL, plain PyTorch, and the fused losses of other projects.
 
-A contender builds, for a problem, a kind of teacher and one of its settings, a function of the student's hidden states
-and head weight that returns the loss. Packages that are missing raise `NotInstalled`, which is no failure.
+A contender builds, for a problem, a kind of teacher and one of its settings, a function of the student's
+hidden states and head weight that returns the loss. Packages that are missing raise `NotInstalled`, which is
+no failure.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from dualkl import HiddenTeacher, LogitsTeacher, TopKTeacher
 Settings = dict[str, Any]
 Columns = dict[str, Tensor]
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Columns]]
-"""(hidden [N, d], weight [V, d]) -> the mean loss, and rkl, fkl and gate per position where they are known."""
+"""(hidden [N, d], weight [V, d]) -> the mean loss, and rkl, fkl and gate per position where they are known.
+"""
 
 ALL_KINDS = ("hidden", "full", "topk")
 JOBS = {
@@ -50,7 +52,9 @@ class NotInstalled(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the tables. Of several `settings` the fastest is reported; the first is the one of a quick run."""
+    """One row of the tables. Of several `settings` the fastest is reported; the first is the one of a quick
+    run.
+    """
 
     name: str
     job: str
@@ -176,7 +180,8 @@ def build_trl(problem: Problem, kind: str, settings: Settings) -> LossFunction:
 
 
 def _trl_divergence() -> Any:
-    """trl.kernels.chunked_divergence; where the trainers' own needs are missing, with a stand-in for trl.trainer.
+    """trl.kernels.chunked_divergence; where the trainers' own needs are missing, with a stand-in for
+    trl.trainer.
 
     All it takes from there gathers heads that ZeRO-3 has split, which never happens here.
     """

@@ -1,4 +1,5 @@
-"""What `bench/loss.py` measures on: seeded problems, the objectives by their definition, and float64 references.
+"""What `bench/loss.py` measures on: seeded problems, the objectives by their definition, and float64
+references.
 
 Shape suffixes: N positions, V vocabulary, K kept ids, d / D width of student / teacher.
 """
@@ -92,9 +93,9 @@ class Problem:
 def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
     """Logits like a language model's, in a student and a teacher whose divergence differs between positions.
 
-    Student and teacher share half of the student's width, which gives logits of standard deviation 1.5 to 3.5 and a
-    peak of up to 25 at one id; the rest of each adds noise of its own, 0.1 to 2 per position, so that R spreads from
-    about 0.005 to 2 nats and the gate over (0, 1).
+    Student and teacher share half of the student's width, which gives logits of standard deviation 1.5 to 3.5
+    and a peak of up to 25 at one id; the rest of each adds noise of its own, 0.1 to 2 per position, so that R
+    spreads from about 0.005 to 2 nats and the gate over (0, 1).
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -123,10 +124,12 @@ def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
 def objective(
     job: str, logits_NV: Tensor, teacher: Tensor | TopKTeacher
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, R, F, λ) per position by their definitions, in the dtype of the logits; differentiable in the loss.
+    """(loss, R, F, λ) per position by their definitions, in the dtype of the logits; differentiable in the
+    loss.
 
-    `teacher` is logits [N, V] or a top-k teacher whose slots are all filled. Jobs: "gated" (the dual KL of `CONFIG`),
-    "forward" F, "reverse" R, "jsd" (mixture one half), "entropy" (orda-kernel's: F weighted by the teacher's entropy).
+    `teacher` is logits [N, V] or a top-k teacher whose slots are all filled. Jobs: "gated" (the dual KL of
+    `CONFIG`), "forward" F, "reverse" R, "jsd" (mixture one half), "entropy" (orda-kernel's: F weighted by the
+    teacher's entropy).
     """
     if isinstance(teacher, TopKTeacher):
         logp_NC, logq_NC = _topk_outcomes(logits_NV, teacher)
@@ -160,7 +163,9 @@ def _topk_outcomes(logits_NV: Tensor, teacher: TopKTeacher) -> tuple[Tensor, Ten
 
 
 def make_reference(problem: Problem, kind: str, job: str) -> Reference:
-    """`objective` and its gradient through the head in float64, 256 positions at a time, on the problem's device."""
+    """`objective` and its gradient through the head in float64, 256 positions at a time, on the problem's
+    device.
+    """
     num_rows, num_ids = problem.shape.num_rows, problem.shape.num_ids
     positions = _spread(num_rows, POSITIONS_COMPARED, problem.hidden_Nd)
     ids = _spread(num_ids, IDS_COMPARED, problem.hidden_Nd)

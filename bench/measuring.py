@@ -1,4 +1,6 @@
-"""What the benches share: clocks, a device's ceilings and memory, the file of results, and the text of tables."""
+"""What the benches share: clocks, a device's ceilings and memory, the file of results, and the text of
+tables.
+"""
 
 from __future__ import annotations
 

@@ -1,24 +1,33 @@
-"""Both stages against TRL's online distillation: a 1.7B-shaped student, an 8B-shaped teacher, equal rollouts, one GPU.
+"""Both stages against TRL's online distillation: a 1.7B-shaped student, an 8B-shaped teacher, equal rollouts,
+one GPU.
 
-    python bench/online.py                              every cell that begins within the first minutes; calls add up
-    python bench/online.py --only 'ours/*' trl/128      some of them
-    python bench/online.py --table                      rates and the two ratios from bench/results/online.json
+    python bench/online.py                              every cell that begins within the first minutes; calls
+    add up python bench/online.py --only 'ours/*' trl/128      some of them python bench/online.py --table
+    rates and the two ratios from bench/results/online.json
 
-Random prompts of 128 tokens, completions of exactly 256 (the EOS id is one that no model has), temperature 1, LoRA r 64 on
-all linear layers, gradient checkpointing, 128 rollouts an optimizer step, weights seeded and drawn on the device.
+Random prompts of 128 tokens, completions of exactly 256 (the EOS id is one that no model has), temperature 1,
+LoRA r 64 on all linear layers, gradient checkpointing, 128 rollouts an optimizer step, weights seeded and
+drawn on the device.
 
-ours/stage_one   the run's own `collect` (generation, scoring by a plain teacher, encoding, writing to a cache) with batch
-                 sizes `auto`: 2 units of 1,024 rollouts after one of 512 to warm up. All its wall-clock counts.
-ours/both        the same, then one pass over the rows by the run's own reader and `train_step` (16 steps of 128, after two
-                 to warm up). All wall-clock of both counts, opening the cache included, loading of models not.
-trl/B            TRL's DistillationTrainer, the trainer that its GKDTrainer refers to at on-policy share 1 and temperature 1
-                 (GKDTrainer generates without a cache under gradient checkpointing, and holds full logits): B rollouts a
-                 step by transformers' generate, reverse KL over the full vocabulary; two steps after one to warm up.
+ours/stage_one   the run's own `collect` (generation, scoring by a plain teacher, encoding, writing to a
+cache) with batch
+                 sizes `auto`: 2 units of 1,024 rollouts after one of 512 to warm up. All its wall-clock
+                 counts.
+ours/both        the same, then one pass over the rows by the run's own reader and `train_step` (16 steps of
+128, after two
+                 to warm up). All wall-clock of both counts, opening the cache included, loading of models
+                 not.
+trl/B            TRL's DistillationTrainer, the trainer that its GKDTrainer refers to at on-policy share 1 and
+temperature 1
+                 (GKDTrainer generates without a cache under gradient checkpointing, and holds full logits): B
+                 rollouts a
+                 step by transformers' generate, reverse KL over the full vocabulary; two steps after one to
+                 warm up.
 trl/128/static   the same with generate's static cache (TRL does not compile it).
 
-`rollouts_per_second`: generated and scored; TRL's time for it is that of generation and the teacher's forward alone, without
-the teacher's head or the divergence. `tokens_per_second`: completion tokens distilled, over all that a step does. A batch
-that does not fit says OOM. Harness: `bench/cells.py`.
+`rollouts_per_second`: generated and scored; TRL's time for it is that of generation and the teacher's forward
+alone, without the teacher's head or the divergence. `tokens_per_second`: completion tokens distilled, over
+all that a step does. A batch that does not fit says OOM. Harness: `bench/cells.py`.
 """
 
 from __future__ import annotations
@@ -129,11 +138,14 @@ TINY = Setting(
 )
 
 
-# --- what both sides share -----------------------------------------------------------------------------------------
+# --- what both sides share
+# -----------------------------------------------------------------------------------------
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for each id, so that prompts have known lengths; pad is id 0, EOS one more id that the models do not have."""
+    """A word for each id, so that prompts have known lengths; pad is id 0, EOS one more id that the models do
+    not have.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({word_of(i): i for i in range(vocab_size + 1)}, unk_token=word_of(0)))
@@ -170,7 +182,8 @@ def say(text: str) -> None:
     print(f"        {time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-# --- ours ----------------------------------------------------------------------------------------------------------
+# --- ours
+# ----------------------------------------------------------------------------------------------------------
 
 
 def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: int) -> Run:
@@ -305,7 +318,8 @@ def shares_of(run: Run) -> Record:
     return {name: last[name] for name in names}
 
 
-# --- TRL -----------------------------------------------------------------------------------------------------------
+# --- TRL
+# -----------------------------------------------------------------------------------------------------------
 
 
 def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, bench: Bench) -> Record:
@@ -344,7 +358,9 @@ def trl_trainer(
     folder: Path,
     timed_steps: list[dict[str, float]],
 ) -> Any:
-    """A trainer that appends to `steps` the seconds of each: `generate`, the `teacher`'s forward, and the `whole`."""
+    """A trainer that appends to `steps` the seconds of each: `generate`, the `teacher`'s forward, and the
+    `whole`.
+    """
     import datasets
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -425,7 +441,8 @@ def forget_accelerate() -> None:
     GradientState._reset_state()
 
 
-# --- cells ---------------------------------------------------------------------------------------------------------
+# --- cells
+# ---------------------------------------------------------------------------------------------------------
 
 
 def cells(tiny: bool) -> list[Cell]:

@@ -1,8 +1,8 @@
 """Where a step's time goes: seconds of a device's kernels by what they do, from one profiled step.
 
-A product counts as short where it takes less time than the least of the frozen weights' products would, nearly, at the rate
-of a large one: those are the adapters'. Names decide the rest. Idle is the step's time, measured without the profiler, less
-the time in which any kernel ran.
+A product counts as short where it takes less time than the least of the frozen weights' products would,
+nearly, at the rate of a large one: those are the adapters'. Names decide the rest. Idle is the step's time,
+measured without the profiler, less the time in which any kernel ran.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Profile:
-    """The kernels of one step, and what the least of its frozen products multiplies: weights, and tokens on average."""
+    """The kernels of one step, and what the least of its frozen products multiplies: weights, and tokens on
+    average.
+    """
 
     events: list[Event]
     least_weights: int
@@ -91,7 +93,9 @@ def busy_seconds(events: Iterable[Event]) -> float:
 
 
 def parts(events: list[Event], step_seconds: float, shortest: float) -> Record:
-    """Seconds by class, idle ones, and the `NUM_NAMES` kernels that take most, each with seconds and number of runs."""
+    """Seconds by class, idle ones, and the `NUM_NAMES` kernels that take most, each with seconds and number
+    of runs.
+    """
     by_kind, by_name, runs = defaultdict[str, float](float), defaultdict[str, float](float), Counter[str]()
     for event in events:
         by_kind[kind_of(event, shortest)] += event.seconds

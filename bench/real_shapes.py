@@ -1,12 +1,16 @@
 """Both stages at real shapes, with seeded random weights in place of downloads.
 
-    python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl --out bench/results
+    python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl --out
+    bench/results
 
-Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16), then, each part by `--only`:
-  zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both against fp32;
+Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16), then, each part by
+`--only`:
+  zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both
+  against fp32;
   stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
   memory  six refreshes of 640 rollouts, each scored in forwards of many shapes: memory allocated after each.
-`--processes N` runs `stages` and `memory` under torchrun, a GPU each; figures are noted as `stages_on_N`, `memory_on_N`.
+`--processes N` runs `stages` and `memory` under torchrun, a GPU each; figures are noted as `stages_on_N`,
+`memory_on_N`.
 On a CPU: `--device cpu --tiny`.
 Writes real_shapes.json: figures, each part's with its device and versions.
 """
@@ -50,13 +54,16 @@ SHAPES = {
 }
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'"
+    " }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def make_model(role: str, folder: Path, tokenizer: PreTrainedTokenizerFast, tiny: bool, device: str) -> None:
-    """A Qwen3 checkpoint with seeded random weights; the teacher's are drawn wider, so that its text has structure."""
+    """A Qwen3 checkpoint with seeded random weights; the teacher's are drawn wider, so that its text has
+    structure.
+    """
     if (folder / "config.json").exists():
         return
     shape = TINY if tiny else SHAPES[role]
@@ -130,7 +137,9 @@ def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, 
 
 
 def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
-    """stages.rollout, then stages.train through one refresh; rates, of all processes together, from the records they leave."""
+    """stages.rollout, then stages.train through one refresh; rates, of all processes together, from the
+    records they leave.
+    """
     shutil.rmtree("runs/real_shapes", ignore_errors=True)
     size = [
         "--num_prompts",
@@ -207,7 +216,9 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: 
 
 
 def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: int) -> dict[str, Any]:
-    """Memory allocated after each of six refreshes, and its largest growth in weights of the teacher that a process holds."""
+    """Memory allocated after each of six refreshes, and its largest growth in weights of the teacher that a
+    process holds.
+    """
     shutil.rmtree("runs/memory", ignore_errors=True)
     size = [
         "--num_prompts",

@@ -1,15 +1,17 @@
-"""Stage one against the hardware's floors: how fast a student writes rollouts, and a teacher scores and keeps them.
+"""Stage one against the hardware's floors: how fast a student writes rollouts, and a teacher scores and keeps
+them.
 
     python bench/stage_one.py --list                    the names of all cells
     python bench/stage_one.py --only 'decode/*'         some of them; calls add up
     python bench/stage_one.py --table                   a Markdown table of bench/results/stage_one.json
 
-Results are written after every cell. A cell that is there already for the same device, versions and sources is kept;
---again measures it anew. No new cell is begun after --minutes. Every call that measures first measures the device's
-ceilings: the rate of a large copy (bytes read and written) and of a large bf16 product.
+Results are written after every cell. A cell that is there already for the same device, versions and sources
+is kept; --again measures it anew. No new cell is begun after --minutes. Every call that measures first
+measures the device's ceilings: the rate of a large copy (bytes read and written) and of a large bf16 product.
 
-Models have seeded random weights made on the device from their configuration. The cells of each part and what they
-measure: decode in `stage_one_decode.py`, selection in `stage_one_scoring.py`, scoring and zero3 in `stage_one_teacher.py`.
+Models have seeded random weights made on the device from their configuration. The cells of each part and what
+they measure: decode in `stage_one_decode.py`, selection in `stage_one_scoring.py`, scoring and zero3 in
+`stage_one_teacher.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from bench.cells import Cell, Program, table
 
 
 def all_cells(tiny: bool) -> list[Cell]:
-    """Every part's cells; a tiny run does the same at sizes for a CPU. The last one sets its process up for DeepSpeed."""
+    """Every part's cells; a tiny run does the same at sizes for a CPU.
+
+    The last one sets its process up for DeepSpeed.
+    """
     parts = stage_one_decode, stage_one_scoring, stage_one_teacher
     return [cell for part in parts for cell in part.cells(tiny)]
 

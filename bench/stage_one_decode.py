@@ -1,17 +1,19 @@
-"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student writes completions, against the memory floor and generate.
+"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student writes completions, against the memory floor
+and generate.
 
     decode/steps/B          steps alone: B live slots from 128 places on, 256 steps, in captured steps
-    decode/whole/B          the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each, logprobs on the host
-    decode/groups/B         the same with four completions a prompt
-    decode/spread/B         4 B requests whose lengths are spread over 16..512, in useful tokens
-    decode/generate/B       transformers' generate as it comes (dynamic cache), sampling at temperature 1
-    decode/generate-static/B    the same with its static cache, compiled; the compiling call is not counted
-    decode/parts/B          milliseconds of a step's parts alone, each captured, at 256 places a row
+    decode/whole/B          the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each,
+    logprobs on the host decode/groups/B         the same with four completions a prompt decode/spread/B
+    4 B requests whose lengths are spread over 16..512, in useful tokens decode/generate/B       transformers'
+    generate as it comes (dynamic cache), sampling at temperature 1 decode/generate-static/B    the same with
+    its static cache, compiled; the compiling call is not counted decode/parts/B          milliseconds of a
+    step's parts alone, each captured, at 256 places a row
 
-All but generate's cells write as stage one does by default: with LoRA on all linear layers, merged. generate has no adapter.
+All but generate's cells write as stage one does by default: with LoRA on all linear layers, merged. generate
+has no adapter.
 
-The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed / copy
-rate, with 256 places a row on the average; the head counts as weights once.
+The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed
+/ copy rate, with 256 places a row on the average; the head counts as weights once.
 """
 
 from __future__ import annotations
@@ -260,7 +262,9 @@ def theirs(bench: Bench, model: Any, shape: Shape, batch: int, cache: str) -> Re
 
 
 def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    """Each part as often as a step has it, at the mean number of places; what is missing to a step is rotary, gates and residual sums."""
+    """Each part as often as a step has it, at the mean number of places; what is missing to a step is rotary,
+    gates and residual sums.
+    """
     device = torch.device(bench.device)
     places = shape.prompt + shape.new // 2
     config, dtype = model.config, torch.bfloat16

@@ -1,9 +1,10 @@
 """`bench/stage_one.py`, part selection: `compress` against its own head's product and against torch.topk.
 
-`selection/K` and `selection/nucleus` time, on the same float32 logits of 8,192 positions x 151,936 ids (in pieces of at
-most 2 GiB, as scoring has them): torch.topk alone; everything that `compress` does after the head's product; the same in
-plain PyTorch; and on the same hidden states (5,120 wide, bf16) the head's product alone and the whole of `compress`. Each
-figure is a median; `floor_ms` is one read of the logits at the rate of a sum over them measured in the same run.
+`selection/K` and `selection/nucleus` time, on the same float32 logits of 8,192 positions x 151,936 ids (in
+pieces of at most 2 GiB, as scoring has them): torch.topk alone; everything that `compress` does after the
+head's product; the same in plain PyTorch; and on the same hidden states (5,120 wide, bf16) the head's product
+alone and the whole of `compress`. Each figure is a median; `floor_ms` is one read of the logits at the rate
+of a sum over them measured in the same run.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""`bench/stage_one.py`, the scoring half on one GPU: what selection, copies, encoding and writing cost beside the bare forward.
+"""`bench/stage_one.py`, the scoring half on one GPU: what selection, copies, encoding and writing cost beside
+the bare forward.
 
-scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored positions
-          (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a cache (`scored`).
-zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a forward; at
+scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored
+positions
+          (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a cache
+          (`scored`).
+zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a
+forward; at
           4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
 
-Nothing is read from disk or left there. The rates are medians of repeats in one process, all three over the same random
-tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion tokens, 80 % of positions
-scored. A unit is five forwards, a default one (`rollouts_per_unit`) about forty: what a unit costs once weighs more here.
+Nothing is read from disk or left there. The rates are medians of repeats in one process, all three over the
+same random tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion
+tokens, 80 % of positions scored. A unit is five forwards, a default one (`rollouts_per_unit`) about forty:
+what a unit costs once weighs more here.
 """
 
 from __future__ import annotations
@@ -68,7 +73,8 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward, `repeats` times.
+    """How much is measured: rows of `prompt` and `completion` tokens, `tokens` of them in a forward,
+    `repeats` times.
 
     `warm_up`: rows of the run before those that count.
     """
@@ -150,7 +156,10 @@ def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
 def median_rate(
     step: Callable[[list[cache.Record]], int], rows: list[cache.Record], size: Size, device: str
 ) -> float:
-    """Tokens a second; `step` takes rows and returns their tokens. One run on few rows before those that count."""
+    """Tokens a second; `step` takes rows and returns their tokens.
+
+    One run on few rows before those that count.
+    """
     step(rows[: size.warm_up])
     rates = []
     for _ in range(size.repeats):
@@ -163,7 +172,9 @@ def median_rate(
 
 
 def forward_batches(teacher: Teacher, rows: list[cache.Record], size: Size, with_head: bool) -> int:
-    """The forwards of these rows alone; `with_head`: and logits at the scored positions, in chunks, thrown away."""
+    """The forwards of these rows alone; `with_head`: and logits at the scored positions, in chunks, thrown
+    away.
+    """
     num_rows = max(1, size.tokens // (size.prompt + size.completion))
     done = 0
     for start in range(0, len(rows), num_rows):
@@ -191,7 +202,9 @@ def score_and_write(
     size: Size,
     shares: list[float],
 ) -> int:
-    """A unit by the path of stage one, down to its commit; notes the share of time that waited for the writer."""
+    """A unit by the path of stage one, down to its commit; notes the share of time that waited for the
+    writer.
+    """
     scoring = Scoring(SignalSection(signal="topk", signal_k=size.k), size.vocabulary, 0)
     counts = Counts(len(rows))
     with UnitWriter(writer) as writing, Progress(run, len(rows)) as progress:
@@ -250,7 +263,9 @@ def logprobs_of(teacher: Teacher, ids: np.ndarray) -> Tensor:
 
 
 def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
-    """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at `equality_tokens` tokens."""
+    """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at
+    `equality_tokens` tokens.
+    """
     device = bench.device
     bench.clear()
     reset_peak(device)

@@ -1,18 +1,24 @@
-"""Stage two at fine-tuning speed: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer on the same rows.
+"""Stage two at fine-tuning speed: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer
+on the same rows.
 
-    python bench/stage_two.py                        every cell; calls add up, none begins a cell after 8 minutes
-    python bench/stage_two.py --only packed 'trl*'   some of them
-    python bench/stage_two.py --table                a Markdown table of bench/results/stage_two.json
+    python bench/stage_two.py                        every cell; calls add up, none begins a cell after 8
+    minutes python bench/stage_two.py --only packed 'trl*'   some of them python bench/stage_two.py --table
+    a Markdown table of bench/results/stage_two.json
 
-Seeded random weights in place of downloads, LoRA r 64 on all linear layers, gradient checkpointing, prompts of 64 to 192
-tokens with 512-token completions, a cache of synthetic top-64 rows on disk, forwards of 16,384 tokens. Ours is the run's
+Seeded random weights in place of downloads, LoRA r 64 on all linear layers, gradient checkpointing, prompts
+of 64 to 192
+tokens with 512-token completions, a cache of synthetic top-64 rows on disk, forwards of 16,384 tokens. Ours
+is the run's
 own `train_step`, fed by the run's own reader. A cell's figures are from the steps after the first two:
   tokens_per_second   prompt and completion, without padding;
-  mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the head), over the rate
-                      of a large bf16 product measured in the same call; attention and recomputation are not counted;
+  mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the
+  head), over the rate
+                      of a large bf16 product measured in the same call; attention and recomputation are not
+                      counted;
   wait_share          of the time, waiting for the reader;
   gib_above_weights   peak memory beyond base and adapter weights;
-  parts               of our cells: seconds by class of kernel in one more step, under the profiler (bench/parts.py).
+  parts               of our cells: seconds by class of kernel in one more step, under the profiler
+  (bench/parts.py).
 """
 
 from __future__ import annotations
@@ -124,7 +130,9 @@ TINY = Setting(
 
 @dataclass(frozen=True)
 class Steps:
-    """What a cell's run yields: seconds and waiting of each step after the first two, and its peak memory above weights."""
+    """What a cell's run yields: seconds and waiting of each step after the first two, and its peak memory
+    above weights.
+    """
 
     seconds: list[float]
     waited: list[float]
@@ -133,11 +141,14 @@ class Steps:
     profile: parts.Profile | None = None
 
 
-# --- the rows ------------------------------------------------------------------------------------------------------
+# --- the rows
+# ------------------------------------------------------------------------------------------------------
 
 
 def write_rows(setting: Setting, root: Path) -> None:
-    """A cache of synthetic rows: random tokens, and at each of them a random distribution over k ids and a tail."""
+    """A cache of synthetic rows: random tokens, and at each of them a random distribution over k ids and a
+    tail.
+    """
     random = np.random.default_rng(0)
     must_match = {
         "vocab_size": setting.model.vocab_size,
@@ -182,7 +193,8 @@ def _row(setting: Setting, number: int, random: np.random.Generator) -> cache.Re
     )
 
 
-# --- ours ----------------------------------------------------------------------------------------------------------
+# --- ours
+# ----------------------------------------------------------------------------------------------------------
 
 
 def base_model(setting: Setting, device: str) -> PreTrainedModel:
@@ -247,14 +259,15 @@ def between(clocks: list[float]) -> list[float]:
     return [after - before for before, after in pairwise(clocks)][WARM_UP:]
 
 
-# --- TRL -----------------------------------------------------------------------------------------------------------
+# --- TRL
+# -----------------------------------------------------------------------------------------------------------
 
 
 def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
     """Plain cross-entropy on the same completions: TRL's SFTTrainer with Liger and the same adapters.
 
-    Packed rows where flash-attn is installed are what it does best; without, it attends under a mask over the whole row,
-    and padded batches are there as a second cell.
+    Packed rows where flash-attn is installed are what it does best; without, it attends under a mask over the
+    whole row, and padded batches are there as a second cell.
     """
     import datasets
     import trl
@@ -330,7 +343,8 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-# --- cells ---------------------------------------------------------------------------------------------------------
+# --- cells
+# ---------------------------------------------------------------------------------------------------------
 
 Contender = Callable[[Setting, str, Path, dict[str, str]], Steps]
 CELLS: dict[str, tuple[Contender, dict[str, str]]] = {

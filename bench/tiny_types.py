@@ -1,7 +1,8 @@
-"""A tiny random model of every causal language model type that transformers knows: what `bench/architectures.py` sweeps.
+"""A tiny random model of every causal language model type that transformers knows: what
+`bench/architectures.py` sweeps.
 
-A type's own default configuration says which settings it has; those known here by name become small, and windows become
-shorter than the sweep's rows. `SPECIAL` holds what a type needs besides.
+A type's own default configuration says which settings it has; those known here by name become small, and
+windows become shorter than the sweep's rows. `SPECIAL` holds what a type needs besides.
 """
 
 from __future__ import annotations
@@ -304,7 +305,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minicpm3": {"dim_model_base": 32, "scale_emb": 2},
     "zaya": {"num_experts_per_tok": 1, "sliding_window": WINDOW, "layer_types": ["hybrid", "hybrid_sliding"]},
 }
-"""What a type needs besides, or in place of `SMALL`'s; `None` in a value of SMALL's name leaves the type's own default."""
+"""What a type needs besides, or in place of `SMALL`'s; `None` in a value of SMALL's name leaves the type's
+own default.
+"""
 
 _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 40}
 _LONG = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
@@ -388,7 +391,9 @@ def settings_of(config: PretrainedConfig, special: dict[str, Any]) -> dict[str, 
 
 
 def _layer_lists(own: dict[str, Any]) -> dict[str, Any]:
-    """As many layers as there are kinds of them, `LAYERS` at least, and the lists that have an entry for each."""
+    """As many layers as there are kinds of them, `LAYERS` at least, and the lists that have an entry for
+    each.
+    """
     kinds: dict[str, list[Any]] = {}
     for name in LISTS_OF_LAYERS:
         values = own.get(name)
@@ -430,7 +435,9 @@ def is_half(kind: str) -> bool:
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random fp32 model in eval mode: biases and all that is constant after the initialisation are random too."""
+    """A random fp32 model in eval mode: biases and all that is constant after the initialisation are random
+    too.
+    """
     if kind in EXCLUDED:
         raise NotBuilt(EXCLUDED[kind])
     config = config_of(kind)

@@ -139,7 +139,8 @@ def _view(args: argparse.Namespace) -> int:
     _print_table(snapshot, positions)
     if positions[-1] + 1 < len(snapshot):
         _print(
-            f"rows {positions[0]:,} to {positions[-1]:,} of {len(snapshot):,}; go on with --first {positions[-1] + 1}"
+            f"rows {positions[0]:,} to {positions[-1]:,} of {len(snapshot):,}; go on with --first"
+            f" {positions[-1] + 1}"
         )
     return 0
 
@@ -190,7 +191,8 @@ def _verify(args: argparse.Namespace) -> int:
         for file in withdrawn:
             _print(f"withdrawn: {file}")
         _print(
-            "Stage one, run again, writes rows of a run that has not trained; a run that trains on them refreshes when it goes on."
+            "Stage one, run again, writes rows of a run that has not trained; a run that trains on"
+            " them refreshes when it goes on."
         )
         findings = [finding for finding in findings if finding.record is None]
     if findings:
@@ -213,7 +215,8 @@ def _prune(args: argparse.Namespace) -> int:
     what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
     how = "would be removed" if args.dry_run else "removed"
     _print(
-        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,} rows."
+        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds"
+        f" {len(open_cache(args.root)):,} rows."
     )
     return 0
 

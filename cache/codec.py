@@ -119,7 +119,8 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
 def _check_size(num_tokens: int, width: int, num_bytes: int) -> None:
     if num_tokens * width > _FREE_NUMBERS + _NUMBERS_PER_BYTE * num_bytes:
         raise CacheError(
-            f"a signal of {num_bytes:,} packed bytes stands for {num_tokens:,} x {width:,} numbers, more than real ones"
+            f"a signal of {num_bytes:,} packed bytes stands for {num_tokens:,} x {width:,} numbers,"
+            " more than real ones"
             " of this length; run `python -m cache verify` on the cache."
         )
 

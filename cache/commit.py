@@ -199,7 +199,8 @@ def write_record(store: Store, record: CommitRecord) -> bool:
     data = record.sealed()
     if len(data) > MOST_BYTES_READ:
         raise CacheError(
-            f"unit {record.unit} has {len(record.row_ids):,} rows, whose commit record takes {len(data):,} bytes;"
+            f"unit {record.unit} has {len(record.row_ids):,} rows, whose commit record takes"
+            f" {len(data):,} bytes;"
             f" expected at most {MOST_BYTES_READ:,}: use smaller units."
         )
     return store.create(record_path(record.name), data)

@@ -75,8 +75,10 @@ class Fingerprint:
         for name, own, other in _differences(self.must_match, wanted.must_match):
             own, other = _show(own, other)
             raise CacheError(
-                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean the same: use"
-                f" another cache directory, or set {name} as it was when the cache was written. Nothing was changed."
+                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean"
+                " the same: use"
+                f" another cache directory, or set {name} as it was when the cache was written."
+                " Nothing was changed."
             )
         return [
             f"{plain(name)} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
@@ -134,8 +136,10 @@ def store_fingerprint(
     if stored is None:
         if committed_as not in (None, wanted.digest):
             raise CacheError(
-                f"{store.root}: fingerprint.json is missing, and the committed rows were written under another fingerprint"
-                f" ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…). Use another cache directory, or"
+                f"{store.root}: fingerprint.json is missing, and the committed rows were written"
+                " under another fingerprint"
+                f" ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…). Use another"
+                " cache directory, or"
                 " rerun with the settings that wrote it."
             )
         if tokenizer_json is not None:

@@ -89,7 +89,8 @@ class Snapshot(Sequence[Record]):
         for record in self._shards:
             if record.fingerprint != digest:
                 raise CacheError(
-                    f"{store.path(record.shard)} was written under another fingerprint ({record.fingerprint[:8]}…) than the"
+                    f"{store.path(record.shard)} was written under another fingerprint"
+                    f" ({record.fingerprint[:8]}…) than the"
                     f" cache's ({digest[:8]}…); move it and commits/{record.name} out of this cache."
                 )
         if self._shards and fingerprint.rules.kind == "hidden":
@@ -194,7 +195,8 @@ class Snapshot(Sequence[Record]):
         actual = self.store.hash(commit.TOKENIZER)
         if actual != expected:
             raise CacheError(
-                f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says {expected[:8]}…."
+                f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says"
+                f" {expected[:8]}…."
                 " Put the tokenizer's tokenizer.json there; rows do not depend on it."
             )
         return self.store.local_copy(commit.TOKENIZER)

@@ -1,12 +1,18 @@
 """Makes what `pipeline.yaml` uses: problems, tokenizer, teacher and warm-started student, all from seeds.
 
-    python examples/make_checkpoints.py --out examples/arithmetic          (some minutes on a GPU, about 20 on two CPU cores)
+    python examples/make_checkpoints.py --out examples/arithmetic          (some minutes on a GPU, about 20 on
+    two CPU cores)
 
-* tokenizer: whole words, single digits, single characters for all else (unknown words fall apart into characters);
-* teacher: a Qwen3-architecture model of 2.2 M parameters, trained from scratch on 120,000 written-out solutions;
-* student: the teacher with the MLP of every layer pruned from 640 to 96 neurons (those with the largest |activation| x
-  ||down-projection column||), then fine-tuned for a few steps until it solves about a third of the held-out problems.
-  It inherits the teacher's attention and embeddings, so it is an easy student: the demo shows the mechanism at work, not
+* tokenizer: whole words, single digits, single characters for all else (unknown words fall apart into
+characters);
+* teacher: a Qwen3-architecture model of 2.2 M parameters, trained from scratch on 120,000 written-out
+solutions;
+* student: the teacher with the MLP of every layer pruned from 640 to 96 neurons (those with the largest
+|activation| x
+  ||down-projection column||), then fine-tuned for a few steps until it solves about a third of the held-out
+  problems.
+  It inherits the teacher's attention and embeddings, so it is an easy student: the demo shows the mechanism
+  at work, not
   how hard distillation can be.
 """
 
@@ -76,7 +82,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def encode(
     tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [P, MAX_TOKENS] int16, right-padded, and labels of the same shape (-100 outside the completion)."""
+    """Token ids [P, MAX_TOKENS] int16, right-padded, and labels of the same shape (-100 outside the
+    completion).
+    """
     pool = list(problems("train", num_problems, seed))
     prompts = tokenizer([f"{USER}{p.question}{ASSISTANT}" for p in pool])["input_ids"]
     completions = tokenizer([f"{p.solution}{END}" for p in pool])["input_ids"]
@@ -92,7 +100,9 @@ def encode(
 def fine_tune(
     model, data, *, steps: int, horizon: int, lr: float, warmup: int, seed: int, bf16: bool, log
 ) -> None:
-    """Cross-entropy on the completions: AdamW, warm-up, cosine to 5 % at `horizon` steps, batch 64, clipping at 1."""
+    """Cross-entropy on the completions: AdamW, warm-up, cosine to 5 % at `horizon` steps, batch 64, clipping
+    at 1.
+    """
     ids, labels = data
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
@@ -142,7 +152,9 @@ def accuracy(model, tokenizer, pool) -> float:
 
 @torch.no_grad()
 def prune(teacher: Qwen3ForCausalLM, data, num_neurons: int) -> Qwen3ForCausalLM:
-    """The teacher with `num_neurons` MLP neurons a layer, kept by mean |activation| x norm of the down-projection column."""
+    """The teacher with `num_neurons` MLP neurons a layer, kept by mean |activation| x norm of the
+    down-projection column.
+    """
     device = next(teacher.parameters()).device
     activations: dict[int, torch.Tensor] = {}
     hooks = [
@@ -234,7 +246,8 @@ def main() -> None:
     )
     teacher = save(teacher, tokenizer, options.out / "teacher")
     print(
-        f"teacher: {teacher.num_parameters():,} parameters, solves {accuracy(teacher, tokenizer, tuning):.1%}",
+        f"teacher: {teacher.num_parameters():,} parameters, solves"
+        f" {accuracy(teacher, tokenizer, tuning):.1%}",
         flush=True,
     )
 

@@ -1,8 +1,9 @@
 """Arithmetic word problems with written-out steps and an answer that a program can check.
 
-A problem is drawn from one of fourteen templates (one to three steps, numbers up to 198). Its *canonical problem* is the
-calculation without the story, operands of + and * in order, e.g. `2*8,71-16`. A hash of it decides the split, so no
-calculation of the held-out set occurs in the training set under whatever names and things.
+A problem is drawn from one of fourteen templates (one to three steps, numbers up to 198). Its *canonical
+problem* is the calculation without the story, operands of + and * in order, e.g. `2*8,71-16`. A hash of it
+decides the split, so no calculation of the held-out set occurs in the training set under whatever names and
+things.
 
     python examples/word_problems.py --split train --num_problems 3000 --seed 0 > train.jsonl
 """
@@ -26,7 +27,9 @@ Step = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """One word problem; `steps` are (left, operator, right), each result feeding a later step or being the answer."""
+    """One word problem; `steps` are (left, operator, right), each result feeding a later step or being the
+    answer.
+    """
 
     question: str
     steps: tuple[Step, ...]
@@ -189,7 +192,10 @@ def problems(split: str, num_problems: int, seed: int) -> Iterator[Problem]:
 
 
 def check(row: dict, completion: str) -> bool:
-    """True if `completion` ends in `The answer is N.` with the N of `row["answer"]`. (An `answer_checker` of stage code.)"""
+    """True if `completion` ends in `The answer is N.` with the N of `row["answer"]`.
+
+    (An `answer_checker` of stage code.)
+    """
     found = re.search(r"The answer is (\d+)\.\s*$", completion)
     return found is not None and found.group(1) == str(row["answer"])
 

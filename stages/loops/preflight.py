@@ -119,7 +119,8 @@ def _check_settings(run: Run, work: Work) -> None:
     known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if attention not in known and "/" not in attention:  # a slash names a kernel on the hub
         raise UserError(
-            f"attn_implementation {attention} is not known to transformers; sdpa, eager and flash_attention_2 are."
+            f"attn_implementation {attention} is not known to transformers; sdpa, eager and"
+            " flash_attention_2 are."
         )
     if work.evaluates:
         open_checker(config.eval.answer_checker)
@@ -171,7 +172,8 @@ def _check_rows(root: str, student: Side) -> None:
     longest = pc.max(lengths).as_py() or 0
     if limit is not None and longest > limit:
         raise UserError(
-            f"{root} holds rows of up to {longest} tokens, but the student {student.name} has {limit} positions; train a student"
+            f"{root} holds rows of up to {longest} tokens, but the student {student.name} has {limit}"
+            " positions; train a student"
             " that has more, or write rows with a lower max_prompt_tokens and max_new_tokens."
         )
 
@@ -190,7 +192,8 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
     written = token in str(tokenizer.chat_template or "")
     raise UserError(
         f"{len(outside)} of {len(prompts)} {what} hold '{token}' (id {token_id}), which"
-        f" {'the chat template of the student writes' if written else 'stands in their text'}: only ids below {size} are known to"
+        f" {'the chat template of the student writes' if written else 'stands in their text'}: only"
+        f" ids below {size} are known to"
         " both student and teacher; "
         + (
             "use a chat template without it, or a teacher that has it."
@@ -209,8 +212,10 @@ def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list
             ways = [f"max_prompt_tokens to {limit - new}"] * (limit > new)
             ways += [f"max_new_tokens to {limit - longest}"] * (limit > longest)
             raise UserError(
-                f"the longest of {len(prompts)} {what} has {longest} tokens and max_new_tokens is {new}, together"
-                f" {longest + new}, but {side.key} {side.name} has {limit} positions; lower {' or '.join(ways) or 'both'}."
+                f"the longest of {len(prompts)} {what} has {longest} tokens and max_new_tokens is"
+                f" {new}, together"
+                f" {longest + new}, but {side.key} {side.name} has {limit} positions; lower"
+                f" {' or '.join(ways) or 'both'}."
             )
 
 

@@ -132,7 +132,8 @@ def _rates(record: dict[str, Any]) -> str:
     )
     if record["peak_memory_bytes"]:
         parts.append(
-            f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB, peak {record['peak_memory_bytes'] / 2**30:.1f}"
+            f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB, peak"
+            f" {record['peak_memory_bytes'] / 2**30:.1f}"
         )
     return ", ".join(parts)
 
@@ -151,6 +152,7 @@ def last_line(run: Run) -> str:
         f"{last[f'share_{name}']:.1%} {text}" for name, text in _SHARES.items() if last[f"share_{name}"]
     )
     return (
-        f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a second: {_rates(last)};"
+        f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a"
+        f" second: {_rates(last)};"
         f" {cut_sentence(last['cut_share'])}; time: {shares}; padding {last['padding_waste']:.1%}"
     )

@@ -58,8 +58,10 @@ def refuse_role(config: Config) -> None:
     """Raise UserError if a command that must both generate and score has the role of only one."""
     if config.rollout.role != "both":
         raise UserError(
-            f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and a follower both"
-            " generate and score at each refresh. Use role both there, or refresh_mode off to train on what is there."
+            f"role {config.rollout.role} is for stages.rollout without --follow: training, the"
+            " pipeline and a follower both"
+            " generate and score at each refresh. Use role both there, or refresh_mode off to train"
+            " on what is there."
         )
 
 

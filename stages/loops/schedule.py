@@ -252,7 +252,8 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
     if pool.num_off_policy:
         run.metrics.say(
-            f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other weights (off-policy)"
+            f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other"
+            " weights (off-policy)"
         )
     return pool, snapshots[0]
 
@@ -296,7 +297,8 @@ def _take_up_arrivals(
 
     def tell() -> None:
         run.metrics.say(
-            f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)}); training is"
+            f"waiting for rollouts of refresh {position.newest} (step"
+            f" {position.step_of(position.newest)}); training is"
             f" at step {position.step} and max_age is {run.config.refresh.max_age}. They are written by"
             f" `python -m stages.rollout --follow {run.folder}`"
         )

@@ -54,7 +54,8 @@ class ScoredBatch:
         for name in ("teacher_logprobs", "teacher_entropy"):
             if not np.isfinite(columns[name]).all():
                 raise UserError(
-                    f"the teacher gave NaN or infinite values ({name}) in the unit of row {self.rows[0].row_id}; nothing of"
+                    f"the teacher gave NaN or infinite values ({name}) in the unit of row"
+                    f" {self.rows[0].row_id}; nothing of"
                     " it was kept. Check its weights and teacher_dtype."
                 )
         start = 0

@@ -106,7 +106,8 @@ def check_forwards(subject: Subject) -> None:
     """Measure the readout; `UserError` if the model is not causal, or padding or head change its logits."""
     if subject.model.config.model_type in BY_CHUNKS:
         raise UserError(
-            f"a {subject.kind} cannot be used: a token's logits depend on how long its row is. Choose another model."
+            f"a {subject.kind} cannot be used: a token's logits depend on how long its row is. Choose"
+            " another model."
         )
     with subject.exactly():
         for row in subject.rows:
@@ -114,7 +115,8 @@ def check_forwards(subject: Subject) -> None:
             hidden, logits = _tried(subject, partial(subject.full, ids))
             if subject.agree(float(logits.isnan().any())):
                 raise UserError(
-                    f"a {subject.kind} gave NaN or infinite values for a few token ids; check its weights and its dtype."
+                    f"a {subject.kind} gave NaN or infinite values for a few token ids; check its"
+                    " weights and its dtype."
                 )
             if not subject.expected:
                 note_readout(subject.model, hidden, logits, *subject.weights)
@@ -123,12 +125,14 @@ def check_forwards(subject: Subject) -> None:
         padded = _tried(subject, lambda: subject.gap(packed=False))
     if not ahead < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on, so that it looks ahead."
+            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on,"
+            " so that it looks ahead."
             " Choose a decoder-only model."
         )
     if not padded < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other logits than its own"
+            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other"
+            " logits than its own"
             f" forward of each row alone (by {padded:.1%}). Choose a model of another type."
         )
 
@@ -174,7 +178,8 @@ def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed:
         pin_to_evaluation(subject.model)
         if not (found := gap()) < EXACT:
             raise UserError(
-                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own by {found:.1%}, and"
+                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own"
+                f" by {found:.1%}, and"
                 " this is not dropout that can be switched off. Choose a student_model of another type."
             )
 
@@ -208,7 +213,8 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise UserError(
-            f"a {subject.kind} cannot be used: its forward of a few token ids failed ({type(error).__name__}: {one_line(error)})."
+            f"a {subject.kind} cannot be used: its forward of a few token ids failed"
+            f" ({type(error).__name__}: {one_line(error)})."
             " Choose a decoder-only model that needs no other inputs."
         ) from error
 
@@ -237,7 +243,8 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
         why_not = f"its cached steps are {cached:.2g} nats off"
     if why and why_not:
         refused = (
-            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`, {why}."
+            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers'"
+            f" `generate`, {why}."
             " Choose a student_model of another type."
         )
         choose_engine(model, partial(_refuse, refused))

@@ -321,11 +321,13 @@ def zero3_settings(config: Config) -> dict[str, Any]:
     zero = settings.setdefault("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(zero, dict):
         raise UserError(
-            f"teacher_ds_config {path} is not a DeepSpeed configuration: it must be a JSON object of settings."
+            f"teacher_ds_config {path} is not a DeepSpeed configuration: it must be a JSON object of"
+            " settings."
         )
     if zero.setdefault("stage", 3) != 3:
         raise UserError(
-            f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with stage 3."
+            f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded"
+            " with stage 3."
         )
     # DeepSpeed's default keeps small tensors whole on every GPU.
     zero.setdefault("stage3_param_persistence_threshold", 0)

@@ -99,7 +99,8 @@ Weights = Annotated[dict[str, Annotated[Finite, Field(gt=0)]], Field(min_length=
 class DataSection(Section):
     dataset: Annotated[str | Weights, BeforeValidator(_weighted)] = Field(
         "tulu3",
-        description="file, folder, FOLDER::SPLIT, tulu3, or NAME:CONFIG:SPLIT on the hub (CONFIG and SPLIT optional);"
+        description="file, folder, FOLDER::SPLIT, tulu3, or NAME:CONFIG:SPLIT on the hub (CONFIG and"
+        " SPLIT optional);"
         " several: {data set: weight}",
     )
     num_prompts: int = Field(
@@ -112,7 +113,8 @@ class DataSection(Section):
         0.5,
         ge=0,
         le=1,
-        description="largest share of a data set's records that may be skipped, if more than 50 are read; 0: none at all",
+        description="largest share of a data set's records that may be skipped, if more than 50 are"
+        " read; 0: none at all",
     )
     system_prompt: str = Field("", description="system message for records without one; empty: none")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -141,16 +143,19 @@ class RolloutSection(Section):
     )
     lp_micro_batch: Cap = Field(
         "auto",
-        description="most rows in a scoring or training forward; auto: no limit but tokens (64 rows when training on a CPU)",
+        description="most rows in a scoring or training forward; auto: no limit but tokens (64 rows"
+        " when training on a CPU)",
     )
     score_tokens: Cap = Field(
         "auto",
-        description="most tokens in a scoring forward, padding included; auto: what the free GPU memory holds",
+        description="most tokens in a scoring forward, padding included; auto: what the free GPU"
+        " memory holds",
     )
     rollouts_per_unit: int = Field(
         1024,
         ge=1,
-        description="rollouts generated and committed together, which is what a crash can cost; processes take units in"
+        description="rollouts generated and committed together, which is what a crash can cost;"
+        " processes take units in"
         " turn, so choose a size that divides rollouts_per_refresh evenly among them",
     )
     role: Literal["generate", "score", "both"] = Field(
@@ -248,7 +253,8 @@ class RefreshSection(Section):
     refresh_drift: Finite = Field(
         0.0,
         ge=0,
-        description="refresh when KL(behaviour || student) reaches this, nats per token, mean of 4 steps; 0: off",
+        description="refresh when KL(behaviour || student) reaches this, nats per token, mean of 4"
+        " steps; 0: off",
     )
     rollouts_per_refresh: int = Field(
         8192, ge=1, description="rollouts written by stage one and by each refresh"
@@ -264,7 +270,8 @@ class RefreshSection(Section):
 class EvalSection(Section):
     eval_dataset: str = Field(
         "",
-        description="held-out prompts, named as in dataset (default split: test); empty: the prompts after num_prompts",
+        description="held-out prompts, named as in dataset (default split: test); empty: the prompts"
+        " after num_prompts",
     )
     eval_prompts: int = Field(256, ge=1, description="number of held-out prompts")
     eval_every: int = Field(
@@ -275,7 +282,8 @@ class EvalSection(Section):
     )
     eval_teacher_text: str = Field(
         "",
-        description="cache (signal hidden) of teacher completions, if the plain teacher does not fit on a GPU",
+        description="cache (signal hidden) of teacher completions, if the plain teacher does not fit"
+        " on a GPU",
     )
 
 
@@ -430,7 +438,8 @@ def _read_file(path: Path) -> dict[str, Any]:
                 raise UserError(_unknown_key(str(leaf), where))
             if leaf in found:
                 raise UserError(
-                    f"config file {path} gives the key {leaf} in two places, in sections or outside; keep one."
+                    f"config file {path} gives the key {leaf} in two places, in sections or outside;"
+                    " keep one."
                 )
         found |= leaves
     return found
@@ -490,7 +499,8 @@ def _check_training(config: Config) -> None:
         raise UserError("export_checkpoint: best needs held-out KLs; set eval_every above 0.")
     if refresh.rollouts_per_refresh % group:
         raise UserError(
-            f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size {group}; change one"
+            f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size"
+            f" {group}; change one"
             " of them."
         )
     if config.models.student_adapter and not config.lora.use_lora:
@@ -508,12 +518,14 @@ def _check_loss(config: Config) -> None:
     rollout, signal, loss = config.rollout, config.teacher_signal.signal, config.loss
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
-            "rkl: mc needs rollouts from the whole distribution: with sample_top_p < 1 or sample_top_k > 0 the estimate is"
+            "rkl: mc needs rollouts from the whole distribution: with sample_top_p < 1 or"
+            " sample_top_k > 0 the estimate is"
             " biased. Set sample_top_p 1 and sample_top_k 0, or rkl: exact."
         )
     if loss.temperature != 1 and signal in ("topk", "nucleus"):
         raise UserError(
-            f"temperature {loss.temperature} does not work with signal {signal}, which is stored at temperature 1; use"
+            f"temperature {loss.temperature} does not work with signal {signal}, which is stored at"
+            " temperature 1; use"
             " signal: hidden or full, or temperature 1."
         )
     if loss.rkl == "mc" and loss.temperature != 1:
@@ -522,7 +534,8 @@ def _check_loss(config: Config) -> None:
         )
     if loss.tau_share and loss.gating == "fixed":
         raise UserError(
-            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use soft or hard."
+            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use"
+            " soft or hard."
         )
     if loss.tau_share and loss.gating == "soft" and loss.alpha == 0:
         raise UserError("tau_share has no effect at alpha 0, where every λ is one half; raise alpha.")
@@ -534,5 +547,6 @@ def _check_refresh(config: Config) -> None:
     if config.refresh.refresh_drift and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
             "refresh_drift compares the student with the distribution that its rollouts were drawn from; set"
-            f" sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and sample_top_k 0."
+            f" sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and"
+            " sample_top_k 0."
         )

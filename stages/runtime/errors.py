@@ -16,8 +16,10 @@ from cache.plain import plain
 from stages.runtime import ending
 
 OUT_OF_MEMORY = (
-    "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then group_size, batch_size or"
-    " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What is committed is kept."
+    "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then"
+    " group_size, batch_size or"
+    " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What"
+    " is committed is kept."
 )
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -81,7 +83,8 @@ def command(main: Callable[[], None]) -> None:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
     except MemoryError:
         _leave(
-            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit and batch_size; what is"
+            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit"
+            " and batch_size; what is"
             " committed is kept.",
             3,
         )
@@ -103,7 +106,8 @@ def machine_error(error: OSError) -> str:
     """Describe a file system error and its remedy in one sentence."""
     if error.errno == errno.ENOENT:
         return (
-            f"{error.filename} is not there (any more); was a folder moved or removed while this ran? Put it back, or start"
+            f"{error.filename} is not there (any more); was a folder moved or removed while this ran?"
+            " Put it back, or start"
             " with another --run_name."
         )
     remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")

@@ -35,7 +35,8 @@ class Watch:
         if (cut := _number(record, "cut_share")) is not None and cut > MOST_CUT:
             found += self._once(
                 "cut",
-                f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows lack their end",
+                f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows"
+                " lack their end",
             )
         if record.get("kind") == "step" and isinstance(record.get("step"), int):
             found += self._spikes(record) + self._drifts(record)
@@ -53,7 +54,8 @@ class Watch:
             usual = median(seen) if len(seen) == RECENT else value
             if value > times * usual and value - usual > least:
                 text = (
-                    f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the median of the {RECENT} steps before ({usual:.4g})"
+                    f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the"
+                    f" median of the {RECENT} steps before ({usual:.4g})"
                     if usual
                     else f"{name} rose from 0 to {value:.4g} at step {record['step']}"
                 )

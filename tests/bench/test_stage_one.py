@@ -1,4 +1,6 @@
-"""`bench/stage_one.py` at a tiny shape on the CPU: its cells give their figures, and what was measured is kept."""
+"""`bench/stage_one.py` at a tiny shape on the CPU: its cells give their figures, and what was measured is
+kept.
+"""
 
 import json
 from pathlib import Path

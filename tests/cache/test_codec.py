@@ -41,7 +41,9 @@ def assert_reads_as(decoded, plain):
 
 
 def qwen_like(num_tokens, k, mass=None, vocab_size=151_936):
-    """A peaked low-rank teacher over a Qwen-sized vocabulary; with `mass`, the smallest set of at least 4 ids that has it."""
+    """A peaked low-rank teacher over a Qwen-sized vocabulary; with `mass`, the smallest set of at least 4 ids
+    that has it.
+    """
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 0.25, (num_tokens, 16)) @ rng.normal(size=(16, vocab_size)) - np.log(
         1 + np.arange(vocab_size)

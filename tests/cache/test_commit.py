@@ -1,6 +1,8 @@
-"""A commit is all or nothing: crashes at every step and at random times, and writers that race, lose and double no row.
+"""A commit is all or nothing: crashes at every step and at random times, and writers that race, lose and
+double no row.
 
-Writers run in processes forked from `python -m tests.support.cache_writers`, which has imported no more than the cache.
+Writers run in processes forked from `python -m tests.support.cache_writers`, which has imported no more than
+the cache.
 """
 
 import json
@@ -184,7 +186,9 @@ def test_a_record_that_is_withdrawn_while_records_are_read_is_none_of_the_snapsh
 
 
 def test_a_shard_stays_while_its_record_may_still_arrive(tmp_path, monkeypatch):
-    """A put to an object store whose answer did not come: removing the shard could leave a record without one."""
+    """A put to an object store whose answer did not come: removing the shard could leave a record without
+    one.
+    """
 
     def lose_the_answer(*_: object) -> bool:
         raise StoreError("no answer")

@@ -1,4 +1,6 @@
-"""`cache.export`: what other tools read of an exported cache, what it refuses, and how much it holds in memory."""
+"""`cache.export`: what other tools read of an exported cache, what it refuses, and how much it holds in
+memory.
+"""
 
 import json
 import os

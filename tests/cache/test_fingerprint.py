@@ -1,4 +1,6 @@
-"""What must match between a cache and a program, in which words a mismatch is told, and what is only recorded."""
+"""What must match between a cache and a program, in which words a mismatch is told, and what is only
+recorded.
+"""
 
 import json
 

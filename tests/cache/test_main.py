@@ -341,7 +341,8 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
         assert (code, out, err) == (
             2,
             "",
-            f"error: {tmp_path}/odd/fingerprint.json is not a regular file; move it out of the cache and rerun.\n",
+            f"error: {tmp_path}/odd/fingerprint.json is not a regular file; move it out of the cache"
+            " and rerun.\n",
         )
 
 

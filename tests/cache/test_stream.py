@@ -1,4 +1,6 @@
-"""The stream: one order a (seed, epoch), each row once over all shares, resumable, bounded, and no thread left behind."""
+"""The stream: one order a (seed, epoch), each row once over all shares, resumable, bounded, and no thread
+left behind.
+"""
 
 import gc
 import threading

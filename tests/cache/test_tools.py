@@ -1,4 +1,6 @@
-"""The README's way to open a cache with other tools: its very code blocks, compared with what a snapshot reads."""
+"""The README's way to open a cache with other tools: its very code blocks, compared with what a snapshot
+reads.
+"""
 
 import re
 from collections import defaultdict

@@ -1,4 +1,6 @@
-"""Prune and merge: the rows that were meant, the others bit by bit as they were, and a death at any step mended by a rerun."""
+"""Prune and merge: the rows that were meant, the others bit by bit as they were, and a death at any step
+mended by a rerun.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -139,7 +141,9 @@ def work_and_die(work: Callable[[Path], object], root: Path, count: int, when: s
 
 
 def die_everywhere(folder: Path) -> None:
-    """A prune and a merge, killed before and after each step; what is left is sound, and a rerun completes it."""
+    """A prune and a merge, killed before and after each step; what is left is sound, and a rerun completes
+    it.
+    """
     whole = filled(folder / "whole", unit=12)
     before = packed_signals(whole)
     works = {

@@ -1,6 +1,7 @@
 """`dual_kl` against recorded numbers: losses, gradients and gates that a refactoring must not change.
 
-`python -m tests.dualkl.test_golden` records them again; do so only for a change that is meant to change the loss.
+`python -m tests.dualkl.test_golden` records them again; do so only for a change that is meant to change the
+loss.
 """
 
 import json
@@ -28,7 +29,9 @@ TOLERANCES = {"float64": {"rtol": 1e-7, "atol": 1e-9}, "float32": {"rtol": 2e-5,
 
 
 def measured(kind: str, dtype: str, settings: dict[str, Any]) -> dict[str, list[float]]:
-    """The loss, R, F and gate of every position; of each gradient its sum, its absolute sum and three entries."""
+    """The loss, R, F and gate of every position; of each gradient its sum, its absolute sum and three
+    entries.
+    """
     case = Case(full_head=True, dtype=DTYPES[dtype])
     output = case.run(kind, case.config(**settings))
     numbers = {"loss": output.loss.reshape(1), "rkl": output.rkl, "fkl": output.fkl, "gate": output.gate}

@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: their logic under Triton's interpreter, and that they compile for an A100 or A800.
+"""The CUDA kernels without a GPU: their logic under Triton's interpreter, and that they compile for an A100
+or A800.
 
 `tests/gpu/test_loss.py` runs them on a GPU.
 """

@@ -67,7 +67,9 @@ def test_the_threshold_has_its_limits() -> None:
 
 @pytest.mark.parametrize("gating", ["soft", "hard"])
 def test_an_adaptive_threshold_keeps_the_share_while_divergences_fall(gating: str) -> None:
-    """D falls by a factor of 30 over 300 steps, as it does in a run; a fixed threshold would end at pure reverse KL."""
+    """D falls by a factor of 30 over 300 steps, as it does in a run; a fixed threshold would end at pure
+    reverse KL.
+    """
     config, state = DualKLConfig(gating=gating, alpha=40.0), AdaptiveTau.starting_at(1.0)
     shares, fixed = [], []
     for step in range(300):

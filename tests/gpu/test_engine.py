@@ -115,7 +115,9 @@ def test_block_statistics_are_those_of_the_cpu(num_ids: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_norms_rotary_embeddings_and_gates_round_as_the_formulas(dtype: torch.dtype) -> None:
-    """Bit for bit but for the order of a sum and fused multiplications: 1 in 1,000 elements may round the other way."""
+    """Bit for bit but for the order of a sum and fused multiplications: 1 in 1,000 elements may round the
+    other way.
+    """
     torch.manual_seed(0)
     x, weight = torch.randn(64, 40, 128, device="cuda").to(dtype), torch.randn(128, device="cuda").to(dtype)
     pairs = [
@@ -180,7 +182,8 @@ def test_a_call_repeats_itself_bit_for_bit_in_bfloat16(student: Any, prompts: li
 def test_sampled_logprobs_equal_a_forced_forward_to_bfloat16_noise(
     student: Any, prompts: list[np.ndarray], kind: str, step_widths: list[int]
 ) -> None:
-    """bf16 weights; a bf16 model with an fp32 adapter; fp32 weights: the last two under autocast, as when training.
+    """bf16 weights; a bf16 model with an fp32 adapter; fp32 weights: the last two under autocast, as when
+    training.
 
     Their copied layers are joined.
     """

@@ -1,4 +1,6 @@
-"""`dual_kl` on a CUDA device: the Triton kernels, bfloat16 products, no waiting for the device, bounded memory."""
+"""`dual_kl` on a CUDA device: the Triton kernels, bfloat16 products, no waiting for the device, bounded
+memory.
+"""
 
 import math
 from collections import Counter
@@ -230,7 +232,9 @@ def test_a_students_tiny_tail_stays_near_float64(tail: float, launches: Counter[
 def test_the_gradient_is_the_same_every_time_however_it_is_launched(
     kind: str, lanes: int, num_warps: int, monkeypatch: pytest.MonkeyPatch, launches: Counter[str]
 ) -> None:
-    """Many rows at once, a cut that is no multiple of anything, and every way to launch: no thread overtakes another."""
+    """Many rows at once, a cut that is no multiple of anything, and every way to launch: no thread overtakes
+    another.
+    """
     from dualkl.kernels import fused
 
     for launch in (fused.DENSE, fused.SPARSE):

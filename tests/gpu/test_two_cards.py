@@ -1,4 +1,6 @@
-"""Two GPUs of one host: both stages under torchrun and NCCL, a ZeRO-3 teacher sharded over them, are those of one GPU."""
+"""Two GPUs of one host: both stages under torchrun and NCCL, a ZeRO-3 teacher sharded over them, are those of
+one GPU.
+"""
 
 from pathlib import Path
 
@@ -37,7 +39,9 @@ def two_cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_trained_alike(one: Path, two: Path) -> None:
-    """To the refresh: its rows carry the hash of weights whose last bits differ, so that another draw follows."""
+    """To the refresh: its rows carry the hash of weights whose last bits differ, so that another draw
+    follows.
+    """
     left, right = (records_of(folder, "step") for folder in (one, two))
     assert [step["step"] for step in left] == [step["step"] for step in right] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm"):

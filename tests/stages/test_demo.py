@@ -1,4 +1,6 @@
-"""The demo as shipped: what the README promises, for three seeds, and what happens without the teacher's knowledge."""
+"""The demo as shipped: what the README promises, for three seeds, and what happens without the teacher's
+knowledge.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The commands as a person runs them: what a whole run leaves, the stages one by one, and every kind of bad input."""
+"""The commands as a person runs them: what a whole run leaves, the stages one by one, and every kind of bad
+input.
+"""
 
 import json
 import re
@@ -38,9 +40,12 @@ KEYS = {
     "seconds": {"load", "rollout", "score", "train", "evaluate", "total"},
 }
 ORIGINAL_FLAGS = shlex.split(
-    f"--student_model {STUDENT} --teacher_model {TEACHER} --dataset examples/arithmetic/train.jsonl --batch_size 256"
-    " --group_size 4 --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0 --alpha 5.0"
-    " --gating soft --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3 --gen_micro_batch 4"
+    f"--student_model {STUDENT} --teacher_model {TEACHER} --dataset examples/arithmetic/train.jsonl"
+    " --batch_size 256"
+    " --group_size 4 --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau"
+    " 1.0 --alpha 5.0"
+    " --gating soft --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3"
+    " --gen_micro_batch 4"
     " --lp_micro_batch 8"
 )
 
@@ -50,7 +55,9 @@ ORIGINAL_FLAGS = shlex.split(
 
 @pytest.fixture(scope="module")
 def piped(forked: Forker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole small run, with dropout: what a stage draws at random may not depend on what ran before."""
+    """The folder of a whole small run, with dropout: what a stage draws at random may not depend on what ran
+    before.
+    """
     folder = tmp_path_factory.mktemp("piped")
     forked.stage("stages.pipeline", *small(folder, lora_dropout=0.1)).expect_success()
     return folder / "demo"
@@ -325,9 +332,11 @@ def overlay(folder: Path) -> list[str]:
     """A file for what the flags leave open, kept small."""
     path = folder / "small.yaml"
     path.write_text(
-        f"runs_dir: {folder}\ndevice: cpu\nmax_steps: 2\nrefresh_every: 1\nmax_age: 0\nrollouts_per_refresh: 16\n"
+        f"runs_dir: {folder}\ndevice: cpu\nmax_steps: 2\nrefresh_every: 1\nmax_age:"
+        " 0\nrollouts_per_refresh: 16\n"
         "rollouts_per_unit: 8\neval_dataset: examples/arithmetic/heldout.jsonl\neval_prompts: 4\n"
-        "chat_template_kwargs: {}\nanswer_checker: examples/word_problems.py:check\ngradient_checkpointing: false\n"
+        "chat_template_kwargs: {}\nanswer_checker:"
+        " examples/word_problems.py:check\ngradient_checkpointing: false\n"
     )
     return ["--config", str(path)]
 

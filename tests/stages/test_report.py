@@ -441,7 +441,9 @@ def test_the_page_shows_drift_held_out_divergence_and_why_rows_were_refreshed(
 
 
 def progress(began: float, units: int, **values: Any) -> dict[str, Any]:
-    """After `units` units of 10 rollouts: 2 s of generation, 1 s of scoring, 0.5 s for the writer and 0.5 s of the rest each."""
+    """After `units` units of 10 rollouts: 2 s of generation, 1 s of scoring, 0.5 s for the writer and 0.5 s
+    of the rest each.
+    """
     return {
         "kind": "rollout_progress",
         "began": began,

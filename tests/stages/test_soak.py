@@ -1,4 +1,6 @@
-"""Many refreshes in one process: memory, open files and threads stay what they were. `-m slow`: sixty of them."""
+"""Many refreshes in one process: memory, open files and threads stay what they were. `-m slow`: sixty of
+them.
+"""
 
 import json
 from pathlib import Path

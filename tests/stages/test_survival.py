@@ -1,4 +1,6 @@
-"""Commands ended at random moments and run again: the campaign of `tests/kill_campaign.py`, ten kills of each kind."""
+"""Commands ended at random moments and run again: the campaign of `tests/kill_campaign.py`, ten kills of each
+kind.
+"""
 
 import time
 from pathlib import Path

@@ -10,7 +10,9 @@ CPU = torch.device("cpu")
 
 
 def loop_positions(prompts: list[list[int]], completions: list[list[int]]) -> list[tuple[int, int, int]]:
-    """(row, position, token) of every scored position, position by position: the state at i predicts the token at i + 1."""
+    """(row, position, token) of every scored position, position by position: the state at i predicts the
+    token at i + 1.
+    """
     found = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         sequence = prompt + completion

@@ -1,4 +1,6 @@
-"""Records of the layouts that people have become turns up to where an assistant speaks; what is no prompt says why."""
+"""Records of the layouts that people have become turns up to where an assistant speaks; what is no prompt
+says why.
+"""
 
 import json
 from typing import Any

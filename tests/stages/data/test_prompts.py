@@ -128,7 +128,8 @@ def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
     path = jsonl(tmp_path, [*rows * 3, {"text": "a"}])
     assert refusal(tmp_path, strict, path) == (
-        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System role not supported)."
+        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System"
+        " role not supported)."
         " Mend the template, chat_template_kwargs or the records."
     )
 
@@ -272,8 +273,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
 def test_a_data_set_that_is_nowhere_is_one_sentence(tmp_path: Path, tokenizer: Any) -> None:
     message = refusal(tmp_path, tokenizer, "nobody/nothing-of-this-name")
     assert (
-        "nobody/nothing-of-this-name (split train) is neither a local file or folder nor a data set that the hub"
-        in message
+        "nobody/nothing-of-this-name (split train) is neither a local file or folder nor a data set"
+        " that the hub" in message
     )
 
 
@@ -434,7 +435,8 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         ("{{ 'x' + messages[0].content }}", "xab"),  # would raise
         ("{% for part in messages[0].content %}<{{ part.text }}>{% endfor %}", "<a><b>"),
         (
-            "{% if messages[0].content is string %}s{% else %}{% for p in messages[0].content %}{{ p.text }}/{% endfor %}{% endif %}",
+            "{% if messages[0].content is string %}s{% else %}{% for p in messages[0].content %}{{"
+            " p.text }}/{% endfor %}{% endif %}",
             "a/b/",
         ),
         (None, "ab"),

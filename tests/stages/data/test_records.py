@@ -1,4 +1,6 @@
-"""Files, folders and saved data sets are read as they are; what cannot be read is one sentence with file and line."""
+"""Files, folders and saved data sets are read as they are; what cannot be read is one sentence with file and
+line.
+"""
 
 import bz2
 import gzip

@@ -1,4 +1,6 @@
-"""The arithmetic problems: right answers, disjoint splits, a checker that can tell, and the checkpoints beside them."""
+"""The arithmetic problems: right answers, disjoint splits, a checker that can tell, and the checkpoints
+beside them.
+"""
 
 import importlib.util
 import json
@@ -34,7 +36,9 @@ word_problems = _load()
 
 
 def evaluate(solution: str) -> tuple[int, int]:
-    """(answer, number of steps) of a written-out solution, each step computed anew; AssertionError where one is wrong."""
+    """(answer, number of steps) of a written-out solution, each step computed anew; AssertionError where one
+    is wrong.
+    """
     *steps, conclusion = [part.strip() for part in solution.removesuffix(".").split(".")]
     results = []
     for step in steps:

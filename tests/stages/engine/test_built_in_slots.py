@@ -1,4 +1,6 @@
-"""The rollout engine's slots and weights: refill, shared prefills, engines kept open, adapters, what is put back."""
+"""The rollout engine's slots and weights: refill, shared prefills, engines kept open, adapters, what is put
+back.
+"""
 
 import copy
 from contextlib import closing

@@ -1,4 +1,6 @@
-"""Layers of one input as one product: always what the layers give apart, whatever is called when and with what."""
+"""Layers of one input as one product: always what the layers give apart, whatever is called when and with
+what.
+"""
 
 from collections.abc import Callable
 from unittest.mock import Mock

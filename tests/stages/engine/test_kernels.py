@@ -1,4 +1,5 @@
-"""The engine's kernels without a GPU: their logic under Triton's interpreter, and that they compile for sm_80 and sm_90.
+"""The engine's kernels without a GPU: their logic under Triton's interpreter, and that they compile for sm_80
+and sm_90.
 
 `tests/gpu/test_engine.py` runs them on a GPU.
 """

@@ -1,4 +1,6 @@
-"""What an open rollout engine notices between two of its calls: every change of weights and adapters, and nothing else."""
+"""What an open rollout engine notices between two of its calls: every change of weights and adapters, and
+nothing else.
+"""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""What `auto` stands for: fixed on a CPU, on a GPU what the free memory holds, the same for run, plan and every rank."""
+"""What `auto` stands for: fixed on a CPU, on a GPU what the free memory holds, the same for run, plan and
+every rank.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,9 @@ def test_a_training_forward_has_what_was_given_or_what_fits(
 
 
 def test_the_plan_is_what_the_run_would_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Told that what the plan has left is free, the run comes to the plan's numbers, for both halves and the training."""
+    """Told that what the plan has left is free, the run comes to the plan's numbers, for both halves and the
+    training.
+    """
     for name, shape in (("student", qwen3(2560, 9728, 36, 32)), ("teacher", qwen3(5120, 25_600, 64, 64))):
         shape.save_pretrained(tmp_path / name)
     run = make_run(
@@ -275,7 +279,9 @@ class _FakeWorld:
 def test_free_memory_is_that_of_the_fullest_rank_and_of_what_everybody_may_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As torch tells it: reserve of the default pool counts, that of a captured graph and of other cards does not."""
+    """As torch tells it: reserve of the default pool counts, that of a captured graph and of other cards does
+    not.
+    """
     segments = [
         {"device": 1, "segment_pool_id": (0, 0), "total_size": 100, "active_size": 30},
         {"device": 1, "segment_pool_id": (0, 7), "total_size": 100, "active_size": 0},

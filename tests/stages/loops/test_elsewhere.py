@@ -1,4 +1,6 @@
-"""Rollouts from elsewhere: stage two publishes versions, a follower writes, and the training is that of inline refreshes."""
+"""Rollouts from elsewhere: stage two publishes versions, a follower writes, and the training is that of
+inline refreshes.
+"""
 
 import json
 import os
@@ -41,7 +43,9 @@ EXTERNAL: dict[str, Any] = TINY | {"refresh_mode": "external", "max_age": 2, "lo
 def train_beside_a_follower(
     forked: Forker, folder: Path, *, kills: int = 0, processes: int = 1, **values: Any
 ) -> Path:
-    """Stage two and its follower in processes of their own, each killed `kills` times; returns the run's folder."""
+    """Stage two and its follower in processes of their own, each killed `kills` times; returns the run's
+    folder.
+    """
     flags = small(folder, **(EXTERNAL | values))
     commands = {
         "stages.train": (flags, processes),
@@ -117,7 +121,9 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
 def test_training_waits_for_the_first_rows_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of what stage one writes is there; no version was published, since the student at the start is known."""
+    """Half of what stage one writes is there; no version was published, since the student at the start is
+    known.
+    """
     newest = schedule.Arrivals.newest
     waits: list[float] = []
     monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
@@ -129,7 +135,9 @@ def test_training_waits_for_the_first_rows_too(
 
 
 def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Run:
-    """Both sides in this process; the follower is the slowest there can be: it writes only while training waits."""
+    """Both sides in this process; the follower is the slowest there can be: it writes only while training
+    waits.
+    """
     run = make_run(folder, **(EXTERNAL | values))
     student, writer = student_of(run), student_of(run)
     write_rollouts(run, student)

@@ -262,7 +262,9 @@ def test_the_codec_takes_what_cache_md_measured(folders: Path) -> None:
 
 
 def test_the_rates_reproduce_performance_md() -> None:
-    """Stage two at 4B and 1.7B, a plain 8B and 32B teacher, decoding at 4B: the figures that the shares were taken from."""
+    """Stage two at 4B and 1.7B, a plain 8B and 32B teacher, decoding at 4B: the figures that the shares were
+    taken from.
+    """
     h200 = speed.GPUS["h200"]
     shapes = {name: memory.shape_of(qwen3(f"Qwen3-{name}")) for name in ("1.7B", "4B", "8B", "32B")}
     for name, tokens, scored, compiled, rate in (
@@ -298,10 +300,12 @@ def test_no_step_is_planned_faster_than_its_launches(folders: Path) -> None:
 
 
 def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
-    """docs/results.md: rollout 34.8, training with its refresh 35.8 GiB, by `generate` with a dynamic cache of 512 rows.
+    """docs/results.md: rollout 34.8, training with its refresh 35.8 GiB, by `generate` with a dynamic cache
+    of 512 rows.
 
-    That cache holds the padded prompt and what is written; the longest of the 512 prompts drawn there has 165 tokens, not
-    max_prompt_tokens (512), which the plan would reserve. It was freed before the teacher scored; the engine's slots stay.
+    That cache holds the padded prompt and what is written; the longest of the 512 prompts drawn there has 165
+    tokens, not max_prompt_tokens (512), which the plan would reserve. It was freed before the teacher scored;
+    the engine's slots stay.
     """
     config = configured(
         folders,
@@ -334,7 +338,9 @@ def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
 
 
 def test_a_larger_run_never_takes_less(folders: Path) -> None:
-    """Except in `evaluate`, whose plain teacher is skipped where it does not fit, and where models take turns."""
+    """Except in `evaluate`, whose plain teacher is skipped where it does not fit, and where models take
+    turns.
+    """
 
     def peaks(*more: str, gpus: int = 2) -> dict[str, float]:
         config = configured(folders, "Qwen3-4B", "Qwen3-32B", *LAUNCH, *more)
@@ -419,7 +425,9 @@ def test_the_readme_launch_line_has_a_verdict(
 def test_extreme_machines_have_a_readable_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tiny models are bounded by launches, at rates of seven digits; a card may be smaller than what it must keep free."""
+    """Tiny models are bounded by launches, at rates of seven digits; a card may be smaller than what it must
+    keep free.
+    """
     demo = [
         "--config",
         str(ROOT / "pipeline.yaml"),

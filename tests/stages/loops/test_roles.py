@@ -1,4 +1,6 @@
-"""Generation and scoring as processes of their own: together they write the rows of role both, whatever stops them."""
+"""Generation and scoring as processes of their own: together they write the rows of role both, whatever stops
+them.
+"""
 
 import os
 import shutil

@@ -118,7 +118,9 @@ def test_several_processes_have_the_gradient_of_one(
     processes: int,
     split: dict[str, Any],
 ) -> None:
-    """Under micro_batch_tokens the ranks need different numbers of forwards; the one short of work runs idle ones."""
+    """Under micro_batch_tokens the ranks need different numbers of forwards; the one short of work runs idle
+    ones.
+    """
     arguments = small(tmp_path, **(TINY | {"cache_dir": caches(), "batch_size": 16} | split))
     forked.call(save_gradient, tmp_path, arguments, processes=processes).expect_success()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
@@ -140,7 +142,8 @@ def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
 def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) -> None:
     """Up to a refresh: after it the last bits of the weights, in the policy's hash, seed other rollouts.
 
-    Gradients agree to 1e-5 (above); AdamW's first steps divide by them, which magnifies the rounding of small ones.
+    Gradients agree to 1e-5 (above); AdamW's first steps divide by them, which magnifies the rounding of small
+    ones.
     """
     found = {}
     for processes in (1, 2):

@@ -1,4 +1,6 @@
-"""The lean forward of plain LoRA: PEFT's values and gradients, PEFT's own forward for all else, and fewer products."""
+"""The lean forward of plain LoRA: PEFT's values and gradients, PEFT's own forward for all else, and fewer
+products.
+"""
 
 import copy
 from collections import Counter

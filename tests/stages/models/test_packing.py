@@ -1,4 +1,6 @@
-"""Packed rows: every sequence as if it were alone, whatever the architecture, and a refusal where that cannot be."""
+"""Packed rows: every sequence as if it were alone, whatever the architecture, and a refusal where that cannot
+be.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""A loaded model against itself: what is right, what takes a slower way, what is refused; dropout; `generate` as engine."""
+"""A loaded model against itself: what is right, what takes a slower way, what is refused; dropout; `generate`
+as engine.
+"""
 
 from functools import partial
 from typing import Any

@@ -254,7 +254,8 @@ def test_a_teacher_that_is_not_asked_for_is_not_loaded(tmp_path: Path) -> None:
 def test_scoring_needs_no_compiler(tmp_path: Path) -> None:
     """No PATH, nothing compiled before: DeepSpeed on a CPU would ask for g++ and ninja."""
     code = (
-        "from pathlib import Path; from tests.stages.models.test_teacher import score; from tests.support.helpers import small;"
+        "from pathlib import Path; from tests.stages.models.test_teacher import score; from"
+        " tests.support.helpers import small;"
         f" score(Path({str(tmp_path)!r}), small(Path({str(tmp_path)!r})))"
     )
     extensions = tmp_path / "extensions"
@@ -281,9 +282,11 @@ def test_the_identity_of_a_model_follows_its_weights_and_configuration(tmp_path:
 
 
 def score_and_close(flags: list[str], num_refreshes: int) -> None:
-    """In a process of its own: loads, uses and closes a teacher again and again; checks that nothing holds its weights.
+    """In a process of its own: loads, uses and closes a teacher again and again; checks that nothing holds
+    its weights.
 
-    DeepSpeed fills its caches once a forward has run along a complete trace, so each use has forwards of several shapes.
+    DeepSpeed fills its caches once a forward has run along a complete trace, so each use has forwards of
+    several shapes.
     """
     world, bytes_after = distributed.start("cpu"), []
     for _ in range(num_refreshes):

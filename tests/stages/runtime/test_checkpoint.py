@@ -54,7 +54,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
 def test_a_disk_that_is_really_full_at_a_checkpoint_is_a_sentence(
     tmp_path: Path, caches: Callable[..., str], largest_file: int
 ) -> None:
-    """The libraries that write have error classes of their own: a limit on file sizes makes them fail in earnest."""
+    """The libraries that write have error classes of their own: a limit on file sizes makes them fail in
+    earnest.
+    """
     run = train_from(tmp_path, caches(), max_steps=2, refresh_every=0)
     sizes = {path.name: path.stat().st_size for path in (run.folder / "checkpoints/step-000002").iterdir()}
     assert sizes["student.safetensors"] > 300_000

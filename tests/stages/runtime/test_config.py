@@ -17,9 +17,12 @@ from stages.runtime.split import rows_per_micro_step
 from tests.support.helpers import ROOT
 
 LAUNCH_LINE = shlex.split(
-    "--student_model Qwen/Qwen3-4B --teacher_model Qwen/Qwen3-32B --dataset tulu3 --batch_size 256 --group_size 4"
-    " --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0 --alpha 5.0 --gating soft"
-    " --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3 --gen_micro_batch 4 --lp_micro_batch 8"
+    "--student_model Qwen/Qwen3-4B --teacher_model Qwen/Qwen3-32B --dataset tulu3 --batch_size 256"
+    " --group_size 4"
+    " --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0 --alpha 5.0"
+    " --gating soft"
+    " --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3 --gen_micro_batch 4"
+    " --lp_micro_batch 8"
 )
 
 
@@ -58,10 +61,12 @@ KEYS = {
     " attn_implementation",
     "lora": "use_lora lora_r lora_alpha lora_dropout lora_targets",
     "data": "dataset num_prompts max_prompt_tokens allow_skipped system_prompt chat_template_kwargs",
-    "rollout": "group_size max_new_tokens eos_token sample_temperature sample_top_p sample_top_k gen_micro_batch"
+    "rollout": "group_size max_new_tokens eos_token sample_temperature sample_top_p sample_top_k"
+    " gen_micro_batch"
     " lp_micro_batch score_tokens rollouts_per_unit role",
     "teacher_signal": "signal signal_k signal_p",
-    "loss": "tau tau_share alpha gating mix rkl fkl temperature importance_cap objective gate_on teacher_smoothing",
+    "loss": "tau tau_share alpha gating mix rkl fkl temperature importance_cap objective gate_on"
+    " teacher_smoothing",
     "train": "batch_size grad_accum micro_batch_tokens packing compile max_steps lr lr_min_ratio warmup_steps"
     " weight_decay max_grad_norm gradient_checkpointing checkpoint_every keep_checkpoints resume_from"
     " export_checkpoint",
@@ -72,7 +77,9 @@ KEYS = {
 
 
 def test_the_keys_are_those_on_record() -> None:
-    """A new key needs a reason (can an existing one, a constant or a convention serve?); one that goes, advice."""
+    """A new key needs a reason (can an existing one, a constant or a convention serve?); one that goes,
+    advice.
+    """
     assert {name: " ".join(section.model_fields) for name, section in SECTIONS.items()} == KEYS
 
 
@@ -407,7 +414,8 @@ def test_the_sampled_reverse_kl_is_refused_at_another_temperature() -> None:
 
 def test_a_removed_key_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     assert sentence("--max_staleness", "3") == (
-        "the key max_staleness on the command line was removed: set max_age, which bounds the age of rows in every"
+        "the key max_staleness on the command line was removed: set max_age, which bounds the age of"
+        " rows in every"
         " refresh_mode."
     )
     path = write(tmp_path / "a.yaml", "refresh: {replay_share: 0.5}\n")
@@ -444,7 +452,8 @@ def test_the_advice_for_a_removed_key_is_a_sentence_about_keys_that_exist(key: s
         "- a",
         "tau: !!python/object/apply:os.getcwd []",
         "tau: " + "x" * 5000,
-        "chat_template_kwargs:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n  b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+        "chat_template_kwargs:\n  a: &a [x, x, x, x, x, x, x, x, x, x]\n  b: &b [*a, *a, *a, *a, *a,"
+        " *a, *a, *a, *a, *a]\n"
         "  c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\n  d: [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]",
     ],
 )

@@ -1,4 +1,6 @@
-"""Signals: at once with a sentence, or at a safe place; a second one at once; children of a process are not its concern."""
+"""Signals: at once with a sentence, or at a safe place; a second one at once; children of a process are not
+its concern.
+"""
 
 import os
 import signal

@@ -56,7 +56,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str
 
 
 def with_output_that_nobody_reads(*arguments: str, stream: str = "stdout") -> tuple[int, str]:
-    """Exit code of `python ARGUMENTS`, whose `stream` is a pipe closed at its other end, and what the other one holds."""
+    """Exit code of `python ARGUMENTS`, whose `stream` is a pipe closed at its other end, and what the other
+    one holds.
+    """
     reader, writer = os.pipe()
     os.close(reader)
     kept = "stderr" if stream == "stdout" else "stdout"

@@ -1,4 +1,6 @@
-"""Which configuration trained which steps, what a finished run refuses, and going back to an earlier checkpoint."""
+"""Which configuration trained which steps, what a finished run refuses, and going back to an earlier
+checkpoint.
+"""
 
 import re
 from pathlib import Path

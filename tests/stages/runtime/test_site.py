@@ -1,4 +1,6 @@
-"""Weights & Biases: every record arrives under stable names, one run for all starts, and a site that fails stops nothing."""
+"""Weights & Biases: every record arrives under stable names, one run for all starts, and a site that fails
+stops nothing.
+"""
 
 import sys
 import time
@@ -17,7 +19,9 @@ VALUES = TINY | {"wandb_project": "p"}
 
 
 class Recorder:
-    """Stands in for the module wandb: what it is told, with wandb's rule that a step below the counter is dropped."""
+    """Stands in for the module wandb: what it is told, with wandb's rule that a step below the counter is
+    dropped.
+    """
 
     def __init__(self) -> None:
         self.inits: list[dict[str, Any]] = []

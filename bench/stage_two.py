@@ -59,7 +59,8 @@ SOURCES = (
     "bench/stage_two.py",
     "dualkl/**/*.py",
     "stages/data/*.py",
-    "stages/loops/f*.py",
+    "stages/loops/feed.py",
+    "stages/loops/steps.py",
     "stages/models/*.py",
 )
 WARM_UP = 2  # steps

@@ -114,7 +114,6 @@ def live_pool(
 
     `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded,
     except in refresh 0, where they count as rows of another run.
-    `kept`: the earlier rows to keep; None: all.
     """
     index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
     ages: dict[str, int] = {}

@@ -104,7 +104,15 @@ def step_parts(config: Config, student: Shape, tokens: int, scored: int, device_
         student, itemsize, checkpointing=checkpointing, lora_rank=lora.lora_r if lora.use_lora else 0
     )
     signal = config.teacher_signal.signal
-    lasting, chunks = memory.loss_bytes(scored, student, signal, device_bytes, trains_head=not lora.use_lora)
+    loss = config.loss
+    lasting, chunks = memory.loss_bytes(
+        scored,
+        student,
+        signal,
+        device_bytes,
+        trains_head=not lora.use_lora,
+        in_kernels=loss.objective == "gated" and loss.gate_on == "rkl" and not loss.teacher_smoothing,
+    )
     copies = float(trained_parameters(config, student) * itemsize) if itemsize < 4 else 0.0
     lasting_copies = copies / student.layers if checkpointing else copies
     return {

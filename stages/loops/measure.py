@@ -31,6 +31,7 @@ from stages.models.teacher import (
     plain_model_fits,
     plain_teacher,
 )
+from stages.models.turns import Turns
 from stages.runtime import schema
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
@@ -173,7 +174,10 @@ def _write_text(
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
     fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
-    head = teacher_head(get_teacher().head, vocabulary.size)
+    turns = Turns(run, policy.model, policy.engine)
+    teacher = turns.to_teacher(get_teacher)
+    head = teacher_head(teacher.head, vocabulary.size)
+    turns.to_student(teacher)
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
         collect(run, units, policy, get_teacher, writer, HIDDEN)

@@ -136,6 +136,7 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
             if arrivals is not None:
                 position = _take_up_arrivals(run, training, position, arrivals, pool)
             if pool is None or snapshot is None or pool.version != position.refresh_index:
+                training.last_forward = None
                 pool, snapshot = open_pool(run, position)
                 position = replace(position, num_rows=pool.num_own)
                 _discard_later(run, training.step)
@@ -166,8 +167,10 @@ def _renew(
     if refresh is None:
         _publish(run, training, index, author)
         return position
+    training.last_forward = None  # under signal `hidden` it holds the teacher's head
     with ending.at_once():  # the checkpoint is saved, and committed units are kept
         refresh(training, index, reason)
+    steps.settle(run, training)
     return _taken_up(position, index)
 
 

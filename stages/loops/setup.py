@@ -80,7 +80,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     if signal.signal in ("topk", "nucleus"):
         kept["k"] = min(signal.signal_k, vocabulary.size)
     if signal.signal == "nucleus":
-        kept |= {"p": signal.signal_p, "floor": min(NUCLEUS_FLOOR, vocabulary.size)}
+        kept |= {"p": signal.signal_p, "floor": min(NUCLEUS_FLOOR, kept["k"])}
     must_match = {
         "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,

@@ -28,6 +28,7 @@ from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Best, Position
 from stages.runtime.config import Config, TrainSection
+from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
@@ -107,16 +108,33 @@ def prepare(run: Run, student: Student) -> Training:
         _fill_student_deepspeed(run.config, world.accelerator.state.deepspeed_plugin.deepspeed_config)
         module, optimizer = world.accelerator.prepare(module, optimizer)
     elif world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        # find_unused_parameters keeps DDP from regrouping gradients after the first step. Without it, a
-        # resumed run with three or more processes would sum them in another order.
-        module = nn.parallel.DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-        )
+        module = _in_ddp(world, module)
     adaptive = gating.starting(run.config, {})
     return Training(
         student, module, optimizer, scheduler, caps, adaptive, size_at_start=largest_weight(student)
     )
+
+
+def _in_ddp(world: World, module: nn.Module) -> nn.Module:
+    """The module with its gradients summed over processes.
+
+    find_unused_parameters keeps DDP from regrouping gradients after the first step. Without it, a resumed run
+    with three or more processes would sum them in another order.
+    """
+    devices = [world.device] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+    )
+
+
+def settle(run: Run, training: Training) -> None:
+    """Prepare for steps on other rows, after a refresh (collective).
+
+    Hooks DDP's gradients again: if the student made room for the teacher, PyTorch dropped the hooks when its
+    weights changed device, and DDP would not notice.
+    """
+    if isinstance(training.module, nn.parallel.DistributedDataParallel):
+        training.module = _in_ddp(run.world, training.module.module)
 
 
 def lr_factor(train: TrainSection, step: int) -> float:

@@ -190,17 +190,22 @@ def gradient_bytes(trained: int, num_gpus: int, zero2: bool) -> int:
 
 
 def loss_bytes(
-    num_scored: int, shape: Shape, signal: str, device_bytes: float, *, trains_head: bool
+    num_scored: int, shape: Shape, signal: str, device_bytes: float, *, trains_head: bool, in_kernels: bool
 ) -> tuple[float, float]:
-    """Memory that stays after the loss, and its chunks (fp32 logits, bf16 gradients) in dualkl.kernels.fused.
+    """Memory that stays after the loss, and its chunks (fp32 logits, bf16 gradients).
 
     Staying: hidden states and their gradients; 4 V d for a trained head; 6 N V for the logits of `full`.
-    Chunks, with u = 0.3 GiB: u for topk, nucleus and full, 2 u for hidden; the same again plus u for
+    `in_kernels`: the loss runs in `dualkl.kernels`; else in plain PyTorch, whose chunks fill the budget of
+    `dualkl.heads.row_chunks`. Chunks of the kernels, with u = 0.3 GiB: u for topk, nucleus and full, 2 u for hidden; the same again plus u for
     gradients; in total at most a sixteenth of the device, and less for few tokens.
     """
     buffers = 2 if signal == "hidden" else 1
-    unit = min(LOSS_BUFFER, device_bytes / 16 / (2 * buffers + 1))
-    chunks = min((2 * buffers + 1) * unit, num_scored * shape.vocab_size * (4 * buffers + 2))
+    if in_kernels:
+        unit = min(LOSS_BUFFER, device_bytes / 16 / (2 * buffers + 1))
+        chunks = min((2 * buffers + 1) * unit, num_scored * shape.vocab_size * (4 * buffers + 2))
+    else:
+        arrays = 2 if signal in ("topk", "nucleus") else 7
+        chunks = min(4.0 * arrays * num_scored * shape.vocab_size, COMPRESS_BUDGET, device_bytes / 16)
     given = 6.0 * num_scored * shape.vocab_size if signal == "full" else 0.0
     head = 4 * shape.head if trains_head else 0
     return given + head + 4 * num_scored * shape.hidden, chunks

@@ -222,7 +222,7 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
 def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
     """Select the rollout engine of `model` (with its adapters): the built-in one, or `generate`.
 
-    If even `generate` gives wrong logprobs, `rollout_engine` raises later.
+    If even `generate` gives wrong logprobs, `open_engine` raises later.
     """
     base = subject.model
 

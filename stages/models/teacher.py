@@ -92,7 +92,7 @@ class Teacher:
         """Free all memory."""
         if self.engine is not None:
             _destroy(self.engine)
-        self.forward = self.engine = self.head = None  # unusable from here on
+        self.forward = self.engine = self.head = None  # type: ignore[assignment]  # unusable from here on
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

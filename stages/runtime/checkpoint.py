@@ -238,8 +238,11 @@ def _read_state(path: Path) -> _State:
         raise ValueError("state.json is not what was written")
     try:
         found = _STATE.validate_json(json.dumps(state))
-    except ValidationError as error:
-        raise ValueError(f"state.json: {complaint(error)}") from error
+    except ValidationError as error:  # though its digest is right
+        raise UserError(
+            f"checkpoint {path} was written by another version of DualKL (state.json: {complaint(error)})."
+            " Go on with that version, or give another run_name."
+        ) from error
     if found.position.step != step_of(path):
         raise ValueError(f"state.json is that of step {found.position.step}")
     return found

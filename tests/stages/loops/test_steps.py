@@ -15,7 +15,7 @@ import torch
 import cache
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
-from stages.loops import feed, schedule, steps
+from stages.loops import feed, refresh, schedule, steps
 from stages.loops.budgets import train_caps
 from stages.models.student import Student
 from stages.runtime.checkpoint import Position
@@ -191,6 +191,30 @@ def test_two_processes_hold_the_same_student_after_a_refresh(tmp_path: Path, for
         "refresh_every": 2,
     }
     forked.call(save_weights, tmp_path, small(tmp_path, **(TINY | keys)), processes=2).expect_success()
+    assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
+
+
+def save_weights_after_moves(folder: Path, arguments: list[str]) -> None:
+    """In a separate process: `save_weights`, with weights that change their memory at every refresh.
+
+    So do those of a student that makes room for the teacher on a GPU.
+    """
+    own = refresh.refresh
+
+    def moving(run: Run, student: Student, *rest: Any) -> None:
+        own(run, student, *rest)
+        student.model.double()
+        student.model.float()
+
+    refresh.refresh = moving  # type: ignore[assignment]
+    save_weights(folder, arguments)
+
+
+def test_gradients_are_summed_over_processes_after_the_student_has_moved(
+    tmp_path: Path, forked: Forker
+) -> None:
+    arguments = small(tmp_path, **(TINY | {"max_steps": 4, "refresh_every": 2}))
+    forked.call(save_weights_after_moves, tmp_path, arguments, processes=2).expect_success()
     assert_same_weights(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
 
 

@@ -99,7 +99,8 @@ def _look(
         return []  # withdrawn meanwhile
     if found:
         return found
-    text = f"{store.path(file)}: it or what it names was read wrong once and right the second time. Nothing is damaged"
+    path = store.path(file)
+    text = f"{path}: it or what it names was read wrong once and right the second time. Nothing is damaged"
     return [Finding(file, f"{text} there; look at this machine's memory, disk and network.")]
 
 

@@ -97,7 +97,8 @@ def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]
         if record.teacher_logprobs is not None:
             gap = float((record.behaviour_logprobs.astype(np.float64) - record.teacher_logprobs).sum())
         numbers = f"{record.refresh_index:>7}{record.policy_step:>9,}{len(record.completion_ids):>8,}"
-        cells = f"{name}  {pad(plain(record.prompt_id), 14)}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
+        prompt = pad(plain(record.prompt_id), 14)
+        cells = f"{name}  {prompt}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
         yield fit(f"{cells}  {_one_line(record.completion_text)}", WIDTH)
 
 
@@ -135,7 +136,8 @@ def _token_lines(
     record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]
 ) -> Iterator[str]:
     yield "nats: logprob of the token under student and teacher, their entropies H; tail: mass not kept"
-    yield f"{'pos':>5}  {'token':<20}{'student':>10}{'teacher':>10}{'student H':>11}{'teacher H':>11}{'tail':>10}"
+    names = f"{'student':>10}{'teacher':>10}{'student H':>11}{'teacher H':>11}{'tail':>10}"
+    yield f"{'pos':>5}  {'token':<20}{names}"
     teacher = (record.teacher_logprobs, record.teacher_entropy, record.log_tail_mass)
     for t, token in enumerate(record.completion_ids.tolist()):
         logprob, entropy, tail = (None if column is None else float(column[t]) for column in teacher)

@@ -30,11 +30,12 @@ def gate(
 ) -> Float[Tensor, " N"]:
     """Return the weight of the reverse KL at each position.
 
-    D is in nats and defaults to KL(student || teacher). soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <=
-    tau]. fixed: λ = mix. `tau`, broadcastable to D, overrides `config.tau`.
+    D is in nats and defaults to KL(student || teacher).
+    soft: λ = sigmoid(alpha (tau - D)). hard: λ = 1[D <= tau]. fixed: λ = mix.
+    `tau`, broadcastable to D, overrides `config.tau`.
 
-    The result is detached. Through an undetached soft gate the reverse KL's own gradient is multiplied by λ -
-    alpha λ (1 - λ) (R - F) + ..., which is negative once alpha (1 - λ) (R - F) > 1: it would raise the
+    The result is detached. An undetached soft gate would multiply the reverse KL's own gradient by
+    λ - alpha λ (1 - λ) (R - F) + ..., which is negative once alpha (1 - λ) (R - F) > 1: it would raise the
     reverse KL. D = inf gives λ = 0; D = NaN gives NaN (soft gate) or 0 (hard gate).
     """
     divergence = divergence.detach()

@@ -150,7 +150,8 @@ def _verdict(plan: Plan) -> str:
     cards = f"{machine.num_gpus} × {machine.gpu.name.upper()}, {machine.usable / GIB:.1f} GiB usable each"
     if plan.fits:
         return f"It fits: {cards}; {plan.spare / GIB:.1f} GiB spare in the fullest phase ({worst.name})."
-    return f"It does NOT fit: {cards}; {worst.name} lacks {-plan.spare / GIB:.1f} GiB. Lower: {'; then '.join(plan.advice)}."
+    lacks = f"{worst.name} lacks {-plan.spare / GIB:.1f} GiB"
+    return f"It does NOT fit: {cards}; {lacks}. Lower: {'; then '.join(plan.advice)}."
 
 
 def _phase_line(plan: Plan, phase: Phase) -> str:

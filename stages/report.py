@@ -119,7 +119,8 @@ def _answers_and_divergence(report: Report) -> str:
         return f"{divergence}; no answers were checked."
     if before is None or after is None:
         when, share = ("after", after) if before is None else ("before", before)
-        return f"{share:.1%} of held-out problems solved {when} training, nothing to compare it with; {divergence}."
+        solved = f"{share:.1%} of held-out problems solved {when} training"
+        return f"{solved}, nothing to compare it with; {divergence}."
     points = 100 * (after - before)
     solved = f"from {before:.1%} to {after:.1%} of held-out problems"
     if points >= NOTICEABLE_POINTS:
@@ -169,7 +170,8 @@ def summary(report: Report, folder: Path, config: Config) -> str:
 
 def _span(span: Report) -> str:
     changed = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in span["changed"].items())
-    return f"steps {span['steps'][0]} to {span['steps'][1]} with {changed or 'the same keys, elsewhere or by other versions'}"
+    how = changed or "the same keys, elsewhere or by other versions"
+    return f"steps {span['steps'][0]} to {span['steps'][1]} with {how}"
 
 
 def _table(report: Report) -> list[str]:

@@ -130,7 +130,8 @@ def check_attended(decoder: PreTrainedModel, slots: SlotCache) -> None:
     """After a step, raise UserError unless every layer has used `attend`."""
     num_layers = decoder.config.num_hidden_layers
     if slots.num_attended_layers != num_layers:
-        found = f"only {slots.num_attended_layers} of its {num_layers} layers use transformers' AttentionInterface"
+        layers = f"only {slots.num_attended_layers} of its {num_layers} layers"
+        found = f"{layers} use transformers' AttentionInterface"
         raise UserError(_sentence(decoder.config.model_type, found))
 
 

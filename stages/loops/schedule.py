@@ -78,7 +78,8 @@ def lost(run: Run, position: Position) -> str:
     missing = position.num_rows - run.world.gather(there)[0]
     if missing <= 0:
         return ""
-    found = f"{missing} of the {position.num_rows} rows that were trained on are gone from {run.config.cache_root}"
+    rows = f"{missing} of the {position.num_rows} rows"
+    found = f"{rows} that were trained on are gone from {run.config.cache_root}"
     if not run.config.refreshes:
         run.metrics.say(f"warning: {found}; training goes on with the others, since refresh_mode is off")
         return ""
@@ -189,7 +190,10 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
     path = save_checkpoint(run, training, position)
     run.metrics.close()
     run.world.barrier()  # a launcher ends the other processes as soon as one leaves
-    line = f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to go on from {path}"
+    line = (
+        f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to go"
+        f" on from {path}"
+    )
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
 

@@ -111,7 +111,10 @@ def machine_error(error: OSError) -> str:
             " with another --run_name."
         )
     remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")
-    return f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same command again; what is committed is kept."
+    return (
+        f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same command again;"
+        " what is committed is kept."
+    )
 
 
 def _fail(error: Exception) -> None:

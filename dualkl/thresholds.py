@@ -54,8 +54,8 @@ def tau_for_share(
 ) -> Float[Tensor, ""]:
     """Return τ in nats, float64, for which λ averages `share` over the histogram; NaN if it is empty.
 
-    hard: the quantile of D, interpolated linearly within its bin.
-    soft: the solution of mean sigmoid(alpha (τ - D)) = share, with D at bin centres. Returns 0 if even τ = 0 exceeds `share` (a soft gate with a small
+    hard: the quantile of D, interpolated linearly within its bin. soft: the solution of mean sigmoid(alpha (τ
+    - D)) = share, with D at bin centres. Returns 0 if even τ = 0 exceeds `share` (a soft gate with a small
     alpha).
 
     Raises:

@@ -224,19 +224,22 @@ def _about_sizes(config: Config, work: Work, ready: Ready) -> Iterator[str]:
     train, signal = config.train, config.teacher_signal
     if (work.trains or work.generates) and train.warmup_steps > train.max_steps:
         yield (
-            f"warmup_steps {train.warmup_steps} is longer than the run of max_steps {train.max_steps}: lr never"
+            f"warmup_steps {train.warmup_steps} is longer than the run of max_steps"
+            f" {train.max_steps}: lr never"
             " reaches its peak"
         )
     if work.generates and signal.signal in ("topk", "nucleus") and signal.signal_k > ready.vocabulary.size:
         yield (
-            f"signal_k {signal.signal_k} is above the {ready.vocabulary.size} ids of the shared vocabulary: all"
+            f"signal_k {signal.signal_k} is above the {ready.vocabulary.size} ids of the shared"
+            " vocabulary: all"
             " of them are kept"
         )
     refresh = config.refresh
     if work.trains and refresh.refresh_mode == "external" and refresh.max_age + 1 < refresh.refresh_every:
         yield (
             f"refresh_every {refresh.refresh_every} has no effect: under refresh_mode external rows may be"
-            f" max_age {refresh.max_age} steps old, so a version is published every {refresh.max_age + 1} steps"
+            f" max_age {refresh.max_age} steps old, so a version is published every"
+            f" {refresh.max_age + 1} steps"
         )
     for name, wanted, there in (
         ("num_prompts", config.data.num_prompts, ready.prompts),

@@ -191,7 +191,8 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
     run.metrics.close()
     run.world.barrier()  # a launcher ends the other processes as soon as one leaves
     line = (
-        f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to go"
+        f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command"
+        " again to go"
         f" on from {path}"
     )
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)

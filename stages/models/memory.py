@@ -196,8 +196,9 @@ def loss_bytes(
 
     Staying: hidden states and their gradients; 4 V d for a trained head; 6 N V for the logits of `full`.
     `in_kernels`: the loss runs in `dualkl.kernels`; else in plain PyTorch, whose chunks fill the budget of
-    `dualkl.heads.row_chunks`. Chunks of the kernels, with u = 0.3 GiB: u for topk, nucleus and full, 2 u for hidden; the same again plus u for
-    gradients; in total at most a sixteenth of the device, and less for few tokens.
+    `dualkl.heads.row_chunks`. Chunks of the kernels, with u = 0.3 GiB: u for topk, nucleus and full, 2 u for
+    hidden; the same again plus u for gradients; in total at most a sixteenth of the device, and less for few
+    tokens.
     """
     buffers = 2 if signal == "hidden" else 1
     if in_kernels:

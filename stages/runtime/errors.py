@@ -112,7 +112,8 @@ def machine_error(error: OSError) -> str:
         )
     remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")
     return (
-        f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same command again;"
+        f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same"
+        " command again;"
         " what is committed is kept."
     )
 

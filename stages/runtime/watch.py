@@ -85,17 +85,20 @@ class Watch:
     def _compare(self, name: str, before: float, now: float, step: int) -> list[str]:
         if name == "surprise" and now < COLLAPSED * before:
             text = (
-                f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g} nats by step"
+                f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g}"
+                " nats by step"
                 f" {step}: its entropy collapses; lower lr or alpha, or refresh less often"
             )
         elif name == "length" and now > LONGER * before:
             text = (
-                f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step}; look at the"
+                f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step};"
+                " look at the"
                 " rows (python -m cache show CACHE --longest 5)"
             )
         elif name == "mass" and 1 - now > max(LOST_MASS, LOST_TIMES * (1 - before)):
             text = (
-                f"the teacher's probability on the kept ids fell from {before:.3f} to {now:.3f} by step {step}:"
+                f"the teacher's probability on the kept ids fell from {before:.3f} to {now:.3f} by"
+                f" step {step}:"
                 " more of it is outside what the cache holds; raise signal_k, or use signal: hidden"
             )
         else:

@@ -323,4 +323,5 @@ def damage(store: Store, record: CommitRecord, problem: str) -> CacheError:
 
 def advice(record: CommitRecord) -> str:
     """Return the remedy for a damaged shard."""
-    return f"Delete it and commits/{record.name} and rerun stage one, which fills in its rows; other rows are kept."
+    gone = f"Delete it and commits/{record.name}"
+    return f"{gone} and rerun stage one, which fills in its rows; other rows are kept."

@@ -46,7 +46,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["duplicate_rows"]:
         lines.append(("written twice", f"{summary['duplicate_rows']:,} rows; one copy of each is read"))
     if summary["leftover_files"]:
-        left = f"{summary['leftover_files']:,} files, {summary['leftover_bytes']:,} bytes without a commit record"
+        files, num_bytes = summary["leftover_files"], summary["leftover_bytes"]
+        left = f"{files:,} files, {num_bytes:,} bytes without a commit record"
         lines.append(("leftovers", f"{left}; ignored, removed by a writer after a day"))
     text = [part for name, value in lines for part in _wrap(f"{name:<16}", value)]
     return "\n".join([*text, *_quantile_lines(summary["quantiles"]), *_policy_lines(summary["policies"])])

@@ -74,11 +74,12 @@ def table(found: dict[str, Any]) -> str:
         "errors are means of |stored − exact| over tokens; gradient: ‖Δ‖ / ‖exact‖ by the student's"
         " hidden states",
         "",
-        f"{'signal':<28}{'kept ids':>9}{'bytes/token':>13}{'reverse KL':>12}{'forward KL':>12}{'λ':>10}{'gradient':>11}",
+        f"{'signal':<28}{'kept ids':>9}{'bytes/token':>13}{'reverse KL':>12}{'forward KL':>12}{'λ':>10}"
+        f"{'gradient':>11}",
     ]
     lines += [
-        f"{row['signal']:<28}{row['kept_ids']:>9.1f}{row['bytes_per_token']:>13.1f}{row['reverse_kl_error']:>12.1e}"
-        f"{row['forward_kl_error']:>12.1e}{row['gate_error']:>10.1e}{100 * row['gradient_error']:>10.2f}%"
+        f"{row['signal']:<28}{row['kept_ids']:>9.1f}{row['bytes_per_token']:>13.1f}"
+        f"{row['reverse_kl_error']:>12.1e}{row['forward_kl_error']:>12.1e}{row['gate_error']:>10.1e}{100 * row['gradient_error']:>10.2f}%"
         for row in found["signals"]
     ]
     return "\n".join(lines)

@@ -278,7 +278,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if not is_dataclass(value):
         return value
     parts = {item.name: getattr(value, item.name) for item in fields(value)}
-    return replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})  # type: ignore[type-var]
+    mapped = {name: map_tensors(function, part) for name, part in parts.items()}
+    return replace(value, **mapped)  # type: ignore[type-var]
 
 
 def teacher_of(

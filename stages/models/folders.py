@@ -85,7 +85,8 @@ def _instead(folder: Path) -> str:
     """Guess what a folder without a config or weights contains, for an error message."""
     if (folder / "adapter_config.json").is_file():
         base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
-        return f"it is a LoRA adapter; give the model that it adapts ({base}), and this folder as student_adapter"
+        wanted = f"give the model that it adapts ({base}), and this folder as student_adapter"
+        return f"it is a LoRA adapter; {wanted}"
     if any(folder.glob("*.gguf")):
         return "it holds GGUF files, which are for llama.cpp; give the checkpoint that they were made from"
     if any(folder.glob("*/config.json")):

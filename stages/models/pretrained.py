@@ -170,7 +170,10 @@ def vocabulary_cut(
 def why(error: Exception) -> str:
     """One-line reason why a library did not load a model, without its advice to trust remote code."""
     if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
+        return (
+            "it needs Python code of its own, which is never run; give a model of a type that transformers"
+            " knows"
+        )
     if "weights_only" in str(error):
         return "a .bin file of it holds more than tensors; only safetensors and plain weights are loaded"
     return one_line(error)

@@ -88,7 +88,8 @@ def _weighted(value: Any) -> Any:
     if not isinstance(parts, list) or not all(isinstance(each, str | dict) for each in parts):
         return value
     pairs = [pair for each in parts for pair in (each.items() if isinstance(each, dict) else [(each, 1)])]
-    if len({os.path.realpath(os.path.expanduser(str(name))) for name, _ in pairs}) < len(pairs):  # noqa: PTH111
+    files = {os.path.realpath(os.path.expanduser(str(name))) for name, _ in pairs}  # noqa: PTH111
+    if len(files) < len(pairs):
         raise ValueError("names a data set twice")
     return dict(pairs)
 
@@ -404,7 +405,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         for leaf, field in section.model_fields.items():
             bare = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
             text = f"{field.description} (default: {field.default!r})".replace("%", "%%")
-            group.add_argument(f"--{leaf}", metavar="VALUE", default=None, help=text, **bare)  # type: ignore[arg-type]
+            options: dict[str, Any] = {"metavar": "VALUE", "default": None, "help": text} | bare
+            group.add_argument(f"--{leaf}", **options)
     return parser
 
 

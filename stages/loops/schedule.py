@@ -137,7 +137,7 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
             if arrivals is not None:
                 position = _take_up_arrivals(run, training, position, arrivals, pool)
             if pool is None or snapshot is None or pool.version != position.refresh_index:
-                training.last_forward = None
+                training.last_forward = None  # holds the head of the last pool's teacher
                 pool, snapshot = open_pool(run, position)
                 position = replace(position, num_rows=pool.num_own)
                 _discard_later(run, training.step)
@@ -168,10 +168,9 @@ def _renew(
     if refresh is None:
         _publish(run, training, index, author)
         return position
-    training.last_forward = None  # under signal `hidden` it holds the teacher's head
-    with ending.at_once():  # the checkpoint is saved, and committed units are kept
+    # a signal may end this at once: the checkpoint is saved, and committed units are kept
+    with ending.at_once(), steps.unwrapped(run.world, training):
         refresh(training, index, reason)
-    steps.settle(run, training)
     return _taken_up(position, index)
 
 

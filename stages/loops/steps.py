@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -127,14 +128,21 @@ def _in_ddp(world: World, module: nn.Module) -> nn.Module:
     )
 
 
-def settle(run: Run, training: Training) -> None:
-    """Prepare for steps on other rows, after a refresh (collective).
+@contextmanager
+def unwrapped(world: World, training: Training) -> Iterator[None]:
+    """For a refresh, take DDP off the module and put it on again afterwards (collective).
 
-    Hooks DDP's gradients again: if the student made room for the teacher, PyTorch dropped the hooks when its
-    weights changed device, and DDP would not notice.
+    Frees DDP's gradient buffers and the last forward's inputs for the teacher. If the student makes room for
+    it too, PyTorch drops DDP's hooks when the weights change device, and DDP would not notice.
     """
-    if isinstance(training.module, nn.parallel.DistributedDataParallel):
-        training.module = _in_ddp(run.world, training.module.module)
+    training.last_forward = None
+    is_ddp = isinstance(training.module, nn.parallel.DistributedDataParallel)
+    if is_ddp:
+        training.module = cast(nn.Module, training.module.module)
+        gc.collect()  # DDP is in reference cycles
+    yield
+    if is_ddp:
+        training.module = _in_ddp(world, training.module)
 
 
 def lr_factor(train: TrainSection, step: int) -> float:

@@ -238,11 +238,9 @@ def _read_state(path: Path) -> _State:
         raise ValueError("state.json is not what was written")
     try:
         found = _STATE.validate_json(json.dumps(state))
-    except ValidationError as error:  # though its digest is right
-        raise UserError(
-            f"checkpoint {path} was written by another version of DualKL (state.json: {complaint(error)})."
-            " Go on with that version, or give another run_name."
-        ) from error
+    except ValidationError as error:
+        other = "if another version of DualKL wrote it, go on with that version"
+        raise ValueError(f"state.json: {complaint(error)}; {other}") from error
     if found.position.step != step_of(path):
         raise ValueError(f"state.json is that of step {found.position.step}")
     return found

@@ -82,8 +82,8 @@ def train(options: argparse.Namespace) -> None:
     save(model, tokenizer, options.out / "teacher")
     size = sum(p.numel() for p in model.parameters())
     print(
-        f"{size:,} parameters, {step} steps of {options.batch * LENGTH:,} tokens over {len(ids):,},"
-        f" loss {loss.item():.3f}"
+        f"{size:,} parameters, {step} steps of {options.batch * LENGTH:,} tokens over {len(ids):,}, loss"
+        f" {loss.item():.3f}"
     )
 
 
@@ -481,9 +481,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(
                 f"{name:<48}{row['bytes_per_token']:>8.1f} B {row['encode_tokens_per_second'] / 1e3:>8.0f}k"
                 f" {row['decode_tokens_per_second'] / 1e3:>8.0f}k tok/s  KL {row['kl_mean']:.1e} p99"
-                f" {row['kl_p99']:.1e}"
-                f"  grad {row['reverse_gradient_error']:.1e} {row['forward_gradient_error']:.1e}  k"
-                f" {row['kept_ids_per_token']:.1f}"
+                f" {row['kl_p99']:.1e}  grad {row['reverse_gradient_error']:.1e}"
+                f" {row['forward_gradient_error']:.1e}  k {row['kept_ids_per_token']:.1f}"
             )
         elif isinstance(row, dict) and "share_of_raw" in row:
             lines.append(

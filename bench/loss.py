@@ -385,8 +385,8 @@ def run(options: argparse.Namespace) -> None:
             release(device)
         except Exception as error:
             sys.exit(
-                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was"
-                " measured is kept"
+                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was measured"
+                " is kept"
             )
 
 
@@ -396,9 +396,8 @@ def line(name: str, record: Record) -> str:
         return f"{name:<66} {record['status']}: {record.get('message', '')[:160]}"
     errors = " ".join(f"{key} {value:.1e}" for key, value in record["errors"].items())
     return (
-        f"{name:<66} {JOBS[record['job']]:<22} {record['ms']:>9.3f} ms "
-        f" {number(record['ratio'], 2):>6} x floor"
-        f"  {number(record['extra_gib'], 2):>6} GiB  {errors}  {show_settings(record['settings'])}"
+        f"{name:<66} {JOBS[record['job']]:<22} {record['ms']:>9.3f} ms  {number(record['ratio'], 2):>6} x"
+        f" floor  {number(record['extra_gib'], 2):>6} GiB  {errors}  {show_settings(record['settings'])}"
     )
 
 

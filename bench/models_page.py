@@ -96,9 +96,8 @@ def _counts(results: dict[str, Record]) -> list[str]:
         "## All types",
         "",
         f"{len(results)} types: {len(right)} right ({padded} of them padded, {plain} by generate),"
-        f" {len(refused)} refused as"
-        f" students ({teachers} of them right as teachers), {len(not_built)} not built, {len(wrong)} wrong"
-        + (f" ({', '.join(wrong)})." if wrong else "."),
+        f" {len(refused)} refused as students ({teachers} of them right as teachers), {len(not_built)} not"
+        f" built, {len(wrong)} wrong" + (f" ({', '.join(wrong)})." if wrong else "."),
         "",
     ]
 

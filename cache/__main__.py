@@ -191,8 +191,8 @@ def _verify(args: argparse.Namespace) -> int:
         for file in withdrawn:
             _print(f"withdrawn: {file}")
         _print(
-            "Stage one, run again, writes rows of a run that has not trained; a run that trains on"
-            " them refreshes when it goes on."
+            "Stage one, run again, writes rows of a run that has not trained; a run that trains on them"
+            " refreshes when it goes on."
         )
         findings = [finding for finding in findings if finding.record is None]
     if findings:
@@ -215,8 +215,8 @@ def _prune(args: argparse.Namespace) -> int:
     what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
     how = "would be removed" if args.dry_run else "removed"
     _print(
-        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds"
-        f" {len(open_cache(args.root)):,} rows."
+        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,}"
+        " rows."
     )
     return 0
 

@@ -89,8 +89,8 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
         version, kind, dtype, T, width, temperature = _HEADER.unpack_from(packed)
         if version != CODEC_VERSION:
             raise CacheError(
-                f"the signal has codec version {version}, this program reads version {CODEC_VERSION};"
-                " read the cache with the program that wrote it, or write it again."
+                f"the signal has codec version {version}, this program reads version {CODEC_VERSION}; read"
+                " the cache with the program that wrote it, or write it again."
             )
         _check_size(T, width, len(packed))
         if num_tokens not in (None, T):
@@ -119,9 +119,8 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
 def _check_size(num_tokens: int, width: int, num_bytes: int) -> None:
     if num_tokens * width > _FREE_NUMBERS + _NUMBERS_PER_BYTE * num_bytes:
         raise CacheError(
-            f"a signal of {num_bytes:,} packed bytes stands for {num_tokens:,} x {width:,} numbers,"
-            " more than real ones"
-            " of this length; run `python -m cache verify` on the cache."
+            f"a signal of {num_bytes:,} packed bytes stands for {num_tokens:,} x {width:,} numbers, more"
+            " than real ones of this length; run `python -m cache verify` on the cache."
         )
 
 

@@ -199,9 +199,8 @@ def write_record(store: Store, record: CommitRecord) -> bool:
     data = record.sealed()
     if len(data) > MOST_BYTES_READ:
         raise CacheError(
-            f"unit {record.unit} has {len(record.row_ids):,} rows, whose commit record takes"
-            f" {len(data):,} bytes;"
-            f" expected at most {MOST_BYTES_READ:,}: use smaller units."
+            f"unit {record.unit} has {len(record.row_ids):,} rows, whose commit record takes {len(data):,}"
+            f" bytes; expected at most {MOST_BYTES_READ:,}: use smaller units."
         )
     return store.create(record_path(record.name), data)
 
@@ -221,8 +220,8 @@ def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
     if body.get("format_version") != FORMAT_VERSION:
         version = body.get("format_version")
         raise CacheError(
-            f"{path} has format version {version}, this program reads version {FORMAT_VERSION};"
-            " read the cache with the program that wrote it."
+            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}; read the"
+            " cache with the program that wrote it."
         )
     try:
         record = CommitRecord(**{**body, "batches": [BatchEntry(**entry) for entry in body["batches"]]})

@@ -204,9 +204,8 @@ def _matrix(record: Record, dtype: np.dtype[np.generic]) -> Array:
     values = signal.states if isinstance(signal, Hidden) else signal.logits
     if dtype == np.float16 and signal.dtype != "float16":
         raise CacheError(
-            f"row {record.row_id}: its signal is {signal.dtype}, that of the cache's first row"
-            " float16; they cannot go"
-            " into one column. Read this cache with `cache.open`."
+            f"row {record.row_id}: its signal is {signal.dtype}, that of the cache's first row float16; they"
+            " cannot go into one column. Read this cache with `cache.open`."
         )
     return values if dtype == np.float16 else to_float32(values, signal.dtype)
 
@@ -218,9 +217,8 @@ def _lists(
     inner, outer = _offsets(widths), _offsets(row_lengths)
     if inner[-1] > _MOST_VALUES:
         raise CacheError(
-            f"the record batch that begins with row {first.row_id} decodes to {inner[-1]:,} numbers;"
-            " an Arrow list"
-            f" column holds at most {_MOST_VALUES:,}. Read this cache with `cache.open`."
+            f"the record batch that begins with row {first.row_id} decodes to {inner[-1]:,} numbers; an"
+            f" Arrow list column holds at most {_MOST_VALUES:,}. Read this cache with `cache.open`."
         )
     tokens = pa.ListArray.from_arrays(pa.array(inner, pa.int32()), pa.array(np.concatenate(values)))
     return pa.ListArray.from_arrays(pa.array(outer, pa.int32()), tokens)

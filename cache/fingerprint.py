@@ -75,9 +75,8 @@ class Fingerprint:
         for name, own, other in _differences(self.must_match, wanted.must_match):
             own, other = _show(own, other)
             raise CacheError(
-                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean"
-                " the same: use"
-                f" another cache directory, or set {name} as it was when the cache was written."
+                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean the"
+                f" same: use another cache directory, or set {name} as it was when the cache was written."
                 " Nothing was changed."
             )
         return [
@@ -118,8 +117,8 @@ def _load(store: Store) -> dict[str, Any] | None:
     version = must_match.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
-            f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION};"
-            " read the cache with the program that wrote it, or use another cache directory."
+            f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION}; read"
+            " the cache with the program that wrote it, or use another cache directory."
         )
     return body
 
@@ -136,11 +135,9 @@ def store_fingerprint(
     if stored is None:
         if committed_as not in (None, wanted.digest):
             raise CacheError(
-                f"{store.root}: fingerprint.json is missing, and the committed rows were written"
-                " under another fingerprint"
-                f" ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…). Use another"
-                " cache directory, or"
-                " rerun with the settings that wrote it."
+                f"{store.root}: fingerprint.json is missing, and the committed rows were written under"
+                f" another fingerprint ({str(committed_as)[:8]}…, this program's is {wanted.digest[:8]}…)."
+                " Use another cache directory, or rerun with the settings that wrote it."
             )
         if tokenizer_json is not None:
             store.create(TOKENIZER, tokenizer_json.encode())

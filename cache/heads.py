@@ -44,10 +44,9 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
         if is_new:
             store.remove(_file(digest))
         raise CacheError(
-            f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's"
-            f" has {digest[:8]}…. Rows of"
-            " both would not mean the same: use another cache directory, or the teacher the cache was"
-            " written with."
+            f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has"
+            f" {digest[:8]}…. Rows of both would not mean the same: use another cache directory, or the"
+            " teacher the cache was written with."
         )
     return digest
 
@@ -65,11 +64,9 @@ def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | Non
         if record.head_sha256 != digest:
             own, other = (str(d)[:8] + "…" if d else "no head" for d in (record.head_sha256, digest))
             raise CacheError(
-                f"{store.path(HEAD)}: the rows of {record.shard} were written with the teacher head"
-                f" {own}, the head here"
-                f" is {other}. Put the head.json and the file in heads/ of these rows back, or use"
-                " another cache"
-                " directory. Nothing was changed."
+                f"{store.path(HEAD)}: the rows of {record.shard} were written with the teacher head {own},"
+                f" the head here is {other}. Put the head.json and the file in heads/ of these rows back, or"
+                " use another cache directory. Nothing was changed."
             )
 
 

@@ -90,8 +90,8 @@ class Snapshot(Sequence[Record]):
             if record.fingerprint != digest:
                 raise CacheError(
                     f"{store.path(record.shard)} was written under another fingerprint"
-                    f" ({record.fingerprint[:8]}…) than the"
-                    f" cache's ({digest[:8]}…); move it and commits/{record.name} out of this cache."
+                    f" ({record.fingerprint[:8]}…) than the cache's ({digest[:8]}…); move it and"
+                    f" commits/{record.name} out of this cache."
                 )
         if self._shards and fingerprint.rules.kind == "hidden":
             check_heads(store, self._shards, head_digest(store))
@@ -196,8 +196,7 @@ class Snapshot(Sequence[Record]):
         if actual != expected:
             raise CacheError(
                 f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says"
-                f" {expected[:8]}…."
-                " Put the tokenizer's tokenizer.json there; rows do not depend on it."
+                f" {expected[:8]}…. Put the tokenizer's tokenizer.json there; rows do not depend on it."
             )
         return self.store.local_copy(commit.TOKENIZER)
 

@@ -99,9 +99,8 @@ class OpenShard:
         message = memoryview(data)[start:]
         if batch.nbytes > most_bytes(len(message)):  # never for real rows; readers would refuse it
             raise CacheError(
-                f"a record batch of {batch.nbytes:,} bytes packs to {len(message):,}, which no real"
-                " rows do; the one"
-                f" that begins with row {self._records[0].row_id} was not written."
+                f"a record batch of {batch.nbytes:,} bytes packs to {len(message):,}, which no real rows do;"
+                f" the one that begins with row {self._records[0].row_id} was not written."
             )
         digest = hashlib.sha256(message).hexdigest()
         self._batches.append(

@@ -111,17 +111,15 @@ class Store(ABC):
         parts = name.split("/") if name else []
         if len(parts) > 2 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
             raise StoreError(
-                f"{self.root}: {name!r} cannot be the name of a cache's file; expected FILE or"
-                " FOLDER/FILE. Nothing was"
-                " changed; move what is called so out of the cache."
+                f"{self.root}: {name!r} cannot be the name of a cache's file; expected FILE or FOLDER/FILE."
+                " Nothing was changed; move what is called so out of the cache."
             )
 
     def _check_size(self, name: str, num_bytes: int) -> None:
         if num_bytes > MOST_BYTES_READ:
             raise CacheError(
-                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. It"
-                " is not what this"
-                " program wrote: move it out of the cache and rerun."
+                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. It is not"
+                " what this program wrote: move it out of the cache and rerun."
             )
 
     @abstractmethod
@@ -219,9 +217,8 @@ def _reading(path: str) -> Iterator[None]:
             "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
         )
         raise StoreError(
-            f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit"
-            " of open files,"
-            " and rerun."
+            f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit of"
+            " open files, and rerun."
         ) from error
 
 
@@ -251,9 +248,8 @@ class LocalStore(Store):
             target = os.path.realpath(path if follow else folder)
             if not Path(target).is_relative_to(os.path.realpath(self.root)):
                 raise StoreError(
-                    f"{path} leads to {target}, outside the cache; nothing was changed. Move the file"
-                    " itself into the"
-                    " cache, or the whole cache to where it is."
+                    f"{path} leads to {target}, outside the cache; nothing was changed. Move the file itself"
+                    " into the cache, or the whole cache to where it is."
                 )
         return path
 
@@ -509,9 +505,9 @@ class ObjectStore(Store):
         finally:
             self.remove(name)
         raise StoreError(
-            f"{self.root}: this storage overwrites an object where it was asked to create a new one,"
-            " so two writers"
-            " could lose rows; use one with conditional puts (S3, GCS, Azure), or a local directory."
+            f"{self.root}: this storage overwrites an object where it was asked to create a new one, so two"
+            " writers could lose rows; use one with conditional puts (S3, GCS, Azure), or a local"
+            " directory."
         )
 
     def _key(self, name: str) -> str:
@@ -536,7 +532,6 @@ class ObjectStore(Store):
             raise
         except Exception as error:
             raise StoreError(
-                f"{self.root} cannot be read or written now ({type(error).__name__}: {error});"
-                " nothing was lost: look at"
-                " its address and your credentials, and rerun."
+                f"{self.root} cannot be read or written now ({type(error).__name__}: {error}); nothing was"
+                " lost: look at its address and your credentials, and rerun."
             ) from error

@@ -69,9 +69,9 @@ def stream(
     wrong = [name for name, value in counts.items() if value < 0]
     if wrong or rank >= num_ranks or worker >= num_workers:
         raise CacheError(
-            f"rank {rank} of {num_ranks}, worker {worker} of {num_workers}, seed {seed}, epoch"
-            f" {epoch}, start {start},"
-            f" ahead {ahead}: expected counts from 0, ahead from 1, rank and worker below their numbers."
+            f"rank {rank} of {num_ranks}, worker {worker} of {num_workers}, seed {seed}, epoch {epoch},"
+            f" start {start}, ahead {ahead}: expected counts from 0, ahead from 1, rank and worker below"
+            " their numbers."
         )
     share, num_shares = rank * num_workers + worker, num_ranks * num_workers
     first, end = len(snapshot) * share // num_shares, len(snapshot) * (share + 1) // num_shares

@@ -275,14 +275,13 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     if target.size(record.shard) is not None and target.hash(record.shard) != record.shard_sha256:
         raise CacheError(
             f"{target.path(record.shard)} is there and another file than the one of this name in"
-            f" {source.root};"
-            " nothing was written over it, what was copied is kept. Move one of them to a cache of its own."
+            f" {source.root}; nothing was written over it, what was copied is kept. Move one of them to a"
+            " cache of its own."
         )
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
-            f"{source.path(record.shard)} has not the {record.shard_bytes:,} bytes that its commit"
-            " record says; run"
-            " `python -m cache verify` on that cache. What was copied is kept."
+            f"{source.path(record.shard)} has not the {record.shard_bytes:,} bytes that its commit record"
+            " says; run `python -m cache verify` on that cache. What was copied is kept."
         )
     draft = target.draft(commit.SHARDS)
     try:
@@ -293,8 +292,8 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
         if draft.sha256 != record.shard_sha256:
             raise CacheError(
                 f"{source.path(record.shard)} is damaged (sha256 {draft.sha256[:8]}…, its commit record says"
-                f" {record.shard_sha256[:8]}…); run `python -m cache verify` on that cache. What was"
-                " copied is kept."
+                f" {record.shard_sha256[:8]}…); run `python -m cache verify` on that cache. What was copied"
+                " is kept."
             )
         draft.publish(record.shard)
     finally:

@@ -196,8 +196,8 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
         return str
     except Exception as error:  # the library raises plain Exception for files it cannot parse
         raise CacheError(
-            f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `python -m cache"
-            " verify` on the cache."
+            f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `python -m cache verify` on"
+            " the cache."
         ) from error
 
     def name(token: int) -> str:

@@ -150,9 +150,8 @@ class Writer:
             if is_first and self.store.size(record.shard) is None:  # a writer that slept for a day in between
                 self.store.remove(commit.record_path(record.name))
                 raise CacheError(
-                    f"{self.store.path(record.shard)} was removed before its rows were committed;"
-                    " they were not. Rerun"
-                    " stage one, which writes them again."
+                    f"{self.store.path(record.shard)} was removed before its rows were committed; they were"
+                    " not. Rerun stage one, which writes them again."
                 )
         except (
             OSError

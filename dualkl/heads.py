@@ -38,8 +38,8 @@ class Head:
             )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
-                f"The head's bias has shape {list(self.bias.shape)}; expected [{self.weight.shape[0]}], "
-                "one number per row of its weight."
+                f"The head's bias has shape {list(self.bias.shape)}; expected [{self.weight.shape[0]}], one"
+                " number per row of its weight."
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(

@@ -140,9 +140,8 @@ def check_teacher(teacher: Teacher, num_rows: int, temperature: float) -> None:
             raise ValueError("teacher.ids has no slots; expected at least one kept id a position.")
         if teacher.temperature != temperature:
             raise ValueError(
-                f"The teacher's top-k logprobs are at temperature {teacher.temperature}, the loss is"
-                f" at {temperature}; "
-                "use the same temperature, or score the rollouts again."
+                f"The teacher's top-k logprobs are at temperature {teacher.temperature}, the loss is at"
+                f" {temperature}; use the same temperature, or score the rollouts again."
             )
 
 

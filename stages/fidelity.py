@@ -43,9 +43,9 @@ def main() -> None:
     kind = snapshot.fingerprint.must_match["signal"]["kind"]
     if kind not in ("hidden", "full"):
         raise UserError(
-            f"{run.config.cache_root} holds {kind} rows; only a cache of signal hidden or full has"
-            " the whole distribution"
-            " to compare with. Write one: python -m stages.rollout --signal hidden --run_name exact ..."
+            f"{run.config.cache_root} holds {kind} rows; only a cache of signal hidden or full has the whole"
+            " distribution to compare with. Write one: python -m stages.rollout --signal hidden --run_name"
+            " exact ..."
         )
     student, _ = setup.current_student(run, setup.cached_vocabulary(run.config))
     found = measure(run, student, snapshot)
@@ -68,11 +68,10 @@ def split_root(arguments: list[str]) -> tuple[str, list[str]]:
 def table(found: dict[str, Any]) -> str:
     exact = found["exact"]
     lines = [
-        f"{found['tokens']:,} tokens of {found['cache']}, vocabulary {found['vocab_size']:,}; exact"
-        " means: reverse KL"
-        f" {exact['rkl']:.4f}, forward KL {exact['fkl']:.4f} nats, λ {exact['gate']:.3f}",
-        "errors are means of |stored − exact| over tokens; gradient: ‖Δ‖ / ‖exact‖ by the student's"
-        " hidden states",
+        f"{found['tokens']:,} tokens of {found['cache']}, vocabulary {found['vocab_size']:,}; exact means:"
+        f" reverse KL {exact['rkl']:.4f}, forward KL {exact['fkl']:.4f} nats, λ {exact['gate']:.3f}",
+        "errors are means of |stored − exact| over tokens; gradient: ‖Δ‖ / ‖exact‖ by the student's hidden"
+        " states",
         "",
         f"{'signal':<28}{'kept ids':>9}{'bytes/token':>13}{'reverse KL':>12}{'forward KL':>12}{'λ':>10}"
         f"{'gradient':>11}",

@@ -78,8 +78,8 @@ def machine_of(own: argparse.Namespace) -> Machine:
     if gib is None and not own.gpu:
         if not here:
             raise UserError(
-                f"no GPU here to plan for: give --gpu ({', '.join(GPUS)}) or --gpu_memory (GB of one"
-                " card), and --gpus."
+                f"no GPU here to plan for: give --gpu ({', '.join(GPUS)}) or --gpu_memory (GB of one card),"
+                " and --gpus."
             )
         gib = torch.cuda.get_device_properties(0).total_memory / GIB
     gpu = gpu_for(own.gpu, gib)
@@ -122,8 +122,8 @@ def table(plan: Plan) -> str:
     if plan.launch_bound:
         milliseconds = f"{1e3 * plan.launch_bound:.2f} ms"
         bound = [
-            "bound     generate: at most so fast, no estimate: the launches of a decode step alone"
-            f" take {milliseconds}"
+            "bound     generate: at most so fast, no estimate: the launches of a decode step alone take"
+            f" {milliseconds}"
         ]
     return "\n".join(
         [
@@ -134,13 +134,12 @@ def table(plan: Plan) -> str:
             f"{'phase':<10}{'GiB/card':>9}{'tokens/s':>10}{'hours':>7}  largest parts, GiB",
             *(_phase_line(plan, phase) for phase in plan.phases),
             "",
-            f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation,"
-            f" {plan.rollouts:,} rollouts with refreshes",
+            f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,}"
+            " rollouts with refreshes",
             *bound,
             f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
-            f"assumed   completions of {plan.mean_completion:,.0f} and prompts of"
-            f" {plan.mean_prompt:,.0f} tokens on average"
-            " (--mean_completion_tokens, --mean_prompt_tokens)",
+            f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f}"
+            " tokens on average (--mean_completion_tokens, --mean_prompt_tokens)",
         ]
     )
 

@@ -143,9 +143,8 @@ def summary(report: Report, folder: Path, config: Config) -> str:
     lines = ["", report["verdict"], "", *_table(report), "", _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
         lines.append(
-            f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5"
-            " (mostly forward KL);"
-            f" mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end"
+            f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly"
+            f" forward KL); mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end"
             f" {_show(run['last_step_gate'], '{:.3f}')}"
         )
     spans = run["configurations"]
@@ -154,9 +153,8 @@ def summary(report: Report, folder: Path, config: Config) -> str:
     if stored["rows"]:
         lines.append(
             f"cache   {stored['rows']:,} rollouts, {stored['scored_tokens']:,} scored tokens,"
-            f" {stored['bytes_per_token']:.1f} bytes a token ({stored['signal_bytes_per_token']:.1f}"
-            " of them teacher signal);"
-            f" {cut_sentence(stored['cut_share'])}"
+            f" {stored['bytes_per_token']:.1f} bytes a token ({stored['signal_bytes_per_token']:.1f} of them"
+            f" teacher signal); {cut_sentence(stored['cut_share'])}"
         )
     lines += [
         "",

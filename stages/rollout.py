@@ -102,8 +102,8 @@ def tell(run: Run, num_units: int) -> None:
         + "\n"
         + f"look:  python -m cache show {root} --index 0\n"
         + (
-            f"next:  python -m stages.rollout --role score with the same configuration; then {root}"
-            " may be deleted"
+            f"next:  python -m stages.rollout --role score with the same configuration; then {root} may be"
+            " deleted"
             if generates_only
             else "next:  python -m stages.train with the same configuration"
         )

@@ -43,9 +43,8 @@ def main() -> None:
         _await_cache(run)
     if not cache.exists(run.config.cache_root):
         raise UserError(
-            f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout`"
-            " with the same"
-            " configuration first, or name one with --cache_dir."
+            f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout` with the"
+            " same configuration first, or name one with --cache_dir."
         )
     ready = preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
     student, _ = setup.current_student(run, ready.vocabulary)
@@ -87,9 +86,9 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
         kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
         if kept is None:
             raise UserError(
-                f"export_checkpoint: best, but the run in {run.folder} reached step {training.step}"
-                " with eval_every 0, so no"
-                " held-out KL was measured; raise max_steps, or set export_checkpoint: last."
+                f"export_checkpoint: best, but the run in {run.folder} reached step {training.step} with"
+                " eval_every 0, so no held-out KL was measured; raise max_steps, or set export_checkpoint:"
+                " last."
             )
         run.metrics.say(
             f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text"
@@ -125,8 +124,8 @@ def _await_cache(run: Run) -> None:
         if run.world.is_main:
             run.metrics.keep_config()  # the follower reads it
         run.metrics.say(
-            f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow"
-            f" {run.folder}` begins"
+            f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}`"
+            " begins"
         )
 
     wait_for(lambda: run.world.gather(cache.exists(run.config.cache_root))[0] or None, on_wait=tell)
@@ -139,9 +138,8 @@ def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:
         measure.measure_teacher(evaluation)
     if not cache.exists(evaluation.teacher_text):
         raise UserError(
-            "eval_every needs teacher text on held-out prompts, and there is none: give"
-            " eval_teacher_text, or a"
-            " teacher_model that fits whole on the device."
+            "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text,"
+            " or a teacher_model that fits whole on the device."
         )
     return lambda training: measure.on_teacher_text(evaluation, training.student)
 

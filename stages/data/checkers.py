@@ -38,8 +38,7 @@ def open_checker(spec: str) -> Checker | None:
     except TypeError as error:
         raise UserError(
             f"answer_checker {spec} cannot be called with a row and a completion ({error}); it takes"
-            f" {signature}, expected"
-            " (row, completion)."
+            f" {signature}, expected (row, completion)."
         ) from error
     return checker
 
@@ -53,18 +52,16 @@ def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool
         answer: Any = checker(prompt.row, completion)
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"answer_checker {spec} raised {type(error).__name__} ({error}) on the row"
-            f" {_start(prompt.row)} with the completion"
-            f" {_start(completion)}; mend it, or leave answer_checker empty."
+            f"answer_checker {spec} raised {type(error).__name__} ({error}) on the row {_start(prompt.row)}"
+            f" with the completion {_start(completion)}; mend it, or leave answer_checker empty."
         ) from error
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
     if isinstance(answer, numbers.Real) and 0 <= answer <= 1:  # type: ignore[operator]  # NaN is not
         return float(answer)
     raise UserError(
-        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected"
-        " True, False or a share"
-        " between 0 and 1."
+        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True,"
+        " False or a share between 0 and 1."
     )
 
 

@@ -127,23 +127,21 @@ class _Source:
             if 2 * refused.total() > self.num_records:
                 cause = refused.most_common(1)[0][0].removeprefix(REFUSED).strip()
                 raise UserError(
-                    f"the chat template fails on {refused.total()} of {self.num_records} records of"
-                    f" dataset {self.name}, which"
-                    f" gave no prompts {cause}. Mend the template, chat_template_kwargs or the records."
+                    f"the chat template fails on {refused.total()} of {self.num_records} records of dataset"
+                    f" {self.name}, which gave no prompts {cause}. Mend the template, chat_template_kwargs"
+                    " or the records."
                 )
             found = f", found columns {', '.join(self.columns)}" if self.columns else ""
             raise UserError(
-                f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a"
-                " user turn, or text in"
-                f" {_quoted(TEXTS)}{found}."
+                f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a user turn,"
+                f" or text in {_quoted(TEXTS)}{found}."
             )
         allowed = self.config.data.allow_skipped
         is_judged = self.num_records > FEW or allowed == 0
         if is_judged and self.skipped.total() > allowed * self.num_records:
             raise UserError(
-                f"dataset {self.name}: {skips}; that is more than allow_skipped {allowed:g} of them."
-                " Mend the data set, or"
-                " raise allow_skipped."
+                f"dataset {self.name}: {skips}; that is more than allow_skipped {allowed:g} of them. Mend"
+                " the data set, or raise allow_skipped."
             )
 
     def next_prompt(self) -> Prompt | None:

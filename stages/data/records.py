@@ -58,9 +58,8 @@ def open_records(name: str, split: str) -> Sequence[Record]:
     path = _path(base)
     if path.exists() and (config or (named and path.is_file())):
         raise UserError(
-            f"dataset {name}: a local file or folder has no configurations, and a file no splits;"
-            " name the split of a"
-            " folder as FOLDER::SPLIT."
+            f"dataset {name}: a local file or folder has no configurations, and a file no splits; name the"
+            " split of a folder as FOLDER::SPLIT."
         )
     if path.is_file():
         records = _file(path)
@@ -246,9 +245,8 @@ def _text(path: Path, data: bytes, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise UserError(
-            f"dataset {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the"
-            " file from its encoding,"
-            " for instance with iconv -f latin1 -t utf-8 (or -f utf-16)."
+            f"dataset {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file"
+            " from its encoding, for instance with iconv -f latin1 -t utf-8 (or -f utf-16)."
         ) from error
 
 
@@ -277,9 +275,8 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 def _row(path: Path, line: int, columns: list[str], row: list[str]) -> Record:
     if len(row) != len(columns):
         raise UserError(
-            f"dataset {path}, line {line} has {len(row)} fields, its header {len(columns)}; quote"
-            " fields that hold"
-            " separators or line ends."
+            f"dataset {path}, line {line} has {len(row)} fields, its header {len(columns)}; quote fields"
+            " that hold separators or line ends."
         )
     return dict(zip(columns, row))
 
@@ -355,9 +352,8 @@ def _folder(folder: Path, split: str) -> Sequence[Record]:
     wanted = next((each for each, words in SPLITS.items() if split in words), split)
     if named and wanted not in named:
         raise UserError(
-            f"dataset {folder} has no files of split {split}; its files name"
-            f" {', '.join(sorted(named))}: name one as"
-            f" {folder}::SPLIT."
+            f"dataset {folder} has no files of split {split}; its files name {', '.join(sorted(named))}:"
+            f" name one as {folder}::SPLIT."
         )
     return Joined([_file(path) for path in (by_split[wanted] if named else files)])
 
@@ -415,9 +411,8 @@ def _hub(name: str, config: str, split: str) -> Rows:
     except Exception as error:
         hint = f" Name one as {name}:CONFIG." if "Config name is missing" in str(error) else ""
         raise UserError(
-            f"dataset {name} (split {split}) is neither a local file or folder nor a data set that"
-            " the hub gives:"
-            f" {one_line(error)}.{hint}"
+            f"dataset {name} (split {split}) is neither a local file or folder nor a data set that the hub"
+            f" gives: {one_line(error)}.{hint}"
         ) from error
 
 

@@ -27,8 +27,8 @@ def check_trainable(config: Config, vocabulary: Vocabulary) -> None:
             if other.must_match[name] != own.must_match[name]:
                 raise UserError(
                     f"extra_caches: the {name} of {root} is {other.must_match[name]}, that of"
-                    f" {config.cache_root} is"
-                    f" {own.must_match[name]}; only caches of one tokenizer and vocabulary cut can be mixed."
+                    f" {config.cache_root} is {own.must_match[name]}; only caches of one tokenizer and"
+                    " vocabulary cut can be mixed."
                 )
         check_loss(config, root, other)
 

@@ -27,9 +27,8 @@ def arguments_of(folder: str, rest: list[str]) -> list[str]:
     if not (path / "config.yaml").exists():
         if "--config" not in rest:
             raise UserError(
-                f"there is no run to follow at {folder} (no config.yaml); start `python -m"
-                " stages.train` first, or give"
-                " its --config here too."
+                f"there is no run to follow at {folder} (no config.yaml); start `python -m stages.train`"
+                " first, or give its --config here too."
             )
         own = []
     place = ["--runs_dir", str(path.parent), "--run_name", path.name, "--wandb_project", ""]
@@ -43,9 +42,8 @@ def follow(run: Run) -> None:
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
-            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}: it would"
-            " not take up rollouts that"
-            " are written beside it; set refresh_mode: external for both."
+            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}: it would not take"
+            " up rollouts that are written beside it; set refresh_mode: external for both."
         )
     refresh.refuse_role(run.config)
     ready = preflight.check_early(run, preflight.Work(generates=True, scores=True))
@@ -87,11 +85,9 @@ def _write(
     wanted = len(rollouts_of(run.config, version.refresh_index))
     if wanted != version.num_rollouts:
         raise UserError(
-            f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command"
-            f" would write {wanted};"
-            " leave rollouts_per_refresh, group_size, batch_size, max_steps and the refresh keys as"
-            " they are in"
-            " the run."
+            f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would"
+            f" write {wanted}; leave rollouts_per_refresh, group_size, batch_size, max_steps and the refresh"
+            " keys as they are in the run."
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)

@@ -38,11 +38,9 @@ def memory_after_refresh(run: Run) -> dict[str, int]:
     if first is not None and growth > max(TOLERATED_SHARE * first, TOLERATED_BYTES):
         run.metrics.say(
             f"warning: {allocated:,} bytes are allocated after this refresh, {growth:,} more than the"
-            f" {first:,} after the"
-            " first one of this process: something is kept that should be freed. A run of many"
-            " refreshes may run out of"
-            " memory; it can be stopped and started again at any time. Please report this with the"
-            " run's metrics.jsonl."
+            f" {first:,} after the first one of this process: something is kept that should be freed. A run"
+            " of many refreshes may run out of memory; it can be stopped and started again at any time."
+            " Please report this with the run's metrics.jsonl."
         )
     return {"memory_allocated_bytes": allocated, "memory_growth_bytes": growth}
 

@@ -173,8 +173,8 @@ def _check_rows(root: str, student: Side) -> None:
     if limit is not None and longest > limit:
         raise UserError(
             f"{root} holds rows of up to {longest} tokens, but the student {student.name} has {limit}"
-            " positions; train a student"
-            " that has more, or write rows with a lower max_prompt_tokens and max_new_tokens."
+            " positions; train a student that has more, or write rows with a lower max_prompt_tokens and"
+            " max_new_tokens."
         )
 
 
@@ -192,9 +192,8 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
     written = token in str(tokenizer.chat_template or "")
     raise UserError(
         f"{len(outside)} of {len(prompts)} {what} hold '{token}' (id {token_id}), which"
-        f" {'the chat template of the student writes' if written else 'stands in their text'}: only"
-        f" ids below {size} are known to"
-        " both student and teacher; "
+        f" {'the chat template of the student writes' if written else 'stands in their text'}: only ids"
+        f" below {size} are known to both student and teacher; "
         + (
             "use a chat template without it, or a teacher that has it."
             if written
@@ -212,9 +211,8 @@ def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list
             ways = [f"max_prompt_tokens to {limit - new}"] * (limit > new)
             ways += [f"max_new_tokens to {limit - longest}"] * (limit > longest)
             raise UserError(
-                f"the longest of {len(prompts)} {what} has {longest} tokens and max_new_tokens is"
-                f" {new}, together"
-                f" {longest + new}, but {side.key} {side.name} has {limit} positions; lower"
+                f"the longest of {len(prompts)} {what} has {longest} tokens and max_new_tokens is {new},"
+                f" together {longest + new}, but {side.key} {side.name} has {limit} positions; lower"
                 f" {' or '.join(ways) or 'both'}."
             )
 
@@ -224,22 +222,20 @@ def _about_sizes(config: Config, work: Work, ready: Ready) -> Iterator[str]:
     train, signal = config.train, config.teacher_signal
     if (work.trains or work.generates) and train.warmup_steps > train.max_steps:
         yield (
-            f"warmup_steps {train.warmup_steps} is longer than the run of max_steps"
-            f" {train.max_steps}: lr never"
-            " reaches its peak"
+            f"warmup_steps {train.warmup_steps} is longer than the run of max_steps {train.max_steps}: lr"
+            " never reaches its peak"
         )
     if work.generates and signal.signal in ("topk", "nucleus") and signal.signal_k > ready.vocabulary.size:
         yield (
-            f"signal_k {signal.signal_k} is above the {ready.vocabulary.size} ids of the shared"
-            " vocabulary: all"
-            " of them are kept"
+            f"signal_k {signal.signal_k} is above the {ready.vocabulary.size} ids of the shared vocabulary:"
+            " all of them are kept"
         )
     refresh = config.refresh
     if work.trains and refresh.refresh_mode == "external" and refresh.max_age + 1 < refresh.refresh_every:
         yield (
             f"refresh_every {refresh.refresh_every} has no effect: under refresh_mode external rows may be"
-            f" max_age {refresh.max_age} steps old, so a version is published every"
-            f" {refresh.max_age + 1} steps"
+            f" max_age {refresh.max_age} steps old, so a version is published every {refresh.max_age + 1}"
+            " steps"
         )
     for name, wanted, there in (
         ("num_prompts", config.data.num_prompts, ready.prompts),

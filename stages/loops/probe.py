@@ -132,19 +132,17 @@ def _judge(
         ]
     if reasons:
         raise UserError(
-            f"what generates is not the student that is trained: at refresh {refresh_index} they"
-            f" differ by {gap:.2g} nats a"
-            f" token on the probe batch of {num_tokens} tokens (rounding explains"
-            f" {BOUND * rounding:.2g}), and {reasons[0]}."
-            " The rollouts would not be the student's; nothing is trained on them. Please report this."
+            f"what generates is not the student that is trained: at refresh {refresh_index} they differ by"
+            f" {gap:.2g} nats a token on the probe batch of {num_tokens} tokens (rounding explains"
+            f" {BOUND * rounding:.2g}), and {reasons[0]}. The rollouts would not be the student's; nothing"
+            " is trained on them. Please report this."
         )
     if gap > BOUND * rounding:
         run.metrics.say(
-            f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of"
-            f" refresh {refresh_index},"
-            f" more than {BOUND:.0f} times what rounding moves training's own logprobs by"
-            f" ({rounding:.2g}). The difference has"
-            " no direction, so it is the same policy, rounded more; dtype fp32 would be exact."
+            f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of refresh"
+            f" {refresh_index}, more than {BOUND:.0f} times what rounding moves training's own logprobs by"
+            f" ({rounding:.2g}). The difference has no direction, so it is the same policy, rounded more;"
+            " dtype fp32 would be exact."
         )
 
 
@@ -201,9 +199,8 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
         beyond = max(share.value - max(0.0, follows), min(0.0, follows) - share.value)
         if beyond > max(least, significant * share.error):
             yield (
-                f"the generator is {share.value:.1%} (standard error {share.error:.1%}) of the way"
-                " from the student to"
-                f" {OTHERS[share.of]}, where rounding has no direction"
+                f"the generator is {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
+                f" student to {OTHERS[share.of]}, where rounding has no direction"
             )
 
 
@@ -261,9 +258,8 @@ def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, 
     moved = _distance(exact, before) if before.shape == exact.shape else 0.0
     if before.shape == exact.shape and moved == 0.0:
         raise UserError(
-            "the student's logprobs on the probe batch did not change between refresh"
-            f" {refresh_index - 1} and"
-            f" {refresh_index}: training does not reach the weights that generate. Is lr 0, or the"
+            f"the student's logprobs on the probe batch did not change between refresh {refresh_index - 1}"
+            f" and {refresh_index}: training does not reach the weights that generate. Is lr 0, or the"
             " adapter inactive?"
         )
     run.world.barrier()

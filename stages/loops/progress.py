@@ -153,6 +153,6 @@ def last_line(run: Run) -> str:
     )
     return (
         f"{last['rollouts']} rollouts in {last['seconds']:.0f} s, {last['rollouts_per_second']:.1f} a"
-        f" second: {_rates(last)};"
-        f" {cut_sentence(last['cut_share'])}; time: {shares}; padding {last['padding_waste']:.1%}"
+        f" second: {_rates(last)}; {cut_sentence(last['cut_share'])}; time: {shares}; padding"
+        f" {last['padding_waste']:.1%}"
     )

@@ -58,10 +58,9 @@ def refuse_role(config: Config) -> None:
     """Raise UserError if a command that must both generate and score has the role of only one."""
     if config.rollout.role != "both":
         raise UserError(
-            f"role {config.rollout.role} is for stages.rollout without --follow: training, the"
-            " pipeline and a follower both"
-            " generate and score at each refresh. Use role both there, or refresh_mode off to train"
-            " on what is there."
+            f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and"
+            " a follower both generate and score at each refresh. Use role both there, or refresh_mode off"
+            " to train on what is there."
         )
 
 
@@ -83,16 +82,16 @@ def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index
     asked, steps = config.refresh.rollouts_per_refresh, steps_of(config, refresh_index)
     if pool_size(config, refresh_index) < asked:
         run.metrics.say_once(
-            f"rollouts_per_refresh {asked} is lowered to {len(places)}: at most {steps} steps of"
-            f" batch_size {config.train.batch_size} read them before the next refresh or the end"
+            f"rollouts_per_refresh {asked} is lowered to {len(places)}: at most {steps} steps of batch_size"
+            f" {config.train.batch_size} read them before the next refresh or the end"
         )
     num_rounds = -(-len(units) // size)
     idle = 1 - len(units) / (num_rounds * size)
     if idle > TOLERATED_IDLE:
         even = -(-len(places) // (num_rounds * size))
         run.metrics.say_once(
-            f"{len(units)} unit{'s' * (len(units) != 1)} over {size} processes leave {idle:.0%} of them idle;"
-            f" rollouts_per_unit {even} would not"
+            f"{len(units)} unit{'s' * (len(units) != 1)} over {size} processes leave {idle:.0%} of them"
+            f" idle; rollouts_per_unit {even} would not"
         )
     return units
 

@@ -190,9 +190,8 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
     run.metrics.close()
     run.world.barrier()  # a launcher ends the other processes as soon as one leaves
     line = (
-        f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command"
-        " again to go"
-        f" on from {path}"
+        f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to"
+        f" go on from {path}"
     )
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
@@ -252,15 +251,15 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
         if not one.row_ids:
             raise UserError(
-                f"{root} holds no rollouts to train on ({len(snapshot)} rows, none of them live);"
-                " run `python -m stages.rollout` with the same configuration first."
+                f"{root} holds no rollouts to train on ({len(snapshot)} rows, none of them live); run"
+                " `python -m stages.rollout` with the same configuration first."
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
     if pool.num_off_policy:
         run.metrics.say(
-            f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other"
-            " weights (off-policy)"
+            f"{pool.num_off_policy} of {len(pool.ages)} rows were written by another run or other weights"
+            " (off-policy)"
         )
     return pool, snapshots[0]
 
@@ -304,10 +303,9 @@ def _take_up_arrivals(
 
     def tell() -> None:
         run.metrics.say(
-            f"waiting for rollouts of refresh {position.newest} (step"
-            f" {position.step_of(position.newest)}); training is"
-            f" at step {position.step} and max_age is {run.config.refresh.max_age}. They are written by"
-            f" `python -m stages.rollout --follow {run.folder}`"
+            f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)});"
+            f" training is at step {position.step} and max_age is {run.config.refresh.max_age}. They are"
+            f" written by `python -m stages.rollout --follow {run.folder}`"
         )
 
     index = wait_for(look, on_wait=tell)

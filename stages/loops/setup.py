@@ -65,10 +65,9 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
     if own != must_match["tokenizer"]:
         raise UserError(
             f"{cache_root} was written with another tokenizer (its map of the first"
-            f" {must_match['vocab_size']} ids"
-            f" hashes to {must_match['tokenizer']}, that of {config.models.student_model} to {own});"
-            " train a student of"
-            " that family, or write a cache of its own."
+            f" {must_match['vocab_size']} ids hashes to {must_match['tokenizer']}, that of"
+            f" {config.models.student_model} to {own}); train a student of that family, or write a cache of"
+            " its own."
         )
     return Vocabulary(tokenizer, must_match["vocab_size"])
 

@@ -198,10 +198,9 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
     best = checkpoint.best(folder)
     if best is not None and best.measured_on != now.measured_on:
         run.metrics.say(
-            f"the held-out text or dtype is not what the best student, of step {best.step}, was"
-            " measured on: its reverse KL"
-            f" of {best.reverse_kl:.4f} cannot be compared, and the search for the best begins anew"
-            f" at step {now.step}"
+            f"the held-out text or dtype is not what the best student, of step {best.step}, was measured on:"
+            f" its reverse KL of {best.reverse_kl:.4f} cannot be compared, and the search for the best"
+            f" begins anew at step {now.step}"
         )
         best = None
     # Equal if this evaluation repeats one from before a crash.
@@ -303,10 +302,10 @@ def _not_finite(
         f"{key} of rank {rank} ({value:.3g} nats a token)" for rank, key, value in shown[:MOST_NAMED]
     )
     return UserError(
-        f"the gradient of step {training.step + 1} is not finite (norm {grad_norm});"
-        f"{'' if training.engine else ' the weights were not updated;'}"
-        f" {'rows' if broken else 'its largest divergences: rows'}"
-        f" {named}; {_how_to_go_on(run)} `python -m cache verify` says whether the rows are sound."
+        f"the gradient of step {training.step + 1} is not finite (norm"
+        f" {grad_norm});{'' if training.engine else ' the weights were not updated;'}"
+        f" {'rows' if broken else 'its largest divergences: rows'} {named}; {_how_to_go_on(run)} `python -m"
+        " cache verify` says whether the rows are sound."
     )
 
 

@@ -88,8 +88,8 @@ def newest(run_folder: Path) -> Version | None:
             raise ValueError("a value is not of its kind")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is not what training writes ({str(error)[:200]}); restart stages.train, which"
-            " writes it anew."
+            f"{path} is not what training writes ({str(error)[:200]}); restart stages.train, which writes it"
+            " anew."
         ) from None
     return found
 
@@ -111,9 +111,9 @@ def load(run_folder: Path, student: Student, version: Version) -> None:
     found = policy_hash(student)
     if found != version.policy_hash:
         raise UserError(
-            f"{folder} holds a student of policy {found}, its version.json says"
-            f" {version.policy_hash}; it is damaged, or the"
-            " student's keys (student_model, use_lora, lora_r) differ from those of the run."
+            f"{folder} holds a student of policy {found}, its version.json says {version.policy_hash}; it is"
+            " damaged, or the student's keys (student_model, use_lora, lora_r) differ from those of the"
+            " run."
         )
 
 

@@ -34,16 +34,15 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     wanted = _wanted(config, tokenizer)
     if not wanted:
         raise UserError(
-            f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in its"
-            " generation_config.json; name the token that ends a completion with eos_token."
+            f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in"
+            " its generation_config.json; name the token that ends a completion with eos_token."
         )
     undrawable = [i for i in wanted if i >= vocab_size]
     if len(undrawable) == len(wanted) or (undrawable and config.rollout.eos_token):
         raise UserError(
-            f"the student's EOS token {_names(undrawable, tokenizer)} can never be drawn: only ids"
-            f" below {vocab_size} are known"
-            " to both student and teacher, so no rollout would end at it; set eos_token to a token"
-            " that both have."
+            f"the student's EOS token {_names(undrawable, tokenizer)} can never be drawn: only ids below"
+            f" {vocab_size} are known to both student and teacher, so no rollout would end at it; set"
+            " eos_token to a token that both have."
         )
 
 
@@ -56,9 +55,8 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
     at = _names(sorted(ends), tokenizer)
     if undrawable := [i for i in own if i >= vocab_size]:
         found.append(
-            f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids"
-            f" below {vocab_size} are known to"
-            f" both student and teacher; rollouts end at {at}"
+            f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below"
+            f" {vocab_size} are known to both student and teacher; rollouts end at {at}"
         )
     teacher = pretrained.load_tokenizer(models.teacher_model)
     wanted = {*_own(models.teacher_model, teacher), *turn_end(config, teacher)}
@@ -66,15 +64,13 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
     if settable := [i for i in missing if i < vocab_size]:
         both = ",".join(_name(i, tokenizer) for i in sorted({*ends, *settable}))
         found.append(
-            f"the teacher ends a turn at {_names(settable, teacher)}, where the student's rollouts go"
-            f" on: they end at {at} alone."
-            f" If they should not, set eos_token: '{both}'"
+            f"the teacher ends a turn at {_names(settable, teacher)}, where the student's rollouts go on:"
+            f" they end at {at} alone. If they should not, set eos_token: '{both}'"
         )
     elif missing and not wanted & ends:
         found.append(
-            f"the teacher ends a turn at {_names(missing, teacher)}, which the student cannot draw"
-            f" (only ids below {vocab_size}"
-            f" are shared); rollouts end at {at}"
+            f"the teacher ends a turn at {_names(missing, teacher)}, which the student cannot draw (only ids"
+            f" below {vocab_size} are shared); rollouts end at {at}"
         )
     return found
 

@@ -47,9 +47,8 @@ def open_config(side: str, name: str) -> Any:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{side} {name} is of type {config.model_type}, which transformers does not load as a"
-            " causal language model; give a"
-            " decoder-only language model."
+            f"{side} {name} is of type {config.model_type}, which transformers does not load as a causal"
+            " language model; give a decoder-only language model."
         )
     return config
 
@@ -73,9 +72,8 @@ def check_weights(side: str, name: str) -> None:
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing:
             raise UserError(
-                f"{side} {name} lacks {len(missing)} of the {len(shards)} files that {first.name}"
-                " names, the first is"
-                f" {missing[0]}; download them."
+                f"{side} {name} lacks {len(missing)} of the {len(shards)} files that {first.name} names, the"
+                f" first is {missing[0]}; download them."
             )
     for shard in shards:
         _check_whole(side, shard)
@@ -129,8 +127,8 @@ def _check_whole(side: str, path: Path) -> None:
         ) from None
     if size != wanted:
         raise UserError(
-            f"{side}: {path} has {size:,} bytes, its header says {wanted:,}; it was cut off or"
-            " changed, download it again."
+            f"{side}: {path} has {size:,} bytes, its header says {wanted:,}; it was cut off or changed,"
+            " download it again."
         )
 
 
@@ -165,8 +163,8 @@ def check_adapter(config: Config) -> list[str]:
     for key in ("modules_to_save", "trainable_token_indices"):
         if settings.get(key):
             raise UserError(
-                f"student_adapter {folder} has {key} ({settings[key]}); only an adapter of LoRA"
-                " layers alone can be trained on."
+                f"student_adapter {folder} has {key} ({settings[key]}); only an adapter of LoRA layers alone"
+                " can be trained on."
             )
     if "lm_head" in (settings.get("target_modules") or []):
         raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")
@@ -209,9 +207,8 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
     for key in sorted(wanted.keys() & stored.keys()):
         if wanted[key].shape != stored[key].shape:
             raise UserError(
-                f"student_adapter {folder} ({base}): {key} has shape {tuple(stored[key].shape)}, on"
-                " the student it is"
-                f" {tuple(wanted[key].shape)}; {advice}"
+                f"student_adapter {folder} ({base}): {key} has shape {tuple(stored[key].shape)}, on the"
+                f" student it is {tuple(wanted[key].shape)}; {advice}"
             )
     for what, keys in (
         ("lacks", wanted.keys() - stored.keys()),
@@ -220,7 +217,6 @@ def check_student(config: Config, model: PreTrainedModel) -> None:
         lora = sorted(key for key in keys if "lora_" in key)
         if lora:
             raise UserError(
-                f"student_adapter {folder} ({base}) does not fit the student: it {what} {len(lora)}"
-                " tensors, the first is"
-                f" {lora[0]}; {advice}"
+                f"student_adapter {folder} ({base}) does not fit the student: it {what} {len(lora)} tensors,"
+                f" the first is {lora[0]}; {advice}"
             )

@@ -116,21 +116,19 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
     if mismatched := sorted(found["mismatched_keys"]):
         key, stored, built = mismatched[0]
         raise UserError(
-            f"model {name}: tensor {key} has shape {tuple(stored)} in the weights, but its"
-            f" config.json makes it {tuple(built)};"
-            " config.json belongs to other weights."
+            f"model {name}: tensor {key} has shape {tuple(stored)} in the weights, but its config.json makes"
+            f" it {tuple(built)}; config.json belongs to other weights."
         )
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"model {name} lacks {len(missing)} of the tensors that its config.json asks for, the"
-            f" first is {missing[0]}:"
-            " they would be random numbers. Get the whole checkpoint, or the config.json that belongs to it."
+            f"model {name} lacks {len(missing)} of the tensors that its config.json asks for, the first is"
+            f" {missing[0]}: they would be random numbers. Get the whole checkpoint, or the config.json that"
+            " belongs to it."
         )
     if unused := sorted(found["unexpected_keys"]):
         say_once(
-            f"warning: {name}: {len(unused)} tensors of its weights have no place in the model that"
-            " its config.json describes"
-            f" and are left out, the first is {unused[0]}"
+            f"warning: {name}: {len(unused)} tensors of its weights have no place in the model that its"
+            f" config.json describes and are left out, the first is {unused[0]}"
         )
 
 
@@ -161,8 +159,8 @@ def vocabulary_cut(
         i = conflicts[0]
         raise UserError(
             f"student and teacher tokenizers disagree on {len(conflicts)} of {cut} ids; the first is id {i}:"
-            f" {maps[0].get(i)!r} against {maps[1].get(i)!r}. Distillation needs one token map:"
-            " choose models of one family."
+            f" {maps[0].get(i)!r} against {maps[1].get(i)!r}. Distillation needs one token map: choose"
+            " models of one family."
         )
     return cut
 

@@ -77,9 +77,9 @@ def note_readout(
 
 def _sentence(model: PreTrainedModel, what: str) -> str:
     return (
-        f"a model of type {model.config.model_type} cannot be used: its logits are not its last"
-        " hidden states times its"
-        f" lm_head, scaled or capped ({what}), and the loss works on these. Choose a model of another type."
+        f"a model of type {model.config.model_type} cannot be used: its logits are not its last hidden"
+        f" states times its lm_head, scaled or capped ({what}), and the loss works on these. Choose a model"
+        " of another type."
     )
 
 

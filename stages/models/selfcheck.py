@@ -115,8 +115,8 @@ def check_forwards(subject: Subject) -> None:
             hidden, logits = _tried(subject, partial(subject.full, ids))
             if subject.agree(float(logits.isnan().any())):
                 raise UserError(
-                    f"a {subject.kind} gave NaN or infinite values for a few token ids; check its"
-                    " weights and its dtype."
+                    f"a {subject.kind} gave NaN or infinite values for a few token ids; check its weights"
+                    " and its dtype."
                 )
             if not subject.expected:
                 note_readout(subject.model, hidden, logits, *subject.weights)
@@ -125,15 +125,13 @@ def check_forwards(subject: Subject) -> None:
         padded = _tried(subject, lambda: subject.gap(packed=False))
     if not ahead < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on,"
-            " so that it looks ahead."
-            " Choose a decoder-only model."
+            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on, so that"
+            " it looks ahead. Choose a decoder-only model."
         )
     if not padded < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other"
-            " logits than its own"
-            f" forward of each row alone (by {padded:.1%}). Choose a model of another type."
+            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other logits"
+            f" than its own forward of each row alone (by {padded:.1%}). Choose a model of another type."
         )
 
 
@@ -178,9 +176,9 @@ def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed:
         pin_to_evaluation(subject.model)
         if not (found := gap()) < EXACT:
             raise UserError(
-                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own"
-                f" by {found:.1%}, and"
-                " this is not dropout that can be switched off. Choose a student_model of another type."
+                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own by"
+                f" {found:.1%}, and this is not dropout that can be switched off. Choose a student_model of"
+                " another type."
             )
 
 
@@ -214,8 +212,8 @@ def _tried(subject: Subject, forward: Callable[[], T]) -> T:
     except Exception as error:
         raise UserError(
             f"a {subject.kind} cannot be used: its forward of a few token ids failed"
-            f" ({type(error).__name__}: {one_line(error)})."
-            " Choose a decoder-only model that needs no other inputs."
+            f" ({type(error).__name__}: {one_line(error)}). Choose a decoder-only model that needs no other"
+            " inputs."
         ) from error
 
 
@@ -243,9 +241,8 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
         why_not = f"its cached steps are {cached:.2g} nats off"
     if why and why_not:
         refused = (
-            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers'"
-            f" `generate`, {why}."
-            " Choose a student_model of another type."
+            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`,"
+            f" {why}. Choose a student_model of another type."
         )
         choose_engine(model, partial(_refuse, refused))
         return

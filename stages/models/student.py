@@ -157,9 +157,8 @@ def compile_layers(base: PreTrainedModel) -> None:
     layers = _layers(base)
     if layers is None:
         raise UserError(
-            f"compile: true, but a model of type {base.config.model_type} does not keep its decoder"
-            " layers as `layers`; set"
-            " compile: false."
+            f"compile: true, but a model of type {base.config.model_type} does not keep its decoder layers"
+            " as `layers`; set compile: false."
         )
     torch._dynamo.config.optimize_ddp = False  # it would split a layer's graph at DDP's buckets
     compiled = torch.compile(_training_forward, dynamic=True)
@@ -181,9 +180,8 @@ def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Call
             return compiled(layer, recompute, *arguments, **keywords)
         except BackendCompilerFailed as error:
             raise UserError(
-                f"the student's layers could not be compiled ({str(error).splitlines()[0]}); install"
-                " a C++ compiler if there is"
-                " none (g++, or the one that CXX names), or set compile: false."
+                f"the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++"
+                " compiler if there is none (g++, or the one that CXX names), or set compile: false."
             ) from error
 
     return forward
@@ -229,9 +227,8 @@ def export(student: Student, folder: Path, notes: dict[str, str]) -> None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"the student could not be written to {folder} ({one_line(error)}). Free space, or make"
-            " the folder accessible, and"
-            " run the same command again; what is trained is kept."
+            f"the student could not be written to {folder} ({one_line(error)}). Free space, or make the"
+            " folder accessible, and run the same command again; what is trained is kept."
         ) from error
 
 

@@ -326,8 +326,8 @@ def zero3_settings(config: Config) -> dict[str, Any]:
         )
     if zero.setdefault("stage", 3) != 3:
         raise UserError(
-            f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded"
-            " with stage 3."
+            f"teacher_ds_config {path} asks for ZeRO stage {zero['stage']}; the teacher is sharded with"
+            " stage 3."
         )
     # DeepSpeed's default keeps small tensors whole on every GPU.
     zero.setdefault("stage3_param_persistence_threshold", 0)

@@ -260,9 +260,9 @@ def _explained(path: Path, checked: bool = False) -> Iterator[None]:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         if checked or (isinstance(error, OSError) and not isinstance(error, MISSING)) or "os error" in line:
             raise UserError(
-                f"checkpoint {path} could not be read ({line}). Nothing says that its files are at"
-                " fault: see to this machine"
-                " (memory, open files, permissions, disk), then run the same command again."
+                f"checkpoint {path} could not be read ({line}). Nothing says that its files are at fault:"
+                " see to this machine (memory, open files, permissions, disk), then run the same command"
+                " again."
             ) from error
         raise UserError(
             f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."
@@ -301,8 +301,8 @@ def save(
         ) as error:  # torch and safetensors have their own classes
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free"
-                " space and rerun."
+                f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and"
+                " rerun."
             ) from error
         for old in complete(folder)[:-keep]:
             remove(old)
@@ -391,15 +391,15 @@ def _copy(path: Path, stored: dict[str, torch.Tensor], trainable: dict[str, nn.P
     if stored.keys() != trainable.keys():
         raise UserError(
             f"checkpoint {path} holds {len(stored)} trained tensors that do not match the student's"
-            f" {len(trainable)}:"
-            " student_model, use_lora, lora_r or lora_targets changed. Use another run_name, or the old keys."
+            f" {len(trainable)}: student_model, use_lora, lora_r or lora_targets changed. Use another"
+            " run_name, or the old keys."
         )
     for name, parameter in trainable.items():
         if stored[name].shape != parameter.shape:
             raise UserError(
                 f"checkpoint {path}: {name} has shape {list(stored[name].shape)}, the student's is"
-                f" {list(parameter.shape)}; lora_r or student_model changed. Use another run_name, or"
-                " the old keys."
+                f" {list(parameter.shape)}; lora_r or student_model changed. Use another run_name, or the"
+                " old keys."
             )
         parameter.copy_(stored[name])
 

@@ -156,8 +156,8 @@ class RolloutSection(Section):
         1024,
         ge=1,
         description="rollouts generated and committed together, which is what a crash can cost;"
-        " processes take units in"
-        " turn, so choose a size that divides rollouts_per_refresh evenly among them",
+        " processes take units in turn, so choose a size that divides rollouts_per_refresh evenly among"
+        " them",
     )
     role: Literal["generate", "score", "both"] = Field(
         "both", description="stages.rollout generates, scores, or both; separate processes meet at the cache"
@@ -440,8 +440,8 @@ def _read_file(path: Path) -> dict[str, Any]:
                 raise UserError(_unknown_key(str(leaf), where))
             if leaf in found:
                 raise UserError(
-                    f"config file {path} gives the key {leaf} in two places, in sections or outside;"
-                    " keep one."
+                    f"config file {path} gives the key {leaf} in two places, in sections or outside; keep"
+                    " one."
                 )
         found |= leaves
     return found
@@ -501,9 +501,8 @@ def _check_training(config: Config) -> None:
         raise UserError("export_checkpoint: best needs held-out KLs; set eval_every above 0.")
     if refresh.rollouts_per_refresh % group:
         raise UserError(
-            f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size"
-            f" {group}; change one"
-            " of them."
+            f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size {group};"
+            " change one of them."
         )
     if config.models.student_adapter and not config.lora.use_lora:
         raise UserError(
@@ -520,15 +519,13 @@ def _check_loss(config: Config) -> None:
     rollout, signal, loss = config.rollout, config.teacher_signal.signal, config.loss
     if loss.rkl == "mc" and (rollout.sample_top_p < 1 or rollout.sample_top_k > 0):
         raise UserError(
-            "rkl: mc needs rollouts from the whole distribution: with sample_top_p < 1 or"
-            " sample_top_k > 0 the estimate is"
-            " biased. Set sample_top_p 1 and sample_top_k 0, or rkl: exact."
+            "rkl: mc needs rollouts from the whole distribution: with sample_top_p < 1 or sample_top_k > 0"
+            " the estimate is biased. Set sample_top_p 1 and sample_top_k 0, or rkl: exact."
         )
     if loss.temperature != 1 and signal in ("topk", "nucleus"):
         raise UserError(
             f"temperature {loss.temperature} does not work with signal {signal}, which is stored at"
-            " temperature 1; use"
-            " signal: hidden or full, or temperature 1."
+            " temperature 1; use signal: hidden or full, or temperature 1."
         )
     if loss.rkl == "mc" and loss.temperature != 1:
         raise UserError(
@@ -536,8 +533,8 @@ def _check_loss(config: Config) -> None:
         )
     if loss.tau_share and loss.gating == "fixed":
         raise UserError(
-            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use"
-            " soft or hard."
+            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use soft"
+            " or hard."
         )
     if loss.tau_share and loss.gating == "soft" and loss.alpha == 0:
         raise UserError("tau_share has no effect at alpha 0, where every λ is one half; raise alpha.")
@@ -548,7 +545,7 @@ def _check_refresh(config: Config) -> None:
     sampled = rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
     if config.refresh.refresh_drift and sampled != (loss.temperature, 1.0, 0):
         raise UserError(
-            "refresh_drift compares the student with the distribution that its rollouts were drawn from; set"
-            f" sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and"
+            "refresh_drift compares the student with the distribution that its rollouts were drawn from;"
+            f" set sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and"
             " sample_top_k 0."
         )

@@ -76,8 +76,8 @@ def start(device: str) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise UserError(
-                "DeepSpeed for the student needs GPUs (accelerate falls back to plain DDP on a CPU);"
-                " use torchrun."
+                "DeepSpeed for the student needs GPUs (accelerate falls back to plain DDP on a CPU); use"
+                " torchrun."
             )
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=use_cpu, step_scheduler_with_optimizer=False, kwargs_handlers=[patience])

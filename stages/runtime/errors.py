@@ -17,9 +17,8 @@ from stages.runtime import ending
 
 OUT_OF_MEMORY = (
     "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then"
-    " group_size, batch_size or"
-    " max_new_tokens; then use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml). What"
-    " is committed is kept."
+    " group_size, batch_size or max_new_tokens; then use DeepSpeed ZeRO-2 for the student"
+    " (recipes/accelerate_zero2.yaml). What is committed is kept."
 )
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -83,9 +82,8 @@ def command(main: Callable[[], None]) -> None:
         _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
     except MemoryError:
         _leave(
-            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit"
-            " and batch_size; what is"
-            " committed is kept.",
+            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit and"
+            " batch_size; what is committed is kept.",
             3,
         )
     except BrokenPipeError as error:
@@ -106,15 +104,13 @@ def machine_error(error: OSError) -> str:
     """Describe a file system error and its remedy in one sentence."""
     if error.errno == errno.ENOENT:
         return (
-            f"{error.filename} is not there (any more); was a folder moved or removed while this ran?"
-            " Put it back, or start"
-            " with another --run_name."
+            f"{error.filename} is not there (any more); was a folder moved or removed while this ran? Put it"
+            " back, or start with another --run_name."
         )
     remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")
     return (
-        f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same"
-        " command again;"
-        " what is committed is kept."
+        f"{error.strerror}: {error.filename or 'a file of the run'}. {remedy}, then run the same command"
+        " again; what is committed is kept."
     )
 
 

@@ -24,9 +24,8 @@ def open_regular(path: Path, flags: int) -> int:
         if error.errno not in _NO_FILE:
             raise
     raise UserError(
-        f"{path} is a link, a folder, a pipe or a device; a run keeps a regular file there. Remove"
-        " it, then run the same"
-        " command again."
+        f"{path} is a link, a folder, a pipe or a device; a run keeps a regular file there. Remove it, then"
+        " run the same command again."
     )
 
 

@@ -144,11 +144,9 @@ def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step
     )
     more = f" (and {len(found) - MOST_NAMED} more)" if len(found) > MOST_NAMED else ""
     raise UserError(
-        f"the run in {folder} is finished: it was trained to step {step} with {old}, this command"
-        f" asks for {new}{more}. Nothing"
-        " was changed. Give another --run_name for another run, the keys it was trained with to see"
-        " this one, or max_steps"
-        f" above {step} to train it further."
+        f"the run in {folder} is finished: it was trained to step {step} with {old}, this command asks for"
+        f" {new}{more}. Nothing was changed. Give another --run_name for another run, the keys it was"
+        f" trained with to see this one, or max_steps above {step} to train it further."
     )
 
 

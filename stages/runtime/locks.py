@@ -65,9 +65,8 @@ def _claim(descriptor: int, path: Path, what: str) -> None:
     own = _identity()
     if holder.get("host") != own["host"] and not (own["boot"] and holder.get("boot") == own["boot"]):
         raise UserError(
-            f"{_in_use(holder, what)} This machine cannot see whether that process still runs: if it"
-            " does not, delete"
-            f" {path} and run this command again."
+            f"{_in_use(holder, what)} This machine cannot see whether that process still runs: if it does"
+            f" not, delete {path} and run this command again."
         )
     if not has_locks and _is_alive(holder):
         raise UserError(_in_use(holder, what))
@@ -78,8 +77,7 @@ def _in_use(holder: dict[str, Any], what: str) -> str:
         return f"{what} is in use by another process. Wait for it or stop it, or use another --run_name."
     return (
         f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}, since"
-        f" {holder.get('since')}. Wait for it or"
-        " stop it, or use another --run_name."
+        f" {holder.get('since')}. Wait for it or stop it, or use another --run_name."
     )
 
 

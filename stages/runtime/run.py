@@ -80,9 +80,8 @@ def _refuse_links(folder: Path) -> None:
     for path in (folder / name for name in FOLDERS):
         if path.is_symlink():
             raise UserError(
-                f"{path} is a link; a run replaces and removes files there, so it must be a folder of"
-                " the run's own. Remove the"
-                " link, or keep the whole run elsewhere with --runs_dir."
+                f"{path} is a link; a run replaces and removes files there, so it must be a folder of the"
+                " run's own. Remove the link, or keep the whole run elsewhere with --runs_dir."
             )
 
 

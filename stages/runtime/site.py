@@ -38,9 +38,8 @@ def open_site(config: Config) -> Site:
         found = False
     if not found:
         raise UserError(
-            "wandb_project is set, but wandb cannot be imported here; install it (pip install wandb),"
-            " or leave wandb_project"
-            " empty: metrics.jsonl has the same records."
+            "wandb_project is set, but wandb cannot be imported here; install it (pip install wandb), or"
+            " leave wandb_project empty: metrics.jsonl has the same records."
         )
     return Site(config)
 
@@ -74,9 +73,8 @@ class Site:
         if thread.is_alive():
             ending.abandon()  # wandb's own exit would wait for the site
             _tell(
-                f"wandb did not take all records within {PATIENCE:.0f} s; metrics.jsonl has them, and"
-                " `wandb sync` sends what"
-                f" is in {self._config.run_folder / 'wandb'}"
+                f"wandb did not take all records within {PATIENCE:.0f} s; metrics.jsonl has them, and `wandb"
+                f" sync` sends what is in {self._config.run_folder / 'wandb'}"
             )
 
     def _work(self) -> None:

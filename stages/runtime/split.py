@@ -41,7 +41,7 @@ def rows_per_micro_step(config: Config, world_size: int) -> int:
     if rest or rows == 0:
         raise UserError(
             f"batch_size {train.batch_size} cannot be cut into {world_size} process(es) x grad_accum"
-            f" {train.grad_accum}:"
-            f" make batch_size a multiple of {world_size * train.grad_accum}, or lower grad_accum."
+            f" {train.grad_accum}: make batch_size a multiple of {world_size * train.grad_accum}, or lower"
+            " grad_accum."
         )
     return rows

@@ -35,8 +35,8 @@ class Watch:
         if (cut := _number(record, "cut_share")) is not None and cut > MOST_CUT:
             found += self._once(
                 "cut",
-                f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows"
-                " lack their end",
+                f"{cut:.0%} of the completions were cut at max_new_tokens; raise it, or most rows lack their"
+                " end",
             )
         if record.get("kind") == "step" and isinstance(record.get("step"), int):
             found += self._spikes(record) + self._drifts(record)
@@ -54,8 +54,8 @@ class Watch:
             usual = median(seen) if len(seen) == RECENT else value
             if value > times * usual and value - usual > least:
                 text = (
-                    f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the"
-                    f" median of the {RECENT} steps before ({usual:.4g})"
+                    f"{name} {value:.4g} at step {record['step']} is {value / usual:.1f} times the median of"
+                    f" the {RECENT} steps before ({usual:.4g})"
                     if usual
                     else f"{name} rose from 0 to {value:.4g} at step {record['step']}"
                 )
@@ -85,21 +85,18 @@ class Watch:
     def _compare(self, name: str, before: float, now: float, step: int) -> list[str]:
         if name == "surprise" and now < COLLAPSED * before:
             text = (
-                f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g}"
-                " nats by step"
-                f" {step}: its entropy collapses; lower lr or alpha, or refresh less often"
+                f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g} nats by"
+                f" step {step}: its entropy collapses; lower lr or alpha, or refresh less often"
             )
         elif name == "length" and now > LONGER * before:
             text = (
-                f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step};"
-                " look at the"
-                " rows (python -m cache show CACHE --longest 5)"
+                f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step}; look at"
+                " the rows (python -m cache show CACHE --longest 5)"
             )
         elif name == "mass" and 1 - now > max(LOST_MASS, LOST_TIMES * (1 - before)):
             text = (
-                f"the teacher's probability on the kept ids fell from {before:.3f} to {now:.3f} by"
-                f" step {step}:"
-                " more of it is outside what the cache holds; raise signal_k, or use signal: hidden"
+                f"the teacher's probability on the kept ids fell from {before:.3f} to {now:.3f} by step"
+                f" {step}: more of it is outside what the cache holds; raise signal_k, or use signal: hidden"
             )
         else:
             return []

@@ -41,12 +41,9 @@ KEYS = {
 }
 ORIGINAL_FLAGS = shlex.split(
     f"--student_model {STUDENT} --teacher_model {TEACHER} --dataset examples/arithmetic/train.jsonl"
-    " --batch_size 256"
-    " --group_size 4 --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau"
-    " 1.0 --alpha 5.0"
-    " --gating soft --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3"
-    " --gen_micro_batch 4"
-    " --lp_micro_batch 8"
+    " --batch_size 256 --group_size 4 --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype"
+    " bf16 --tau 1.0 --alpha 5.0 --gating soft --rkl exact --fkl full --wandb_project p --wandb_name n"
+    " --teacher_ds_zero3 --gen_micro_batch 4 --lp_micro_batch 8"
 )
 
 

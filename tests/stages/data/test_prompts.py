@@ -128,9 +128,8 @@ def test_a_template_that_refuses_the_turns_is_a_sentence(tmp_path: Path) -> None
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
     path = jsonl(tmp_path, [*rows * 3, {"text": "a"}])
     assert refusal(tmp_path, strict, path) == (
-        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System"
-        " role not supported)."
-        " Mend the template, chat_template_kwargs or the records."
+        f"the chat template fails on 3 of 4 records of dataset {path}, which gave no prompts (System role"
+        " not supported). Mend the template, chat_template_kwargs or the records."
     )
 
 

@@ -53,9 +53,9 @@ def test_counts_give_the_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (found["share_generate"], found["share_score"], found["share_write"]) == (2 / 8, 3 / 8, 1 / 8)
     line = progress.last_line(run)
     assert line == (
-        "10 rollouts in 8 s, 1.2 a second: 200 tokens/s generated, 200 scored; 60 % of completions"
-        " were cut at max_new_tokens;"
-        " time: 25.0% generating, 37.5% scoring, 12.5% waiting for the writer; padding 20.0%"
+        "10 rollouts in 8 s, 1.2 a second: 200 tokens/s generated, 200 scored; 60 % of completions were cut"
+        " at max_new_tokens; time: 25.0% generating, 37.5% scoring, 12.5% waiting for the writer; padding"
+        " 20.0%"
     )
 
 

@@ -255,8 +255,8 @@ def test_scoring_needs_no_compiler(tmp_path: Path) -> None:
     """No PATH, nothing compiled before: DeepSpeed on a CPU would ask for g++ and ninja."""
     code = (
         "from pathlib import Path; from tests.stages.models.test_teacher import score; from"
-        " tests.support.helpers import small;"
-        f" score(Path({str(tmp_path)!r}), small(Path({str(tmp_path)!r})))"
+        f" tests.support.helpers import small; score(Path({str(tmp_path)!r}),"
+        f" small(Path({str(tmp_path)!r})))"
     )
     extensions = tmp_path / "extensions"
     run_python("-c", code, PATH="", TORCH_EXTENSIONS_DIR=str(extensions)).expect_success()

@@ -18,11 +18,9 @@ from tests.support.helpers import ROOT
 
 LAUNCH_LINE = shlex.split(
     "--student_model Qwen/Qwen3-4B --teacher_model Qwen/Qwen3-32B --dataset tulu3 --batch_size 256"
-    " --group_size 4"
-    " --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0 --alpha 5.0"
-    " --gating soft"
-    " --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3 --gen_micro_batch 4"
-    " --lp_micro_batch 8"
+    " --group_size 4 --grad_accum 8 --max_new_tokens 512 --use_lora --lora_r 64 --dtype bf16 --tau 1.0"
+    " --alpha 5.0 --gating soft --rkl exact --fkl full --wandb_project p --wandb_name n --teacher_ds_zero3"
+    " --gen_micro_batch 4 --lp_micro_batch 8"
 )
 
 
@@ -62,8 +60,7 @@ KEYS = {
     "lora": "use_lora lora_r lora_alpha lora_dropout lora_targets",
     "data": "dataset num_prompts max_prompt_tokens allow_skipped system_prompt chat_template_kwargs",
     "rollout": "group_size max_new_tokens eos_token sample_temperature sample_top_p sample_top_k"
-    " gen_micro_batch"
-    " lp_micro_batch score_tokens rollouts_per_unit role",
+    " gen_micro_batch lp_micro_batch score_tokens rollouts_per_unit role",
     "teacher_signal": "signal signal_k signal_p",
     "loss": "tau tau_share alpha gating mix rkl fkl temperature importance_cap objective gate_on"
     " teacher_smoothing",
@@ -414,9 +411,8 @@ def test_the_sampled_reverse_kl_is_refused_at_another_temperature() -> None:
 
 def test_a_removed_key_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     assert sentence("--max_staleness", "3") == (
-        "the key max_staleness on the command line was removed: set max_age, which bounds the age of"
-        " rows in every"
-        " refresh_mode."
+        "the key max_staleness on the command line was removed: set max_age, which bounds the age of rows"
+        " in every refresh_mode."
     )
     path = write(tmp_path / "a.yaml", "refresh: {replay_share: 0.5}\n")
     assert f"the key replay_share in section refresh of {path} was removed: set max_age" in sentence(

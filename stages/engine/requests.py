@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class Method:
     pad_id: int
 
 
-class RequestEngine:
+class RequestEngine(ABC):
     """Implements `Engine.generate` for engines that implement `_write`."""
 
     def generate(
@@ -61,9 +62,9 @@ class RequestEngine:
         found = [written.get(index, empty) for index in range(len(prompts))]
         return [Completion(*row, _finish_reason(row[0], eos_ids)) for row in found]
 
+    @abstractmethod
     def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
         """Each request's row by its index; at most `num_rows` are decoded together."""
-        raise NotImplementedError
 
 
 def _finish_reason(ids: np.ndarray, eos_ids: tuple[int, ...]) -> str:

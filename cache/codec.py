@@ -21,6 +21,7 @@ from cache.schema import (
     Float32,
     Full,
     Hidden,
+    OtherVersionError,
     Rules,
     Signal,
     TopK,
@@ -88,7 +89,7 @@ def decode(packed: bytes | memoryview, num_tokens: int | None = None, rules: Rul
     try:
         version, kind, dtype, T, width, temperature = _HEADER.unpack_from(packed)
         if version != CODEC_VERSION:
-            raise CacheError(
+            raise OtherVersionError(
                 f"the signal has codec version {version}, this program reads version {CODEC_VERSION}; read"
                 " the cache with the program that wrote it, or write it again."
             )

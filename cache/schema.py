@@ -42,6 +42,10 @@ class CacheError(ValueError):
         super().__init__(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…")
 
 
+class OtherVersionError(CacheError):
+    """The cache is intact, but another version of this program wrote it."""
+
+
 def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -> Array:
     """Return `value` as a contiguous array. CacheError on a wrong rank or a lossy conversion to integers."""
     array, wanted = np.asarray(value), np.dtype(dtype)

@@ -26,6 +26,7 @@ from cache.schema import (
     TOKEN_COLUMNS,
     Array,
     CacheError,
+    OtherVersionError,
     Record,
     Rules,
     to_batch,
@@ -221,6 +222,8 @@ class BatchRows:
             return Record(**fields)
         try:
             return Record(**fields, signal=codec.decode(packed, len(fields["completion_ids"]), self._rules))
+        except OtherVersionError:
+            raise
         except CacheError as error:
             raise CacheError(f"row {fields['row_id']}: {error}") from error
 

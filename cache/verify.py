@@ -20,7 +20,7 @@ from cache.commit import BatchEntry, CommitRecord
 from cache.fingerprint import load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
 from cache.plain import plain
-from cache.schema import CacheError, Rules, check_record
+from cache.schema import CacheError, OtherVersionError, Rules, check_record
 from cache.shard import advice, read_batch
 from cache.store import Root, Store, StoreError, open_store
 
@@ -111,7 +111,7 @@ def _collect(
     found: list[Finding] = []
     try:
         found.extend(find())
-    except StoreError:  # says nothing about the file
+    except (StoreError, OtherVersionError):  # says nothing about the file
         raise
     except commit.Misnamed as error:
         found.append(Finding(file, str(error)))
@@ -220,6 +220,8 @@ def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Ite
                 decoded = rows.record(row)
                 if rules is not None:
                     check_record(decoded, rules, ROUNDING_NATS)
+            except OtherVersionError:
+                raise
             except CacheError as error:
                 number = first + row
                 text = f"{path} row {number}: {error} {advice(record)}"

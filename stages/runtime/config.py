@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dualkl import DualKLConfig
 from stages.runtime import yaml_text
@@ -49,17 +49,36 @@ class RunSection(Section):
 
 
 def name_and_revision(model: str) -> tuple[str, str]:
-    """Split a hub `NAME@REVISION`; the revision defaults to main. A local folder keeps its name."""
-    if Path(model).is_dir():
+    """Split a hub `NAME@REVISION`; the revision defaults to main. A local folder keeps its name.
+
+    Raises ValueError for a folder with a revision, and for an empty one.
+    """
+    name, at, revision = model.partition("@")
+    if not at or Path(model).is_dir():
         return model, "main"
-    name, _, revision = model.partition("@")
-    return name, revision or "main"
+    if not revision or Path(name).is_dir():
+        raise ValueError(
+            f"{name} is a folder, which has no revisions" if revision else "nothing follows the @"
+        )
+    return name, revision
+
+
+def _model_name(model: str) -> str:
+    name_and_revision(model)
+    return model
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
 class ModelSection(Section):
-    student_model: str = Field("Qwen/Qwen3-4B", description="a folder, or NAME or NAME@REVISION on the hub")
+    student_model: ModelName = Field(
+        "Qwen/Qwen3-4B", description="a folder, or NAME or NAME@REVISION on the hub"
+    )
     student_adapter: str = Field("", description="LoRA adapter to start from; needs use_lora")
-    teacher_model: str = Field("Qwen/Qwen3-32B", description="as student_model; empty: no teacher at hand")
+    teacher_model: ModelName = Field(
+        "Qwen/Qwen3-32B", description="as student_model; empty: no teacher at hand"
+    )
     teacher_dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="teacher's compute, and the hidden states that are stored"
     )
@@ -491,7 +510,12 @@ def _invalid(error: ValidationError) -> str:
     """Describe the first invalid key in one sentence, with all accepted types."""
     errors = error.errors()
     section, leaf = errors[0]["loc"][:2]
-    wishes = dict.fromkeys(e["msg"].lower() for e in errors if e["loc"][:2] == (section, leaf))
+    own = "Value error, "  # what pydantic puts before the message of a validator of ours
+    wishes = dict.fromkeys(
+        e["msg"].removeprefix(own) if e["msg"].startswith(own) else e["msg"].lower()
+        for e in errors
+        if e["loc"][:2] == (section, leaf)
+    )
     return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {shown(errors[0]['input'])}."
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cache
-from cache import commit, shard
+from cache import codec, commit, shard
 from cache.__main__ import main
 from cache.store import open_store
 from cache.verify import Finding, verify, withdraw
@@ -239,3 +239,12 @@ def test_files_that_the_machine_fails_to_read_are_no_damage_and_are_not_withdraw
     assert f"{said}; nothing was changed" in captured.err
     assert captured.err.count("\n") == 1
     assert (verify(tmp_path), len(cache.open(tmp_path))) == ([], 9)
+
+
+def test_a_cache_of_another_codec_is_not_called_damaged(tmp_path, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(codec, "CODEC_VERSION", 1)
+        write(tmp_path, range(2))
+    with pytest.raises(cache.CacheError, match="codec version 1, this program reads version 2") as caught:
+        cache.open(tmp_path).verify()
+    assert "Delete" not in str(caught.value)

@@ -11,7 +11,7 @@ import yaml
 
 from dualkl import DualKLConfig
 from stages.runtime import config as configuration
-from stages.runtime.config import SECTION_OF, SECTIONS, Config, parse_arguments
+from stages.runtime.config import SECTION_OF, SECTIONS, Config, name_and_revision, parse_arguments
 from stages.runtime.errors import UserError
 from stages.runtime.split import rows_per_micro_step
 from tests.support.helpers import ROOT
@@ -481,3 +481,21 @@ def test_a_name_that_looks_like_something_else_is_written_and_read_as_itself(
 ) -> None:
     (tmp_path / "c.yaml").write_text(configuration.to_yaml(parse("--run_name", name)))
     assert parse("--config", str(tmp_path / "c.yaml")).run.run_name == name
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("examples/arithmetic/student@v2", "is a folder, which has no revisions"),
+        ("Qwen/Qwen3-4B@", "nothing follows the @"),
+    ],
+)
+def test_a_revision_that_cannot_be_read_is_refused(model: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        parse("--student_model", model)
+
+
+def test_the_revision_of_a_hub_model_is_split_off() -> None:
+    assert name_and_revision("Qwen/Qwen3-4B@abc") == ("Qwen/Qwen3-4B", "abc")
+    assert name_and_revision("Qwen/Qwen3-4B") == ("Qwen/Qwen3-4B", "main")
+    assert name_and_revision("examples/arithmetic/student") == ("examples/arithmetic/student", "main")

@@ -35,8 +35,7 @@ from bench.measuring import Record, measure, peak_gib, reset_peak, synchronize
 from stages.engine.decoder import Decoder
 from stages.engine.fused_layers import FusedMLP
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request, Sampling
 from stages.engine.sampling import choose
 from stages.engine.slots import SlotCache
 from stages.engine.weights import DecodingWeights
@@ -177,8 +176,8 @@ def against_floor(bench: Bench, model: Any, shape: Shape, batch: int, ms: float)
     }
 
 
-def method_of(shape: Shape, new: int) -> Method:
-    return Method(Sampling(new), shape.config["vocab_size"], (), 0)
+def sampling_of(shape: Shape) -> Sampling:
+    return Sampling(shape.config["vocab_size"])
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
@@ -190,8 +189,8 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
 
 
 def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    decoder = Decoder(model, method_of(shape, shape.new), batch, shape.prompt + shape.new, shape.new, None)
-    requests = [Request(i, prompt, i, shape.new) for i, prompt in enumerate(prompts_of(shape, batch))]
+    decoder = Decoder(model, sampling_of(shape), batch, shape.prompt + shape.new, shape.new, None)
+    requests = [Request(prompt, shape.new, i) for i, prompt in enumerate(prompts_of(shape, batch))]
 
     def fill() -> None:
         decoder.clear(batch)
@@ -209,11 +208,11 @@ def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
 
 def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Record:
     prompts = [prompt for prompt in prompts_of(shape, batch // group) for _ in range(group)]
-    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    requests = [Request(prompt, shape.new, i) for i, prompt in enumerate(prompts)]
     with closing(open_engine(model)) as engine:
 
         def call() -> None:
-            engine.generate(prompts, list(range(batch)), Sampling(shape.new), **arguments)
+            engine.generate(requests, sampling_of(shape), batch)
 
         first = seconds_of(call, bench.device)
         second = seconds_of(call, bench.device)
@@ -225,13 +224,12 @@ def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     """Useful tokens: those of the completions. Lengths are a seeded permutation of an even spread."""
     lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
     lengths = np.random.default_rng(1).permutation(lengths)
-    prompts, forced = prompts_of(shape, 4 * batch), [np.zeros(n, np.int64) for n in lengths]
-    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    rows = zip(prompts_of(shape, 4 * batch), lengths.tolist(), strict=True)
+    requests = [Request(prompt, n, forced=np.zeros(n, np.int64)) for prompt, n in rows]
     with closing(open_engine(model)) as engine:
 
-        def call(rows: int) -> None:  # forced texts give each row a length of its own
-            sampling, seeds = Sampling(shape.longest), list(range(rows))
-            engine.generate(prompts[:rows], seeds, sampling, forced=forced[:rows], **arguments)
+        def call(num_rows: int) -> None:  # forced texts give each row a length of its own
+            engine.generate(requests[:num_rows], sampling_of(shape), batch)
 
         call(batch)  # captures
         seconds = seconds_of(lambda: call(4 * batch), bench.device)
@@ -278,7 +276,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     )
     new = torch.randn(batch, config.num_key_value_heads, 1, config.head_dim, device=device, dtype=dtype)
     query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, device=device, dtype=dtype)
-    decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
+    decoder = Decoder(model, sampling_of(shape), batch, places, shape.new, None)
     with DecodingWeights(model.get_decoder(), None).swapped():
         modules = list(model.model.modules())
         # As read in a step; those of an MLP of one launch lie behind it.
@@ -309,7 +307,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         "norms_ms": lambda: [norm(normed[len(norm.weight)]) for norm in norms],
         "store_ms": lambda: [slots.update(new, new, 0) for _ in layers],
         "head_ms": lambda: decoder.sampler.logits(hidden),
-        "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),
+        "draw_ms": lambda: choose(logits, uniforms, forced, sampling_of(shape)),
     }
     return {
         name: measure(replayable(function, device), bench.device, bench.seconds).median

@@ -95,7 +95,7 @@ def collect(
     """
     rank, size = run.world.rank, run.world.size
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
-    scoring = Scoring(signal, policy.vocab_size, policy.tokenizer.pad_token_id)
+    scoring = Scoring(signal, policy.sampling.vocab_size, policy.tokenizer.pad_token_id)
     num_slots = slots_for(run, policy, scores_too=get_teacher is not None)
     with (
         closing(policy.engine),

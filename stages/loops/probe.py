@@ -309,7 +309,6 @@ def generator_logprobs(student: Student, engine: Engine, rows: Sequence[Row]) ->
             engine,
             [row.prompt_ids for row in rows],
             [row.completion_ids for row in rows],
-            vocab_size=student.vocab_size,
-            pad_id=student.tokenizer.pad_token_id,
+            student.vocab_size,
         )
     return np.concatenate(found)

@@ -166,10 +166,13 @@ def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Pol
         policy_hash(student),
         step,
         Sampling(
-            rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+            student.vocab_size,
+            student.eos_ids,
+            rollout.sample_temperature,
+            rollout.sample_top_p,
+            rollout.sample_top_k,
         ),
-        student.vocab_size,
-        student.eos_ids,
+        rollout.max_new_tokens,
         student.autocast,
     )
 
@@ -186,9 +189,8 @@ def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
         "teacher",
         short_hash(pretrained.identity(models.teacher_model)),
         0,
-        Sampling(run.config.rollout.max_new_tokens),
-        vocabulary.size,
-        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
+        Sampling(vocabulary.size, ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size)),
+        run.config.rollout.max_new_tokens,
         lambda: torch.autocast(device.type, enabled=False),
         is_teacher=True,
     )

@@ -15,7 +15,6 @@ from torch import Tensor
 from stages.engine import fused_layers as fused
 from stages.engine import kernels, sampling, slot_attention, weights
 from stages.engine.joined import JoinedLinear, _Together
-from stages.engine.protocol import Sampling
 from stages.engine.sampling import Blocks, block_statistics
 from stages.engine.slot_attention import plain_attention
 from stages.engine.slots import SlotCache
@@ -219,7 +218,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
         if merged
         else model
     )
-    found = run(writer, prompts, Sampling(num_tokens, greedy=True))
+    found = run(writer, prompts, num_tokens, greedy=True)
     assert [completion.ids.tolist() for completion in found] == wanted
     assert len(products) == (5 * num_tokens * model.config.num_hidden_layers if merged else 0)
     assert set(launches) == {"rms_norm", "rotary"} | (

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from stages.models.student import Student
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.support.helpers import make_run, records_of
-from tests.support.small_models import generate
 from tests.support.tiny_runs import TINY, stir, student_of, train, write_rollouts
 
 ONE_LAYER = "layers.2."
@@ -92,9 +91,9 @@ class OfAnotherPolicy:
     def __init__(self, model: Any, tamper: Callable[[Any], Any]) -> None:
         self._model, self._tamper = model, tamper
 
-    def generate(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._tamper(self._model):
-            return generate(self._model, *arguments, **keywords)
+    def generate(self, *arguments: Any) -> Any:
+        with self._tamper(self._model), closing(open_engine(self._model)) as engine:
+            return engine.generate(*arguments)
 
     def close(self) -> None: ...
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import cache
 from stages.engine.opening import open_engine
-from stages.loops import follow, preflight, progress, refresh, roles, schedule, setup
+from stages.loops import follow, preflight, progress, refresh, schedule, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
@@ -61,16 +61,18 @@ def main() -> None:
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
         if role == "score":
-            num_units = roles.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
+            num_units = refresh.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:
             student, _ = setup.current_student(run, vocabulary)
             policy = setup.student_policy(run, student, open_engine(student.model), position.step)
-            if role == "generate":
-                num_units = roles.generate_rollouts(run, policy, vocabulary, prompts, refresh_index=due)
-            else:
-                num_units = refresh.write_rollouts(
-                    run, policy, vocabulary, prompts, refresh_index=due, teacher=teacher
-                )
+            num_units = refresh.write_rollouts(
+                run,
+                policy,
+                vocabulary,
+                prompts,
+                refresh_index=due,
+                teacher=None if role == "generate" else teacher,
+            )
     tell(run, num_units)
 
 

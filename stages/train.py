@@ -25,8 +25,8 @@ import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, schedule, setup, steps
+from stages.loops.elsewhere import wait_for
 from stages.loops.setup import Vocabulary
-from stages.loops.waiting import wait_for
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, history, metrics

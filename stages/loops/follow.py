@@ -9,9 +9,9 @@ from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
 from stages.engine.protocol import Engine
 from stages.loops import preflight, refresh, setup, versions
+from stages.loops.elsewhere import wait_for
 from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
-from stages.loops.waiting import wait_for
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint

@@ -23,6 +23,7 @@ from stages.loops import setup
 from stages.loops.collect import collect, plan, slots_for
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
+from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import (
@@ -31,7 +32,6 @@ from stages.models.teacher import (
     plain_model_fits,
     plain_teacher,
 )
-from stages.models.turns import Turns
 from stages.runtime import schema
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
@@ -174,10 +174,9 @@ def _write_text(
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
     fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
-    turns = Turns(run, policy.model, policy.engine)
-    teacher = turns.to_teacher(get_teacher)
-    head = teacher_head(teacher.head, vocabulary.size)
-    turns.to_student(teacher)
+    offloader = Offloader(run, policy.model, policy.engine)
+    head = teacher_head(offloader.to_teacher(get_teacher).head, vocabulary.size)
+    offloader.to_student()
     tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
     with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
         collect(run, units, policy, get_teacher, writer, HIDDEN)

@@ -13,9 +13,9 @@ from stages.loops import budgets
 from stages.loops.budgets import Parts, total
 from stages.models import memory, pretrained, speed
 from stages.models.memory import GIB, Shape
+from stages.models.offload import must_offload
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
-from stages.models.turns import must_take_turns
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
@@ -233,7 +233,7 @@ def _writing(sizes: _Sizes, state: Parts) -> _Writing:
     config, shape, apart = sizes.config, sizes.student, sizes.config.rollout.role != "both"
     own, teacher, gathered = _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
     student = state | own
-    crowded = must_take_turns(total(own), sizes.trained, total(teacher), sizes.card)
+    crowded = must_offload(total(own), sizes.trained, total(teacher), sizes.card)
     takes_turns = crowded and not apart and not sizes.machine.zero2
     moves = takes_turns and not config.models.teacher_ds_zero3
     copied = {

@@ -1,4 +1,4 @@
-"""Stage one as a function: a policy writes the rollouts of a refresh and the teacher scores them."""
+"""Stage one as functions: write the rollouts of a refresh, score those that are there, or both."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections import Counter
 import cache
 from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
-from stages.loops.collect import Unit, collect, missing_units, plan
+from stages.loops.collect import Unit, collect, missing_units, plan, write_rounds
+from stages.loops.elsewhere import Inbox
 from stages.loops.leaks import memory_after_refresh
 from stages.loops.probe import check_generator
-from stages.loops.scoring import teacher_head
+from stages.loops.scoring import Scoring, teacher_head
 from stages.loops.setup import Vocabulary
+from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import Teacher, TeacherLoader
-from stages.models.turns import Turns
 from stages.runtime import cuts
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
@@ -32,18 +33,27 @@ def write_rollouts(
     prompts: list[Prompt],
     *,
     refresh_index: int,
-    teacher: TeacherLoader,
+    teacher: TeacherLoader | None,
 ) -> int:
-    """Write the missing units of refresh `refresh_index`; return their number (collective)."""
+    """Write the missing units of refresh `refresh_index`; return their number (collective).
+
+    Without a teacher they go unscored to `unscored_root`, except those that the run's cache has scored.
+    """
     config = run.config
-    refuse_role(config)
     units = planned_units(run, policy, prompts, refresh_index)
+    if teacher is None:
+        scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
+        fingerprint = setup.unscored_fingerprint(config, vocabulary)
+        tokenizer = tokenizer_json(vocabulary)
+        with cache.Writer(config.unscored_root, fingerprint, tokenizer_json=tokenizer) as writer:
+            return collect(run, units, policy, None, writer, config.teacher_signal, elsewhere=scored)
+    refuse_role(config)
 
     def load() -> Teacher:
         with run.clock.phase("load"):
-            turns = Turns(run, policy.model)
-            loaded = turns.to_teacher(teacher.get)
-            turns.to_student(loaded)
+            offloader = Offloader(run, policy.model)
+            loaded = offloader.to_teacher(teacher.get)
+            offloader.to_student()
             return loaded
 
     head = teacher_head(load().head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
@@ -52,6 +62,20 @@ def write_rollouts(
         if not run.world.gather(is_complete)[0]:  # loading is collective: rank 0 decides
             load()
         return collect(run, units, policy, teacher.get, writer, config.teacher_signal)
+
+
+def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
+    """Score units from refresh `refresh_index` on as they appear; return their number (collective)."""
+    config, inbox = run.config, Inbox(run, vocabulary, refresh_index)
+    num_left = run.world.gather(inbox.look().num_unscored if run.world.is_main else 0)[0]
+    if not num_left:
+        return 0
+    with run.clock.phase("load"):
+        loaded = teacher.get()
+    head = teacher_head(loaded.head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
+    scoring = Scoring(config.teacher_signal, vocabulary.size, vocabulary.tokenizer.pad_token_id)
+    with scored_writer(config, vocabulary, head) as writer:
+        return write_rounds(run, writer, inbox.rounds, num_left, scoring, lambda: loaded)
 
 
 def refuse_role(config: Config) -> None:

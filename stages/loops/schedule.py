@@ -15,12 +15,11 @@ from tqdm import tqdm
 import cache
 from stages.data.batches import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
-from stages.loops.arrivals import Arrivals
+from stages.loops.elsewhere import Arrivals, wait_for
 from stages.loops.feed import global_batches
 from stages.loops.refresh import cut_share
 from stages.loops.steps import Training, save_checkpoint
 from stages.loops.versions import Version
-from stages.loops.waiting import wait_for
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending
 from stages.runtime.checkpoint import Position, Refresh
@@ -166,7 +165,9 @@ def _renew(
     index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
     position = replace(position, refreshes=position.refreshes | {index: author})
     if refresh is None:
-        _publish(run, training, index, author)
+        num_rollouts = len(rollouts_of(run.config, index))
+        version = Version(index, author.step, author.policy_hash, num_rollouts)
+        versions.publish(run, training.student, version)
         return position
     # a signal may end this at once: the checkpoint is saved, and committed units are kept
     with ending.at_once(), steps.unwrapped(run.world, training):
@@ -274,17 +275,6 @@ def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
         run.config.refresh.max_age,
         position.policies,
     )
-
-
-def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
-    """Publish the student's weights for the followers of this run (collective)."""
-    run.world.barrier()
-    if run.world.is_main:
-        num_rollouts = len(rollouts_of(run.config, index))
-        versions.publish(
-            run.folder, training.student, Version(index, author.step, author.policy_hash, num_rollouts)
-        )
-    run.world.barrier()
 
 
 def _take_up_arrivals(

@@ -40,17 +40,20 @@ class Version:
         return f"{self.refresh_index:06d}-{self.policy_hash[:8]}"
 
 
-def publish(run_folder: Path, student: Student, version: Version) -> None:
-    """Export the student, then point `newest.json` to it; an existing export is kept."""
-    folder, text = run_folder / "versions", json.dumps(asdict(version))
-    if not (folder / version.name).exists():
-        students.export(student, folder / version.name, {"version.json": text})
-    replace_text(folder / "newest.json", text)
-    older = sorted(
-        path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
-    )
-    for path in older[: -(KEPT - 1)]:
-        remove(path)
+def publish(run: Run, student: Student, version: Version) -> None:
+    """Export the student, then point `newest.json` to it; an existing export is kept (collective)."""
+    run.world.barrier()
+    if run.world.is_main:
+        folder, text = run.folder / "versions", json.dumps(asdict(version))
+        if not (folder / version.name).exists():
+            students.export(student, folder / version.name, {"version.json": text})
+        replace_text(folder / "newest.json", text)
+        older = sorted(
+            path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
+        )
+        for path in older[: -(KEPT - 1)]:
+            remove(path)
+    run.world.barrier()
 
 
 def point_to(run_folder: Path, position: Position) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import cache
 from stages import train as stage_two
-from stages.loops import refresh, roles, setup
+from stages.loops import elsewhere, refresh, setup
 from stages.loops.writing import UnitWriter
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
@@ -34,7 +34,7 @@ NUM_UNITS = 3
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; those that are started have an hour."""
-    monkeypatch.setattr(roles, "PATIENCE", 0.12)
+    monkeypatch.setattr(elsewhere, "PATIENCE", 0.12)
 
 
 class Stop(Exception):
@@ -48,15 +48,16 @@ def role(folder: Path, name: str, **values: Any) -> Run:
 def generate(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "generate", **values)
     vocabulary = setup.shared_vocabulary(run.config)
-    return roles.generate_rollouts(
-        run, policy_of(run, student_of(run)), vocabulary, prompts_of(run.config), refresh_index=index
+    policy = policy_of(run, student_of(run))
+    return refresh.write_rollouts(
+        run, policy, vocabulary, prompts_of(run.config), refresh_index=index, teacher=None
     )
 
 
 def score(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "score", **values)
     with TeacherLoader(run.config, run.world) as teacher:
-        return roles.score_rollouts(
+        return refresh.score_rollouts(
             run, setup.shared_vocabulary(run.config), refresh_index=index, teacher=teacher
         )
 

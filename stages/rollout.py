@@ -82,7 +82,7 @@ def _follow(arguments: list[str]) -> None:
     if not folder or folder[0].startswith("--"):
         raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
     run = open_run(
-        __doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl"
+        __doc__ or "", follow.arguments_of(folder[0], rest), read_only=True, notes="metrics-follower.jsonl"
     )
     follow.follow(run)
 

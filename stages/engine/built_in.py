@@ -23,8 +23,7 @@ from stages.engine.origin import origin_of
 from stages.engine.protocol import Completion, Request, Sampling
 from stages.engine.slot_attention import check_served
 from stages.engine.weights import DecodingWeights
-from stages.models.exact import decoder_of
-from stages.models.readout import readout_of
+from stages.models.readout import decoder_of, readout_of
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """Steps between checks for ended rows, by device; on a GPU each check waits for the device."""

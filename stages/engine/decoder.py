@@ -18,7 +18,7 @@ from stages.engine.protocol import Request, Sampling
 from stages.engine.sampler import Sampler
 from stages.engine.slot_attention import check_attended, slot_attention
 from stages.engine.slots import SlotCache, SlotState
-from stages.models.exact import decoder_of
+from stages.models.readout import decoder_of
 from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
@@ -179,7 +179,7 @@ def plain_steps_logprobs(
 ) -> list[np.ndarray]:
     """Logprobs of given completions from uncaptured steps over slots, using the model's layers in float32.
 
-    Callers enter `exact.in_float32` first. `head`: states [B, d] to logits [B, V].
+    Callers enter `in_float32` first. `head`: states [B, d] to logits [B, V].
     """
     pairs = zip(prompts, completions, strict=True)
     requests = [Request(prompt, len(forced), forced=forced) for prompt, forced in pairs]

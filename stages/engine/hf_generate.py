@@ -27,8 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.engine.protocol import Completion, Request, Sampling
 from stages.engine.sampler import Sampler
 from stages.engine.slots import SlotState
-from stages.models.exact import decoder_of
-from stages.models.readout import last_hidden
+from stages.models.readout import decoder_of, last_hidden
 
 
 class HFGenerateEngine:

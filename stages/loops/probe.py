@@ -1,6 +1,6 @@
 """At each refresh, check that the generator runs the student in training and that the student has moved.
 
-Rounding is measured on a fixed probe batch: the same student in fp32 (`in_fp32`) shows how far training
+Rounding is measured on a fixed probe batch: the same student in fp32 (`upcast_weights`) shows how far training
 and generation each are from the unrounded logprobs. Rounding has no direction, but another policy does:
 towards the student without its adapter, towards the student of the previous refresh, or along the
 adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
@@ -24,7 +24,7 @@ import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.engine.protocol import Engine, forced_logprobs
-from stages.models.reference import in_fp32
+from stages.models.float32 import upcast_weights
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
 from stages.runtime.errors import UserError
@@ -297,7 +297,7 @@ def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
     in_full = replace(student, compute_dtype=torch.float32)
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     size = max(1, FORWARD_TOKENS[student.device.type] // longest)
-    with in_fp32(student.base, student.compute_dtype):
+    with upcast_weights(student.base, student.compute_dtype):
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return np.concatenate([trainer_logprobs(in_full, part, packed=False) for part in parts])
 

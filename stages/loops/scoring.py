@@ -21,7 +21,7 @@ from stages.data.alignment import align, at_scored
 from stages.data.batches import micro_batches, num_tokens
 from stages.loops.budgets import score_tokens_of_run
 from stages.loops.progress import Counts, Progress
-from stages.loops.writing import Landing, UnitWriter, to_numpy
+from stages.loops.writing import HostCopy, UnitWriter, to_numpy
 from stages.models.teacher import Teacher
 from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
@@ -45,12 +45,12 @@ class ScoredBatch:
     """Rows, in order, and the teacher's columns of all their tokens, which are being copied to the host."""
 
     rows: list[cache.Record]
-    landing: Landing
+    copies: HostCopy
     hidden_dtype: str
 
     def records(self) -> Iterator[cache.Record]:
         """The scored rows. Raises UserError if the teacher returned NaN or infinite values."""
-        columns = self.landing.arrays()
+        columns = self.copies.arrays()
         for name in ("teacher_logprobs", "teacher_entropy"):
             if not np.isfinite(columns[name]).all():
                 raise UserError(
@@ -160,14 +160,14 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
     columns = teacher_columns(hidden_ND, teacher.head, targets_N, scoring.signal, scoring.vocab_size)
     dtype = "bfloat16" if hidden_ND.dtype == torch.bfloat16 else "float32"
     if scoring.signal.signal != "full":
-        yield ScoredBatch(rows, Landing(columns), dtype)
+        yield ScoredBatch(rows, HostCopy(columns), dtype)
         return
     start = 0
     for row in rows:
         part = slice(start, start + len(row.completion_ids))
         own = {name: column[part] for name, column in columns.items()}
         own["signal_logits"] = full_logits(hidden_ND[part], teacher.head, scoring.vocab_size)
-        yield ScoredBatch([row], Landing(own), dtype)
+        yield ScoredBatch([row], HostCopy(own), dtype)
         start = part.stop
 
 
@@ -183,11 +183,11 @@ def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
     before: ScoredBatch | None = None
     for batch in batches:
         if before is not None:
-            before.landing.wait()
+            before.copies.wait()
             yield before
         before = batch
     if before is not None:
-        before.landing.wait()
+        before.copies.wait()
         yield before
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.models.exact import decoder_of, in_float32, linear_by_parts
+from stages.models.float32 import in_float32, linear_by_parts
 from stages.runtime.errors import UserError
 
 EXACT = 1e-3
@@ -81,6 +81,17 @@ def _sentence(model: PreTrainedModel, what: str) -> str:
         f" states times its lm_head, scaled or capped ({what}), and the loss works on these. Choose a model"
         " of another type."
     )
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Module that computes the hidden states for the lm_head.
+
+    `get_decoder` returns the whole model for Llama 4, and the head's matrix for ModernBERT's decoder.
+    """
+    decoder = model.get_decoder()
+    if decoder is model:
+        return model.model
+    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
 
 
 def output_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

@@ -30,12 +30,12 @@ from stages.engine.opening import choose_engine
 from stages.engine.protocol import forced_logprobs
 from stages.engine.slot_attention import check_served
 from stages.models.dropout import pin_to_evaluation
-from stages.models.exact import decoder_of, float32_attention, in_float32, linear_by_parts, short_windows
-from stages.models.readout import EXACT, check_ids, note_readout, readout_of, relative_gap
+from stages.models.float32 import float32_attention, in_float32, linear_by_parts, short_windows
+from stages.models.readout import EXACT, check_ids, decoder_of, note_readout, readout_of, relative_gap
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
 
-LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
+LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond float32.WINDOW
 FEW = 4  # tokens checked with `generate`, which is slow for models with a recurrent state but no kernels
 WRITTEN = 5e-3  # nats; both sides in float32
 CACHED = 2e-4  # nats; `generate` with a cache may exceed this, up to 4 times the gap without a cache

@@ -27,9 +27,8 @@ from dualkl import Head
 from stages.data.alignment import Aligned
 from stages.models import ends, lora, pretrained, selfcheck
 from stages.models.dropout import own_dropout, switch_off
-from stages.models.exact import decoder_of
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
-from stages.models.readout import full_forward, output_weights
+from stages.models.readout import decoder_of, full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import new_folder, publish_folder, replace_text

@@ -89,19 +89,19 @@ def open_run(
     description: str,
     arguments: list[str] | None = None,
     *,
-    only_looks: bool = False,
+    read_only: bool = False,
     notes: str = "metrics.jsonl",
 ) -> Run:
     """Parse the command line and join the other processes; the first record of work creates the folder.
 
-    `only_looks`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
+    `read_only`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
     file.
     """
     config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)
-    keeps_config = not only_looks and config.rollout.role != "score"  # a scorer leaves that to its generator
+    keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
     metrics = Metrics(config, world, notes, keeps_config)
     return Run(config, world, metrics, clock)
 

@@ -15,7 +15,7 @@ from stages.engine.hf_generate import HFGenerateEngine
 from stages.engine.opening import open_engine
 from stages.models import selfcheck
 from stages.models.dropout import own_dropout, switch_off
-from stages.models.exact import WINDOW, in_float32, short_windows
+from stages.models.float32 import WINDOW, in_float32, short_windows
 from stages.models.packing import decoder_states, enable_packing
 from stages.models.pretrained import head_of
 from stages.models.readout import full_forward, output_weights, readout_of, relative_gap

@@ -1,4 +1,4 @@
-"""Effect of smaller signals: the configured loss on stored rows against the loss on the full distribution."""
+"""Errors that smaller signals cause: the loss on packed rows against that on the whole distribution."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Setting:
         return f"top-{self.k}" if self.p == 1 else f"nucleus {self.p:g}, {self.floor} to {self.k}"
 
 
-def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
+def signal_errors(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
     """Errors of each setting relative to the cache's rows, on at most `MAX_TOKENS` tokens in row-id order."""
     config = run.config.loss.settings(student.vocab_size)
     sizes = sorted({min(k, student.vocab_size) for k in SIZES})

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
 
 import torch
 from peft import PeftModel
@@ -23,7 +22,8 @@ from stages.engine.origin import origin_of
 from stages.engine.protocol import Completion, Request, Sampling
 from stages.engine.slot_attention import check_served
 from stages.engine.weights import DecodingWeights
-from stages.models.readout import decoder_of, readout_of
+from stages.models.dropout import evaluating
+from stages.models.readout import base_of, decoder_of, readout_of
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """Steps between checks for ended rows, by device; on a GPU each check waits for the device."""
@@ -43,7 +43,7 @@ class BuiltInEngine:
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
-        self.base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+        self.base = base_of(model)
         self._weights: DecodingWeights | None = None
         self._decoder: Decoder | None = None
         self._dtype: torch.dtype | None = None
@@ -66,7 +66,7 @@ class BuiltInEngine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Eval mode, no gradients, the engine's weights, no autocast cast cache (graphs would outlive it)."""
-        kind, was_training = next(self.base.parameters()).device.type, self.model.training
+        kind = next(self.base.parameters()).device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         now: list[object] = [dtype, *origin_of(self.base)]
         if self._weights is None or now != self._made_for:
@@ -75,13 +75,9 @@ class BuiltInEngine:
             self._weights = self._decoder = None  # frees their memory first
             self._weights = DecodingWeights(decoder_of(self.base), dtype)
             self._dtype, self._made_for = dtype, now
-        self.model.eval()
-        try:
-            autocast = torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
-            with torch.no_grad(), autocast, self._weights.swapped():
-                yield
-        finally:
-            self.model.train(was_training)
+        autocast = torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
+        with evaluating(self.model), torch.no_grad(), autocast, self._weights.swapped():
+            yield
 
     def _decoder_for(self, requests: list[Request], sampling: Sampling, num_slots: int) -> Decoder:
         """The last call's decoder if it samples alike and is large enough, else a new one."""

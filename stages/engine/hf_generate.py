@@ -27,7 +27,8 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.engine.protocol import Completion, Request, Sampling
 from stages.engine.sampler import Sampler
 from stages.engine.slots import SlotState
-from stages.models.readout import decoder_of, last_hidden
+from stages.models.dropout import evaluating
+from stages.models.readout import base_of, decoder_of, last_hidden
 
 
 class HFGenerateEngine:
@@ -35,7 +36,7 @@ class HFGenerateEngine:
 
     def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
         self.model, self.use_cache = model, use_cache
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base: Any = base_of(model)
 
     def close(self) -> None:
         """Do nothing: no memory is held between calls."""
@@ -78,15 +79,12 @@ class HFGenerateEngine:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode, no gradients, blank generation config: `generate` takes unset values from the model."""
-        own, was_training = self.base.generation_config, self.model.training
-        self.base.generation_config = GenerationConfig()
-        self.model.eval()
+        own, self.base.generation_config = self.base.generation_config, GenerationConfig()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 yield
         finally:
             self.base.generation_config = own
-            self.model.train(was_training)
 
 
 class _Draw(LogitsProcessor):

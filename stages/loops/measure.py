@@ -23,6 +23,7 @@ from stages.loops import setup
 from stages.loops.collect import collect, plan, slots_for
 from stages.loops.scoring import teacher_head
 from stages.loops.setup import Vocabulary
+from stages.models.dropout import evaluating
 from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.student import Student
@@ -218,8 +219,6 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
     """Token means of exact forward KL, reverse KL and top-1 agreement on a `hidden` cache (collective)."""
     head = cached_head(snapshot, run.world.device)
     rows = run.config.rollout.lp_micro_batch
-    was_training = student.model.training
-    student.model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     if not row_ids:
         return _nothing()
@@ -227,20 +226,15 @@ def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: l
         snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]
     ]
     pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
-    for records in micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None):
-        batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
-        hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
-        found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
-        agree = found.student_top1 == found.teacher_top1
-        sums += torch.stack(
-            [
-                found.fkl.double().sum(),
-                found.rkl.double().sum(),
-                agree.double().sum(),
-                torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device),
-            ]
-        ).cpu()
-    student.model.train(was_training)
+    batches = micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None)
+    with evaluating(student.model):
+        for records in batches:
+            batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
+            hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
+            found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=size)
+            agree = found.student_top1 == found.teacher_top1
+            values = (found.fkl, found.rkl, agree, torch.ones_like(agree))
+            sums += torch.stack([value.double().sum() for value in values]).cpu()
     num_cut = float(sum(record.finish_reason == "length" for record in own))
     forward, reverse, agreed, tokens, cut = run.world.sum([*sums.tolist(), num_cut])
     return {

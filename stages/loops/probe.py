@@ -24,6 +24,7 @@ import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.engine.protocol import Engine, forced_logprobs
+from stages.models.dropout import evaluating
 from stages.models.float32 import upcast_weights
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
@@ -276,8 +277,6 @@ def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, 
 @torch.no_grad()
 def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None = None) -> np.ndarray:
     """The student's logprobs [N] of the rows' completions, from training's forward without gradients."""
-    was_training = student.model.training
-    student.model.eval()
     aligned = align(
         [row.prompt_ids for row in rows],
         [row.completion_ids for row in rows],
@@ -285,8 +284,8 @@ def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None 
         student.device,
         packed=student.packs if packed is None else packed,
     )
-    hidden_Nd = at_scored(student.hidden(aligned), aligned)
-    student.model.train(was_training)
+    with evaluating(student.model):
+        hidden_Nd = at_scored(student.hidden(aligned), aligned)
     return (
         gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
     )

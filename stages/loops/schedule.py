@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -213,9 +214,8 @@ def _fit_pool(
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
             with run.clock.phase("train"):
-                drift = steps.train_step(run, training, pool, next(batches))
-            recent = position.recent if drift.own is None else [*position.recent, drift.own]
-            position = replace(position, step=training.step, recent=recent[-DRIFT_WINDOW:])
+                figures = steps.train_step(run, training, pool, next(batches))
+            position = after_step(position, figures)
             bar.update(1)
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
@@ -225,6 +225,13 @@ def _fit_pool(
             if training.step % train.checkpoint_every == 0 and training.step < train.max_steps:
                 save_checkpoint(run, training, position)
     return position
+
+
+def after_step(position: Position, figures: dict[str, Any]) -> Position:
+    """`position` after a step with these figures (see `steps.train_step`): all that `due` may look at."""
+    own = figures["own_drift"]
+    recent = position.recent if own is None else [*position.recent, own]
+    return replace(position, step=figures["step"], recent=recent[-DRIFT_WINDOW:])
 
 
 def _taken_up(position: Position, index: int) -> Position:

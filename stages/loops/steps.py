@@ -25,6 +25,7 @@ from stages.loops import gating
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
+from stages.models.dropout import evaluating
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Best, Position
@@ -249,10 +250,9 @@ def _check_sound(run: Run, training: Training) -> None:
     )
     if not problem and training.last_forward is not None:
         row_ids, inputs = training.last_forward
-        was_training, module = training.module.training, getattr(training.module, "module", training.module)
-        module.eval()
-        out = module(on_device(inputs, run.world.device))[1]
-        module.train(was_training)
+        module = getattr(training.module, "module", training.module)
+        with evaluating(module):
+            out = module(on_device(inputs, run.world.device))[1]
         if not math.isfinite(float((out.rkl + out.fkl).sum())):
             problem = f"the forward on rows {', '.join(row_ids[:MOST_NAMED])} is not finite"
     found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
@@ -309,10 +309,11 @@ def _not_finite(
     )
 
 
-def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
-    """Run one optimizer step (collective); return the student's drift from the policies that wrote the rows.
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[str, Any]:
+    """Run one optimizer step (collective); return its record and `own_drift`, equal on all ranks but for times.
 
-    The host waits for the device only once, to read the step's figures before the weights are updated.
+    `own_drift` is the drift over this run's rows, None without any. The host waits for the device only once,
+    to read the step's figures before the weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world
@@ -330,19 +331,19 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     training.adaptive = gating.adapted(config, training.adaptive, totals.gate)
     lengths = [pool.lengths[key][1] for key in batch.row_ids]
     drift = drift_of(totals.rows_R3, lengths, [pool.ages[key] >= 0 for key in batch.row_ids])
-    run.metrics.log(
-        "step",
-        step=training.step,
+    record = {
+        "step": training.step,
         **_figures(training, pool, batch, totals, drift),
         **gating.step_figures(totals.gate, tau),
-        grad_norm=grad_norm,
-        lr=lr,
-        seconds=seconds,
-        read_wait_seconds=done.waited,
-    )
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": seconds,
+        "read_wait_seconds": done.waited,
+    }
+    run.metrics.log("step", **record)
     run.metrics.log("gate", step=training.step, **gating.gate_record(totals.gate, tau))
     _trace(run, training, done.first, done.outputs)
-    return drift
+    return record | {"own_drift": drift.own}
 
 
 @dataclass

@@ -286,6 +286,11 @@ class RefreshSection(Section):
         " newest rows are older",
     )
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether something measured in training can make a refresh due before `refresh_every` steps."""
+        return bool(self.refresh_drift)
+
 
 class EvalSection(Section):
     eval_dataset: str = Field(
@@ -340,7 +345,7 @@ class Config(Section):
         policy = self.refresh
         is_inline = policy.refresh_mode == "inline"
         return policy.refresh_mode == "external" or (
-            is_inline and bool(policy.refresh_every or policy.refresh_drift)
+            is_inline and bool(policy.refresh_every or policy.is_measured)
         )
 
     @property

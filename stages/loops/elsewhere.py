@@ -136,10 +136,10 @@ class Found:
 
     def __str__(self) -> str:
         parts = [
-            f"refresh {refresh} by policy {policy}: {count}"
-            for (refresh, policy), count in self.there.items()
+            f"{count} of refresh {index} by policy {policy}" for (index, policy), count in self.there.items()
         ]
-        return f"of {sum(self.planned.values())} planned rollouts there are {' and '.join(parts) or 'none'}"
+        found = f"found {' and '.join(parts)}" if parts else "found none"
+        return f"{found}, planned are {sum(self.planned.values())}"
 
 
 class Inbox:
@@ -208,14 +208,15 @@ class Inbox:
             return found if found.ready or not found.num_missing else None
 
         def tell() -> None:
-            self._run.metrics.say(f"waiting for rollouts at {root}: {self.look()}")
+            self._run.metrics.say(f"waiting for rollouts in {root}: {self.look()}")
 
         found = wait_for(look, on_wait=tell, patience=PATIENCE)
         if found is not None:
             return found.ready[: self._run.world.size]
         return (
-            f"no unit to score appeared at {root} for {PATIENCE / 60:g} minutes: {self.look()}. Is"
-            " stages.rollout --role generate running with the same configuration? What is scored is kept."
+            f"no rollouts to score appeared in {root} for {PATIENCE / 60:g} minutes ({self.look()}). Start"
+            " stages.rollout --role generate with the same configuration, then this command again; what is"
+            " scored is kept."
         )
 
     def _read(self, record: cache.CommitRecord) -> list[cache.Record]:

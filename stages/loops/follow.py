@@ -42,8 +42,8 @@ def follow(run: Run) -> None:
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
-            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}: it would not take"
-            " up rollouts that are written beside it; set refresh_mode: external for both."
+            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}, so its training"
+            " ignores rollouts of other processes; set refresh_mode: external for both commands."
         )
     refresh.refuse_role(run.config)
     ready = preflight.check_early(run, preflight.Work(generates=True, scores=True))
@@ -86,8 +86,8 @@ def _write(
     if wanted != version.num_rollouts:
         raise UserError(
             f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would"
-            f" write {wanted}; leave rollouts_per_refresh, group_size, batch_size, max_steps and the refresh"
-            " keys as they are in the run."
+            f" write {wanted}; do not override rollouts_per_refresh, group_size, batch_size, max_steps or the"
+            " refresh keys here."
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)

@@ -36,7 +36,7 @@ ROWS, TOKENS = 32, 128
 """Size of the probe batch: rows, and tokens from the start of each completion."""
 OTHERS = {
     "without_adapter": "the student without its adapter",
-    "refresh_before": "that of the refresh before",
+    "refresh_before": "the student of the refresh before",
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per fp32 forward, including padding."""
@@ -129,19 +129,19 @@ def _judge(
     if gap > BROKEN * rounding:
         reasons = [
             *reasons,
-            f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by",
+            f"that is more than {BROKEN:.0f} times the rounding of training's own logprobs",
         ]
     if reasons:
         raise UserError(
-            f"what generates is not the student that is trained: at refresh {refresh_index} they differ by"
-            f" {gap:.2g} nats a token on the probe batch of {num_tokens} tokens (rounding explains"
-            f" {BOUND * rounding:.2g}), and {reasons[0]}. The rollouts would not be the student's; nothing"
-            " is trained on them. Please report this."
+            f"the rollout engine does not run the student in training: at refresh {refresh_index} their"
+            f" logprobs differ by {gap:.2g} nats a token on {num_tokens} tokens (rounding explains"
+            f" {BOUND * rounding:.2g}), and {reasons[0]}. Its rollouts are not trained on. Please report"
+            " this."
         )
     if gap > BOUND * rounding:
         run.metrics.say(
             f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of refresh"
-            f" {refresh_index}, more than {BOUND:.0f} times what rounding moves training's own logprobs by"
+            f" {refresh_index}, more than {BOUND:.0f} times the rounding of training's own logprobs"
             f" ({rounding:.2g}). The difference has no direction, so it is the same policy, rounded more;"
             " dtype fp32 would be exact."
         )
@@ -195,13 +195,13 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
     significant = SIGNIFICANT * (1 + FEW / num_tokens)
     for share, lag in zip(shares, lags, strict=True):
         if abs(lag.value) > 0.5 and lag.contrast > CLEAR:
-            yield f"training's own forward is {lag.value:.0%} of the way to {OTHERS[lag.of]}"
+            yield f"those of training's forward are {lag.value:.0%} of the way to those of {OTHERS[lag.of]}"
         follows = lag.value if abs(lag.value) > significant * lag.error else 0.0
         beyond = max(share.value - max(0.0, follows), min(0.0, follows) - share.value)
         if beyond > max(least, significant * share.error):
             yield (
-                f"the generator is {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
-                f" student to {OTHERS[share.of]}, where rounding has no direction"
+                f"the engine's are {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
+                f" student's to those of {OTHERS[share.of]}, while rounding has no direction"
             )
 
 
@@ -233,7 +233,7 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
         places = [snapshot.position(row_id) for row_id in kept[0]]
     elif path.exists():
         run.metrics.say(
-            "the probe takes other rows: those that it had are gone from the cache, or probe.json is damaged"
+            "the probe takes new rows: its previous ones are gone from the cache, or probe.json is damaged"
         )
         kept = None
     rows = [

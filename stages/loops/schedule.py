@@ -79,9 +79,9 @@ def lost(run: Run, position: Position) -> str:
     if missing <= 0:
         return ""
     rows = f"{missing} of the {position.num_rows} rows"
-    found = f"{rows} that were trained on are gone from {run.config.cache_root}"
+    found = f"{rows} in use are gone from {run.config.cache_root}"
     if not run.config.refreshes:
-        run.metrics.say(f"warning: {found}; training goes on with the others, since refresh_mode is off")
+        run.metrics.say(f"warning: {found}; training continues with the others, since refresh_mode is off")
         return ""
     run.metrics.say(f"{found}: a refresh is due now")
     return f"lost: {missing} of {position.num_rows} rows were gone"
@@ -100,7 +100,7 @@ def resume(run: Run, training: Training) -> Position | None:
     )
     training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
-    run.metrics.say(f"going on from {path}")
+    run.metrics.say(f"resuming from {path}")
     return position
 
 
@@ -193,7 +193,7 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
     run.world.barrier()  # a launcher ends the other processes as soon as one leaves
     line = (
         f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to"
-        f" go on from {path}"
+        f" resume from {path}"
     )
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
@@ -259,8 +259,8 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
         if not one.row_ids:
             raise UserError(
-                f"{root} holds no rollouts to train on ({len(snapshot)} rows, none of them live); run"
-                " `python -m stages.rollout` with the same configuration first."
+                f"{root} holds no rollouts to train on ({len(snapshot)} rows, all of them too old or of"
+                " discarded steps); run `python -m stages.rollout` with the same configuration first."
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])

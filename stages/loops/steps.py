@@ -199,9 +199,9 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
     best = checkpoint.best(folder)
     if best is not None and best.measured_on != now.measured_on:
         run.metrics.say(
-            f"the held-out text or dtype is not what the best student, of step {best.step}, was measured on:"
-            f" its reverse KL of {best.reverse_kl:.4f} cannot be compared, and the search for the best"
-            f" begins anew at step {now.step}"
+            f"the best student so far, of step {best.step}, was measured on other held-out text or in another"
+            f" dtype: its reverse KL of {best.reverse_kl:.4f} is not comparable, and the search for the best"
+            f" restarts at step {now.step}"
         )
         best = None
     # Equal if this evaluation repeats one from before a crash.
@@ -258,7 +258,7 @@ def _check_sound(run: Run, training: Training) -> None:
     found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
     if found:
         raise UserError(
-            f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}"
+            f"the student's weights exploded by step {training.step} ({found[0]}); {_how_to_go_on(run)}"
         )
 
 
@@ -266,11 +266,11 @@ def _how_to_go_on(run: Run) -> str:
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
     where = (
-        f"no checkpoint of it was written, those of steps {steps} are kept"
+        f"this step was not saved, the checkpoints of steps {steps} are kept"
         if kept
         else "no checkpoint was written"
     )
-    back = "; --resume_from STEP goes on from one of them" if kept else ""
+    back = "; --resume_from STEP starts from one of them" if kept else ""
     return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
 
 
@@ -304,8 +304,8 @@ def _not_finite(
     return UserError(
         f"the gradient of step {training.step + 1} is not finite (norm"
         f" {grad_norm});{'' if training.engine else ' the weights were not updated;'}"
-        f" {'rows' if broken else 'its largest divergences: rows'} {named}; {_how_to_go_on(run)} `python -m"
-        " cache verify` says whether the rows are sound."
+        f" the {'non-finite' if broken else 'largest'} divergences are those of rows {named};"
+        f" {_how_to_go_on(run)} `python -m cache verify` checks whether the rows are damaged."
     )
 
 

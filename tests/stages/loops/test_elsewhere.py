@@ -312,7 +312,7 @@ def test_a_version_of_a_trajectory_that_was_given_up_is_not_waited_for(tmp_path:
     versions.point_to(run.folder, position)
     assert versions.newest(run.folder) == awaited
     with pytest.raises(
-        UserError, match=r"000001-eeeeeeee, is gone; remove the newest folder below .*checkpoints"
+        UserError, match=r"000001-eeeeeeee, which is gone; delete the newest folder in .*checkpoints"
     ):
         versions.point_to(run.folder, replace(position, refreshes={1: Refresh(3, "e" * 16, "every")}))
 

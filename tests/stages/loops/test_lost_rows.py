@@ -35,7 +35,7 @@ def test_a_run_whose_rows_are_gone_refreshes_at_once_and_says_so(
     run = make_run(tmp_path, **(TINY | {"lora_dropout": 0.1}))
     gone = withdraw(run, 1)
     run = train(tmp_path)
-    assert f"{gone} of the 16 rows that were trained on are gone" in capsys.readouterr().out
+    assert f"{gone} of the 16 rows in use are gone" in capsys.readouterr().out
     lost = records_of(run.folder, "refresh")[-1]
     assert lost["reason"] == f"lost: {gone} of 16 rows were gone"
     assert lost["refresh_index"] == 2
@@ -60,8 +60,8 @@ def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.Captur
     withdraw(make_run(tmp_path, **TINY), 0)
     run = train(tmp_path, max_steps=8)
     out = capsys.readouterr().out
-    assert "rows that were trained on are gone" not in out
-    assert "the probe takes other rows" in out
+    assert "rows in use are gone" not in out
+    assert "the probe takes new rows" in out
     assert [r["refresh_index"] for r in records_of(run.folder, "refresh")] == [1, 2]
 
 

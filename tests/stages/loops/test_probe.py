@@ -131,7 +131,9 @@ def test_another_policy_is_an_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, how: Callable[..., None], what: str
 ) -> None:
     how(trained, monkeypatch, lambda model: OTHER_POLICIES[what](model, trained.before))
-    with pytest.raises(UserError, match="what generates is not the student that is trained: at refresh 2"):
+    with pytest.raises(
+        UserError, match="the rollout engine does not run the student in training: at refresh 2"
+    ):
         trained.check()
 
 
@@ -164,7 +166,9 @@ def test_full_fine_tuning_is_held_against_the_weights_of_the_refresh_before(
     found = refresh.check_generator(run, student, open_engine(student.model), 2)
     assert found["probe_moved"] > 0.005
     assert abs(found["probe_refresh_before"]) < 3 * found["probe_refresh_before_error"]
-    with pytest.raises(UserError, match="of the way from the student to that of the refresh before"):
+    with pytest.raises(
+        UserError, match="of the way from the student's to those of the student of the refresh before"
+    ):
         refresh.check_generator(run, student, open_engine(older), 2)
 
 
@@ -219,7 +223,7 @@ def test_a_trainer_without_its_adapter_is_an_error(trained: Trained, monkeypatch
             return trainers(student, rows, packed)
 
     monkeypatch.setattr(probe, "trainer_logprobs", without_adapter)
-    with pytest.raises(UserError, match="what generates is not the student that is trained"):
+    with pytest.raises(UserError, match="the rollout engine does not run the student in training"):
         trained.check()
 
 

@@ -166,13 +166,13 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        UserError, match=r"no unit to score appeared at .*cache-unscored .*24 planned .* none\. Is stages"
+        UserError, match=r"no rollouts to score appeared in .*cache-unscored .*found none, planned are 24\)"
     ):
         score(tmp_path)
-    assert "waiting for rollouts at" in capsys.readouterr().out
+    assert "waiting for rollouts in" in capsys.readouterr().out
     generate(tmp_path, rollouts_per_refresh=8)
     with pytest.raises(
-        UserError, match=r"24 planned rollouts there are refresh 0 by policy [0-9a-f]{16}: 8\. Is"
+        UserError, match=r"found 8 of refresh 0 by policy [0-9a-f]{16}, planned are 24\)\. Start"
     ):
         score(tmp_path)
     assert len(cache.open(cache_of(tmp_path))) == 8  # what was there is scored
@@ -181,7 +181,7 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
 def test_another_runs_rows_are_not_scored(tmp_path: Path) -> None:
     root = tmp_path / "shared"
     generate(tmp_path, cache_dir=root, run_name="other", seed=5)
-    with pytest.raises(UserError, match="no unit to score appeared"):
+    with pytest.raises(UserError, match="no rollouts to score appeared"):
         score(tmp_path, cache_dir=root)
     generate(tmp_path, cache_dir=root)
     score(tmp_path, cache_dir=root)

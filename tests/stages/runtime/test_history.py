@@ -101,7 +101,7 @@ def test_exploded_weights_are_not_kept_and_a_usual_rate_goes_on_from_those_befor
     train(tmp_path, **(SHORT | {"max_steps": 2}))
     with pytest.raises(
         UserError,
-        match=r"step 3 left a student that has exploded \(rank 0: .*of steps 1, 2 are kept.*Lower lr",
+        match=r"the student's weights exploded by step 3 \(rank 0: .*of steps 1, 2 are kept.*Lower lr",
     ):
         train(tmp_path, **(SHORT | {"max_steps": 4, "lr": 1e30}))
     assert checkpoint.latest(tmp_path / "demo/checkpoints") == tmp_path / "demo/checkpoints/step-000002"

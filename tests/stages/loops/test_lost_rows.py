@@ -51,7 +51,7 @@ def test_without_refreshes_what_is_left_is_trained_on_with_a_warning(
     crash(tmp_path, "step 5", **values)
     withdraw(make_run(tmp_path, **(TINY | values)), 0)
     train(tmp_path, **values)
-    assert "training goes on with the others, since refresh_mode is off" in capsys.readouterr().out
+    assert "training continues with the others, since refresh_mode is off" in capsys.readouterr().out
 
 
 def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def write_unit(unit: Unit, policy: Policy, num_slots: int) -> list[cache.Record]
     for row, completion in zip(unit.rows, completions, strict=True):
         if not np.isfinite(completion.logprobs).all():
             raise UserError(
-                f"the generating model returned NaN or infinite logits on prompt {row.prompt.prompt_id} (policy"
+                f"the generating model gave NaN or infinite logits on prompt {row.prompt.prompt_id} (policy"
                 f" step {policy.step}); nothing of unit {unit.name} was kept. Check the weights, or lower lr."
             )
     return [_record(row, done, policy) for row, done in zip(unit.rows, completions, strict=True)]

@@ -188,7 +188,7 @@ class Inbox:
             yield Round(own.unit if own else "", self._read(own) if own else [], len(units))
 
     def _next(self, progress: Progress) -> list[cache.CommitRecord]:
-        """Next units, chosen by the main process for all ranks: at most one per rank, none if all are scored."""
+        """Next units, at most one per rank, chosen by the main process; none if all are scored."""
         answer: list[cache.CommitRecord] | str = []
         if self._run.world.is_main:
             with progress.waiting("rows"):

@@ -1,9 +1,9 @@
 """At each refresh, check that the generator runs the student in training and that the student has moved.
 
-Rounding is measured on a fixed probe batch: the same student in fp32 (`upcast_weights`) shows how far training
-and generation each are from the unrounded logprobs. Rounding has no direction, but another policy does:
-towards the student without its adapter, towards the student of the previous refresh, or along the
-adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
+Rounding is measured on a fixed probe batch: the same student with fp32 weights (`upcast_weights`) shows how
+far training and generation each are from the unrounded logprobs. Rounding has no direction, but another
+policy does: towards the student without its adapter, towards the student of the previous refresh, or along
+the adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
 """
 
 from __future__ import annotations

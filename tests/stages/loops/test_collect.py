@@ -277,7 +277,7 @@ def test_a_student_that_gives_nan_is_a_sentence_and_nothing_is_kept(tmp_path: Pa
     with torch.no_grad():
         student.base.get_decoder().norm.weight[0] = math.nan
     with pytest.raises(
-        UserError, match=r"generating model returned NaN or infinite logits .* nothing of unit .* was kept"
+        UserError, match=r"generating model gave NaN or infinite logits .* nothing of unit .* was kept"
     ):
         write(run, student, prompts_of(run.config))
     assert len(cache.open(run.config.cache_root)) == 0

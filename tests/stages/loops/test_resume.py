@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import cache
 from stages import train as stage_two
-from stages.loops import refresh, setup, steps
+from stages.loops import probe, refresh, setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.run import Run, open_run
 from tests.support.helpers import Forker, assert_same_weights, records_of, small, weights_in
@@ -52,24 +52,23 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
             return commit(self, unit)
 
         monkeypatch.setattr(cache.Writer, "commit", once)
-    elif place == "before the probe":
-        monkeypatch.setattr(refresh, "check_generator", raising)
-    elif place == "while the probe is written":
-
-        def half(path: Path, text: str) -> None:
-            path.with_name(f"{path.name}.partial").write_text(text[: len(text) // 2])
-            raise Stop
-
-        monkeypatch.setattr("stages.loops.probe.replace_text", half)
-    elif place == "after the probe":
-        check = refresh.check_generator
-        monkeypatch.setattr(refresh, "check_generator", lambda *a: [check(*a), raising()])
     else:
-        assert place == "at the export"
-        monkeypatch.setattr(stage_two.students, "export", raising)
+        check = refresh.check_generator
+        module, name, crash = {
+            "before the probe": (refresh, "check_generator", raising),
+            "while the probe is written": (probe, "replace_text", half_written),
+            "after the probe": (refresh, "check_generator", lambda *a: [check(*a), raising()]),
+            "at the export": (stage_two.students, "export", raising),
+        }[place]
+        monkeypatch.setattr(module, name, crash)
 
 
 def raising(*_: Any) -> Any:
+    raise Stop
+
+
+def half_written(path: Path, text: str) -> None:
+    path.with_name(f"{path.name}.partial").write_text(text[: len(text) // 2])
     raise Stop
 
 

@@ -341,6 +341,19 @@ def plain_logits(model: Any, record: cache.Record) -> torch.Tensor:
     return model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float()
 
 
+def reference_teacher(logits: torch.Tensor, signal: str, p: float) -> dict[str, Any]:
+    """What `reference.dual_kl` takes as teacher: 8 kept ids of top-k and nucleus rows, else all logits."""
+    if signal not in ("topk", "nucleus"):
+        return {"logits": logits}
+    ids, logprobs, tails = reference.compress(logits, 8, p, 4 if signal == "nucleus" else 1)
+    width = max(map(len, ids))
+    return {
+        "ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids]),
+        "logprobs": torch.tensor([row + [-math.inf] * (width - len(row)) for row in logprobs]),
+        "log_tail_mass": torch.tensor(tails),
+    }
+
+
 @pytest.mark.parametrize(
     ("signal", "keys"),
     [
@@ -374,17 +387,7 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
     config = run.config.loss.settings(V)
     student_logits = torch.cat([plain_logits(student_model, r) for r in records]).double()
     teacher_logits = torch.cat([plain_logits(teacher_model, r) for r in records]).double()
-    teacher: dict[str, Any] = {"logits": teacher_logits}
-    if signal in ("topk", "nucleus"):
-        ids, logprobs, tails = reference.compress(
-            teacher_logits, 8, keys.get("signal_p", 1.0), 4 if signal == "nucleus" else 1
-        )
-        width = max(map(len, ids))
-        teacher = {
-            "ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids]),
-            "logprobs": torch.tensor([row + [-math.inf] * (width - len(row)) for row in logprobs]),
-            "log_tail_mass": torch.tensor(tails),
-        }
+    teacher = reference_teacher(teacher_logits, signal, keys.get("signal_p", 1.0))
     sampled = {
         "ids": torch.from_numpy(np.concatenate([r.completion_ids for r in records]).astype(np.int64)),
         "teacher_logprobs": torch.from_numpy(np.concatenate([r.teacher_logprobs for r in records])),

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Engine
 from stages.loops import preflight, refresh, setup, versions
 from stages.loops.elsewhere import wait_for
-from stages.loops.setup import Vocabulary
 from stages.loops.versions import Version
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
@@ -47,7 +44,7 @@ def follow(run: Run) -> None:
         )
     refresh.refuse_role(run.config)
     ready = preflight.check_early(run, preflight.Work(generates=True, scores=True))
-    vocabulary, prompts = ready.vocabulary, ready.prompts
+    vocabulary = ready.vocabulary
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
     engine = open_engine(student.model)
@@ -62,7 +59,14 @@ def follow(run: Run) -> None:
 
     with TeacherLoader(run.config, run.world) as teacher:
         while isinstance(version := wait_for(look), Version):
-            _write(run, student, engine, vocabulary, prompts, version, teacher)
+            _load(run, student, version)
+            policy = setup.student_policy(run, student, engine, version.step)
+            num_units = refresh.write_rollouts(
+                run, policy, vocabulary, ready.prompts, refresh_index=version.refresh_index, teacher=teacher
+            )
+            _record(
+                run, version, num_units, refresh.check_generator(run, student, engine, version.refresh_index)
+            )
             written = version
     run.metrics.say(f"{run.folder} is finished: nothing more to write")
 
@@ -73,15 +77,7 @@ def _wanted(run: Run, start: Version) -> Version | None:
     return versions.newest(run.folder) or (start if untrained else None)
 
 
-def _write(
-    run: Run,
-    student: Student,
-    engine: Engine,
-    vocabulary: Vocabulary,
-    prompts: list[Prompt],
-    version: Version,
-    teacher: TeacherLoader,
-) -> None:
+def _load(run: Run, student: Student, version: Version) -> None:
     wanted = len(rollouts_of(run.config, version.refresh_index))
     if wanted != version.num_rollouts:
         raise UserError(
@@ -91,18 +87,16 @@ def _write(
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)
-    policy = setup.student_policy(run, student, engine, version.step)
-    num_units = refresh.write_rollouts(
-        run, policy, vocabulary, prompts, refresh_index=version.refresh_index, teacher=teacher
-    )
-    probe = refresh.check_generator(run, student, engine, version.refresh_index)
-    run.metrics.log(
-        "version",
-        step=version.step,
-        refresh_index=version.refresh_index,
-        units=num_units,
-        policy_hash=version.policy_hash,
-        **probe,
-    )
+
+
+def _record(run: Run, version: Version, num_units: int, probe: dict[str, float]) -> None:
+    index = version.refresh_index
+    found = {
+        "step": version.step,
+        "refresh_index": index,
+        "units": num_units,
+        "policy_hash": version.policy_hash,
+    }
+    run.metrics.log("version", **found, **probe)
     run.log_totals("rollout")
-    run.metrics.say(f"refresh {version.refresh_index} (step {version.step}): {num_units} units written")
+    run.metrics.say(f"refresh {index} (step {version.step}): {num_units} units written")

@@ -312,8 +312,8 @@ def _not_finite(
 def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[str, Any]:
     """Run one optimizer step (collective); return its record and `own_drift`.
 
-    They are equal on all ranks but for times. `own_drift` is the drift over this run's rows, None without any. The host waits for the device only once,
-    to read the step's figures before the weights are updated.
+    They are equal on all ranks but for times. `own_drift` is the drift over this run's rows, None without
+    any. The host waits for the device only once, to read the step's figures before the weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world

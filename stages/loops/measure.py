@@ -20,11 +20,10 @@ from stages.data.batches import cached_head, micro_batches, num_tokens, to_tenso
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
 from stages.loops import setup
-from stages.loops.collect import collect, plan, slots_for
-from stages.loops.scoring import teacher_head
+from stages.loops.collect import plan, slots_for
+from stages.loops.refresh import write_scored
 from stages.loops.setup import Vocabulary
 from stages.models.dropout import evaluating
-from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import (
@@ -163,7 +162,7 @@ def _write_text(
 
     Collective. Resumes an interrupted run.
     """
-    run, vocabulary = evaluation.run, evaluation.vocabulary
+    run = evaluation.run
     units = plan(
         evaluation.prompts,
         seed=run.config.run.seed,
@@ -174,13 +173,7 @@ def _write_text(
         group_size=1,
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
-    fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
-    offloader = Offloader(run, policy.model, policy.engine)
-    head = teacher_head(offloader.to_teacher(get_teacher).head, vocabulary.size)
-    offloader.to_student()
-    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
-        collect(run, units, policy, get_teacher, writer, HIDDEN)
+    write_scored(run, units, policy, evaluation.vocabulary, get_teacher, root, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 
 

@@ -15,7 +15,7 @@ import cache
 from stages.data.batches import Extra, Pool, batch_rows, by_cache
 from stages.loops import refresh, schedule
 from stages.loops.drift import drift_of, row_sums
-from stages.loops.schedule import due
+from stages.loops.schedule import after_step, due
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
@@ -66,6 +66,13 @@ def test_drift_is_due_when_its_mean_over_four_steps_crosses_the_bound() -> None:
     assert due(config, at(40, 30, recent=[0.05, 0.2, 0.11, 0.12])) == (
         "drift: 0.12 nats a token, the bound is 0.1"
     )
+
+
+def test_the_window_holds_the_last_four_steps_that_had_rows_of_this_run() -> None:
+    position = at(40, 30)
+    for step, own in enumerate([0.1, None, 0.2, 0.3, 0.4, 0.5], start=41):
+        position = after_step(position, {"step": step, "own_drift": own})
+    assert position == at(46, 30, recent=[0.2, 0.3, 0.4, 0.5])
 
 
 def test_off_means_never() -> None:

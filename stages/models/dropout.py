@@ -1,6 +1,6 @@
 """Disable a checkpoint's dropout and router noise: distillation trains the student without randomness.
 
-Also evaluation mode for a while.
+`evaluating` puts a model into evaluation mode temporarily.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from typing import Any
 
 from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, is_count, is_digest, seal, unseal
 from cache.plain import plain
-from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
+from cache.schema import FORMAT_VERSION, CacheError, Rules
+from cache.signals import KINDS
 from cache.store import Store
 
 _SHOWN = 48
@@ -39,9 +40,9 @@ class Fingerprint:
         object.__setattr__(self, "must_match", must_match)
         object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
         signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")
-        if not isinstance(signal, dict) or signal.get("kind") not in list(SIGNAL_KINDS):
+        if not isinstance(signal, dict) or signal.get("kind") not in list(KINDS):
             raise CacheError(
-                f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}."
+                f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(KINDS)}."
             )
         if not is_count(vocab_size, 1, _MOST_IDS):
             raise CacheError(

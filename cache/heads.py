@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from cache.commit import HEAD, HEADS, CommitRecord, is_count, is_digest, seal, unseal
-from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
+from cache.matrices import STATE_DTYPES, TeacherHead
+from cache.planes import Array
+from cache.schema import CacheError
 from cache.store import Store
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -18,8 +18,10 @@ from cache import commit
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
 from cache.heads import check_heads, head_digest, head_width, load_head
-from cache.schema import SCHEMA, CacheError, Record, Rules, TeacherHead
+from cache.matrices import TeacherHead
+from cache.schema import SCHEMA, CacheError, Record, Rules
 from cache.shard import BatchRows, read_batch
+from cache.signals import needs_head
 from cache.store import Root, Store, open_store
 from cache.summary import summarise
 from cache.verify import Finding, verify
@@ -56,7 +58,7 @@ def open_cache(root: Root) -> Snapshot:
 def rules_of(store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord]) -> Rules:
     """Return the rules for each row; the head is read only if there are rows with hidden states."""
     rules = fingerprint.rules
-    return replace(rules, width=head_width(store)) if records and rules.kind == "hidden" else rules
+    return replace(rules, width=head_width(store)) if records and needs_head(rules.kind) else rules
 
 
 def exists(root: Root) -> bool:
@@ -93,7 +95,7 @@ class Snapshot(Sequence[Record]):
                     f" ({record.fingerprint[:8]}…) than the cache's ({digest[:8]}…); move it and"
                     f" commits/{record.name} out of this cache."
                 )
-        if self._shards and fingerprint.rules.kind == "hidden":
+        if self._shards and needs_head(fingerprint.rules.kind):
             check_heads(store, self._shards, head_digest(store))
         self._locate()
 

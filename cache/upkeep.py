@@ -18,6 +18,7 @@ from cache.heads import check_heads, head_digest, store_head
 from cache.reader import Snapshot, open_cache, rules_of
 from cache.schema import CacheError, Rules
 from cache.shard import OpenShard, read_batch
+from cache.signals import needs_head
 from cache.store import Root, Store, open_store
 
 _CHUNK = 1 << 24
@@ -223,7 +224,7 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
         text = _tokenizer_text(first)
         own = list(commit.read_records(store, {}).values())
         committed_as = next((record.fingerprint for record in own), None)
-        if first.fingerprint.rules.kind == "hidden":
+        if needs_head(first.fingerprint.rules.kind):
             check_heads(store, own, next(iter(heads), None))
         stored = store_fingerprint(store, first.fingerprint, text, committed_as)
         for snapshot in snapshots:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from cache import commit
-from cache.codec import ROUNDING_NATS
 from cache.commit import BatchEntry, CommitRecord
 from cache.fingerprint import load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
 from cache.plain import plain
-from cache.schema import CacheError, OtherVersionError, Rules, check_record
+from cache.schema import CacheError, OtherVersionError, Rules
 from cache.shard import advice, read_batch
+from cache.signals import check_record
 from cache.store import Root, Store, StoreError, open_store
 
 _NAMED_SHARD = re.compile(f'"shard":"({commit.SHARD_NAME.pattern})"'.encode())
@@ -219,7 +219,7 @@ def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Ite
             try:
                 decoded = rows.record(row)
                 if rules is not None:
-                    check_record(decoded, rules, ROUNDING_NATS)
+                    check_record(decoded, rules, packed=True)
             except OtherVersionError:
                 raise
             except CacheError as error:

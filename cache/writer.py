@@ -13,8 +13,10 @@ from cache import codec, commit
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import Fingerprint, store_fingerprint
 from cache.heads import check_heads, head_digest, store_head
-from cache.schema import CacheError, Record, TeacherHead, check_record
+from cache.matrices import TeacherHead
+from cache.schema import CacheError, Record
 from cache.shard import OpenShard
+from cache.signals import check_record, needs_head
 from cache.store import Root, open_store
 
 _QUICK_SECONDS = 0.1
@@ -84,7 +86,7 @@ class Writer:
 
     def _checked_head(self, head: TeacherHead | None) -> str | None:
         """Return the digest of the cache's head, storing `head` if it has none; CacheError on a mismatch."""
-        records = self._records.values() if self.fingerprint.rules.kind == "hidden" else ()
+        records = self._records.values() if needs_head(self.fingerprint.rules.kind) else ()
         if head:
             return store_head(self.store, head, records)
         digest = head_digest(self.store)
@@ -140,7 +142,7 @@ class Writer:
 
     def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
         """Return the commit record, or None if another writer committed the same rows first."""
-        if self.fingerprint.rules.kind == "hidden" and self._head is None:
+        if needs_head(self.fingerprint.rules.kind) and self._head is None:
             raise CacheError(
                 f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun."
             )

@@ -181,7 +181,7 @@ def test_damaged_and_foreign_bytes_are_refused():
         packed[:20] + b"\0\0\0" + packed[23:],
         packed[:1] + b"\x09" + packed[2:],
     ):
-        with pytest.raises(cache.CacheError, match="does not decode"):
+        with pytest.raises(cache.CacheError, match="cannot be decoded"):
             codec.decode(damaged)
     with pytest.raises(cache.CacheError, match=r"codec version 9, this program reads version 2"):
         codec.decode(b"\x09" + packed[1:])

@@ -211,7 +211,7 @@ def test_wider_states_after_float16_ones_are_refused_rather_than_rounded(tmp_pat
         writer.commit("a")
     assert Counter(dtypes.values()) == {"float16": 1, "float32": 7}
     with pytest.raises(
-        cache.CacheError, match="its signal is float32, that of the cache's first row float16"
+        cache.CacheError, match="its signal is in float32, that of the cache's first row in float16"
     ):
         export(cache.open(tmp_path / "cache"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

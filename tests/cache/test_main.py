@@ -10,7 +10,7 @@ import pytest
 
 import cache
 from cache.__main__ import main
-from cache.view import fit, pad, top_ids
+from cache.view import fit, pad
 from tests.support.cache_samples import (
     KINDS,
     VOCAB,
@@ -110,7 +110,7 @@ def test_show_without_a_tokenizer_prints_ids(tmp_path, run):
 
 
 def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabulary(monkeypatch):
-    monkeypatch.setattr("cache.view.IDS_PER_TILE", 64)
+    monkeypatch.setattr("cache.matrices.IDS_PER_TILE", 64)
     rng = np.random.default_rng(0)
     weights, states = head(), bfloat16(rng.normal(size=(4, 7)))
     assert weights.bias is not None
@@ -120,12 +120,12 @@ def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabul
     logits = 30 * np.tanh(logits * 0.5 / 30)
     expected = log_softmax(logits.astype(np.float64))
     for signal in (cache.Hidden(states, "bfloat16"), cache.Full(logits.astype(np.float32), "float32")):
-        found = top_ids(record(3, signal=signal), lambda: weights)
+        found = signal.most_likely(5, lambda: weights)
         assert found is not None
         ids, probabilities = found
         np.testing.assert_array_equal(ids, np.argsort(-expected, 1)[:, :5])
         np.testing.assert_allclose(probabilities, -np.sort(-np.exp(expected), 1)[:, :5], rtol=1e-4)
-    assert top_ids(record(3, signal=cache.Hidden(states, "bfloat16")), lambda: None) is None
+    assert cache.Hidden(states, "bfloat16").most_likely(5, lambda: None) is None
 
 
 def gap(row):

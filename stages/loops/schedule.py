@@ -13,7 +13,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 import cache
-from stages.data.batches import Pool, live_pool
+from stages.data.pool import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
 from stages.loops.arrivals import Arrivals
 from stages.loops.feed import global_batches

@@ -45,6 +45,10 @@ class SignalKind(ABC):
         return {}
 
     @abstractmethod
+    def bytes_per_token(self, section: SignalSection, width: int, vocab_size: int, itemsize: int) -> float:
+        """Return about what a token takes on disk, from docs/cache.md; `itemsize` is the teacher's dtype's."""
+
+    @abstractmethod
     def tensors(self, states_ND: Tensor, head: Head, kept: Compressed, vocab_size: int) -> dict[str, Tensor]:
         """Return the tensors to store, by name; `kept` is what `compress` made of the same states."""
 
@@ -72,6 +76,9 @@ class KeptIds(SignalKind):
         k = min(section.signal_k, vocab_size)
         return {"k": k} | ({"p": section.signal_p, "floor": min(NUCLEUS_FLOOR, k)} if self.is_nucleus else {})
 
+    def bytes_per_token(self, section: SignalSection, width: int, vocab_size: int, itemsize: int) -> float:
+        return 2.3 * min(section.signal_k, vocab_size) + 5
+
     def tensors(self, states_ND: Tensor, head: Head, kept: Compressed, vocab_size: int) -> dict[str, Tensor]:
         return {"ids": kept.ids, "logprobs": kept.logprobs}
 
@@ -98,6 +105,9 @@ class States(SignalKind):
 
     stored = cache.Hidden
 
+    def bytes_per_token(self, section: SignalSection, width: int, vocab_size: int, itemsize: int) -> float:
+        return 0.663 * itemsize * width
+
     def tensors(self, states_ND: Tensor, head: Head, kept: Compressed, vocab_size: int) -> dict[str, Tensor]:
         return {"states": states_ND}
 
@@ -119,6 +129,9 @@ class Logits(SignalKind):
 
     stored = cache.Full
     by_row = True
+
+    def bytes_per_token(self, section: SignalSection, width: int, vocab_size: int, itemsize: int) -> float:
+        return 0.49 * itemsize * vocab_size
 
     def tensors(self, states_ND: Tensor, head: Head, kept: Compressed, vocab_size: int) -> dict[str, Tensor]:
         prepared = prepare_head(head, states_ND, vocab_size)

@@ -52,7 +52,7 @@ def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "No space left on" if full else f"{error.strerror or error} while writing to"
-        remedy = "free space" if full else "mend that"
+        remedy = "free space" if full else "fix that"
         raise CacheError(
             f"{problem} {root}: {count_kept()} committed rows are kept; {remedy} and rerun."
         ) from error

@@ -255,7 +255,7 @@ def test_view_lists_the_rows_in_order_a_page_at_a_time(tmp_path, run):
     ordered = sorted((record(i) for i in range(9)), key=lambda row: row.row_id)
     out = run("view", tmp_path, "--count", 4)[1]
     assert listed(out.rsplit("rows 0", 1)[0]) == shortened(ordered[:4])
-    assert out.endswith("rows 0 to 3 of 9; go on with --first 4\n")
+    assert out.endswith("rows 0 to 3 of 9; for more add --first 4\n")
     assert listed(run("view", tmp_path, "--first", 4)[1]) == shortened(ordered[4:])
     assert listed(run("view", tmp_path, "--first", -2)[1]) == shortened(ordered[-2:])
 
@@ -335,7 +335,7 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
         code, out, err = run(*command.split(), root, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"error: {root}/")
-        assert err.endswith(": Not a directory; mend that and rerun.\n")
+        assert err.endswith(": Not a directory; fix that and rerun.\n")
     if command != "verify":  # which finds that fault
         code, out, err = run(*command.split(), tmp_path / "odd", *more)
         assert (code, out, err) == (

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 from urllib.parse import quote
 
@@ -164,6 +166,11 @@ class CommitRecord:
         rows = hashlib.sha256("".join(sorted(self.row_ids)).encode()).hexdigest()
         return f"{file_stem(self.unit)}-{rows[:12]}.json"
 
+    @cached_property
+    def row_edges(self) -> list[int]:
+        """The first row of each record batch, and the number of rows."""
+        return list(accumulate((entry.num_rows for entry in self.batches), initial=0))
+
     @property
     def num_bytes(self) -> int:
         """Total bytes of the shard and this record."""
@@ -303,26 +310,21 @@ def _is_policy(policy: Any) -> bool:
     return names and is_count(step) and is_count(refresh, 0, 2**31)
 
 
-def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """Return all commit records, sorted by file name. Those in `known` are reused while their shard exists.
+def read_records(
+    store: Store, known: dict[str, CommitRecord], *, checks_shards: bool = True
+) -> dict[str, CommitRecord]:
+    """Return all commit records, sorted by file name; those in `known` are reused.
 
-    Rows that were withdrawn and rewritten keep the record's name but have a new shard.
+    `checks_shards`: reuse a record only while its shard exists. Rows that were withdrawn and rewritten keep
+    the record's name but have a new shard.
     """
     found = record_names(store)
-    shards = set(store.names(SHARDS)) if known else set()
+    shards = set(store.names(SHARDS)) if known and checks_shards else set()
     kept = {
-        name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards
+        name: known[name]
+        for name in found
+        if name in known and (not checks_shards or known[name].shard.split("/")[-1] in shards)
     }
-    return _complete(store, found, kept)
-
-
-def read_new_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """Like `read_records`, but without listing the shards; writers need only the rows."""
-    found = record_names(store)
-    return _complete(store, found, {name: known[name] for name in found if name in known})
-
-
-def _complete(store: Store, found: list[str], kept: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
     missing = [name for name in found if name not in kept]
     for name, data in zip(missing, store.read_many([record_path(name) for name in missing]), strict=True):
         if data is not None:

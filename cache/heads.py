@@ -16,7 +16,8 @@ from cache.planes import Array
 from cache.schema import CacheError
 from cache.store import Store
 
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in safetensors
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MOST_HEADER_BYTES = 1 << 16
 _ADVICE = "Delete head.json and the file it names, and rerun stage one, which writes the head again."
 
@@ -143,16 +144,12 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(bytes(memoryview(store.read_range(file, 8, length))).decode())
         scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
-        is_right = (
-            math.isfinite(scale) and 0 <= softcap < math.inf and header["weight"]["dtype"] in _NAMES.values()
-        )
+        weight, room = header["weight"], size - 8 - length
+        is_right = math.isfinite(scale) and 0 <= softcap < math.inf and _fits(weight, 2, room)
         is_right = is_right and header.keys() <= {"__metadata__", "weight", "bias"}
-        for name, rank in (("weight", 2), ("bias", 1)):
-            is_right = is_right and (name not in header or _fits(header[name], rank, size - 8 - length))
-        is_right = is_right and ("bias" not in header or header["bias"]["dtype"] == "F32")
-        is_right = is_right and (
-            "bias" not in header or header["bias"]["shape"] == header["weight"]["shape"][:1]
-        )
+        if "bias" in header:
+            is_right = is_right and _fits(header["bias"], 1, room) and header["bias"]["dtype"] == "F32"
+            is_right = is_right and header["bias"]["shape"] == weight["shape"][:1]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise wrong from None
     if not is_right:
@@ -161,16 +158,12 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
 
 
 def _fits(entry: dict[str, Any], rank: int, num_bytes: int) -> bool:
-    """Return whether a header's array lies within the file and its size matches its shape."""
-    (first, last), shape = entry["data_offsets"], entry["shape"]
-    if (
-        not all(is_count(n) for n in (first, last))
-        or len(shape) != rank
-        or not all(is_count(n, 1) for n in shape)
-    ):
+    """Return whether a header's array lies within the file and its size matches dtype and shape."""
+    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES.get(entry["dtype"])
+    counts = all(is_count(n) for n in (first, last)) and all(is_count(n, 1) for n in shape)
+    if dtype is None or not counts or len(shape) != rank:
         return False
-    itemsize = {"BF16": 2, "F16": 2, "F32": 4}.get(entry["dtype"], 0)
-    return first <= last <= num_bytes and last - first == math.prod(shape) * itemsize > 0
+    return first <= last <= num_bytes and last - first == math.prod(shape) * STATE_DTYPES[dtype].itemsize
 
 
 def _read(store: Store, file: str) -> TeacherHead:
@@ -179,10 +172,9 @@ def _read(store: Store, file: str) -> TeacherHead:
     arrays: dict[str, Array] = {}
     for name in header.keys() - {"__metadata__"}:
         first, last = header[name]["data_offsets"]
-        dtype = {v: STATE_DTYPES[k] for k, v in _NAMES.items()}[header[name]["dtype"]]
+        dtype = STATE_DTYPES[_DTYPES[header[name]["dtype"]]]
         arrays[name] = data[start + first : start + last].view(dtype).reshape(header[name]["shape"])
-    dtype_name = {v: k for k, v in _NAMES.items()}[header["weight"]["dtype"]]
-    settings = header["__metadata__"]
+    scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
     return TeacherHead(
-        arrays["weight"], dtype_name, arrays.get("bias"), float(settings["scale"]), float(settings["softcap"])
+        arrays["weight"], _DTYPES[header["weight"]["dtype"]], arrays.get("bias"), scale, softcap
     )

@@ -276,26 +276,17 @@ def _check_tokens(record: Record, rules: Rules) -> None:
             continue
         if name != "prompt_ids" and len(values) != num_tokens:
             refuse(record, f"{name} has {len(values)} entries; expected {num_tokens}, one a completion token")
-        _check_values(record, name, values, rules)
+        bad, expected = bad_values(name, values, rules)
+        refuse_where(record, name, bad, values, expected)
 
 
-def _check_values(record: Record, name: str, values: Array, rules: Rules) -> None:
-    refuse_where(record, name, *_bad_values(name, values, rules))
-
-
-def wrong_value(name: str, values: Array, rules: Rules) -> tuple[int, str] | None:
-    """Return a token column's first invalid position and the format's requirement, or None."""
-    bad, _, expected = _bad_values(name, values, rules)
-    return (int(bad.argmax()), expected) if bad.any() else None
-
-
-def _bad_values(name: str, values: Array, rules: Rules) -> tuple[Array, Array, str]:
-    """Return a mask of invalid values of a token column, the values, and a description of valid ones."""
+def bad_values(name: str, values: Array, rules: Rules) -> tuple[Array, str]:
+    """Return a mask of invalid values of a token column, and a description of valid ones."""
     if values.dtype == np.int32:
         bad = (values < 0) | (values >= rules.vocab_size)
-        return bad, values, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary"
+        return bad, f"an id from 0 to {rules.vocab_size - 1}, the vocabulary"
     if name == "log_tail_mass":
-        return ~(values <= MASS_TOLERANCE), values, "the ln of a mass, nats (-inf for none)"
+        return ~(values <= MASS_TOLERANCE), "the ln of a mass, nats (-inf for none)"
     if name.endswith("entropy"):
-        return ~np.isfinite(values) | (values < -1e-3), values, "an entropy, nats: finite and not negative"
-    return ~np.isfinite(values) | (values > MASS_TOLERANCE), values, "a logprob, nats: finite and not above 0"
+        return ~np.isfinite(values) | (values < -1e-3), "an entropy, nats: finite and not negative"
+    return ~np.isfinite(values) | (values > MASS_TOLERANCE), "a logprob, nats: finite and not above 0"

@@ -103,8 +103,8 @@ class Store(ABC):
         """Return the published files of a folder, sorted; empty if there is no such folder."""
         return sorted(name for name in self._names(folder) if not name.startswith("."))
 
-    @abstractmethod
-    def _names(self, folder: str) -> Iterable[str]: ...
+    def _names(self, folder: str) -> Iterable[str]:
+        return self.sizes(folder)
 
     def _check(self, name: str) -> None:
         """Raise StoreError unless the name (file or folder) can only lie below the root."""
@@ -142,9 +142,9 @@ class Store(ABC):
     def read(self, name: str) -> bytes:
         """Read a whole file; CacheError if it is larger than `MOST_BYTES_READ` bytes."""
 
-    @abstractmethod
     def read_many(self, names: list[str]) -> list[bytes | None]:
         """Read whole files; None for each missing one."""
+        return [self.read_or_none(name) for name in names]
 
     def read_or_none(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError):
@@ -258,9 +258,8 @@ class LocalStore(Store):
         """Open a file descriptor for reading; CacheError for a folder, pipe or device."""
         path = self._text(name)
         with _reading(path):
-            fd = os.open(
-                path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            )  # opening a pipe must not wait for a writer
+            # O_NONBLOCK: opening a pipe must not wait for a writer
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise CacheError(f"{path} is not a regular file; move it out of the cache and rerun.")
@@ -305,9 +304,6 @@ class LocalStore(Store):
             size = os.fstat(fd).st_size
             self._check_size(name, size)
             return _read_at(fd, 0, size)
-
-    def read_many(self, names: list[str]) -> list[bytes | None]:
-        return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
         with self._open(name) as fd:  # not memory-mapped: a disk error would raise SIGBUS
@@ -409,27 +405,20 @@ class ObjectStore(Store):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def sizes(self, folder: str) -> dict[str, int]:
-        with self._requests():
+        found = []
+        with self._requests(), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
-            try:
-                found = self._fs.ls(self._key(folder), detail=True)
-            except FileNotFoundError:
-                return {}
-        sizes = {
-            entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"
-        }
+            found = [
+                entry for entry in self._fs.ls(self._key(folder), detail=True) if entry["type"] == "file"
+            ]
+        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
         self._sizes |= {f"{folder}/{name}": size for name, size in sizes.items()}
         return sizes
 
-    def _names(self, folder: str) -> Iterable[str]:
-        return self.sizes(folder)
-
     def size(self, name: str) -> int | None:
-        with self._requests():
-            try:
-                return int(self._fs.size(self._key(name)))
-            except FileNotFoundError:
-                return None
+        with self._requests(), suppress(FileNotFoundError):
+            return int(self._fs.size(self._key(name)))
+        return None
 
     def modified(self, name: str) -> float:
         with self._requests():
@@ -480,10 +469,8 @@ class ObjectStore(Store):
         with self._requests():
             try:
                 self._fs.pipe_file(self._key(name), data, mode="create")
-            except FileExistsError:
-                return (
-                    self._fs.cat_file(self._key(name)) == data
-                )  # a put was retried after its response was lost
+            except FileExistsError:  # perhaps by this put, retried after its response was lost
+                return bool(self._fs.cat_file(self._key(name)) == data)
         return True
 
     def remove(self, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from cache import commit
@@ -170,17 +171,14 @@ def _prune_shard(
 
 def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) -> CommitRecord:
     """Commit some rows of a shard as a new shard, copying their packed signals."""
-    shard, first, wanted = OpenShard(store), 0, set(rows)
+    shard = OpenShard(store)
     try:
-        for index, entry in enumerate(record.batches):
+        for index, (first, end) in enumerate(pairwise(record.row_edges)):
             batch = read_batch(store, record, index, rules)
-            for row in range(entry.num_rows):
-                if first + row in wanted:
-                    shard.append(batch.record(row), batch.packed(row))
-            first += entry.num_rows
-        new = shard.publish(
-            record.unit, commit.file_stem(record.unit), record.fingerprint, record.head_sha256
-        )
+            for row in sorted(set(rows).intersection(range(first, end))):
+                shard.append(batch.record(row - first), batch.packed(row - first))
+        stem = commit.file_stem(record.unit)
+        new = shard.publish(record.unit, stem, record.fingerprint, record.head_sha256)
     finally:
         shard.discard()
     if not commit.write_record(store, new):  # an earlier prune got this far

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 from cache import commit
-from cache.commit import BatchEntry, CommitRecord
+from cache.commit import CommitRecord
 from cache.fingerprint import load_fingerprint, tokenizer_digest
 from cache.heads import head_digest, load_head
 from cache.plain import plain
@@ -185,11 +186,10 @@ def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Findin
     """Yield the damaged record batches of a shard."""
     path = store.path(record.shard)
     is_located = False
-    for first, entry in _first_rows(record):
+    for entry, (first, end) in zip(record.batches, pairwise(record.row_edges), strict=True):
         message = store.read_range(record.shard, entry.offset, entry.num_bytes)
         if hashlib.sha256(message).hexdigest() != entry.sha256:
-            is_located = True
-            last = first + entry.num_rows - 1
+            is_located, last = True, end - 1
             text = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
             yield Finding(record.shard, text, (first, last), record.name)
     if not is_located:
@@ -197,33 +197,25 @@ def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Findin
         yield Finding(record.shard, text, record=record.name)
 
 
-def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
-    first = 0
-    for entry in record.batches:
-        yield first, entry
-        first += entry.num_rows
-
-
 def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Iterator[Finding]:
     """Decode every row and apply the writer's checks."""
     path = store.path(record.shard)
-    for index, (first, entry) in enumerate(_first_rows(record)):
+    for index, (first, end) in enumerate(pairwise(record.row_edges)):
         try:
             rows = read_batch(store, record, index, rules)
         except StoreError:
             raise
         except CacheError as error:
-            yield Finding(record.shard, str(error), (first, first + entry.num_rows - 1), record.name)
+            yield Finding(record.shard, str(error), (first, end - 1), record.name)
             continue
-        for row in range(entry.num_rows):
+        for number in range(first, end):
             try:
-                decoded = rows.record(row)
+                decoded = rows.record(number - first)
                 if rules is not None:
                     check_record(decoded, rules, packed=True)
             except OtherVersionError:
                 raise
             except CacheError as error:
-                number = first + row
                 text = f"{path} row {number}: {error} {advice(record)}"
                 yield Finding(record.shard, text, (number, number), record.name)
 

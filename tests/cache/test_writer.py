@@ -181,17 +181,17 @@ def test_a_row_that_breaks_an_invariant_is_refused_by_name(tmp_path, row, senten
         (
             "hidden",
             {"position": (3, 2), "value": 0x7FC0},
-            "signal.states[3, 2] is nan; expected finite numbers",
+            "signal.states[3, 2] is nan; expected a finite number",
         ),
         (
             "hidden",
             {"position": (3, 2), "value": 0xFF80},
-            "signal.states[3, 2] is -inf; expected finite numbers",
+            "signal.states[3, 2] is -inf; expected a finite number",
         ),
         (
             "full",
             {"position": (0, 1), "value": np.inf},
-            "signal.logits[0, 1] is inf; expected finite numbers",
+            "signal.logits[0, 1] is inf; expected a finite number",
         ),
     ],
 )

@@ -103,14 +103,14 @@ def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str 
     actual = hashlib.sha256(content.removesuffix(b"\n")).hexdigest()
     if actual != digest or not content.endswith(b"}\n"):
         raise CacheError(
-            f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}"
+            f"{path}: the sha256 of its content is {actual[:8]}…, but it says {str(digest)[:8]}…. {advice}"
         )
     assert isinstance(body, dict)
     return body
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -184,7 +184,7 @@ class CommitRecord:
             part: dict[str, Any] = _DECODER.decode(self.statistics_json.decode())
             if check_statistics(part, expected):
                 return part
-        raise CacheError(f"{record_path(self.name)}: its statistics cannot be right. {_ADVICE}")
+        raise CacheError(f"{record_path(self.name)}: its statistics are invalid. {_ADVICE}")
 
     def sealed(self) -> bytes:
         """Return the bytes of the record's file."""
@@ -236,9 +236,9 @@ def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
     except (TypeError, KeyError) as error:
         raise CacheError(f"{path} is not a commit record ({error}). {_ADVICE}") from error
     if wrong:
-        raise CacheError(f"{path} is not a commit record: {wrong} cannot be right. {_ADVICE}")
+        raise CacheError(f"{path} is not a commit record: invalid {wrong}. {_ADVICE}")
     if record.name != name:  # else removing this record's rows would remove the record whose name it bears
-        raise Misnamed(f"{path} should be called {record.name}; give it that name.")
+        raise Misnamed(f"{path} should be named {record.name}; rename it.")
     return record
 
 
@@ -265,7 +265,7 @@ def _wrong_fields(record: CommitRecord) -> Iterator[str]:
     if any(
         type(values) is not list or len(values) != num_rows for values in (*of_rows, record.policy_of_row)
     ):
-        yield "the number of rows"
+        yield "number of rows"
     if not (num_rows and _are_names(record.row_ids) and len(set(record.row_ids)) == num_rows):
         yield "row_ids"
     if set(map(len, record.row_ids)) != {32} or not _ROW_IDS.fullmatch("".join(record.row_ids)):

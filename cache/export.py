@@ -91,7 +91,7 @@ def _target(out: str) -> Path:
         raise CacheError(f"{out} is a URL; export writes to a local folder.")
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{out} exists and is no folder; give a new one. Nothing was changed.")
+        raise CacheError(f"{out} exists and is not a folder; give a new or empty one. Nothing was changed.")
     if path.is_dir() and any(path.iterdir()):
         raise CacheError(f"{out} is not empty; give a new folder or an empty one. Nothing was changed.")
     return path

@@ -19,7 +19,7 @@ _MOST_IDS = 2**31  # int32
 _DEPTH = 32
 _MOST_VALUES = 100_000
 _ABSENT = "absent"
-_ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows are kept."
+_ADVICE = "Delete it and rerun stage one, which writes a new one; committed rows are kept."
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Fingerprint:
         for name, own, other in _differences(self.must_match, wanted.must_match):
             own, other = _show(own, other)
             raise CacheError(
-                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean the"
-                f" same: use another cache directory, or set {name} as it was when the cache was written."
+                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both cannot share a"
+                f" cache: use another cache directory, or set {name} as it was when the cache was written."
                 " Nothing was changed."
             )
         return [
-            f"{plain(name)} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
+            f"{plain(name)} is {_show(other, own)[0]}, the cache was started with {_show(own, other)[0]}"
             for name, own, other in _differences(self.recorded, wanted.recorded)
         ]
 
@@ -114,7 +114,7 @@ def _load(store: Store) -> dict[str, Any] | None:
     if not (isinstance(must_match, dict) and isinstance(recorded, dict) and "tokenizer_sha256" in body):
         raise CacheError(f"{path} is not a fingerprint. {_ADVICE}")
     if body["tokenizer_sha256"] is not None and not is_digest(body["tokenizer_sha256"]):
-        raise CacheError(f"{path}: its tokenizer_sha256 is no sha256. {_ADVICE}")
+        raise CacheError(f"{path}: its tokenizer_sha256 is not a sha256. {_ADVICE}")
     version = must_match.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
@@ -166,7 +166,7 @@ def _check_values(what: str, data: bytes) -> None:
     """Raise CacheError for a JSON text with too many values: decoded, each takes up to 30 times its bytes."""
     if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise CacheError(
-            f"{what} holds more than {_MOST_VALUES:,} values; it is no fingerprint that this program writes."
+            f"{what} holds more than {_MOST_VALUES:,} values, more than any fingerprint of this program."
         )
 
 

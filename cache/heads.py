@@ -48,8 +48,8 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
             store.remove(_file(digest))
         raise CacheError(
             f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has"
-            f" {digest[:8]}…. Rows of both would not mean the same: use another cache directory, or the"
-            " teacher the cache was written with."
+            f" {digest[:8]}…. Rows of both cannot share a cache: use another cache directory, or the teacher"
+            " that the cache was written with."
         )
     return digest
 
@@ -65,11 +65,13 @@ def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | Non
     """Raise CacheError unless all rows were written with this head; states are meaningless without it."""
     for record in records:
         if record.head_sha256 != digest:
-            own, other = (str(d)[:8] + "…" if d else "no head" for d in (record.head_sha256, digest))
+            own, other = (
+                f"teacher head {d[:8]}…" if d else "no teacher head" for d in (record.head_sha256, digest)
+            )
             raise CacheError(
-                f"{store.path(HEAD)}: the rows of {record.shard} were written with the teacher head {own},"
-                f" the head here is {other}. Put the head.json and the file in heads/ of these rows back, or"
-                " use another cache directory. Nothing was changed."
+                f"{store.path(HEAD)}: the rows of {record.shard} were written with {own}, but the cache has"
+                f" {other}. Restore the head.json and the file in heads/ that belong to these rows, or use"
+                " another cache directory. Nothing was changed."
             )
 
 
@@ -81,7 +83,7 @@ def head_digest(store: Store) -> str | None:
         return None
     digest = str(body.get("file_sha256"))
     if not is_digest(digest) or body != {"file": _file(digest), "file_sha256": digest}:
-        raise CacheError(f"{store.path(HEAD)} names no head of this cache. {_ADVICE}")
+        raise CacheError(f"{store.path(HEAD)} does not name a head of this cache. {_ADVICE}")
     return digest
 
 

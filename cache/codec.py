@@ -1,4 +1,4 @@
-"""The packed form of a row's signal: a header of 16 bytes, then byte planes. FORMAT.md specifies the bytes."""
+"""The packed form of a row's signal: a header of 16 bytes, then byte planes; specified in FORMAT.md."""
 
 from __future__ import annotations
 

@@ -181,8 +181,8 @@ def _signal_columns(records: list[Record], schema: pa.Schema) -> list[pa.Array]:
 def _cast(record: Record, values: Array, wanted: np.dtype) -> Array:
     if not np.can_cast(values.dtype, wanted):
         raise CacheError(
-            f"row {record.row_id}: its signal is in {values.dtype}, that of the cache's first row in {wanted};"
-            " they do not fit one column. Read this cache with `cache.open`."
+            f"row {record.row_id}: its signal is in {values.dtype}, that of the cache's first row in"
+            f" {wanted}; they do not fit one column. Read this cache with `cache.open`."
         )
     return values.astype(wanted, copy=False)
 

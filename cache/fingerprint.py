@@ -30,10 +30,12 @@ class Fingerprint:
         must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size, signal
             {kind, k, p, temperature}; format_version is added here.
         recorded: student, sampling, dataset: informational, may differ between writers.
+        tokenizer_sha256: digest of the first writer's tokenizer.json; None without one, and before it is stored.
     """
 
     must_match: dict[str, Any]
     recorded: dict[str, Any] = field(default_factory=dict)
+    tokenizer_sha256: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         must_match = {**_plain("must_match", self.must_match), "format_version": FORMAT_VERSION}
@@ -88,28 +90,12 @@ class Fingerprint:
 
 def load_fingerprint(store: Store) -> Fingerprint | None:
     """Return the cache's fingerprint, None if it has none; CacheError if it is damaged."""
-    body = _load(store)
-    return None if body is None else Fingerprint(body["must_match"], body["recorded"])
-
-
-def tokenizer_digest(store: Store) -> str | None:
-    """Return the sha256 of the tokenizer.json stored by the first writer, or None if there was none."""
-    body = _load(store)
-    if body is None:
-        raise CacheError(f"{store.path(FINGERPRINT)} is missing. {_ADVICE}")
-    digest = body["tokenizer_sha256"]
-    return None if digest is None else str(digest)
-
-
-def _load(store: Store) -> dict[str, Any] | None:
-    """Return the body of fingerprint.json with checked fields, except for the checks of `Fingerprint`."""
     path = store.path(FINGERPRINT)
-    try:
-        data = store.read(FINGERPRINT)
-        _check_values(path, data)
-        body = unseal(path, data, _ADVICE)
-    except FileNotFoundError:
+    data = store.read_or_none(FINGERPRINT)
+    if data is None:
         return None
+    _check_values(path, data)
+    body = unseal(path, data, _ADVICE)
     must_match, recorded = body.get("must_match"), body.get("recorded")
     if not (isinstance(must_match, dict) and isinstance(recorded, dict) and "tokenizer_sha256" in body):
         raise CacheError(f"{path} is not a fingerprint. {_ADVICE}")
@@ -121,7 +107,21 @@ def _load(store: Store) -> dict[str, Any] | None:
             f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION}; read"
             " the cache with the program that wrote it, or use another cache directory."
         )
-    return body
+    return Fingerprint(must_match, recorded, body["tokenizer_sha256"])
+
+
+def tokenizer_problem(store: Store, fingerprint: Fingerprint) -> str | None:
+    """Return how tokenizer.json differs from the one that the cache was created with, and the remedy."""
+    expected, actual = fingerprint.tokenizer_sha256, None
+    if expected is not None and store.size(TOKENIZER) is not None:
+        actual = store.hash(TOKENIZER)
+    if expected == actual:
+        return None
+    found = (
+        f": sha256 is {actual[:8]}…, fingerprint.json says {str(expected)[:8]}…" if actual else " is missing"
+    )
+    remedy = "Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
+    return f"{store.path(TOKENIZER)}{found}. {remedy}"
 
 
 def store_fingerprint(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from cache.commit import HEAD, HEADS, CommitRecord, is_count, is_digest, seal, unseal
 from cache.matrices import STATE_DTYPES, TeacherHead
 from cache.planes import Array
-from cache.schema import CacheError
+from cache.schema import CacheError, Rules
+from cache.signals import needs_head
 from cache.store import Store
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in safetensors
@@ -87,13 +89,13 @@ def head_digest(store: Store) -> str | None:
     return digest
 
 
-def head_width(store: Store) -> int | None:
-    """Return D, the width of the head's input states, from its file's header; None without a head."""
-    digest = head_digest(store)
+def with_head_width(store: Store, rules: Rules) -> Rules:
+    """Return the rules with D, from the file of the cache's head, if there is one and rows need it."""
+    digest = head_digest(store) if needs_head(rules.kind) else None
     if digest is None:
-        return None
+        return rules
     header, _ = _header(store, _file(digest))
-    return int(header["weight"]["shape"][1])
+    return replace(rules, width=int(header["weight"]["shape"][1]))
 
 
 def head_files(store: Store) -> list[str]:

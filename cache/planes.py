@@ -1,6 +1,6 @@
 """Byte planes, of which packed signals are made: each a zstandard frame of one byte of many numbers.
 
-FORMAT.md specifies the bytes. Errors are ValueError, struct.error or ZstdError; `cache.codec` translates them.
+FORMAT.md specifies the bytes. `cache.codec` translates the errors: ValueError, struct.error, ZstdError.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -16,8 +17,8 @@ import pyarrow as pa
 
 from cache import commit
 from cache.commit import CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
-from cache.heads import check_heads, head_digest, head_width, load_head
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.heads import check_heads, head_digest, load_head, with_head_width
 from cache.matrices import TeacherHead
 from cache.schema import SCHEMA, CacheError, Record, Rules
 from cache.shard import BatchRows, read_batch
@@ -52,13 +53,7 @@ def open_cache(root: Root) -> Snapshot:
             f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
         )
     records = commit.read_records(store, {})
-    return Snapshot(store, fingerprint, records, _Batches(store, rules_of(store, fingerprint, records)))
-
-
-def rules_of(store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord]) -> Rules:
-    """Return the rules for each row; the head is read only if there are rows with hidden states."""
-    rules = fingerprint.rules
-    return replace(rules, width=head_width(store)) if records and needs_head(rules.kind) else rules
+    return Snapshot(store, fingerprint, records, _Batches(store, with_head_width(store, fingerprint.rules)))
 
 
 def exists(root: Root) -> bool:
@@ -112,9 +107,6 @@ class Snapshot(Sequence[Record]):
         starts = np.cumsum([0, *counts])
         self._shard_of = np.repeat(np.arange(len(counts)), counts)[self._kept]
         self._row_of = self._kept - starts[self._shard_of]
-        self._batch_ends = [
-            np.cumsum([batch.num_rows for batch in record.batches]) for record in self._shards
-        ]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -130,11 +122,9 @@ class Snapshot(Sequence[Record]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
-        shard, row = int(self._shard_of[position]), int(self._row_of[position])
-        ends = self._batch_ends[shard]
-        batch = int(np.searchsorted(ends, row, side="right"))
-        rows = self._batches.get(self._shards[shard], batch)
-        return rows.record(row - (int(ends[batch - 1]) if batch else 0))
+        shard, row = self._shards[self._shard_of[position]], int(self._row_of[position])
+        batch = bisect_right(shard.row_edges, row) - 1
+        return self._batches.get(shard, batch).record(row - shard.row_edges[batch])
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -191,15 +181,10 @@ class Snapshot(Sequence[Record]):
 
         CacheError if it is not the one that the cache was created with.
         """
-        expected = tokenizer_digest(self.store)
-        if expected is None or self.store.size(commit.TOKENIZER) is None:
+        if self.store.size(commit.TOKENIZER) is None or self.fingerprint.tokenizer_sha256 is None:
             return None
-        actual = self.store.hash(commit.TOKENIZER)
-        if actual != expected:
-            raise CacheError(
-                f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says"
-                f" {expected[:8]}…. Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
-            )
+        if problem := tokenizer_problem(self.store, self.fingerprint):
+            raise CacheError(problem)
         return self.store.local_copy(commit.TOKENIZER)
 
     def refresh(self) -> Snapshot:

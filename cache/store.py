@@ -398,7 +398,8 @@ class ObjectStore(Store):
             self._fs, self._prefix = url_to_fs(self.root, use_listings_cache=False)
         except Exception as error:  # an invalid archive, a missing package
             raise StoreError(
-                f"{url} cannot be opened ({error}); check its address, and install the package that its protocol needs."
+                f"{url} cannot be opened ({error}); check its address, and install the package that"
+                " its protocol needs."
             ) from error
         self._copies: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}  # as of the last listing

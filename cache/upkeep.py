@@ -15,8 +15,8 @@ from typing import TypeAlias
 from cache import commit
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import load_fingerprint, store_fingerprint
-from cache.heads import check_heads, head_digest, store_head
-from cache.reader import Snapshot, open_cache, rules_of
+from cache.heads import check_heads, head_digest, store_head, with_head_width
+from cache.reader import Snapshot, open_cache
 from cache.schema import CacheError, Rules
 from cache.shard import OpenShard, read_batch
 from cache.signals import needs_head
@@ -68,7 +68,8 @@ def prune(
         raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
     if max_age is None and (at_step, run_id) != (None, None):
         raise CacheError(
-            "at_step and run_id apply to max_age only; policies and sizes cover all runs. Nothing was removed."
+            "at_step and run_id apply to max_age only; policies and sizes cover all runs. Nothing was"
+            " removed."
         )
     if max_age is not None:
         plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
@@ -78,7 +79,7 @@ def prune(
         assert max_bytes is not None
         plan = [(record, []) for record in _oldest(snapshot, max_bytes)]
     pruned, records = Pruned(), {record.name: record for record in snapshot.commit_records()}
-    rules = rules_of(snapshot.store, snapshot.fingerprint, records)
+    rules = with_head_width(snapshot.store, snapshot.fingerprint.rules)
     named = Counter(record.shard for record in records.values())
     with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
         for record, rows in plan:
@@ -96,7 +97,8 @@ def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str 
     if run_id not in runs:
         which = "at_step is a step of which run?" if run_id is None else f"there is no run {run_id}."
         raise CacheError(
-            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; set run_id to one of them."
+            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; set run_id to"
+            " one of them."
         )
     return lambda run, step, _: run == run_id and at_step - step > max_age
 
@@ -107,7 +109,7 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
         found = [name for name in known if policy and name.startswith(policy)]
         if len(found) != 1:
             raise CacheError(
-                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; expected one. `summary` lists them."
+                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; expected one (see `summary`)."
             )
     return lambda _run, _step, name: name.startswith(tuple(policies))
 
@@ -130,7 +132,7 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     beside = left - sum(record.num_bytes for record in records)
     if beside > max_bytes:
         raise CacheError(
-            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}, which is less."
+            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}: give more."
         )
     found = []
     for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
@@ -279,8 +281,8 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
         )
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
-            f"{source.path(record.shard)} does not have the {record.shard_bytes:,} bytes that its commit record"
-            " says; run `python -m cache verify` on that cache. What was copied is kept."
+            f"{source.path(record.shard)} does not have the {record.shard_bytes:,} bytes that its commit"
+            " record says; run `python -m cache verify` on that cache. What was copied is kept."
         )
     draft = target.draft(commit.SHARDS)
     try:

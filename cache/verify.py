@@ -11,14 +11,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 from cache import commit
 from cache.commit import CommitRecord
-from cache.fingerprint import load_fingerprint, tokenizer_digest
-from cache.heads import head_digest, load_head
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.heads import head_digest, load_head, with_head_width
 from cache.plain import plain
 from cache.schema import CacheError, OtherVersionError, Rules
 from cache.shard import advice, read_batch
@@ -47,15 +47,6 @@ class Finding:
         return plain(self.message)
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """Values that every commit record must match; None or empty if the file they come from is damaged."""
-
-    fingerprint: str | None = None
-    rules: Rules | None = None
-    heads: frozenset[str | None] = frozenset()
-
-
 def verify(root: Root) -> list[Finding]:
     """Return all faults of the cache at `root`, empty if it is sound. Damage never raises.
 
@@ -72,16 +63,18 @@ def verify(root: Root) -> list[Finding]:
         )
     findings = _look(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
     fingerprint = None if findings else load_fingerprint(store)
-    head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
-    expected = _Expected()
     if fingerprint is not None:
-        expected = replace(expected, fingerprint=fingerprint.digest, rules=fingerprint.rules)
-    if not head_findings:
-        expected = replace(expected, heads=frozenset([head_digest(store)]))
+        findings += _look(store, commit.TOKENIZER, partial(_verify_tokenizer, store, fingerprint))
+    head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
     findings += head_findings
+    heads = [] if head_findings else [head_digest(store)]
+    digest, rules = (fingerprint.digest, fingerprint.rules) if fingerprint else (None, None)
+    if rules and heads:
+        rules = with_head_width(store, rules)
 
     def look(name: str) -> list[Finding]:
-        return _look(store, commit.record_path(name), partial(_verify_commit, store, name, expected), name)
+        find = partial(_verify_commit, store, name, digest, rules, heads)
+        return _look(store, commit.record_path(name), find, name)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(look, record_names):
@@ -125,21 +118,14 @@ def _collect(
 
 
 def _verify_fingerprint(store: Store) -> Iterator[Finding]:
-    fingerprint = load_fingerprint(store)
-    if fingerprint is None:
+    if load_fingerprint(store) is None:
         remedy = "Rerun stage one with the settings that wrote the cache, which restores it."
         yield Finding(commit.FINGERPRINT, f"{store.path(commit.FINGERPRINT)} is missing. {remedy}")
-        return
-    expected = tokenizer_digest(store)
-    actual = None if store.size(commit.TOKENIZER) is None else store.hash(commit.TOKENIZER)
-    if expected is not None and actual != expected:
-        state = (
-            "is missing"
-            if actual is None
-            else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
-        )
-        remedy = "Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
-        yield Finding(commit.TOKENIZER, f"{store.path(commit.TOKENIZER)} {state}. {remedy}")
+
+
+def _verify_tokenizer(store: Store, fingerprint: Fingerprint) -> Iterator[Finding]:
+    if problem := tokenizer_problem(store, fingerprint):
+        yield Finding(commit.TOKENIZER, problem)
 
 
 def _verify_head(store: Store) -> Iterator[Finding]:
@@ -147,14 +133,16 @@ def _verify_head(store: Store) -> Iterator[Finding]:
     return iter(())
 
 
-def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
-    """Yield the faults of one shard."""
+def _verify_commit(
+    store: Store, name: str, fingerprint: str | None, rules: Rules | None, heads: list[str | None]
+) -> Iterator[Finding]:
+    """Yield the faults of one shard. What a damaged file beside it would say is None, `heads` empty."""
     record = commit.read_record(store, name)
     path = store.path(record.shard)
     _ = record.statistics  # decoded and checked here
-    if expected.fingerprint not in (None, record.fingerprint):
+    if fingerprint not in (None, record.fingerprint):
         yield _foreign(path, record, commit.FINGERPRINT, "under another fingerprint")
-    if expected.heads and record.head_sha256 not in expected.heads:
+    if heads and record.head_sha256 not in heads:
         yield _foreign(path, record, commit.HEAD, "with another teacher head")
     size = store.size(record.shard)
     if size is None:
@@ -168,7 +156,7 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
             problem += f"; it has {size} bytes of {record.shard_bytes}"
         yield from _locate(store, record, problem)
     else:
-        yield from _verify_rows(store, record, expected.rules)
+        yield from _verify_rows(store, record, rules)
 
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:

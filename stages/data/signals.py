@@ -46,7 +46,7 @@ class SignalKind(ABC):
 
     @abstractmethod
     def bytes_per_token(self, section: SignalSection, width: int, vocab_size: int, itemsize: int) -> float:
-        """Return about what a token takes on disk, from docs/cache.md; `itemsize` is the teacher's dtype's."""
+        """Estimate the bytes of a token on disk (docs/cache.md); `itemsize` is the teacher's dtype's."""
 
     @abstractmethod
     def tensors(self, states_ND: Tensor, head: Head, kept: Compressed, vocab_size: int) -> dict[str, Tensor]:

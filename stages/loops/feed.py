@@ -1,4 +1,4 @@
-"""From the pool to the forwards of each optimizer step: order of rows, cuts, and reading ahead in a thread."""
+"""From the pool to the forwards of each optimizer step: order of rows, cuts, and reading ahead."""
 
 from __future__ import annotations
 

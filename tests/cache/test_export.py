@@ -278,7 +278,7 @@ def test_wrong_input_of_export_ends_in_one_sentence_and_code_2(tmp_path, capsys)
     (tmp_path / "file").write_text("mine")
     for root, out, sentence in (
         ("nowhere", "out", "nowhere holds no cache"),
-        (str(tmp_path / "cache"), str(tmp_path / "file"), "exists and is not a folder; give a new or empty one"),
+        (str(tmp_path / "cache"), str(tmp_path / "file"), "exists and is not a folder; give a new"),
         (str(tmp_path / "cache"), "s3://bucket/out", "is a URL; export writes to a local folder"),
         (str(tmp_path / "cache"), str(tmp_path / "file" / "out"), "cannot be written ("),
         (str(tmp_path / "cache"), str(tmp_path / "cache"), "is not empty"),

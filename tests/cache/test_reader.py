@@ -215,7 +215,7 @@ def test_a_shard_that_is_short_or_gone_is_refused(tmp_path):
     (shard,) = cache.open(tmp_path).commit_records()
     path = tmp_path / shard.shard
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(cache.CacheError, match=rf"has {shard.shard_bytes - 1} bytes, but its commit record says"):
+    with pytest.raises(cache.CacheError, match=rf"has {shard.shard_bytes - 1} bytes, but its commit record"):
         cache.open(tmp_path)[0]
     path.unlink()
     with pytest.raises(cache.CacheError, match="is missing, though a commit record names it"):

@@ -30,7 +30,10 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
     CacheError if the cache has a different head, or rows (`records`) written with a different one.
     """
     parts = _parts(head)
-    digest = _sha256(parts)
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    digest = hashed.hexdigest()
     stored, is_new = head_digest(store), False
     if stored in (None, digest):
         check_heads(store, records, digest)
@@ -54,13 +57,6 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
             " that the cache was written with."
         )
     return digest
-
-
-def _sha256(parts: list[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | None) -> None:

@@ -155,17 +155,12 @@ class Snapshot(Sequence[Record]):
 
     def places(self) -> list[Place]:
         """Return the location of every row once, as record batches ordered by their lowest row id."""
-        batches = [(record, batch) for record in self._shards for batch in range(len(record.batches))]
-        sizes = [record.batches[batch].num_rows for record, batch in batches]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        batch_of_row = np.searchsorted(ends, self._kept, side="right")
-        rows: dict[int, list[int]] = {}  # by batch, in order of the lowest row id
-        for batch, row in zip(batch_of_row.tolist(), self._kept.tolist(), strict=True):
-            rows.setdefault(batch, []).append(row)
-        return [
-            Place(*batches[b], np.sort(np.array(own, np.int64)) - (ends[b] - sizes[b]))
-            for b, own in rows.items()
-        ]
+        rows: dict[tuple[int, int], list[int]] = {}  # by shard and batch, in order of the lowest row id
+        for shard, row in zip(self._shard_of.tolist(), self._row_of.tolist(), strict=True):
+            edges = self._shards[shard].row_edges
+            batch = bisect_right(edges, row) - 1
+            rows.setdefault((shard, batch), []).append(row - edges[batch])
+        return [Place(self._shards[s], b, np.sort(np.array(own, np.int64))) for (s, b), own in rows.items()]
 
     def read_place(self, place: Place) -> list[Record]:
         """Return the decoded rows of a place, without caching the batch. CacheError on damaged bytes."""

@@ -64,6 +64,43 @@ def prune(
     Raises CacheError unless there is exactly one rule, with runs and policies that the cache has.
     """
     snapshot = open_cache(root)
+    plan = _plan(snapshot, max_age, at_step, run_id, policies, max_bytes)
+    store, rules, pruned = (
+        snapshot.store,
+        with_head_width(snapshot.store, snapshot.fingerprint.rules),
+        Pruned(),
+    )
+    named = Counter(record.shard for record in snapshot.commit_records())
+    with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
+        for record, stay in plan:
+            gone = set(range(len(record.row_ids))).difference(stay)
+            tokens = sum(record.num_completion_tokens[row] for row in gone)
+            freed = record.num_bytes
+            if stay and dry_run:
+                freed = freed * tokens // sum(record.num_completion_tokens)
+            elif stay:
+                freed -= _rewrite(store, record, stay, rules).num_bytes
+            named[record.shard] -= 1
+            if not dry_run:
+                store.remove(commit.record_path(record.name))
+            if not dry_run and not named[record.shard]:  # shard names are never reused
+                store.remove(record.shard)
+            pruned.rows += len(gone)
+            pruned.scored_tokens += tokens
+            pruned.shards += not stay
+            pruned.num_bytes += freed
+    return pruned
+
+
+def _plan(
+    snapshot: Snapshot,
+    max_age: int | None,
+    at_step: int | None,
+    run_id: str | None,
+    policies: Sequence[str],
+    max_bytes: int | None,
+) -> list[tuple[CommitRecord, list[int]]]:
+    """Return the shards that lose rows, each with the rows that stay."""
     if [max_age is not None, bool(policies), max_bytes is not None].count(True) != 1:
         raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
     if max_age is None and (at_step, run_id) != (None, None):
@@ -71,21 +108,19 @@ def prune(
             "at_step and run_id apply to max_age only; policies and sizes cover all runs. Nothing was"
             " removed."
         )
+    if max_bytes is not None:
+        return [(record, []) for record in _oldest(snapshot, max_bytes)]
     if max_age is not None:
-        plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
-    elif policies:
-        plan = _rows_that_stay(snapshot, _of_policies(snapshot, policies))
+        is_doomed = _too_old(snapshot, max_age, at_step, run_id)
     else:
-        assert max_bytes is not None
-        plan = [(record, []) for record in _oldest(snapshot, max_bytes)]
-    pruned, records = Pruned(), {record.name: record for record in snapshot.commit_records()}
-    rules = with_head_width(snapshot.store, snapshot.fingerprint.rules)
-    named = Counter(record.shard for record in records.values())
-    with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
-        for record, rows in plan:
-            named[record.shard] -= 1
-            _prune_shard(snapshot.store, record, rows, pruned, dry_run, rules, named[record.shard] > 0)
-    return pruned
+        is_doomed = _of_policies(snapshot, policies)
+    plan = []
+    for record in snapshot.commit_records():
+        doomed = [is_doomed(*policy[:3]) for policy in record.policies]
+        stay = [row for row, policy in enumerate(record.policy_of_row) if not doomed[policy]]
+        if len(stay) < len(record.row_ids):
+            plan.append((record, stay))
+    return plan
 
 
 def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str | None) -> _IsDoomed:
@@ -114,17 +149,6 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
     return lambda _run, _step, name: name.startswith(tuple(policies))
 
 
-def _rows_that_stay(snapshot: Snapshot, is_doomed: _IsDoomed) -> list[tuple[CommitRecord, list[int]]]:
-    """Return the shards with rows to remove, each with its remaining rows."""
-    plan = []
-    for record in snapshot.commit_records():
-        doomed = [is_doomed(*policy[:3]) for policy in record.policies]
-        stay = [row for row, policy in enumerate(record.policy_of_row) if not doomed[policy]]
-        if len(stay) < len(record.row_ids):
-            plan.append((record, stay))
-    return plan
-
-
 def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     """Return the oldest shards, whose removal reduces the cache to at most `max_bytes`."""
     records = snapshot.commit_records()
@@ -141,32 +165,6 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
         found.append(record)
         left -= record.num_bytes
     return found
-
-
-def _prune_shard(
-    store: Store,
-    record: CommitRecord,
-    stay: list[int],
-    pruned: Pruned,
-    dry_run: bool,
-    rules: Rules,
-    is_shared: bool,
-) -> None:
-    gone = sorted(set(range(len(record.row_ids))) - set(stay))
-    tokens = sum(record.num_completion_tokens[row] for row in gone)
-    freed = record.num_bytes
-    if stay and dry_run:
-        freed = freed * tokens // sum(record.num_completion_tokens)
-    elif stay:
-        freed -= _rewrite(store, record, stay, rules).num_bytes
-    if not dry_run:
-        store.remove(commit.record_path(record.name))
-        if not is_shared:  # shard names are never reused
-            store.remove(record.shard)
-    pruned.rows += len(gone)
-    pruned.scored_tokens += tokens
-    pruned.shards += not stay
-    pruned.num_bytes += freed
 
 
 def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) -> CommitRecord:

@@ -16,9 +16,10 @@ from transformers.modeling_utils import PreTrainedModel
 import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
-from stages.data.batches import cached_head, micro_batches, num_tokens, to_tensors
+from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
+from stages.data.signals import cached_head
 from stages.loops import setup
 from stages.loops.collect import plan, slots_for
 from stages.loops.refresh import write_scored

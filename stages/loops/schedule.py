@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 import cache
-from stages.data.batches import Pool, live_pool
+from stages.data.pool import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
 from stages.loops.elsewhere import Arrivals, wait_for
 from stages.loops.feed import global_batches

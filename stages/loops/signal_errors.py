@@ -15,16 +15,8 @@ from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
 from dualkl.compress import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
-from stages.data.batches import (
-    AnyTeacher,
-    MicroBatch,
-    dual_kl_head,
-    micro_batches,
-    num_tokens,
-    teacher_of,
-    to_tensors,
-)
-from stages.loops.scoring import NUCLEUS_FLOOR
+from stages.data.batches import MicroBatch, micro_batches, num_tokens, to_tensors
+from stages.data.signals import NUCLEUS_FLOOR, AnyTeacher, dual_kl_head, teacher_of
 from stages.loops.writing import to_numpy
 from stages.models.student import Student
 from stages.runtime.errors import UserError

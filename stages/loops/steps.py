@@ -20,7 +20,8 @@ import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from dualkl.thresholds import AdaptiveTau
 from stages.data.alignment import at_scored
-from stages.data.batches import MicroBatch, Pool, on_device
+from stages.data.batches import MicroBatch, on_device
+from stages.data.pool import Pool
 from stages.loops import gating
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums

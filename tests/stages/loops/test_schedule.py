@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import cache
-from stages.data.batches import Extra, Pool, batch_rows, by_cache
+from stages.data.pool import Extra, Pool
 from stages.loops import refresh, schedule
 from stages.loops.drift import drift_of, row_sums
+from stages.loops.feed import batch_rows, by_cache
 from stages.loops.schedule import after_step, due
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, parse_arguments

@@ -1,4 +1,4 @@
-"""Stage one: the plan, the scoring batches, and what a committed row says against the teacher's own logits."""
+"""Stage one: the plan, the scoring batches, and committed rows against the teacher's own logits."""
 
 import errno
 import math

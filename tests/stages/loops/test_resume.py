@@ -163,7 +163,7 @@ def test_several_processes_resume_bit_by_bit(
 
 
 def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> None:
-    """Killed after an evaluation and before the next checkpoint: it is measured once more and recorded once."""
+    """Killed between an evaluation and the next checkpoint: it is measured again and recorded once."""
     values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "max_steps": 5, "refresh_every": 0}
     expected = train(tmp_path / "whole", **values)
     crash(tmp_path / "cut", "step 3", **values)
@@ -243,7 +243,7 @@ def curve(run: Run) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["step 1", "step 2"])
 def test_on_a_gpu_a_resumed_run_differs_no_more_than_two_identical_ones(tmp_path: Path, place: str) -> None:
-    """Compiled, as by default, and without a refresh, whose tokens are drawn by the last bits of the weights."""
+    """Compiled, as by default, and without a refresh, whose tokens depend on the last bits of the weights."""
     assert_resumed_as_repeated(tmp_path, place, device="cuda", compile="auto", refresh_every=0)
 
 

@@ -159,7 +159,7 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, forked: Forker) 
 def test_every_rank_knows_how_many_forwards_the_longest_has(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
-    """And all tokens of the step, with no word from the others; a rank short of work ends with idle forwards."""
+    """And all tokens of the step, without messages from other ranks; ranks short of work run idle ones."""
     run = step_run(tmp_path, caches(), micro_batch_tokens=100)
     student = student_of(run)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))

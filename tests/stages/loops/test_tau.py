@@ -1,4 +1,4 @@
-"""The gate's threshold over a run and what is logged of the gate: in the loop, over processes, after a crash."""
+"""The gate's threshold over a run, and its log: in the loop, over processes, after a crash."""
 
 import math
 from collections.abc import Callable

@@ -24,7 +24,7 @@ LENGTHS = (7, 300, 41, 1)
 
 
 def batch(packed: bool = False) -> Aligned:
-    """Sequences of random ids of these lengths, padded or packed; all their tokens but the first are scored."""
+    """Sequences of random ids of these lengths, padded or packed; all tokens but each first are scored."""
     random = np.random.default_rng(0)
     sequences = [random.integers(4, 230, length + 1) for length in LENGTHS]
     return align(
@@ -33,7 +33,7 @@ def batch(packed: bool = False) -> Aligned:
 
 
 def score(folder: Path, flags: list[str]) -> None:
-    """In a process of its own: loads the teacher, scores `batch`, and writes what it saw to folder/RANK.pt."""
+    """In a process of its own: load the teacher, score `batch`, write the results to folder/RANK.pt."""
     config = configuration.parse_arguments(flags, "")
     world = distributed.start("cpu")
     teacher = load_teacher(config, world)

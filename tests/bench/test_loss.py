@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cells as harness
 from bench import loss, loss_contenders
 from bench.loss_problems import CONFIG, make_problem
 from dualkl import HiddenTeacher, LogitsTeacher, TopKTeacher
@@ -49,22 +48,6 @@ def test_every_case_has_its_figures_and_errors(folder: Path) -> None:
         assert ours["errors"]["divergence_tolerances"] < 1
         assert ours["errors"]["gate"] < 1e-3
         assert eager["errors"]["loss"] < 0.05  # it rounds logits to bfloat16
-
-
-def test_what_was_measured_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = f"{CASES[0]}/dual_kl"
-    before = bench(folder, "--only", name)
-    assert "0 cells to measure, 1 kept" in capsys.readouterr().out
-    assert bench(folder, "--only", name, "--again")[name] != before[name]
-
-
-def test_a_change_of_the_sources_measures_ours_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = json.loads((folder / "loss.json").read_text())["cpu"]
-    case = loss.cases_of(loss.TINY, ["hidden"], ["dual_kl"])[0]
-    cell = loss.as_cell(case, quick=True)
-    assert harness.is_done(cells[cell.name], cell, tiny=True)
-    monkeypatch.setattr(harness, "sources_digest", lambda patterns: str(list(patterns)))
-    assert not harness.is_done(cells[cell.name], cell, tiny=True)
 
 
 def test_failures_are_recorded_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

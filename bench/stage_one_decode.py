@@ -1,19 +1,18 @@
-"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student writes completions, against the memory floor
-and generate.
+"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student against the memory floor and `generate`.
 
-    decode/steps/B          steps alone: B live slots from 128 places on, 256 steps, in captured steps
-    decode/whole/B          the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each,
-    logprobs on the host decode/groups/B         the same with four completions a prompt decode/spread/B
-    4 B requests whose lengths are spread over 16..512, in useful tokens decode/generate/B       transformers'
-    generate as it comes (dynamic cache), sampling at temperature 1 decode/generate-static/B    the same with
-    its static cache, compiled; the compiling call is not counted decode/parts/B          milliseconds of a
-    step's parts alone, each captured, at 256 places a row
+    decode/steps/B             steps alone: B live slots from place 128 on, 256 captured steps
+    decode/whole/B             the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each,
+                               log-probabilities on the host
+    decode/groups/B            the same with four completions per prompt
+    decode/spread/B            4 B requests with lengths spread over 16..512, in useful tokens
+    decode/generate/B          transformers' generate by default (dynamic cache), sampling at temperature 1
+    decode/generate-static/B   the same with its static cache, compiled; the compiling call is not counted
+    decode/parts/B             milliseconds of a step's parts, each captured, at 256 places per row
 
-All but generate's cells write as stage one does by default: with LoRA on all linear layers, merged. generate
-has no adapter.
+All cells except generate's have LoRA on all linear layers, merged, as in stage one by default.
 
-The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed
-/ copy rate, with 256 places a row on the average; the head counts as weights once.
+The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + bytes of K and V read
+/ copy rate, with 256 places per row on average; the head counts as weights once.
 """
 
 from __future__ import annotations

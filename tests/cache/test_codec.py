@@ -1,4 +1,4 @@
-"""Signals keep every bit through the codec; a top-k signal comes back normalised over its kept ids and tail."""
+"""The codec keeps every bit of a signal; a top-k signal is normalised over its kept ids and tail."""
 
 import time
 

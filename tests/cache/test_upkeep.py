@@ -34,7 +34,7 @@ def packed_signals(root: Path) -> dict[str, bytes | None]:
 
 
 def assert_left(root: Path, numbers: list[int], kind: str, before: dict[str, bytes | None]) -> None:
-    """Exactly these rows, sound, their signals' bytes as before, and no file beside those that records name."""
+    """Exactly these rows, sound, signals byte for byte as before, and no file that no record names."""
     snapshot = cache.open(root)
     assert snapshot.row_ids == sorted(row_id(n) for n in numbers)
     for number in numbers:
@@ -133,7 +133,10 @@ def test_a_prune_or_merge_that_dies_anywhere_is_mended_by_the_next(tmp_path: Pat
     """In a process of its own: forks of one with many threads are unsafe."""
     from tests.support.helpers import run_python
 
-    code = f"import tests.cache.test_upkeep as t; from pathlib import Path; t.die_everywhere(Path({str(tmp_path)!r}))"
+    code = (
+        "import tests.cache.test_upkeep as t; from pathlib import Path;"
+        f" t.die_everywhere(Path({str(tmp_path)!r}))"
+    )
     assert "died" in run_python("-c", code).expect_success().out
 
 

@@ -45,7 +45,7 @@ def student(student_model: Any) -> Any:
 
 @pytest.fixture
 def step_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The width of every step that ran through Python: two to warm up and the captured one, for each graph."""
+    """The width of each step that ran in Python: two warm-up steps and the captured one, for each graph."""
     widths: list[int] = []
     original = decoder.Decoder._step
     monkeypatch.setattr(

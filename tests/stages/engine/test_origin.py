@@ -79,7 +79,7 @@ def weights(model: PeftModel, part: str) -> list[torch.nn.Parameter]:
 
 
 def reload(model: PeftModel, other: Path) -> None:
-    """Another adapter under the name of the one that it replaces, perhaps in the memory that this has left."""
+    """Another adapter under the name of the one that it replaces, perhaps in the memory of the old one."""
     model.set_adapter("second")
     model.delete_adapter("default")
     model.load_adapter(str(other), "default")

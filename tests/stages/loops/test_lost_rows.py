@@ -12,6 +12,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.stages.loops.test_resume import Stop, crash
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, student_of, train, write_rollouts
 
 
@@ -66,7 +67,7 @@ def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"row_ids": 3}', '{"row_ids": ["a"], "logprobs": {"0": "x"}}', "\xff"]
+    "text", leading(1, ["", "[]", '{"row_ids": 3}', '{"row_ids": ["a"], "logprobs": {"0": "x"}}', "\xff"])
 )
 def test_a_probe_that_cannot_be_read_begins_anew(tmp_path: Path, text: str) -> None:
     crash(tmp_path, "step 5")
@@ -105,6 +106,7 @@ def test_rows_of_other_weights_at_the_start_are_off_policy(
     assert schedule.checkpoint.read_position(run.folder / "checkpoints/step-000001").num_rows == 8
 
 
+@pytest.mark.thorough
 def test_a_crash_at_the_refresh_of_lost_rows_is_made_good(tmp_path: Path) -> None:
     crash(tmp_path, "step 5")
     withdraw(make_run(tmp_path, **TINY), 1)

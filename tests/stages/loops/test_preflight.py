@@ -19,7 +19,7 @@ EVERYTHING = Work(generates=True, scores=True, trains=True, evaluates=True)
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, str]:
-    """Copies of the embedded models, whose configurations may be changed and whose weight files are cut off."""
+    """Copies of the embedded models: configurations may be changed, weight files are truncated."""
     found = {}
     for side, source in (("student_model", STUDENT), ("teacher_model", TEACHER)):
         folder = Path(shutil.copytree(ROOT / source, tmp_path / side))

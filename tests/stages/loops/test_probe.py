@@ -21,6 +21,7 @@ from stages.models.student import Student
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import thinned
 from tests.support.tiny_runs import TINY, stir, student_of, train, write_rollouts
 
 ONE_LAYER = "layers.2."
@@ -125,8 +126,9 @@ def generates_elsewhere(
     monkeypatch.setattr(trained, "engine", OfAnotherPolicy(other, tamper))
 
 
-@pytest.mark.parametrize("how", [generates_tampered, merges_tampered, generates_elsewhere])
-@pytest.mark.parametrize("what", OTHER_POLICIES)
+@pytest.mark.parametrize(
+    ("what", "how"), thinned(5, OTHER_POLICIES, [generates_tampered, merges_tampered, generates_elsewhere])
+)
 def test_another_policy_is_an_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, how: Callable[..., None], what: str
 ) -> None:

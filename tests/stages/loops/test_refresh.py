@@ -20,6 +20,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.kill_campaign import assert_same_rows
 from tests.support.helpers import Forker, make_run, prompts_of, records_of, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import policy_of, student_of
 
 VALUES: dict[str, Any] = {
@@ -107,7 +108,7 @@ def test_first_one_then_the_other_writes_what_both_write(tmp_path: Path, expecte
     }
 
 
-@pytest.mark.parametrize("kind", ["nucleus", "hidden", "full"])
+@pytest.mark.parametrize("kind", leading(1, ["hidden", "nucleus", "full"]))
 def test_other_signals_need_no_more_of_an_unscored_row(tmp_path: Path, kind: str) -> None:
     values = {"signal": kind, "rollouts_per_refresh": 4, "rollouts_per_unit": 4}
     generate(tmp_path / "apart", **values)
@@ -141,6 +142,7 @@ def test_scored_rows_of_role_both_are_neither_generated_nor_scored_again(
     assert_same_rows(cache_of(tmp_path), expected)
 
 
+@pytest.mark.thorough
 def test_either_side_goes_on_after_a_crash(
     tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +229,7 @@ def join(workers: list[Any]) -> None:
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
 
 
-@pytest.mark.parametrize(("generators", "scorers"), [(1, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("generators", "scorers"), leading(1, [(2, 2), (1, 1), (4, 4)]))
 def test_several_generators_and_several_zero3_scorers_at_the_same_time(
     tmp_path: Path, forked: Forker, expected: Path, generators: int, scorers: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""The gate's threshold over a run and what is logged of the gate: in the loop, over processes, after a crash."""
+"""The gate's threshold over a run, and its log: in the loop, over processes, after a crash."""
 
 import math
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
 from tests.stages.loops.test_resume import assert_same_run, crash
 from tests.support.helpers import Forker, make_config, records_of, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, step_run, student_of, train, train_from
 
 ADAPTIVE: dict[str, Any] = {"tau_share": 0.6}
@@ -76,7 +77,7 @@ def test_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str
     assert all("share_forward" not in row for row in gate["by_position"].values())
 
 
-@pytest.mark.parametrize("gating_kind", ["soft", "hard"])
+@pytest.mark.parametrize("gating_kind", leading(1, ["soft", "hard"]))
 def test_an_adaptive_threshold_keeps_the_share(
     tmp_path: Path, caches: Callable[..., str], gating_kind: str
 ) -> None:
@@ -158,6 +159,7 @@ def test_two_processes_have_the_threshold_and_the_figures_of_one(
     assert sum(two[1][0]["gate_histogram"]) == sum(one[1][0]["gate_histogram"]) == one[0][0]["tokens"]
 
 
+@pytest.mark.thorough
 def test_an_adaptive_run_resumes_bit_by_bit(tmp_path: Path) -> None:
     """Between checkpoints, before and after the refresh at step 3, and within a step."""
     values: dict[str, Any] = {**ADAPTIVE, "micro_batch_tokens": 120}

@@ -25,6 +25,7 @@ from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
 from tests.support.helpers import assert_same_weights, make_run, records_of, small, weights_in
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, batch, step_run, stir, student_of, train, train_from
 
 V = 230
@@ -33,7 +34,7 @@ V = 230
 # Training
 
 
-@pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
+@pytest.mark.parametrize("signal", leading(2, ["topk", "hidden", "nucleus", "full"]))
 def test_every_signal_trains(tmp_path: Path, caches: Callable[..., str], signal: str) -> None:
     keys = {"signal": signal}
     run = train_from(tmp_path, caches(**keys), batch_size=16, max_steps=8, refresh_every=0, **keys)

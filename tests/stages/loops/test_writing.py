@@ -1,4 +1,4 @@
-"""The thread that writes: the order of commits, errors of one sentence, bounded memory, nothing left behind."""
+"""The writing thread: order of commits, errors of one sentence, bounded memory, nothing left behind."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Checkpoints: what they refuse, what a full disk or damage does to them, which student counts as the best."""
+"""Checkpoints: what they refuse, what a full disk or damage does to them, and which student is the best."""
 
 import errno
 import resource

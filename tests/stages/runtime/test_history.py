@@ -44,7 +44,8 @@ def test_a_finished_run_refuses_other_keys_and_is_left_alone_by_the_same_ones(tm
     )
     with pytest.raises(
         UserError,
-        match=r"finished: .*step 3 with seed 0, tau 0\.1, this command asks for seed 7, tau 0\.5\..*--run_name",
+        match=r"finished: .*step 3 with seed 0, tau 0\.1, this command asks for seed 7, tau 0\.5\."
+        r".*--run_name",
     ):
         setup.check_history(other)
     assert files_of(run.folder) == kept

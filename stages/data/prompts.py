@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.data.conversations import TEXTS, TURNS, Turn, Unusable, conversation, plain
 from stages.data.records import Record, open_records
-from stages.runtime.config import Config
+from stages.runtime.config import Config, require
 from stages.runtime.errors import UserError, one_line
 
 FEW = 50
@@ -175,6 +175,7 @@ class _Source:
 
 
 def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source]:
+    require(config, "dataset")
     names = config.data.dataset
     weights = names if isinstance(names, dict) else {names: 1.0}
     sources = []

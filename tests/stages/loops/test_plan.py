@@ -323,7 +323,7 @@ def test_what_real_shapes_measured_is_within_15_percent(folders: Path) -> None:
         "512",
         "--lp_micro_batch",
         "64",
-        "--score_tokens",
+        "--micro_batch_tokens",
         "32768",
         "--grad_accum",
         "4",

@@ -351,7 +351,7 @@ def plain_logits(model: Any, record: cache.Record) -> torch.Tensor:
         ("hidden", {"temperature": 2.0}),
         ("topk", {"gating": "hard"}),
         ("topk", {"rkl": "mc", "fkl": "argmax"}),
-        ("hidden", {"gating": "fixed", "mix": 0.3}),
+        ("hidden", {"gating": 0.3}),
     ],
     ids=str,
 )
@@ -412,7 +412,6 @@ FIXED: dict[str, Any] = {
     "alpha": 20.0,
     "signal_k": 32,
     "seed": 0,
-    "max_grad_norm": 1.0,
 }
 GOLDEN_LOSSES = [0.07257283, 0.11578315, 0.01581406]
 

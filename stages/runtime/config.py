@@ -1,7 +1,9 @@
 """Configuration: every key with its type, default (Qwen scale) and range; parsing of files and flags.
 
 Sections only group keys for the reader: key names are unique, so `--tau 0.5` equals `loss: {tau: 0.5}`.
-Later sources win: defaults, then each `--config` file in order, then flags.
+Later sources win: defaults, then each configuration file in order, then flags.
+
+    python -m stages.runtime.config > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from stages.runtime import flags, yaml_text
 from stages.runtime.errors import UserError
-from stages.runtime.help import help_asked, help_text
+from stages.runtime.help import help_asked, help_text, reference
 from stages.runtime.shipped import found_file, with_shipped_paths
 from stages.runtime.yaml_text import shown
 
@@ -558,3 +560,7 @@ def _check_refresh(config: Config) -> None:
             f" set sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and"
             " sample_top_k 0."
         )
+
+
+if __name__ == "__main__":
+    print(reference(SECTIONS), end="")

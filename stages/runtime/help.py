@@ -1,6 +1,6 @@
 """Help on the configuration: one screen of the most used keys, all keys, and docs/configuration.md.
 
-python -m stages.runtime.help > docs/configuration.md
+python -m stages.runtime.config > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMON = {
 TYPES = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "MAP"}
 INTRODUCTION = """# Configuration
 
-Made from `stages/runtime/config.py` by `python -m stages.runtime.help > docs/configuration.md`.
+Made from `stages/runtime/config.py` by `python -m stages.runtime.config > docs/configuration.md`.
 
 Every command takes configuration files, of which later ones win, and any key as a flag, which wins over files:
 `dualkl run mine.yaml --tau 0.5`. Sections group keys for the reader; a file may leave them out. Names are
@@ -120,13 +120,3 @@ def reference(sections: Sections) -> str:
             lines.append(f"| `{leaf}` | {values} | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def main() -> None:
-    from stages.runtime import config
-
-    print(reference(config.SECTIONS), end="")
-
-
-if __name__ == "__main__":
-    main()

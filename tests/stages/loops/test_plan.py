@@ -485,7 +485,7 @@ def test_every_recipe_fits_the_cards_it_names(folders: Path, recipe: str) -> Non
             ["--gpu", "h100", "--student_model", "nowhere/student"],
             "neither a model folder here nor on the hub",
         ),
-        (["--gpu", "h100", "--teacher_model", ""], "teacher_model is empty"),
+        (["--gpu", "h100", "--teacher_model", ""], "teacher_model is missing"),
         (["--gpu", "h100", "--lora_targets", "nothing"], "no linear layer named nothing"),
         (["--gpu", "h100", "--gpus", "3"], "batch_size 256 cannot be cut into 3 process"),
         (["--gpu", "h100", "--mean_completion_tokens", "513"], "more than max_new_tokens 512"),

@@ -325,7 +325,7 @@ def test_on_a_gpu_the_host_does_not_wait_for_figures(tmp_path: Path) -> None:
             {"tau_share": 0.7, "gating": "fixed"},
             "tau_share 0.7 adapts the gate's threshold, but gating: 0.5 has none; use soft or hard",
         ),
-        ({"tau_share": 0.7, "objective": "jsd", "gating": "fixed"}, "tau_share 0.7 adapts"),
+        ({"tau_share": 0.7, "objective": "jsd", "gating": 0.5}, "tau_share 0.7 adapts"),
         ({"tau_share": 0.7, "alpha": 0}, "tau_share has no effect at alpha 0, where every λ is one half"),
         ({"tau_share": 1.0}, "loss.tau_share: input should be less than 1"),
     ],

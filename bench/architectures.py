@@ -87,7 +87,6 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-4,
     "refresh_every": 0,
     "checkpoint_every": 100,
-    "trace_every": 0,
     "lora_r": 4,
     "lora_alpha": 8,
     "signal_k": 32,

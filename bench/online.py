@@ -201,7 +201,6 @@ def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: 
         "grad_accum": 1,
         "max_steps": student.num_steps,
         "refresh_every": 0,
-        "trace_every": 0,
     }
     return open_run("", [part for key, value in flags.items() for part in (f"--{key}", str(value))])
 

@@ -148,7 +148,15 @@ def unscored_rows(size: Size) -> list[cache.Record]:
 
 
 def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
-    arguments = ["--runs_dir", str(folder), "--device", device, "--score_tokens", str(size.tokens), *flags]
+    arguments = [
+        "--runs_dir",
+        str(folder),
+        "--device",
+        device,
+        "--micro_batch_tokens",
+        str(size.tokens),
+        *flags,
+    ]
     return open_run("", arguments)
 
 

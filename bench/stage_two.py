@@ -222,7 +222,6 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
         "lp_micro_batch": setting.rows_per_step,
         "max_steps": setting.num_steps + 1,
         "refresh_every": 0,
-        "trace_every": 0,
     }
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)

@@ -14,10 +14,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 from typing import Any
 
@@ -48,7 +48,14 @@ def main() -> None:
         )
     ready = preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
     student, _ = setup.current_student(run, ready.vocabulary)
-    train(run, student, ready.vocabulary, ready.prompts)
+    step = train(run, student, ready.vocabulary, ready.prompts)
+    last, path = run.metrics.last_step, run.folder / "student"
+    how = f" (reverse KL {last['rkl']:.4f}, forward KL {last['fkl']:.4f})" if last else ""
+    run.metrics.conclude(
+        f"trained to step {step}{how}; the student is in {path}\n"
+        "next:  dualkl evaluate, then dualkl report, with the same configuration",
+        {"step": step, "student": str(path), "cache": run.config.cache_root, "last_step": last},
+    )
 
 
 def _work(config: Config) -> preflight.Work:
@@ -61,8 +68,11 @@ def _work(config: Config) -> preflight.Work:
     )
 
 
-def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
-    """Train to max_steps and export the student to `runs/<name>/student`; `prompts`: read if not given."""
+def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> int:
+    """Train to max_steps and export the student to `runs/<name>/student`; return its step.
+
+    `prompts`: read if not given.
+    """
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
     training = steps.prepare(run, student)
     if prompts is None:
@@ -93,9 +103,10 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
         run.metrics.say(
             f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text"
         )
-    _export(run, student, training.step if kept is None else kept.step)
+    step = training.step if kept is None else kept.step
+    _export(run, student, step)
     run.log_totals("train")
-    run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+    return step
 
 
 def _export(run: Run, student: Student, step: int) -> None:

@@ -85,9 +85,9 @@ def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | No
 
 
 def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
-    """The held-out prompts. Reports which records were skipped."""
+    """The held-out prompts. Reports which records were skipped, and whether `dataset` was split."""
     found = heldout_prompts(run.config, vocabulary.tokenizer)
-    if found.skipped:
+    if found.skipped or not run.config.eval.eval_dataset:
         run.metrics.say(f"held out: {found.summary}")
     return found.prompts
 

@@ -266,7 +266,7 @@ def _slots(sizes: _Sizes, shape: Shape, itemsize: int, resident: Parts, beside: 
 
 def _scoring_tokens(sizes: _Sizes, gathered: float, resident: Parts) -> int:
     """Padded tokens of a full scoring forward."""
-    config, cap = sizes.config, sizes.config.rollout.score_tokens
+    config, cap = sizes.config, sizes.config.train.micro_batch_tokens
     if cap == "auto":
         free = sizes.machine.usable - total(resident)
         cap = budgets.score_tokens(config, sizes.teacher, gathered, free, sizes.card)
@@ -333,10 +333,10 @@ def _advice(sizes: _Sizes, phase: Phase) -> list[str]:
     whole = {
         "keys and values": "gen_micro_batch (fewer slots), max_new_tokens or max_prompt_tokens",
         "logits": "gen_micro_batch",
-        "selection": "score_tokens",
+        "selection": "micro_batch_tokens",
         "activations": {"train": "micro_batch_tokens or lp_micro_batch, or set gradient_checkpointing"}.get(
             phase.name,
-            "score_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens",
+            "micro_batch_tokens or lp_micro_batch" if "selection" in phase.parts else "max_prompt_tokens",
         ),
         "loss": "signal hidden or full to topk",
         "optimizer": "trained parameters: use_lora or lora_r, or shard them with ZeRO-2"

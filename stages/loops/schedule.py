@@ -11,8 +11,6 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
 import cache
 from stages.data.pool import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
@@ -28,6 +26,7 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import DRIFT_WINDOW, rollouts_of
+from stages.runtime.terminal import Bar
 
 WriteRows = Callable[[Training, int, str], None]
 """Called with a refresh's index and reason; writes its rows."""
@@ -122,13 +121,8 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
     _log_packing(run, training.student)
     pool, snapshot, began = None, None, training.step
     gone = lost(run, position)
-    bar = tqdm(
-        total=config.train.max_steps,
-        initial=training.step,
-        unit="step",
-        desc="training",
-        disable=not run.world.is_main,
-    )
+    is_shown = run.world.is_main and not run.metrics.style.quiet
+    bar = Bar("training", "step", config.train.max_steps, training.step, shown=is_shown, at_once=True)
     with bar, ending.finishing():
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
@@ -205,7 +199,7 @@ def _fit_pool(
     pool: Pool,
     snapshot: cache.Snapshot,
     arrivals: Arrivals | None,
-    bar: tqdm,
+    bar: Bar,
     evaluate: steps.Evaluate | None,
 ) -> Position:
     """Train on the rows of `pool` until new ones are due, arrive or are awaited, or to the end."""
@@ -216,7 +210,7 @@ def _fit_pool(
             with run.clock.phase("train"):
                 figures = steps.train_step(run, training, pool, next(batches))
             position = after_step(position, figures)
-            bar.update(1)
+            bar.update(1, _figures(run.metrics.last_step))
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
             _stop_if_asked(run, training, position)
@@ -232,6 +226,15 @@ def after_step(position: Position, figures: dict[str, Any]) -> Position:
     own = figures["own_drift"]
     recent = position.recent if own is None else [*position.recent, own]
     return replace(position, step=figures["step"], recent=recent[-DRIFT_WINDOW:])
+
+
+def _figures(step: dict[str, Any]) -> str:
+    """The figures of a step that progress shows."""
+    names = {"loss": "loss", "rkl": "reverse KL", "fkl": "forward KL", "gate": "λ"}
+    found = [f"{text} {step[key]:.4g}" for key, text in names.items() if step.get(key) is not None]
+    if step.get("seconds"):
+        found.append(f"{step['tokens'] / step['seconds']:,.0f} tokens/s")
+    return ", ".join(found)
 
 
 def _taken_up(position: Position, index: int) -> Position:

@@ -20,11 +20,9 @@ from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import check_writer, load_plain_model
 from stages.runtime import checkpoint, history, metrics
-from stages.runtime.config import Config, SignalSection
+from stages.runtime.config import Config, SignalSection, require
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-
-NO_TEACHER = "teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without."
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Vocabulary:
 def shared_vocabulary(config: Config) -> Vocabulary:
     """Compare the two tokenizers and return what they share. Reads configurations and tokenizers only."""
     models = config.models
-    if not models.teacher_model:
-        raise UserError(NO_TEACHER)
+    require(config, "teacher_model")
     student = pretrained.load_tokenizer(models.student_model)
     teacher = pretrained.load_tokenizer(models.teacher_model)
     rows = [

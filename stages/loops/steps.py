@@ -37,6 +37,8 @@ from stages.runtime.run import Run
 
 # Bound on the largest weight, as a multiple of max(1, its value at the start).
 EXPLODED = 100.0
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm
+TRACE_EVERY = 10  # steps
 MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
@@ -103,7 +105,7 @@ def prepare(run: Run, student: Student) -> Training:
     optimizer = torch.optim.AdamW(
         student.trainable.values(),
         lr=train.lr,
-        weight_decay=train.weight_decay,
+        weight_decay=0.0,
         fused=world.device.type == "cuda",
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
@@ -169,7 +171,7 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
         )
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1
-    settings["gradient_clipping"] = config.train.max_grad_norm
+    settings["gradient_clipping"] = MAX_GRAD_NORM
     settings["bf16"] = {"enabled": False}  # trained weights stay fp32, as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
@@ -324,7 +326,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[s
     tau = gating.threshold(config, training.adaptive)
     done = _run_forwards(run, training, pool, batch, tau)
     lr = training.scheduler.get_last_lr()[0]
-    values, grad_norm = _update(training, config.train.max_grad_norm, done.sums())
+    values, grad_norm = _update(training, MAX_GRAD_NORM, done.sums())
     if not math.isfinite(grad_norm):
         raise _not_finite(run, training, grad_norm, _suspects(batch, pool, done.outputs))
     seconds = time.perf_counter() - started
@@ -501,9 +503,8 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
-    """Every `trace_every` steps, write λ and both KLs per token of the main rank's first forward."""
-    every = run.config.log.trace_every
-    if not (run.world.is_main and every and training.step % every == 0):
+    """Every TRACE_EVERY steps, write λ and both KLs per token of the main rank's first forward."""
+    if not run.world.is_main or training.step % TRACE_EVERY:
         return
     out = outputs[0]
     columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}

@@ -29,7 +29,6 @@ FREE = {
     "attn_implementation",
     "gen_micro_batch",
     "lp_micro_batch",
-    "score_tokens",
     "rollouts_per_unit",
     "role",
     "grad_accum",
@@ -43,7 +42,6 @@ FREE = {
     "resume_from",
     "wandb_project",
     "wandb_name",
-    "trace_every",
 }
 """Keys that affect how a run is computed, stored or displayed, but not what is trained and measured."""
 MOST_NAMED = 5
@@ -63,6 +61,8 @@ def config_record(config: Config, world: World, step: int) -> Record:
 
 
 def command_line() -> str:
+    if sys.argv[0].startswith("dualkl "):  # as stages.cli names its commands
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}".rstrip()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
     return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()

@@ -20,6 +20,7 @@ from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
+from stages.runtime.terminal import take_style
 
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
@@ -97,12 +98,14 @@ def open_run(
     `read_only`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
     file.
     """
-    config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
+    style, arguments = take_style(sys.argv[1:] if arguments is None else arguments)
+    config = configuration.parse_arguments(arguments, description)
+    configuration.require(config, "student_model")
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)
     keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
-    metrics = Metrics(config, world, notes, keeps_config)
+    metrics = Metrics(config, world, notes, keeps_config, style)
     return Run(config, world, metrics, clock)
 
 

@@ -288,7 +288,7 @@ def test_evaluation_without_a_teacher_reads_its_text_and_leaves_the_rest_null(
     for key in ("forward_kl", "reverse_kl", "top1_agreement", "tokens", "accuracy"):
         assert found[key] == expected[key]
     assert set(found["on_student"].values()) == {None}
-    refused(forked, "rollout", tmp_path, "teacher_model is empty", extra=["--teacher_model", ""])
+    refused(forked, "rollout", tmp_path, "teacher_model is missing", extra=["--teacher_model", ""])
 
 
 def test_teacher_text_that_is_not_hidden_is_one_sentence(forked: Forker, piped: Path, tmp_path: Path) -> None:

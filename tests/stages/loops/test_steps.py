@@ -367,7 +367,7 @@ def reference_teacher(logits: torch.Tensor, signal: str, p: float) -> dict[str, 
             ("topk", {}),
             ("hidden", {}),
             ("topk", {"gating": "hard"}),
-            ("hidden", {"gating": "fixed", "mix": 0.3}),
+            ("hidden", {"gating": 0.3}),
         ],
     ),
     ids=str,
@@ -419,7 +419,6 @@ FIXED: dict[str, Any] = {
     "alpha": 20.0,
     "signal_k": 32,
     "seed": 0,
-    "max_grad_norm": 1.0,
 }
 GOLDEN_LOSSES = [0.07257283, 0.11578315, 0.01581406]
 

@@ -66,7 +66,7 @@ def test_a_constant_threshold_is_that_of_every_step(tmp_path: Path, caches: Call
 
 
 def test_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches(), gating="fixed", mix=0.3)
+    run = step_run(tmp_path, caches(), gating=0.3)
     outputs, inputs = steps_of(run, 1)[0]
     assert [batch.tau for batch in inputs] == [None]
     step, gate = records_of(run.folder, "step")[0], records_of(run.folder, "gate")[0]
@@ -348,9 +348,9 @@ def test_on_a_gpu_the_host_does_not_wait_for_figures(tmp_path: Path) -> None:
     [
         (
             {"tau_share": 0.7, "gating": "fixed"},
-            "tau_share 0.7 adapts the gate's threshold, but gating: fixed has none; use soft or hard",
+            "tau_share 0.7 adapts the gate's threshold, but gating: 0.5 has none; use soft or hard",
         ),
-        ({"tau_share": 0.7, "objective": "jsd", "gating": "fixed"}, "tau_share 0.7 adapts"),
+        ({"tau_share": 0.7, "objective": "jsd", "gating": 0.5}, "tau_share 0.7 adapts"),
         ({"tau_share": 0.7, "alpha": 0}, "tau_share has no effect at alpha 0, where every λ is one half"),
         ({"tau_share": 1.0}, "loss.tau_share: input should be less than 1"),
     ],

@@ -148,7 +148,7 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
 
 
 def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches(), max_grad_norm=1e-4)
+    run = step_run(tmp_path, caches())
     training = steps.prepare(run, student_of(run))
     for parameter in training.student.trainable.values():
         parameter.grad = torch.ones_like(parameter)
@@ -164,9 +164,10 @@ def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str
 
 
 def test_traces_hold_a_line_for_each_token_of_the_rows_they_show(
-    tmp_path: Path, caches: Callable[..., str]
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0, trace_every=2)
+    monkeypatch.setattr(steps, "TRACE_EVERY", 2)
+    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0)
     paths = sorted((run.folder / "trace").iterdir())
     assert [path.name for path in paths] == ["step-000002.arrow", "step-000004.arrow"]
     with pa.ipc.open_file(pa.memory_map(str(paths[0]))) as reader:

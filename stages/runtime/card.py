@@ -243,7 +243,7 @@ def _data(records: list[Record], config: Config) -> Iterator[str]:
     kept = of.get(signal.signal, "its whole distribution")
     refreshes = sum(record["kind"] == "refresh" for record in records)
     yield (
-        f"Trained on the student's own completions of up to {limit} tokens, with {refreshes} refreshes; of the"
+        f"Trained on the student's own completions of up to {limit} tokens, with {refreshes} refresh{'es' * (refreshes != 1)}; of the"
         f" teacher, each token has {kept}."
     )
     rows = [record["cut_share"] for record in steps if record.get("cut_share") is not None]

@@ -21,35 +21,53 @@ if __name__ == "__main__":  # signal handling first: the imports below take seco
     ending.install()
 
 import io
+import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 
 import torch
 
 import cache
 from cache.plain import plain
 from stages.loops import checkup, machine
-from stages.loops.checkup import Checkup
+from stages.loops.checkup import Checkup, NotRun
 from stages.runtime.errors import OUT_OF_MEMORY, UserError, command, one_line
 from stages.runtime.run import Run, open_run
 
-SKIPPED = ("not needed", "not compared", "not loaded", "off:")
-Check = Callable[[], str]
+SKIPPED = ("not run", "not needed", "not compared", "not loaded", "off:")
+CHECKS: dict[str, Callable[[Checkup], str]] = {
+    "models": checkup.check_models,
+    "ends": checkup.check_ends,
+    "files": checkup.check_files,
+    "processes": lambda subject: machine.processes(subject.run.world),
+    "disk": checkup.check_disk,
+    "memory": checkup.check_memory,
+    "wandb": lambda subject: machine.wandb(subject.config),
+    "student": checkup.check_student,
+    "student = teacher": checkup.check_loss,
+    "engine = forward": checkup.check_engine,
+    "teacher": checkup.check_teacher,
+    "sharded = plain": checkup.check_sharded,
+}
+"""In order: the cheap ones, then those that load models."""
 
 
 def main() -> None:
+    # report an unreachable hub once, not once per retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     run = open_run(__doc__ or "", with_config(sys.argv[1:]), only_looks=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dualkl-doctor-") as own:
-        found = [check(run, name, work) for name, work in checks(Checkup(run, run.world.gather(own)[0]))]
+        subject = Checkup(run, run.world.gather(own)[0])
+        found = [check(subject, name) for name in CHECKS]
         run.world.barrier()
-    num_failed = found.count(False)
+    num_failed = found.count("FAIL")
     verdict = f"{num_failed} of {len(found)} checks failed" if num_failed else "no check failed"
-    say(run, f"{verdict}, in {time.perf_counter() - began:.0f} s")
+    skipped = f", {found.count('skip')} were skipped" if "skip" in found else ""
+    say(run, f"{verdict}{skipped}; {time.perf_counter() - began:.0f} s")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if num_failed:
@@ -63,45 +81,27 @@ def with_config(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def checks(subject: Checkup) -> list[tuple[str, Check]]:
-    """All checks in order: the cheap ones, then those that load models."""
-    run = subject.run
-    plan = machine.plan_of(run.config, run.world)
-    return [
-        ("ends", partial(checkup.check_ends, subject)),
-        ("files", partial(checkup.check_files, subject)),
-        ("processes", partial(machine.processes, run.world)),
-        ("disk", partial(machine.disk, run.config, plan)),
-        ("memory", partial(machine.memory, run.config, run.world, plan)),
-        ("wandb", partial(machine.wandb, run.config)),
-        ("student", partial(checkup.check_student, subject)),
-        ("student = teacher", partial(checkup.check_loss, subject)),
-        ("engine = forward", partial(checkup.check_engine, subject)),
-        ("teacher", partial(checkup.check_teacher, subject)),
-        ("sharded = plain", partial(checkup.check_sharded, subject)),
-    ]
-
-
-def check(run: Run, name: str, work: Check) -> bool:
-    """Run a check and print its line; whether it passed on every process (collective)."""
-    output = io.StringIO()
-    problem = ""
+def check(subject: Checkup, name: str) -> str:
+    """Run a check and print its line; returns pass, FAIL (on any process) or skip (collective)."""
+    run, output, problem = subject.run, io.StringIO(), ""
     try:
         with redirect_stdout(output), redirect_stderr(io.StringIO()):
-            told = work()
+            told = CHECKS[name](subject)
     except (UserError, cache.CacheError) as error:
         problem = str(error)
+    except NotRun as error:
+        told = f"not run: {error}"
     except torch.OutOfMemoryError as error:
         problem = f"{OUT_OF_MEMORY} ({one_line(error)})"
     problem = next(filter(None, run.world.gather(problem)), "")
     if problem:
         say(run, f"FAIL  {name}: {problem}")
-        return False
+        return "FAIL"
     state = "skip" if told.startswith(SKIPPED) else "pass"
     say(run, f"{state}  {name}: {told}")
     for line in filter(None, (line.strip() for line in output.getvalue().splitlines())):
         say(run, f"      {line}")
-    return True
+    return state
 
 
 def say(run: Run, line: str) -> None:

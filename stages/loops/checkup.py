@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from stages.data.alignment import align, at_scored
 from stages.data.batches import cached_head, to_tensors
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import preflight, probe, refresh, setup
+from stages.loops import machine, preflight, probe, refresh, setup
+from stages.loops.planning import Plan
 from stages.loops.setup import Vocabulary
 from stages.models import ends
 from stages.models.student import Student, load_student
@@ -38,6 +40,10 @@ STIR = 0.02
 """Standard deviation of LoRA's B during the check of the engine: an adapter of zeros would prove nothing."""
 
 
+class NotRun(Exception):
+    """A check lacks what an earlier one should have provided."""
+
+
 @dataclass
 class Checkup:
     """What earlier checks have loaded for later ones. `run` has the user's configuration."""
@@ -52,6 +58,16 @@ class Checkup:
     @property
     def config(self) -> Config:
         return self.run.config
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        return machine.plan_of(self.config, self.run.world)
+
+    def read(self) -> Vocabulary:
+        """The vocabulary, once the models were read."""
+        if self.vocabulary is None:
+            raise NotRun("the models cannot be read")
+        return self.vocabulary
 
     def tiny(self, **values: Any) -> Run:
         """A run of a few short rows in the temporary folder, where nothing of the user's is touched."""
@@ -88,17 +104,23 @@ def changed(config: Config, **values: Any) -> Config:
     )
 
 
-def check_ends(checkup: Checkup) -> str:
-    """The tokens that end a completion, with remarks; UserError if none of them can ever be drawn."""
+def check_models(checkup: Checkup) -> str:
+    """Configurations and tokenizers of both models."""
     config = checkup.config
     read = setup.shared_vocabulary if config.models.teacher_model else setup.cached_vocabulary
-    found = checkup.vocabulary = read(config)
+    checkup.vocabulary = read(config)
+    return f"student and teacher share {checkup.vocabulary.size:,} ids"
+
+
+def check_ends(checkup: Checkup) -> str:
+    """The tokens that end a completion, with remarks; UserError if none of them can ever be drawn."""
+    config, found = checkup.config, checkup.read()
     ends.check_ends(config, found.tokenizer, found.size)
     for remark in ends.remarks(config, found.tokenizer, found.size) if config.models.teacher_model else ():
         print(remark)
     stops = ends.student_ends(config, found.tokenizer, found.size)
     names = " and ".join(str(found.tokenizer.convert_ids_to_tokens(i)) for i in stops)
-    return f"completions end at {names}, among the {found.size:,} ids that both models share"
+    return f"completions end at {names}"
 
 
 def check_files(checkup: Checkup) -> str:
@@ -106,8 +128,8 @@ def check_files(checkup: Checkup) -> str:
     scores = bool(checkup.config.models.teacher_model)
     work = preflight.Work(generates=scores, scores=scores, trains=True, evaluates=True)
     read = setup.shared_vocabulary if scores else setup.cached_vocabulary
+    checkup.read()
     ready = preflight.check_early(checkup.run, work, read)
-    checkup.vocabulary = ready.vocabulary
     prompts = ready.prompts or ready.heldout
     checkup.prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))[:ROWS]
     return (
@@ -115,11 +137,21 @@ def check_files(checkup: Checkup) -> str:
     )
 
 
+def check_disk(checkup: Checkup) -> str:
+    checkup.read()
+    return machine.disk(checkup.config, checkup.plan)
+
+
+def check_memory(checkup: Checkup) -> str:
+    checkup.read()
+    return machine.memory(checkup.config, checkup.run.world, checkup.plan)
+
+
 def check_student(checkup: Checkup) -> str:
     """Load the student; its forward, packing, training mode and engine are compared with the model's own."""
-    assert checkup.vocabulary is not None
-    found = checkup.vocabulary
-    run = checkup.tiny()
+    found, run = checkup.read(), checkup.tiny()
+    if not checkup.prompts:
+        raise NotRun("there are no prompts")
     checkup.student = load_student(run.config, run.world.device, found.size, found.tokenizer)
     trained = sum(p.numel() for p in checkup.student.trainable.values())
     rows = "packed" if checkup.student.packs else f"padded ({checkup.student.padded_because})"
@@ -172,10 +204,7 @@ def _loss(
 def check_engine(checkup: Checkup) -> str:
     """The probe of a refresh, with a random adapter: the engine's logprobs against those of training."""
     student, _ = _ready(checkup)
-    if not checkup.rows:
-        raise UserError(
-            "there are no rows to compare on, because the check of the loss failed; mend that first."
-        )
+    _need_rows(checkup)
     with adapter_set(student, STIR), closing(open_engine(student.model)) as engine:
         found = probe.check_generator(checkup.tiny(), student, engine, 0)
     return (
@@ -187,6 +216,7 @@ def check_engine(checkup: Checkup) -> str:
 def check_teacher(checkup: Checkup) -> str:
     """Score the rows with the plain teacher: its forward against the model's own, finite states, KL."""
     student, _ = _ready(checkup)
+    _need_rows(checkup)
     config = checkup.config
     if not config.models.teacher_model:
         return "not needed: rows that are there are trained on"
@@ -204,6 +234,7 @@ def check_teacher(checkup: Checkup) -> str:
 def check_sharded(checkup: Checkup) -> str:
     """Score the rows with the teacher under ZeRO-3 and plain."""
     _, vocabulary = _ready(checkup)
+    _need_rows(checkup)
     config, world = checkup.config, checkup.run.world
     if not config.models.teacher_model or not config.models.teacher_ds_zero3 or world.size == 1:
         return "not needed: " + ("one process" if world.size == 1 else "teacher_ds_zero3 is off")
@@ -252,9 +283,14 @@ def _kl(found_ND: Tensor, head: Head, wanted_ND: Tensor, wanted_head: Head, voca
 
 
 def _ready(checkup: Checkup) -> tuple[Student, Vocabulary]:
-    if checkup.student is None or checkup.vocabulary is None:
-        raise UserError("the student could not be loaded; mend that first.")
-    return checkup.student, checkup.vocabulary
+    if checkup.student is None:
+        raise NotRun("there is no student")
+    return checkup.student, checkup.read()
+
+
+def _need_rows(checkup: Checkup) -> None:
+    if not checkup.rows:
+        raise NotRun("no rows were written")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -85,14 +87,17 @@ def _checkpoint_bytes(config: Config) -> float:
 
 
 def plan_of(config: Config, world: World) -> Plan | None:
-    """The plan for this machine's GPUs; on a CPU that of a GPU, of which only sizes on disk count."""
+    """The plan for this machine's GPUs; on a CPU that of a GPU, of which only sizes on disk count.
+
+    None for models that cannot be planned or read, which other checks report.
+    """
     try:
         if world.device.type == "cuda":
             gib = torch.cuda.get_device_properties(world.device).total_memory / GIB
             return make_plan(config, Machine(gpu_for("", gib), world.size, gib))
         return make_plan(config, Machine(gpu_for("h100", None), world.size, 80.0))
     except UserError:
-        return None  # some architectures cannot be planned
+        return None
 
 
 def memory(config: Config, world: World, plan: Plan | None) -> str:
@@ -149,7 +154,8 @@ def wandb(config: Config) -> str:
         return f"WANDB_MODE={mode}: nothing is sent"
     import wandb as library
 
-    address = str(library.api.settings("base_url"))
+    settings = library.setup().settings
+    address = str(settings.base_url)
     try:
         urllib.request.urlopen(address, timeout=SITE_PATIENCE).close()
     except urllib.error.HTTPError:
@@ -159,6 +165,14 @@ def wandb(config: Config) -> str:
             f"{address} cannot be reached ({one_line(error)}); set WANDB_MODE=offline to keep records for `wandb"
             " sync`, or leave wandb_project empty."
         ) from error
-    if not library.api.api_key:
-        raise UserError(f"{address} needs a login: `wandb login`, or set WANDB_API_KEY.")
-    return f"{address} answers, and a key is set"
+    if not settings.api_key and not _is_in_netrc(address):
+        raise UserError(f"{address} needs a login: run `wandb login`, or set WANDB_API_KEY.")
+    return f"{address} answers, and there is a key"
+
+
+def _is_in_netrc(address: str) -> bool:
+    """Whether `wandb login` has left a key for the site."""
+    try:
+        return netrc.netrc().authenticators(urlsplit(address).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

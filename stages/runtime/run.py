@@ -102,14 +102,14 @@ def open_run(
     config = configuration.parse_arguments(arguments, description)
     configuration.require(config, "student_model")
     clock = Clock()
-    _quieten_libraries()
+    quieten_libraries()
     world = distributed.start(config.run.device)
     keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
     metrics = Metrics(config, world, notes, keeps_config, style)
     return Run(config, world, metrics, clock)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Hide progress bars for loading weights, and deprecation warnings between libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

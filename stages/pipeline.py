@@ -24,12 +24,16 @@ from stages.models.teacher import TeacherLoader
 from stages.report import own_config, summary, write_report
 from stages.runtime.errors import command
 from stages.runtime.files import replace_text
-from stages.runtime.run import open_run
+from stages.runtime.run import Run, open_run
 from stages.train import model_card, train
 
 
 def main() -> None:
-    run = open_run(__doc__ or "")
+    pipeline(open_run(__doc__ or ""))
+
+
+def pipeline(run: Run) -> None:
+    """All parts of the run, as far as they are missing (collective)."""
     run.claim()
     setup.check_history(run)
     refresh.refuse_role(run.config)

@@ -98,6 +98,11 @@ def open_run(
     file.
     """
     config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
+    return start(config, only_looks=only_looks, notes=notes)
+
+
+def start(config: Config, *, only_looks: bool = False, notes: str = "metrics.jsonl") -> Run:
+    """Join the other processes with a configuration that is already there; see `open_run`."""
     clock = Clock()
     _quieten_libraries()
     world = distributed.start(config.run.device)

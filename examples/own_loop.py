@@ -44,8 +44,7 @@ def loss_of(row: cache.Record, student: Any) -> torch.Tensor:
     return dual_kl(states, student.lm_head.weight, TopKTeacher(*kept), DualKLConfig(tau=0.1, alpha=40.0)).loss
 
 
-load = AutoModelForCausalLM.from_pretrained
-student, teacher = load(MODELS + "student").float(), load(MODELS + "teacher").float()
+student, teacher = (AutoModelForCausalLM.from_pretrained(MODELS + n).float() for n in ("student", "teacher"))
 tokenizer = AutoTokenizer.from_pretrained(MODELS + "student")
 signal = {"kind": "topk", "k": K, "temperature": 1.0}
 with cache.Writer(sys.argv[1], cache.Fingerprint({"vocab_size": len(tokenizer), "signal": signal})) as writer:

@@ -28,7 +28,11 @@ from stages.train import train, update_card
 
 
 def main() -> None:
-    run = open_run(__doc__ or "")
+    pipeline(open_run(__doc__ or ""))
+
+
+def pipeline(run: Run) -> None:
+    """All parts of the run, as far as they are missing (collective)."""
     run.claim()
     setup.check_history(run)
     refresh.refuse_role(run.config)

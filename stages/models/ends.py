@@ -47,7 +47,7 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     undrawable = [i for i in wanted if i >= vocab_size]
     if len(undrawable) == len(wanted) or (undrawable and config.rollout.eos_token):
         raise UserError(
-            f"the student's EOS token {_names(undrawable, tokenizer)} can never be drawn: only ids below"
+            f"the student's EOS token {names(undrawable, tokenizer)} can never be drawn: only ids below"
             f" {vocab_size} are known to both student and teacher, so no rollout would end at it; set"
             " eos_token to a token that both have."
         )
@@ -59,10 +59,10 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
     if config.rollout.eos_token:
         return []
     found, ends = [], {i for i in own if i < vocab_size}
-    at = _names(sorted(ends), tokenizer)
+    at = names(sorted(ends), tokenizer)
     if undrawable := [i for i in own if i >= vocab_size]:
         found.append(
-            f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below"
+            f"the student's EOS token {names(undrawable, tokenizer)} is never drawn, as only ids below"
             f" {vocab_size} are known to both student and teacher; rollouts end at {at}"
         )
     teacher = pretrained.load_tokenizer(models.teacher_model)
@@ -71,12 +71,12 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
     if settable := [i for i in missing if i < vocab_size]:
         both = ",".join(_name(i, tokenizer) for i in sorted({*ends, *settable}))
         found.append(
-            f"the teacher ends a turn at {_names(settable, teacher)}, where the student's rollouts go on:"
+            f"the teacher ends a turn at {names(settable, teacher)}, where the student's rollouts go on:"
             f" they end at {at} alone. If they should not, set eos_token: '{both}'"
         )
     elif missing and not wanted & ends:
         found.append(
-            f"the teacher ends a turn at {_names(missing, teacher)}, which the student cannot draw (only ids"
+            f"the teacher ends a turn at {names(missing, teacher)}, which the student cannot draw (only ids"
             f" below {vocab_size} are shared); rollouts end at {at}"
         )
     return found
@@ -136,5 +136,5 @@ def _name(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def _names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return " and ".join(f"'{_name(i, tokenizer)}' (id {i})" for i in ids)

@@ -20,7 +20,7 @@ from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
-from stages.runtime.terminal import take_style
+from stages.runtime.terminal import Style, take_style
 
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
@@ -101,6 +101,11 @@ def open_run(
     style, arguments = take_style(sys.argv[1:] if arguments is None else arguments)
     config = configuration.parse_arguments(arguments, description)
     configuration.require(config, "student_model")
+    return start(config, style, read_only=read_only, notes=notes)
+
+
+def start(config: Config, style: Style, *, read_only: bool = False, notes: str = "metrics.jsonl") -> Run:
+    """Join the other processes with a configuration that is already there; see `open_run`."""
     clock = Clock()
     quieten_libraries()
     world = distributed.start(config.run.device)

@@ -37,8 +37,7 @@ from stages.runtime.run import Run
 
 # Bound on the largest weight, as a multiple of max(1, its value at the start).
 EXPLODED = 100.0
-MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm
-TRACE_EVERY = 10  # steps
+LR_MIN_RATIO = 0.1  # last learning rate, relative to the peak
 MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
@@ -152,12 +151,12 @@ def unwrapped(world: World, training: Training) -> Iterator[None]:
 def lr_factor(train: TrainSection, step: int) -> float:
     """Learning rate of 0-based `step` relative to the peak.
 
-    Linear warm-up that ends at 1, then a cosine down to lr_min_ratio.
+    Linear warm-up that ends at 1, then a cosine down to LR_MIN_RATIO.
     """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     share = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
-    return train.lr_min_ratio + (1 - train.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    return LR_MIN_RATIO + (1 - LR_MIN_RATIO) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
@@ -171,7 +170,7 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
         )
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1
-    settings["gradient_clipping"] = MAX_GRAD_NORM
+    settings["gradient_clipping"] = config.train.max_grad_norm
     settings["bf16"] = {"enabled": False}  # trained weights stay fp32, as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
@@ -326,7 +325,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[s
     tau = gating.threshold(config, training.adaptive)
     done = _run_forwards(run, training, pool, batch, tau)
     lr = training.scheduler.get_last_lr()[0]
-    values, grad_norm = _update(training, MAX_GRAD_NORM, done.sums())
+    values, grad_norm = _update(training, config.train.max_grad_norm, done.sums())
     if not math.isfinite(grad_norm):
         raise _not_finite(run, training, grad_norm, _suspects(batch, pool, done.outputs))
     seconds = time.perf_counter() - started
@@ -503,8 +502,9 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
-    """Every TRACE_EVERY steps, write λ and both KLs per token of the main rank's first forward."""
-    if not run.world.is_main or training.step % TRACE_EVERY:
+    """Every `trace_every` steps, write λ and both KLs per token of the main rank's first forward."""
+    every = run.config.log.trace_every
+    if not (run.world.is_main and every and training.step % every == 0):
         return
     out = outputs[0]
     columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}

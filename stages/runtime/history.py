@@ -38,6 +38,7 @@ FREE = {
     "resume_from",
     "wandb_project",
     "wandb_name",
+    "trace_every",
 }
 """Keys that affect how a run is computed, stored or displayed, but not what is trained and measured."""
 MOST_NAMED = 5

@@ -414,7 +414,6 @@ FIXED: dict[str, Any] = {
     "lora_r": 32,
     "lora_alpha": 64,
     "lr": 2e-3,
-    "lr_min_ratio": 0.1,
     "tau": 0.2,
     "alpha": 20.0,
     "signal_k": 32,

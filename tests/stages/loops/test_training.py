@@ -131,16 +131,14 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
     tmp_path: Path, caches: Callable[..., str], used: list[float]
 ) -> None:
-    run = train_from(
-        tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3, lr_min_ratio=0.1
-    )
+    run = train_from(tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3)
     assert [record["lr"] for record in records_of(run.folder, "step")] == pytest.approx(used)
 
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
     tmp_path: Path, caches: Callable[..., str], used: list[float]
 ) -> None:
-    train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3, lr_min_ratio=0.1)
+    train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3)
     assert used[0] > 0, "the first step moves nothing"
     assert max(used) == pytest.approx(1e-3)
     assert used.index(max(used)) in (2, 3)
@@ -164,10 +162,9 @@ def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str
 
 
 def test_traces_hold_a_line_for_each_token_of_the_rows_they_show(
-    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caches: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(steps, "TRACE_EVERY", 2)
-    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0)
+    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0, trace_every=2)
     paths = sorted((run.folder / "trace").iterdir())
     assert [path.name for path in paths] == ["step-000002.arrow", "step-000004.arrow"]
     with pa.ipc.open_file(pa.memory_map(str(paths[0]))) as reader:

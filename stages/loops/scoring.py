@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import cache
 from dualkl import Head
 from dualkl.compress import compress
 from dualkl.heads import prepare_head
-from stages.data.alignment import align, at_scored
+from stages.data.alignment import Aligned, align, at_scored
 from stages.data.batches import micro_batches, num_tokens
 from stages.loops.budgets import score_tokens_of_run
 from stages.loops.progress import Counts, Progress
@@ -92,7 +93,8 @@ def score_rows(
     """
     lengths = [num_tokens(row) for row in rows]
     cut = packed_batches if teacher.packs else scoring_batches
-    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run.config, run.world, teacher))
+    score = partial(_batch_columns, scoring, teacher)
+    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score))
     for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
@@ -156,8 +158,9 @@ def _forwards(
 
 def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
     """Score one batch. Signal `full` yields one batch per row: the logits of a single row are large."""
-    hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
-    columns = teacher_columns(hidden_ND, teacher.head, targets_N, scoring.signal, scoring.vocab_size)
+    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    hidden_ND, columns = _batch_columns(scoring, teacher, aligned)
     dtype = "bfloat16" if hidden_ND.dtype == torch.bfloat16 else "float32"
     if scoring.signal.signal != "full":
         yield ScoredBatch(rows, Landing(columns), dtype)
@@ -171,11 +174,12 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
         start = part.stop
 
 
-def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, D] at the scored positions of `rows`, and their target tokens [N]."""
-    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
-    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
+def _batch_columns(scoring: Scoring, teacher: Teacher, aligned: Aligned) -> tuple[Tensor, dict[str, Tensor]]:
+    """The teacher's hidden states [N, D] at the scored positions, and their `teacher_columns`."""
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
+    return hidden_ND, teacher_columns(
+        hidden_ND, teacher.head, aligned.targets, scoring.signal, scoring.vocab_size
+    )
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:

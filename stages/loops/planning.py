@@ -271,9 +271,9 @@ class Plan:
     def _generating(self, name: str, shape: Shape, itemsize: int, resident: Parts, scores_too: bool) -> Phase:
         """Slots as long as the longest sequence, and the prompts that are prefilled at once."""
         kv = memory.kv_bytes(shape, itemsize)
-        prompt = self.longest * (memory.forward_bytes(shape, itemsize) + kv)
+        prompt = self.config.data.max_prompt_tokens * (memory.forward_bytes(shape, itemsize) + kv)
         slot = {"keys and values": self.longest * kv, "logits": SAMPLING_BYTES * shape.vocab_size}
-        at_once = max(PREFILL_TOKENS["cuda"] / self.longest, 1)  # prompts of a full prefill
+        at_once = max(PREFILL_TOKENS["cuda"] / self.config.data.max_prompt_tokens, 1)  # prompts
         slots, unit = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
         if slots == "auto":
             room = self._room(resident)
@@ -295,21 +295,28 @@ class Plan:
         return Phase("score", resident | {"scoring": float(tokens * each), "selection": selection}, tokens)
 
     def _training(self, resident: Parts) -> Phase:
-        """Forward and backward of the largest micro-batch, all sequences at full length."""
-        config, shape, lora = self.config, self.student, self.config.lora.use_lora
-        signal, is_plain = config.teacher_signal.signal, config.loss.objective != "gated"
-        in_kernels = not (is_plain or config.loss.gate_on != "rkl" or config.loss.teacher_smoothing)
-        loss = min(LOSS_GIB[in_kernels], self.machine.gib / 16) * GIB
-        loss += (self.teacher_head if signal == "hidden" else 0) + (0 if lora else 4.0 * shape.head)
-        each = memory.training_bytes(shape, self.student_b, config.train.gradient_checkpointing, lora)
-        each += 6 * shape.vocab_size if signal == "full" else 0
-        casts = float(self.trained * self.student_b * (self.student_b < 4))
+        """Forward and backward of the largest micro-batch, all sequences at full length.
+
+        Chunks of the loss and weights cast by autocast are freed before the backward's activations.
+        """
+        config, shape, is_lora = self.config, self.student, self.config.lora.use_lora
+        loss, signal = config.loss, config.teacher_signal.signal
+        is_fused = loss.objective == "gated" and loss.gate_on == "rkl" and not loss.teacher_smoothing
+        chunks = min(LOSS_GIB[is_fused], self.machine.gib / 16) * GIB
+        heads = (self.teacher_head if signal == "hidden" else 0) + (0 if is_lora else 4 * shape.head)
+        casts = self.trained * self.student_b if self.student_b < 4 else 0
+        kept, passing = memory.training_bytes(
+            shape, self.student_b, config.train.gradient_checkpointing, is_lora
+        )
+        kept += 6 * shape.vocab_size if signal == "full" else 0
         tokens = config.train.micro_batch_tokens
         if tokens == "auto":
-            tokens = _whole_tokens((self._room(resident) - loss - casts) / each)
+            room = self._room(resident | {"heads": heads, "chunks": chunks, "casts": casts})
+            tokens = _whole_tokens(room / (kept + passing))
         tokens = self._cut(tokens, rows_per_micro_step(config, self.machine.num_gpus))
-        step = {"activations": float(tokens * each), "loss": loss, "autocast copies": casts}
-        return Phase("train", resident | step, tokens)
+        activations = {"activations": float(tokens * (kept + passing))}
+        loss_bytes = {"loss": heads + max(0.0, max(chunks, casts) - tokens * passing)}
+        return Phase("train", resident | activations | loss_bytes, tokens)
 
     def _evaluation(self) -> Phase:
         """The plain teacher writes beside the student if 1.1 times its weights fit; else the student does."""

@@ -107,16 +107,16 @@ def forward_bytes(shape: Shape, itemsize: int) -> int:
     return (4 * shape.hidden + 3 * shape.intermediate) * itemsize
 
 
-def training_bytes(shape: Shape, itemsize: int, checkpointing: bool, frozen: bool) -> int:
-    """Activations of one token in a forward and backward.
+def training_bytes(shape: Shape, itemsize: int, checkpointing: bool, frozen: bool) -> tuple[int, int]:
+    """Activations of one token: kept by the forward, and added by the backward.
 
-    A layer takes about 8 (3 d + I) b. With checkpointing one layer does, and the others keep their d inputs, in
-    fp32 unless the weights are `frozen`. Else all layers do, but for a third that comes in the backward.
+    A layer takes about 8 (3 d + I) b, a third of it only in its backward. With checkpointing it keeps its d
+    inputs alone, in fp32 unless the weights are `frozen`.
     """
     layer = 8 * (3 * shape.hidden + shape.intermediate) * itemsize
     if checkpointing:
-        return layer + shape.layers * shape.hidden * (itemsize if frozen else 4)
-    return layer * (2 * shape.layers + 1) // 3
+        return shape.layers * shape.hidden * (itemsize if frozen else 4), layer
+    return 2 * shape.layers * layer // 3, layer // 3
 
 
 def state_bytes(trained: int, num_gpus: int, zero2: bool) -> tuple[int, int]:

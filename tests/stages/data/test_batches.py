@@ -49,7 +49,7 @@ def test_no_rows_make_no_micro_batches() -> None:
 
 def test_rows_that_are_not_scored_are_a_sentence() -> None:
     with pytest.raises(UserError, match="not scored yet"):
-        teacher_of([make_record(0)], None, CPU, V)
+        teacher_of([make_record(0)], None, V)
     with pytest.raises(UserError, match="not scored yet"):
         to_tensors(
             [replace(make_record(0), teacher_logprobs=None, teacher_entropy=None)], 1.0, None, 0, CPU, V

@@ -24,7 +24,9 @@ from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-NO_TEACHER = "teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without."
+NO_TEACHER = (
+    "teacher_model is empty, but a teacher must score rollouts; only train and evaluate run without one."
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
         raise UserError(
             f"{cache_root} was written with another tokenizer (its map of the first"
             f" {must_match['vocab_size']} ids hashes to {must_match['tokenizer']}, that of"
-            f" {config.models.student_model} to {own}); train a student of that family, or write a cache of"
-            " its own."
+            f" {config.models.student_model} to {own}); train a student that has that tokenizer, or"
+            " write another cache."
         )
     return Vocabulary(tokenizer, must_match["vocab_size"])
 
@@ -120,7 +122,7 @@ def check_history(run: Run) -> None:
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
     changed = history.describe_changes(trained, run.config)
     if changed and position.step < run.config.train.max_steps:
-        run.metrics.say(f"going on with changed keys: {changed}")
+        run.metrics.say(f"resuming with changed keys: {changed}")
 
 
 def newest_position(run: Run) -> checkpoint.Position:

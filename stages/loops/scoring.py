@@ -57,7 +57,8 @@ class ScoredBatch:
             if not np.isfinite(columns[name]).all():
                 raise UserError(
                     f"the teacher gave NaN or infinite values ({name}) in the unit of row"
-                    f" {self.rows[0].row_id}; nothing of it was kept. Check its weights and teacher_dtype."
+                    f" {self.rows[0].row_id}; none of that unit was kept. Check its weights and"
+                    " teacher_dtype."
                 )
         start = 0
         for row in self.rows:

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.engine.opening import open_engine
 from stages.loops import budgets, collect, setup, steps
-from stages.loops.scoring import Scoring, _batch_columns
+from stages.loops.scoring import Scoring, _states_and_kept
 from stages.models import student as students
 from stages.models import teacher as teachers
 from stages.models.memory import GIB
@@ -104,7 +104,7 @@ def test_scoring_forwards_fill_the_memory_given_and_no_more(
     run, free = make(tmp_path), 1.5 * GIB
     model = random_model(1024, 8).requires_grad_(False)
     teacher = teachers.plain_teacher(model, run.world, run.config.train.packing)
-    score = partial(_batch_columns, Scoring(run.config.teacher_signal, V, 0), teacher)
+    score = partial(_states_and_kept, Scoring(run.config.teacher_signal, V, 0), teacher)
     given(free)
     tokens = budgets.score_tokens_of_run(run, teacher, V, score)
     assert 2048 < tokens < 32_768

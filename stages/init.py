@@ -70,7 +70,7 @@ def main() -> None:
     asked = configuration.parse_arguments([*_flags(named), *rest], __doc__ or "")
     given = {leaf: sizing.value_of(asked, leaf) for leaf in [*named, *_keys_in(rest)]}
     given.setdefault("run_name", _run_name(asked))
-    path, machine = _free_path(own.out, given["run_name"]), _machine(own)
+    path, machine = _free_path(own.out, given["run_name"]), _machine(own, asked.run.device)
     found, chosen = sizing.configure(asked, machine, given)
     _say(*findings(asked, found), f"machine   {machine}", "")
     chosen, lines = _planned(chosen, found, machine)
@@ -112,9 +112,9 @@ def _keys_in(flags: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in SECTION_OF]
 
 
-def _machine(own: argparse.Namespace) -> Machine:
+def _machine(own: argparse.Namespace, device: str) -> Machine:
     """This machine, or the one that --gpus and --gpu_memory describe."""
-    here = sizing.this_machine(max(1, own.gpus))
+    here = sizing.this_machine(max(1, own.gpus), device)
     if not here.gib and own.gpus and not own.gpu_memory:
         raise UserError("no GPU here to plan for: give --gpu_memory, the GB of one GPU, with --gpus.")
     return Machine(here.processes, own.gpu_memory or here.gib, here.host)

@@ -37,22 +37,27 @@ def pipeline(run: Run) -> None:
     run.claim()
     setup.check_history(run)
     refresh.refuse_role(run.config)
-    everything = preflight.Work(generates=True, scores=True, trains=True, evaluates=True)
+    everything = preflight.Work(
+        generates=True, scores=True, trains=True, evaluates=bool(run.config.eval.eval_prompts)
+    )
     ready = preflight.check_early(run, everything)
     vocabulary, prompts = ready.vocabulary, ready.prompts
-    evaluation = measure.open_evaluation(run, vocabulary, ready.heldout)
+    evaluation = measure.open_evaluation(run, vocabulary, ready.heldout) if ready.heldout else None
     student, position = setup.current_student(run, vocabulary)
     engine = open_engine(student.model)
-    measure.measure_teacher(evaluation)
+    if evaluation is not None:
+        measure.measure_teacher(evaluation)
     if position.step == 0:
         policy = setup.student_policy(run, student, engine, 0)
         with TeacherLoader(run.config, run.world) as teacher:
-            measure.measure(evaluation, student, policy, "before", teacher)
+            if evaluation is not None:
+                measure.measure(evaluation, student, policy, "before", teacher)
             refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
     train(run, student, vocabulary, prompts)
-    policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
-    with TeacherLoader(run.config, run.world) as teacher:
-        measure.measure(evaluation, student, policy, "after", teacher)
+    if evaluation is not None:
+        policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
+        with TeacherLoader(run.config, run.world) as teacher:
+            measure.measure(evaluation, student, policy, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:
         if (run.folder / "student").is_dir():

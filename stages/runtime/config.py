@@ -293,7 +293,7 @@ class EvalSection(Section):
         description="held-out prompts, named as in dataset (default split: test); empty: the prompts"
         " after num_prompts",
     )
-    eval_prompts: int = Field(256, ge=1, description="number of held-out prompts")
+    eval_prompts: int = Field(256, ge=0, description="number of held-out prompts; 0: no evaluation")
     eval_every: int = Field(
         0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none"
     )

@@ -56,7 +56,11 @@ LINES = (
     "lr",
 )
 """Keys with a line and a comment of their own; the other keys of a section share a line."""
-COMMENT_COLUMN = 44
+COMMENT_COLUMN = 42
+SECTION_NOTES = {
+    "rollout": "what a crash can cost: rollouts_per_unit",
+    "refresh": "the current student writes new rollouts",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,9 +166,8 @@ def file_text(chosen: Choices, path: Path) -> str:
     """The configuration as commented YAML: main keys on lines of their own, the others by section."""
     lines = [f"# Written by stages.init. Run it with: python -m stages.pipeline --config {path}"]
     for leaf in (leaf for leaf in LINES if leaf in chosen):
-        line = yaml_text.write_line({leaf: chosen[leaf].value})[1:-1]
-        why = chosen[leaf].why
-        lines.append(f"{line:<{COMMENT_COLUMN}}# {why}" if why else line)
+        line, why = yaml_text.write_line({leaf: chosen[leaf].value})[1:-1], chosen[leaf].why
+        lines.append(f"{line:<{COMMENT_COLUMN}}  # {why}" if why else line)
     return "\n".join([*lines, *_section_lines(chosen)]) + "\n"
 
 
@@ -172,7 +175,8 @@ def _section_lines(chosen: Choices) -> Iterator[str]:
     for name, section in SECTIONS.items():
         values = {leaf: chosen[leaf].value for leaf in section.model_fields if leaf in chosen}
         if own := {leaf: value for leaf, value in values.items() if leaf not in LINES}:
-            yield f"{name}: {yaml_text.write_line(own)}"
+            about = f"  # {SECTION_NOTES[name]}" if name in SECTION_NOTES else ""
+            yield f"{name}: {yaml_text.write_line(own)}{about}"
 
 
 if __name__ == "__main__":

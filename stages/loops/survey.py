@@ -38,8 +38,9 @@ class Model:
     vocab_size: int
     positions: int | None
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}, {_short(self.parameters)} parameters, {self.layers} layers)"
+    @property
+    def about(self) -> str:
+        return f"{self.kind}, {_short(self.parameters)} parameters, {self.layers} layers"
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def findings(config: Config, found: Survey) -> Iterator[str]:
     """Lines that say what was found, each a word and a sentence."""
     student, data, tokenizer = found.student, found.data, found.vocabulary.tokenizer
     rows = max(student.vocab_size, found.teacher.vocab_size)
-    yield f"student   {student}"
-    yield f"teacher   {found.teacher}"
+    yield f"student   {student.name} ({student.about})"
+    yield f"teacher   {found.teacher.name} ({found.teacher.about})"
     yield f"tokens    {found.vocabulary.size:,} ids are the same in both" + (
         f" ({rows:,} rows in the larger embedding)" if rows > found.vocabulary.size else ""
     )

@@ -24,6 +24,7 @@ from stages.runtime import ending, yaml_text
 from stages.runtime.config import Config, name_and_revision
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, start
+from stages.runtime.terminal import Style
 
 Listener = Callable[[dict[str, Any]], Any]
 
@@ -89,7 +90,7 @@ def distill(
     }
     config, lines = _configure({key: value for key, value in keys.items() if value != ""})
     was_grouped = dist.is_initialized()
-    run = start(config)
+    run = start(config, Style())
     try:
         _check_same(run)
         for line in lines:

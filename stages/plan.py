@@ -17,25 +17,24 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 import argparse
-import json
 import logging
 import sys
 from typing import Any, NoReturn
 
 import torch
 
-from cache.plain import plain
 from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
-from stages.runtime.config import parse_arguments
+from stages.runtime.config import parse_arguments, require
 from stages.runtime.errors import UserError, command
+from stages.runtime.terminal import take_style
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,10 +45,12 @@ class _Parser(argparse.ArgumentParser):
 def main() -> None:
     # report an unreachable hub once, not once per retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    own, rest = _own_arguments(sys.argv[1:])
+    style, arguments = take_style(sys.argv[1:])
+    own, rest = _own_arguments(arguments)
     config = parse_arguments(rest, __doc__ or "")
+    require(config, "student_model", "teacher_model")
     plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
-    print(plain(json.dumps(as_json(plan), indent=1) if own.json else table(plan), kept="\n"))
+    style.conclude(table(plan), as_json(plan))
     if not plan.fits:
         raise SystemExit(1)
 
@@ -62,7 +63,6 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--mean_completion_tokens", type=float, default=0.0)
     parser.add_argument("--mean_prompt_tokens", type=float, default=0.0)
     parser.add_argument("--zero2", action="store_true")
-    parser.add_argument("--json", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     for name in ("gpus", "gpu_memory", "mean_completion_tokens", "mean_prompt_tokens"):
         value = getattr(own, name)

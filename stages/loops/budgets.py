@@ -238,20 +238,20 @@ def slots_of_run(
 
 def beside_slots(config: Config, teacher: Shape, gathered: float, device_bytes: float) -> float:
     """Bytes that slots leave free for a scoring forward in the same process."""
-    given = config.rollout.score_tokens
+    given = config.train.micro_batch_tokens
     tokens = TOKENS_BESIDE_SLOTS if given == "auto" else given
     return total(scoring_parts(config, teacher, gathered, tokens, device_bytes))
 
 
 def score_tokens_of_run(config: Config, world: World, teacher: Teacher) -> int:
-    """score_tokens as configured, or what fits beside what is loaded now; same on all ranks (collective)."""
-    given = config.rollout.score_tokens
+    """micro_batch_tokens as configured, or what fits beside what is loaded now; same on all ranks (collective)."""
+    given = config.train.micro_batch_tokens
     if given != "auto":
         return given
     free = free_bytes(world)
     if free is None:
         return CPU_SCORE_TOKENS
-    shape = _shape(teacher.config, "score_tokens")
+    shape = _shape(teacher.config, "micro_batch_tokens")
     gathered = gathered_bytes(config, shape, world.size) if teacher.is_collective else 0.0
     return score_tokens(config, shape, gathered, free, card_bytes(world))
 

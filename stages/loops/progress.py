@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 import cache
 from stages.runtime import metrics
@@ -17,6 +16,7 @@ from stages.runtime.cuts import cut_sentence
 from stages.runtime.metrics import Clock
 from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
+from stages.runtime.terminal import Bar
 
 PHASES = {"generate": "rollout", "score": "score"}  # phase: its name in the run's clock
 WAITS = ("write", "rows")  # for the writer thread; for a generator's rows
@@ -61,9 +61,8 @@ class Progress:
             "began": round(time.time(), 3),
             "evaluation": run.clock.is_evaluating,
         }  # distinguishes records
-        self._bar = tqdm(
-            total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
-        )
+        is_shown = run.world.is_main and not run.metrics.style.quiet
+        self._bar = Bar("rollouts", "rollout", num_rollouts, shown=is_shown)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -82,10 +81,8 @@ class Progress:
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
         self._run.metrics.log(PROGRESS, **record)
-        self._bar.set_postfix_str(
-            f"{_rates(record)}, {record['cut_share']:.0%} cut at max_new_tokens", refresh=False
-        )
-        self._bar.update(int(sums[0]))
+        cut = f"{record['cut_share']:.0%} cut at max_new_tokens"
+        self._bar.update(int(sums[0]), ", ".join(filter(None, [_rates(record), cut])))
 
     def shares(self) -> dict[str, float]:
         """Shares of the time since the start, by phase and wait, on this process."""
@@ -118,7 +115,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._bar.__exit__()
 
 
 def _ratio(amount: float, seconds: float) -> float:

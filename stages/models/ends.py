@@ -18,7 +18,7 @@ MARK = "dualkl0mark"
 
 def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
     """Ids below `vocab_size` that end a rollout: those of `eos_token`, else the student's; may be empty."""
-    return tuple(i for i in _wanted(config, tokenizer) if i < vocab_size)
+    return tuple(i for i in wanted_ends(config, tokenizer) if i < vocab_size)
 
 
 def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
@@ -29,9 +29,16 @@ def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size:
     return tuple(sorted(drawable)) or student_ends(config, tokenizer, vocab_size)
 
 
+def wanted_ends(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that should end the student's text: those of `eos_token`, else the student's own."""
+    if config.rollout.eos_token:
+        return _named(config.rollout.eos_token, tokenizer)
+    return _own(config.models.student_model, tokenizer)
+
+
 def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """`UserError` if there is no EOS token, or if it (or one of `eos_token`) can never be sampled."""
-    wanted = _wanted(config, tokenizer)
+    wanted = wanted_ends(config, tokenizer)
     if not wanted:
         raise UserError(
             f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in"
@@ -48,7 +55,7 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
 
 def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
     """Remarks on EOS tokens that do not end rollouts; none if the models agree or `eos_token` is set."""
-    models, own = config.models, _wanted(config, tokenizer)
+    models, own = config.models, wanted_ends(config, tokenizer)
     if config.rollout.eos_token:
         return []
     found, ends = [], {i for i in own if i < vocab_size}
@@ -108,12 +115,6 @@ def checkpoint_ends(name: str) -> tuple[int, ...]:
         file = path if path.is_file() else f"{name}'s config.json"
         raise UserError(f"{file} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it.")
     return tuple(i for i in ids if i is not None)
-
-
-def _wanted(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    if config.rollout.eos_token:
-        return _named(config.rollout.eos_token, tokenizer)
-    return _own(config.models.student_model, tokenizer)
 
 
 def _own(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import files, history, schema, site
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.files import replace_text
+from stages.runtime.terminal import Style
 from stages.runtime.watch import Watch
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
@@ -90,8 +90,15 @@ class Metrics:
     """
 
     def __init__(
-        self, config: Config, world: World, notes: str = "metrics.jsonl", keeps_config: bool = True
+        self,
+        config: Config,
+        world: World,
+        notes: str = "metrics.jsonl",
+        keeps_config: bool = True,
+        style: Style = Style(),  # noqa: B008  # frozen
     ) -> None:
+        self.style = style
+        self.last_step: Record = {}
         self.path = config.run_folder / notes
         self.world = world
         self._config, self._keeps_config = config, keeps_config
@@ -107,6 +114,8 @@ class Metrics:
         if not self.world.is_main:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **values}
+        if kind == "step":
+            self.last_step = record
         if not self._has_begun and kind not in WORK:
             self._held.append(record)
             return
@@ -137,7 +146,12 @@ class Metrics:
 
     def say(self, line: str) -> None:
         if self.world.is_main:
-            print(plain(line, kept="\n"), flush=True)
+            self.style.say(line)
+
+    def conclude(self, text: str, facts: dict[str, Any]) -> None:
+        """Print the command's result, in words or, with --json, as `facts`."""
+        if self.world.is_main:
+            self.style.conclude(text, facts)
 
     def say_once(self, line: str) -> None:
         """Print a line at most once per run."""

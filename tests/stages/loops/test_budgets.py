@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.counted_memory import CountedMemory
 from stages.engine.decoder import Decoder
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request, Sampling
 from stages.loops import budgets, collect, feed, planning, schedule, steps
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
@@ -63,7 +62,7 @@ def test_slots_follow_the_memory_and_leave_room_to_score() -> None:
     assert rows[0] == 1
     assert rows[-1] == budgets.MOST_GEN_ROWS
     assert all(count % 8 == 0 for count in rows[1:])
-    beside = budgets.beside_slots(parse_arguments(["--score_tokens", "32768"], ""), TEACHER, 0.0, CARD)
+    beside = budgets.beside_slots(parse_arguments(["--micro_batch_tokens", "32768"], ""), TEACHER, 0.0, CARD)
     fewer = budgets.gen_rows(CONFIG, STUDENT, 2, 30 * GIB, beside)
     assert 8 <= fewer < rows[2]
     kept = total(budgets.slot_parts(CONFIG, STUDENT, 2, fewer))
@@ -86,9 +85,8 @@ def test_a_prefill_is_within_15_percent_of_the_one_counted() -> None:
     }
     config = Qwen3Config(**sizes, intermediate_size=192, num_hidden_layers=12, max_position_embeddings=128)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    method = Method(Sampling(2), 96, (), 0)
-    decoder = Decoder(model, method, 16, 66, 2, None)
-    requests = [Request(i, np.random.default_rng(i).integers(1, 96, 64), i, 2) for i in range(16)]
+    decoder = Decoder(model, Sampling(96), 16, 66, 2, None)
+    requests = [Request(np.random.default_rng(i).integers(1, 96, 64), 2, seed=i) for i in range(16)]
     with torch.no_grad():
         decoder.fill(list(enumerate(requests)))  # makes the slots
         with CountedMemory() as count:
@@ -211,7 +209,9 @@ def test_on_a_cpu_nothing_depends_on_the_machine(tmp_path: Path) -> None:
     assert steps.prepare(run, student).caps == Caps(64, None)
     with TeacherLoader(run.config, run.world) as teacher:
         assert budgets.score_tokens_of_run(run.config, run.world, teacher.get()) == 16_384
-    assert budgets.score_tokens_of_run(make_run(tmp_path, score_tokens=123).config, run.world, None) == 123
+    assert (
+        budgets.score_tokens_of_run(make_run(tmp_path, micro_batch_tokens=123).config, run.world, None) == 123
+    )
 
 
 def test_a_run_on_a_card_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_processes_with_different_rows_are_refused(forked: Forker, tmp_path: Pat
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"learning_rat": 1e-4}, "unknown key learning_rat"),
+        ({"learning_rate": 1e-4}, "unknown key learning_rate in the call of distill; did you mean lr?"),
         ({"max_steps": "many"}, "max_steps"),
         ({"rows": []}, "dataset holds no rows"),
         ({"rows": "nowhere.jsonl"}, "dataset nowhere.jsonl does not exist"),

@@ -103,7 +103,7 @@ def test_the_plan_of_other_gpus_is_printed(
     _, config = made(monkeypatch, tmp_path, path, gpus=2, gpu_memory=80, device="auto")
     printed = capsys.readouterr().out
     assert "It fits: 2 × " in printed
-    assert "torchrun --nproc_per_node 2 -m stages.pipeline" in printed
+    assert "torchrun --nproc_per_node 2 -m stages.pipeline " in printed
     assert config.run.dtype == "bf16"
     assert not config.train.gradient_checkpointing
 
@@ -117,7 +117,7 @@ def test_a_name_that_a_run_has_gets_a_number(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"student": ""}, "init needs --student: python -m stages.init --student MODEL"),
+        ({"student": ""}, "init needs --student: dualkl init --student MODEL"),
         ({"student": "nowhere/x"}, "neither a model folder here nor on the hub"),
         ({"student": "pipeline.yaml"}, "is a file; give the folder of a model"),
         ({"data": "nowhere.jsonl"}, "dataset nowhere.jsonl does not exist"),

@@ -29,7 +29,7 @@ COMMANDS = {
     "export": "stages.export",
     "doctor": "stages.doctor",
 }
-CONFIGURED = ("run", "rollout", "train", "evaluate", "report", "plan", "fidelity")
+CONFIGURED = ("init", "run", "rollout", "train", "evaluate", "report", "plan", "fidelity")
 """Commands that take the whole configuration."""
 COMPLETION = """_dualkl() {{
   local words="{commands}"

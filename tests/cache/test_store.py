@@ -72,8 +72,9 @@ def test_rows_come_back_from_an_object_store(root: str, kind: str) -> None:
     assert snapshot.shard_paths()[0].startswith(f"{root}/shards/g0000-00000-")
 
 
+@pytest.mark.thorough
 def test_a_crash_at_any_request_leaves_all_of_a_unit_or_nothing(root: str) -> None:
-    steps = json.loads(drive("crash", root))
+    steps = json.loads(drive("crash", root, "before", "after"))
     assert {step.split("-")[1] for step in steps} == {"_upload", "create", "remove"}
     held = []
     for step in steps:

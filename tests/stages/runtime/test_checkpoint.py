@@ -15,11 +15,12 @@ from stages.loops import setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.errors import UserError
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, step_run, student_of, train_from
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str
+    "change", leading(1, [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}]), ids=str
 )
 def test_a_checkpoint_of_another_student_is_refused(
     tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]

@@ -52,7 +52,8 @@ def qwen_like(num_tokens, k, mass=None, vocab_size=151_936):
     for row in logits:
         row[rng.integers(0, vocab_size, 8)] += rng.exponential(6, 8)
     logprobs = log_softmax(logits)
-    ids = np.argsort(-logprobs, axis=1)[:, :k]
+    ids = np.argpartition(-logprobs, k, axis=1)[:, :k]
+    ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(logprobs, ids, 1), axis=1), 1)
     kept = np.take_along_axis(logprobs, ids, 1)
     if mass:
         before = np.cumsum(np.exp(kept), 1) - np.exp(kept)

@@ -119,7 +119,15 @@ def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
 
 @pytest.mark.parametrize(
     ("change", "is_same"),
-    [({}, True), ({"lr": 1e-5, "seed": 0}, True), ({"eval_prompts": 6}, False), ({"dtype": "bf16"}, False)],
+    leading(
+        2,
+        [
+            ({"lr": 1e-5, "seed": 0}, True),
+            ({"eval_prompts": 6}, False),
+            ({}, True),
+            ({"dtype": "bf16"}, False),
+        ],
+    ),
     ids=str,
 )
 def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(

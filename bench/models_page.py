@@ -27,21 +27,49 @@ HEAD = """# Models
 Written by `python -m bench.architectures`{dates} with {versions}; raw records in
 `bench/results/architectures.json`. Change that program, not this page.
 
-Every type of causal language model that transformers knows was built with random weights, {size}, windows of 12
-tokens, and run through both stages like a user's run, in fp32 on a CPU: first with `packing: auto` and itself as teacher, then padded, with
-a random LoRA adapter and another teacher. *Right* means that every log-probability computed by DualKL (rollouts, teacher, student in
-training) is within 1e-4 nats of transformers' own forward of that row alone, and that the loss of a student that is its own teacher is
-below 1e-5. The limit for rollouts by `generate` is 5e-4, because the cached steps of some models with a state (Nemotron-H) are that far from
-their own forward. Tiny models only show whether the computation is correct. Speed, memory and rotary embeddings that change beyond a few
-hundred tokens are not tested here.
+Every type of causal language model that transformers knows was built with random weights, {size}, windows of
+12 tokens, and run through both stages like a user's run, in fp32 on a CPU: first with `packing: auto` and
+itself as teacher, then padded, with a random LoRA adapter and another teacher. *Right* means that every
+log-probability computed by DualKL (rollouts, teacher, student in training) is within 1e-4 nats of
+transformers' own forward of that row alone, and that the loss of a student that is its own teacher is below
+1e-5. The limit for rollouts by `generate` is 5e-4, because the cached steps of some models with a state
+(Nemotron-H) are that far from their own forward. Tiny models only show whether the computation is correct.
+Speed, memory and rotary embeddings that change beyond a few hundred tokens are not tested here.
 
 * **right**: the built-in rollout engine is used, and rows are packed.
 * **padded**: scoring and training use padded rows instead of packed ones; the run prints why.
 * **by generate**: rollouts are written by transformers' `generate`, which is slower; the run prints this.
-* **rounding decides a choice**: with some weights, one token in a hundred is off, because two experts (or indexed tokens) have equal scores
-  and two correct computations choose differently. With other weights, all tokens are right.
+* **rounding decides a choice**: with some weights, one token in a hundred is off, because two experts (or
+  indexed tokens) have equal scores and two correct computations choose differently. With other weights, all
+  tokens are right.
 * **refused**: the command ends at once with that sentence.
 """
+
+RUN = """## What was run
+
+| | run | not run |
+|---|---|---|
+| models | the 189 types below, tiny, with random weights, fp32, on a CPU; Qwen3-0.6B from Qwen3-4B in \
+their shapes, with random weights, bf16, on one and two H100; SmolLM2-135M-Instruct and a student pruned \
+from it, with their own weights, on a CPU and on one and two H100; scoring with a teacher of Qwen3-32B's \
+shape | pretrained Qwen3, Llama, Gemma or Mistral; a 32B teacher through a whole run |
+| data | every layout of [data.md](data.md), as files and folders; GSM8K; a mix of eight open data sets \
+| images, audio; downloads from the hub in tests, which stay offline |
+| hardware | Linux on x86-64: CPUs of 2 to 16 cores, one H100, one H200, two H100 over NCCL | A100 and \
+smaller cards, more than two GPUs, AMD, Apple, Windows |
+| software | Python 3.11, torch 2.11 (CUDA 13.0) and 2.13 (CPU), transformers 5.17 and 5.23, peft 0.21 | \
+later Python, nightly builds |
+| processes | one; two and four under torchrun on a CPU; two on GPUs under torchrun and accelerate; two \
+agents of torchrun on one machine; ZeRO-3 teachers on one and two GPUs; a ZeRO-2 student on one | two \
+machines over a network; Slurm itself; NVMe offload; a ZeRO-2 student on several GPUs |
+| caches | local disks; an S3 server on the loopback | Google Cloud, Azure, NFS under load |
+| exports | loading in transformers and PEFT; names and shapes of the weights against the base's | \
+serving by vLLM, SGLang, llama.cpp |
+
+Figures of these runs: [results.md](results.md), [performance.md](performance.md),
+[reliability.md](reliability.md).
+"""
+"""What has been run and what has not, in words; the sweep below is the first row."""
 
 
 def page(results: dict[str, Record]) -> str:
@@ -64,6 +92,7 @@ def page(results: dict[str, Record]) -> str:
     parts = [
         head,
         *_common(types),
+        RUN,
         *_counts(types),
         *_table(types),
         *_excluded(excluded),

@@ -23,13 +23,16 @@ from stages.loops import measure, preflight, refresh, setup
 from stages.models.teacher import TeacherLoader
 from stages.report import own_config, summary, write_report
 from stages.runtime.errors import command
-from stages.runtime.files import replace_text
 from stages.runtime.run import Run, open_run
-from stages.train import model_card, train
+from stages.train import train, update_card
 
 
 def main() -> None:
-    run = open_run(__doc__ or "")
+    pipeline(open_run(__doc__ or ""))
+
+
+def pipeline(run: Run) -> None:
+    """All parts of the run, as far as they are missing (collective)."""
     run.claim()
     setup.check_history(run)
     refresh.refuse_role(run.config)
@@ -62,8 +65,7 @@ def main() -> None:
 
 def _conclude(run: Run) -> None:
     """Write the model card and the report, and print what came of the run (main process)."""
-    if (run.folder / "student").is_dir():
-        replace_text(run.folder / "student" / "README.md", model_card(run, run.config.train.max_steps))
+    update_card(run)
     config = own_config(run.folder, run.config)
     report = write_report(run.folder, config)
     facts = report | {"student": str(run.folder / "student")}

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import cache
 from stages.engine.opening import open_engine
-from stages.loops import follow, preflight, progress, refresh, roles, schedule, setup
+from stages.loops import follow, preflight, progress, refresh, schedule, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
@@ -60,16 +60,18 @@ def main() -> None:
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
         if role == "score":
-            num_units = roles.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
+            num_units = refresh.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:
             student, _ = setup.current_student(run, vocabulary)
             policy = setup.student_policy(run, student, open_engine(student.model), position.step)
-            if role == "generate":
-                num_units = roles.generate_rollouts(run, policy, vocabulary, prompts, refresh_index=due)
-            else:
-                num_units = refresh.write_rollouts(
-                    run, policy, vocabulary, prompts, refresh_index=due, teacher=teacher
-                )
+            num_units = refresh.write_rollouts(
+                run,
+                policy,
+                vocabulary,
+                prompts,
+                refresh_index=due,
+                teacher=None if role == "generate" else teacher,
+            )
     tell(run, num_units)
 
 
@@ -79,7 +81,7 @@ def _follow(arguments: list[str]) -> None:
     if not folder or folder[0].startswith("--"):
         raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
     run = open_run(
-        __doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl"
+        __doc__ or "", follow.arguments_of(folder[0], rest), read_only=True, notes="metrics-follower.jsonl"
     )
     follow.follow(run)
 

@@ -25,13 +25,14 @@ import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, schedule, setup, steps
+from stages.loops.elsewhere import wait_for
 from stages.loops.setup import Vocabulary
-from stages.loops.waiting import wait_for
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
-from stages.runtime import checkpoint, history, metrics
+from stages.runtime import card, checkpoint, metrics
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
+from stages.runtime.files import replace_text
 from stages.runtime.run import Run, open_run
 
 
@@ -119,13 +120,21 @@ def _export(run: Run, student: Student, step: int) -> None:
         (r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {}
     )
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
-        students.export(student, folder, {"README.md": model_card(run, step)})
+        students.export(student, folder, {"README.md": card_of(run, **now)})
         run.metrics.log("export", **now)
 
 
-def model_card(run: Run, step: int) -> str:
+def card_of(run: Run, step: int, policy_hash: str) -> str:
     """README.md of the exported student, from the run's records."""
-    return history.model_card(metrics.read(run.metrics.path), run.config, step)
+    return card.model_card(metrics.read(run.metrics.path), run.config, card.Weights(step, policy_hash))
+
+
+def update_card(run: Run) -> None:
+    """Write the exported student's README.md again, with what has been measured since."""
+    exported = [record for record in metrics.read(run.metrics.path) if record["kind"] == "export"]
+    if exported and (run.folder / "student").is_dir():
+        text = card_of(run, exported[-1]["step"], exported[-1]["policy_hash"])
+        replace_text(run.folder / "student" / "README.md", text)
 
 
 def _await_cache(run: Run) -> None:

@@ -41,6 +41,7 @@ class PromptSet:
     drawn: dict[str, int]  # number of prompts per data set
     skipped: Counter[str]  # number of records per reason
     num_records: int  # records read
+    num_there: int  # records that the data sets hold
 
     @property
     def num_skipped(self) -> int:
@@ -53,7 +54,12 @@ class PromptSet:
         text = f"{len(self.prompts)} prompts" + (
             f": {names}" if len(self.drawn) > 1 else f" from {next(iter(self.drawn))}"
         )
-        return text + (f" ({_skips(self.skipped, self.num_records)})" if self.skipped else "")
+        return text + (f" ({self.skips})" if self.skipped else "")
+
+    @property
+    def skips(self) -> str:
+        """`9 of 521 records skipped: 9 without a user turn`"""
+        return _skips(self.skipped, self.num_records)
 
 
 def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
@@ -214,6 +220,7 @@ def _mixed(sources: list[_Source], limit: int) -> PromptSet:
         {each.name: each.num_drawn for each in sources},
         skipped,
         sum(each.num_records for each in sources),
+        sum(len(each.order) for each in sources),
     )
 
 

@@ -19,7 +19,8 @@ from dualkl import DualKLOutput, TopKTeacher, gate_statistics
 from dualkl.gate_statistics import NUM_SUMS, divergence_counts, figures, group_sums, means
 from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt
 from stages.data.alignment import queued
-from stages.data.batches import MicroBatch, Pool
+from stages.data.batches import MicroBatch
+from stages.data.pool import Pool
 from stages.runtime.config import Config
 
 POSITION_BOUNDS = (16, 64, 256)

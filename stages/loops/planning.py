@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stages.data.signals import KINDS
 from stages.loops import budgets
 from stages.loops.budgets import Parts, total
 from stages.models import memory, pretrained, speed
 from stages.models.memory import GIB, Shape
+from stages.models.offload import must_offload
 from stages.models.speed import Gpu
 from stages.models.teacher import zero3_settings
-from stages.models.turns import must_take_turns
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
 
 RESERVE_GIB, RESERVE_SHARE = 1.5, 0.03
-# docs/cache.md: packed top-64, 152.4 bytes a token at V = 151,646
-PACKED_ID_BYTES, PACKED_TOKEN_BYTES = 2.3, 5
-HIDDEN_SHARE, FULL_SHARE = 0.663, 0.49  # docs/cache.md: relative to the raw states and the raw logits
 PLAIN_COLUMN_BYTES = 33  # docs/results.md: 447 - 414 bytes a token; the demo's are 26
 
 
@@ -233,7 +231,7 @@ def _writing(sizes: _Sizes, state: Parts) -> _Writing:
     config, shape, apart = sizes.config, sizes.student, sizes.config.rollout.role != "both"
     own, teacher, gathered = _student_parts(sizes), _teacher_parts(sizes), _gathered(sizes)
     student = state | own
-    crowded = must_take_turns(total(own), sizes.trained, total(teacher), sizes.card)
+    crowded = must_offload(total(own), sizes.trained, total(teacher), sizes.card)
     takes_turns = crowded and not apart and not sizes.machine.zero2
     moves = takes_turns and not config.models.teacher_ds_zero3
     copied = {
@@ -403,13 +401,6 @@ def _speeds(
 
 def bytes_per_token(config: Config, teacher: Shape) -> float:
     """Bytes on disk per scored token: signal and plain columns. Nucleus: its maximum number of ids."""
-    signal = config.teacher_signal
-    itemsize = pretrained.DTYPES[config.models.teacher_dtype].itemsize
-    kept = min(signal.signal_k, teacher.vocab_size)
-    by_kind = {
-        "topk": PACKED_ID_BYTES * kept + PACKED_TOKEN_BYTES,
-        "nucleus": PACKED_ID_BYTES * kept + PACKED_TOKEN_BYTES,
-        "hidden": HIDDEN_SHARE * itemsize * teacher.hidden,
-        "full": FULL_SHARE * itemsize * teacher.vocab_size,
-    }
-    return by_kind[signal.signal] + PLAIN_COLUMN_BYTES
+    signal, itemsize = config.teacher_signal, pretrained.DTYPES[config.models.teacher_dtype].itemsize
+    kind = KINDS[signal.signal]
+    return kind.bytes_per_token(signal, teacher.hidden, teacher.vocab_size, itemsize) + PLAIN_COLUMN_BYTES

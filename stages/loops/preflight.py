@@ -190,8 +190,8 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
     token = str(tokenizer.convert_ids_to_tokens(token_id))
     written = token in str(tokenizer.chat_template or "")
     raise UserError(
-        f"{len(outside)} of {len(prompts)} {what} hold '{token}' (id {token_id}), which"
-        f" {'the chat template of the student writes' if written else 'stands in their text'}: only ids"
+        f"{len(outside)} of {len(prompts)} {what} contain '{token}' (id {token_id}), which"
+        f" {'the chat template of the student adds' if written else 'is in their text'}: only ids"
         f" below {size} are known to both student and teacher; "
         + (
             "use a chat template without it, or a teacher that has it."

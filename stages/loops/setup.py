@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 import cache
 from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
+from stages.data.signals import KINDS
 from stages.engine.opening import open_engine
 from stages.engine.protocol import Engine, Sampling
-from stages.loops.scoring import NUCLEUS_FLOOR
 from stages.models import ends, pretrained
 from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
@@ -72,16 +72,12 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
 def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
     """Settings that define the meaning of a row (`must_match`), and settings that are only recorded."""
     models = config.models
-    kept = {"kind": signal.signal, "temperature": 1.0}
-    if signal.signal in ("topk", "nucleus"):
-        kept["k"] = min(signal.signal_k, vocabulary.size)
-    if signal.signal == "nucleus":
-        kept |= {"p": signal.signal_p, "floor": min(NUCLEUS_FLOOR, kept["k"])}
+    limits = KINDS[signal.signal].limits(signal, vocabulary.size)
     must_match = {
         "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,
         **_prompting(config, vocabulary),
-        "signal": kept,
+        "signal": {"kind": signal.signal, "temperature": 1.0} | limits,
     }
     return cache.Fingerprint(must_match, {"teacher_model": models.teacher_model, **_sampling(config)})
 
@@ -163,10 +159,13 @@ def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Pol
         policy_hash(student),
         step,
         Sampling(
-            rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+            student.vocab_size,
+            student.eos_ids,
+            rollout.sample_temperature,
+            rollout.sample_top_p,
+            rollout.sample_top_k,
         ),
-        student.vocab_size,
-        student.eos_ids,
+        rollout.max_new_tokens,
         student.autocast,
     )
 
@@ -183,9 +182,8 @@ def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
         "teacher",
         short_hash(pretrained.identity(models.teacher_model)),
         0,
-        Sampling(run.config.rollout.max_new_tokens),
-        vocabulary.size,
-        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
+        Sampling(vocabulary.size, ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size)),
+        run.config.rollout.max_new_tokens,
         lambda: torch.autocast(device.type, enabled=False),
         is_teacher=True,
     )

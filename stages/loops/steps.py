@@ -20,11 +20,13 @@ import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from dualkl.thresholds import AdaptiveTau
 from stages.data.alignment import at_scored
-from stages.data.batches import MicroBatch, Pool, on_device
+from stages.data.batches import MicroBatch, on_device
+from stages.data.pool import Pool
 from stages.loops import gating
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
+from stages.models.dropout import evaluating
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Best, Position
@@ -35,8 +37,7 @@ from stages.runtime.run import Run
 
 # Bound on the largest weight, as a multiple of max(1, its value at the start).
 EXPLODED = 100.0
-MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm
-TRACE_EVERY = 10  # steps
+LR_MIN_RATIO = 0.1  # last learning rate, relative to the peak
 MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
@@ -150,12 +151,12 @@ def unwrapped(world: World, training: Training) -> Iterator[None]:
 def lr_factor(train: TrainSection, step: int) -> float:
     """Learning rate of 0-based `step` relative to the peak.
 
-    Linear warm-up that ends at 1, then a cosine down to lr_min_ratio.
+    Linear warm-up that ends at 1, then a cosine down to LR_MIN_RATIO.
     """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     share = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
-    return train.lr_min_ratio + (1 - train.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    return LR_MIN_RATIO + (1 - LR_MIN_RATIO) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
@@ -169,7 +170,7 @@ def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
         )
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1
-    settings["gradient_clipping"] = MAX_GRAD_NORM
+    settings["gradient_clipping"] = config.train.max_grad_norm
     settings["bf16"] = {"enabled": False}  # trained weights stay fp32, as under DDP; the forward autocasts
     settings["zero_allow_untested_optimizer"] = True
     settings.pop("fp16", None)
@@ -200,9 +201,9 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
     best = checkpoint.best(folder)
     if best is not None and best.measured_on != now.measured_on:
         run.metrics.say(
-            f"the held-out text or dtype is not what the best student, of step {best.step}, was measured on:"
-            f" its reverse KL of {best.reverse_kl:.4f} cannot be compared, and the search for the best"
-            f" begins anew at step {now.step}"
+            f"the best student so far, of step {best.step}, was measured on other held-out text or in another"
+            f" dtype: its reverse KL of {best.reverse_kl:.4f} is not comparable, and the search for the best"
+            f" restarts at step {now.step}"
         )
         best = None
     # Equal if this evaluation repeats one from before a crash.
@@ -251,16 +252,15 @@ def _check_sound(run: Run, training: Training) -> None:
     )
     if not problem and training.last_forward is not None:
         row_ids, inputs = training.last_forward
-        was_training, module = training.module.training, getattr(training.module, "module", training.module)
-        module.eval()
-        out = module(on_device(inputs, run.world.device))[1]
-        module.train(was_training)
+        module = getattr(training.module, "module", training.module)
+        with evaluating(module):
+            out = module(on_device(inputs, run.world.device))[1]
         if not math.isfinite(float((out.rkl + out.fkl).sum())):
             problem = f"the forward on rows {', '.join(row_ids[:MOST_NAMED])} is not finite"
     found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
     if found:
         raise UserError(
-            f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}"
+            f"the student's weights exploded by step {training.step} ({found[0]}); {_how_to_go_on(run)}"
         )
 
 
@@ -268,12 +268,12 @@ def _how_to_go_on(run: Run) -> str:
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
     where = (
-        f"no checkpoint of it was written, those of steps {steps} are kept"
+        f"this step was not saved, the checkpoints of steps {steps} are kept"
         if kept
         else "no checkpoint was written"
     )
-    back = "; --resume_from STEP goes on from one of them" if kept else ""
-    return f"{where}. Lower lr (now {run.config.train.lr:g}) and run again{back}."
+    back = "; --resume_from STEP starts from one of them" if kept else ""
+    return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
 
 
 def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tuple[str, float]]:
@@ -306,15 +306,16 @@ def _not_finite(
     return UserError(
         f"the gradient of step {training.step + 1} is not finite (norm"
         f" {grad_norm});{'' if training.engine else ' the weights were not updated;'}"
-        f" {'rows' if broken else 'its largest divergences: rows'} {named}; {_how_to_go_on(run)} `python -m"
-        " cache verify` says whether the rows are sound."
+        f" the {'non-finite' if broken else 'largest'} divergences are those of rows {named};"
+        f" {_how_to_go_on(run)} `python -m cache verify` checks whether the rows are damaged."
     )
 
 
-def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
-    """Run one optimizer step (collective); return the student's drift from the policies that wrote the rows.
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[str, Any]:
+    """Run one optimizer step (collective); return its record and `own_drift`.
 
-    The host waits for the device only once, to read the step's figures before the weights are updated.
+    They are equal on all ranks but for times. `own_drift` is the drift over this run's rows, None without
+    any. The host waits for the device only once, to read the step's figures before the weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world
@@ -324,7 +325,7 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     tau = gating.threshold(config, training.adaptive)
     done = _run_forwards(run, training, pool, batch, tau)
     lr = training.scheduler.get_last_lr()[0]
-    values, grad_norm = _update(training, MAX_GRAD_NORM, done.sums())
+    values, grad_norm = _update(training, config.train.max_grad_norm, done.sums())
     if not math.isfinite(grad_norm):
         raise _not_finite(run, training, grad_norm, _suspects(batch, pool, done.outputs))
     seconds = time.perf_counter() - started
@@ -332,19 +333,19 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     training.adaptive = gating.adapted(config, training.adaptive, totals.gate)
     lengths = [pool.lengths[key][1] for key in batch.row_ids]
     drift = drift_of(totals.rows_R3, lengths, [pool.ages[key] >= 0 for key in batch.row_ids])
-    run.metrics.log(
-        "step",
-        step=training.step,
+    record = {
+        "step": training.step,
         **_figures(training, pool, batch, totals, drift),
         **gating.step_figures(totals.gate, tau),
-        grad_norm=grad_norm,
-        lr=lr,
-        seconds=seconds,
-        read_wait_seconds=done.waited,
-    )
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": seconds,
+        "read_wait_seconds": done.waited,
+    }
+    run.metrics.log("step", **record)
     run.metrics.log("gate", step=training.step, **gating.gate_record(totals.gate, tau))
     _trace(run, training, done.first, done.outputs)
-    return drift
+    return record | {"own_drift": drift.own}
 
 
 @dataclass
@@ -501,8 +502,9 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
 
 
 def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
-    """Every TRACE_EVERY steps, write λ and both KLs per token of the main rank's first forward."""
-    if not run.world.is_main or training.step % TRACE_EVERY:
+    """Every `trace_every` steps, write λ and both KLs per token of the main rank's first forward."""
+    every = run.config.log.trace_every
+    if not (run.world.is_main and every and training.step % every == 0):
         return
     out = outputs[0]
     columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}

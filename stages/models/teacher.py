@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from dualkl import Head
 from stages.data.alignment import Aligned, align
 from stages.models import pretrained, selfcheck
-from stages.models.exact import NARROW, in_float32
+from stages.models.float32 import NARROW, in_float32
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
 from stages.runtime import distributed

@@ -256,9 +256,9 @@ class TrainSection(Section):
         "auto", description="torch.compile the student's layers for training; auto: on a GPU"
     )
     max_steps: int = Field(256, ge=1, description="optimizer steps")
-    lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
-    lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final / peak learning rate (cosine decay)")
+    lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW); a cosine to a tenth of it")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    max_grad_norm: Finite = Field(1.0, gt=0, description="gradient clipping (global norm)")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(
         50, ge=1, description="steps between checkpoints; there is always one before a refresh"
@@ -301,6 +301,11 @@ class RefreshSection(Section):
         " newest rows are older",
     )
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether something measured in training can make a refresh due before `refresh_every` steps."""
+        return bool(self.refresh_drift)
+
 
 class EvalSection(Section):
     eval_dataset: str = Field(
@@ -328,6 +333,9 @@ class LogSection(Section):
         "", description="Weights & Biases project; empty: off (WANDB_MODE=offline keeps records on disk)"
     )
     wandb_name: str = Field("", description="run name at Weights & Biases; empty: run_name")
+    trace_every: int = Field(
+        10, ge=0, description="steps between per-token traces (λ, KLs) of a few rows; 0: none"
+    )
 
 
 class Config(Section):
@@ -353,7 +361,7 @@ class Config(Section):
         policy = self.refresh
         is_inline = policy.refresh_mode == "inline"
         return policy.refresh_mode == "external" or (
-            is_inline and bool(policy.refresh_every or policy.refresh_drift)
+            is_inline and bool(policy.refresh_every or policy.is_measured)
         )
 
     @property

@@ -32,10 +32,9 @@ REMOVED = {
     "eval_split": "write eval_dataset: NAME:CONFIG:SPLIT",
     "overlong": "longer prompts are skipped; allow_skipped 0 refuses data sets that have any",
     "max_staleness": "set max_age, which bounds the age of rows in every refresh_mode",
-    "max_grad_norm": "gradients are clipped to a global norm of 1; leave the key out",
     "weight_decay": "AdamW runs without weight decay, which changes little in a few hundred steps; leave the key"
     " out",
-    "trace_every": "every tenth step leaves a trace; leave the key out",
+    "lr_min_ratio": "the cosine ends at a tenth of lr; leave the key out",
 }
 """Keys of earlier versions, and what to do instead."""
 
@@ -53,7 +52,6 @@ ELSEWHERE = {
     "learning_rate": "lr",
     "lora_rank": "lora_r",
     "lora_target_modules": "lora_targets",
-    "lr_scheduler_type": "lr_min_ratio",
     "max_completion_length": "max_new_tokens",
     "max_length": "max_new_tokens",
     "max_new_token": "max_new_tokens",

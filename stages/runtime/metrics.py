@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Metrics:
         self._held: list[Record] = []
         self._said: set[str] = set()
         self._watch = Watch()
+        self.listeners: list[Callable[[Record], None]] = []  # called with every record (main process)
         self._rewound: tuple[int, int] | None = None
         self._has_begun = self._has_trained = False
         self._site = site.open_site(config) if world.is_main and config.log.wandb_project else None
@@ -123,6 +124,8 @@ class Metrics:
             self._has_trained = True
             self._note_configuration(values["step"])
         self._write(record)
+        for listener in self.listeners:
+            listener(record)
         for text in self._watch.look(record):
             self.say(f"warning: {text}")
             self._write(

@@ -20,7 +20,7 @@ from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
 from stages.runtime.metrics import Clock, Metrics
-from stages.runtime.terminal import take_style
+from stages.runtime.terminal import Style, take_style
 
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
@@ -90,26 +90,31 @@ def open_run(
     description: str,
     arguments: list[str] | None = None,
     *,
-    only_looks: bool = False,
+    read_only: bool = False,
     notes: str = "metrics.jsonl",
 ) -> Run:
     """Parse the command line and join the other processes; the first record of work creates the folder.
 
-    `only_looks`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
+    `read_only`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
     file.
     """
     style, arguments = take_style(sys.argv[1:] if arguments is None else arguments)
     config = configuration.parse_arguments(arguments, description)
     configuration.require(config, "student_model")
+    return start(config, style, read_only=read_only, notes=notes)
+
+
+def start(config: Config, style: Style, *, read_only: bool = False, notes: str = "metrics.jsonl") -> Run:
+    """Join the other processes with a configuration that is already there; see `open_run`."""
     clock = Clock()
-    _quieten_libraries()
+    quieten_libraries()
     world = distributed.start(config.run.device)
-    keeps_config = not only_looks and config.rollout.role != "score"  # a scorer leaves that to its generator
+    keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
     metrics = Metrics(config, world, notes, keeps_config, style)
     return Run(config, world, metrics, clock)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Hide progress bars for loading weights, and deprecation warnings between libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Signals keep every bit through the codec; a top-k signal comes back normalised over its kept ids and tail."""
+"""The codec keeps every bit of a signal; a top-k signal is normalised over its kept ids and tail."""
 
 import time
 
@@ -181,7 +181,7 @@ def test_damaged_and_foreign_bytes_are_refused():
         packed[:20] + b"\0\0\0" + packed[23:],
         packed[:1] + b"\x09" + packed[2:],
     ):
-        with pytest.raises(cache.CacheError, match="does not decode"):
+        with pytest.raises(cache.CacheError, match="cannot be decoded"):
             codec.decode(damaged)
     with pytest.raises(cache.CacheError, match=r"codec version 9, this program reads version 2"):
         codec.decode(b"\x09" + packed[1:])
@@ -211,5 +211,5 @@ def test_a_top_k_of_one_width_takes_any_integer_and_float_dtype():
         cache.CacheError, match=r"signal\.log_tail_mass has shape \[1, 1\]; expected 1 dimension\."
     ):
         cache.TopK(np.zeros((1, 1), int), np.zeros((1, 1)), np.zeros((1, 1)))
-    with pytest.raises(cache.CacheError, match=r"an array of float32 .* uint16, which carries bfloat16"):
+    with pytest.raises(cache.CacheError, match=r"an array of float32 .* uint16, which holds bfloat16"):
         cache.Hidden(np.zeros((2, 2), np.float32), "bfloat16")

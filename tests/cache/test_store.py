@@ -246,6 +246,6 @@ def test_a_cache_at_the_root_of_an_archive_is_read_whole(
 def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("no archive")
     with pytest.raises(
-        cache.StoreError, match=r"x\.zip cannot be opened \(File is not a zip file\); look at its address"
+        cache.StoreError, match=r"x\.zip cannot be opened \(File is not a zip file\); check its address"
     ):
         cache.verify(f"zip://::{tmp_path}/x.zip")

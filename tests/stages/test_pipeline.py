@@ -244,6 +244,7 @@ def test_every_stage_explains_itself(forked: Forker, name: str) -> None:
 # Evaluation keeps up with the student
 
 
+@pytest.mark.thorough
 def test_an_evaluation_in_the_middle_is_not_taken_for_the_last_one(forked: Forker, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "rollouts_per_refresh": 16,
@@ -346,6 +347,7 @@ def check_original(folder: Path) -> None:
     assert (folder / "student" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.thorough
 def test_the_original_flags_run_under_torchrun(tmp_path: Path) -> None:
     """All of them, three made smaller for time."""
     pytest.importorskip("wandb")

@@ -11,19 +11,10 @@ import torch
 
 import cache
 from dualkl import HiddenTeacher, LogitsTeacher, TopKTeacher
-from stages.data.batches import (
-    Pool,
-    batch_rows,
-    dual_kl_head,
-    live_pool,
-    map_tensors,
-    micro_batches,
-    num_tokens,
-    on_device,
-    read_ahead,
-    teacher_of,
-    to_tensors,
-)
+from stages.data.batches import map_tensors, micro_batches, num_tokens, on_device, to_tensors
+from stages.data.pool import Pool, live_pool
+from stages.data.signals import dual_kl_head, teacher_of
+from stages.loops.feed import batch_rows, read_ahead
 from stages.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Data sets of several shapes become tokenized prompts; checkers tell right answers; token maps must agree."""
+"""Datasets of several shapes become tokenized prompts; checkers recognise right answers; token maps agree."""
 
 import json
 from pathlib import Path

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.counted_memory import CountedMemory
 from stages.engine.decoder import Decoder
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request, Sampling
 from stages.loops import budgets, collect, feed, planning, schedule, steps
 from stages.loops.budgets import Caps, total
 from stages.loops.planning import Machine
@@ -86,9 +85,8 @@ def test_a_prefill_is_within_15_percent_of_the_one_counted() -> None:
     }
     config = Qwen3Config(**sizes, intermediate_size=192, num_hidden_layers=12, max_position_embeddings=128)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    method = Method(Sampling(2), 96, (), 0)
-    decoder = Decoder(model, method, 16, 66, 2, None)
-    requests = [Request(i, np.random.default_rng(i).integers(1, 96, 64), i, 2) for i in range(16)]
+    decoder = Decoder(model, Sampling(96), 16, 66, 2, None)
+    requests = [Request(np.random.default_rng(i).integers(1, 96, 64), 2, seed=i) for i in range(16)]
     with torch.no_grad():
         decoder.fill(list(enumerate(requests)))  # makes the slots
         with CountedMemory() as count:

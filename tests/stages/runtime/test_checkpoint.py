@@ -1,4 +1,4 @@
-"""Checkpoints: what they refuse, what a full disk or damage does to them, which student counts as the best."""
+"""Checkpoints: what they refuse, what a full disk or damage does to them, and which student is the best."""
 
 import errno
 import resource
@@ -99,7 +99,7 @@ def test_only_figures_of_one_text_are_compared_for_the_best(
     assert checkpoint.best(run.folder / "checkpoints") == checkpoint.Best(5, 0.6, "b")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
     assert "of step 1, was measured on: its reverse KL of 0.5000 cannot be compared" in said
-    assert said.endswith("the search for the best begins anew at step 3")
+    assert said.endswith("the search for the best restarts at step 3")
 
 
 def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
@@ -134,4 +134,4 @@ def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(
     run = train_from(tmp_path, caches(), max_steps=2, **(values | change))
     first, second = (record["measured_on"] for record in records_of(run.folder, "eval"))
     assert (first == second) == is_same
-    assert ("begins anew at step 2" in capsys.readouterr().out) != is_same
+    assert ("restarts at step 2" in capsys.readouterr().out) != is_same

@@ -65,12 +65,12 @@ KEYS = {
     "teacher_signal": "signal signal_k signal_p",
     "loss": "tau tau_share alpha gating rkl fkl temperature importance_cap objective gate_on"
     " teacher_smoothing",
-    "train": "batch_size grad_accum micro_batch_tokens packing compile max_steps lr lr_min_ratio warmup_steps"
-    " gradient_checkpointing checkpoint_every keep_checkpoints resume_from"
+    "train": "batch_size grad_accum micro_batch_tokens packing compile max_steps lr warmup_steps"
+    " max_grad_norm gradient_checkpointing checkpoint_every keep_checkpoints resume_from"
     " export_checkpoint",
     "refresh": "refresh_mode refresh_every refresh_drift rollouts_per_refresh max_age",
     "eval": "eval_dataset eval_prompts eval_every answer_checker eval_teacher_text",
-    "log": "wandb_project wandb_name",
+    "log": "wandb_project wandb_name trace_every",
 }
 
 

@@ -237,7 +237,7 @@ def run_as_file(path: str) -> None:
 @pytest.mark.parametrize("name", ["rollout", "train", "evaluate", "pipeline", "report"])
 def test_every_stage_explains_itself(forked: Forker, name: str) -> None:
     done = forked.call(run_as_file, f"stages/{name}.py").expect_success()
-    assert "usage:" in done.out
+    assert "keys, as --KEY VALUE" in done.out
     assert f"stages.{name}" in done.out
 
 

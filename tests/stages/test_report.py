@@ -400,7 +400,7 @@ def test_a_moved_run_is_read_where_it_lies(folder: Path, config: Config, tmp_pat
 
 def test_a_missing_run_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["report", "--runs_dir", str(tmp_path)])
-    with pytest.raises(report.UserError, match=r"there is no run at .*run `python -m stages.pipeline`"):
+    with pytest.raises(report.UserError, match=r"there is no run at .*`dualkl run` with"):
         report.main()
 
 

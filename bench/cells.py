@@ -1,9 +1,8 @@
-"""Cells that are measured one by one on one device, their results file and its command line; as
-`stage_one.py` has them.
+"""The harness of the benches that measure cells: their command line, their results file, and the loop.
 
-Results are written after every cell. A cell that is there already for the same device, versions and sources
-is kept, one that went wrong (other than by memory) is tried again. Every call that measures first measures
-the device's ceilings: the rate of a large copy (bytes read and written) and of a large bf16 product.
+Results are written after every cell. A cell is kept if it was measured on this device with the same versions
+and sources, or did not fit into memory; a cell that failed is tried again. Every call that measures starts
+with the device's ceilings: the rates of a large copy (bytes read and written) and of a large bf16 product.
 """
 
 from __future__ import annotations
@@ -37,11 +36,12 @@ from bench.measuring import (
 
 @dataclass
 class Bench:
-    """What the cells of one call share: the device, its ceilings, and the newest thing that one of them made."""
+    """What the cells of one call share: the device, its ceilings, its results, and the newest thing made."""
 
     device: str
     seconds: float
     ceilings: Record
+    results: Results | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
     def make(self, name: str, function: Callable[[], Any]) -> Any:
@@ -52,32 +52,58 @@ class Bench:
         return self.made[name]
 
     def clear(self) -> None:
-        """Gives the device's memory back."""
+        """Release what was made, and the device's memory."""
         self.made.clear()
         release(self.device)
+
+    def record(self, name: str) -> Record | None:
+        """The record of that name for this device, from this call or an earlier one."""
+        return None if self.results is None else self.results.here.get(name)
+
+    def put(self, name: str, record: Record) -> None:
+        """Write a record that is not a cell's, such as a floor that several cells are compared with."""
+        if self.results is not None:
+            self.results.put(name, record)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. `sources`, `packages`: the files, and versions beside torch's, whose change makes it
-    out of date.
+    """One measurement.
+
+    It is out of date when one of its `sources`, `packages` (besides torch and triton) or `labels` changes.
+    Labels are written into its record.
     """
 
     name: str
     measure: Callable[[Bench], Record]
     sources: tuple[str, ...]
     packages: tuple[str, ...] = ("transformers",)
+    labels: Record = field(default_factory=dict)
+
+
+def line(name: str, record: Record) -> str:
+    """One cell's figures on one line."""
+    if record["status"] != "ok":
+        return f"{name:<34} {record['status']}: {record['message'][:200]}"
+    return f"{name:<34} " + "  ".join(f"{key} {value:,.4g}" for key, value in figures(record).items())
+
+
+def figures(record: Record) -> dict[str, float]:
+    """The numbers of a record that a person reads."""
+    return {key: value for key, value in record.items() if isinstance(value, float)}
 
 
 @dataclass(frozen=True)
 class Program:
-    """A command: its help, its results file's name, its cells (tiny or not), and its table of a results file."""
+    """A command: its help, its results file, its cells, its table of a results file, and its own options."""
 
     description: str
     file: str
-    cells: Callable[[bool], list[Cell]]
+    cells: Callable[[argparse.Namespace], list[Cell]]
     table: Callable[[Found], str]
     minutes: float
+    line: Callable[[str, Record], str] = line
+    add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
     def main(self, arguments: list[str] | None = None) -> None:
         options = self.parse(arguments)
@@ -95,10 +121,10 @@ class Program:
                 raise SystemExit(
                     "torch sees no GPU here; --device cpu --tiny only tries whether everything runs."
                 )
-            run(options, self.select(options), options.out / self.file)
+            run(options, self.select(options), options.out / self.file, self.line)
 
     def select(self, options: argparse.Namespace) -> list[Cell]:
-        cells = [c for c in self.cells(options.tiny) if any(fnmatch.fnmatch(c.name, p) for p in options.only)]
+        cells = [c for c in self.cells(options) if any(fnmatch.fnmatch(c.name, p) for p in options.only)]
         if not cells:
             raise SystemExit(f"no cell matches {' '.join(options.only)}; --list names them all.")
         return cells
@@ -119,6 +145,7 @@ class Program:
             "--minutes", type=float, default=self.minutes, help="begin no cell after this time"
         )
         parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs of one small part")
+        self.add_options(parser)
         return parser.parse_args(arguments)
 
 
@@ -130,9 +157,8 @@ def identity(cell: Cell, tiny: bool) -> Record:
         "cuda": torch.version.cuda,
         "triton": triton_version(),
     }
-    return (
-        versions | {name: version(name) for name in cell.packages} | {"sources": sources_digest(cell.sources)}
-    )
+    packages = {name: version(name) for name in cell.packages}
+    return versions | packages | cell.labels | {"sources": sources_digest(cell.sources)}
 
 
 def is_done(record: Record | None, cell: Cell, tiny: bool) -> bool:
@@ -151,19 +177,25 @@ def try_cell(cell: Cell, bench: Bench) -> Record:
     except ModuleNotFoundError as error:
         return {"status": "not installed", "message": str(error)}
     except Exception as error:
-        return {"status": "error", "message": message_of(error)}
+        text = message_of(error)
+        return {"status": "OOM" if "out of memory" in text.lower() else "error", "message": text}
 
 
-def run(options: argparse.Namespace, selected: list[Cell], path: Path) -> None:
-    """Measures what is missing, cell by cell."""
+def run(
+    options: argparse.Namespace, selected: list[Cell], path: Path, line: Callable[[str, Record], str] = line
+) -> None:
+    """Measure what is missing, cell by cell."""
     started, results = time.monotonic(), Results(path, options.device)
     todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c, options.tiny)]
+    for cell in selected:
+        if cell not in todo:
+            print(f"  kept  {line(cell.name, results.here[cell.name])}")
     print(f"{len(todo)} cells to measure, {len(selected) - len(todo)} kept", flush=True)
     if not todo:
         return
-    bench = Bench(options.device, options.seconds, ceilings(options.device, options.seconds))
+    bench = Bench(options.device, options.seconds, ceilings(options.device, options.seconds), results)
     results.put("ceilings", {"status": "ok", **bench.ceilings})
-    print(line("ceilings", results.here["ceilings"]), flush=True)
+    print(f"ceilings: {figures(bench.ceilings)}", flush=True)
     for index, cell in enumerate(todo):
         if time.monotonic() - started > 60 * options.minutes:
             print(f"stopped after {options.minutes} minutes; left: {' '.join(c.name for c in todo[index:])}")
@@ -172,18 +204,13 @@ def run(options: argparse.Namespace, selected: list[Cell], path: Path) -> None:
         record = try_cell(cell, bench) | {"ceilings": bench.ceilings} | identity(cell, options.tiny)
         results.put(cell.name, record)
         print(f"{time.monotonic() - started:5.0f} s  {line(cell.name, record)}", flush=True)
-        release(options.device)
-
-
-def figures(record: Record) -> dict[str, float]:
-    """The numbers of a record that a person reads."""
-    return {key: value for key, value in record.items() if isinstance(value, float)}
-
-
-def line(name: str, record: Record) -> str:
-    if record["status"] != "ok":
-        return f"{name:<34} {record['status']}: {record['message'][:200]}"
-    return f"{name:<34} " + "  ".join(f"{key} {value:,.4g}" for key, value in figures(record).items())
+        try:
+            release(options.device)
+        except Exception as error:
+            raise SystemExit(
+                f"The device failed after {cell.name} ({message_of(error)}); run the command again,"
+                " which keeps finished cells."
+            ) from error
 
 
 def table(found: Found) -> str:

@@ -1,15 +1,15 @@
-"""The packed top-k signal against other ways to store it, on a real teacher's distributions.
+"""The packed top-k signal against other ways to store it, on a trained teacher's distributions.
 
-    python bench/codec.py train --tokenizer bpe-16384.json --corpus train.jsonl.zst --out runs/codec/bpe16k
-    --minutes 2.5
-    python bench/codec.py measure --teacher runs/codec/bpe16k/teacher --student runs/codec/bpe16k/student \
+    python bench/codec.py train --tokenizer bpe-16384.json --corpus train.jsonl.zst --out runs/codec/bpe16k \\
+        --minutes 2.5
+    python bench/codec.py measure --teacher runs/codec/bpe16k/teacher --student runs/codec/bpe16k/student \\
         --texts heldout.jsonl.zst --name bpe16k --out bench/results
 
-`train` makes a Qwen3-architecture teacher (12 layers of width 640) and keeps the same model at a quarter of
-the time as the student whose gradients are compared. `measure` takes the distributions of held-out text: per
-format signal bytes a token, encoding and decoding on one thread, KL(exact || decoded) over kept ids and tail,
-and the relative error of the loss's gradient by the student's hidden states (reverse and forward KL), against
-the same ids in fp32. It adds to codec.json.
+`train` makes a Qwen3-architecture teacher (12 layers of width 640), and keeps the same model at a quarter of
+the time as the student whose gradients are compared. `measure` takes the distributions of held-out text. Per
+format it measures signal bytes per token, encoding and decoding on one thread, KL(exact || decoded) over kept
+ids and tail, and the relative error of the loss's gradient by the student's hidden states (reverse and
+forward KL) against the same ids in fp32. It adds to codec.json.
 """
 
 from __future__ import annotations

@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.runtime.card import wilson
-
 from stages import report as reporting
 from stages.runtime import metrics
+from stages.runtime.card import wilson
 from stages.runtime.config import parse_arguments
 from stages.runtime.page import BLUE, GREY, ORANGE
 

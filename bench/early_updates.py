@@ -1,15 +1,17 @@
-"""What bfloat16 makes of LoRA's first updates, which are far below a step of the weights: trainer and
-generator apart.
+"""LoRA's first updates in bfloat16, which are far below a rounding step of the weights: trainer against
+generator.
 
     python bench/early_updates.py                         about a minute on one H100 or H200
     python bench/early_updates.py --lr 1e-4 --steps 12
 
-`sums`: of `low`, at 2^-12 of x W', what reaches the output of forms of x W' + low (1: all of it), and their
-milliseconds. `student`: a Qwen3-0.6B-shaped student (seeded random weights, LoRA r 64, layers not compiled)
-takes AdamW steps on random text, its learning rate warmed up over eight of them. Before each: distances in
-nats a token, mean |distance| and signed mean, to the same student in fp32: of the forward that trains, of the
-forward without gradients (probe, evaluation), of the generator; and of the last two to each other, which is
-what a refresh checks. Writes early_updates.json with device and versions.
+`sums`: the share of `low`, at 2^-12 of x W', that reaches the output of several forms of x W' + low (1: all
+of it), and their milliseconds.
+
+`student`: a Qwen3-0.6B-shaped student (seeded random weights, LoRA r 64, layers not compiled) takes AdamW
+steps on random text; the learning rate is warmed up over eight of them. Before each step, distances in nats
+per token (mean absolute and signed mean) to the same student in fp32: of the forward that trains, of the
+forward without gradients (probe, evaluation), and of the generator; and of the last two to each other, which
+is what a refresh checks. Writes early_updates.json with device and versions.
 """
 
 from __future__ import annotations

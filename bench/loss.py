@@ -1,35 +1,29 @@
 """`dual_kl` against the GEMM floor, plain PyTorch and other projects' fused losses: time, memory, gradient
 error.
 
-    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100 or
-    H200; on a CPU
-                                                                 ours and eager at a laptop's size, in fp32
+    python bench/loss.py --quick                                 the headline rows, < 3 minutes on one H100
+    python bench/loss.py --quick --device cpu                    ours and eager at a laptop's size, fp32
     python bench/loss.py --list                                  the names of all cells of the grid
     python bench/loss.py --only 'N8192-V151936-d2560/hidden/*'   some of them; calls add up
     python bench/loss.py --table                                 Markdown tables of bench/results/loss.json
 
-A cell is SHAPE/TEACHER/HEAD/CONTENDER: one forward and backward of a loss, by hidden states alone (HEAD
-`frozen`) or by the head's weight too (`trained`). Results are written after every cell. A cell that is there
-already for the same device, versions and sources (`dualkl/` and `bench/loss*.py` for ours, the peer's version
-and `bench/loss*.py` for others) is kept; --again measures it anew. No new cell is begun after --minutes.
-Cells that do not fit in memory say OOM.
+A cell is SHAPE/TEACHER/HEAD/CONTENDER: one forward and backward of a loss, with gradients for the hidden
+states alone (HEAD `frozen`) or for the head's weight too (`trained`).
 
-The floor of a cell is the sum of its matrix products alone, measured by the same process on the same data:
-the student's head forward (bf16 results), by hidden states, by the weight if it is trained, and the teacher's
-head for a teacher given by hidden states. Memory is the peak beyond the inputs and the bf16 `.grad`, which is
-there before the step. Errors are ||found - wanted|| / ||wanted|| against float64 on the same bf16 inputs (512
-positions of dX, 4,096 ids of dW).
+The floor of a cell is the time of its matrix products alone, measured in the same process on the same data:
+the student's head forward (bf16 results), its gradients by hidden states and, if trained, by the weight, and
+the teacher's head for a teacher given by hidden states. Memory is the peak beyond the inputs and the bf16
+`.grad`, which exists before the step. Errors are ||found - wanted|| / ||wanted|| against float64 on the same
+bf16 inputs (512 positions of dX, 4,096 ids of dW). `bench/cells.py` describes resuming.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import json
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +31,21 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import cells
+from bench.cells import Bench, Program
 from bench.counted_memory import CountedMemory
 from bench.loss_contenders import CONTENDERS, JOBS, Columns, Contender, LossFunction, NotInstalled, Settings
 from bench.loss_problems import Problem, Reference, Shape, make_problem
 from bench.measuring import (
-    ROOT,
+    Found,
     Record,
-    Results,
-    ceilings,
     markdown,
     measure,
     message_of,
     number,
     release,
-    sources_digest,
     synchronize,
     time_runs,
-    triton_version,
 )
 
 HEADLINE = Shape(8192, 151_936, 2560)
@@ -65,8 +57,8 @@ HEADS = ("frozen", "trained")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement: who, on what."""
+class Case:
+    """Who is measured, on what."""
 
     shape: Shape
     kind: str
@@ -74,67 +66,77 @@ class Cell:
     contender: Contender
 
     @property
-    def case(self) -> str:
-        return f"{self.shape.name}/{self.kind}/{self.head}"
-
-    @property
     def name(self) -> str:
-        return f"{self.case}/{self.contender.name}"
+        return f"{self.shape.name}/{self.kind}/{self.head}/{self.contender.name}"
 
 
-# --- which cells
-# -------------------------------------------------------------------------------------------------
+# --- which cells ---
 
 
-def cells_of(shape: Shape, kinds: Iterable[str], names: Iterable[str] | None = None) -> list[Cell]:
+def cases_of(shape: Shape, kinds: Iterable[str], names: Iterable[str] | None = None) -> list[Case]:
     """All heads and contenders (or those named) that take these teachers."""
     chosen = [c for c in CONTENDERS if names is None or c.name in names]
-    return [Cell(shape, kind, head, c) for kind in kinds for head in HEADS for c in chosen if kind in c.kinds]
+    return [Case(shape, kind, head, c) for kind in kinds for head in HEADS for c in chosen if kind in c.kinds]
 
 
-def full_grid() -> list[Cell]:
+def full_grid() -> list[Case]:
     """Everybody at the headline shape; the main contenders at other sizes, one size changed at a time."""
-    cells = cells_of(HEADLINE, ("hidden", "topk", "full"))
+    cases = cases_of(HEADLINE, ("hidden", "topk", "full"))
     for num_rows in (2048, 32_768):
-        cells += cells_of(Shape(num_rows, HEADLINE.num_ids, HEADLINE.width), ("hidden", "topk"), SOME)
+        cases += cases_of(Shape(num_rows, HEADLINE.num_ids, HEADLINE.width), ("hidden", "topk"), SOME)
     for width in (1024, 4096):
-        cells += cells_of(Shape(8192, HEADLINE.num_ids, width), ("hidden", "topk"), SOME)
-    return cells + cells_of(Shape(8192, 32_000, HEADLINE.width), ("hidden", "topk", "full"), SOME)
+        cases += cases_of(Shape(8192, HEADLINE.num_ids, width), ("hidden", "topk"), SOME)
+    return cases + cases_of(Shape(8192, 32_000, HEADLINE.width), ("hidden", "topk", "full"), SOME)
 
 
-def quick_cells(device: str) -> list[Cell]:
+def quick_cases(device: str) -> list[Case]:
     """Ours at the headline shape with hidden and top-k teachers, and the fast peers on hidden; on a CPU
     against eager.
     """
     if device == "cpu":
-        return cells_of(LAPTOP, ("hidden", "topk", "full"), ["dual_kl", "eager"])
-    return cells_of(HEADLINE, ("hidden", "topk"), ["dual_kl"]) + cells_of(HEADLINE, ["hidden"], PEERS_QUICK)
+        return cases_of(LAPTOP, ("hidden", "topk", "full"), ["dual_kl", "eager"])
+    return cases_of(HEADLINE, ("hidden", "topk"), ["dual_kl"]) + cases_of(HEADLINE, ["hidden"], PEERS_QUICK)
 
 
-def select(options: argparse.Namespace) -> list[Cell]:
-    cells = cells_of(TINY, ("hidden", "topk", "full")) if options.tiny else full_grid()
+def select(options: argparse.Namespace) -> list[Case]:
     if options.quick:
-        cells = quick_cells(options.device)
+        cases = quick_cases(options.device)
+    else:
+        cases = cases_of(TINY, ("hidden", "topk", "full")) if options.tiny else full_grid()
     if options.chunk_rows:
-        cells = [variant for c in cells for variant in chunk_variants(c, options.chunk_rows)]
-    if options.only:
-        cells = [c for c in cells if any(fnmatch.fnmatch(c.name, pattern) for pattern in options.only)]
-    return cells
+        cases = [variant for case in cases for variant in chunk_variants(case, options.chunk_rows)]
+    return cases
 
 
-def chunk_variants(cell: Cell, chunk_rows: list[int]) -> list[Cell]:
-    """`dual_kl@ROWS` cells in place of `dual_kl`."""
-    if cell.contender.name != "dual_kl":
-        return [cell]
+def as_cells(options: argparse.Namespace) -> list[cells.Cell]:
+    """The selected cases for the harness."""
+    return [as_cell(case, options.quick or options.tiny) for case in select(options)]
+
+
+def as_cell(case: Case, quick: bool) -> cells.Cell:
+    ours = case.contender.name.startswith("dual_kl")
+    sources = (
+        "bench/cells.py",
+        "bench/loss*.py",
+        "bench/measuring.py",
+        *(["dualkl/**/*.py"] if ours else []),
+    )
+    labels = {"job": case.contender.job, "peer": case.contender.version()}
+    return cells.Cell(case.name, partial(measure_case, case, quick), sources, (), labels)
+
+
+def chunk_variants(case: Case, chunk_rows: list[int]) -> list[Case]:
+    """`dual_kl@ROWS` in place of `dual_kl`."""
+    if case.contender.name != "dual_kl":
+        return [case]
     variants = [
-        replace(cell.contender, name=f"dual_kl@{rows}", settings=({"chunk_rows": rows},))
+        replace(case.contender, name=f"dual_kl@{rows}", settings=({"chunk_rows": rows},))
         for rows in chunk_rows
     ]
-    return [replace(cell, contender=variant) for variant in variants]
+    return [replace(case, contender=variant) for variant in variants]
 
 
-# --- measuring
-# ---------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def peak_bytes(step: Step, device: str) -> int:
@@ -153,7 +155,7 @@ def peak_bytes(step: Step, device: str) -> int:
 
 
 def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
-    """Milliseconds of every matrix product of the losses, and the device's ceilings."""
+    """Milliseconds of every matrix product of the losses."""
     hidden, weight = problem.hidden_Nd, problem.weight_Vd
     teacher_hidden, teacher_weight = problem.teacher_hidden_ND, problem.teacher_weight_VD
     probabilities = [torch.softmax(hidden @ weight.T, 1)]  # gradients have the spread of probabilities
@@ -176,7 +178,7 @@ def measure_floors(problem: Problem, device: str, seconds: float) -> Record:
             release(device)
     probabilities.clear()
     release(device)
-    return found | ceilings(device, seconds)
+    return found
 
 
 def floor_ms(kind: str, head: str, floors: Record) -> float | None:
@@ -211,18 +213,18 @@ class Step:
 
 
 def choose_settings(
-    cell: Cell, problem: Problem, step: Step, settings: tuple[Settings, ...], device: str
+    case: Case, problem: Problem, step: Step, settings: tuple[Settings, ...], device: str
 ) -> tuple[Settings, Record]:
-    """The fastest of several settings by a few runs each, built into `step`; what each of them took, or said."""
+    """Build the fastest of several settings into `step`; also returns the time or error of each."""
     if len(settings) == 1:
-        step.function = cell.contender.build(problem, cell.kind, settings[0])
+        step.function = case.contender.build(problem, case.kind, settings[0])
         return settings[0], {}
     tried: Record = {}
     times: dict[int, float] = {}
     failure: Exception | None = None
     for index, setting in enumerate(settings):
         try:
-            step.function = cell.contender.build(problem, cell.kind, setting)
+            step.function = case.contender.build(problem, case.kind, setting)
             step(), step()
             times[index] = min(time_runs(step, device, 3))
             tried[str(setting)] = round(times[index], 3)
@@ -237,7 +239,7 @@ def choose_settings(
         assert failure is not None
         raise failure
     best = min(times, key=lambda index: times[index])
-    step.function = cell.contender.build(problem, cell.kind, settings[best])
+    step.function = case.contender.build(problem, case.kind, settings[best])
     return settings[best], tried
 
 
@@ -272,126 +274,62 @@ def errors_of(loss: Tensor, columns: Columns, step: Step, wanted: Reference) -> 
     return found
 
 
-def measure_cell(
-    cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float
-) -> Record:
-    """Time, memory and errors of one cell; raises what the contender raises."""
-    step = Step(problem, cell.head)
-    chosen, tried = choose_settings(cell, problem, step, settings, device)
-    timing = measure(step, device, seconds)
-    peak = peak_bytes(step, device)
+@dataclass(frozen=True)
+class Prepared:
+    """A problem and the milliseconds of its matrix products."""
+
+    problem: Problem
+    floors: Record
+
+
+def prepare(shape: Shape, bench: Bench) -> Prepared:
+    problem = make_problem(shape, bench.device)
+    floors = measure_floors(problem, bench.device, bench.seconds / 2)
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": cells.triton_version()}
+    bench.put(f"{shape.name}/floor", {"status": "ok", **floors, **bench.ceilings, **versions})
+    return Prepared(problem, floors)
+
+
+def measure_case(case: Case, quick: bool, bench: Bench) -> Record:
+    """Time, memory and errors of one case; raises what the contender raises."""
+    if bench.device not in case.contender.devices:
+        raise NotInstalled(f"does not run on {bench.device}")
+    prepared: Prepared = bench.make(case.shape.name, lambda: prepare(case.shape, bench))
+    problem, step = prepared.problem, Step(prepared.problem, case.head)
+    settings = settings_for(case, bench.record(case.name), quick)
+    chosen, tried = choose_settings(case, problem, step, settings, bench.device)
+    timing = measure(step, bench.device, bench.seconds)
+    peak = peak_bytes(step, bench.device)
+    floor = floor_ms(case.kind, case.head, prepared.floors)
     found: Record = {
-        "status": "ok",
         "settings": chosen,
         "tried": tried,
         "ms": timing.median,
         "ms_least": timing.least,
         "repeats": timing.repeats,
         "extra_gib": peak / 2**30,
+        "floor_ms": floor,
+        "ratio": timing.median / floor if floor else None,
     }
     try:
         loss, columns = step()
-        found["errors"] = errors_of(loss, columns, step, problem.reference(cell.kind, cell.contender.job))
+        found["errors"] = errors_of(loss, columns, step, problem.reference(case.kind, case.contender.job))
     except Exception as error:
         found["errors"] = {}
         found["message"] = f"no reference: {message_of(error)}"
     return found
 
 
-def try_cell(
-    cell: Cell, problem: Problem, settings: tuple[Settings, ...], device: str, seconds: float
-) -> Record:
-    """`measure_cell`, or what went wrong."""
-    try:
-        if device not in cell.contender.devices:
-            raise NotInstalled(f"does not run on {device}")
-        return measure_cell(cell, problem, settings, device, seconds)
-    except NotInstalled as error:
-        return {"status": "not installed", "message": str(error)}
-    except torch.OutOfMemoryError as error:
-        return {"status": "OOM", "message": message_of(error)}
-    except Exception as error:
-        text = message_of(error)
-        return {"status": "OOM" if "out of memory" in text.lower() else "error", "message": text}
-
-
-# --- the run
-# -----------------------------------------------------------------------------------------------------
-
-
-def identity(cell: Cell | None) -> Record:
-    """Versions and sources that a result depends on; None for floors."""
-    versions: Record = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version()}
-    if cell is None:
-        return versions
-    ours = cell.contender.name.startswith("dual_kl")
-    versions["sources"] = sources_digest(["bench/loss*.py", *(["dualkl/**/*.py"] if ours else [])])
-    return versions | {"peer": cell.contender.version()}
-
-
-def is_done(record: Record | None, cell: Cell) -> bool:
-    """Whether a cell was measured, or failed, with the same versions and sources."""
-    if record is None or record["status"] == "not installed":
-        return False
-    return all(record.get(key) == value for key, value in identity(cell).items())
-
-
-def settings_for(cell: Cell, before: Record | None, options: argparse.Namespace) -> tuple[Settings, ...]:
-    """All settings; in a quick run the best that was measured before, or the first."""
-    if not options.quick and not options.tiny:
-        return cell.contender.settings
-    known = [s for s in cell.contender.settings if before is not None and s == before.get("settings")]
-    return tuple(known or cell.contender.settings[:1])
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measure what is missing, cell by cell, shapes one after the other."""
-    device, started, results = (
-        options.device,
-        time.monotonic(),
-        Results(options.out / "loss.json", options.device),
-    )
-    seconds = options.seconds or (1.0 if options.quick else 2.0)
-    selected = select(options)
-    todo = [c for c in selected if options.again or not is_done(results.here.get(c.name), c)]
-    for cell in selected:
-        if cell not in todo:
-            print(f"  kept  {line(cell.name, results.here[cell.name])}", flush=True)
-    print(f"{len(todo)} cells to measure, {len(selected) - len(todo)} kept", flush=True)
-    problem: Problem | None = None
-    floors: Record = {}
-    for index, cell in enumerate(todo):
-        elapsed = time.monotonic() - started
-        if elapsed > 60 * options.minutes:
-            print(f"stopped after {elapsed:.0f} s; left: {' '.join(c.name for c in todo[index:])}")
-            break
-        before = results.here.get(cell.name)
-        try:
-            if problem is None or problem.shape != cell.shape:
-                problem = None
-                release(device)
-                problem = make_problem(cell.shape, device)
-                floors = measure_floors(problem, device, seconds / 2)
-                results.put(f"{cell.shape.name}/floor", {"status": "ok", **floors, **identity(None)})
-            record = try_cell(cell, problem, settings_for(cell, before, options), device, seconds)
-        except Exception as error:
-            record = {"status": "error", "message": f"no problem or floor: {message_of(error)}"}
-        floor = floor_ms(cell.kind, cell.head, floors) if floors else None
-        ratio = record["ms"] / floor if floor and "ms" in record else None
-        record |= {"job": cell.contender.job, "floor_ms": floor, "ratio": ratio, **identity(cell)}
-        results.put(cell.name, record)
-        print(f"{time.monotonic() - started:5.0f} s  {line(cell.name, record)}", flush=True)
-        try:
-            release(device)
-        except Exception as error:
-            sys.exit(
-                f"the device is lost after {cell.name} ({message_of(error)}); run again: what was measured"
-                " is kept"
-            )
+def settings_for(case: Case, before: Record | None, quick: bool) -> tuple[Settings, ...]:
+    """All settings; in a quick run the fastest of an earlier one, or the first."""
+    if not quick:
+        return case.contender.settings
+    known = [s for s in case.contender.settings if before is not None and s == before.get("settings")]
+    return tuple(known or case.contender.settings[:1])
 
 
 def line(name: str, record: Record) -> str:
-    """One cell for people."""
+    """One cell's figures on one line."""
     if record["status"] != "ok":
         return f"{name:<66} {record['status']}: {record.get('message', '')[:160]}"
     errors = " ".join(f"{key} {value:.1e}" for key, value in record["errors"].items())
@@ -401,8 +339,7 @@ def line(name: str, record: Record) -> str:
     )
 
 
-# --- tables
-# ------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def scientific(value: float | None) -> str:
@@ -413,21 +350,19 @@ def show_settings(settings: Settings) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"
 
 
-def tables(found: dict[str, dict[str, Record]]) -> str:
+def tables(found: Found) -> str:
     """Markdown of everything in the results file, device by device."""
-    return "\n\n".join(text for device, cells in found.items() for text in device_tables(device, cells))
+    return "\n\n".join(text for device, records in found.items() for text in device_tables(device, records))
 
 
-def device_tables(device: str, cells: dict[str, Record]) -> list[str]:
-    floors = {
-        name.removesuffix("/floor"): record for name, record in cells.items() if name.endswith("/floor")
-    }
-    measured = {name: record for name, record in cells.items() if not name.endswith("/floor")}
+def device_tables(device: str, records: dict[str, Record]) -> list[str]:
+    floors = {name.removesuffix("/floor"): r for name, r in records.items() if name.endswith("/floor")}
+    measured = {name: r for name, r in records.items() if "/" in name and not name.endswith("/floor")}
     ours = {name: record for name, record in measured.items() if name.endswith("/dual_kl")}
-    versions = sorted({f"torch {r['torch']}, triton {r['triton']}, CUDA {r['cuda']}" for r in cells.values()})
-    sources = sorted({r["sources"] for r in cells.values() if "sources" in r})
+    versions = {f"torch {r['torch']}, triton {r['triton']}, CUDA {r['cuda']}" for r in measured.values()}
+    sources = sorted({r["sources"] for r in measured.values()})
     return [
-        f"## {device}\n\n{'; '.join(versions)}; sources {', '.join(sources)}.",
+        f"## {device}\n\n{'; '.join(sorted(versions))}; sources {', '.join(sources)}.",
         "### Floors\n\n" + floor_table(floors),
         "### DualKL\n\n" + cell_table(ours),
         "### All contenders\n\n" + cell_table(measured),
@@ -488,37 +423,14 @@ def error_table(cells: dict[str, Record]) -> str:
     return markdown(header, rows)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the headline rows, one setting each")
-    parser.add_argument("--only", nargs="+", metavar="GLOB", help="cells by name")
-    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
-    parser.add_argument("--list", action="store_true", help="print the names of the cells")
-    parser.add_argument("--table", action="store_true", help="print Markdown tables of the results")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
-    )
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape: does everything run?")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no cell after this time")
-    parser.add_argument("--seconds", type=float, help="of timed runs a cell (default 2; 1 with --quick)")
     parser.add_argument(
         "--chunk-rows", type=int, nargs="+", help="dual_kl@ROWS: chunks of this many positions"
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.list:
-        print("\n".join(cell.name for cell in select(options)))
-    elif options.table:
-        print(tables(json.loads((options.out / "loss.json").read_text())))
-    else:
-        run(options)
-
+PROGRAM = Program(__doc__ or "", "loss.json", as_cells, tables, 9.0, line, add_options)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

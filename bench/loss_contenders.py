@@ -46,8 +46,8 @@ JOBS = {
 }
 
 
-class NotInstalled(Exception):
-    """The contender's package, or the switch that it needs, is not there."""
+class NotInstalled(ModuleNotFoundError):
+    """The contender's package, or the option that it needs, is missing."""
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,21 @@ HEAD = """# Models
 Written by `python -m bench.architectures`{dates} with {versions}; raw records in
 `bench/results/architectures.json`. Change that program, not this page.
 
-Every type of causal language model that transformers knows was built with random weights, {size}, windows of 12
-tokens, and run through both stages like a user's run, in fp32 on a CPU: first with `packing: auto` and itself as teacher, then padded, with
-a random LoRA adapter and another teacher. *Right* means that every log-probability computed by DualKL (rollouts, teacher, student in
-training) is within 1e-4 nats of transformers' own forward of that row alone, and that the loss of a student that is its own teacher is
-below 1e-5. The limit for rollouts by `generate` is 5e-4, because the cached steps of some models with a state (Nemotron-H) are that far from
-their own forward. Tiny models only show whether the computation is correct. Speed, memory and rotary embeddings that change beyond a few
-hundred tokens are not tested here.
+Every type of causal language model that transformers knows was built with random weights, {size}, windows of
+12 tokens, and run through both stages like a user's run, in fp32 on a CPU: first with `packing: auto` and
+itself as teacher, then padded, with a random LoRA adapter and another teacher. *Right* means that every
+log-probability computed by DualKL (rollouts, teacher, student in training) is within 1e-4 nats of
+transformers' own forward of that row alone, and that the loss of a student that is its own teacher is below
+1e-5. The limit for rollouts by `generate` is 5e-4, because the cached steps of some models with a state
+(Nemotron-H) are that far from their own forward. Tiny models only show whether the computation is correct.
+Speed, memory and rotary embeddings that change beyond a few hundred tokens are not tested here.
 
 * **right**: the built-in rollout engine is used, and rows are packed.
 * **padded**: scoring and training use padded rows instead of packed ones; the run prints why.
 * **by generate**: rollouts are written by transformers' `generate`, which is slower; the run prints this.
-* **rounding decides a choice**: with some weights, one token in a hundred is off, because two experts (or indexed tokens) have equal scores
-  and two correct computations choose differently. With other weights, all tokens are right.
+* **rounding decides a choice**: with some weights, one token in a hundred is off, because two experts (or
+  indexed tokens) have equal scores and two correct computations choose differently. With other weights, all
+  tokens are right.
 * **refused**: the command ends at once with that sentence.
 """
 

@@ -1,33 +1,26 @@
-"""Both stages against TRL's online distillation: a 1.7B-shaped student, an 8B-shaped teacher, equal rollouts,
-one GPU.
+"""Both stages against TRL's online distillation: 1.7B-shaped student, 8B-shaped teacher, equal rollouts, one
+GPU.
 
-    python bench/online.py                              every cell that begins within the first minutes; calls
-    add up python bench/online.py --only 'ours/*' trl/128      some of them python bench/online.py --table
-    rates and the two ratios from bench/results/online.json
+    python bench/online.py                              every cell; none begins after 2.5 minutes
+    python bench/online.py --only 'ours/*' trl/128      some of them
+    python bench/online.py --table                      rates, and ratios to TRL's best batch
 
-Random prompts of 128 tokens, completions of exactly 256 (the EOS id is one that no model has), temperature 1,
-LoRA r 64 on all linear layers, gradient checkpointing, 128 rollouts an optimizer step, weights seeded and
-drawn on the device.
+Random prompts of 128 tokens, completions of exactly 256 (no model has the EOS id), temperature 1, LoRA r 64
+on all linear layers, gradient checkpointing, 128 rollouts per optimizer step, seeded random weights.
 
-ours/stage_one   the run's own `collect` (generation, scoring by a plain teacher, encoding, writing to a
-cache) with batch
-                 sizes `auto`: 2 units of 1,024 rollouts after one of 512 to warm up. All its wall-clock
-                 counts.
+ours/stage_one   `collect` (generation, scoring by a plain teacher, encoding, writing to a cache) with batch
+                 sizes `auto`: 2 units of 1,024 rollouts after one of 512 to warm up.
 ours/both        the same, then one pass over the rows by the run's own reader and `train_step` (16 steps of
-128, after two
-                 to warm up). All wall-clock of both counts, opening the cache included, loading of models
-                 not.
-trl/B            TRL's DistillationTrainer, the trainer that its GKDTrainer refers to at on-policy share 1 and
-temperature 1
-                 (GKDTrainer generates without a cache under gradient checkpointing, and holds full logits): B
-                 rollouts a
-                 step by transformers' generate, reverse KL over the full vocabulary; two steps after one to
-                 warm up.
-trl/128/static   the same with generate's static cache (TRL does not compile it).
+                 128 after two to warm up). Opening the cache counts, loading models does not.
+trl/B            TRL's DistillationTrainer with B rollouts per step: transformers' generate, reverse KL over
+                 the full vocabulary; two steps after one to warm up. GKDTrainer refers to it at on-policy
+                 share 1 and temperature 1, itself generates without a cache under gradient checkpointing, and
+                 holds full logits.
+trl/128/static   the same with generate's static cache, which TRL does not compile.
 
-`rollouts_per_second`: generated and scored; TRL's time for it is that of generation and the teacher's forward
-alone, without the teacher's head or the divergence. `tokens_per_second`: completion tokens distilled, over
-all that a step does. A batch that does not fit says OOM. Harness: `bench/cells.py`.
+`rollouts_per_second`: generated and scored. TRL's time for it is that of generation and of the teacher's
+backbone, without the teacher's head or the divergence. `tokens_per_second`: completion tokens distilled, over
+the time of the whole step.
 """
 
 from __future__ import annotations
@@ -78,7 +71,7 @@ OUR_WARM_UP = 2  # steps of stage two
 
 @dataclass(frozen=True)
 class Setting:
-    """Student and optimizer step as in `stage_two`, the teacher's shape and size, and how much is measured."""
+    """Student and optimizer step as in `stage_two`, the teacher's shape and size, and the amounts."""
 
     student: stage_two.Setting
     teacher: str
@@ -138,8 +131,7 @@ TINY = Setting(
 )
 
 
-# --- what both sides share
-# -----------------------------------------------------------------------------------------
+# --- what both sides share ---
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -182,8 +174,7 @@ def say(text: str) -> None:
     print(f"        {time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-# --- ours
-# ----------------------------------------------------------------------------------------------------------
+# --- ours ---
 
 
 def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: int) -> Run:
@@ -210,7 +201,6 @@ def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: 
         "grad_accum": 1,
         "max_steps": student.num_steps,
         "refresh_every": 0,
-        "trace_every": 0,
     }
     return open_run("", [part for key, value in flags.items() for part in (f"--{key}", str(value))])
 
@@ -236,7 +226,7 @@ def write_rows(run: Run, setting: Setting, student: Student, teacher: Teacher) -
 
 @dataclass(frozen=True)
 class StageOne:
-    """A run whose rows are on disk, in a folder that goes with this; its student, and what writing them took."""
+    """A run whose rows are on disk, in a folder that lives as long as this; its student; seconds spent."""
 
     folder: tempfile.TemporaryDirectory
     run: Run
@@ -318,8 +308,7 @@ def shares_of(run: Run) -> Record:
     return {name: last[name] for name in names}
 
 
-# --- TRL
-# -----------------------------------------------------------------------------------------------------------
+# --- TRL ---
 
 
 def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, bench: Bench) -> Record:
@@ -441,8 +430,7 @@ def forget_accelerate() -> None:
     GradientState._reset_state()
 
 
-# --- cells
-# ---------------------------------------------------------------------------------------------------------
+# --- cells ---
 
 
 def cells(tiny: bool) -> list[Cell]:
@@ -492,7 +480,7 @@ def _rates(record: Record, measured: dict[str, Record]) -> list[str]:
     return texts
 
 
-PROGRAM = Program(__doc__ or "", "online.json", cells, table, minutes=2.5)
+PROGRAM = Program(__doc__ or "", "online.json", lambda options: cells(options.tiny), table, minutes=2.5)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -33,7 +33,7 @@ KINDS = {  # the first that is found in a kernel's name
 
 @dataclass(frozen=True)
 class Event:
-    """One run of a kernel (on a CPU: of an operator, its callees left out), seconds on the profiler's clock."""
+    """One run of a kernel (on a CPU: of an operator without its callees), seconds on the profiler's clock."""
 
     name: str
     start: float
@@ -51,7 +51,7 @@ class Profile:
     num_forwards: int
 
     def parts(self, num_tokens: float, step_seconds: float, flops_per_second: float) -> Record:
-        """Seconds by class, idle ones, and the kernels that take most, each with seconds and number of runs."""
+        """Seconds by class, idle seconds, and the longest kernels, each with seconds and number of runs."""
         least = 2 * self.least_weights * num_tokens / self.num_forwards / flops_per_second
         return parts(self.events, step_seconds, SHORT * least)
 

@@ -1,18 +1,19 @@
-"""Both stages at real shapes, with seeded random weights in place of downloads.
+"""Both stages at real shapes, with seeded random weights instead of downloads.
 
-    python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl --out
-    bench/results
+    python bench/real_shapes.py --tokenizer tokenizer.json[.zst] --dataset gsm8k/train.jsonl
+    python bench/real_shapes.py ... --only memory --processes 2     under torchrun, a GPU each
+    python bench/real_shapes.py ... --device cpu --tiny             does everything run?
 
-Makes a Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16), then, each part by
-`--only`:
-  zero3   the ZeRO-3 teacher against the plain model at 2,048 tokens: logprobs and last hidden state, both
-  against fp32;
-  stages  `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh;
-  memory  six refreshes of 640 rollouts, each scored in forwards of many shapes: memory allocated after each.
-`--processes N` runs `stages` and `memory` under torchrun, a GPU each; figures are noted as `stages_on_N`,
-`memory_on_N`.
-On a CPU: `--device cpu --tiny`.
-Writes real_shapes.json: figures, each part's with its device and versions.
+A Qwen3-0.6B-shaped student and a Qwen3-4B-shaped teacher (vocabulary 151,936, bf16) in three parts
+(`--only`):
+
+zero3    the ZeRO-3 teacher against the plain model at 2,048 tokens: log-probabilities and last hidden state,
+         both against fp32
+stages   `stages.rollout` and `stages.train` on 512 prompts x 4, 256 new tokens, through one refresh
+memory   six refreshes of 640 rollouts, each scored in forwards of many shapes: memory allocated after each
+
+Writes real_shapes.json: the figures of each part with device and versions. Parts on N processes are named
+`stages_on_N` and `memory_on_N`.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, float]:
-    """Distances of the plain bf16 and the ZeRO-3 bf16 teacher from the fp32 model, on the same random tokens."""
+    """Distances of the plain and the ZeRO-3 bf16 teacher from the fp32 model, on the same random tokens."""
     world = distributed.start(device)
     arguments = ["--teacher_model", str(models / "teacher"), "--device", device]
     rows = np.random.default_rng(0).integers(100, 151_000, (2, num_tokens))
@@ -178,7 +179,7 @@ def run_stages(models: Path, dataset: Path, device: str, tiny: bool, processes: 
             "512",
             "--lp_micro_batch",
             "64",
-            "--score_tokens",
+            "--micro_batch_tokens",
             "32768",
             "--max_steps",
             "8",
@@ -227,7 +228,7 @@ def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: 
         "640",
         "--max_new_tokens",
         "128",
-        "--score_tokens",
+        "--micro_batch_tokens",
         "8192",
         "--rollouts_per_unit",
         "160",
@@ -239,7 +240,7 @@ def run_memory(models: Path, dataset: Path, device: str, tiny: bool, processes: 
         "32",
         "--max_new_tokens",
         "8",
-        "--score_tokens",
+        "--micro_batch_tokens",
         "512",
         "--rollouts_per_unit",
         "16",
@@ -304,8 +305,6 @@ def _common(models: Path, dataset: Path, device: str, name: str, more: list[str]
         "--teacher_ds_zero3",
         "--max_prompt_tokens",
         "512",
-        "--trace_every",
-        "0",
         *more,
     ]
 

@@ -1,17 +1,12 @@
-"""Stage one against the hardware's floors: how fast a student writes rollouts, and a teacher scores and keeps
-them.
+"""Stage one against the hardware's floors: how fast a student writes rollouts, and a teacher scores and
+keeps them.
 
     python bench/stage_one.py --list                    the names of all cells
-    python bench/stage_one.py --only 'decode/*'         some of them; calls add up
+    python bench/stage_one.py --only 'decode/*'         some of them; none begins after 8 minutes
     python bench/stage_one.py --table                   a Markdown table of bench/results/stage_one.json
 
-Results are written after every cell. A cell that is there already for the same device, versions and sources
-is kept; --again measures it anew. No new cell is begun after --minutes. Every call that measures first
-measures the device's ceilings: the rate of a large copy (bytes read and written) and of a large bf16 product.
-
-Models have seeded random weights made on the device from their configuration. The cells of each part and what
-they measure: decode in `stage_one_decode.py`, selection in `stage_one_scoring.py`, scoring and zero3 in
-`stage_one_teacher.py`.
+Models have seeded random weights made on the device. Each part documents its cells: decode in
+`stage_one_decode.py`, selection in `stage_one_scoring.py`, scoring and zero3 in `stage_one_teacher.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +28,9 @@ def all_cells(tiny: bool) -> list[Cell]:
     return [cell for part in parts for cell in part.cells(tiny)]
 
 
-PROGRAM = Program(__doc__ or "", "stage_one.json", all_cells, table, minutes=8.0)
+PROGRAM = Program(
+    __doc__ or "", "stage_one.json", lambda options: all_cells(options.tiny), table, minutes=8.0
+)
 
 if __name__ == "__main__":
     PROGRAM.main()

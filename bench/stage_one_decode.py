@@ -1,19 +1,18 @@
-"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student writes completions, against the memory floor
-and generate.
+"""`bench/stage_one.py`, part decode: a Qwen3-4B-shaped student against the memory floor and `generate`.
 
-    decode/steps/B          steps alone: B live slots from 128 places on, 256 steps, in captured steps
-    decode/whole/B          the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each,
-    logprobs on the host decode/groups/B         the same with four completions a prompt decode/spread/B
-    4 B requests whose lengths are spread over 16..512, in useful tokens decode/generate/B       transformers'
-    generate as it comes (dynamic cache), sampling at temperature 1 decode/generate-static/B    the same with
-    its static cache, compiled; the compiling call is not counted decode/parts/B          milliseconds of a
-    step's parts alone, each captured, at 256 places a row
+    decode/steps/B             steps alone: B live slots from place 128 on, 256 captured steps
+    decode/whole/B             the engine's call: prefill of B prompts of 128 tokens, 256 new tokens each,
+                               log-probabilities on the host
+    decode/groups/B            the same with four completions per prompt
+    decode/spread/B            4 B requests with lengths spread over 16..512, in useful tokens
+    decode/generate/B          transformers' generate by default (dynamic cache), sampling at temperature 1
+    decode/generate-static/B   the same with its static cache, compiled; the compiling call is not counted
+    decode/parts/B             milliseconds of a step's parts, each captured, at 256 places per row
 
-All but generate's cells write as stage one does by default: with LoRA on all linear layers, merged. generate
-has no adapter.
+All cells except generate's have LoRA on all linear layers, merged, as in stage one by default.
 
-The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + K/V bytes really needed
-/ copy rate, with 256 places a row on the average; the head counts as weights once.
+The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product rate) + bytes of K and V read
+/ copy rate, with 256 places per row on average; the head counts as weights once.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ from bench.measuring import Record, measure, peak_gib, reset_peak, synchronize
 from stages.engine.decoder import Decoder
 from stages.engine.fused_layers import FusedMLP
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request, Sampling
 from stages.engine.sampling import choose
 from stages.engine.slots import SlotCache
 from stages.engine.weights import DecodingWeights
@@ -177,8 +175,8 @@ def against_floor(bench: Bench, model: Any, shape: Shape, batch: int, ms: float)
     }
 
 
-def method_of(shape: Shape, new: int) -> Method:
-    return Method(Sampling(new), shape.config["vocab_size"], (), 0)
+def sampling_of(shape: Shape) -> Sampling:
+    return Sampling(shape.config["vocab_size"])
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
@@ -190,8 +188,8 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
 
 
 def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    decoder = Decoder(model, method_of(shape, shape.new), batch, shape.prompt + shape.new, shape.new, None)
-    requests = [Request(i, prompt, i, shape.new) for i, prompt in enumerate(prompts_of(shape, batch))]
+    decoder = Decoder(model, sampling_of(shape), batch, shape.prompt + shape.new, shape.new, None)
+    requests = [Request(prompt, shape.new, i) for i, prompt in enumerate(prompts_of(shape, batch))]
 
     def fill() -> None:
         decoder.clear(batch)
@@ -209,11 +207,11 @@ def steps(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
 
 def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Record:
     prompts = [prompt for prompt in prompts_of(shape, batch // group) for _ in range(group)]
-    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    requests = [Request(prompt, shape.new, i) for i, prompt in enumerate(prompts)]
     with closing(open_engine(model)) as engine:
 
         def call() -> None:
-            engine.generate(prompts, list(range(batch)), Sampling(shape.new), **arguments)
+            engine.generate(requests, sampling_of(shape), batch)
 
         first = seconds_of(call, bench.device)
         second = seconds_of(call, bench.device)
@@ -225,13 +223,12 @@ def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     """Useful tokens: those of the completions. Lengths are a seeded permutation of an even spread."""
     lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
     lengths = np.random.default_rng(1).permutation(lengths)
-    prompts, forced = prompts_of(shape, 4 * batch), [np.zeros(n, np.int64) for n in lengths]
-    arguments = {"vocab_size": shape.config["vocab_size"], "eos_ids": (), "pad_id": 0, "micro_batch": batch}
+    rows = zip(prompts_of(shape, 4 * batch), lengths.tolist(), strict=True)
+    requests = [Request(prompt, n, forced=np.zeros(n, np.int64)) for prompt, n in rows]
     with closing(open_engine(model)) as engine:
 
-        def call(rows: int) -> None:  # forced texts give each row a length of its own
-            sampling, seeds = Sampling(shape.longest), list(range(rows))
-            engine.generate(prompts[:rows], seeds, sampling, forced=forced[:rows], **arguments)
+        def call(num_rows: int) -> None:  # forced texts give each row a length of its own
+            engine.generate(requests[:num_rows], sampling_of(shape), batch)
 
         call(batch)  # captures
         seconds = seconds_of(lambda: call(4 * batch), bench.device)
@@ -278,7 +275,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
     )
     new = torch.randn(batch, config.num_key_value_heads, 1, config.head_dim, device=device, dtype=dtype)
     query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, device=device, dtype=dtype)
-    decoder = Decoder(model, method_of(shape, shape.new), batch, places, shape.new, None)
+    decoder = Decoder(model, sampling_of(shape), batch, places, shape.new, None)
     with DecodingWeights(model.get_decoder(), None).swapped():
         modules = list(model.model.modules())
         # As read in a step; those of an MLP of one launch lie behind it.
@@ -309,7 +306,7 @@ def parts(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
         "norms_ms": lambda: [norm(normed[len(norm.weight)]) for norm in norms],
         "store_ms": lambda: [slots.update(new, new, 0) for _ in layers],
         "head_ms": lambda: decoder.sampler.logits(hidden),
-        "draw_ms": lambda: choose(logits, uniforms, forced, Sampling(1)),
+        "draw_ms": lambda: choose(logits, uniforms, forced, sampling_of(shape)),
     }
     return {
         name: measure(replayable(function, device), bench.device, bench.seconds).median

@@ -1,18 +1,17 @@
-"""`bench/stage_one.py`, the scoring half on one GPU: what selection, copies, encoding and writing cost beside
-the bare forward.
+"""`bench/stage_one.py`, part scoring: the cost of selection, copies, encoding and writing beside the bare
+forward.
 
 scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored
-positions
-          (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a cache
-          (`scored`).
-zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens a
-forward; at
-          4,096 tokens logprobs of both against each other and, as their yardstick, of plain against fp32.
+          positions (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a
+          cache (`scored`).
+zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens per
+          forward; at 4,096 tokens, log-probabilities of both against each other and, as a yardstick, of plain
+          against fp32.
 
-Nothing is read from disk or left there. The rates are medians of repeats in one process, all three over the
-same random tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion
-tokens, 80 % of positions scored. A unit is five forwards, a default one (`rollouts_per_unit`) about forty:
-what a unit costs once weighs more here.
+Nothing is read from disk or left there. Rates are medians of repeats in one process over the same random
+tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion tokens, 80 % of
+positions scored. A unit is five forwards here and about forty by default, so the fixed cost of a unit weighs
+more.
 """
 
 from __future__ import annotations
@@ -149,7 +148,15 @@ def unscored_rows(size: Size) -> list[cache.Record]:
 
 
 def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
-    arguments = ["--runs_dir", str(folder), "--device", device, "--score_tokens", str(size.tokens), *flags]
+    arguments = [
+        "--runs_dir",
+        str(folder),
+        "--device",
+        device,
+        "--micro_batch_tokens",
+        str(size.tokens),
+        *flags,
+    ]
     return open_run("", arguments)
 
 

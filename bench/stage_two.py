@@ -1,24 +1,20 @@
-"""Stage two at fine-tuning speed: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer
-on the same rows.
+"""Stage two: training a Qwen3-4B-shaped student from a cache, against TRL's SFTTrainer on the same rows.
 
-    python bench/stage_two.py                        every cell; calls add up, none begins a cell after 8
-    minutes python bench/stage_two.py --only packed 'trl*'   some of them python bench/stage_two.py --table
-    a Markdown table of bench/results/stage_two.json
+    python bench/stage_two.py                        every cell; none begins after 8 minutes
+    python bench/stage_two.py --only packed 'trl*'   some of them
+    python bench/stage_two.py --table                a Markdown table of bench/results/stage_two.json
 
-Seeded random weights in place of downloads, LoRA r 64 on all linear layers, gradient checkpointing, prompts
-of 64 to 192
-tokens with 512-token completions, a cache of synthetic top-64 rows on disk, forwards of 16,384 tokens. Ours
-is the run's
-own `train_step`, fed by the run's own reader. A cell's figures are from the steps after the first two:
-  tokens_per_second   prompt and completion, without padding;
-  mfu                 4 N a token (N: frozen weights without embeddings) and 4 V d a scored position (the
-  head), over the rate
-                      of a large bf16 product measured in the same call; attention and recomputation are not
-                      counted;
-  wait_share          of the time, waiting for the reader;
-  gib_above_weights   peak memory beyond base and adapter weights;
-  parts               of our cells: seconds by class of kernel in one more step, under the profiler
-  (bench/parts.py).
+Seeded random weights, LoRA r 64 on all linear layers, gradient checkpointing, prompts of 64 to 192 tokens
+with 512-token completions, a cache of synthetic top-64 rows on disk, forwards of 16,384 tokens. Ours is the
+run's own `train_step`, fed by the run's own reader. Figures are from the steps after the first two:
+
+tokens_per_second   prompt and completion, without padding
+mfu                 4 N per token (N: frozen weights without embeddings) and 4 V d per scored position (the
+                    head), over the rate of a large bf16 product measured in the same call; attention and
+                    recomputation are not counted
+wait_share          share of the time spent waiting for the reader
+gib_above_weights   peak memory beyond base and adapter weights
+parts               our cells: seconds by class of kernel in one more step, profiled (`bench/parts.py`)
 """
 
 from __future__ import annotations
@@ -142,8 +138,7 @@ class Steps:
     profile: parts.Profile | None = None
 
 
-# --- the rows
-# ------------------------------------------------------------------------------------------------------
+# --- the rows ---
 
 
 def write_rows(setting: Setting, root: Path) -> None:
@@ -194,8 +189,7 @@ def _row(setting: Setting, number: int, random: np.random.Generator) -> cache.Re
     )
 
 
-# --- ours
-# ----------------------------------------------------------------------------------------------------------
+# --- ours ---
 
 
 def base_model(setting: Setting, device: str) -> PreTrainedModel:
@@ -228,7 +222,6 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
         "lp_micro_batch": setting.rows_per_step,
         "max_steps": setting.num_steps + 1,
         "refresh_every": 0,
-        "trace_every": 0,
     }
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)
@@ -256,12 +249,11 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
 
 
 def between(clocks: list[float]) -> list[float]:
-    """Seconds of each step, from the clock before the first and after every step, without those to warm up."""
+    """Seconds of each step but the warm-up's, from the clocks before the first and after every step."""
     return [after - before for before, after in pairwise(clocks)][WARM_UP:]
 
 
-# --- TRL
-# -----------------------------------------------------------------------------------------------------------
+# --- TRL ---
 
 
 def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
@@ -344,8 +336,7 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-# --- cells
-# ---------------------------------------------------------------------------------------------------------
+# --- cells ---
 
 Contender = Callable[[Setting, str, Path, dict[str, str]], Steps]
 CELLS: dict[str, tuple[Contender, dict[str, str]]] = {
@@ -453,7 +444,7 @@ def table(found: Found) -> str:
     )
 
 
-PROGRAM = Program(__doc__ or "", "stage_two.json", cells, table, minutes=8.0)
+PROGRAM = Program(__doc__ or "", "stage_two.json", lambda options: cells(options.tiny), table, minutes=8.0)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -1,8 +1,8 @@
-"""A tiny random model of every causal language model type that transformers knows: what
-`bench/architectures.py` sweeps.
+"""A tiny random model of every causal language model type that transformers knows, for
+`bench/architectures.py`.
 
-A type's own default configuration says which settings it has; those known here by name become small, and
-windows become shorter than the sweep's rows. `SPECIAL` holds what a type needs besides.
+A type's default configuration says which settings it has. Settings known here by name become small, and
+windows become shorter than the sweep's rows. `SPECIAL` holds what else a type needs.
 """
 
 from __future__ import annotations

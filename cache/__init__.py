@@ -12,11 +12,13 @@ if sys.argv[:1] == ["-m"]:  # `python -m cache` is starting, and the imports bel
 
 from cache.commit import CommitRecord
 from cache.fingerprint import Fingerprint
+from cache.matrices import Full, Hidden, TeacherHead, to_float32
 from cache.reader import Snapshot, exists
 from cache.reader import open_cache as open
-from cache.schema import CacheError, Full, Hidden, Record, Signal, TeacherHead, TopK, to_float32
+from cache.schema import CacheError, Record, Signal
 from cache.store import StoreError
 from cache.stream import stream
+from cache.topk import TopK
 from cache.verify import Finding, verify
 from cache.writer import CommitResult, Writer
 

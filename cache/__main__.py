@@ -16,6 +16,8 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from cache import selection
 from cache.export import export
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal cannot display
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _COMMANDS[args.command](args)
+        code = _COMMANDS[args.command][0](args)
         sys.stdout.flush()
         return code
     except CacheError as error:
@@ -46,73 +48,58 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a root that is a file, a folder without write permission
-        text = f"error: {error.filename or args.root}: {error.strerror or error}; mend that and rerun."
+        text = f"error: {error.filename or args.root}: {error.strerror or error}; fix that and rerun."
         print(plain(text), file=sys.stderr)
         return WRONG_INPUT
 
 
 def _add_show(show: argparse.ArgumentParser) -> None:
     which = show.add_mutually_exclusive_group()
-    which.add_argument("--row", metavar="ROW_ID", help="a row id, or enough of its beginning")
+    which.add_argument("--row", metavar="ROW_ID", help="a row id or a unique prefix")
     which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
     which.add_argument(
-        "--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id, or enough of its beginning"
+        "--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id or a unique prefix"
     )
-    which.add_argument(
-        "--worst",
-        type=int,
-        metavar="N",
-        help="the N rows that the student likes most and the teacher least:"
-        " the largest sum over tokens of behaviour - teacher logprob",
-    )
-    which.add_argument("--longest", type=int, metavar="N", help="the N rows of the most tokens")
-    show.add_argument("--tokens", action="store_true", help="of several rows, print each token by token too")
+    worst = "the N rows with the largest sum over tokens of behaviour - teacher logprob"
+    which.add_argument("--worst", type=int, metavar="N", help=worst)
+    which.add_argument("--longest", type=int, metavar="N", help="the N rows with the most tokens")
+    show.add_argument("--tokens", action="store_true", help="print several rows token by token too")
 
 
 def _add_prune(old: argparse.ArgumentParser) -> None:
     rule = old.add_mutually_exclusive_group(required=True)
-    rule.add_argument(
-        "--max_age", type=int, help="rows more than this many optimizer steps old; needs --at_step"
-    )
-    rule.add_argument(
-        "--policy", action="append", default=[], help="rows of this policy (give it again for more)"
-    )
-    rule.add_argument(
-        "--max_bytes", type=int, help="whole shards, oldest policy first, until the cache is this small"
-    )
+    rule.add_argument("--max_age", type=int, help="rows more optimizer steps old than this; needs --at_step")
+    rule.add_argument("--policy", action="append", default=[], help="rows of this policy; may be repeated")
+    rule.add_argument("--max_bytes", type=int, help="whole shards, oldest policy first, down to this size")
     old.add_argument("--at_step", type=int, help="the step at which ages are counted")
-    old.add_argument("--run_id", help="the run whose steps these are, where the cache has rows of several")
+    old.add_argument("--run_id", help="the run that counts these steps, if the cache has rows of several")
     old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    summary = commands.add_parser("summary", help="rows, tokens, bytes, policies, quantiles; reads no shard")
-    summary.add_argument("--json", action="store_true", help="the same figures for a program")
-    page = commands.add_parser("view", help="the rows in row-id order, one line each")
-    page.add_argument("--first", type=int, default=0, metavar="N", help="number of the first row (default 0)")
-    page.add_argument("--count", type=int, default=20, metavar="N", help="at most so many rows (default 20)")
-    show = commands.add_parser("show", help="one rollout token by token, or several as a table")
-    _add_show(show)
-    check = commands.add_parser(
-        "verify", help="check every digest and every row; exit code 1 if anything is wrong"
-    )
-    check.add_argument(
-        "--repair", action="store_true", help="withdraw damaged shards, so that stage one refills their rows"
-    )
-    copy = commands.add_parser("export", help="all rows, decoded, as Parquet")
-    copy.add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
-    old = commands.add_parser("prune", help="remove rows by age, policy or size")
-    _add_prune(old)
-    union = commands.add_parser(
-        "merge", help="copy the rows of other caches, whose rows must mean the same, into ROOT"
-    )
-    for command in (summary, page, show, check, copy, old, union):
+    own = {name: commands.add_parser(name, help=text) for name, (_, text) in _COMMANDS.items()}
+    for command in own.values():
         command.add_argument("root", metavar="ROOT", help="directory or URL of the cache")
-    copy.add_argument("out", metavar="OUT", help="a new or empty folder, which appears when it is complete")
-    union.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="caches to copy from; they stay as they are"
+    own["summary"].add_argument("--json", action="store_true", help="the same figures for a program")
+    for option, default, what in (
+        ("--first", 0, "number of the first row"),
+        ("--count", 20, "most rows to print"),
+    ):
+        own["view"].add_argument(
+            option, type=int, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    _add_show(own["show"])
+    repair = "withdraw damaged shards, so that stage one refills their rows"
+    own["verify"].add_argument("--repair", action="store_true", help=repair)
+    own["export"].add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
+    own["export"].add_argument(
+        "out", metavar="OUT", help="a new or empty folder, which appears when it is complete"
+    )
+    _add_prune(own["prune"])
+    own["merge"].add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="caches to copy from; they do not change"
     )
     return parser
 
@@ -125,9 +112,8 @@ def _print(text: object = "") -> None:
 def _summary(args: argparse.Namespace) -> int:
     summary = open_cache(args.root).summary()
     if args.json:
-        print(
-            json.dumps(summary, indent=1).replace("\x7f", "\\u007f")
-        )  # the only control character that JSON does not escape
+        text = json.dumps(summary, indent=1)
+        print(text.replace("\x7f", "\\u007f"))  # the only control character that JSON does not escape
     else:
         _print(summary_text(summary))
     return 0
@@ -137,11 +123,9 @@ def _view(args: argparse.Namespace) -> int:
     snapshot = open_cache(args.root)
     positions = selection.page(snapshot, args.first, args.count)
     _print_table(snapshot, positions)
-    if positions[-1] + 1 < len(snapshot):
-        _print(
-            f"rows {positions[0]:,} to {positions[-1]:,} of {len(snapshot):,}; go on with --first"
-            f" {positions[-1] + 1}"
-        )
+    first, end, total = positions[0], positions[-1] + 1, len(snapshot)
+    if end < total:
+        _print(f"rows {first:,} to {end - 1:,} of {total:,}; for more add --first {end}")
     return 0
 
 
@@ -152,7 +136,8 @@ def _print_table(snapshot: Snapshot, positions: list[int]) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     snapshot = open_cache(args.root)
-    positions = _selected(snapshot, args)
+    chosen = next(name for name in _SELECTED_BY if getattr(args, name) is not None)
+    positions = _SELECTED_BY[chosen](snapshot, getattr(args, chosen))
     if len(positions) > 1:
         _print_table(snapshot, positions)
     for position in positions if args.tokens or len(positions) == 1 else []:
@@ -161,19 +146,6 @@ def _show(args: argparse.Namespace) -> int:
         for line in record_text(snapshot, position):
             _print(line)
     return 0
-
-
-def _selected(snapshot: Snapshot, args: argparse.Namespace) -> list[int]:
-    """Return the row numbers selected by the options of `show`."""
-    if args.row is not None:
-        return selection.by_row(snapshot, args.row)
-    if args.prompt is not None:
-        return selection.by_prompt(snapshot, args.prompt)
-    if args.worst is not None:
-        return selection.worst(snapshot, args.worst)
-    if args.longest is not None:
-        return selection.longest(snapshot, args.longest)
-    return selection.by_index(snapshot, args.index)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -191,8 +163,8 @@ def _verify(args: argparse.Namespace) -> int:
         for file in withdrawn:
             _print(f"withdrawn: {file}")
         _print(
-            "Stage one, run again, writes rows of a run that has not trained; a run that trains on them"
-            " refreshes when it goes on."
+            "To write the rows again, rerun stage one; a run that is training on them writes new ones at a"
+            " refresh when it resumes."
         )
         findings = [finding for finding in findings if finding.record is None]
     if findings:
@@ -203,21 +175,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    pruned = prune(
-        args.root,
-        max_age=args.max_age,
-        at_step=args.at_step,
-        run_id=args.run_id,
-        policies=args.policy,
-        max_bytes=args.max_bytes,
-        dry_run=args.dry_run,
-    )
+    rule = {name: getattr(args, name) for name in ("max_age", "at_step", "run_id", "max_bytes", "dry_run")}
+    pruned = prune(args.root, policies=args.policy, **rule)
     what = f"{pruned.rows:,} rows ({pruned.scored_tokens:,} scored tokens, {pruned.num_bytes:,} bytes,"
     how = "would be removed" if args.dry_run else "removed"
-    _print(
-        f"{what} {pruned.shards:,} whole shards) {how}; {args.root} holds {len(open_cache(args.root)):,}"
-        " rows."
-    )
+    left = f"{args.root} holds {len(open_cache(args.root)):,} rows."
+    _print(f"{what} {pruned.shards:,} whole shards) {how}; {left}")
     return 0
 
 
@@ -231,14 +194,21 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {
-    "summary": _summary,
-    "view": _view,
-    "show": _show,
-    "verify": _verify,
-    "export": _export,
-    "prune": _prune,
-    "merge": _merge,
+_SELECTED_BY: dict[str, Callable[[Snapshot, Any], list[int]]] = {
+    "row": selection.by_row,
+    "prompt": selection.by_prompt,
+    "worst": selection.worst,
+    "longest": selection.longest,
+    "index": selection.by_index,  # last, as it has a default
+}
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "summary": (_summary, "rows, tokens, bytes, policies, quantiles; reads no shard"),
+    "view": (_view, "the rows in row-id order, one line each"),
+    "show": (_show, "one rollout token by token, or several as a table"),
+    "verify": (_verify, "check every digest and every row; exit code 1 if anything is wrong"),
+    "export": (_export, "all rows, decoded, as Parquet"),
+    "prune": (_prune, "remove rows by age, policy or size"),
+    "merge": (_merge, "copy the rows of other caches, which must have the same fingerprint, into ROOT"),
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 from urllib.parse import quote
 
@@ -52,7 +54,7 @@ def explain_os_errors(root: str, count_kept: Callable[[], int]) -> Iterator[None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "No space left on" if full else f"{error.strerror or error} while writing to"
-        remedy = "free space" if full else "mend that"
+        remedy = "free space" if full else "fix that"
         raise CacheError(
             f"{problem} {root}: {count_kept()} committed rows are kept; {remedy} and rerun."
         ) from error
@@ -101,14 +103,14 @@ def unseal(path: str, data: bytes, advice: str, *, apart: str = "", before: str 
     actual = hashlib.sha256(content.removesuffix(b"\n")).hexdigest()
     if actual != digest or not content.endswith(b"}\n"):
         raise CacheError(
-            f"{path}: its content has sha256 {actual[:8]}…, it says {str(digest)[:8]}…. {advice}"
+            f"{path}: the sha256 of its content is {actual[:8]}…, but it says {str(digest)[:8]}…. {advice}"
         )
     assert isinstance(body, dict)
     return body
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -164,6 +166,11 @@ class CommitRecord:
         rows = hashlib.sha256("".join(sorted(self.row_ids)).encode()).hexdigest()
         return f"{file_stem(self.unit)}-{rows[:12]}.json"
 
+    @cached_property
+    def row_edges(self) -> list[int]:
+        """The first row of each record batch, and the number of rows."""
+        return list(accumulate((entry.num_rows for entry in self.batches), initial=0))
+
     @property
     def num_bytes(self) -> int:
         """Total bytes of the shard and this record."""
@@ -177,7 +184,7 @@ class CommitRecord:
             part: dict[str, Any] = _DECODER.decode(self.statistics_json.decode())
             if check_statistics(part, expected):
                 return part
-        raise CacheError(f"{record_path(self.name)}: its statistics cannot be right. {_ADVICE}")
+        raise CacheError(f"{record_path(self.name)}: its statistics are invalid. {_ADVICE}")
 
     def sealed(self) -> bytes:
         """Return the bytes of the record's file."""
@@ -229,9 +236,9 @@ def _parse(store: Store, name: str, data: bytes) -> CommitRecord:
     except (TypeError, KeyError) as error:
         raise CacheError(f"{path} is not a commit record ({error}). {_ADVICE}") from error
     if wrong:
-        raise CacheError(f"{path} is not a commit record: {wrong} cannot be right. {_ADVICE}")
+        raise CacheError(f"{path} is not a commit record: invalid {wrong}. {_ADVICE}")
     if record.name != name:  # else removing this record's rows would remove the record whose name it bears
-        raise Misnamed(f"{path} should be called {record.name}; give it that name.")
+        raise Misnamed(f"{path} should be named {record.name}; rename it.")
     return record
 
 
@@ -258,7 +265,7 @@ def _wrong_fields(record: CommitRecord) -> Iterator[str]:
     if any(
         type(values) is not list or len(values) != num_rows for values in (*of_rows, record.policy_of_row)
     ):
-        yield "the number of rows"
+        yield "number of rows"
     if not (num_rows and _are_names(record.row_ids) and len(set(record.row_ids)) == num_rows):
         yield "row_ids"
     if set(map(len, record.row_ids)) != {32} or not _ROW_IDS.fullmatch("".join(record.row_ids)):
@@ -303,26 +310,21 @@ def _is_policy(policy: Any) -> bool:
     return names and is_count(step) and is_count(refresh, 0, 2**31)
 
 
-def read_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """Return all commit records, sorted by file name. Those in `known` are reused while their shard exists.
+def read_records(
+    store: Store, known: dict[str, CommitRecord], *, checks_shards: bool = True
+) -> dict[str, CommitRecord]:
+    """Return all commit records, sorted by file name; those in `known` are reused.
 
-    Rows that were withdrawn and rewritten keep the record's name but have a new shard.
+    `checks_shards`: reuse a record only while its shard exists. Rows that were withdrawn and rewritten keep
+    the record's name but have a new shard.
     """
     found = record_names(store)
-    shards = set(store.names(SHARDS)) if known else set()
+    shards = set(store.names(SHARDS)) if known and checks_shards else set()
     kept = {
-        name: known[name] for name in found if name in known and known[name].shard.split("/")[-1] in shards
+        name: known[name]
+        for name in found
+        if name in known and (not checks_shards or known[name].shard.split("/")[-1] in shards)
     }
-    return _complete(store, found, kept)
-
-
-def read_new_records(store: Store, known: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
-    """Like `read_records`, but without listing the shards; writers need only the rows."""
-    found = record_names(store)
-    return _complete(store, found, {name: known[name] for name in found if name in known})
-
-
-def _complete(store: Store, found: list[str], kept: dict[str, CommitRecord]) -> dict[str, CommitRecord]:
     missing = [name for name in found if name not in kept]
     for name, data in zip(missing, store.read_many([record_path(name) for name in missing]), strict=True):
         if data is not None:

@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cache.planes import Array
 from cache.reader import PLAIN_COLUMNS, Snapshot
-from cache.schema import SCHEMA, Array, CacheError, Full, Hidden, Record, TopK, to_batch, to_float32
+from cache.schema import SCHEMA, CacheError, Record, to_batch
+from cache.signals import KINDS
 from cache.store import sync
 
 FILE_BYTES = 500 * 10**6  # a file is closed once it reaches this size
-_MATRICES = {"hidden": "signal_states", "full": "signal_logits"}
 _MOST_VALUES = 2**31 - 1  # limit of the 32-bit offsets of an Arrow list column
 
 
@@ -90,7 +91,7 @@ def _target(out: str) -> Path:
         raise CacheError(f"{out} is a URL; export writes to a local folder.")
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
-        raise CacheError(f"{out} exists and is no folder; give a new one. Nothing was changed.")
+        raise CacheError(f"{out} exists and is not a folder; give a new or empty one. Nothing was changed.")
     if path.is_dir() and any(path.iterdir()):
         raise CacheError(f"{out} is not empty; give a new folder or an empty one. Nothing was changed.")
     return path
@@ -141,73 +142,49 @@ def _metadata(snapshot: Snapshot) -> dict[str, str]:
 
 
 def _schema(snapshot: Snapshot) -> pa.Schema:
-    """The plain columns, followed by the signal's.
+    """The plain columns, followed by the signal's, each list<list<type>> with a list a token.
 
-    top-k and nucleus: `signal_ids` list<list<int32>> [T, K], `signal_logprobs` list<list<float>> [T, K],
-    without empty slots. hidden: `signal_states` [T, D]; full: `signal_logits` [T, V]; both
-    list<list<halffloat>> if the first row is in float16, else list<list<float>>, which represents bfloat16
+    top-k and nucleus: `signal_ids` and `signal_logprobs`, without empty slots. hidden: `signal_states`; full:
+    `signal_logits`; both halffloat if the first row is in float16, else float, which represents bfloat16
     exactly. none: no further columns.
     """
-    kind = snapshot.fingerprint.rules.kind
+    own = KINDS[snapshot.fingerprint.rules.kind]
+    types = dict(own.column_types) if own else {}
+    first = snapshot[0].signal if len(snapshot) else None
+    if first is not None:
+        types = {name: pa.from_numpy_dtype(values.dtype) for name, values in first.columns()[0].items()}
     fields = [pa.field(name, SCHEMA.field(name).type) for name in PLAIN_COLUMNS]
-    if kind in ("topk", "nucleus"):
-        fields += [
-            pa.field("signal_ids", _nested(pa.int32())),
-            pa.field("signal_logprobs", _nested(pa.float32())),
-        ]
-    elif kind in _MATRICES:
-        signal = snapshot[0].signal if len(snapshot) else None
-        is_half = isinstance(signal, Hidden | Full) and signal.dtype == "float16"
-        fields.append(pa.field(_MATRICES[kind], _nested(pa.float16() if is_half else pa.float32())))
+    fields += [pa.field(name, pa.list_(pa.list_(kind))) for name, kind in types.items()]
     return pa.schema(fields)
 
 
 def _batch(records: list[Record], schema: pa.Schema) -> pa.RecordBatch:
-    """Convert rows to a record batch of `_schema`; CacheError on float32 states in a float16 cache."""
+    """Convert rows to a record batch of `_schema`; CacheError on other states in a float16 cache."""
     plain = to_batch(records, [None] * len(records)).select(list(PLAIN_COLUMNS))
     columns = [*plain.columns, *_signal_columns(records, schema)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _nested(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.list_(kind))
-
-
 def _signal_columns(records: list[Record], schema: pa.Schema) -> list[pa.Array]:
     """The columns of `schema` that follow the plain ones."""
     names = schema.names[len(PLAIN_COLUMNS) :]
-    if not names:
-        return []
+    parts = [record.signal.columns() for record in records if record.signal is not None]
     row_lengths = [len(record.completion_ids) for record in records]
-    if len(names) == 1:
-        dtype = np.dtype(schema.field(names[0]).type.value_type.value_type.to_pandas_dtype())
-        matrices = [_matrix(record, dtype) for record in records]
-        widths = np.repeat([matrix.shape[1] for matrix in matrices], row_lengths)
-        return [_lists(records[0], [matrix.reshape(-1) for matrix in matrices], widths, row_lengths)]
-    signals = [_topk(record) for record in records]
-    kept = [signal.ids >= 0 for signal in signals]
-    widths = np.concatenate([slots.sum(1) for slots in kept])
-    ids = [signal.ids[slots] for signal, slots in zip(signals, kept, strict=True)]
-    logprobs = [signal.logprobs[slots] for signal, slots in zip(signals, kept, strict=True)]
-    return [_lists(records[0], values, widths, row_lengths) for values in (ids, logprobs)]
+    found = []
+    for name in names:
+        wanted = np.dtype(schema.field(name).type.value_type.value_type.to_pandas_dtype())
+        values = [_cast(*pair, wanted) for pair in zip(records, (own[name] for own, _ in parts), strict=True)]
+        found.append(_lists(records[0], values, np.concatenate([widths for _, widths in parts]), row_lengths))
+    return found
 
 
-def _topk(record: Record) -> TopK:
-    assert isinstance(record.signal, TopK)
-    return record.signal
-
-
-def _matrix(record: Record, dtype: np.dtype[np.generic]) -> Array:
-    """States or logits [T, D or V] as float16 or float32, exactly."""
-    signal = record.signal
-    assert isinstance(signal, Hidden | Full)
-    values = signal.states if isinstance(signal, Hidden) else signal.logits
-    if dtype == np.float16 and signal.dtype != "float16":
+def _cast(record: Record, values: Array, wanted: np.dtype) -> Array:
+    if not np.can_cast(values.dtype, wanted):
         raise CacheError(
-            f"row {record.row_id}: its signal is {signal.dtype}, that of the cache's first row float16; they"
-            " cannot go into one column. Read this cache with `cache.open`."
+            f"row {record.row_id}: its signal is in {values.dtype}, that of the cache's first row in"
+            f" {wanted}; they do not fit one column. Read this cache with `cache.open`."
         )
-    return values if dtype == np.float16 else to_float32(values, signal.dtype)
+    return values.astype(wanted, copy=False)
 
 
 def _lists(

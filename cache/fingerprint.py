@@ -10,7 +10,8 @@ from typing import Any
 
 from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, is_count, is_digest, seal, unseal
 from cache.plain import plain
-from cache.schema import FORMAT_VERSION, SIGNAL_KINDS, CacheError, Rules
+from cache.schema import FORMAT_VERSION, CacheError, Rules
+from cache.signals import KINDS
 from cache.store import Store
 
 _SHOWN = 48
@@ -18,7 +19,7 @@ _MOST_IDS = 2**31  # int32
 _DEPTH = 32
 _MOST_VALUES = 100_000
 _ABSENT = "absent"
-_ADVICE = "Delete it and rerun stage one, which writes it anew; committed rows are kept."
+_ADVICE = "Delete it and rerun stage one, which writes a new one; committed rows are kept."
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,21 @@ class Fingerprint:
         must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size, signal
             {kind, k, p, temperature}; format_version is added here.
         recorded: student, sampling, dataset: informational, may differ between writers.
+        tokenizer_sha256: digest of the first writer's tokenizer.json; None without one, and before it is stored.
     """
 
     must_match: dict[str, Any]
     recorded: dict[str, Any] = field(default_factory=dict)
+    tokenizer_sha256: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         must_match = {**_plain("must_match", self.must_match), "format_version": FORMAT_VERSION}
         object.__setattr__(self, "must_match", must_match)
         object.__setattr__(self, "recorded", _plain("recorded", self.recorded))
         signal, vocab_size = must_match.get("signal"), must_match.get("vocab_size")
-        if not isinstance(signal, dict) or signal.get("kind") not in list(SIGNAL_KINDS):
+        if not isinstance(signal, dict) or signal.get("kind") not in list(KINDS):
             raise CacheError(
-                f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(SIGNAL_KINDS)}."
+                f"the fingerprint's signal is {signal!r}; expected a kind among {', '.join(KINDS)}."
             )
         if not is_count(vocab_size, 1, _MOST_IDS):
             raise CacheError(
@@ -75,52 +78,50 @@ class Fingerprint:
         for name, own, other in _differences(self.must_match, wanted.must_match):
             own, other = _show(own, other)
             raise CacheError(
-                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both would not mean the"
-                f" same: use another cache directory, or set {name} as it was when the cache was written."
+                f"{root}: the cache's {name} is {own}, expected {other}. Rows of both cannot share a"
+                f" cache: use another cache directory, or set {name} as it was when the cache was written."
                 " Nothing was changed."
             )
         return [
-            f"{plain(name)} is {_show(other, own)[0]}, the cache was begun with {_show(own, other)[0]}"
+            f"{plain(name)} is {_show(other, own)[0]}, the cache was started with {_show(own, other)[0]}"
             for name, own, other in _differences(self.recorded, wanted.recorded)
         ]
 
 
 def load_fingerprint(store: Store) -> Fingerprint | None:
     """Return the cache's fingerprint, None if it has none; CacheError if it is damaged."""
-    body = _load(store)
-    return None if body is None else Fingerprint(body["must_match"], body["recorded"])
-
-
-def tokenizer_digest(store: Store) -> str | None:
-    """Return the sha256 of the tokenizer.json stored by the first writer, or None if there was none."""
-    body = _load(store)
-    if body is None:
-        raise CacheError(f"{store.path(FINGERPRINT)} is missing. {_ADVICE}")
-    digest = body["tokenizer_sha256"]
-    return None if digest is None else str(digest)
-
-
-def _load(store: Store) -> dict[str, Any] | None:
-    """Return the body of fingerprint.json with checked fields, except for the checks of `Fingerprint`."""
     path = store.path(FINGERPRINT)
-    try:
-        data = store.read(FINGERPRINT)
-        _check_values(path, data)
-        body = unseal(path, data, _ADVICE)
-    except FileNotFoundError:
+    data = store.read_or_none(FINGERPRINT)
+    if data is None:
         return None
+    _check_values(path, data)
+    body = unseal(path, data, _ADVICE)
     must_match, recorded = body.get("must_match"), body.get("recorded")
     if not (isinstance(must_match, dict) and isinstance(recorded, dict) and "tokenizer_sha256" in body):
         raise CacheError(f"{path} is not a fingerprint. {_ADVICE}")
     if body["tokenizer_sha256"] is not None and not is_digest(body["tokenizer_sha256"]):
-        raise CacheError(f"{path}: its tokenizer_sha256 is no sha256. {_ADVICE}")
+        raise CacheError(f"{path}: its tokenizer_sha256 is not a sha256. {_ADVICE}")
     version = must_match.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
             f"{store.root} has format version {version}, this program reads version {FORMAT_VERSION}; read"
             " the cache with the program that wrote it, or use another cache directory."
         )
-    return body
+    return Fingerprint(must_match, recorded, body["tokenizer_sha256"])
+
+
+def tokenizer_problem(store: Store, fingerprint: Fingerprint) -> str | None:
+    """Return how tokenizer.json differs from the one that the cache was created with, and the remedy."""
+    expected, actual = fingerprint.tokenizer_sha256, None
+    if expected is not None and store.size(TOKENIZER) is not None:
+        actual = store.hash(TOKENIZER)
+    if expected == actual:
+        return None
+    found = (
+        f": sha256 is {actual[:8]}…, fingerprint.json says {str(expected)[:8]}…" if actual else " is missing"
+    )
+    remedy = "Restore the tokenizer's own tokenizer.json; the rows do not depend on it."
+    return f"{store.path(TOKENIZER)}{found}. {remedy}"
 
 
 def store_fingerprint(
@@ -165,7 +166,7 @@ def _check_values(what: str, data: bytes) -> None:
     """Raise CacheError for a JSON text with too many values: decoded, each takes up to 30 times its bytes."""
     if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise CacheError(
-            f"{what} holds more than {_MOST_VALUES:,} values; it is no fingerprint that this program writes."
+            f"{what} holds more than {_MOST_VALUES:,} values, more than any fingerprint of this program."
         )
 
 

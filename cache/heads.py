@@ -6,15 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cache.commit import HEAD, HEADS, CommitRecord, is_count, is_digest, seal, unseal
-from cache.schema import STATE_DTYPES, Array, CacheError, TeacherHead
+from cache.matrices import STATE_DTYPES, TeacherHead
+from cache.planes import Array
+from cache.schema import CacheError, Rules
+from cache.signals import needs_head
 from cache.store import Store
 
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in safetensors
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MOST_HEADER_BYTES = 1 << 16
 _ADVICE = "Delete head.json and the file it names, and rerun stage one, which writes the head again."
 
@@ -25,7 +30,10 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
     CacheError if the cache has a different head, or rows (`records`) written with a different one.
     """
     parts = _parts(head)
-    digest = _sha256(parts)
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    digest = hashed.hexdigest()
     stored, is_new = head_digest(store), False
     if stored in (None, digest):
         check_heads(store, records, digest)
@@ -45,28 +53,23 @@ def store_head(store: Store, head: TeacherHead, records: Iterable[CommitRecord])
             store.remove(_file(digest))
         raise CacheError(
             f"{store.root}: the cache's teacher head has sha256 {str(stored)[:8]}…, this teacher's has"
-            f" {digest[:8]}…. Rows of both would not mean the same: use another cache directory, or the"
-            " teacher the cache was written with."
+            f" {digest[:8]}…. Rows of both cannot share a cache: use another cache directory, or the teacher"
+            " that the cache was written with."
         )
     return digest
-
-
-def _sha256(parts: list[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def check_heads(store: Store, records: Iterable[CommitRecord], digest: str | None) -> None:
     """Raise CacheError unless all rows were written with this head; states are meaningless without it."""
     for record in records:
         if record.head_sha256 != digest:
-            own, other = (str(d)[:8] + "…" if d else "no head" for d in (record.head_sha256, digest))
+            own, other = (
+                f"teacher head {d[:8]}…" if d else "no teacher head" for d in (record.head_sha256, digest)
+            )
             raise CacheError(
-                f"{store.path(HEAD)}: the rows of {record.shard} were written with the teacher head {own},"
-                f" the head here is {other}. Put the head.json and the file in heads/ of these rows back, or"
-                " use another cache directory. Nothing was changed."
+                f"{store.path(HEAD)}: the rows of {record.shard} were written with {own}, but the cache has"
+                f" {other}. Restore the head.json and the file in heads/ that belong to these rows, or use"
+                " another cache directory. Nothing was changed."
             )
 
 
@@ -78,17 +81,17 @@ def head_digest(store: Store) -> str | None:
         return None
     digest = str(body.get("file_sha256"))
     if not is_digest(digest) or body != {"file": _file(digest), "file_sha256": digest}:
-        raise CacheError(f"{store.path(HEAD)} names no head of this cache. {_ADVICE}")
+        raise CacheError(f"{store.path(HEAD)} does not name a head of this cache. {_ADVICE}")
     return digest
 
 
-def head_width(store: Store) -> int | None:
-    """Return D, the width of the head's input states, from its file's header; None without a head."""
-    digest = head_digest(store)
+def with_head_width(store: Store, rules: Rules) -> Rules:
+    """Return the rules with D, from the file of the cache's head, if there is one and rows need it."""
+    digest = head_digest(store) if needs_head(rules.kind) else None
     if digest is None:
-        return None
+        return rules
     header, _ = _header(store, _file(digest))
-    return int(header["weight"]["shape"][1])
+    return replace(rules, width=int(header["weight"]["shape"][1]))
 
 
 def head_files(store: Store) -> list[str]:
@@ -141,16 +144,12 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(bytes(memoryview(store.read_range(file, 8, length))).decode())
         scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
-        is_right = (
-            math.isfinite(scale) and 0 <= softcap < math.inf and header["weight"]["dtype"] in _NAMES.values()
-        )
+        weight, room = header["weight"], size - 8 - length
+        is_right = math.isfinite(scale) and 0 <= softcap < math.inf and _fits(weight, 2, room)
         is_right = is_right and header.keys() <= {"__metadata__", "weight", "bias"}
-        for name, rank in (("weight", 2), ("bias", 1)):
-            is_right = is_right and (name not in header or _fits(header[name], rank, size - 8 - length))
-        is_right = is_right and ("bias" not in header or header["bias"]["dtype"] == "F32")
-        is_right = is_right and (
-            "bias" not in header or header["bias"]["shape"] == header["weight"]["shape"][:1]
-        )
+        if "bias" in header:
+            is_right = is_right and _fits(header["bias"], 1, room) and header["bias"]["dtype"] == "F32"
+            is_right = is_right and header["bias"]["shape"] == weight["shape"][:1]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise wrong from None
     if not is_right:
@@ -159,16 +158,12 @@ def _header(store: Store, file: str) -> tuple[dict[str, Any], int]:
 
 
 def _fits(entry: dict[str, Any], rank: int, num_bytes: int) -> bool:
-    """Return whether a header's array lies within the file and its size matches its shape."""
-    (first, last), shape = entry["data_offsets"], entry["shape"]
-    if (
-        not all(is_count(n) for n in (first, last))
-        or len(shape) != rank
-        or not all(is_count(n, 1) for n in shape)
-    ):
+    """Return whether a header's array lies within the file and its size matches dtype and shape."""
+    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES.get(entry["dtype"])
+    counts = all(is_count(n) for n in (first, last)) and all(is_count(n, 1) for n in shape)
+    if dtype is None or not counts or len(shape) != rank:
         return False
-    itemsize = {"BF16": 2, "F16": 2, "F32": 4}.get(entry["dtype"], 0)
-    return first <= last <= num_bytes and last - first == math.prod(shape) * itemsize > 0
+    return first <= last <= num_bytes and last - first == math.prod(shape) * STATE_DTYPES[dtype].itemsize
 
 
 def _read(store: Store, file: str) -> TeacherHead:
@@ -177,10 +172,9 @@ def _read(store: Store, file: str) -> TeacherHead:
     arrays: dict[str, Array] = {}
     for name in header.keys() - {"__metadata__"}:
         first, last = header[name]["data_offsets"]
-        dtype = {v: STATE_DTYPES[k] for k, v in _NAMES.items()}[header[name]["dtype"]]
+        dtype = STATE_DTYPES[_DTYPES[header[name]["dtype"]]]
         arrays[name] = data[start + first : start + last].view(dtype).reshape(header[name]["shape"])
-    dtype_name = {v: k for k, v in _NAMES.items()}[header["weight"]["dtype"]]
-    settings = header["__metadata__"]
+    scale, softcap = (float(header["__metadata__"][name]) for name in ("scale", "softcap"))
     return TeacherHead(
-        arrays["weight"], dtype_name, arrays.get("bias"), float(settings["scale"]), float(settings["softcap"])
+        arrays["weight"], _DTYPES[header["weight"]["dtype"]], arrays.get("bias"), scale, softcap
     )

@@ -33,7 +33,7 @@ def check_message(message: memoryview) -> None:
     try:
         total = _unpacked_bytes(message)
     except (struct.error, IndexError, ValueError, OverflowError) as error:
-        raise CacheError(f"its record batch is not laid out as Arrow's format says ({error})") from None
+        raise CacheError(f"its record batch is not a valid Arrow message ({error})") from None
     if total > most_bytes(len(message)):
         raise CacheError(f"its record batch of {len(message):,} bytes declares that it unpacks to {total:,}")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -16,10 +17,12 @@ import pyarrow as pa
 
 from cache import commit
 from cache.commit import CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_digest
-from cache.heads import check_heads, head_digest, head_width, load_head
-from cache.schema import SCHEMA, CacheError, Record, Rules, TeacherHead
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.heads import check_heads, head_digest, load_head, with_head_width
+from cache.matrices import TeacherHead
+from cache.schema import SCHEMA, CacheError, Record, Rules
 from cache.shard import BatchRows, read_batch
+from cache.signals import needs_head
 from cache.store import Root, Store, open_store
 from cache.summary import summarise
 from cache.verify import Finding, verify
@@ -50,13 +53,7 @@ def open_cache(root: Root) -> Snapshot:
             f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
         )
     records = commit.read_records(store, {})
-    return Snapshot(store, fingerprint, records, _Batches(store, rules_of(store, fingerprint, records)))
-
-
-def rules_of(store: Store, fingerprint: Fingerprint, records: dict[str, CommitRecord]) -> Rules:
-    """Return the rules for each row; the head is read only if there are rows with hidden states."""
-    rules = fingerprint.rules
-    return replace(rules, width=head_width(store)) if records and rules.kind == "hidden" else rules
+    return Snapshot(store, fingerprint, records, _Batches(store, with_head_width(store, fingerprint.rules)))
 
 
 def exists(root: Root) -> bool:
@@ -93,7 +90,7 @@ class Snapshot(Sequence[Record]):
                     f" ({record.fingerprint[:8]}…) than the cache's ({digest[:8]}…); move it and"
                     f" commits/{record.name} out of this cache."
                 )
-        if self._shards and fingerprint.rules.kind == "hidden":
+        if self._shards and needs_head(fingerprint.rules.kind):
             check_heads(store, self._shards, head_digest(store))
         self._locate()
 
@@ -110,9 +107,6 @@ class Snapshot(Sequence[Record]):
         starts = np.cumsum([0, *counts])
         self._shard_of = np.repeat(np.arange(len(counts)), counts)[self._kept]
         self._row_of = self._kept - starts[self._shard_of]
-        self._batch_ends = [
-            np.cumsum([batch.num_rows for batch in record.batches]) for record in self._shards
-        ]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -128,11 +122,9 @@ class Snapshot(Sequence[Record]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
-        shard, row = int(self._shard_of[position]), int(self._row_of[position])
-        ends = self._batch_ends[shard]
-        batch = int(np.searchsorted(ends, row, side="right"))
-        rows = self._batches.get(self._shards[shard], batch)
-        return rows.record(row - (int(ends[batch - 1]) if batch else 0))
+        shard, row = self._shards[self._shard_of[position]], int(self._row_of[position])
+        batch = bisect_right(shard.row_edges, row) - 1
+        return self._batches.get(shard, batch).record(row - shard.row_edges[batch])
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -163,17 +155,12 @@ class Snapshot(Sequence[Record]):
 
     def places(self) -> list[Place]:
         """Return the location of every row once, as record batches ordered by their lowest row id."""
-        batches = [(record, batch) for record in self._shards for batch in range(len(record.batches))]
-        sizes = [record.batches[batch].num_rows for record, batch in batches]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        batch_of_row = np.searchsorted(ends, self._kept, side="right")
-        rows: dict[int, list[int]] = {}  # by batch, in order of the lowest row id
-        for batch, row in zip(batch_of_row.tolist(), self._kept.tolist(), strict=True):
-            rows.setdefault(batch, []).append(row)
-        return [
-            Place(*batches[b], np.sort(np.array(own, np.int64)) - (ends[b] - sizes[b]))
-            for b, own in rows.items()
-        ]
+        rows: dict[tuple[int, int], list[int]] = {}  # by shard and batch, in order of the lowest row id
+        for shard, row in zip(self._shard_of.tolist(), self._row_of.tolist(), strict=True):
+            edges = self._shards[shard].row_edges
+            batch = bisect_right(edges, row) - 1
+            rows.setdefault((shard, batch), []).append(row - edges[batch])
+        return [Place(self._shards[s], b, np.sort(np.array(own, np.int64))) for (s, b), own in rows.items()]
 
     def read_place(self, place: Place) -> list[Record]:
         """Return the decoded rows of a place, without caching the batch. CacheError on damaged bytes."""
@@ -189,15 +176,10 @@ class Snapshot(Sequence[Record]):
 
         CacheError if it is not the one that the cache was created with.
         """
-        expected = tokenizer_digest(self.store)
-        if expected is None or self.store.size(commit.TOKENIZER) is None:
+        if self.store.size(commit.TOKENIZER) is None or self.fingerprint.tokenizer_sha256 is None:
             return None
-        actual = self.store.hash(commit.TOKENIZER)
-        if actual != expected:
-            raise CacheError(
-                f"{self.store.path(commit.TOKENIZER)}: sha256 is {actual[:8]}…, fingerprint.json says"
-                f" {expected[:8]}…. Put the tokenizer's tokenizer.json there; rows do not depend on it."
-            )
+        if problem := tokenizer_problem(self.store, self.fingerprint):
+            raise CacheError(problem)
         return self.store.local_copy(commit.TOKENIZER)
 
     def refresh(self) -> Snapshot:

@@ -37,7 +37,7 @@ def by_row(snapshot: Snapshot, beginning: str) -> list[int]:
     found = [i for i, row_id in enumerate(snapshot.row_ids) if row_id.startswith(beginning)]
     if len(found) != 1:
         raise CacheError(
-            f"{snapshot.root}: {len(found)} rows begin with {beginning!r}; give the beginning of one row id."
+            f"{snapshot.root}: {len(found)} row ids begin with {beginning!r}; give the beginning of one."
         )
     return found
 

@@ -29,8 +29,8 @@ from cache.schema import (
     OtherVersionError,
     Record,
     Rules,
+    bad_values,
     to_batch,
-    wrong_value,
 )
 from cache.statistics import Statistics
 from cache.store import Store
@@ -38,27 +38,41 @@ from cache.store import Store
 TOKENS_PER_BATCH = 8_192
 SIGNAL_BYTES_PER_BATCH = 4 * 2**20  # a batch, the unit of random access, ends at either limit
 _MAGIC_BYTES = 8
+_ARROW_CODEC = pa.Codec("zstd", compression_level=3)
+_METADATA = {
+    "cache.format_version": str(FORMAT_VERSION),
+    "cache.signal_codec_version": str(codec.CODEC_VERSION),
+    "cache.description": "one row per rollout; logprobs, entropies and masses in nats; see FORMAT.md",
+}
+_COLUMNS = ("row_ids", "prompt_ids", "num_prompt_tokens", "num_completion_tokens", "policy_of_row")
 
 
 class OpenShard:
     """A shard being written as a draft; buffers at most one record batch of rows in memory."""
 
     def __init__(self, store: Store) -> None:
-        self.row_ids: list[str] = []
+        self._columns: dict[str, Any] = {name: [] for name in _COLUMNS}  # of the commit record
+        self.row_ids: list[str] = self._columns["row_ids"]
         self.seen: set[str] = set()
+        self._policies: dict[tuple[Any, ...], int] = {}
+        self._statistics = Statistics()
         self._file = store.draft(SHARDS)
         self._sink = _Sink()
-        self._ipc = ipc.new_file(self._sink, SCHEMA.with_metadata(_metadata()), options=_options())
+        options = ipc.IpcWriteOptions(compression=_ARROW_CODEC, use_threads=False)
+        self._ipc = ipc.new_file(self._sink, SCHEMA.with_metadata(_METADATA), options=options)
         self._records: list[Record] = []
         self._signals: list[bytes | memoryview | None] = []
         self._tokens = self._signal_bytes = 0
         self._batches: list[BatchEntry] = []
-        self._index = _RowIndex()
 
     def append(self, record: Record, signal: bytes | memoryview | None) -> None:
-        self.row_ids.append(record.row_id)
         self.seen.add(record.row_id)
-        self._index.add(record)
+        policy = (record.run_id, record.policy_step, record.policy_hash, record.refresh_index)
+        number = self._policies.setdefault(policy, len(self._policies))
+        counts = len(record.prompt_ids), len(record.completion_ids)
+        for name, value in zip(_COLUMNS, (record.row_id, record.prompt_id, *counts, number), strict=True):
+            self._columns[name].append(value)
+        self._statistics.add(record)
         self._records.append(record)
         self._signals.append(signal)
         self._tokens += len(record.completion_ids)
@@ -82,111 +96,49 @@ class OpenShard:
             shard_bytes=self._file.num_bytes,
             shard_sha256=digest,
             batches=self._batches,
-            row_ids=self.row_ids,
+            policies=[list(policy) for policy in self._policies],
+            statistics_json=canonical_json(self._statistics.to_json()),
             head_sha256=head,
-            **self._index.columns(),
+            **self._columns,
         )
 
     def discard(self) -> None:
         self._file.discard()
 
     def _write_batch(self) -> None:
-        first = not self._batches
         batch = to_batch(self._records, self._signals)
         self._ipc.write_batch(batch)
-        self._index.add_signals(_stored_bytes(self._signals))
+        packed = b"".join(signal for signal in self._signals if signal is not None)
+        self._statistics.signal_bytes += len(_ARROW_CODEC.compress(packed)) if packed else 0  # as in the file
         data = self._sink.take()
-        start = _schema_end(data) if first else 0
+        start = 0 if self._batches else _schema_end(data)
         message = memoryview(data)[start:]
         if batch.nbytes > most_bytes(len(message)):  # never for real rows; readers would refuse it
             raise CacheError(
-                f"a record batch of {batch.nbytes:,} bytes packs to {len(message):,}, which no real rows do;"
-                f" the one that begins with row {self._records[0].row_id} was not written."
+                f"the record batch that begins with row {self._records[0].row_id} shrinks from"
+                f" {batch.nbytes:,} to {len(message):,} bytes, which no real rows do; it was not written."
             )
         digest = hashlib.sha256(message).hexdigest()
-        self._batches.append(
-            BatchEntry(self._file.num_bytes + start, len(message), len(self._records), digest)
-        )
+        place = self._file.num_bytes + start
+        self._batches.append(BatchEntry(place, len(message), len(self._records), digest))
         self._file.write(data)
         self._records, self._signals, self._tokens, self._signal_bytes = [], [], 0, 0
 
 
-class _Sink(io.RawIOBase):
+class _Sink(io.BytesIO):
     """Buffers Arrow's output; positions count from the start of the file."""
 
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
+    _num_taken = 0
 
     def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any) -> int:
-        self._parts.append(bytes(data))
-        self._position += len(self._parts[-1])
-        return len(self._parts[-1])
+        return self._num_taken + super().tell()
 
     def take(self) -> bytes:
-        data, self._parts = b"".join(self._parts), []
+        data = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        self._num_taken += len(data)
         return data
-
-
-class _RowIndex:
-    """Collects the commit record's per-row columns while rows are appended."""
-
-    def __init__(self) -> None:
-        self._policies: dict[tuple[Any, ...], int] = {}
-        self._lists: dict[str, list[Any]] = {
-            "policy_of_row": [],
-            "prompt_ids": [],
-            "num_prompt_tokens": [],
-            "num_completion_tokens": [],
-        }
-        self._statistics = Statistics()
-
-    def add_signals(self, num_bytes: int) -> None:
-        self._statistics.signal_bytes += num_bytes
-
-    def add(self, record: Record) -> None:
-        policy = (record.run_id, record.policy_step, record.policy_hash, record.refresh_index)
-        self._lists["policy_of_row"].append(self._policies.setdefault(policy, len(self._policies)))
-        self._lists["prompt_ids"].append(record.prompt_id)
-        self._lists["num_prompt_tokens"].append(len(record.prompt_ids))
-        self._lists["num_completion_tokens"].append(len(record.completion_ids))
-        self._statistics.add(record)
-
-    def columns(self) -> dict[str, Any]:
-        policies = [list(policy) for policy in self._policies]
-        return {
-            **self._lists,
-            "policies": policies,
-            "statistics_json": canonical_json(self._statistics.to_json()),
-        }
-
-
-def _metadata() -> dict[str, str]:
-    return {
-        "cache.format_version": str(FORMAT_VERSION),
-        "cache.signal_codec_version": str(codec.CODEC_VERSION),
-        "cache.description": "one row per rollout; logprobs, entropies and masses in nats; see FORMAT.md",
-    }
-
-
-def _stored_bytes(signals: list[bytes | memoryview | None]) -> int:
-    """Return the bytes that a batch's signals take in the file: their buffer after Arrow's compression."""
-    joined = b"".join(signal for signal in signals if signal is not None)
-    return len(_arrow_codec().compress(joined)) if joined else 0
-
-
-def _arrow_codec() -> pa.Codec:
-    return pa.Codec("zstd", compression_level=3)
-
-
-def _options() -> ipc.IpcWriteOptions:
-    return ipc.IpcWriteOptions(compression=_arrow_codec(), use_threads=False)
 
 
 def _schema_end(data: bytes) -> int:
@@ -236,35 +188,25 @@ class BatchRows:
 def read_batch(
     store: Store, record: CommitRecord, index: int, rules: Rules | None, check: bool = True
 ) -> BatchRows:
-    """Read record batch `index` of a shard; `check` verifies its digest first. CacheError on any damage."""
+    """Read record batch `index` of a shard. CacheError on any damage, or unless record and rules hold.
+
+    `check` verifies its digest first. Digests protect against accidents, not attackers, so the whole message
+    is validated before use.
+    """
     entry = record.batches[index]
     try:
         if check and (size := store.size(record.shard)) != record.shard_bytes:
             if size is None:
                 raise FileNotFoundError
-            raise damage(store, record, f"has {size} bytes, its commit record says {record.shard_bytes}")
+            raise damage(store, record, f"has {size} bytes, but its commit record says {record.shard_bytes}")
         message = store.read_range(record.shard, entry.offset, entry.num_bytes)
     except FileNotFoundError:
         raise damage(store, record, "is missing, though a commit record names it") from None
     digest = hashlib.sha256(message).hexdigest() if check else entry.sha256
     if digest != entry.sha256:
-        first = sum(batch.num_rows for batch in record.batches[:index])
-        raise damage(
-            store,
-            record,
-            f"sha256 of record batch {index} (rows {first} to {first + entry.num_rows - 1}) is"
-            f" {digest[:8]}…, its commit record says {entry.sha256[:8]}…",
-        )
-    return decode_batch(store, record, index, message, rules)
-
-
-def decode_batch(
-    store: Store, record: CommitRecord, index: int, message: pa.Buffer, rules: Rules | None
-) -> BatchRows:
-    """Decode a message whose digest is correct. CacheError unless the rows match record and fingerprint.
-
-    Digests protect against accidents, not attackers, so the whole message is validated before use.
-    """
+        first, end = record.row_edges[index : index + 2]
+        problem = f"sha256 of record batch {index} (rows {first} to {end - 1}) is {digest[:8]}…"
+        raise damage(store, record, f"{problem}, but its commit record says {entry.sha256[:8]}…")
     try:
         check_message(memoryview(message))
         batch = ipc.read_record_batch(message, SCHEMA)
@@ -279,24 +221,23 @@ def decode_batch(
 
 def _check_columns(batch: pa.RecordBatch, record: CommitRecord, index: int, rules: Rules | None) -> None:
     """Check the plain columns of all rows at once against the commit record and the format's ranges."""
-    first = sum(entry.num_rows for entry in record.batches[:index])
-    rows = slice(first, first + record.batches[index].num_rows)
+    rows = slice(*record.row_edges[index : index + 2])
     if batch.num_rows != record.batches[index].num_rows:
         raise CacheError(
-            f"record batch {index} has {batch.num_rows} rows, not {record.batches[index].num_rows}"
+            f"record batch {index} has {batch.num_rows} rows; expected {record.batches[index].num_rows}"
         )
     is_scored = rules.kind != "none" if rules else batch.column("signal").null_count == 0
     for name in SCHEMA.names:
         expected = 0 if is_scored or name not in (*TEACHER_COLUMNS, "signal") else batch.num_rows
         if name != OPTIONAL_COLUMN and batch.column(name).null_count != expected:
-            raise CacheError(f"column {name} has {batch.column(name).null_count} nulls, not {expected}")
+            raise CacheError(f"column {name} has {batch.column(name).null_count} nulls; expected {expected}")
     policies = [record.policies[number] for number in record.policy_of_row[rows]]
     scalars = ("run_id", "policy_step", "policy_hash", "refresh_index")
     said = {name: [policy[i] for policy in policies] for i, name in enumerate(scalars)}
     said |= {"row_id": record.row_ids[rows], "prompt_id": record.prompt_ids[rows]}
     for name, values in said.items():
         if batch.column(name).to_pylist() != values:
-            raise CacheError(f"column {name} is not what the commit record says")
+            raise CacheError(f"column {name} differs from the commit record")
     for name in TOKEN_COLUMNS:
         if batch.column(name).null_count < batch.num_rows:
             counts = record.num_prompt_tokens if name == "prompt_ids" else record.num_completion_tokens
@@ -309,10 +250,11 @@ def _check_lists(
     offsets = column.offsets.to_numpy()
     expected_lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), counts, 0)
     if column.values.null_count or not np.array_equal(np.diff(offsets), expected_lengths):
-        raise CacheError(f"column {name} has other lengths than the commit record says")
+        raise CacheError(f"column {name} has other lengths than in the commit record")
     values = column.values.to_numpy()[offsets[0] : offsets[-1]]
-    if rules and (wrong := wrong_value(name, values, rules)):
-        place, expected = wrong
+    bad, expected = bad_values(name, values, rules) if rules else (np.zeros(0, bool), "")
+    if bad.any():
+        place = int(bad.argmax())
         row = int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
         position = place - int(offsets[row] - offsets[0])
         raise CacheError(f"row {row_ids[row]}: {name}[{position}] is {values[place]}; expected {expected}")

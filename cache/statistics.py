@@ -56,20 +56,15 @@ _NAMES = vars(Statistics()).keys()
 
 def check_statistics(part: Any, expected: tuple[int, int, int]) -> bool:
     """Return whether `part` is valid `to_json` output with the expected rows, prompt and scored tokens."""
-    if not isinstance(part, dict) or part.keys() != _NAMES:
+    try:
+        sums, histograms = (part["rows"], part["prompt_tokens"], part["scored_tokens"]), part["histograms"]
+        counts = [part["signal_bytes"], *part["finish_reasons"].values()]
+        bins = [name for histogram in histograms.values() for name in histogram]
+        counts += [count for histogram in histograms.values() for count in histogram.values()]
+        is_known = part.keys() == _NAMES and histograms.keys() <= set(HISTOGRAMS)
+    except (AttributeError, KeyError, TypeError):
         return False
-    signal_bytes, reasons, histograms = part["signal_bytes"], part["finish_reasons"], part["histograms"]
-    if (part["rows"], part["prompt_tokens"], part["scored_tokens"]) != expected or not _are_counts(
-        [signal_bytes]
-    ):
-        return False
-    if not isinstance(reasons, dict) or not _are_counts(reasons.values()):
-        return False
-    if not isinstance(histograms, dict) or not histograms.keys() <= set(HISTOGRAMS):
-        return False
-    return all(
-        isinstance(h, dict) and _are_counts(h.values()) and all(map(_is_bin, h)) for h in histograms.values()
-    )
+    return is_known and sums == expected and _are_counts(counts) and all(map(_is_bin, bins))
 
 
 def _are_counts(values: Iterable[Any]) -> bool:

@@ -103,8 +103,8 @@ class Store(ABC):
         """Return the published files of a folder, sorted; empty if there is no such folder."""
         return sorted(name for name in self._names(folder) if not name.startswith("."))
 
-    @abstractmethod
-    def _names(self, folder: str) -> Iterable[str]: ...
+    def _names(self, folder: str) -> Iterable[str]:
+        return self.sizes(folder)
 
     def _check(self, name: str) -> None:
         """Raise StoreError unless the name (file or folder) can only lie below the root."""
@@ -112,14 +112,14 @@ class Store(ABC):
         if len(parts) > 2 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
             raise StoreError(
                 f"{self.root}: {name!r} cannot be the name of a cache's file; expected FILE or FOLDER/FILE."
-                " Nothing was changed; move what is called so out of the cache."
+                " Nothing was changed; move it out of the cache."
             )
 
     def _check_size(self, name: str, num_bytes: int) -> None:
         if num_bytes > MOST_BYTES_READ:
             raise CacheError(
-                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. It is not"
-                " what this program wrote: move it out of the cache and rerun."
+                f"{self.path(name)} has {num_bytes:,} bytes; expected at most {MOST_BYTES_READ:,}. This"
+                " program did not write it: move it out of the cache and rerun."
             )
 
     @abstractmethod
@@ -142,9 +142,9 @@ class Store(ABC):
     def read(self, name: str) -> bytes:
         """Read a whole file; CacheError if it is larger than `MOST_BYTES_READ` bytes."""
 
-    @abstractmethod
     def read_many(self, names: list[str]) -> list[bytes | None]:
         """Read whole files; None for each missing one."""
+        return [self.read_or_none(name) for name in names]
 
     def read_or_none(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError):
@@ -217,7 +217,7 @@ def _reading(path: str) -> Iterator[None]:
             "no permission to read it" if isinstance(error, PermissionError) else f"{error.strerror or error}"
         )
         raise StoreError(
-            f"{path}: {what}; nothing was changed: look at its owner and mode, the disk and the limit of"
+            f"{path}: {what}; nothing was changed. Check its owner and mode, the disk and the limit on"
             " open files, and rerun."
         ) from error
 
@@ -249,7 +249,7 @@ class LocalStore(Store):
             if not Path(target).is_relative_to(os.path.realpath(self.root)):
                 raise StoreError(
                     f"{path} leads to {target}, outside the cache; nothing was changed. Move the file itself"
-                    " into the cache, or the whole cache to where it is."
+                    " into the cache, or the cache to where the file is."
                 )
         return path
 
@@ -258,9 +258,8 @@ class LocalStore(Store):
         """Open a file descriptor for reading; CacheError for a folder, pipe or device."""
         path = self._text(name)
         with _reading(path):
-            fd = os.open(
-                path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            )  # opening a pipe must not wait for a writer
+            # O_NONBLOCK: opening a pipe must not wait for a writer
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise CacheError(f"{path} is not a regular file; move it out of the cache and rerun.")
@@ -305,9 +304,6 @@ class LocalStore(Store):
             size = os.fstat(fd).st_size
             self._check_size(name, size)
             return _read_at(fd, 0, size)
-
-    def read_many(self, names: list[str]) -> list[bytes | None]:
-        return [self.read_or_none(name) for name in names]
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
         with self._open(name) as fd:  # not memory-mapped: a disk error would raise SIGBUS
@@ -402,34 +398,28 @@ class ObjectStore(Store):
             self._fs, self._prefix = url_to_fs(self.root, use_listings_cache=False)
         except Exception as error:  # an invalid archive, a missing package
             raise StoreError(
-                f"{url} cannot be opened ({error}); look at its address, and install what its protocol needs."
+                f"{url} cannot be opened ({error}); check its address, and install the package that"
+                " its protocol needs."
             ) from error
         self._copies: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}  # as of the last listing
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def sizes(self, folder: str) -> dict[str, int]:
-        with self._requests():
+        found = []
+        with self._requests(), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
-            try:
-                found = self._fs.ls(self._key(folder), detail=True)
-            except FileNotFoundError:
-                return {}
-        sizes = {
-            entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"
-        }
+            found = [
+                entry for entry in self._fs.ls(self._key(folder), detail=True) if entry["type"] == "file"
+            ]
+        sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
         self._sizes |= {f"{folder}/{name}": size for name, size in sizes.items()}
         return sizes
 
-    def _names(self, folder: str) -> Iterable[str]:
-        return self.sizes(folder)
-
     def size(self, name: str) -> int | None:
-        with self._requests():
-            try:
-                return int(self._fs.size(self._key(name)))
-            except FileNotFoundError:
-                return None
+        with self._requests(), suppress(FileNotFoundError):
+            return int(self._fs.size(self._key(name)))
+        return None
 
     def modified(self, name: str) -> float:
         with self._requests():
@@ -480,10 +470,8 @@ class ObjectStore(Store):
         with self._requests():
             try:
                 self._fs.pipe_file(self._key(name), data, mode="create")
-            except FileExistsError:
-                return (
-                    self._fs.cat_file(self._key(name)) == data
-                )  # a put was retried after its response was lost
+            except FileExistsError:  # perhaps by this put, retried after its response was lost
+                return bool(self._fs.cat_file(self._key(name)) == data)
         return True
 
     def remove(self, name: str) -> None:
@@ -505,8 +493,8 @@ class ObjectStore(Store):
         finally:
             self.remove(name)
         raise StoreError(
-            f"{self.root}: this storage overwrites an object where it was asked to create a new one, so two"
-            " writers could lose rows; use one with conditional puts (S3, GCS, Azure), or a local"
+            f"{self.root}: this storage overwrites an object when asked to create a new one, so two"
+            " writers could lose rows; use a storage with conditional puts (S3, GCS, Azure), or a local"
             " directory."
         )
 
@@ -533,5 +521,5 @@ class ObjectStore(Store):
         except Exception as error:
             raise StoreError(
                 f"{self.root} cannot be read or written now ({type(error).__name__}: {error}); nothing was"
-                " lost: look at its address and your credentials, and rerun."
+                " lost. Check its address and your credentials, and rerun."
             ) from error

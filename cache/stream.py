@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Generator
-from queue import SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -58,16 +59,7 @@ def stream(
     Raises CacheError immediately for arguments out of range, and for a damaged batch when its window is
     reached.
     """
-    counts = {
-        "seed": seed,
-        "epoch": epoch,
-        "rank": rank,
-        "worker": worker,
-        "start": start,
-        "ahead": ahead - 1,
-    }
-    wrong = [name for name, value in counts.items() if value < 0]
-    if wrong or rank >= num_ranks or worker >= num_workers:
+    if min(seed, epoch, start, ahead - 1) < 0 or not (0 <= rank < num_ranks and 0 <= worker < num_workers):
         raise CacheError(
             f"rank {rank} of {num_ranks}, worker {worker} of {num_workers}, seed {seed}, epoch {epoch},"
             f" start {start}, ahead {ahead}: expected counts from 0, ahead from 1, rank and worker below"
@@ -110,56 +102,25 @@ def _windows(places: list[Place], seeds: list[int], start: int) -> list[_Window]
 
 
 def _rows(snapshot: Snapshot, windows: list[_Window], ahead: int) -> Generator[Record, None, None]:
-    reader = _ReadAhead(snapshot, [place for window in windows for place in window.places], ahead + WINDOW)
+    """Yield the windows' rows; a batch is read ahead for each batch whose rows have been yielded."""
+    places = (place for window in windows for place in window.places)
+    thread = ThreadPoolExecutor(1, "cache-stream")
+    coming: deque[Future[list[Record]]] = deque()
+
+    def read_on(num_places: int) -> None:
+        coming.extend(thread.submit(snapshot.read_place, place) for place in islice(places, num_places))
+
     try:
-        for places, order in windows:
-            rows = [record for _ in places for record in reader.take()]
+        read_on(ahead + WINDOW)
+        for window, order in windows:
+            rows = [record for _ in window for record in coming.popleft().result()]
             waiting = [rows[i] for i in order[::-1]]
             del rows
             used = 0
             while waiting:
                 yield waiting.pop()
-                done = len(places) * (len(order) - len(waiting)) // len(order)
-                reader.free(done - used)  # the rows of that many batches have been yielded
+                done = len(window) * (len(order) - len(waiting)) // len(order)
+                read_on(done - used)
                 used = done
     finally:
-        reader.close()
-
-
-class _ReadAhead:
-    """Decodes places in order in a thread, holding at most `num_places` that were not freed."""
-
-    def __init__(self, snapshot: Snapshot, places: list[Place], num_places: int) -> None:
-        self._snapshot = snapshot
-        self._places = places
-        self._room = threading.Semaphore(num_places)
-        self._ready: SimpleQueue[list[Record] | BaseException] = SimpleQueue()
-        self._closed = False
-        self._thread = threading.Thread(target=self._read, name="cache-stream", daemon=True)
-        self._thread.start()
-
-    def take(self) -> list[Record]:
-        """Return the next place's rows; reraises the thread's error."""
-        rows = self._ready.get()
-        if isinstance(rows, BaseException):
-            raise rows
-        return rows
-
-    def free(self, num_places: int) -> None:
-        for _ in range(num_places):
-            self._room.release()
-
-    def close(self) -> None:
-        self._closed = True
-        self._room.release()
-        self._thread.join()
-
-    def _read(self) -> None:
-        try:
-            for place in self._places:
-                self._room.acquire()
-                if self._closed:
-                    return
-                self._ready.put(self._snapshot.read_place(place))
-        except BaseException as error:  # raised again by the consumer
-            self._ready.put(error)
+        thread.shutdown(cancel_futures=True)

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from cache import commit
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import load_fingerprint, store_fingerprint
-from cache.heads import check_heads, head_digest, store_head
-from cache.reader import Snapshot, open_cache, rules_of
+from cache.heads import check_heads, head_digest, store_head, with_head_width
+from cache.reader import Snapshot, open_cache
 from cache.schema import CacheError, Rules
 from cache.shard import OpenShard, read_batch
+from cache.signals import needs_head
 from cache.store import Root, Store, open_store
 
 _CHUNK = 1 << 24
@@ -62,41 +64,73 @@ def prune(
     Raises CacheError unless there is exactly one rule, with runs and policies that the cache has.
     """
     snapshot = open_cache(root)
+    plan = _plan(snapshot, max_age, at_step, run_id, policies, max_bytes)
+    pruned, store = Pruned(), snapshot.store
+    rules = with_head_width(store, snapshot.fingerprint.rules)
+    named = Counter(record.shard for record in snapshot.commit_records())
+    with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
+        for record, stay in plan:
+            gone = set(range(len(record.row_ids))).difference(stay)
+            tokens = sum(record.num_completion_tokens[row] for row in gone)
+            freed = record.num_bytes
+            if stay and dry_run:
+                freed = freed * tokens // sum(record.num_completion_tokens)
+            elif stay:
+                freed -= _rewrite(store, record, stay, rules).num_bytes
+            named[record.shard] -= 1
+            if not dry_run:
+                store.remove(commit.record_path(record.name))
+            if not dry_run and not named[record.shard]:  # shard names are never reused
+                store.remove(record.shard)
+            pruned.rows += len(gone)
+            pruned.scored_tokens += tokens
+            pruned.shards += not stay
+            pruned.num_bytes += freed
+    return pruned
+
+
+def _plan(
+    snapshot: Snapshot,
+    max_age: int | None,
+    at_step: int | None,
+    run_id: str | None,
+    policies: Sequence[str],
+    max_bytes: int | None,
+) -> list[tuple[CommitRecord, list[int]]]:
+    """Return the shards that lose rows, each with the rows that stay."""
     if [max_age is not None, bool(policies), max_bytes is not None].count(True) != 1:
         raise CacheError("prune takes one rule: an age (with a step), policies, or a size.")
     if max_age is None and (at_step, run_id) != (None, None):
         raise CacheError(
-            "at_step and run_id belong to an age; policies and sizes are of all runs. Nothing was removed."
+            "at_step and run_id apply to max_age only; policies and sizes cover all runs. Nothing was"
+            " removed."
         )
+    if max_bytes is not None:
+        return [(record, []) for record in _oldest(snapshot, max_bytes)]
     if max_age is not None:
-        plan = _rows_that_stay(snapshot, _too_old(snapshot, max_age, at_step, run_id))
-    elif policies:
-        plan = _rows_that_stay(snapshot, _of_policies(snapshot, policies))
+        is_doomed = _too_old(snapshot, max_age, at_step, run_id)
     else:
-        assert max_bytes is not None
-        plan = [(record, []) for record in _oldest(snapshot, max_bytes)]
-    pruned, records = Pruned(), {record.name: record for record in snapshot.commit_records()}
-    rules = rules_of(snapshot.store, snapshot.fingerprint, records)
-    named = Counter(record.shard for record in records.values())
-    with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
-        for record, rows in plan:
-            named[record.shard] -= 1
-            _prune_shard(snapshot.store, record, rows, pruned, dry_run, rules, named[record.shard] > 0)
-    return pruned
+        is_doomed = _of_policies(snapshot, policies)
+    plan = []
+    for record in snapshot.commit_records():
+        doomed = [is_doomed(*policy[:3]) for policy in record.policies]
+        stay = [row for row, policy in enumerate(record.policy_of_row) if not doomed[policy]]
+        if len(stay) < len(record.row_ids):
+            plan.append((record, stay))
+    return plan
 
 
 def _too_old(snapshot: Snapshot, max_age: int, at_step: int | None, run_id: str | None) -> _IsDoomed:
     if at_step is None or max_age < 0:
-        raise CacheError(
-            "an age needs the step at which it is counted, and is at least 0: give at_step and max_age."
-        )
+        raise CacheError("max_age must be at least 0 and needs at_step, the step at which ages are counted.")
     runs = sorted({policy[0] for record in snapshot.commit_records() for policy in record.policies})
     if run_id is None and len(runs) == 1:
         run_id = runs[0]
     if run_id not in runs:
-        which = "steps of which run?" if run_id is None else f"there is no run {run_id}."
+        which = "at_step is a step of which run?" if run_id is None else f"there is no run {run_id}."
         raise CacheError(
-            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; give run_id."
+            f"{snapshot.root}: {which} It holds rows of {', '.join(runs) or 'no run'}; set run_id to"
+            " one of them."
         )
     return lambda run, step, _: run == run_id and at_step - step > max_age
 
@@ -107,20 +141,9 @@ def _of_policies(snapshot: Snapshot, policies: Sequence[str]) -> _IsDoomed:
         found = [name for name in known if policy and name.startswith(policy)]
         if len(found) != 1:
             raise CacheError(
-                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; see `summary` for them."
+                f"{snapshot.root}: {len(found)} policies begin with {policy!r}; expected one (see `summary`)."
             )
     return lambda _run, _step, name: name.startswith(tuple(policies))
-
-
-def _rows_that_stay(snapshot: Snapshot, is_doomed: _IsDoomed) -> list[tuple[CommitRecord, list[int]]]:
-    """Return the shards with rows to remove, each with its remaining rows."""
-    plan = []
-    for record in snapshot.commit_records():
-        doomed = [is_doomed(*policy[:3]) for policy in record.policies]
-        stay = [row for row, policy in enumerate(record.policy_of_row) if not doomed[policy]]
-        if len(stay) < len(record.row_ids):
-            plan.append((record, stay))
-    return plan
 
 
 def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
@@ -130,7 +153,7 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     beside = left - sum(record.num_bytes for record in records)
     if beside > max_bytes:
         raise CacheError(
-            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}."
+            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}: give more."
         )
     found = []
     for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
@@ -141,45 +164,16 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     return found
 
 
-def _prune_shard(
-    store: Store,
-    record: CommitRecord,
-    stay: list[int],
-    pruned: Pruned,
-    dry_run: bool,
-    rules: Rules,
-    is_shared: bool,
-) -> None:
-    gone = sorted(set(range(len(record.row_ids))) - set(stay))
-    tokens = sum(record.num_completion_tokens[row] for row in gone)
-    freed = record.num_bytes
-    if stay and dry_run:
-        freed = freed * tokens // sum(record.num_completion_tokens)
-    elif stay:
-        freed -= _rewrite(store, record, stay, rules).num_bytes
-    if not dry_run:
-        store.remove(commit.record_path(record.name))
-        if not is_shared:  # shard names are never reused
-            store.remove(record.shard)
-    pruned.rows += len(gone)
-    pruned.scored_tokens += tokens
-    pruned.shards += not stay
-    pruned.num_bytes += freed
-
-
 def _rewrite(store: Store, record: CommitRecord, rows: list[int], rules: Rules) -> CommitRecord:
     """Commit some rows of a shard as a new shard, copying their packed signals."""
-    shard, first, wanted = OpenShard(store), 0, set(rows)
+    shard = OpenShard(store)
     try:
-        for index, entry in enumerate(record.batches):
+        for index, (first, end) in enumerate(pairwise(record.row_edges)):
             batch = read_batch(store, record, index, rules)
-            for row in range(entry.num_rows):
-                if first + row in wanted:
-                    shard.append(batch.record(row), batch.packed(row))
-            first += entry.num_rows
-        new = shard.publish(
-            record.unit, commit.file_stem(record.unit), record.fingerprint, record.head_sha256
-        )
+            for row in sorted(set(rows).intersection(range(first, end))):
+                shard.append(batch.record(row - first), batch.packed(row - first))
+        stem = commit.file_stem(record.unit)
+        new = shard.publish(record.unit, stem, record.fingerprint, record.head_sha256)
     finally:
         shard.discard()
     if not commit.write_record(store, new):  # an earlier prune got this far
@@ -214,7 +208,9 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
     store = open_store(target)
     snapshots = [open_cache(source) for source in sources]
     if not snapshots or any(snapshot.root == store.root for snapshot in snapshots):
-        raise CacheError("merge copies from one or more caches into another one.")
+        raise CacheError(
+            "merge copies one or more caches into another one; give sources that differ from the target."
+        )
     first, heads = snapshots[0], _check_same_meaning(store, snapshots)
     with explain_os_errors(
         store.root, lambda: sum(len(record.row_ids) for record in commit.read_records(store, {}).values())
@@ -223,7 +219,7 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
         text = _tokenizer_text(first)
         own = list(commit.read_records(store, {}).values())
         committed_as = next((record.fingerprint for record in own), None)
-        if first.fingerprint.rules.kind == "hidden":
+        if needs_head(first.fingerprint.rules.kind):
             check_heads(store, own, next(iter(heads), None))
         stored = store_fingerprint(store, first.fingerprint, text, committed_as)
         for snapshot in snapshots:
@@ -256,7 +252,7 @@ def _check_same_meaning(store: Store, snapshots: list[Snapshot]) -> set[str]:
     heads = {digest for place in (store, *(s.store for s in snapshots)) if (digest := head_digest(place))}
     if len(heads) > 1:
         raise CacheError(
-            "the caches hold different teacher heads, so their rows do not mean the same; nothing was"
+            "the caches hold different teacher heads, so their rows cannot share a cache; nothing was"
             " changed."
         )
     return heads
@@ -274,14 +270,14 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     """Copy a shard and commit it; return False if another process did so meanwhile."""
     if target.size(record.shard) is not None and target.hash(record.shard) != record.shard_sha256:
         raise CacheError(
-            f"{target.path(record.shard)} is there and another file than the one of this name in"
-            f" {source.root}; nothing was written over it, what was copied is kept. Move one of them to a"
-            " cache of its own."
+            f"{target.path(record.shard)} exists and differs from the file of this name in"
+            f" {source.root}; it was not overwritten, and what was copied is kept. Move one of the two to a"
+            " separate cache."
         )
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
-            f"{source.path(record.shard)} has not the {record.shard_bytes:,} bytes that its commit record"
-            " says; run `python -m cache verify` on that cache. What was copied is kept."
+            f"{source.path(record.shard)} does not have the {record.shard_bytes:,} bytes that its commit"
+            " record says; run `python -m cache verify` on that cache. What was copied is kept."
         )
     draft = target.draft(commit.SHARDS)
     try:

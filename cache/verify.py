@@ -11,17 +11,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from cache import commit
-from cache.codec import ROUNDING_NATS
-from cache.commit import BatchEntry, CommitRecord
-from cache.fingerprint import load_fingerprint, tokenizer_digest
-from cache.heads import head_digest, load_head
+from cache.commit import CommitRecord
+from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.heads import head_digest, load_head, with_head_width
 from cache.plain import plain
-from cache.schema import CacheError, OtherVersionError, Rules, check_record
+from cache.schema import CacheError, OtherVersionError, Rules
 from cache.shard import advice, read_batch
+from cache.signals import check_record
 from cache.store import Root, Store, StoreError, open_store
 
 _NAMED_SHARD = re.compile(f'"shard":"({commit.SHARD_NAME.pattern})"'.encode())
@@ -46,15 +47,6 @@ class Finding:
         return plain(self.message)
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """Values that every commit record must match; None or empty if the file they come from is damaged."""
-
-    fingerprint: str | None = None
-    rules: Rules | None = None
-    heads: frozenset[str | None] = frozenset()
-
-
 def verify(root: Root) -> list[Finding]:
     """Return all faults of the cache at `root`, empty if it is sound. Damage never raises.
 
@@ -71,16 +63,18 @@ def verify(root: Root) -> list[Finding]:
         )
     findings = _look(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
     fingerprint = None if findings else load_fingerprint(store)
-    head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
-    expected = _Expected()
     if fingerprint is not None:
-        expected = replace(expected, fingerprint=fingerprint.digest, rules=fingerprint.rules)
-    if not head_findings:
-        expected = replace(expected, heads=frozenset([head_digest(store)]))
+        findings += _look(store, commit.TOKENIZER, partial(_verify_tokenizer, store, fingerprint))
+    head_findings = _look(store, commit.HEAD, partial(_verify_head, store))
     findings += head_findings
+    heads = [] if head_findings else [head_digest(store)]
+    digest, rules = (fingerprint.digest, fingerprint.rules) if fingerprint else (None, None)
+    if rules and heads:
+        rules = with_head_width(store, rules)
 
     def look(name: str) -> list[Finding]:
-        return _look(store, commit.record_path(name), partial(_verify_commit, store, name, expected), name)
+        find = partial(_verify_commit, store, name, digest, rules, heads)
+        return _look(store, commit.record_path(name), find, name)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(look, record_names):
@@ -100,8 +94,8 @@ def _look(
     if found:
         return found
     path = store.path(file)
-    text = f"{path}: it or what it names was read wrong once and right the second time. Nothing is damaged"
-    return [Finding(file, f"{text} there; look at this machine's memory, disk and network.")]
+    text = f"{path}: it, or a file that it names, was read wrong once and right the second time"
+    return [Finding(file, f"{text}. Nothing is damaged; check this machine's memory, disk and network.")]
 
 
 def _collect(
@@ -124,39 +118,31 @@ def _collect(
 
 
 def _verify_fingerprint(store: Store) -> Iterator[Finding]:
-    fingerprint = load_fingerprint(store)
-    if fingerprint is None:
-        remedy = "Rerun stage one with the settings that wrote the cache: it writes it again."
+    if load_fingerprint(store) is None:
+        remedy = "Rerun stage one with the settings that wrote the cache, which restores it."
         yield Finding(commit.FINGERPRINT, f"{store.path(commit.FINGERPRINT)} is missing. {remedy}")
-        return
-    expected = tokenizer_digest(store)
-    actual = None if store.size(commit.TOKENIZER) is None else store.hash(commit.TOKENIZER)
-    if expected is not None and actual != expected:
-        state = (
-            "is missing"
-            if actual is None
-            else f"has sha256 {actual[:8]}…, fingerprint.json says {expected[:8]}…"
-        )
-        remedy = "Put the tokenizer's tokenizer.json there; rows do not depend on it."
-        yield Finding(commit.TOKENIZER, f"{store.path(commit.TOKENIZER)} {state}. {remedy}")
+
+
+def _verify_tokenizer(store: Store, fingerprint: Fingerprint) -> Iterator[Finding]:
+    if problem := tokenizer_problem(store, fingerprint):
+        yield Finding(commit.TOKENIZER, problem)
 
 
 def _verify_head(store: Store) -> Iterator[Finding]:
-    head = load_head(store)
-    if head is not None and head.bias is not None and len(head.bias) != len(head.weight):
-        yield Finding(
-            commit.HEAD, f"{store.path(commit.HEAD)}: bias and weight of the head differ in length."
-        )
+    load_head(store)
+    return iter(())
 
 
-def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Finding]:
-    """Yield the faults of one shard."""
+def _verify_commit(
+    store: Store, name: str, fingerprint: str | None, rules: Rules | None, heads: list[str | None]
+) -> Iterator[Finding]:
+    """Yield the faults of one shard. What a damaged file beside it would say is None, `heads` empty."""
     record = commit.read_record(store, name)
     path = store.path(record.shard)
     _ = record.statistics  # decoded and checked here
-    if expected.fingerprint not in (None, record.fingerprint):
+    if fingerprint not in (None, record.fingerprint):
         yield _foreign(path, record, commit.FINGERPRINT, "under another fingerprint")
-    if expected.heads and record.head_sha256 not in expected.heads:
+    if heads and record.head_sha256 not in heads:
         yield _foreign(path, record, commit.HEAD, "with another teacher head")
     size = store.size(record.shard)
     if size is None:
@@ -170,14 +156,12 @@ def _verify_commit(store: Store, name: str, expected: _Expected) -> Iterator[Fin
             problem += f"; it has {size} bytes of {record.shard_bytes}"
         yield from _locate(store, record, problem)
     else:
-        yield from _verify_rows(store, record, expected.rules)
+        yield from _verify_rows(store, record, rules)
 
 
 def _foreign(path: str, record: CommitRecord, file: str, how: str) -> Finding:
     """A sound shard next to a wrong `file`. Withdrawing it would only lose rows, so no record is named."""
-    remedy = (
-        f"Put the {file} of these rows back, or move the shard and its commit record to a cache of their own."
-    )
+    remedy = f"Restore the {file} of these rows, or move the shard and its commit record to a separate cache."
     return Finding(record.shard, f"{path} was written {how} than the cache's. {remedy}")
 
 
@@ -185,45 +169,36 @@ def _locate(store: Store, record: CommitRecord, problem: str) -> Iterator[Findin
     """Yield the damaged record batches of a shard."""
     path = store.path(record.shard)
     is_located = False
-    for first, entry in _first_rows(record):
+    for entry, (first, end) in zip(record.batches, pairwise(record.row_edges), strict=True):
         message = store.read_range(record.shard, entry.offset, entry.num_bytes)
         if hashlib.sha256(message).hexdigest() != entry.sha256:
-            is_located = True
-            last = first + entry.num_rows - 1
+            is_located, last = True, end - 1
             text = f"{path}: {problem}; rows {first} to {last} are damaged. {advice(record)}"
             yield Finding(record.shard, text, (first, last), record.name)
     if not is_located:
-        text = f"{path}: {problem}; its rows are intact, the file's frame is not. {advice(record)}"
+        text = f"{path}: {problem}; its rows are intact, but the bytes around them are not. {advice(record)}"
         yield Finding(record.shard, text, record=record.name)
-
-
-def _first_rows(record: CommitRecord) -> Iterator[tuple[int, BatchEntry]]:
-    first = 0
-    for entry in record.batches:
-        yield first, entry
-        first += entry.num_rows
 
 
 def _verify_rows(store: Store, record: CommitRecord, rules: Rules | None) -> Iterator[Finding]:
     """Decode every row and apply the writer's checks."""
     path = store.path(record.shard)
-    for index, (first, entry) in enumerate(_first_rows(record)):
+    for index, (first, end) in enumerate(pairwise(record.row_edges)):
         try:
             rows = read_batch(store, record, index, rules)
         except StoreError:
             raise
         except CacheError as error:
-            yield Finding(record.shard, str(error), (first, first + entry.num_rows - 1), record.name)
+            yield Finding(record.shard, str(error), (first, end - 1), record.name)
             continue
-        for row in range(entry.num_rows):
+        for number in range(first, end):
             try:
-                decoded = rows.record(row)
+                decoded = rows.record(number - first)
                 if rules is not None:
-                    check_record(decoded, rules, ROUNDING_NATS)
+                    check_record(decoded, rules, packed=True)
             except OtherVersionError:
                 raise
             except CacheError as error:
-                number = first + row
                 text = f"{path} row {number}: {error} {advice(record)}"
                 yield Finding(record.shard, text, (number, number), record.name)
 

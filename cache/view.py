@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cache.commit import TOKENIZER
 from cache.plain import plain
 from cache.reader import Snapshot
-from cache.schema import CacheError, Float32, Full, Hidden, Int32, Record, TeacherHead, TopK, to_float32
+from cache.schema import CacheError, Float32, Int32, Record
 
 WIDTH = 100
 NUM_TOP = 5
-IDS_PER_TILE = 8_192
 _MOST_POLICIES = 12
 _CHARACTERS_PER_COLUMN = 16  # combining characters take no column
 _PIECE = 10_000  # characters per `textwrap` call, which is quadratic in a word's length
@@ -121,7 +119,8 @@ def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
     ending = f"{len(record.completion_ids)} tokens, {record.finish_reason}"
     yield from _text_lines(f"completion, {ending}", record.completion_text)
     yield ""
-    yield from _token_lines(record, top_ids(record, snapshot.head), token_names(snapshot))
+    top = record.signal.most_likely(NUM_TOP, snapshot.head) if record.signal else None
+    yield from _token_lines(record, top, token_names(snapshot))
 
 
 def _text_lines(title: str, text: str) -> Iterator[str]:
@@ -207,57 +206,3 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
         return plain(json.dumps(text, ensure_ascii=False))
 
     return name
-
-
-def top_ids(record: Record, head: Callable[[], TeacherHead | None]) -> tuple[Int32, Float32] | None:
-    """Return the teacher's `NUM_TOP` most likely ids [T, 5] (-1 beyond the kept ones) and probabilities.
-
-    None if the record is not scored, or has hidden states but no head.
-    """
-    signal = record.signal
-    if isinstance(signal, TopK):
-        return signal.ids[:, :NUM_TOP], np.exp(signal.logprobs[:, :NUM_TOP])
-    if isinstance(signal, Full):
-        logits = signal.logits
-        return _top_of_tiles(
-            len(logits), logits.shape[1], lambda ids: to_float32(logits[:, ids], signal.dtype)
-        )
-    weights = head() if isinstance(signal, Hidden) else None
-    if weights is None:
-        return None
-    assert isinstance(signal, Hidden)
-    states = to_float32(signal.states, signal.dtype)
-    return _top_of_tiles(len(states), len(weights.weight), lambda ids: _logits(states, weights, ids))
-
-
-def _logits(states: Float32, head: TeacherHead, ids: slice) -> Float32:
-    logits = states @ to_float32(np.asarray(head.weight[ids]), head.dtype).T
-    if head.bias is not None:
-        logits += head.bias[ids]
-    logits *= np.float32(head.scale)
-    return np.tanh(logits / head.softcap) * np.float32(head.softcap) if head.softcap else logits
-
-
-def _top_of_tiles(
-    num_positions: int, num_ids: int, logits_of: Callable[[slice], Float32]
-) -> tuple[Int32, Float32]:
-    """Return top ids and probabilities, computing the logits of one part of the vocabulary at a time."""
-    width = min(NUM_TOP, num_ids)
-    best = np.full((num_positions, width), -np.inf, np.float32)
-    ids = np.full((num_positions, width), -1, np.int32)
-    log_total = np.full(num_positions, -np.inf)
-    for first in range(0, num_ids, IDS_PER_TILE):
-        tile = logits_of(slice(first, min(first + IDS_PER_TILE, num_ids)))
-        log_total = np.logaddexp(log_total, _log_sum_exp(tile))
-        here = np.argpartition(-tile, min(width, tile.shape[1]) - 1, axis=1)[:, :width]
-        all_best = np.concatenate([best, np.take_along_axis(tile, here, 1)], axis=1)
-        all_ids = np.concatenate([ids, here.astype(np.int32) + first], axis=1)
-        order = np.argsort(-all_best, axis=1, kind="stable")[:, :width]
-        best, ids = np.take_along_axis(all_best, order, 1), np.take_along_axis(all_ids, order, 1)
-    return ids, np.exp(best - log_total[:, None]).astype(np.float32)
-
-
-def _log_sum_exp(tile: Float32) -> npt.NDArray[np.float64]:
-    most = tile.max(1, keepdims=True).astype(np.float64)
-    total: npt.NDArray[np.float64] = np.log(np.exp(tile - most).sum(1)) + most[:, 0]
-    return total

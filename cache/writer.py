@@ -13,8 +13,10 @@ from cache import codec, commit
 from cache.commit import CommitRecord, explain_os_errors
 from cache.fingerprint import Fingerprint, store_fingerprint
 from cache.heads import check_heads, head_digest, store_head
-from cache.schema import CacheError, Record, TeacherHead, check_record
+from cache.matrices import TeacherHead
+from cache.schema import CacheError, Record
 from cache.shard import OpenShard
+from cache.signals import check_record, needs_head
 from cache.store import Root, open_store
 
 _QUICK_SECONDS = 0.1
@@ -84,7 +86,7 @@ class Writer:
 
     def _checked_head(self, head: TeacherHead | None) -> str | None:
         """Return the digest of the cache's head, storing `head` if it has none; CacheError on a mismatch."""
-        records = self._records.values() if self.fingerprint.rules.kind == "hidden" else ()
+        records = self._records.values() if needs_head(self.fingerprint.rules.kind) else ()
         if head:
             return store_head(self.store, head, records)
         digest = head_digest(self.store)
@@ -104,7 +106,9 @@ class Writer:
         try:
             check_record(record, self.fingerprint.rules)
         except CacheError as error:
-            raise CacheError(f"{error} The row was not written; correct what made it and rerun.") from None
+            raise CacheError(
+                f"{error} The row was not written; fix the code that made it and rerun."
+            ) from None
         if record.row_id in self._left_out or (self._shard and record.row_id in self._shard.seen):
             raise CacheError(f"row {record.row_id} was appended twice to one unit; expected each row once.")
         if record.row_id in self._committed:
@@ -140,7 +144,7 @@ class Writer:
 
     def _publish(self, shard: OpenShard, unit: str, stem: str) -> CommitRecord | None:
         """Return the commit record, or None if another writer committed the same rows first."""
-        if self.fingerprint.rules.kind == "hidden" and self._head is None:
+        if needs_head(self.fingerprint.rules.kind) and self._head is None:
             raise CacheError(
                 f"{self.root}: hidden states need the teacher's head; give it to the Writer and rerun."
             )
@@ -150,8 +154,8 @@ class Writer:
             if is_first and self.store.size(record.shard) is None:  # a writer that slept for a day in between
                 self.store.remove(commit.record_path(record.name))
                 raise CacheError(
-                    f"{self.store.path(record.shard)} was removed before its rows were committed; they were"
-                    " not. Rerun stage one, which writes them again."
+                    f"{self.store.path(record.shard)} was removed before its rows could be committed;"
+                    " none of them are. Rerun stage one, which writes them again."
                 )
         except (
             OSError
@@ -176,7 +180,10 @@ class Writer:
         take at most a tenth of the time. Rows written twice meanwhile are read once.
         """
         began = time.monotonic()
-        known, self._records = self._records, commit.read_new_records(self.store, self._records)
+        known, self._records = (
+            self._records,
+            commit.read_records(self.store, self._records, checks_shards=False),
+        )
         seconds = time.monotonic() - began
         self._look_again_at = began + (_SHARE * seconds if seconds > _QUICK_SECONDS else 0)
         if known.keys() - self._records.keys():

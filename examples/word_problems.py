@@ -97,7 +97,10 @@ def _gives(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 def _shares(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     b, q, c = r.randint(2, 9), r.randint(2, 11), r.randint(2, 40)
     a = b * q
-    question = f"{n} and friends share {a} {t} equally among {b} people. Then {n} finds {c} more. How many {t} has {n}?"
+    question = (
+        f"{n} and friends share {a} {t} equally among {b} people. Then {n} finds {c} more."
+        f" How many {t} has {n}?"
+    )
     return question, [(a, "/", b), (q, "+", c)]
 
 
@@ -149,7 +152,10 @@ def _two_shops(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
 def _saves(r: random.Random, n: str, t: str) -> tuple[str, list[Step]]:
     a, b, c = r.randint(2, 9), r.randint(3, 10), r.randint(5, 60)
     d = r.randint(2, min(90, a * b + c - 1))
-    question = f"{n} saves {a} dollars a week for {b} weeks, gets {c} dollars as a gift and spends {d}. How much is left?"
+    question = (
+        f"{n} saves {a} dollars a week for {b} weeks, gets {c} dollars as a gift and spends {d}."
+        " How much is left?"
+    )
     return question, [(a, "*", b), (a * b, "+", c), (a * b + c, "-", d)]
 
 

@@ -14,24 +14,25 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
-
-import json
+    begin(__doc__)
 
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, setup
 from stages.models.teacher import TeacherLoader
+from stages.report import collect, table
 from stages.runtime import checkpoint
-from stages.runtime.errors import command
+from stages.runtime.errors import UserError, command
 from stages.runtime.run import open_run
 
 
 def main() -> None:
     run = open_run(__doc__ or "")
     run.claim()
+    if not run.config.eval.eval_prompts:
+        raise UserError("eval_prompts is 0, which turns evaluation off; give the number of held-out prompts.")
     has_teacher = bool(run.config.models.teacher_model)
     read = setup.shared_vocabulary if has_teacher else setup.cached_vocabulary
     ready = preflight.check_early(run, preflight.Work(scores=has_teacher, evaluates=True), read)
@@ -47,8 +48,22 @@ def main() -> None:
             label: measure.measure(evaluation, student, policy, label, teacher if has_teacher else None),
         }
     run.log_totals("evaluate")
-    run.metrics.say(
-        json.dumps({k: {n: v for n, v in r.items() if n != "samples"} for k, r in found.items()}, indent=1)
+    hidden = ("samples", "text_rows", "of")
+    facts = {k: {n: v for n, v in result.items() if n not in hidden} for k, result in found.items()}
+    measured = collect(run.folder, run.config)
+    then = "dualkl rollout" if label == "before" else f"dualkl report --run_name {run.config.run.run_name}"
+    run.metrics.conclude(
+        "\n".join(
+            [
+                f"measured the student of step {position.step} on {len(evaluation.prompts)} held-out prompts",
+                "",
+                *table(measured),
+                "",
+                f"look:  {evaluation.folder / label}.json",
+                f"next:  {then}",
+            ]
+        ),
+        facts,
     )
 
 

@@ -16,10 +16,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 import json
 import sys
@@ -28,7 +28,7 @@ from typing import Any
 
 import cache
 from stages.loops import setup
-from stages.loops.fidelity import measure
+from stages.loops.signal_errors import signal_errors
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.run import open_run
@@ -36,7 +36,7 @@ from stages.runtime.run import open_run
 
 def main() -> None:
     root, arguments = split_root(sys.argv[1:])
-    run = open_run(__doc__ or "", [*arguments, "--cache_dir", root] if root else arguments, only_looks=True)
+    run = open_run(__doc__ or "", [*arguments, "--cache_dir", root] if root else arguments, read_only=True)
     if run.world.size > 1:
         raise UserError("stages.fidelity runs in one process; start it without torchrun.")
     snapshot = cache.open(run.config.cache_root)
@@ -48,7 +48,7 @@ def main() -> None:
             " exact ..."
         )
     student, _ = setup.current_student(run, setup.cached_vocabulary(run.config))
-    found = measure(run, student, snapshot)
+    found = signal_errors(run, student, snapshot)
     run.metrics.say(table(found))
     run.folder.mkdir(parents=True, exist_ok=True)
     replace_text(run.folder / "fidelity.json", json.dumps(found, indent=1))
@@ -78,7 +78,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += [
         f"{row['signal']:<28}{row['kept_ids']:>9.1f}{row['bytes_per_token']:>13.1f}"
-        f"{row['reverse_kl_error']:>12.1e}{row['forward_kl_error']:>12.1e}{row['gate_error']:>10.1e}{100 * row['gradient_error']:>10.2f}%"
+        f"{row['reverse_kl_error']:>12.1e}{row['forward_kl_error']:>12.1e}{row['gate_error']:>10.1e}"
+        f"{100 * row['gradient_error']:>10.2f}%"
         for row in found["signals"]
     ]
     return "\n".join(lines)

@@ -13,49 +13,63 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, setup
 from stages.models.teacher import TeacherLoader
 from stages.report import own_config, summary, write_report
 from stages.runtime.errors import command
-from stages.runtime.files import replace_text
-from stages.runtime.run import open_run
-from stages.train import model_card, train
+from stages.runtime.run import Run, open_run
+from stages.train import train, update_card
 
 
 def main() -> None:
-    run = open_run(__doc__ or "")
+    pipeline(open_run(__doc__ or ""))
+
+
+def pipeline(run: Run) -> None:
+    """All parts of the run, as far as they are missing (collective)."""
     run.claim()
     setup.check_history(run)
     refresh.refuse_role(run.config)
-    everything = preflight.Work(generates=True, scores=True, trains=True, evaluates=True)
+    everything = preflight.Work(
+        generates=True, scores=True, trains=True, evaluates=bool(run.config.eval.eval_prompts)
+    )
     ready = preflight.check_early(run, everything)
     vocabulary, prompts = ready.vocabulary, ready.prompts
-    evaluation = measure.open_evaluation(run, vocabulary, ready.heldout)
+    evaluation = measure.open_evaluation(run, vocabulary, ready.heldout) if ready.heldout else None
     student, position = setup.current_student(run, vocabulary)
     engine = open_engine(student.model)
-    measure.measure_teacher(evaluation)
+    if evaluation is not None:
+        measure.measure_teacher(evaluation)
     if position.step == 0:
         policy = setup.student_policy(run, student, engine, 0)
         with TeacherLoader(run.config, run.world) as teacher:
-            measure.measure(evaluation, student, policy, "before", teacher)
+            if evaluation is not None:
+                measure.measure(evaluation, student, policy, "before", teacher)
             refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
     train(run, student, vocabulary, prompts)
-    policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
-    with TeacherLoader(run.config, run.world) as teacher:
-        measure.measure(evaluation, student, policy, "after", teacher)
+    if evaluation is not None:
+        policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
+        with TeacherLoader(run.config, run.world) as teacher:
+            measure.measure(evaluation, student, policy, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:
-        if (run.folder / "student").is_dir():
-            replace_text(run.folder / "student" / "README.md", model_card(run, run.config.train.max_steps))
-        config = own_config(run.folder, run.config)
-        run.metrics.say(summary(write_report(run.folder, config), run.folder, config))
+        _conclude(run)
     run.metrics.close()
+
+
+def _conclude(run: Run) -> None:
+    """Write the model card and the report, and print what came of the run (main process)."""
+    update_card(run)
+    config = own_config(run.folder, run.config)
+    report = write_report(run.folder, config)
+    facts = report | {"student": str(run.folder / "student")}
+    run.metrics.conclude(summary(report, run.folder, config), facts)
 
 
 if __name__ == "__main__":

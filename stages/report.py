@@ -1,6 +1,6 @@
 """Report on a run from its files: report.json, report.html, and a summary on the terminal.
 
-    python -m stages.report --config pipeline.yaml
+    python -m stages.report runs/demo       (or the run's configuration: --config pipeline.yaml)
 
 Loads no model. The configuration is the run's own; --runs_dir, --run_name and --cache_dir locate it. Values
 not measured (yet), or not finite, are null in report.json and a dash on the page.
@@ -14,10 +14,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 import json
 import sys
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import cache
-from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import history, metrics, page, rounds, schema
 from stages.runtime.config import Config
@@ -34,6 +33,7 @@ from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
 from stages.runtime.schema import finite
+from stages.runtime.terminal import take_style
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
@@ -140,7 +140,7 @@ def _cut_clause(report: Report) -> str:
 def summary(report: Report, folder: Path, config: Config) -> str:
     """Final terminal output: the verdict, the table, time by phase, and next steps."""
     run, stored = report["run"], report["cache"]
-    lines = ["", report["verdict"], "", *_table(report), "", _time_line(report["seconds"])]
+    lines = ["", report["verdict"], "", *table(report), "", _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
         lines.append(
             f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly"
@@ -156,13 +156,17 @@ def summary(report: Report, folder: Path, config: Config) -> str:
             f" {stored['bytes_per_token']:.1f} bytes a token ({stored['signal_bytes_per_token']:.1f} of them"
             f" teacher signal); {cut_sentence(stored['cut_share'])}"
         )
+    if (folder / "student").is_dir():
+        lines.append(f"student {folder / 'student'}")
     lines += [
         "",
         f"look    {folder / 'report.html'}",
-        f"        python -m cache show {config.cache_root} --index 0",
-        "try     another gate:  python -m stages.pipeline --config pipeline.yaml --run_name tau-1 --tau 1.0",
-        "        real models:   recipes/qwen3-4b.yaml (README, “Qwen3 on two 80 GB cards”)",
+        f"        dualkl cache show {config.cache_root} --index 0",
     ]
+    if run["steps"] >= run["max_steps"]:
+        lines.append(f"next    dualkl export {folder} --merge")
+    else:
+        lines.append("next    the same command again: it goes on where this one stopped")
     return "\n".join(lines)
 
 
@@ -172,7 +176,7 @@ def _span(span: Report) -> str:
     return f"steps {span['steps'][0]} to {span['steps'][1]} with {how}"
 
 
-def _table(report: Report) -> list[str]:
+def table(report: Report) -> list[str]:
     """Aligned table of before, after and teacher."""
     before, after = report["before"], report["after"]
     own_before, own_after = before["on_student"], after["on_student"]
@@ -315,14 +319,29 @@ def own_config(folder: Path, given: Config) -> Config:
 
 
 def main() -> None:
-    given = configuration.parse_arguments(sys.argv[1:], __doc__ or "")
+    style, arguments = take_style(sys.argv[1:])
+    given = configuration.parse_arguments(_located(arguments), __doc__ or "")
     folder = given.run_folder
     if not folder.is_dir():
-        raise UserError(
-            f"there is no run at {folder}; run `python -m stages.pipeline` with the same configuration first."
-        )
+        raise UserError(f"there is no run at {folder}; `dualkl run` with the same configuration makes it.")
     config = own_config(folder, given)
-    print(plain(summary(write_report(folder, config), folder, config), kept="\n"))
+    report = write_report(folder, config)
+    style.conclude(summary(report, folder, config), report)
+
+
+def _located(arguments: list[str]) -> list[str]:
+    """Replace a run's folder, given first, by the keys that locate it."""
+    folder = Path(arguments[0]) if arguments else Path("--")
+    if not folder.is_dir():
+        return arguments
+    whole = folder.resolve()
+    return [
+        *arguments[1:],
+        "--runs_dir",
+        str(folder.parent if folder.name else whole.parent),
+        "--run_name",
+        whole.name,
+    ]
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 import sys
 from pathlib import Path
 
 import cache
 from stages.engine.opening import open_engine
-from stages.loops import follow, preflight, progress, refresh, roles, schedule, setup
+from stages.loops import follow, preflight, progress, refresh, schedule, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
@@ -54,23 +54,24 @@ def main() -> None:
     due = 0 if position.step == 0 else position.newest + 1
     ready = preflight.check_early(run, preflight.Work(generates=role != "score", scores=role != "generate"))
     if due and not schedule.due(run.config, position) and not schedule.lost(run, position):
-        run.metrics.say(
-            f"nothing is due at step {position.step}: go on with stages.train, which refreshes on its own"
-        )
+        text = f"nothing is due at step {position.step}: go on with training, which refreshes on its own"
+        run.metrics.conclude(text, {"units": 0, "cache": run.config.cache_root})
         return
     vocabulary, prompts = ready.vocabulary, ready.prompts
     with TeacherLoader(run.config, run.world) as teacher:
         if role == "score":
-            num_units = roles.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
+            num_units = refresh.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:
             student, _ = setup.current_student(run, vocabulary)
             policy = setup.student_policy(run, student, open_engine(student.model), position.step)
-            if role == "generate":
-                num_units = roles.generate_rollouts(run, policy, vocabulary, prompts, refresh_index=due)
-            else:
-                num_units = refresh.write_rollouts(
-                    run, policy, vocabulary, prompts, refresh_index=due, teacher=teacher
-                )
+            num_units = refresh.write_rollouts(
+                run,
+                policy,
+                vocabulary,
+                prompts,
+                refresh_index=due,
+                teacher=None if role == "generate" else teacher,
+            )
     tell(run, num_units)
 
 
@@ -80,7 +81,7 @@ def _follow(arguments: list[str]) -> None:
     if not folder or folder[0].startswith("--"):
         raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
     run = open_run(
-        __doc__ or "", follow.arguments_of(folder[0], rest), only_looks=True, notes="metrics-follower.jsonl"
+        __doc__ or "", follow.arguments_of(folder[0], rest), read_only=True, notes="metrics-follower.jsonl"
     )
     follow.follow(run)
 
@@ -94,19 +95,21 @@ def tell(run: Run, num_units: int) -> None:
     root = run.config.unscored_root if generates_only else run.config.cache_root
     summary = cache.open(root).summary()
     how, cut = progress.last_line(run), cut_share(summary["finish_reasons"])
-    run.metrics.say(
-        (f"{how}\n" if how else "")
-        + f"{num_units} units written; {root} holds {summary['rows']} rollouts, {summary['scored_tokens']}"
-        f" {'tokens' if generates_only else 'scored tokens'}, {summary['bytes_per_token']:.1f} bytes a token"
+    kept = ("rows", "scored_tokens", "bytes_per_token")
+    facts = {"units": num_units, "cache": root, **{key: summary[key] for key in kept}, "cut_share": cut}
+    run.metrics.conclude(
+        (f"{how}\n" if how else "") + f"{num_units} units written; {root} holds {summary['rows']:,} rollouts,"
+        f" {summary['scored_tokens']:,} {'tokens' if generates_only else 'scored tokens'},"
+        f" {summary['bytes_per_token']:.1f} bytes a token"
         + (f"; {cut_sentence(cut)}" if cut is not None else "")
         + "\n"
-        + f"look:  python -m cache show {root} --index 0\n"
+        + f"look:  dualkl cache show {root} --index 0\n"
         + (
-            f"next:  python -m stages.rollout --role score with the same configuration; then {root} may be"
-            " deleted"
+            f"next:  dualkl rollout --role score with the same configuration; then {root} may be deleted"
             if generates_only
-            else "next:  python -m stages.train with the same configuration"
-        )
+            else "next:  dualkl train with the same configuration"
+        ),
+        facts,
     )
 
 

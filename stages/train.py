@@ -14,10 +14,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 from typing import Any
 
@@ -25,13 +25,14 @@ import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, schedule, setup, steps
+from stages.loops.elsewhere import wait_for
 from stages.loops.setup import Vocabulary
-from stages.loops.waiting import wait_for
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
-from stages.runtime import checkpoint, history, metrics
+from stages.runtime import card, checkpoint, metrics
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
+from stages.runtime.files import replace_text
 from stages.runtime.run import Run, open_run
 
 
@@ -48,7 +49,14 @@ def main() -> None:
         )
     ready = preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
     student, _ = setup.current_student(run, ready.vocabulary)
-    train(run, student, ready.vocabulary, ready.prompts)
+    step = train(run, student, ready.vocabulary, ready.prompts)
+    last, path = run.metrics.last_step, run.folder / "student"
+    how = f" (reverse KL {last['rkl']:.4f}, forward KL {last['fkl']:.4f})" if last else ""
+    run.metrics.conclude(
+        f"trained to step {step}{how}; the student is in {path}\n"
+        "next:  dualkl evaluate, then dualkl report, with the same configuration",
+        {"step": step, "student": str(path), "cache": run.config.cache_root, "last_step": last},
+    )
 
 
 def _work(config: Config) -> preflight.Work:
@@ -61,8 +69,11 @@ def _work(config: Config) -> preflight.Work:
     )
 
 
-def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> None:
-    """Train to max_steps and export the student to `runs/<name>/student`; `prompts`: read if not given."""
+def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> int:
+    """Train to max_steps and export the student to `runs/<name>/student`; return its step.
+
+    `prompts`: read if not given.
+    """
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
     training = steps.prepare(run, student)
     if prompts is None:
@@ -93,9 +104,10 @@ def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prom
         run.metrics.say(
             f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text"
         )
-    _export(run, student, training.step if kept is None else kept.step)
+    step = training.step if kept is None else kept.step
+    _export(run, student, step)
     run.log_totals("train")
-    run.metrics.say(f"trained to step {training.step}; the student is in {run.folder / 'student'}")
+    return step
 
 
 def _export(run: Run, student: Student, step: int) -> None:
@@ -108,13 +120,21 @@ def _export(run: Run, student: Student, step: int) -> None:
         (r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {}
     )
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
-        students.export(student, folder, {"README.md": model_card(run, step)})
+        students.export(student, folder, {"README.md": card_of(run, **now)})
         run.metrics.log("export", **now)
 
 
-def model_card(run: Run, step: int) -> str:
+def card_of(run: Run, step: int, policy_hash: str) -> str:
     """README.md of the exported student, from the run's records."""
-    return history.model_card(metrics.read(run.metrics.path), run.config, step)
+    return card.model_card(metrics.read(run.metrics.path), run.config, card.Weights(step, policy_hash))
+
+
+def update_card(run: Run) -> None:
+    """Write the exported student's README.md again, with what has been measured since."""
+    exported = [record for record in metrics.read(run.metrics.path) if record["kind"] == "export"]
+    if exported and (run.folder / "student").is_dir():
+        text = card_of(run, exported[-1]["step"], exported[-1]["policy_hash"])
+        replace_text(run.folder / "student" / "README.md", text)
 
 
 def _await_cache(run: Run) -> None:

@@ -35,7 +35,7 @@ from stages.data.prompts import training_prompts
 from stages.loops import setup, versions
 from stages.models import ends, folders, pretrained
 from stages.report import summary, write_report
-from stages.runtime import checkpoint, distributed, history, metrics
+from stages.runtime import card, checkpoint, distributed, history, metrics
 from stages.runtime.checkpoint import _digest
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
@@ -134,7 +134,7 @@ def use_run(folder: Path) -> None:
     run, config = folder / "demo", _config(folder)
     records = metrics.read(run / "metrics.jsonl")
     history.spans(records)
-    history.model_card(records, config, 4)
+    card.model_card(records, config, card.Weights(4))
     summary(write_report(run, config), run, config)
     versions.newest(run)
 

@@ -51,7 +51,6 @@ VALUES: dict[str, Any] = {
     "checkpoint_every": 2,
     "lora_dropout": 0.1,
     "eval_prompts": 8,
-    "trace_every": 1,
 }
 EXTERNAL = {"refresh_mode": "external", "max_age": 2}
 BEFORE = {"rollout": [], "train": ["rollout"], "pipeline": [], "external": [], "export": ["rollout"]}

@@ -1,10 +1,8 @@
-"""Turns committed rows into training batches: live pool, fixed batch order, tensors and teachers."""
+"""Turns rows into the tensors of a forward: micro-batches, teacher objects, copies to the device."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -14,73 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import cache
-from dualkl import Head, HiddenTeacher, LogitsTeacher, Sampled, TopKTeacher
-from dualkl.targets import check_topk_values
+from dualkl import Head, Sampled
 from stages.data.alignment import Aligned, align
-from stages.runtime.errors import UserError
+from stages.data.signals import AnyTeacher, cat, teacher_of
 
 T = TypeVar("T")
-R = TypeVar("R")
-AnyTeacher = LogitsTeacher | HiddenTeacher | TopKTeacher
-CPU = torch.device("cpu")
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples modulo 1 are evenly spread
-_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The rows eligible for training.
-
-    Attributes:
-        row_ids: sorted.
-        version: index of the newest refresh in the pool.
-        ages: each row's staleness in optimizer steps; -1 for rows of other runs.
-        lengths: prompt and completion tokens of each row.
-        opened_at: the optimizer step at which `ages` were computed.
-        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` include them.
-    """
-
-    row_ids: list[str]
-    version: int
-    ages: dict[str, int]
-    lengths: dict[str, tuple[int, int]]
-    opened_at: int = 0
-    extras: tuple[Extra, ...] = ()
-
-    @property
-    def num_off_policy(self) -> int:
-        return sum(age < 0 for age in self.ages.values())
-
-    @property
-    def num_own(self) -> int:
-        return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
-
-    def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
-        """Return this pool with another cache's rows; `weight` of them are drawn per row of the main one."""
-        prefix = f"{len(self.extras)}:"
-        keys = [prefix + row_id for row_id in found.row_ids]
-        return replace(
-            self,
-            extras=(*self.extras, Extra(keys, weight, snapshot)),
-            ages=self.ages
-            | {key: found.ages[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
-            lengths=self.lengths
-            | {key: found.lengths[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
-        )
-
-    def locate(self, key: str, own: cache.Snapshot) -> tuple[cache.Snapshot, str]:
-        """Return the snapshot that holds the row, and the row's id there; `own` is the main cache."""
-        number, found, row_id = key.rpartition(":")
-        return (self.extras[int(number)].snapshot if found else own), row_id
-
-
-@dataclass(frozen=True)
-class Extra:
-    """The rows of another cache in a pool; `weight` of them are drawn per row of the main cache."""
-
-    keys: list[str]
-    weight: float
-    snapshot: cache.Snapshot
 
 
 @dataclass(frozen=True)
@@ -97,84 +33,6 @@ class MicroBatch:
     weights: Float[Tensor, " N"]
     tau: float | None = None
     teacher_entropy: Float[Tensor, " N"] | None = None
-
-
-def live_pool(
-    snapshot: cache.Snapshot,
-    run_id: str,
-    version: int,
-    at_step: int,
-    max_age: int,
-    policies: dict[int, str],
-) -> Pool:
-    """Return the rows eligible for training at step `at_step`.
-
-    These are this run's rows of refresh `version`, its earlier ones up to `max_age` steps old, and all rows
-    of other runs.
-
-    `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded,
-    except in refresh 0, where they count as rows of another run.
-    """
-    index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
-    ages: dict[str, int] = {}
-    for row in index:
-        if row["run_id"] != run_id:
-            ages[row["row_id"]] = -1
-        elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
-            if row["refresh_index"] == version == 0:
-                ages[row["row_id"]] = -1
-            continue  # written by rolled-back weights
-        elif row["refresh_index"] == version or (
-            row["refresh_index"] < version and at_step - row["policy_step"] <= max_age
-        ):
-            ages[row["row_id"]] = at_step - row["policy_step"]
-    lengths = {
-        row["row_id"]: (row["num_prompt_tokens"], row["num_completion_tokens"])
-        for row in index
-        if row["row_id"] in ages
-    }
-    return Pool(sorted(ages), version, ages, lengths, at_step)
-
-
-def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
-    """Return the row keys of global batch `batch_index`, counted since the pool was opened.
-
-    Each cache is an endless stream of its rows, permuted each epoch with the seed (seed, epoch, version).
-    Batch slots are assigned to caches by weight, deterministically.
-    """
-    start, end = batch_index * batch_size, (batch_index + 1) * batch_size
-    owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
-    picked = [""] * batch_size
-    for number, keys in enumerate([pool.row_ids, *(extra.keys for extra in pool.extras)]):
-        places = np.flatnonzero(owner_of_place == number)
-        first = int(np.searchsorted(places, start))
-        seeds = [pool.version, number] if number else [pool.version]
-        stream = _stream(keys, seed, seeds, range(first, len(places)))
-        for place, key in zip(places[first:].tolist(), stream, strict=True):
-            picked[place - start] = key
-    return picked
-
-
-def _owners(weights: list[float], num_places: int) -> np.ndarray:
-    """Return the cache of each batch slot; any contiguous range matches the weights within a row or two."""
-    bounds = np.cumsum(weights) / sum(weights)
-    return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
-
-
-def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iterator[str]:
-    for place in places:
-        epoch, offset = divmod(place, len(keys))
-        if place == places.start or offset == 0:
-            order = np.random.default_rng([seed, epoch, *seeds]).permutation(len(keys))
-        yield keys[order[offset]]
-
-
-def by_cache(keys: Iterable[str]) -> list[list[str]]:
-    """Group keys by cache, the main cache first, keeping the order within each group."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(key.rpartition(":")[0], []).append(key)
-    return [groups[number] for number in sorted(groups)]
 
 
 def micro_batches(
@@ -210,18 +68,6 @@ def num_tokens(record: cache.Record) -> int:
     return len(record.prompt_ids) + len(record.completion_ids)
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int = 1) -> Iterator[R]:
-    """Yield `read(item)` in order; a thread reads up to `depth` items ahead."""
-    with ThreadPoolExecutor(1, "read-ahead") as thread:
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(thread.submit(read, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def to_tensors(
     records: list[cache.Record],
     weight: float,
@@ -236,39 +82,25 @@ def to_tensors(
 
     `head`: the teacher's head, for `hidden` rows.
     """
-    teacher = teacher_of(records, head, device, vocab_size)  # first, to reject unscored rows
-    aligned = align(
-        [r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed
-    )
-    sampled = Sampled(
-        aligned.targets,
-        _cat([cast(np.ndarray, r.teacher_logprobs) for r in records]).to(device),
-        _cat([r.behaviour_logprobs for r in records]).to(device),
-    )
-    weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
-    entropy = _cat([cast(np.ndarray, r.teacher_entropy) for r in records]).to(device)
-    return MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy)
+    teacher = teacher_of(records, head, vocab_size)  # first, to reject unscored rows
+    prompts, completions = [r.prompt_ids for r in records], [r.completion_ids for r in records]
+    aligned = align(prompts, completions, pad_id, torch.device("cpu"), packed=packed)
+    teacher_logprobs = cat([cast(np.ndarray, r.teacher_logprobs) for r in records])
+    sampled = Sampled(aligned.targets, teacher_logprobs, cat([r.behaviour_logprobs for r in records]))
+    weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32)
+    entropy = cat([cast(np.ndarray, r.teacher_entropy) for r in records])
+    return on_device(MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy), device)
 
 
-def pinned_tensors(
-    records: list[cache.Record],
-    weight: float,
-    head: Head | None,
-    pad_id: int,
-    vocab_size: int,
-    *,
-    packed: bool,
-) -> MicroBatch:
-    """Like `to_tensors`, in pinned memory with top-k values checked, for copies by `on_device`."""
-    batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
-    if isinstance(batch.teacher, TopKTeacher):
-        check_topk_values(batch.teacher, vocab_size)
+def pinned(batch: MicroBatch) -> MicroBatch:
+    """Copy the batch to pinned memory, from which `on_device` copies asynchronously."""
     return map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
 
 
-def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Copy the batch to `device`; copies from pinned memory are asynchronous."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+def on_device(value: T, device: torch.device) -> T:
+    """Copy a batch or a teacher to `device`; copies from pinned memory are asynchronous."""
+    moved: T = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    return moved
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -280,78 +112,3 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     parts = {item.name: getattr(value, item.name) for item in fields(value)}
     mapped = {name: map_tensors(function, part) for name, part in parts.items()}
     return replace(value, **mapped)  # type: ignore[type-var]
-
-
-def teacher_of(
-    records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int
-) -> AnyTeacher:
-    """Return the loss's teacher for the scored positions of `records`, in order.
-
-    Top-k values for a GPU are checked here on the host, because on a GPU the loss checks only shapes.
-    """
-    signals = [record.signal for record in records]
-    first = signals[0]  # rows of one cache share one kind
-    if isinstance(first, cache.TopK):
-        topk = cast(list[cache.TopK], signals)
-        width = max(signal.ids.shape[1] for signal in topk)
-        ids = _cat([_widen(signal.ids, width, -1) for signal in topk]).long()
-        logprobs = _cat([_widen(signal.logprobs, width, -np.inf) for signal in topk])
-        tail = _cat([signal.log_tail_mass for signal in topk])
-        teacher = TopKTeacher(ids, logprobs, tail, temperature=first.temperature)
-        if device.type != "cpu":
-            check_topk_values(teacher, vocab_size)
-        return TopKTeacher(
-            ids.to(device), logprobs.to(device), tail.to(device), temperature=first.temperature
-        )
-    if isinstance(first, cache.Hidden):
-        if head is None:
-            raise UserError(
-                "the cache holds hidden states but no teacher head; run `python -m cache verify` on it."
-            )
-        hidden = cast(list[cache.Hidden], signals)
-        return HiddenTeacher(_cat([_typed(s.states, s.dtype) for s in hidden]).to(device), head)
-    if isinstance(first, cache.Full):
-        full = cast(list[cache.Full], signals)
-        return LogitsTeacher(_cat([_typed(s.logits, s.dtype) for s in full]).to(device).float())
-    raise UserError(
-        f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it."
-    )
-
-
-def cached_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:
-    """Return the head of a `hidden` cache on `device`, else None.
-
-    Each call reads it again, so its memory is freed when the caller drops it.
-    """
-    if snapshot.fingerprint.must_match["signal"]["kind"] != "hidden":
-        return None
-    return dual_kl_head(snapshot.head(), device)
-
-
-def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head | None:
-    """Convert a stored teacher head to `dualkl`'s type, on `device`."""
-    if stored is None:
-        return None
-    bias = None if stored.bias is None else torch.from_numpy(np.array(stored.bias)).to(device)
-    return Head(
-        _typed(stored.weight, stored.dtype).to(device),
-        bias=bias,
-        scale=stored.scale,
-        softcap=stored.softcap or None,
-    )
-
-
-def _typed(array: np.ndarray, dtype: str) -> Tensor:
-    tensor = torch.from_numpy(np.array(array))
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor.to(_TORCH[dtype])
-
-
-def _widen(array: np.ndarray, width: int, fill: float) -> np.ndarray:
-    missing = width - array.shape[1]
-    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else array
-
-
-def _cat(parts: list[np.ndarray] | list[Tensor]) -> Tensor:
-    return torch.cat(
-        [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts]
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import numbers
@@ -17,6 +18,23 @@ from stages.data.prompts import Prompt
 from stages.runtime.errors import UserError, one_line
 
 Checker = Callable[[dict[str, Any], str], bool]
+GIVEN = "python:"
+_given: dict[str, Checker] = {}
+
+
+def keep_checker(checker: Checker) -> str:
+    """A name for a function given in Python, under which this process finds it as an answer_checker.
+
+    The name has a hash of the source, where that is known: another function is another configuration.
+    """
+    own = checker if hasattr(checker, "__qualname__") else type(checker)
+    try:
+        source = f":{hashlib.sha256(inspect.getsource(own).encode()).hexdigest()[:8]}"
+    except (OSError, TypeError):  # no file or cell holds it
+        source = ""
+    spec = f"{GIVEN}{own.__module__}.{own.__qualname__}{source}"
+    _given[spec] = checker
+    return spec
 
 
 def open_checker(spec: str) -> Checker | None:
@@ -74,11 +92,18 @@ def _start(value: Any) -> str:
 
 
 def load_checker(spec: str) -> Checker | None:
-    """Return the checker `gsm8k` or `path/to/file.py:function`; None for an empty spec."""
+    """Return the checker `gsm8k`, `path/to/file.py:function` or a given one; None for an empty spec."""
     if not spec:
         return None
     if spec == "gsm8k":
         return check_gsm8k
+    if spec.startswith(GIVEN):
+        if spec not in _given:
+            raise UserError(
+                f"answer_checker {spec} was given to distill as a function, which a command cannot load; call"
+                " distill again, or name a function as path/to/file.py:function."
+            )
+        return _given[spec]
     path, _, name = spec.rpartition(":")
     module_spec = (
         importlib.util.spec_from_file_location("answer_checker", path) if Path(path).is_file() else None

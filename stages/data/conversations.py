@@ -15,6 +15,7 @@ Turn = dict[str, Any]
 TURNS = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "question", "problem", "query", "instruction", "input")
 COLUMNS = (*TURNS, *TEXTS, "chosen")
+ANSWERS = ("answer", "response", "output", "completion", "solution", "chosen")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PROMPTING = ("user", "tool", "function", "ipython", "observation")
 """Roles that the assistant answers, including tools."""
@@ -66,6 +67,23 @@ def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversatio
     if system and not any(turn["role"] in SYSTEM for turn in turns):
         turns = [{"role": "system", "content": system}, *turns]
     return Conversation(turns, _tools(record))
+
+
+def answer_of(record: dict[str, Any]) -> str:
+    """Text of the answer that the record holds beside its prompt; "" if there is none, or it is no text."""
+    names = (each for each in (*TURNS, *ANSWERS) if isinstance(record.get(each), str | list))
+    name = next((each for each in names if record[each]), "")
+    if not name:
+        return ""
+    value = record[name]
+    try:
+        if isinstance(value, str) and name not in TURNS:
+            return value
+        last = _turns(name, record)[-1]
+    except (Unusable, IndexError):
+        return ""
+    content = _joined(last.get("content"))
+    return content if last["role"] == "assistant" and isinstance(content, str) else ""
 
 
 def plain(turns: list[Turn]) -> list[Turn]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.data.conversations import TEXTS, TURNS, Turn, Unusable, conversation, plain
 from stages.data.records import Record, open_records
-from stages.runtime.config import Config
+from stages.runtime.config import Config, require
 from stages.runtime.errors import UserError, one_line
 
 FEW = 50
@@ -41,6 +41,7 @@ class PromptSet:
     drawn: dict[str, int]  # number of prompts per data set
     skipped: Counter[str]  # number of records per reason
     num_records: int  # records read
+    num_there: int  # records that the data sets hold
 
     @property
     def num_skipped(self) -> int:
@@ -53,43 +54,55 @@ class PromptSet:
         text = f"{len(self.prompts)} prompts" + (
             f": {names}" if len(self.drawn) > 1 else f" from {next(iter(self.drawn))}"
         )
-        return text + (f" ({_skips(self.skipped, self.num_records)})" if self.skipped else "")
+        return text + (f" ({self.skips})" if self.skipped else "")
+
+    @property
+    def skips(self) -> str:
+        """`9 of 521 records skipped: 9 without a user turn`"""
+        return _skips(self.skipped, self.num_records)
 
 
 def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """Return `num_prompts` prompts of `dataset` (0: all) in a seeded order.
+    """Return `num_prompts` prompts of `dataset` (0: all) in a seeded order, without those held out.
 
     Several data sets are mixed by weight. One that ends before the others is repeated until all have ended.
     Errors: `UserError` if a data set cannot be read, has no prompts, or more than `allow_skipped` of its
     records are skipped.
     """
-    return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
+    if config.eval.eval_dataset or not config.eval.eval_prompts:
+        return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
+    return _split(config, tokenizer)[0]
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """Return `eval_prompts` prompts of `eval_dataset`, or those after the training prompts in `dataset`."""
-    if config.eval.eval_dataset:
-        name = config.eval.eval_dataset
-        records = open_records(name, "test")
-        return _mixed(
-            [_Source(name, 1.0, records, range(len(records)), config, tokenizer)], config.eval.eval_prompts
-        )
-    if config.data.num_prompts == 0:
+    """Return `eval_prompts` prompts of `eval_dataset` or, if it is empty, prompts held out from `dataset`."""
+    if not config.eval.eval_dataset:
+        train, held_out = _split(config, tokenizer)
+        if held_out.prompts:
+            return held_out
         raise UserError(
-            "num_prompts 0 trains on the whole data set: name an eval_dataset, or give num_prompts."
+            f"dataset {', '.join(train.drawn)} is too small to hold out prompts: it has {len(train.prompts)}, and"
+            " none besides. Name an eval_dataset, or turn evaluation off with eval_prompts 0."
         )
-    taken = _mixed(_sources(config, tokenizer), config.data.num_prompts + config.eval.eval_prompts)
-    held_out = taken.prompts[config.data.num_prompts :]
-    names = ", ".join(taken.drawn)
-    if not held_out:
-        raise UserError(f"dataset {names} has no prompts beyond num_prompts; name an eval_dataset.")
-    seen = {prompt.prompt_id for prompt in taken.prompts[: config.data.num_prompts]}
-    unseen = [prompt for prompt in held_out if prompt.prompt_id not in seen]
-    if not unseen:
-        raise UserError(
-            f"dataset {names}: all prompts beyond num_prompts repeat earlier ones; name an eval_dataset."
-        )
-    return replace(taken, prompts=unseen)
+    name = config.eval.eval_dataset
+    records = open_records(name, "test")
+    order = range(len(records))
+    return _mixed([_Source(name, 1.0, records, order, config, tokenizer)], config.eval.eval_prompts)
+
+
+def _split(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet]:
+    """Prompts of `dataset` to train on, and to hold out: those after `num_prompts`.
+
+    If there are none, or `num_prompts` is 0, the last tenth is held out, at least one. No prompt is in both.
+    """
+    train, most = config.data.num_prompts, config.eval.eval_prompts
+    taken = _mixed(_sources(config, tokenizer), train + most if train else sys.maxsize)
+    prompts = taken.prompts
+    if not 0 < train < len(prompts):
+        train = len(prompts) - min(most, max(1, len(prompts) // 10))
+    known = {prompt.prompt_id for prompt in prompts[:train]}
+    held_out = [prompt for prompt in prompts[train:] if prompt.prompt_id not in known]
+    return replace(taken, prompts=prompts[:train]), replace(taken, prompts=held_out)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------
@@ -175,6 +188,7 @@ class _Source:
 
 
 def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source]:
+    require(config, "dataset")
     names = config.data.dataset
     weights = names if isinstance(names, dict) else {names: 1.0}
     sources = []
@@ -206,6 +220,7 @@ def _mixed(sources: list[_Source], limit: int) -> PromptSet:
         {each.name: each.num_drawn for each in sources},
         skipped,
         sum(each.num_records for each in sources),
+        sum(len(each.order) for each in sources),
     )
 
 

@@ -14,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request, Sampling
 from stages.engine.sampler import Sampler
 from stages.engine.slot_attention import check_attended, slot_attention
-from stages.engine.slots import Progress, SlotCache
-from stages.models.exact import decoder_of
+from stages.engine.slots import SlotCache, SlotState
+from stages.models.readout import decoder_of
 from stages.runtime.errors import UserError
 
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
@@ -36,22 +35,22 @@ class Decoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        method: Method,
+        sampling: Sampling,
         num_slots: int,
         num_places: int,
         num_tokens: int,
         compute_dtype: torch.dtype | None,
     ) -> None:
         """`compute_dtype`: autocast's dtype, None without autocast."""
-        self.model, self.decoder, self.method = model, decoder_of(model), method
+        self.model, self.decoder, self.sampling = model, decoder_of(model), sampling
         self.num_slots, self.num_places, self.num_tokens = num_slots, num_places, num_tokens
         self.device = next(model.parameters()).device
-        self.progress = Progress.empty(num_slots, num_tokens, self.device)
+        self.state = SlotState.empty(num_slots, num_tokens, self.device)
         self.width = num_slots
         self._compute_dtype = compute_dtype
-        self.sampler = Sampler(model, method, self.device)
+        self.sampler = Sampler(model, sampling, self.device)
         self._cache: SlotCache | None = None
-        self._views: dict[int, tuple[Progress, SlotCache]] = {}
+        self._views: dict[int, tuple[SlotState, SlotCache]] = {}
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by width
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
@@ -68,28 +67,28 @@ class Decoder:
     def _step(self, width: int) -> None:
         assert self._cache is not None
         if width not in self._views:
-            self._views[width] = self.progress.first(width), self._cache.first(width)
-        progress, slots = self._views[width]
+            self._views[width] = self.state.first(width), self._cache.first(width)
+        state, slots = self._views[width]
         slots.longest = self._cache.longest
-        slots.begin_step(progress.length, progress.active)
+        slots.begin_step(state.length, state.active)
         with slot_attention(self.decoder.config):
             output = self.decoder(
-                input_ids=progress.token[:, None],
-                position_ids=progress.length[:, None],
+                input_ids=state.token[:, None],
+                position_ids=state.length[:, None],
                 past_key_values=slots,
                 use_cache=True,
                 slots=slots,
             )
         check_attended(self.decoder, slots)
-        progress.length += progress.active
-        self.sampler.draw(progress, output.last_hidden_state[:, -1])
+        state.length += state.active
+        self.sampler.draw(state, output.last_hidden_state[:, -1])
 
     def _graph(self, width: int) -> torch.cuda.CUDAGraph:
         """The captured step. Warm-up and capture run without live rows and change none."""
         if width in self.graphs:
             return self.graphs[width]
-        live = self.progress.active.clone()
-        self.progress.active.zero_()
+        live = self.state.active.clone()
+        self.state.active.zero_()
         stream, graph = _capture_stream(self.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -101,14 +100,14 @@ class Decoder:
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
         ):
             self._step(width)
-        self.progress.active.copy_(live)
+        self.state.active.copy_(live)
         self.graphs[width] = graph
         return graph
 
     def clear(self, width: int) -> None:
         """Free all slots, including those left by an interrupted call; use the first `width` from now on."""
         self.width = width
-        self.progress.active.zero_()
+        self.state.active.zero_()
 
     def fill(self, placed: list[tuple[int, Request]]) -> None:
         """Prefill the prompts into their slots, equal prompts once, and sample the first tokens."""
@@ -125,11 +124,11 @@ class Decoder:
         prompts = [group[0][1].prompt for group in groups]
         rows = [(place, slot, request) for place, group in enumerate(groups) for slot, request in group]
         # Host-to-device copies come first: each waits for all earlier launches.
-        progress = Progress.starting([request for _, _, request in rows], self.num_tokens).to(self.device)
+        state = SlotState.starting([request for _, _, request in rows], self.num_tokens).to(self.device)
         ids = pad_sequence(
             [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts],
             batch_first=True,
-            padding_value=self.method.pad_id,
+            padding_value=0,
         ).to(self.device)
         ends = self._whole([len(prompt) - 1 for prompt in prompts])
         source = self._whole([place for place, _, _ in rows])
@@ -140,8 +139,8 @@ class Decoder:
         layers: list[Any] = cache.layers  # all attention layers: see `check_served`
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self._allocate(keys, values).fill(slots, source, keys, values)
-        self.sampler.draw(progress, last[source])
-        self.progress.put(slots, progress)
+        self.sampler.draw(state, last[source])
+        self.state.put(slots, state)
 
     def _whole(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)
@@ -159,7 +158,7 @@ class Decoder:
 
     def live(self) -> np.ndarray:
         """Which of the first `width` slots hold a row that has not ended. Waits for the device."""
-        return self.progress.active[: self.width].cpu().numpy()
+        return self.state.active[: self.width].cpu().numpy()
 
     def narrow(self, width: int, moves: dict[int, int], longest: int) -> None:
         """Continue with `width` slots. `moves`: live rows' slots at or above `width` to free ones below."""
@@ -169,7 +168,7 @@ class Decoder:
             source, target = self._whole(list(moves)), self._whole(list(moves.values()))
             self._cache.longest = longest
             self._cache.move(source, target)
-            self.progress.move(source, target)
+            self.state.move(source, target)
 
 
 def plain_steps_logprobs(
@@ -180,27 +179,26 @@ def plain_steps_logprobs(
 ) -> list[np.ndarray]:
     """Logprobs of given completions from uncaptured steps over slots, using the model's layers in float32.
 
-    Callers enter `exact.in_float32` first. `head`: states [B, d] to logits [B, V].
+    Callers enter `in_float32` first. `head`: states [B, d] to logits [B, V].
     """
-    longest = max(map(len, completions))
+    pairs = zip(prompts, completions, strict=True)
+    requests = [Request(prompt, len(forced), forced=forced) for prompt, forced in pairs]
+    longest = max(request.limit for request in requests)
     places = longest + max(map(len, prompts))
     vocabulary = model.config.get_text_config().vocab_size
-    decoder = Decoder(
-        model, Method(Sampling(longest), vocabulary, (), 0), len(prompts), places, longest, torch.float32
-    )
+    decoder = Decoder(model, Sampling(vocabulary), len(requests), places, longest, torch.float32)
 
     def logits(hidden: Tensor) -> Tensor:
         return head(hidden)[:, :vocabulary].contiguous()
 
     decoder.sampler.logits = logits  # type: ignore[method-assign]
-    pairs = zip(prompts, completions, strict=True)
-    requests = [Request(i, prompt, 0, len(forced), forced) for i, (prompt, forced) in enumerate(pairs)]
     decoder.clear(len(requests))
     decoder.fill(list(enumerate(requests)))
     for step in range(1, longest):
         decoder._cache.longest = step + max(map(len, prompts))  # type: ignore[union-attr]
         decoder._step(len(requests))
-    return [logprobs for _, logprobs, _ in decoder.progress.rows(list(range(len(requests))))]
+    written = decoder.state.completions(list(range(len(requests))), ())
+    return [completion.logprobs for completion in written]
 
 
 @contextmanager

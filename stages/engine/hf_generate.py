@@ -24,43 +24,44 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.engine.requests import Method, Request, RequestEngine, Row
+from stages.engine.protocol import Completion, Request, Sampling
 from stages.engine.sampler import Sampler
-from stages.engine.slots import Progress
-from stages.models.exact import decoder_of
-from stages.models.readout import last_hidden
+from stages.engine.slots import SlotState
+from stages.models.dropout import evaluating
+from stages.models.readout import base_of, decoder_of, last_hidden
 
 
-class HFGenerateEngine(RequestEngine):
+class HFGenerateEngine:
     """Generates with `generate`. Without `use_cache`, each token recomputes its whole row."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, use_cache: bool) -> None:
         self.model, self.use_cache = model, use_cache
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base: Any = base_of(model)
 
     def close(self) -> None:
         """Do nothing: no memory is held between calls."""
 
-    def _write(self, requests: list[Request], method: Method, num_rows: int) -> dict[int, Row]:
-        by_length: dict[int, list[Request]] = {}
-        for request in requests:
-            by_length.setdefault(len(request.prompt), []).append(request)
-        written: dict[int, Row] = {}
+    def generate(self, requests: list[Request], sampling: Sampling, num_slots: int) -> list[Completion]:
+        """See `Engine.generate`."""
+        by_length: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_length.setdefault(len(request.prompt), []).append(index)
+        written: dict[int, Completion] = {}
         with self._evaluating():
             for same in by_length.values():
-                for start in range(0, len(same), num_rows):
-                    batch = same[start : start + num_rows]
-                    rows = self._write_batch(batch, method)
-                    written.update(zip([request.index for request in batch], rows, strict=True))
-        return written
+                for start in range(0, len(same), num_slots):
+                    batch = same[start : start + num_slots]
+                    found = self._write_batch([requests[index] for index in batch], sampling)
+                    written.update(zip(batch, found, strict=True))
+        return [written[index] for index in range(len(requests))]
 
-    def _write_batch(self, batch: list[Request], method: Method) -> list[Row]:
+    def _write_batch(self, batch: list[Request], sampling: Sampling) -> list[Completion]:
         device = next(self.base.parameters()).device
         longest = max(request.limit for request in batch)
-        draw = _Draw(Sampler(self.base, method, device), Progress.starting(batch, longest).to(device))
+        draw = _Draw(Sampler(self.base, sampling, device), SlotState.starting(batch, longest).to(device))
         ids = torch.from_numpy(np.stack([request.prompt for request in batch]).astype(np.int64)).to(device)
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=longest, use_cache=self.use_cache, pad_token_id=method.pad_id
+            do_sample=False, max_new_tokens=longest, use_cache=self.use_cache, pad_token_id=0
         )
         handle = decoder_of(self.base).register_forward_hook(draw.keep_states)
         try:
@@ -69,31 +70,28 @@ class HFGenerateEngine(RequestEngine):
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([draw]),
-                stopping_criteria=StoppingCriteriaList([_Ended(draw.progress)]),
+                stopping_criteria=StoppingCriteriaList([_Ended(draw.state)]),
             )
         finally:
             handle.remove()
-        return draw.progress.rows(list(range(len(batch))))
+        return draw.state.completions(list(range(len(batch))), sampling.eos_ids)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode, no gradients, blank generation config: `generate` takes unset values from the model."""
-        own, was_training = self.base.generation_config, self.model.training
-        self.base.generation_config = GenerationConfig()
-        self.model.eval()
+        own, self.base.generation_config = self.base.generation_config, GenerationConfig()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 yield
         finally:
             self.base.generation_config = own
-            self.model.train(was_training)
 
 
 class _Draw(LogitsProcessor):
     """Samples each row's next token and leaves greedy `generate` no other choice."""
 
-    def __init__(self, sampler: Sampler, progress: Progress) -> None:
-        self.progress, self._sampler = progress, sampler
+    def __init__(self, sampler: Sampler, state: SlotState) -> None:
+        self.state, self._sampler = state, sampler
         self._states: Tensor | None = None
 
     def keep_states(self, _module: Any, _inputs: Any, output: Any) -> None:
@@ -101,13 +99,13 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         assert self._states is not None
-        token = self._sampler.draw(self.progress, self._states)
+        token = self._sampler.draw(self.state, self._states)
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
 class _Ended(StoppingCriteria):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, state: SlotState) -> None:
+        self._state = state
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return ~self._progress.active
+        return ~self._state.active

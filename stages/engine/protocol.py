@@ -1,4 +1,4 @@
-"""Interface of a rollout engine: completions of prompts, with their tokens' log-probabilities."""
+"""Interface of a rollout engine: requests in, completions with their tokens' log-probabilities out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,33 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Integer
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A completion to write: at least one token and at most `limit`, after `prompt`.
+
+    `seed`, below 2**128, is that of the completion's random numbers. `forced` gives its `limit` ids, which
+    are then taken instead of sampled ones.
+    """
+
+    prompt: Integer[np.ndarray, " P"]
+    limit: int
+    seed: int = 0
+    forced: Integer[np.ndarray, " T"] | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. `top_p` 1 and `top_k` 0 are off; `greedy` takes the most likely token."""
+    """How the tokens of a call are sampled: ids below `vocab_size`, until one of `eos_ids`.
 
-    max_new_tokens: int
+    Temperature, top-k and top-p apply in this order; `top_k` 0 and `top_p` 1 are off. `greedy` takes the most
+    likely token.
+    """
+
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -36,24 +55,10 @@ class Engine(Protocol):
     Changes to the model between two calls (weights, device, adapters) take effect in the second.
     """
 
-    def generate(
-        self,
-        prompts: list[np.ndarray],
-        seeds: list[int],
-        sampling: Sampling,
-        *,
-        vocab_size: int,
-        eos_ids: tuple[int, ...],
-        pad_id: int,
-        micro_batch: int,
-        forced: list[np.ndarray] | None = None,
-    ) -> list[Completion]:
-        """One completion per prompt, in order.
+    def generate(self, requests: list[Request], sampling: Sampling, num_slots: int) -> list[Completion]:
+        """The completions, in the order of their requests; at most `num_slots` are decoded together.
 
-        `prompts` are token ids; `seeds` are integers below 2**128, one per row. Only ids below `vocab_size`
-        are sampled; `eos_ids` end a completion. `micro_batch` caps the rows decoded together. `forced` gives
-        all of each row's tokens instead of sampling them; the result then holds the engine's logprobs of that
-        text. Under autocast, products are in its dtype. Raises UserError if the model is not supported.
+        Under autocast, products are in its dtype. Raises UserError if the model is not supported.
         """
         ...
 
@@ -63,22 +68,10 @@ class Engine(Protocol):
 
 
 def forced_logprobs(
-    engine: Engine,
-    prompts: list[np.ndarray],
-    completions: list[np.ndarray],
-    *,
-    vocab_size: int,
-    pad_id: int = 0,
+    engine: Engine, prompts: list[np.ndarray], completions: list[np.ndarray], vocab_size: int
 ) -> list[np.ndarray]:
     """The engine's logprobs, float32 [T], of given completions at temperature 1."""
-    written = engine.generate(
-        prompts,
-        [0] * len(prompts),
-        Sampling(max(map(len, completions))),
-        vocab_size=vocab_size,
-        eos_ids=(),
-        pad_id=pad_id,
-        micro_batch=len(prompts),
-        forced=completions,
-    )
+    pairs = zip(prompts, completions, strict=True)
+    requests = [Request(prompt, len(forced), forced=forced) for prompt, forced in pairs]
+    written = engine.generate(requests, Sampling(vocab_size), len(requests))
     return [completion.logprobs for completion in written]

@@ -8,25 +8,25 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from dualkl.heads import PreparedHead, prepare_head
-from stages.engine.requests import Method
+from stages.engine.protocol import Sampling
 from stages.engine.sampling import choose
-from stages.engine.slots import Progress
+from stages.engine.slots import SlotState
 from stages.models import pretrained
 
 
 class Sampler:
-    """Samples each row's next token with a model's head and records it in the row's progress."""
+    """Samples each row's next token with a model's head and records it in the row's state."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, device: torch.device) -> None:
-        self._model, self._method = model, method
-        self._eos = torch.tensor(method.eos_ids, dtype=torch.long, device=device)
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, device: torch.device) -> None:
+        self._model, self._sampling = model, sampling
+        self._eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
         self._head: PreparedHead | None = None
 
-    def draw(self, progress: Progress, hidden: Float[Tensor, "B d"]) -> Int[Tensor, " B"]:
+    def draw(self, state: SlotState, hidden: Float[Tensor, "B d"]) -> Int[Tensor, " B"]:
         """The sampled tokens, including those of dead slots."""
-        uniforms, forced = progress.next_inputs()
-        chosen = choose(self.logits(hidden), uniforms, forced, self._method.sampling)
-        progress.record(chosen, self._eos)
+        uniforms, forced = state.next_inputs()
+        chosen = choose(self.logits(hidden), uniforms, forced, self._sampling)
+        state.record(chosen, self._eos)
         return chosen.token
 
     def logits(self, hidden: Float[Tensor, "B d"]) -> Float[Tensor, "B V"]:
@@ -38,4 +38,4 @@ class Sampler:
             if self._head is None:  # its products are in the dtype of the hidden states
                 head = pretrained.head_of(self._model)
                 self._head = prepare_head(head, hidden, len(head.weight))
-            return self._head.logits(hidden.to(self._head.weight_Vd.dtype))[:, : self._method.vocab_size]
+            return self._head.logits(hidden.to(self._head.weight_Vd.dtype))[:, : self._sampling.vocab_size]

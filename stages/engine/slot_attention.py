@@ -137,8 +137,8 @@ def check_attended(decoder: PreTrainedModel, slots: SlotCache) -> None:
 
 def _sentence(model_type: str, reason: str) -> str:
     return (
-        f"the rollout engine cannot write with a model of type {model_type}: {reason}. It serves decoders"
-        " with full or sliding-window attention (Qwen3, Llama, Mistral, Gemma and their like)."
+        f"the built-in rollout engine does not support models of type {model_type}: {reason}. It supports"
+        " decoders with full or sliding-window attention, such as Qwen3, Llama, Mistral and Gemma."
     )
 
 

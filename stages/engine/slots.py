@@ -1,7 +1,7 @@
-"""Slots: K/V and progress of the rows decoded together, all on the device.
+"""Slots: K/V and state of the rows decoded together, all on the device.
 
 A free slot, or one whose row has ended, takes part in every step with one attended key; its output goes to
-a scratch column. Only `Progress.rows` waits for the device.
+a scratch column. Only `SlotState.completions` waits for the device.
 
 Shape suffixes: B slots, H K/V heads, S places of a slot, D width of a head, T longest completion.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from stages.engine.requests import Request, Row
+from stages.engine.protocol import Completion, Request
 from stages.engine.sampling import Chosen
 
 
@@ -80,7 +80,7 @@ class SlotCache(Cache):
 
 
 @dataclass
-class Progress:
+class SlotState:
     """State of each slot's row. The last column of `ids`, `logprobs` and `entropy` is for dead slots."""
 
     token: Int[Tensor, " B"]  # last sampled; the next input
@@ -95,7 +95,7 @@ class Progress:
     entropy: Float[Tensor, "B T+1"]
 
     @classmethod
-    def empty(cls, slots: int, tokens: int, device: torch.device) -> Progress:
+    def empty(cls, slots: int, tokens: int, device: torch.device) -> SlotState:
         def zeros(*width: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros((slots, *width), dtype=dtype, device=device)
 
@@ -113,27 +113,27 @@ class Progress:
         )
 
     @classmethod
-    def starting(cls, requests: list[Request], num_tokens: int) -> Progress:
+    def starting(cls, requests: list[Request], num_tokens: int) -> SlotState:
         """State of new requests before their first token, on the host, one slot each."""
-        progress = cls.empty(len(requests), num_tokens, torch.device("cpu"))
+        state = cls.empty(len(requests), num_tokens, torch.device("cpu"))
         for row, request in enumerate(requests):
             uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(request.limit)
-            progress.uniforms[row, : request.limit] = torch.from_numpy(uniforms)
+            state.uniforms[row, : request.limit] = torch.from_numpy(uniforms)
             if request.forced is not None:
-                progress.forced[row, : request.limit] = torch.from_numpy(request.forced.astype(np.int64))
-        progress.length = torch.tensor([len(request.prompt) for request in requests])
-        progress.limit = torch.tensor([request.limit for request in requests])
-        progress.active.fill_(True)
-        return progress
+                state.forced[row, : request.limit] = torch.from_numpy(request.forced.astype(np.int64))
+        state.length = torch.tensor([len(request.prompt) for request in requests])
+        state.limit = torch.tensor([request.limit for request in requests])
+        state.active.fill_(True)
+        return state
 
-    def first(self, width: int) -> Progress:
+    def first(self, width: int) -> SlotState:
         """The first `width` slots, sharing memory."""
-        return Progress(*(tensor[:width] for tensor in self._tensors()))
+        return SlotState(*(tensor[:width] for tensor in self._tensors()))
 
-    def to(self, device: torch.device) -> Progress:
-        return Progress(*(tensor.to(device) for tensor in self._tensors()))
+    def to(self, device: torch.device) -> SlotState:
+        return SlotState(*(tensor.to(device) for tensor in self._tensors()))
 
-    def put(self, slots: Int[Tensor, " R"], rows: Progress) -> None:
+    def put(self, slots: Int[Tensor, " R"], rows: SlotState) -> None:
         for own, new in zip(self._tensors(), rows._tensors(), strict=True):
             own.index_copy_(0, slots, new)
 
@@ -157,15 +157,16 @@ class Progress:
         self.taken += self.active
         self.active &= (self.taken < self.limit) & (chosen.token[:, None] != eos_ids).all(1)
 
-    def rows(self, slots: list[int]) -> list[Row]:
-        """The rows in these slots. Waits for the device."""
+    def completions(self, slots: list[int], eos_ids: tuple[int, ...]) -> list[Completion]:
+        """The completions in these slots. Waits for the device."""
         index = torch.tensor(slots, device=self.ids.device)
         columns = (self.ids.int(), self.logprobs, self.entropy)
         ids, logprobs, entropy = (column.index_select(0, index).cpu().numpy() for column in columns)
-        lengths = self.taken.index_select(0, index).tolist()
-        return [
-            (ids[i, :n].copy(), logprobs[i, :n].copy(), entropy[i, :n].copy()) for i, n in enumerate(lengths)
-        ]
+        found = []
+        for row, length in enumerate(self.taken.index_select(0, index).tolist()):
+            own = [column[row, :length].copy() for column in (ids, logprobs, entropy)]
+            found.append(Completion(*own, "eos" if own[0][-1] in eos_ids else "length"))
+        return found
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]

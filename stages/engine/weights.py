@@ -43,7 +43,7 @@ class DecodingWeights:
             fast: nn.Module | None = None
             if isinstance(module, LoraLinear):
                 adapted = f"{name}."
-                fast = _merged(module, autocast_dtype, seed=zlib.crc32(name.encode()))
+                fast = merged(module, autocast_dtype, seed=seed_of(name))
             elif type(module) is nn.Linear and autocast_dtype not in (None, module.weight.dtype):
                 fast = _linear(module.weight.detach().to(autocast_dtype), module.bias)
             elif self._fused:
@@ -80,7 +80,12 @@ def _on_cuda(module: nn.Module) -> bool:
     return next(module.parameters()).is_cuda
 
 
-def _merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -> nn.Linear | None:
+def seed_of(name: str) -> int:
+    """Seed of the rounding of the layer called `name` in its decoder."""
+    return zlib.crc32(name.encode())
+
+
+def merged(module: LoraLinear, autocast_dtype: torch.dtype | None, seed: int) -> nn.Linear | None:
     """The adapted layer as one linear layer; None unless it computes W + s B A."""
     base = module.get_base_layer()
     adapters = [name for name in module.active_adapters if name in module.lora_A]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cache
+from stages.data.signals import KINDS
 from stages.loops import setup
 from stages.loops.setup import Vocabulary
 from stages.runtime.config import Config
@@ -53,7 +54,8 @@ def check_teacher_text(config: Config, root: str, vocabulary: Vocabulary) -> Non
 def check_loss(config: Config, root: str, stored: cache.Fingerprint) -> None:
     """Refuse a loss that the rows of the cache at `root`, from any run, do not support."""
     signal, recorded = stored.must_match["signal"], stored.recorded
-    if signal["kind"] in ("topk", "nucleus") and config.loss.temperature != signal["temperature"]:
+    kind = KINDS.get(signal["kind"])
+    if kind is not None and not kind.is_whole and config.loss.temperature != signal["temperature"]:
         raise UserError(
             f"{root} holds {signal['kind']} rows at temperature {signal['temperature']}, the loss is at"
             f" {config.loss.temperature}; only hidden and full rows serve other temperatures."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -18,9 +19,9 @@ from stages.loops.budgets import slots_of_run
 from stages.loops.progress import Progress, counts_of
 from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
+from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.teacher import Teacher
-from stages.models.turns import Turns
 from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -78,6 +79,16 @@ def missing_units(units: Sequence[Unit], committed_ids: set[str]) -> list[Unit]:
     return [unit for unit in units if not all(row.row_id in committed_ids for row in unit.rows)]
 
 
+@dataclass(frozen=True)
+class Round:
+    """Unscored rows that one round gives to this process, none if there are fewer units than processes."""
+
+    unit: str
+    rows: list[cache.Record]
+    num_units: int  # of all processes
+    is_generated: bool = False  # by this process, just now
+
+
 def collect(
     run: Run,
     units: Sequence[Unit],
@@ -89,47 +100,66 @@ def collect(
 ) -> int:
     """Write the units missing from `writer`'s cache, spread over the ranks; return their number (collective).
 
-    Each rank makes one unit per round; ranks without one run dummies in the others' ZeRO-3 forwards. A thread
-    encodes and writes rows while the next ones are made. Without a teacher they are committed unscored.
-    `elsewhere`: row ids to skip although this cache lacks them. Frees the engine's memory at the end.
+    Without a teacher they are committed unscored. `elsewhere`: row ids to skip although this cache lacks
+    them. Frees the engine's memory at the end.
     """
     rank, size = run.world.rank, run.world.size
     todo = missing_units(units, run.world.gather(writer.committed_ids | elsewhere)[0])
-    scoring = Scoring(signal, policy.vocab_size, policy.tokenizer.pad_token_id)
     num_slots = slots_for(run, policy, scores_too=get_teacher is not None)
-    with (
-        closing(policy.engine),
-        UnitWriter(writer) as writing,
-        Progress(run, sum(len(u.rows) for u in todo)) as progress,
-    ):
-        turns, teacher = Turns(run, policy.model, policy.engine), None
+    offloader = Offloader(run, policy.model, policy.engine)
+
+    def rounds(progress: Progress) -> Iterator[Round]:
         for start in range(0, len(todo), size):
-            unit = todo[start + rank] if start + rank < len(todo) else None
+            now = todo[start : start + size]
+            unit = now[rank] if rank < len(now) else None
             with progress.phase("generate"):
-                turns.to_student(teacher)
+                offloader.to_student()
                 rows = write_unit(unit, policy, num_slots) if unit else []
-            counts = counts_of(rows, generated=True)
+            yield Round(unit.name if unit else "", rows, len(now), is_generated=True)
+        offloader.to_student()
+
+    scoring = Scoring(signal, policy.sampling.vocab_size, policy.tokenizer.pad_token_id)
+    get = None if get_teacher is None else partial(offloader.to_teacher, get_teacher)
+    num_rollouts = sum(len(unit.rows) for unit in todo)
+    with closing(policy.engine):
+        return write_rounds(run, writer, rounds, num_rollouts, scoring, get)
+
+
+def write_rounds(
+    run: Run,
+    writer: cache.Writer,
+    rounds: Callable[[Progress], Iterator[Round]],
+    num_rollouts: int,
+    scoring: Scoring,
+    get_teacher: Callable[[], Teacher] | None,
+) -> int:
+    """Score the rows of each round, unless there is no teacher, and commit them; return the number of units.
+
+    Collective. Ranks without rows run dummies in the others' ZeRO-3 forwards. A thread encodes and writes
+    rows while the next ones are made.
+    """
+    num_units = 0
+    with UnitWriter(writer) as writing, Progress(run, num_rollouts) as progress:
+        for own in rounds(progress):
+            counts = counts_of(own.rows, generated=own.is_generated)
             if get_teacher is None:
-                writing.append(rows)
+                writing.append(own.rows)
             else:
                 with progress.phase("score"):
-                    teacher = turns.to_teacher(get_teacher)
-                    score_rows(run, rows, scoring, teacher, writing, progress, counts)
-            if unit:
-                writing.commit(unit.name)
+                    score_rows(run, own.rows, scoring, get_teacher(), writing, progress, counts)
+            if own.unit:
+                writing.commit(own.unit)
+            num_units += own.num_units
             progress.add(counts)
-        turns.to_student(teacher)
         with progress.waiting("write"):
             writing.drain()
     run.world.barrier()
-    return len(todo)
+    return num_units
 
 
 def slots_for(run: Run, policy: Policy, *, scores_too: bool) -> int:
     """Rows decoded together: `gen_micro_batch`, or as many as fit in free memory (collective)."""
-    return slots_of_run(
-        run.config, run.world, policy.model.config, is_teacher=policy.is_teacher, scores_too=scores_too
-    )
+    return slots_of_run(run, policy, scores_too=scores_too)
 
 
 def _row_id(*parts: object) -> str:
@@ -144,8 +174,7 @@ def write_unit(unit: Unit, policy: Policy, num_slots: int) -> list[cache.Record]
         if not np.isfinite(completion.logprobs).all():
             raise UserError(
                 f"the generating model gave NaN or infinite logits on prompt {row.prompt.prompt_id} (policy"
-                f" step {policy.step}); nothing of unit {unit.name} was kept. Check the weights, or lower"
-                " lr."
+                f" step {policy.step}); nothing of unit {unit.name} was kept. Check the weights, or lower lr."
             )
     return [_record(row, done, policy) for row, done in zip(unit.rows, completions, strict=True)]
 

@@ -1,31 +1,31 @@
-"""Batches of stage two. A thread reads the rows of the next forwards and builds their tensors."""
+"""From the pool to the forwards of each optimizer step: order of rows, cuts, and reading ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import tee
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 import cache
-from stages.data.batches import (
-    MicroBatch,
-    Pool,
-    batch_rows,
-    by_cache,
-    cached_head,
-    micro_batches,
-    pinned_tensors,
-    read_ahead,
-    to_tensors,
-)
+from stages.data.batches import MicroBatch, micro_batches, pinned, to_tensors
+from stages.data.pool import Pool
+from stages.data.signals import cached_head
 from stages.loops.budgets import Caps
 from stages.models.student import Student
 from stages.runtime.run import Run
 from stages.runtime.split import rows_per_micro_step
 
 READ_AHEAD = 2  # forwards
+CPU = torch.device("cpu")
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples modulo 1 are evenly spread
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def global_batches(
         records = [source[source.position(row_id)] for source, row_id in places]
         head = heads[places[0][0].root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
+        batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
         if device.type == "cuda":
             with torch.cuda.device(device):  # a new thread starts on the first GPU
-                return records, pinned_tensors(records, weight, head, pad_id, vocab_size, packed=packed)
-        return records, to_tensors(records, weight, head, pad_id, device, vocab_size, packed=packed)
+                batch = pinned(batch)
+        return records, batch
 
     plans, coming = tee(_plan(run, pool, index, packed, caps) for index in indices)
     inputs = read_ahead(make, ((total, forward) for _, total, own in coming for forward in own), READ_AHEAD)
@@ -101,6 +102,39 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
     return row_ids, sum(pool.lengths[row_id][1] for row_id in row_ids), forwards
 
 
+def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
+    """Return the row keys of global batch `batch_index`, counted since the pool was opened.
+
+    Each cache is an endless stream of its rows, permuted each epoch with the seed (seed, epoch, version).
+    Batch slots are assigned to caches by weight, deterministically.
+    """
+    start, end = batch_index * batch_size, (batch_index + 1) * batch_size
+    owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
+    picked = [""] * batch_size
+    for number, keys in enumerate([pool.row_ids, *(extra.keys for extra in pool.extras)]):
+        places = np.flatnonzero(owner_of_place == number)
+        first = int(np.searchsorted(places, start))
+        seeds = [pool.version, number] if number else [pool.version]
+        stream = _stream(keys, seed, seeds, range(first, len(places)))
+        for place, key in zip(places[first:].tolist(), stream, strict=True):
+            picked[place - start] = key
+    return picked
+
+
+def _owners(weights: list[float], num_places: int) -> np.ndarray:
+    """Return the cache of each batch slot; any contiguous range matches the weights within a row or two."""
+    bounds = np.cumsum(weights) / sum(weights)
+    return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
+
+
+def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iterator[str]:
+    for place in places:
+        epoch, offset = divmod(place, len(keys))
+        if place == places.start or offset == 0:
+            order = np.random.default_rng([seed, epoch, *seeds]).permutation(len(keys))
+        yield keys[order[offset]]
+
+
 def cut_forwards(
     pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool
 ) -> Iterator[list[str]]:
@@ -110,3 +144,23 @@ def cut_forwards(
             yield from micro_batches(
                 of_one_cache, lambda row_id: sum(pool.lengths[row_id]), caps.rows, caps.tokens, packed=packed
             )
+
+
+def by_cache(keys: Iterable[str]) -> list[list[str]]:
+    """Group keys by cache, the main cache first, keeping the order within each group."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.rpartition(":")[0], []).append(key)
+    return [groups[number] for number in sorted(groups)]
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], depth: int = 1) -> Iterator[R]:
+    """Yield `read(item)` in order; a thread reads up to `depth` items ahead."""
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(thread.submit(read, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Engine
 from stages.loops import preflight, refresh, setup, versions
-from stages.loops.setup import Vocabulary
+from stages.loops.elsewhere import wait_for
 from stages.loops.versions import Version
-from stages.loops.waiting import wait_for
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime import checkpoint
@@ -42,12 +39,12 @@ def follow(run: Run) -> None:
     """
     if run.config.refresh.refresh_mode != "external":
         raise UserError(
-            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}: it would not take"
-            " up rollouts that are written beside it; set refresh_mode: external for both."
+            f"the run in {run.folder} has refresh_mode {run.config.refresh.refresh_mode}, so its training"
+            " ignores rollouts of other processes; set refresh_mode: external for both commands."
         )
     refresh.refuse_role(run.config)
     ready = preflight.check_early(run, preflight.Work(generates=True, scores=True))
-    vocabulary, prompts = ready.vocabulary, ready.prompts
+    vocabulary = ready.vocabulary
     with run.clock.phase("load"):
         student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
     engine = open_engine(student.model)
@@ -62,7 +59,14 @@ def follow(run: Run) -> None:
 
     with TeacherLoader(run.config, run.world) as teacher:
         while isinstance(version := wait_for(look), Version):
-            _write(run, student, engine, vocabulary, prompts, version, teacher)
+            _load(run, student, version)
+            policy = setup.student_policy(run, student, engine, version.step)
+            num_units = refresh.write_rollouts(
+                run, policy, vocabulary, ready.prompts, refresh_index=version.refresh_index, teacher=teacher
+            )
+            _record(
+                run, version, num_units, refresh.check_generator(run, student, engine, version.refresh_index)
+            )
             written = version
     run.metrics.say(f"{run.folder} is finished: nothing more to write")
 
@@ -73,36 +77,26 @@ def _wanted(run: Run, start: Version) -> Version | None:
     return versions.newest(run.folder) or (start if untrained else None)
 
 
-def _write(
-    run: Run,
-    student: Student,
-    engine: Engine,
-    vocabulary: Vocabulary,
-    prompts: list[Prompt],
-    version: Version,
-    teacher: TeacherLoader,
-) -> None:
+def _load(run: Run, student: Student, version: Version) -> None:
     wanted = len(rollouts_of(run.config, version.refresh_index))
     if wanted != version.num_rollouts:
         raise UserError(
             f"the run wants {version.num_rollouts} rollouts of version {version.name}, this command would"
-            f" write {wanted}; leave rollouts_per_refresh, group_size, batch_size, max_steps and the refresh"
-            " keys as they are in the run."
+            f" write {wanted}; do not override rollouts_per_refresh, group_size, batch_size, max_steps or the"
+            " refresh keys here."
         )
     if version.refresh_index:
         versions.load(run.folder, student, version)
-    policy = setup.student_policy(run, student, engine, version.step)
-    num_units = refresh.write_rollouts(
-        run, policy, vocabulary, prompts, refresh_index=version.refresh_index, teacher=teacher
-    )
-    probe = refresh.check_generator(run, student, engine, version.refresh_index)
-    run.metrics.log(
-        "version",
-        step=version.step,
-        refresh_index=version.refresh_index,
-        units=num_units,
-        policy_hash=version.policy_hash,
-        **probe,
-    )
+
+
+def _record(run: Run, version: Version, num_units: int, probe: dict[str, float]) -> None:
+    index = version.refresh_index
+    found = {
+        "step": version.step,
+        "refresh_index": index,
+        "units": num_units,
+        "policy_hash": version.policy_hash,
+    }
+    run.metrics.log("version", **found, **probe)
     run.log_totals("rollout")
-    run.metrics.say(f"refresh {version.refresh_index} (step {version.step}): {num_units} units written")
+    run.metrics.say(f"refresh {index} (step {version.step}): {num_units} units written")

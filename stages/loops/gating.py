@@ -19,7 +19,8 @@ from dualkl import DualKLOutput, TopKTeacher, gate_statistics
 from dualkl.gate_statistics import NUM_SUMS, divergence_counts, figures, group_sums, means
 from dualkl.thresholds import BINS_PER_DECADE, LEAST_DIVERGENCE, AdaptiveTau, adapt
 from stages.data.alignment import queued
-from stages.data.batches import MicroBatch, Pool
+from stages.data.batches import MicroBatch
+from stages.data.pool import Pool
 from stages.runtime.config import Config
 
 POSITION_BOUNDS = (16, 64, 256)
@@ -47,8 +48,8 @@ def starting(config: Config, state: dict[str, float]) -> AdaptiveTau | None:
 
 
 def threshold(config: Config, adaptive: AdaptiveTau | None) -> float | None:
-    """τ of the next step, nats; None under gating: fixed."""
-    if config.loss.gating == "fixed":
+    """τ of the next step, nats; None with a constant weight."""
+    if not config.loss.has_threshold:
         return None
     return config.loss.tau if adaptive is None else float(adaptive.tau)
 
@@ -85,7 +86,7 @@ def adapted(config: Config, adaptive: AdaptiveTau | None, statistics: Tensor) ->
     if adaptive is None:
         return None
     loss = config.loss
-    assert loss.gating != "fixed"
+    assert isinstance(loss.gating, str)
     return adapt(
         adaptive,
         divergence_counts(statistics),

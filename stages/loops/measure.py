@@ -16,13 +16,15 @@ from transformers.modeling_utils import PreTrainedModel
 import cache
 from dualkl.divergences import compare
 from stages.data.alignment import at_scored
-from stages.data.batches import cached_head, micro_batches, num_tokens, to_tensors
+from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
 from stages.data.prompts import Prompt, heldout_prompts
+from stages.data.signals import cached_head
 from stages.loops import setup
-from stages.loops.collect import collect, plan, slots_for
-from stages.loops.scoring import teacher_head
+from stages.loops.collect import plan, slots_for
+from stages.loops.refresh import write_scored
 from stages.loops.setup import Vocabulary
+from stages.models.dropout import evaluating
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import (
@@ -31,7 +33,6 @@ from stages.models.teacher import (
     plain_model_fits,
     plain_teacher,
 )
-from stages.models.turns import Turns
 from stages.runtime import schema
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
@@ -84,9 +85,9 @@ def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | No
 
 
 def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
-    """The held-out prompts. Reports which records were skipped."""
+    """The held-out prompts. Reports which records were skipped, and whether `dataset` was split."""
     found = heldout_prompts(run.config, vocabulary.tokenizer)
-    if found.skipped:
+    if found.skipped or not run.config.eval.eval_dataset:
         run.metrics.say(f"held out: {found.summary}")
     return found.prompts
 
@@ -97,7 +98,8 @@ def measure(
     """Measure the student; keep the result in eval/<label>.json, where `label` is `before` or `after`.
 
     Figures: forward_kl, reverse_kl, top1_agreement, accuracy, cut_share, on_student.*. KLs are exact over the
-    shared vocabulary, in nats per token. `cut_share` is the share of answers, or of the text measured on, cut
+    shared vocabulary, in nats per token; `*_kl_error` are their standard errors, with rows as samples.
+    `answers` counts the prompts behind accuracy and cut_share. `cut_share` is the share of answers, or of the text measured on, cut
     off at max_new_tokens. Figures that need a missing teacher or checker are null. `policy` is the student's.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
@@ -162,7 +164,7 @@ def _write_text(
 
     Collective. Resumes an interrupted run.
     """
-    run, vocabulary = evaluation.run, evaluation.vocabulary
+    run = evaluation.run
     units = plan(
         evaluation.prompts,
         seed=run.config.run.seed,
@@ -173,14 +175,7 @@ def _write_text(
         group_size=1,
         rollouts_per_unit=min(run.config.rollout.rollouts_per_unit, UNIT_ROWS),
     )
-    fingerprint = setup.fingerprint(run.config, vocabulary, HIDDEN)
-    turns = Turns(run, policy.model, policy.engine)
-    teacher = turns.to_teacher(get_teacher)
-    head = teacher_head(teacher.head, vocabulary.size)
-    turns.to_student(teacher)
-    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    with cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head) as writer:
-        collect(run, units, policy, get_teacher, writer, HIDDEN)
+    write_scored(run, units, policy, evaluation.vocabulary, get_teacher, root, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
 
 
@@ -216,41 +211,64 @@ def _nothing() -> Result:
 
 @torch.no_grad()
 def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
-    """Token means of exact forward KL, reverse KL and top-1 agreement on a `hidden` cache (collective)."""
+    """Token means of exact forward KL, reverse KL and top-1 agreement on a `hidden` cache (collective).
+
+    `forward_kl_error` and `reverse_kl_error` are standard errors, with rows as samples.
+    """
     head = cached_head(snapshot, run.world.device)
     rows = run.config.rollout.lp_micro_batch
-    was_training = student.model.training
-    student.model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
+    spread = torch.zeros(5, dtype=torch.float64)  # see `_spread`
     if not row_ids:
         return _nothing()
     own = [
         snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]
     ]
     pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
-    for records in micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None):
-        batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
-        hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
-        found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=student.vocab_size)
-        agree = found.student_top1 == found.teacher_top1
-        sums += torch.stack(
-            [
-                found.fkl.double().sum(),
-                found.rkl.double().sum(),
-                agree.double().sum(),
-                torch.tensor(float(len(agree)), dtype=torch.float64, device=agree.device),
-            ]
-        ).cpu()
-    student.model.train(was_training)
+    batches = micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None)
+    with evaluating(student.model):
+        for records in batches:
+            batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
+            hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
+            found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=size)
+            agree = found.student_top1 == found.teacher_top1
+            values = (found.fkl, found.rkl, agree, torch.ones_like(agree))
+            sums += torch.stack([value.double().sum() for value in values]).cpu()
+            spread += _spread(found.fkl, found.rkl, [len(record.completion_ids) for record in records])
     num_cut = float(sum(record.finish_reason == "length" for record in own))
     forward, reverse, agreed, tokens, cut = run.world.sum([*sums.tolist(), num_cut])
+    spread = torch.tensor(run.world.sum(spread.tolist()), dtype=torch.float64)
     return {
         "forward_kl": forward / tokens,
+        "forward_kl_error": _error(forward, tokens, spread[[0, 1, 4]], len(row_ids)),
         "reverse_kl": reverse / tokens,
+        "reverse_kl_error": _error(reverse, tokens, spread[[2, 3, 4]], len(row_ids)),
         "top1_agreement": agreed / tokens,
         "tokens": int(tokens),
         "cut_share": cut / len(row_ids),
     }
+
+
+def _spread(fkl_N: torch.Tensor, rkl_N: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Sums over rows of (Σ fkl)², Σ fkl · T, (Σ rkl)², Σ rkl · T and T², for rows of T tokens."""
+    forward, reverse = (
+        torch.stack([part.double().sum() for part in kl_N.split(lengths)]).cpu() for kl_N in (fkl_N, rkl_N)
+    )
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    pairs = ((forward, forward), (forward, tokens), (reverse, reverse), (reverse, tokens), (tokens, tokens))
+    return torch.stack([(one * other).sum() for one, other in pairs])
+
+
+def _error(total: float, tokens: float, spread: torch.Tensor, num_rows: int) -> float | None:
+    """Standard error of m = `total` / `tokens` over rows: √(Σ (kl - m T)² R / (R - 1)) / Σ T; None for one row.
+
+    `spread`: sums over rows of kl², kl · T and T².
+    """
+    if num_rows < 2:
+        return None
+    mean = total / tokens
+    squares = float(spread[0] - 2 * mean * spread[1] + mean**2 * spread[2])
+    return (max(0.0, squares) * num_rows / (num_rows - 1)) ** 0.5 / tokens
 
 
 def _solve(evaluation: Evaluation, policy: Policy) -> Result:
@@ -270,6 +288,7 @@ def _solve(evaluation: Evaluation, policy: Policy) -> Result:
     everything = _interleave(run.world.gather(found))
     return {
         "accuracy": float(np.mean([sample["solved"] for _, sample in everything])) if checker else None,
+        "answers": len(everything),
         "cut_share": float(np.mean([reason == "length" for reason, _ in everything])),
         "samples": [sample for _, sample in everything[:NUM_SAMPLES]],
     }

@@ -22,7 +22,7 @@ from stages.loops.setup import Vocabulary
 from stages.models import ends, folders, pretrained
 from stages.models.positions import positions_of
 from stages.models.teacher import zero3_settings
-from stages.runtime.config import Config
+from stages.runtime.config import Config, require
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rows_per_micro_step
@@ -144,8 +144,7 @@ def _open_models(config: Config, work: Work) -> list[Side]:
     models = config.models
     named = {"student_model": models.student_model}
     if work.scores or work.generates:
-        if not models.teacher_model:
-            raise UserError(setup.NO_TEACHER)
+        require(config, "teacher_model")
         named["teacher_model"] = models.teacher_model
     return [Side(key, name, folders.open_config(key, name)) for key, name in named.items()]
 
@@ -191,8 +190,8 @@ def _check_ids(what: str, prompts: list[Prompt], vocabulary: Vocabulary) -> None
     token = str(tokenizer.convert_ids_to_tokens(token_id))
     written = token in str(tokenizer.chat_template or "")
     raise UserError(
-        f"{len(outside)} of {len(prompts)} {what} hold '{token}' (id {token_id}), which"
-        f" {'the chat template of the student writes' if written else 'stands in their text'}: only ids"
+        f"{len(outside)} of {len(prompts)} {what} contain '{token}' (id {token_id}), which"
+        f" {'the chat template of the student adds' if written else 'is in their text'}: only ids"
         f" below {size} are known to both student and teacher; "
         + (
             "use a chat template without it, or a teacher that has it."

@@ -1,9 +1,9 @@
 """At each refresh, check that the generator runs the student in training and that the student has moved.
 
-Rounding is measured on a fixed probe batch: the same student in fp32 (`in_fp32`) shows how far training
-and generation each are from the unrounded logprobs. Rounding has no direction, but another policy does:
-towards the student without its adapter, towards the student of the previous refresh, or along the
-adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
+Rounding is measured on a fixed probe batch: the same student with fp32 weights (`upcast_weights`) shows how
+far training and generation each are from the unrounded logprobs. Rounding has no direction, but another
+policy does: towards the student without its adapter, towards the student of the previous refresh, or along
+the adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.engine.protocol import Engine, forced_logprobs
-from stages.models.reference import in_fp32
+from stages.models.dropout import evaluating
+from stages.models.float32 import upcast_weights
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
 from stages.runtime.errors import UserError
@@ -35,7 +36,7 @@ ROWS, TOKENS = 32, 128
 """Size of the probe batch: rows, and tokens from the start of each completion."""
 OTHERS = {
     "without_adapter": "the student without its adapter",
-    "refresh_before": "that of the refresh before",
+    "refresh_before": "the student of the refresh before",
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per fp32 forward, including padding."""
@@ -128,19 +129,19 @@ def _judge(
     if gap > BROKEN * rounding:
         reasons = [
             *reasons,
-            f"that is more than {BROKEN:.0f} times what rounding moves training's own logprobs by",
+            f"that is more than {BROKEN:.0f} times the rounding of training's own logprobs",
         ]
     if reasons:
         raise UserError(
-            f"what generates is not the student that is trained: at refresh {refresh_index} they differ by"
-            f" {gap:.2g} nats a token on the probe batch of {num_tokens} tokens (rounding explains"
-            f" {BOUND * rounding:.2g}), and {reasons[0]}. The rollouts would not be the student's; nothing"
-            " is trained on them. Please report this."
+            f"the rollout engine does not run the student in training: at refresh {refresh_index} their"
+            f" logprobs differ by {gap:.2g} nats a token on {num_tokens} tokens (rounding explains"
+            f" {BOUND * rounding:.2g}), and {reasons[0]}. Its rollouts are not trained on. Please report"
+            " this."
         )
     if gap > BOUND * rounding:
         run.metrics.say(
             f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of refresh"
-            f" {refresh_index}, more than {BOUND:.0f} times what rounding moves training's own logprobs by"
+            f" {refresh_index}, more than {BOUND:.0f} times the rounding of training's own logprobs"
             f" ({rounding:.2g}). The difference has no direction, so it is the same policy, rounded more;"
             " dtype fp32 would be exact."
         )
@@ -194,13 +195,13 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
     significant = SIGNIFICANT * (1 + FEW / num_tokens)
     for share, lag in zip(shares, lags, strict=True):
         if abs(lag.value) > 0.5 and lag.contrast > CLEAR:
-            yield f"training's own forward is {lag.value:.0%} of the way to {OTHERS[lag.of]}"
+            yield f"those of training's forward are {lag.value:.0%} of the way to those of {OTHERS[lag.of]}"
         follows = lag.value if abs(lag.value) > significant * lag.error else 0.0
         beyond = max(share.value - max(0.0, follows), min(0.0, follows) - share.value)
         if beyond > max(least, significant * share.error):
             yield (
-                f"the generator is {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
-                f" student to {OTHERS[share.of]}, where rounding has no direction"
+                f"the engine's are {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
+                f" student's to those of {OTHERS[share.of]}, while rounding has no direction"
             )
 
 
@@ -232,7 +233,7 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
         places = [snapshot.position(row_id) for row_id in kept[0]]
     elif path.exists():
         run.metrics.say(
-            "the probe takes other rows: those that it had are gone from the cache, or probe.json is damaged"
+            "the probe takes new rows: its previous ones are gone from the cache, or probe.json is damaged"
         )
         kept = None
     rows = [
@@ -276,8 +277,6 @@ def _moved(run: Run, exact: np.ndarray, before: np.ndarray, refresh_index: int, 
 @torch.no_grad()
 def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None = None) -> np.ndarray:
     """The student's logprobs [N] of the rows' completions, from training's forward without gradients."""
-    was_training = student.model.training
-    student.model.eval()
     aligned = align(
         [row.prompt_ids for row in rows],
         [row.completion_ids for row in rows],
@@ -285,8 +284,8 @@ def trainer_logprobs(student: Student, rows: Sequence[Row], packed: bool | None 
         student.device,
         packed=student.packs if packed is None else packed,
     )
-    hidden_Nd = at_scored(student.hidden(aligned), aligned)
-    student.model.train(was_training)
+    with evaluating(student.model):
+        hidden_Nd = at_scored(student.hidden(aligned), aligned)
     return (
         gather_logprobs(hidden_Nd, student.head, aligned.targets, vocab_size=student.vocab_size).cpu().numpy()
     )
@@ -297,7 +296,7 @@ def exact_logprobs(student: Student, rows: Sequence[Row]) -> np.ndarray:
     in_full = replace(student, compute_dtype=torch.float32)
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     size = max(1, FORWARD_TOKENS[student.device.type] // longest)
-    with in_fp32(student.base, student.compute_dtype):
+    with upcast_weights(student.base, student.compute_dtype):
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return np.concatenate([trainer_logprobs(in_full, part, packed=False) for part in parts])
 
@@ -309,7 +308,6 @@ def generator_logprobs(student: Student, engine: Engine, rows: Sequence[Row]) ->
             engine,
             [row.prompt_ids for row in rows],
             [row.completion_ids for row in rows],
-            vocab_size=student.vocab_size,
-            pad_id=student.tokenizer.pad_token_id,
+            student.vocab_size,
         )
     return np.concatenate(found)

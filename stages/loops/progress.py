@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 import cache
 from stages.runtime import metrics
 from stages.runtime.cuts import cut_sentence
+from stages.runtime.gpu_memory import highest_bytes
 from stages.runtime.metrics import Clock
 from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
+from stages.runtime.terminal import Bar
 
 PHASES = {"generate": "rollout", "score": "score"}  # phase: its name in the run's clock
 WAITS = ("write", "rows")  # for the writer thread; for a generator's rows
@@ -61,9 +62,8 @@ class Progress:
             "began": round(time.time(), 3),
             "evaluation": run.clock.is_evaluating,
         }  # distinguishes records
-        self._bar = tqdm(
-            total=num_rollouts, unit="rollout", desc="rollouts", leave=False, disable=not run.world.is_main
-        )
+        is_shown = run.world.is_main and not run.metrics.style.quiet
+        self._bar = Bar("rollouts", "rollout", num_rollouts, shown=is_shown)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -82,10 +82,8 @@ class Progress:
         self._done = Counts(*(a + int(b) for a, b in zip(vars(self._done).values(), sums, strict=True)))
         record = self._record()
         self._run.metrics.log(PROGRESS, **record)
-        self._bar.set_postfix_str(
-            f"{_rates(record)}, {record['cut_share']:.0%} cut at max_new_tokens", refresh=False
-        )
-        self._bar.update(int(sums[0]))
+        cut = f"{record['cut_share']:.0%} cut at max_new_tokens"
+        self._bar.update(int(sums[0]), ", ".join(filter(None, [_rates(record), cut])))
 
     def shares(self) -> dict[str, float]:
         """Shares of the time since the start, by phase and wait, on this process."""
@@ -111,14 +109,14 @@ class Progress:
             "padding_waste": 1 - done.scored_tokens / done.padded_tokens if done.padded_tokens else 0.0,
             **{f"share_{name}": share for name, share in self.shares().items()},
             "memory_allocated_bytes": torch.cuda.memory_allocated(device) if on_gpu else 0,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+            "peak_memory_bytes": highest_bytes(device),
         }
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._bar.__exit__()
 
 
 def _ratio(amount: float, seconds: float) -> float:

@@ -1,23 +1,25 @@
-"""Stage one as a function: a policy writes the rollouts of a refresh and the teacher scores them."""
+"""Stage one as functions: write the rollouts of a refresh, score those that are there, or both."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import cache
 from stages.data.prompts import Prompt, training_prompts
 from stages.loops import setup
-from stages.loops.collect import Unit, collect, missing_units, plan
+from stages.loops.collect import Unit, collect, missing_units, plan, write_rounds
+from stages.loops.elsewhere import Inbox
 from stages.loops.leaks import memory_after_refresh
 from stages.loops.probe import check_generator
-from stages.loops.scoring import teacher_head
+from stages.loops.scoring import Scoring, teacher_head
 from stages.loops.setup import Vocabulary
+from stages.models.offload import Offloader
 from stages.models.policy import Policy
 from stages.models.student import Student
 from stages.models.teacher import Teacher, TeacherLoader
-from stages.models.turns import Turns
 from stages.runtime import cuts
-from stages.runtime.config import Config
+from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import pool_size, rollouts_of, steps_of
@@ -32,26 +34,63 @@ def write_rollouts(
     prompts: list[Prompt],
     *,
     refresh_index: int,
-    teacher: TeacherLoader,
+    teacher: TeacherLoader | None,
 ) -> int:
-    """Write the missing units of refresh `refresh_index`; return their number (collective)."""
+    """Write the missing units of refresh `refresh_index`; return their number (collective).
+
+    Without a teacher they go unscored to `unscored_root`, except those that the run's cache has scored.
+    """
     config = run.config
-    refuse_role(config)
     units = planned_units(run, policy, prompts, refresh_index)
+    if teacher is not None:
+        refuse_role(config)
+        return write_scored(
+            run, units, policy, vocabulary, teacher.get, config.cache_root, config.teacher_signal
+        )
+    scored = set(cache.open(config.cache_root).row_ids) if cache.exists(config.cache_root) else set()
+    with _writer(config, vocabulary, config.unscored_root, None) as writer:
+        return collect(run, units, policy, None, writer, config.teacher_signal, elsewhere=scored)
+
+
+def write_scored(
+    run: Run,
+    units: list[Unit],
+    policy: Policy,
+    vocabulary: Vocabulary,
+    get_teacher: Callable[[], Teacher],
+    root: str,
+    signal: SignalSection,
+) -> int:
+    """Write the units missing from the cache at `root`, scored; return their number (collective)."""
 
     def load() -> Teacher:
         with run.clock.phase("load"):
-            turns = Turns(run, policy.model)
-            loaded = turns.to_teacher(teacher.get)
-            turns.to_student(loaded)
+            offloader = Offloader(run, policy.model, policy.engine)
+            loaded = offloader.to_teacher(get_teacher)
+            offloader.to_student()
             return loaded
 
-    head = teacher_head(load().head, vocabulary.size) if config.teacher_signal.signal == "hidden" else None
-    with scored_writer(config, vocabulary, head) as writer:
+    head = teacher_head(load().head, vocabulary.size) if signal.signal == "hidden" else None
+    with _writer(run.config, vocabulary, root, signal, head) as writer:
         is_complete = not missing_units(units, writer.committed_ids)
         if not run.world.gather(is_complete)[0]:  # loading is collective: rank 0 decides
             load()
-        return collect(run, units, policy, teacher.get, writer, config.teacher_signal)
+        return collect(run, units, policy, get_teacher, writer, signal)
+
+
+def score_rollouts(run: Run, vocabulary: Vocabulary, *, refresh_index: int, teacher: TeacherLoader) -> int:
+    """Score units from refresh `refresh_index` on as they appear; return their number (collective)."""
+    config, signal = run.config, run.config.teacher_signal
+    inbox = Inbox(run, vocabulary, refresh_index)
+    num_left = run.world.gather(inbox.look().num_unscored if run.world.is_main else 0)[0]
+    if not num_left:
+        return 0
+    with run.clock.phase("load"):
+        loaded = teacher.get()
+    head = teacher_head(loaded.head, vocabulary.size) if signal.signal == "hidden" else None
+    scoring = Scoring(signal, vocabulary.size, vocabulary.tokenizer.pad_token_id)
+    with _writer(config, vocabulary, config.cache_root, signal, head) as writer:
+        return write_rounds(run, writer, inbox.rounds, num_left, scoring, lambda: loaded)
 
 
 def refuse_role(config: Config) -> None:
@@ -96,14 +135,20 @@ def planned_units(run: Run, policy: Policy, prompts: list[Prompt], refresh_index
     return units
 
 
-def scored_writer(config: Config, vocabulary: Vocabulary, head: cache.TeacherHead | None) -> cache.Writer:
-    """A writer for the run's teacher cache. `head`: the teacher's, for signal hidden."""
-    fingerprint = setup.fingerprint(config, vocabulary, config.teacher_signal)
-    return cache.Writer(config.cache_root, fingerprint, tokenizer_json=tokenizer_json(vocabulary), head=head)
-
-
-def tokenizer_json(vocabulary: Vocabulary) -> str:
-    return vocabulary.tokenizer.backend_tokenizer.to_str()
+def _writer(
+    config: Config,
+    vocabulary: Vocabulary,
+    root: str,
+    signal: SignalSection | None,
+    head: cache.TeacherHead | None = None,
+) -> cache.Writer:
+    """A writer for rows scored with `signal`, or unscored ones. `head`: the teacher's, for signal hidden."""
+    if signal is None:
+        fingerprint = setup.unscored_fingerprint(config, vocabulary)
+    else:
+        fingerprint = setup.fingerprint(config, vocabulary, signal)
+    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
+    return cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head)
 
 
 def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:

@@ -9,18 +9,16 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-
-from tqdm import tqdm
+from typing import Any
 
 import cache
-from stages.data.batches import Pool, live_pool
+from stages.data.pool import Pool, live_pool
 from stages.loops import gating, setup, steps, versions
-from stages.loops.arrivals import Arrivals
+from stages.loops.elsewhere import Arrivals, wait_for
 from stages.loops.feed import global_batches
 from stages.loops.refresh import cut_share
 from stages.loops.steps import Training, save_checkpoint
 from stages.loops.versions import Version
-from stages.loops.waiting import wait_for
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending
 from stages.runtime.checkpoint import Position, Refresh
@@ -28,6 +26,7 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import DRIFT_WINDOW, rollouts_of
+from stages.runtime.terminal import Bar
 
 WriteRows = Callable[[Training, int, str], None]
 """Called with a refresh's index and reason; writes its rows."""
@@ -79,9 +78,9 @@ def lost(run: Run, position: Position) -> str:
     if missing <= 0:
         return ""
     rows = f"{missing} of the {position.num_rows} rows"
-    found = f"{rows} that were trained on are gone from {run.config.cache_root}"
+    found = f"{rows} in use are gone from {run.config.cache_root}"
     if not run.config.refreshes:
-        run.metrics.say(f"warning: {found}; training goes on with the others, since refresh_mode is off")
+        run.metrics.say(f"warning: {found}; training continues with the others, since refresh_mode is off")
         return ""
     run.metrics.say(f"{found}: a refresh is due now")
     return f"lost: {missing} of {position.num_rows} rows were gone"
@@ -100,7 +99,7 @@ def resume(run: Run, training: Training) -> Position | None:
     )
     training.step, training.adaptive = position.step, gating.starting(run.config, position.adaptive_tau)
     run.metrics.rewind(position.step, position.refresh_index)
-    run.metrics.say(f"going on from {path}")
+    run.metrics.say(f"resuming from {path}")
     return position
 
 
@@ -122,13 +121,8 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
     _log_packing(run, training.student)
     pool, snapshot, began = None, None, training.step
     gone = lost(run, position)
-    bar = tqdm(
-        total=config.train.max_steps,
-        initial=training.step,
-        unit="step",
-        desc="training",
-        disable=not run.world.is_main,
-    )
+    is_shown = run.world.is_main and not run.metrics.style.quiet
+    bar = Bar("training", "step", config.train.max_steps, training.step, shown=is_shown, at_once=True)
     with bar, ending.finishing():
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
@@ -166,7 +160,9 @@ def _renew(
     index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
     position = replace(position, refreshes=position.refreshes | {index: author})
     if refresh is None:
-        _publish(run, training, index, author)
+        num_rollouts = len(rollouts_of(run.config, index))
+        version = Version(index, author.step, author.policy_hash, num_rollouts)
+        versions.publish(run, training.student, version)
         return position
     # a signal may end this at once: the checkpoint is saved, and committed units are kept
     with ending.at_once(), steps.unwrapped(run.world, training):
@@ -191,7 +187,7 @@ def _stop_if_asked(run: Run, training: Training, position: Position) -> None:
     run.world.barrier()  # a launcher ends the other processes as soon as one leaves
     line = (
         f"stopped by {signal.Signals(number).name} after step {training.step}; run the same command again to"
-        f" go on from {path}"
+        f" resume from {path}"
     )
     raise ending.Stopped(line if run.world.is_main else "", 128 + number)
 
@@ -203,7 +199,7 @@ def _fit_pool(
     pool: Pool,
     snapshot: cache.Snapshot,
     arrivals: Arrivals | None,
-    bar: tqdm,
+    bar: Bar,
     evaluate: steps.Evaluate | None,
 ) -> Position:
     """Train on the rows of `pool` until new ones are due, arrive or are awaited, or to the end."""
@@ -212,10 +208,9 @@ def _fit_pool(
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
             with run.clock.phase("train"):
-                drift = steps.train_step(run, training, pool, next(batches))
-            recent = position.recent if drift.own is None else [*position.recent, drift.own]
-            position = replace(position, step=training.step, recent=recent[-DRIFT_WINDOW:])
-            bar.update(1)
+                figures = steps.train_step(run, training, pool, next(batches))
+            position = after_step(position, figures)
+            bar.update(1, _figures(run.metrics.last_step))
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
             _stop_if_asked(run, training, position)
@@ -224,6 +219,22 @@ def _fit_pool(
             if training.step % train.checkpoint_every == 0 and training.step < train.max_steps:
                 save_checkpoint(run, training, position)
     return position
+
+
+def after_step(position: Position, figures: dict[str, Any]) -> Position:
+    """`position` after a step with these figures (see `steps.train_step`): all that `due` may look at."""
+    own = figures["own_drift"]
+    recent = position.recent if own is None else [*position.recent, own]
+    return replace(position, step=figures["step"], recent=recent[-DRIFT_WINDOW:])
+
+
+def _figures(step: dict[str, Any]) -> str:
+    """The figures of a step that progress shows."""
+    names = {"loss": "loss", "rkl": "reverse KL", "fkl": "forward KL", "gate": "λ"}
+    found = [f"{text} {step[key]:.4g}" for key, text in names.items() if step.get(key) is not None]
+    if step.get("seconds"):
+        found.append(f"{step['tokens'] / step['seconds']:,.0f} tokens/s")
+    return ", ".join(found)
 
 
 def _taken_up(position: Position, index: int) -> Position:
@@ -251,8 +262,8 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
         if not one.row_ids:
             raise UserError(
-                f"{root} holds no rollouts to train on ({len(snapshot)} rows, none of them live); run"
-                " `python -m stages.rollout` with the same configuration first."
+                f"{root} holds no rollouts to train on ({len(snapshot)} rows, all of them too old or of"
+                " discarded steps); run `python -m stages.rollout` with the same configuration first."
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
@@ -274,17 +285,6 @@ def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
         run.config.refresh.max_age,
         position.policies,
     )
-
-
-def _publish(run: Run, training: Training, index: int, author: Refresh) -> None:
-    """Publish the student's weights for the followers of this run (collective)."""
-    run.world.barrier()
-    if run.world.is_main:
-        num_rollouts = len(rollouts_of(run.config, index))
-        versions.publish(
-            run.folder, training.student, Version(index, author.step, author.policy_hash, num_rollouts)
-        )
-    run.world.barrier()
 
 
 def _take_up_arrivals(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,20 +16,20 @@ import torch
 from torch import Tensor
 
 import cache
+from cache.schema import TEACHER_COLUMNS
 from dualkl import Head
-from dualkl.compress import compress
-from dualkl.heads import prepare_head
-from stages.data.alignment import align, at_scored
-from stages.data.batches import micro_batches, num_tokens
+from dualkl.compress import Compressed, compress
+from stages.data.alignment import Aligned, align, at_scored
+from stages.data.batches import map_tensors, micro_batches, num_tokens
+from stages.data.signals import KINDS, SignalKind
 from stages.loops.budgets import score_tokens_of_run
 from stages.loops.progress import Counts, Progress
-from stages.loops.writing import Landing, UnitWriter, to_numpy
+from stages.loops.writing import HostCopy, UnitWriter, to_numpy
 from stages.models.teacher import Teacher
 from stages.runtime.config import SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-NUCLEUS_FLOOR = 4  # minimum number of ids kept by signal nucleus
 FORWARD_COST = 1 / 32  # fixed cost of a forward, as a share of the token budget
 
 
@@ -45,36 +47,26 @@ class ScoredBatch:
     """Rows, in order, and the teacher's columns of all their tokens, which are being copied to the host."""
 
     rows: list[cache.Record]
-    landing: Landing
-    hidden_dtype: str
+    copies: HostCopy
+    kind: SignalKind
 
     def records(self) -> Iterator[cache.Record]:
         """The scored rows. Raises UserError if the teacher returned NaN or infinite values."""
-        columns = self.landing.arrays()
+        columns = self.copies.arrays()
         for name in ("teacher_logprobs", "teacher_entropy"):
             if not np.isfinite(columns[name]).all():
                 raise UserError(
                     f"the teacher gave NaN or infinite values ({name}) in the unit of row"
-                    f" {self.rows[0].row_id}; nothing of it was kept. Check its weights and teacher_dtype."
+                    f" {self.rows[0].row_id}; none of that unit was kept. Check its weights and"
+                    " teacher_dtype."
                 )
         start = 0
         for row in self.rows:
             part = slice(start, start + len(row.completion_ids))
             own = {name: array[part] for name, array in columns.items()}
-            plain: dict[str, Any] = {
-                name: array for name, array in own.items() if not name.startswith("signal_")
-            }
-            yield replace(row, signal=self._signal(own), **plain)
+            plain: dict[str, Any] = {name: own[name] for name in TEACHER_COLUMNS}
+            yield replace(row, signal=self.kind.signal(own), **plain)
             start = part.stop
-
-    def _signal(self, own: dict[str, np.ndarray]) -> cache.Signal:
-        if "signal_ids" in own:
-            return cache.TopK(
-                own["signal_ids"], own["signal_logprobs"], own["log_tail_mass"], temperature=1.0
-            )
-        if "signal_hidden" in own:
-            return cache.Hidden(own["signal_hidden"], self.hidden_dtype)
-        return cache.Full(own["signal_logits"], self.hidden_dtype)
 
 
 def score_rows(
@@ -92,7 +84,8 @@ def score_rows(
     """
     lengths = [num_tokens(row) for row in rows]
     cut = packed_batches if teacher.packs else scoring_batches
-    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run.config, run.world, teacher))
+    score = partial(_states_and_kept, scoring, teacher)
+    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score))
     for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
@@ -155,27 +148,25 @@ def _forwards(
 
 
 def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
-    """Score one batch. Signal `full` yields one batch per row: the logits of a single row are large."""
-    hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
-    columns = teacher_columns(hidden_ND, teacher.head, targets_N, scoring.signal, scoring.vocab_size)
-    dtype = "bfloat16" if hidden_ND.dtype == torch.bfloat16 else "float32"
-    if scoring.signal.signal != "full":
-        yield ScoredBatch(rows, Landing(columns), dtype)
-        return
+    """Score one batch. A kind with large tensors (`by_row`) yields one batch per row."""
+    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    hidden_ND, kept = _states_and_kept(scoring, teacher, aligned)
+    kind, head = KINDS[scoring.signal.signal], teacher.head
     start = 0
-    for row in rows:
-        part = slice(start, start + len(row.completion_ids))
-        own = {name: column[part] for name, column in columns.items()}
-        own["signal_logits"] = full_logits(hidden_ND[part], teacher.head, scoring.vocab_size)
-        yield ScoredBatch([row], Landing(own), dtype)
+    for own in [[row] for row in rows] if kind.by_row else [rows]:
+        part = slice(start, start + sum(len(row.completion_ids) for row in own))
+        columns = teacher_columns(
+            kind, hidden_ND[part], head, map_tensors(itemgetter(part), kept), scoring.vocab_size
+        )
+        yield ScoredBatch(own, HostCopy(columns), kind)
         start = part.stop
 
 
-def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, D] at the scored positions of `rows`, and their target tokens [N]."""
-    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
-    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
+def _states_and_kept(scoring: Scoring, teacher: Teacher, aligned: Aligned) -> tuple[Tensor, Compressed]:
+    """The teacher's hidden states [N, D] at the scored positions, and what the signal keeps of them."""
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
+    return hidden_ND, kept_of(hidden_ND, teacher.head, aligned.targets, scoring.signal, scoring.vocab_size)
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
@@ -183,46 +174,34 @@ def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
     before: ScoredBatch | None = None
     for batch in batches:
         if before is not None:
-            before.landing.wait()
+            before.copies.wait()
             yield before
         before = batch
     if before is not None:
-        before.landing.wait()
+        before.copies.wait()
         yield before
 
 
+def kept_of(
+    hidden_ND: Tensor, head: Head, targets_N: Tensor, section: SignalSection, vocab_size: int
+) -> Compressed:
+    """What the configured signal keeps of the teacher at each scored position."""
+    limits = {"k": 1} | KINDS[section.signal].limits(section, vocab_size)
+    return compress(hidden_ND, head, targets_N, vocab_size=vocab_size, **limits)
+
+
 def teacher_columns(
-    hidden_ND: Tensor, head: Head, targets_N: Tensor, signal: SignalSection, vocab_size: int
+    kind: SignalKind, hidden_ND: Tensor, head: Head, kept: Compressed, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Per scored token: the columns that every row stores, and as `signal_*` those specific to its signal."""
-    kind = signal.signal
-    keeps_ids = kind in ("topk", "nucleus")
-    k = min(signal.signal_k, vocab_size) if keeps_ids else 1
-    kept = compress(
-        hidden_ND,
-        head,
-        targets_N,
-        k=k,
-        p=signal.signal_p if kind == "nucleus" else 1.0,
-        floor=min(NUCLEUS_FLOOR, k) if kind == "nucleus" else 1,
-        vocab_size=vocab_size,
-    )
-    columns = {
+    """Per scored token: the columns that every row stores, and the tensors of its signal."""
+    tail = torch.full_like(kept.entropy, -torch.inf) if kind.is_whole else kept.log_tail_mass
+    return kind.tensors(hidden_ND, head, kept, vocab_size) | {
         "teacher_logprobs": kept.sampled_logprobs,
         "teacher_entropy": kept.entropy,
-        "log_tail_mass": kept.log_tail_mass if keeps_ids else torch.full_like(kept.entropy, -torch.inf),
+        "log_tail_mass": tail,
         "top1_id": kept.ids[:, 0],
         "top1_logprob": kept.logprobs[:, 0],
     }
-    if keeps_ids:
-        return columns | {"signal_ids": kept.ids, "signal_logprobs": kept.logprobs}
-    return columns | ({"signal_hidden": hidden_ND} if kind == "hidden" else {})
-
-
-def full_logits(hidden_TD: Tensor, head: Head, vocab_size: int) -> Tensor:
-    """Logits [T, V] of one rollout in the teacher's dtype."""
-    prepared = prepare_head(head, hidden_TD, vocab_size)
-    return prepared.logits(hidden_TD.to(prepared.weight_Vd.dtype)).to(hidden_TD.dtype)
 
 
 def teacher_head(head: Head, vocab_size: int) -> cache.TeacherHead:

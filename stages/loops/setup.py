@@ -12,19 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 import cache
 from stages.data.prompts import template_fingerprint, vocabulary_fingerprint
+from stages.data.signals import KINDS
 from stages.engine.opening import open_engine
 from stages.engine.protocol import Engine, Sampling
-from stages.loops.scoring import NUCLEUS_FLOOR
 from stages.models import ends, pretrained
 from stages.models.policy import Policy
 from stages.models.student import Student, load_student, policy_hash
 from stages.models.teacher import check_writer, load_plain_model
 from stages.runtime import checkpoint, history, metrics
-from stages.runtime.config import Config, SignalSection
+from stages.runtime.config import Config, SignalSection, require
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
-
-NO_TEACHER = "teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without."
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Vocabulary:
 def shared_vocabulary(config: Config) -> Vocabulary:
     """Compare the two tokenizers and return what they share. Reads configurations and tokenizers only."""
     models = config.models
-    if not models.teacher_model:
-        raise UserError(NO_TEACHER)
+    require(config, "teacher_model")
     student = pretrained.load_tokenizer(models.student_model)
     teacher = pretrained.load_tokenizer(models.teacher_model)
     rows = [
@@ -66,8 +63,8 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
         raise UserError(
             f"{cache_root} was written with another tokenizer (its map of the first"
             f" {must_match['vocab_size']} ids hashes to {must_match['tokenizer']}, that of"
-            f" {config.models.student_model} to {own}); train a student of that family, or write a cache of"
-            " its own."
+            f" {config.models.student_model} to {own}); train a student that has that tokenizer, or"
+            " write another cache."
         )
     return Vocabulary(tokenizer, must_match["vocab_size"])
 
@@ -75,16 +72,12 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
 def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -> cache.Fingerprint:
     """Settings that define the meaning of a row (`must_match`), and settings that are only recorded."""
     models = config.models
-    kept = {"kind": signal.signal, "temperature": 1.0}
-    if signal.signal in ("topk", "nucleus"):
-        kept["k"] = min(signal.signal_k, vocabulary.size)
-    if signal.signal == "nucleus":
-        kept |= {"p": signal.signal_p, "floor": min(NUCLEUS_FLOOR, kept["k"])}
+    limits = KINDS[signal.signal].limits(signal, vocabulary.size)
     must_match = {
         "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,
         **_prompting(config, vocabulary),
-        "signal": kept,
+        "signal": {"kind": signal.signal, "temperature": 1.0} | limits,
     }
     return cache.Fingerprint(must_match, {"teacher_model": models.teacher_model, **_sampling(config)})
 
@@ -124,7 +117,7 @@ def check_history(run: Run) -> None:
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
     changed = history.describe_changes(trained, run.config)
     if changed and position.step < run.config.train.max_steps:
-        run.metrics.say(f"going on with changed keys: {changed}")
+        run.metrics.say(f"resuming with changed keys: {changed}")
 
 
 def newest_position(run: Run) -> checkpoint.Position:
@@ -166,10 +159,13 @@ def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Pol
         policy_hash(student),
         step,
         Sampling(
-            rollout.max_new_tokens, rollout.sample_temperature, rollout.sample_top_p, rollout.sample_top_k
+            student.vocab_size,
+            student.eos_ids,
+            rollout.sample_temperature,
+            rollout.sample_top_p,
+            rollout.sample_top_k,
         ),
-        student.vocab_size,
-        student.eos_ids,
+        rollout.max_new_tokens,
         student.autocast,
     )
 
@@ -186,9 +182,8 @@ def load_teacher_policy(run: Run, vocabulary: Vocabulary) -> Policy:
         "teacher",
         short_hash(pretrained.identity(models.teacher_model)),
         0,
-        Sampling(run.config.rollout.max_new_tokens),
-        vocabulary.size,
-        ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size),
+        Sampling(vocabulary.size, ends.teacher_ends(run.config, vocabulary.tokenizer, vocabulary.size)),
+        run.config.rollout.max_new_tokens,
         lambda: torch.autocast(device.type, enabled=False),
         is_teacher=True,
     )

@@ -20,11 +20,13 @@ import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
 from dualkl.thresholds import AdaptiveTau
 from stages.data.alignment import at_scored
-from stages.data.batches import MicroBatch, Pool, on_device
+from stages.data.batches import MicroBatch, on_device
+from stages.data.pool import Pool
 from stages.loops import gating
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
+from stages.models.dropout import evaluating
 from stages.models.student import Student
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Best, Position
@@ -35,6 +37,7 @@ from stages.runtime.run import Run
 
 # Bound on the largest weight, as a multiple of max(1, its value at the start).
 EXPLODED = 100.0
+LR_MIN_RATIO = 0.1  # last learning rate, relative to the peak
 MOST_NAMED = 4
 MEANS = ("share_forward", "student_logprob")
 Evaluate = Callable[["Training"], dict[str, Any]]
@@ -96,12 +99,12 @@ class Training:
 def prepare(run: Run, student: Student) -> Training:
     """Wrap the student for this world; build AdamW with warm-up and cosine decay (collective)."""
     train, world = run.config.train, run.world
-    caps = train_caps_of_run(run.config, world, student.base.config)
     module: nn.Module = StudentLoss(student, run.config.loss.settings(student.vocab_size))
+    caps = train_caps_of_run(run, student, module)
     optimizer = torch.optim.AdamW(
         student.trainable.values(),
         lr=train.lr,
-        weight_decay=train.weight_decay,
+        weight_decay=0.0,
         fused=world.device.type == "cuda",
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
@@ -148,12 +151,12 @@ def unwrapped(world: World, training: Training) -> Iterator[None]:
 def lr_factor(train: TrainSection, step: int) -> float:
     """Learning rate of 0-based `step` relative to the peak.
 
-    Linear warm-up that ends at 1, then a cosine down to lr_min_ratio.
+    Linear warm-up that ends at 1, then a cosine down to LR_MIN_RATIO.
     """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     share = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
-    return train.lr_min_ratio + (1 - train.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    return LR_MIN_RATIO + (1 - LR_MIN_RATIO) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _fill_student_deepspeed(config: Config, settings: dict[str, Any]) -> None:
@@ -198,9 +201,9 @@ def _keep_if_best(run: Run, training: Training, now: Best) -> bool:
     best = checkpoint.best(folder)
     if best is not None and best.measured_on != now.measured_on:
         run.metrics.say(
-            f"the held-out text or dtype is not what the best student, of step {best.step}, was measured on:"
-            f" its reverse KL of {best.reverse_kl:.4f} cannot be compared, and the search for the best"
-            f" begins anew at step {now.step}"
+            f"the best student so far, of step {best.step}, was measured on other held-out text or in another"
+            f" dtype: its reverse KL of {best.reverse_kl:.4f} is not comparable, and the search for the best"
+            f" restarts at step {now.step}"
         )
         best = None
     # Equal if this evaluation repeats one from before a crash.
@@ -249,16 +252,15 @@ def _check_sound(run: Run, training: Training) -> None:
     )
     if not problem and training.last_forward is not None:
         row_ids, inputs = training.last_forward
-        was_training, module = training.module.training, getattr(training.module, "module", training.module)
-        module.eval()
-        out = module(on_device(inputs, run.world.device))[1]
-        module.train(was_training)
+        module = getattr(training.module, "module", training.module)
+        with evaluating(module):
+            out = module(on_device(inputs, run.world.device))[1]
         if not math.isfinite(float((out.rkl + out.fkl).sum())):
             problem = f"the forward on rows {', '.join(row_ids[:MOST_NAMED])} is not finite"
     found = [f"rank {rank}: {text}" for rank, text in enumerate(run.world.gather(problem)) if text]
     if found:
         raise UserError(
-            f"step {training.step} left a student that has exploded ({found[0]}); {_how_to_go_on(run)}"
+            f"the student's weights exploded by step {training.step} ({found[0]}); {_how_to_go_on(run)}"
         )
 
 
@@ -266,11 +268,11 @@ def _how_to_go_on(run: Run) -> str:
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
     where = (
-        f"no checkpoint of it was written, those of steps {steps} are kept"
+        f"this step was not saved, the checkpoints of steps {steps} are kept"
         if kept
         else "no checkpoint was written"
     )
-    back = "; --resume_from STEP goes on from one of them" if kept else ""
+    back = "; --resume_from STEP starts from one of them" if kept else ""
     return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
 
 
@@ -304,15 +306,16 @@ def _not_finite(
     return UserError(
         f"the gradient of step {training.step + 1} is not finite (norm"
         f" {grad_norm});{'' if training.engine else ' the weights were not updated;'}"
-        f" {'rows' if broken else 'its largest divergences: rows'} {named}; {_how_to_go_on(run)} `python -m"
-        " cache verify` says whether the rows are sound."
+        f" the {'non-finite' if broken else 'largest'} divergences are those of rows {named};"
+        f" {_how_to_go_on(run)} `python -m cache verify` checks whether the rows are damaged."
     )
 
 
-def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
-    """Run one optimizer step (collective); return the student's drift from the policies that wrote the rows.
+def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[str, Any]:
+    """Run one optimizer step (collective); return its record and `own_drift`.
 
-    The host waits for the device only once, to read the step's figures before the weights are updated.
+    They are equal on all ranks but for times. `own_drift` is the drift over this run's rows, None without
+    any. The host waits for the device only once, to read the step's figures before the weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world
@@ -330,19 +333,19 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> Drift:
     training.adaptive = gating.adapted(config, training.adaptive, totals.gate)
     lengths = [pool.lengths[key][1] for key in batch.row_ids]
     drift = drift_of(totals.rows_R3, lengths, [pool.ages[key] >= 0 for key in batch.row_ids])
-    run.metrics.log(
-        "step",
-        step=training.step,
+    record = {
+        "step": training.step,
         **_figures(training, pool, batch, totals, drift),
         **gating.step_figures(totals.gate, tau),
-        grad_norm=grad_norm,
-        lr=lr,
-        seconds=seconds,
-        read_wait_seconds=done.waited,
-    )
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": seconds,
+        "read_wait_seconds": done.waited,
+    }
+    run.metrics.log("step", **record)
     run.metrics.log("gate", step=training.step, **gating.gate_record(totals.gate, tau))
     _trace(run, training, done.first, done.outputs)
-    return drift
+    return record | {"own_drift": drift.own}
 
 
 @dataclass

@@ -40,17 +40,20 @@ class Version:
         return f"{self.refresh_index:06d}-{self.policy_hash[:8]}"
 
 
-def publish(run_folder: Path, student: Student, version: Version) -> None:
-    """Export the student, then point `newest.json` to it; an existing export is kept."""
-    folder, text = run_folder / "versions", json.dumps(asdict(version))
-    if not (folder / version.name).exists():
-        students.export(student, folder / version.name, {"version.json": text})
-    replace_text(folder / "newest.json", text)
-    older = sorted(
-        path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
-    )
-    for path in older[: -(KEPT - 1)]:
-        remove(path)
+def publish(run: Run, student: Student, version: Version) -> None:
+    """Export the student, then point `newest.json` to it; an existing export is kept (collective)."""
+    run.world.barrier()
+    if run.world.is_main:
+        folder, text = run.folder / "versions", json.dumps(asdict(version))
+        if not (folder / version.name).exists():
+            students.export(student, folder / version.name, {"version.json": text})
+        replace_text(folder / "newest.json", text)
+        older = sorted(
+            path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
+        )
+        for path in older[: -(KEPT - 1)]:
+            remove(path)
+    run.world.barrier()
 
 
 def point_to(run_folder: Path, position: Position) -> None:
@@ -68,8 +71,8 @@ def point_to(run_folder: Path, position: Position) -> None:
     folder = run_folder / "versions" / f"{position.newest:06d}-{awaited.policy_hash[:8]}"
     if not folder.exists():
         raise UserError(
-            f"the version that this run waits for, {folder}, is gone; remove the newest folder below"
-            f" {run_folder / 'checkpoints'} and rerun, so that it is published again."
+            f"this run waits for rollouts of {folder}, which is gone; delete the newest folder in"
+            f" {run_folder / 'checkpoints'} and rerun, which publishes that student again."
         )
     replace_text(run_folder / "versions" / "newest.json", (folder / "version.json").read_text())
 
@@ -85,11 +88,10 @@ def newest(run_folder: Path) -> Version | None:
         if not re.fullmatch("[0-9a-f]{16}", found.policy_hash) or any(
             type(n) is not int or n < 0 for n in numbers
         ):
-            raise ValueError("a value is not of its kind")
+            raise ValueError("a value has the wrong type")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is not what training writes ({str(error)[:200]}); restart stages.train, which writes it"
-            " anew."
+            f"{path} is damaged ({str(error)[:200]}); restart stages.train, which writes it again."
         ) from None
     return found
 
@@ -112,8 +114,7 @@ def load(run_folder: Path, student: Student, version: Version) -> None:
     if found != version.policy_hash:
         raise UserError(
             f"{folder} holds a student of policy {found}, its version.json says {version.policy_hash}; it is"
-            " damaged, or the student's keys (student_model, use_lora, lora_r) differ from those of the"
-            " run."
+            " damaged, or this command's student_model, use_lora or lora_r differ from the run's."
         )
 
 

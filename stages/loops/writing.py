@@ -23,7 +23,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-class Landing:
+class HostCopy:
     """Asynchronous copies of tensors to host memory: on CUDA through pinned buffers, with a single event."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

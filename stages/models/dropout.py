@@ -1,4 +1,7 @@
-"""Disable a checkpoint's dropout and router noise: distillation trains the student without randomness."""
+"""Disable a checkpoint's dropout and router noise: distillation trains the student without randomness.
+
+`evaluating` puts a model into evaluation mode temporarily.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 RANDOM = "drop"  # in the names of probabilities: resid_pdrop, layerdrop
 NOISE = "jitter"  # of routers: router_jitter_noise, which some models (Phi-MoE) also use in evaluation
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode again afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def switch_off(model: PreTrainedModel) -> None:

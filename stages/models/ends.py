@@ -18,7 +18,7 @@ MARK = "dualkl0mark"
 
 def student_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
     """Ids below `vocab_size` that end a rollout: those of `eos_token`, else the student's; may be empty."""
-    return tuple(i for i in _wanted(config, tokenizer) if i < vocab_size)
+    return tuple(i for i in wanted_ends(config, tokenizer) if i < vocab_size)
 
 
 def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
@@ -29,9 +29,16 @@ def teacher_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size:
     return tuple(sorted(drawable)) or student_ends(config, tokenizer, vocab_size)
 
 
+def wanted_ends(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that should end the student's text: those of `eos_token`, else the student's own."""
+    if config.rollout.eos_token:
+        return _named(config.rollout.eos_token, tokenizer)
+    return _own(config.models.student_model, tokenizer)
+
+
 def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """`UserError` if there is no EOS token, or if it (or one of `eos_token`) can never be sampled."""
-    wanted = _wanted(config, tokenizer)
+    wanted = wanted_ends(config, tokenizer)
     if not wanted:
         raise UserError(
             f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in"
@@ -40,7 +47,7 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     undrawable = [i for i in wanted if i >= vocab_size]
     if len(undrawable) == len(wanted) or (undrawable and config.rollout.eos_token):
         raise UserError(
-            f"the student's EOS token {_names(undrawable, tokenizer)} can never be drawn: only ids below"
+            f"the student's EOS token {names(undrawable, tokenizer)} can never be drawn: only ids below"
             f" {vocab_size} are known to both student and teacher, so no rollout would end at it; set"
             " eos_token to a token that both have."
         )
@@ -48,14 +55,14 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
 
 def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
     """Remarks on EOS tokens that do not end rollouts; none if the models agree or `eos_token` is set."""
-    models, own = config.models, _wanted(config, tokenizer)
+    models, own = config.models, wanted_ends(config, tokenizer)
     if config.rollout.eos_token:
         return []
     found, ends = [], {i for i in own if i < vocab_size}
-    at = _names(sorted(ends), tokenizer)
+    at = names(sorted(ends), tokenizer)
     if undrawable := [i for i in own if i >= vocab_size]:
         found.append(
-            f"the student's EOS token {_names(undrawable, tokenizer)} is never drawn, as only ids below"
+            f"the student's EOS token {names(undrawable, tokenizer)} is never drawn, as only ids below"
             f" {vocab_size} are known to both student and teacher; rollouts end at {at}"
         )
     teacher = pretrained.load_tokenizer(models.teacher_model)
@@ -64,12 +71,12 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
     if settable := [i for i in missing if i < vocab_size]:
         both = ",".join(_name(i, tokenizer) for i in sorted({*ends, *settable}))
         found.append(
-            f"the teacher ends a turn at {_names(settable, teacher)}, where the student's rollouts go on:"
+            f"the teacher ends a turn at {names(settable, teacher)}, where the student's rollouts go on:"
             f" they end at {at} alone. If they should not, set eos_token: '{both}'"
         )
     elif missing and not wanted & ends:
         found.append(
-            f"the teacher ends a turn at {_names(missing, teacher)}, which the student cannot draw (only ids"
+            f"the teacher ends a turn at {names(missing, teacher)}, which the student cannot draw (only ids"
             f" below {vocab_size} are shared); rollouts end at {at}"
         )
     return found
@@ -110,12 +117,6 @@ def checkpoint_ends(name: str) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
-def _wanted(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    if config.rollout.eos_token:
-        return _named(config.rollout.eos_token, tokenizer)
-    return _own(config.models.student_model, tokenizer)
-
-
 def _own(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *checkpoint_ends(name)} - {None}))
 
@@ -135,5 +136,5 @@ def _name(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def _names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return " and ".join(f"'{_name(i, tokenizer)}' (id {i})" for i in ids)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -141,6 +142,25 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         tensors = json.loads(file.read(length))
     tensors.pop("__metadata__", None)
     return 8 + length, tensors
+
+
+def stored_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a model's safetensors files, by name; {} if it has none here."""
+    first = next((path for file in WEIGHTS[:2] if (path := _local_file(name, file)) is not None), None)
+    if first is None:
+        return {}
+    files = {first.name} if first.suffix != ".json" else set(_index(name, first)["weight_map"].values())
+    headers = [_header(first.parent / file)[1] for file in sorted(files)]
+    return {tensor: tuple(entry["shape"]) for header in headers for tensor, entry in header.items()}
+
+
+def _local_file(name: str, file: str) -> Path | None:
+    """Path of a file of a model folder, or of a hub model's files on this machine; None if it is not here."""
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    where, revision = name_and_revision(name)
+    found = try_to_load_from_cache(where, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def check_adapter(config: Config) -> list[str]:

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.data.alignment import Aligned, Packing
-from stages.models.exact import decoder_of
+from stages.models.readout import decoder_of
 from stages.runtime.errors import UserError
 
 PACKED = "dualkl_packed"

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.engine.protocol import Completion, Engine, Sampling
+from stages.engine.protocol import Completion, Engine, Request, Sampling
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,13 @@ class Policy:
     policy_hash: str
     step: int  # optimizer steps of its weights
     sampling: Sampling
-    vocab_size: int
-    eos_ids: tuple[int, ...]
+    max_new_tokens: int
     autocast: Callable[[], AbstractContextManager]
     is_teacher: bool = False
 
     def generate(self, prompts: list[np.ndarray], seeds: list[int], num_slots: int) -> list[Completion]:
-        """Generate one completion per prompt, at most `num_slots` at a time. See `Engine.generate`."""
+        """One completion per prompt; at most `num_slots` are decoded together."""
+        rows = zip(prompts, seeds, strict=True)
+        requests = [Request(prompt, self.max_new_tokens, seed) for prompt, seed in rows]
         with self.autocast():
-            return self.engine.generate(
-                prompts,
-                seeds,
-                self.sampling,
-                vocab_size=self.vocab_size,
-                eos_ids=self.eos_ids,
-                pad_id=self.tokenizer.pad_token_id,
-                micro_batch=num_slots,
-            )
+            return self.engine.generate(requests, self.sampling, num_slots)

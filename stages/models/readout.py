@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.models.exact import decoder_of, in_float32, linear_by_parts
+from stages.models.dropout import evaluating
+from stages.models.float32 import in_float32, linear_by_parts
 from stages.runtime.errors import UserError
 
 EXACT = 1e-3
@@ -37,14 +39,9 @@ def readout_of(model: PreTrainedModel) -> Readout:
     """The readout, measured once on a forward of a few tokens; `UserError` if none fits the model."""
     if not hasattr(model, "_readout"):
         ids = check_ids(model, 6)
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            with in_float32():
-                hidden, logits = full_forward(model.eval(), ids)
-                note_readout(model, hidden, logits, *output_weights(model))
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(model), in_float32():
+            hidden, logits = full_forward(model, ids)
+            note_readout(model, hidden, logits, *output_weights(model))
     return cast(Readout, model._readout)
 
 
@@ -81,6 +78,22 @@ def _sentence(model: PreTrainedModel, what: str) -> str:
         f" states times its lm_head, scaled or capped ({what}), and the loss works on these. Choose a model"
         " of another type."
     )
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself, with its adapted layers but without PEFT's wrapper."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Module that computes the hidden states for the lm_head.
+
+    `get_decoder` returns the whole model for Llama 4, and the head's matrix for ModernBERT's decoder.
+    """
+    decoder = model.get_decoder()
+    if decoder is model:
+        return model.model
+    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
 
 
 def output_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

@@ -30,12 +30,12 @@ from stages.engine.opening import choose_engine
 from stages.engine.protocol import forced_logprobs
 from stages.engine.slot_attention import check_served
 from stages.models.dropout import pin_to_evaluation
-from stages.models.exact import decoder_of, float32_attention, in_float32, linear_by_parts, short_windows
-from stages.models.readout import EXACT, check_ids, note_readout, readout_of, relative_gap
+from stages.models.float32 import float32_attention, in_float32, linear_by_parts, short_windows
+from stages.models.readout import EXACT, check_ids, decoder_of, note_readout, readout_of, relative_gap
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
 
-LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond exact.WINDOW
+LONG, SHORT, PROMPT = 26, 9, 4  # tokens; beyond float32.WINDOW
 FEW = 4  # tokens checked with `generate`, which is slow for models with a recurrent state but no kernels
 WRITTEN = 5e-3  # nats; both sides in float32
 CACHED = 2e-4  # nats; `generate` with a cache may exceed this, up to 4 times the gap without a cache
@@ -125,13 +125,13 @@ def check_forwards(subject: Subject) -> None:
         padded = _tried(subject, lambda: subject.gap(packed=False))
     if not ahead < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when a row goes on, so that"
-            " it looks ahead. Choose a decoder-only model."
+            f"a {subject.kind} cannot be used: its logits change by {ahead:.1%} when tokens are appended, so"
+            " it is not causal. Choose a decoder-only model."
         )
     if not padded < EXACT:
         raise UserError(
-            f"a {subject.kind} cannot be used: of padded rows, its decoder and lm_head give other logits"
-            f" than its own forward of each row alone (by {padded:.1%}). Choose a model of another type."
+            f"a {subject.kind} cannot be used: in padded batches the logits of its decoder and lm_head differ"
+            f" by {padded:.1%} from its own forward of each row alone. Choose a model of another type."
         )
 
 
@@ -176,9 +176,8 @@ def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed:
         pin_to_evaluation(subject.model)
         if not (found := gap()) < EXACT:
             raise UserError(
-                f"a {subject.kind} cannot be trained: in training mode its logits differ from its own by"
-                f" {found:.1%}, and this is not dropout that can be switched off. Choose a student_model of"
-                " another type."
+                f"a {subject.kind} cannot be trained: in training mode its logits differ by {found:.1%} from"
+                " those in evaluation mode, even with dropout off. Choose a student_model of another type."
             )
 
 
@@ -241,16 +240,14 @@ def check_writing(subject: Subject, model: PreTrainedModel | PeftModel) -> None:
         why_not = f"its cached steps are {cached:.2g} nats off"
     if why and why_not:
         refused = (
-            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; as for transformers' `generate`,"
+            f"a {subject.kind} cannot write rollouts: {reason.rstrip('.')}; with transformers' `generate`,"
             f" {why}. Choose a student_model of another type."
         )
         choose_engine(model, partial(_refuse, refused))
         return
     choose_engine(model, partial(HFGenerateEngine, use_cache=not why_not))
     how = f"`generate` without a cache ({why_not.rstrip('.')})" if why_not else "`generate`"
-    say_once(
-        f"rollouts are written by transformers' {how}, which is slower; of the built-in engine: {reason}"
-    )
+    say_once(f"rollouts are written by transformers' {how}, which is slower, because {reason}")
 
 
 def _refuse(sentence: str, _model: PreTrainedModel | PeftModel) -> Never:

@@ -27,9 +27,8 @@ from dualkl import Head
 from stages.data.alignment import Aligned
 from stages.models import ends, lora, pretrained, selfcheck
 from stages.models.dropout import own_dropout, switch_off
-from stages.models.exact import decoder_of
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
-from stages.models.readout import full_forward, output_weights
+from stages.models.readout import base_of, decoder_of, full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import new_folder, publish_folder, replace_text
@@ -54,11 +53,7 @@ class Student:
 
     @property
     def base(self) -> PreTrainedModel:
-        return (
-            cast(PreTrainedModel, self.model.get_base_model())
-            if isinstance(self.model, PeftModel)
-            else self.model
-        )
+        return base_of(self.model)
 
     @property
     def head(self) -> Head:
@@ -241,7 +236,7 @@ def _with_lora(config: Config, base: PreTrainedModel) -> PeftModel:
             raise UserError(
                 f"student_adapter {folder} cannot be put on the student ({one_line(error)})"
             ) from error
-        head = cast(PreTrainedModel, model.get_base_model()).get_output_embeddings()
+        head = base_of(model).get_output_embeddings()
         if any("lora_" in name for name, _ in head.named_parameters()):
             raise UserError(f"student_adapter {folder} adapts the lm_head; the loss applies the head itself.")
         _set_dropout(model, config.lora.lora_dropout)

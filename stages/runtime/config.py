@@ -1,23 +1,27 @@
 """Configuration: every key with its type, default (Qwen scale) and range; parsing of files and flags.
 
 Sections only group keys for the reader: key names are unique, so `--tau 0.5` equals `loss: {tau: 0.5}`.
-Later sources win: defaults, then each `--config` file in order, then flags.
+Later sources win: defaults, then each configuration file in order, then flags.
+
+    python -m stages.runtime.config > docs/configuration.md
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dualkl import DualKLConfig
-from stages.runtime import yaml_text
+from stages.runtime import flags, yaml_text
 from stages.runtime.errors import UserError
-from stages.runtime.yaml_text import short, shown
+from stages.runtime.help import help_asked, help_text, reference
+from stages.runtime.shipped import found_file, with_shipped_paths
+from stages.runtime.yaml_text import shown
+
+if TYPE_CHECKING:
+    from dualkl import DualKLConfig
 
 Auto = Literal["auto"]
 Cap = Annotated[int, Field(ge=1)] | Auto
@@ -73,11 +77,11 @@ ModelName = Annotated[str, AfterValidator(_model_name)]
 
 class ModelSection(Section):
     student_model: ModelName = Field(
-        "Qwen/Qwen3-4B", description="a folder, or NAME or NAME@REVISION on the hub"
+        "", description="the model to train; a folder, or NAME or NAME@REVISION on the hub"
     )
     student_adapter: str = Field("", description="LoRA adapter to start from; needs use_lora")
     teacher_model: ModelName = Field(
-        "Qwen/Qwen3-32B", description="as student_model; empty: no teacher at hand"
+        "", description="the model to learn from; named likewise; train and evaluate can do without"
     )
     teacher_dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="teacher's compute, and the hidden states that are stored"
@@ -118,10 +122,9 @@ Weights = Annotated[dict[str, Annotated[Finite, Field(gt=0)]], Field(min_length=
 
 class DataSection(Section):
     dataset: Annotated[str | Weights, BeforeValidator(_weighted)] = Field(
-        "tulu3",
-        description="file, folder, FOLDER::SPLIT, tulu3, or NAME:CONFIG:SPLIT on the hub (CONFIG and"
-        " SPLIT optional);"
-        " several: {data set: weight}",
+        "",
+        description="prompts: a file, a folder, or a data set on the hub; FOLDER::SPLIT, or NAME:CONFIG:SPLIT"
+        " (CONFIG and SPLIT are optional); tulu3 is known; several: {data set: weight}",
     )
     num_prompts: int = Field(
         16384, ge=0, description="prompts drawn from the data set, in seeded order; 0: all"
@@ -166,11 +169,6 @@ class RolloutSection(Section):
         description="most rows in a scoring or training forward; auto: no limit but tokens (64 rows"
         " when training on a CPU)",
     )
-    score_tokens: Cap = Field(
-        "auto",
-        description="most tokens in a scoring forward, padding included; auto: what the free GPU"
-        " memory holds",
-    )
     rollouts_per_unit: int = Field(
         1024,
         ge=1,
@@ -191,6 +189,14 @@ class SignalSection(Section):
     signal_p: Finite = Field(0.99, gt=0, le=1, description="probability mass kept by nucleus")
 
 
+def _weight(value: Any) -> Any:
+    """`fixed` without a number means equal weights."""
+    return 0.5 if value == "fixed" else value
+
+
+Gating = Annotated[Literal["soft", "hard"] | Annotated[Finite, Field(ge=0, le=1)], BeforeValidator(_weight)]
+
+
 class LossSection(Section):
     """`DualKLConfig` checks the ranges."""
 
@@ -202,10 +208,10 @@ class LossSection(Section):
         description="adapt tau, from its first value on, to keep this mean of λ; 0: constant tau",
     )
     alpha: Finite = Field(5.0, description="gate sharpness, 1/nats")
-    gating: Literal["soft", "hard", "fixed"] = Field(
-        "soft", description="sigmoid, step, or the constant `mix`"
+    gating: Gating = Field(
+        "soft",
+        description="gate λ: soft (sigmoid), hard (step), or a number: a constant weight of the reverse KL",
     )
-    mix: Finite = Field(0.5, description="weight of the reverse KL under gating: fixed")
     rkl: Literal["exact", "mc"] = Field("exact", description="reverse KL: exact, or at the sampled token")
     fkl: Literal["full", "argmax"] = Field(
         "full", description="forward KL: full, or cross-entropy on the argmax"
@@ -213,7 +219,7 @@ class LossSection(Section):
     temperature: Finite = Field(1.0, description="temperature of both distributions in the loss")
     importance_cap: float = Field(5.0, description="cap on student/behaviour probability ratios (rkl: mc)")
     objective: Literal["gated", "jsd"] = Field(
-        "gated", description="gated dual KL, or Jensen-Shannon divergence with β = mix"
+        "gated", description="gated dual KL, or Jensen-Shannon divergence with β = gating, a number"
     )
     gate_on: Literal["rkl", "fkl", "teacher_entropy"] = Field(
         "rkl", description="what the gate compares with tau (the entropy as cached)"
@@ -222,9 +228,19 @@ class LossSection(Section):
         0.0, description="share of the uniform distribution mixed into the teacher"
     )
 
+    @property
+    def has_threshold(self) -> bool:
+        """Whether λ depends on tau."""
+        return isinstance(self.gating, str)
+
     def settings(self, vocab_size: int | None = None) -> DualKLConfig:
         """Settings for `dual_kl`; ValueError if they are invalid."""
-        return DualKLConfig(**self.model_dump(exclude={"tau_share"}), vocab_size=vocab_size)
+        from dualkl import DualKLConfig  # imports torch, which takes seconds: not for --help
+
+        values = self.model_dump(exclude={"tau_share"}) | {"vocab_size": vocab_size}
+        if not self.has_threshold:
+            values |= {"gating": "fixed", "mix": self.gating}
+        return DualKLConfig(**values)
 
 
 class TrainSection(Section):
@@ -232,17 +248,16 @@ class TrainSection(Section):
     grad_accum: int = Field(8, ge=1, description="micro-steps of each process per optimizer step")
     micro_batch_tokens: Cap = Field(
         "auto",
-        description="most tokens in a training forward; auto: what the GPU memory holds, no limit on a CPU",
+        description="most tokens in a training or scoring forward, padding included; auto: what the GPU memory"
+        " holds, no limit for training on a CPU",
     )
     packing: bool | Auto = Field("auto", description="pack rows without padding; auto: where that is exact")
     compile: bool | Auto = Field(
         "auto", description="torch.compile the student's layers for training; auto: on a GPU"
     )
     max_steps: int = Field(256, ge=1, description="optimizer steps")
-    lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
-    lr_min_ratio: Finite = Field(0.1, ge=0, le=1, description="final / peak learning rate (cosine decay)")
+    lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW); a cosine to a tenth of it")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
-    weight_decay: Finite = Field(0.0, ge=0, description="weight decay (AdamW)")
     max_grad_norm: Finite = Field(1.0, gt=0, description="gradient clipping (global norm)")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     checkpoint_every: int = Field(
@@ -286,19 +301,25 @@ class RefreshSection(Section):
         " newest rows are older",
     )
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether something measured in training can make a refresh due before `refresh_every` steps."""
+        return bool(self.refresh_drift)
+
 
 class EvalSection(Section):
     eval_dataset: str = Field(
         "",
-        description="held-out prompts, named as in dataset (default split: test); empty: the prompts"
-        " after num_prompts",
+        description="held-out prompts, named as in dataset; the default split is test; empty: those of dataset"
+        " after num_prompts, or a tenth of them",
     )
-    eval_prompts: int = Field(256, ge=1, description="number of held-out prompts")
+    eval_prompts: int = Field(256, ge=0, description="number of held-out prompts; 0: no evaluation")
     eval_every: int = Field(
         0, ge=0, description="steps between held-out KLs on teacher text while training; 0: none"
     )
     answer_checker: str = Field(
-        "", description="gsm8k, or FILE.py:FUNCTION with function(row, completion) -> bool; empty: none"
+        "",
+        description="gsm8k, or FILE.py:FUNCTION; it takes (row, completion) and returns a bool; empty: none",
     )
     eval_teacher_text: str = Field(
         "",
@@ -340,7 +361,7 @@ class Config(Section):
         policy = self.refresh
         is_inline = policy.refresh_mode == "inline"
         return policy.refresh_mode == "external" or (
-            is_inline and bool(policy.refresh_every or policy.refresh_drift)
+            is_inline and bool(policy.refresh_every or policy.is_measured)
         )
 
     @property
@@ -359,52 +380,31 @@ SECTIONS: dict[str, type[Section]] = {
     if isinstance(field.annotation, type)
 }
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
-
-
-REMOVED = {
-    "gate": "tau_share is in section loss",
-    "tau_schedule": "tau stays, or follows the divergences with tau_share above 0",
-    "tau_end": "let tau follow the divergences (tau_share above 0), or change tau between two runs",
-    "tau_rate": "an adaptive tau moves at a fixed rate; leave the key out",
-    "refresh_ess": "refresh by drift with refresh_drift instead",
-    "refresh_age": "refresh by steps with refresh_every instead",
-    "refresh_min_steps": "leave it out; raise refresh_every or refresh_drift for fewer refreshes",
-    "drift_window": "refresh_drift is averaged over 4 steps; leave the key out",
-    "drift_to_forward": "refresh earlier (refresh_every, refresh_drift) to keep rows from drifting",
-    "replay_share": "set max_age to keep the rows of earlier refreshes, and lower rollouts_per_refresh",
-    "signal_floor": "a nucleus keeps at least 4 ids; leave the key out",
-    "tail_floor": "the tail bucket holds at least 1e-8; leave the key out",
-    "score_patience": "role score waits an hour for the next unit; leave the key out",
-    "offload_idle": "the idle model leaves the GPU by itself where both do not fit; leave the key out",
-    "wandb_mode": "set the environment variable WANDB_MODE, which wandb reads",
-    "student_revision": "write student_model: NAME@REVISION",
-    "teacher_revision": "write teacher_model: NAME@REVISION",
-    "dataset_split": "write dataset: NAME:CONFIG:SPLIT",
-    "eval_split": "write eval_dataset: NAME:CONFIG:SPLIT",
-    "overlong": "longer prompts are skipped; allow_skipped 0 refuses data sets that have any",
-    "max_staleness": "set max_age, which bounds the age of rows in every refresh_mode",
+SWITCHES = {
+    leaf
+    for section in SECTIONS.values()
+    for leaf, field in section.model_fields.items()
+    if field.annotation is bool
 }
-"""Keys of earlier versions, and what to do instead."""
+"""Keys that may stand on the command line without a value."""
 
 
 MOST_BYTES = 2**20
 
 
 def parse_arguments(arguments: list[str], description: str) -> Config:
-    """Parse a command line: `--config FILE` (repeatable) and `--KEY VALUE` for any key.
+    """Parse a command line: FILE or `--config FILE` (repeatable), and `--KEY VALUE` for any key.
 
+    `description`: the command's docstring, which `--help` shows.
     Errors: `UserError` that names the key, the closest valid key, and the expected type.
     """
-    known, unknown = _parser(description).parse_known_args(arguments)
-    if unknown:
-        raise UserError(_unknown_key(unknown[0].split("=")[0].lstrip("-"), "on the command line"))
-    flags = {
-        leaf: _from_text(leaf, text)
-        for leaf, text in vars(known).items()
-        if leaf != "config" and text is not None
-    }
+    if help_asked(arguments):
+        print(help_text(description, SECTIONS, every_key="all" in arguments))
+        raise SystemExit(0)
+    paths, texts = flags.split(arguments, SECTION_OF, SWITCHES)
+    given = {leaf: _from_text(leaf, text) for leaf, text in texts.items()}
     values: dict[str, dict[str, Any]] = {}
-    for leaves in (*(_read_file(Path(path)) for path in known.config), flags):
+    for leaves in (*(_read_file(found_file(path)) for path in paths), given):
         for leaf, value in leaves.items():
             values.setdefault(SECTION_OF[leaf], {})[leaf] = value
     return build(values)
@@ -414,25 +414,8 @@ def to_yaml(config: Config) -> str:
     return yaml_text.write(config.model_dump())
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
-    )
-    for section_name, section in SECTIONS.items():
-        group = parser.add_argument_group(section_name)
-        for leaf, field in section.model_fields.items():
-            bare = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-            text = f"{field.description} (default: {field.default!r})".replace("%", "%%")
-            options: dict[str, Any] = {"metavar": "VALUE", "default": None, "help": text} | bare
-            group.add_argument(f"--{leaf}", **options)
-    return parser
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     """Read the keys of a YAML file, in their sections or at the top level."""
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist (looked in {Path.cwd()}).")
     if path.stat().st_size > MOST_BYTES:
         raise UserError(
             f"config file {path} has {path.stat().st_size} bytes; a configuration has at most {MOST_BYTES}."
@@ -456,14 +439,14 @@ def _read_file(path: Path) -> dict[str, Any]:
             where, leaves = f"in section {name} of {path}", value
         for leaf in leaves:
             if leaf not in SECTION_OF:
-                raise UserError(_unknown_key(str(leaf), where))
+                raise UserError(flags.unknown_key(str(leaf), where, SECTION_OF))
             if leaf in found:
                 raise UserError(
                     f"config file {path} gives the key {leaf} in two places, in sections or outside; keep"
                     " one."
                 )
         found |= leaves
-    return found
+    return with_shipped_paths(path, found)
 
 
 def _from_text(leaf: str, text: str) -> Any:
@@ -479,15 +462,6 @@ def _from_text(leaf: str, text: str) -> Any:
         return text
 
 
-def _unknown_key(key: str, where: str) -> str:
-    key = short(key)
-    if key in REMOVED:
-        return f"the key {key} {where} was removed: {REMOVED[key]}."
-    near = difflib.get_close_matches(key, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "; `python -m stages.pipeline --help` lists all keys."
-    return f"unknown key {key} {where}{hint}"
-
-
 # --- validation beyond types
 
 
@@ -497,6 +471,8 @@ def build(values: dict[str, dict[str, Any]]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_invalid(error)) from None
+    if config.loss.objective == "jsd" and config.loss.has_threshold:
+        raise UserError("objective: jsd has no gate; give its β as gating, a number between 0 and 1.")
     try:
         config.loss.settings()
     except ValueError as error:
@@ -519,8 +495,27 @@ def _invalid(error: ValidationError) -> str:
     return f"config key {section}.{leaf}: {' or '.join(wishes)}, got {shown(errors[0]['input'])}."
 
 
+def require(config: Config, *keys: str) -> None:
+    """Raise UserError unless each of the keys, which have no default, is given."""
+    for key in keys:
+        if not getattr(getattr(config, SECTION_OF[key]), key):
+            raise UserError(
+                f"{key} is missing: give it in a configuration file ({key}: {EXAMPLES[key]}) or as --{key}"
+                f" {EXAMPLES[key]}; `dualkl init` writes such a file, `dualkl run demo` needs none."
+            )
+
+
+EXAMPLES = {
+    "student_model": "Qwen/Qwen3-4B",
+    "teacher_model": "Qwen/Qwen3-32B",
+    "dataset": "prompts.jsonl",
+}
+
+
 def _check_training(config: Config) -> None:
     refresh, group = config.refresh, config.rollout.group_size
+    if config.eval.eval_every and not config.eval.eval_prompts:
+        raise UserError("eval_every measures on held-out prompts; set eval_prompts above 0, or eval_every 0.")
     if config.train.export_checkpoint == "best" and not config.eval.eval_every:
         raise UserError("export_checkpoint: best needs held-out KLs; set eval_every above 0.")
     if refresh.rollouts_per_refresh % group:
@@ -555,10 +550,10 @@ def _check_loss(config: Config) -> None:
         raise UserError(
             "rkl: mc reads the teacher's logprobs at temperature 1; use temperature 1 or rkl: exact."
         )
-    if loss.tau_share and loss.gating == "fixed":
+    if loss.tau_share and not loss.has_threshold:
         raise UserError(
-            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: fixed has none; use soft"
-            " or hard."
+            f"tau_share {loss.tau_share} adapts the gate's threshold, but gating: {loss.gating:g} has none;"
+            " use soft or hard."
         )
     if loss.tau_share and loss.gating == "soft" and loss.alpha == 0:
         raise UserError("tau_share has no effect at alpha 0, where every λ is one half; raise alpha.")
@@ -573,3 +568,7 @@ def _check_refresh(config: Config) -> None:
             f" set sample_temperature to the loss's temperature ({loss.temperature}), sample_top_p 1 and"
             " sample_top_k 0."
         )
+
+
+if __name__ == "__main__":
+    print(reference(SECTIONS), end="")

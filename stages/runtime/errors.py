@@ -9,8 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import torch
-
 import cache
 from cache.plain import plain
 from stages.runtime import ending
@@ -68,9 +66,9 @@ def command(main: Callable[[], None]) -> None:
     """
     try:
         _flushed(main)
-        if torch.distributed.is_initialized():
+        if _is_joined():
             # at interpreter exit its threads sometimes abort the process
-            torch.distributed.destroy_process_group()
+            sys.modules["torch"].distributed.destroy_process_group()
         ending.run_tasks()
         if ending.ends_hard():
             _leave("", 0)
@@ -78,8 +76,6 @@ def command(main: Callable[[], None]) -> None:
         _leave(f"error: {error}", 2)
     except ending.Stopped as error:
         _leave(str(error), error.code)
-    except torch.OutOfMemoryError as error:
-        _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
     except MemoryError:
         _leave(
             "error: this machine is out of memory. Close other programs or lower rollouts_per_unit and"
@@ -97,6 +93,8 @@ def command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on from what is committed", 130)
     except Exception as error:
+        if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
         _fail(error)
 
 
@@ -116,9 +114,15 @@ def machine_error(error: OSError) -> str:
 
 def _fail(error: Exception) -> None:
     """Print the traceback of a bug; not if it results from a signal that ended other processes."""
-    ending.end_if_asked(patience=1.0 if torch.distributed.is_initialized() else 0.0)
+    ending.end_if_asked(patience=1.0 if _is_joined() else 0.0)
     print(plain("".join(traceback.format_exception(error)), kept="\n"), end="", file=sys.stderr)
     _leave("", 1)
+
+
+def _is_joined() -> bool:
+    """Whether this process belongs to a group of processes. Imports no torch: not every command needs it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def _flushed(main: Callable[[], None]) -> None:
@@ -152,6 +156,6 @@ def _leave(message: str, code: int) -> None:
         print(plain(message), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if torch.distributed.is_initialized() or ending.ends_hard():
+    if _is_joined() or ending.ends_hard():
         os._exit(code)
     raise SystemExit(code)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cache.plain import plain
-from stages.runtime.config import Config, name_and_revision
+from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 
@@ -29,7 +25,6 @@ FREE = {
     "attn_implementation",
     "gen_micro_batch",
     "lp_micro_batch",
-    "score_tokens",
     "rollouts_per_unit",
     "role",
     "grad_accum",
@@ -63,6 +58,8 @@ def config_record(config: Config, world: World, step: int) -> Record:
 
 
 def command_line() -> str:
+    if sys.argv[0].startswith("dualkl "):  # as stages.cli names its commands
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}".rstrip()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
     return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()
@@ -80,10 +77,11 @@ def versions() -> dict[str, str]:
 
 def last_config(records: Iterable[Record]) -> Record | None:
     """Newest `config` record; None if the run has not trained or predates these records."""
-    return next(iter(reversed(_configs(records))), None)
+    return next(iter(reversed(configs(records))), None)
 
 
-def _configs(records: Iterable[Record]) -> list[Record]:
+def configs(records: Iterable[Record]) -> list[Record]:
+    """All `config` records, oldest first."""
     return [record for record in records if record["kind"] == "config"]
 
 
@@ -114,11 +112,11 @@ def spans(records: list[Record]) -> list[Record]:
 
     Configurations without any step are left out; empty if the run has not trained or predates these records.
     """
-    configs = _configs(records)
+    starts = configs(records)
     last = max((record["step"] for record in records if record["kind"] == "step"), default=0)
-    ends = [*(record["from_step"] - 1 for record in configs[1:]), last][: len(configs)]
+    ends = [*(record["from_step"] - 1 for record in starts[1:]), last][: len(starts)]
     found, before = list[Record](), None
-    for record, end in zip(configs, ends, strict=True):
+    for record, end in zip(starts, ends, strict=True):
         if end < record["from_step"]:
             continue
         changed = changes((before or record)["config"], record["config"])
@@ -154,78 +152,3 @@ def describe_changes(trained: Record | None, config: Config) -> str:
     """Describe the keys that changed since the previous steps, e.g. `lr: 0.1 (was 0.2)`; "" if none did."""
     found = changes(trained["config"], config.model_dump()) if trained is not None else {}
     return "; ".join(f"{leaf}: {new} (was {old})" for leaf, (old, new) in found.items())
-
-
-CARD_KEYS = (
-    "tau",
-    "alpha",
-    "gating",
-    "rkl",
-    "fkl",
-    "temperature",
-    "lr",
-    "batch_size",
-    "max_steps",
-    "seed",
-    "dataset",
-)
-
-
-def model_card(records: list[Record], config: Config, step: int) -> str:
-    """README.md of the student exported at `step`: what it is, what trained it, and what was measured."""
-    models, lora = config.models, config.lora.use_lora
-    how = f"LoRA, rank {config.lora.lora_r}" if lora else "all weights trained"
-    head = {
-        "base_model": name_and_revision(models.student_model)[0],
-        "library_name": "peft" if lora else "transformers",
-        "tags": ["distillation"],
-    }
-    versions = (last_config(records) or {}).get("versions", {})
-    made = ", ".join(f"{_shown(name)} {_shown(version)}" for name, version in versions.items())
-    teacher = _shown(models.teacher_model) or "cached rows of a teacher"
-    lines = [
-        "---",
-        *yaml.safe_dump(head, sort_keys=False, width=10**6).splitlines(),
-        "---",
-        "",
-        f"# {config.run.run_name}",
-        "",
-        f"Distilled from {teacher} into {_shown(models.student_model)} ({how}); weights of step {step}.",
-        "",
-        "| steps | trained with |",
-        "|---|---|",
-        *_card_spans(records, config),
-        "",
-        f"Made with {made}." if made else "",
-        *_card_measures(records, step),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _card_spans(records: list[Record], config: Config) -> Iterator[str]:
-    """A table row for each span of steps: the first with its main keys, later ones with what changed."""
-    found = spans(records)
-    first = found[0]["steps"][0] if found else None
-    of_first = [record["config"] for record in _configs(records) if record["from_step"] == first]
-    sections = of_first[-1] if of_first else config.model_dump()
-    values = {leaf: value for section in sections.values() for leaf, value in section.items()}
-    for number, span in enumerate(found):
-        what = [f"{name} {_shown(values[name])}" for name in CARD_KEYS if name in values and not number]
-        what += [
-            f"{_shown(key)} {_shown(new)} (was {_shown(old)})" for key, (old, new) in span["changed"].items()
-        ]
-        yield f"| {span['steps'][0]} to {span['steps'][1]} | {', '.join(what) or 'the same keys'} |"
-
-
-def _card_measures(records: list[Record], step: int) -> Iterator[str]:
-    """The last held-out KLs of `step`."""
-    measured = [r for r in records if r["kind"] in ("eval", "evaluation") and r.get("step") == step]
-    for record in measured[-1:]:
-        kls = {name: record.get(f"{name}_kl") for name in ("forward", "reverse")}
-        if shown := ", ".join(f"{name} KL {value:.4f}" for name, value in kls.items() if value is not None):
-            yield from ("", f"On held-out teacher text: {shown} nats a token.")
-
-
-def _shown(value: Any) -> str:
-    """Format a path or setting as Markdown text: on one line, with markup and HTML escaped."""
-    return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", plain(str(value)))

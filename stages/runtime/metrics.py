@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import files, history, schema, site
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.files import replace_text
+from stages.runtime.terminal import Style
 from stages.runtime.watch import Watch
 
 PHASES = ("load", "rollout", "score", "train", "evaluate")
@@ -90,14 +90,22 @@ class Metrics:
     """
 
     def __init__(
-        self, config: Config, world: World, notes: str = "metrics.jsonl", keeps_config: bool = True
+        self,
+        config: Config,
+        world: World,
+        notes: str = "metrics.jsonl",
+        keeps_config: bool = True,
+        style: Style = Style(),  # noqa: B008  # frozen
     ) -> None:
+        self.style = style
+        self.last_step: Record = {}
         self.path = config.run_folder / notes
         self.world = world
         self._config, self._keeps_config = config, keeps_config
         self._held: list[Record] = []
         self._said: set[str] = set()
         self._watch = Watch()
+        self.listeners: list[Callable[[Record], None]] = []  # called with every record (main process)
         self._rewound: tuple[int, int] | None = None
         self._has_begun = self._has_trained = False
         self._site = site.open_site(config) if world.is_main and config.log.wandb_project else None
@@ -106,6 +114,8 @@ class Metrics:
         if not self.world.is_main:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **values}
+        if kind == "step":
+            self.last_step = record
         if not self._has_begun and kind not in WORK:
             self._held.append(record)
             return
@@ -114,6 +124,8 @@ class Metrics:
             self._has_trained = True
             self._note_configuration(values["step"])
         self._write(record)
+        for listener in self.listeners:
+            listener(record)
         for text in self._watch.look(record):
             self.say(f"warning: {text}")
             self._write(
@@ -134,7 +146,12 @@ class Metrics:
 
     def say(self, line: str) -> None:
         if self.world.is_main:
-            print(plain(line, kept="\n"), flush=True)
+            self.style.say(line)
+
+    def conclude(self, text: str, facts: dict[str, Any]) -> None:
+        """Print the command's result, in words or, with --json, as `facts`."""
+        if self.world.is_main:
+            self.style.conclude(text, facts)
 
     def say_once(self, line: str) -> None:
         """Print a line at most once per run."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 
 from stages.runtime import config as configuration
@@ -19,7 +18,9 @@ from stages.runtime import distributed, locks
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
+from stages.runtime.gpu_memory import highest_bytes
 from stages.runtime.metrics import Clock, Metrics
+from stages.runtime.terminal import Style, take_style
 
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
@@ -71,8 +72,7 @@ class Run:
     def log_totals(self, stage: str) -> None:
         """Log seconds by phase and peak GPU memory so far, each the maximum over ranks (collective)."""
         self.metrics.log("clock", start=self.clock.started, **self.clock.totals(self.world))
-        on_gpu = self.world.device.type == "cuda"
-        peak = float(torch.cuda.max_memory_allocated(self.world.device)) if on_gpu else 0.0
+        peak = float(highest_bytes(self.world.device))
         self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
 
 
@@ -89,24 +89,31 @@ def open_run(
     description: str,
     arguments: list[str] | None = None,
     *,
-    only_looks: bool = False,
+    read_only: bool = False,
     notes: str = "metrics.jsonl",
 ) -> Run:
     """Parse the command line and join the other processes; the first record of work creates the folder.
 
-    `only_looks`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
+    `read_only`: the command only reads the run and keeps its configuration. `notes`: name of the metrics
     file.
     """
-    config = configuration.parse_arguments(sys.argv[1:] if arguments is None else arguments, description)
+    style, arguments = take_style(sys.argv[1:] if arguments is None else arguments)
+    config = configuration.parse_arguments(arguments, description)
+    configuration.require(config, "student_model")
+    return start(config, style, read_only=read_only, notes=notes)
+
+
+def start(config: Config, style: Style, *, read_only: bool = False, notes: str = "metrics.jsonl") -> Run:
+    """Join the other processes with a configuration that is already there; see `open_run`."""
     clock = Clock()
-    _quieten_libraries()
+    quieten_libraries()
     world = distributed.start(config.run.device)
-    keeps_config = not only_looks and config.rollout.role != "score"  # a scorer leaves that to its generator
-    metrics = Metrics(config, world, notes, keeps_config)
+    keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
+    metrics = Metrics(config, world, notes, keeps_config, style)
     return Run(config, world, metrics, clock)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Hide progress bars for loading weights, and deprecation warnings between libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -86,7 +86,9 @@ class Refreshed(Record):
 
 class Measured(_Checked):
     forward_kl: Figure = None
+    forward_kl_error: Figure = None
     reverse_kl: Figure = None
+    reverse_kl_error: Figure = None
     top1_agreement: Figure = None
     cut_share: Figure = None
 
@@ -101,18 +103,20 @@ class Evaluation(Measured):
     """An eval/*.json file."""
 
     accuracy: Figure = None
+    answers: Count = 0
     on_student: Measured | None = None
     samples: list[Sample] = []
     text_rows: list[str] | None = None
     of: dict[str, Any] = {}
 
 
-class Evaluated(Record):
+class Evaluated(Record, Measured):
     step: Count = 0
     label: str = ""
     policy_hash: str = ""
-    forward_kl: Figure = None
-    reverse_kl: Figure = None
+    accuracy: Figure = None
+    answers: Count = 0
+    on_student: Measured | None = None
 
 
 class Progressed(Record):

@@ -6,7 +6,7 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
 DRIFT_WINDOW = 4
-"""Number of latest optimizer steps on the current rows over which `refresh_drift` is averaged."""
+"""Optimizer steps over which measures such as `refresh_drift` are averaged; none is due earlier."""
 
 
 def rollouts_of(config: Config, refresh_index: int) -> range:
@@ -27,7 +27,7 @@ def steps_of(config: Config, refresh_index: int) -> int:
     if policy.refresh_mode == "off":
         return max_steps
     longest = policy.refresh_every or max_steps
-    shortest = min(longest, DRIFT_WINDOW) if policy.refresh_drift else longest
+    shortest = min(longest, DRIFT_WINDOW) if policy.is_measured else longest
     if policy.refresh_mode == "external":  # the old rows are used until they are too old
         longest = policy.max_age + 1
         shortest = min(shortest, longest)

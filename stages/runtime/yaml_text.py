@@ -69,6 +69,12 @@ def write(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
+def write_line(values: dict[str, Any]) -> str:
+    """The map on one line: `{a: 1, b: [x, y]}`."""
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    return text.rstrip("\n")
+
+
 def _plain(value: Any, left: list[int], depth: int) -> Any:
     left[0] -= 1
     if left[0] < 0 or depth > MOST_DEEP:

@@ -211,7 +211,7 @@ def test_wider_states_after_float16_ones_are_refused_rather_than_rounded(tmp_pat
         writer.commit("a")
     assert Counter(dtypes.values()) == {"float16": 1, "float32": 7}
     with pytest.raises(
-        cache.CacheError, match="its signal is float32, that of the cache's first row float16"
+        cache.CacheError, match="its signal is in float32, that of the cache's first row in float16"
     ):
         export(cache.open(tmp_path / "cache"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -278,7 +278,7 @@ def test_wrong_input_of_export_ends_in_one_sentence_and_code_2(tmp_path, capsys)
     (tmp_path / "file").write_text("mine")
     for root, out, sentence in (
         ("nowhere", "out", "nowhere holds no cache"),
-        (str(tmp_path / "cache"), str(tmp_path / "file"), "exists and is no folder; give a new one"),
+        (str(tmp_path / "cache"), str(tmp_path / "file"), "exists and is not a folder; give a new"),
         (str(tmp_path / "cache"), "s3://bucket/out", "is a URL; export writes to a local folder"),
         (str(tmp_path / "cache"), str(tmp_path / "file" / "out"), "cannot be written ("),
         (str(tmp_path / "cache"), str(tmp_path / "cache"), "is not empty"),

@@ -47,7 +47,7 @@ def test_recorded_differences_are_told_not_refused(tmp_path):
     write(tmp_path, range(2))
     other = cache.Fingerprint(fingerprint().must_match, {"student": "b-student", "dataset": "problems.jsonl"})
     writer = cache.Writer(tmp_path, other)
-    assert writer.differences == ['student is "b-student", the cache was begun with "a-student"']
+    assert writer.differences == ['student is "b-student", the cache was started with "a-student"']
     assert cache.open(tmp_path).fingerprint.recorded["student"] == "a-student"
     assert cache.Writer(tmp_path, fingerprint()).differences == []
 

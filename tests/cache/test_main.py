@@ -10,7 +10,7 @@ import pytest
 
 import cache
 from cache.__main__ import main
-from cache.view import fit, pad, top_ids
+from cache.view import fit, pad
 from tests.support.cache_samples import (
     KINDS,
     VOCAB,
@@ -110,7 +110,7 @@ def test_show_without_a_tokenizer_prints_ids(tmp_path, run):
 
 
 def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabulary(monkeypatch):
-    monkeypatch.setattr("cache.view.IDS_PER_TILE", 64)
+    monkeypatch.setattr("cache.matrices.IDS_PER_TILE", 64)
     rng = np.random.default_rng(0)
     weights, states = head(), bfloat16(rng.normal(size=(4, 7)))
     assert weights.bias is not None
@@ -120,12 +120,12 @@ def test_the_top_five_of_hidden_states_and_logits_are_those_of_the_whole_vocabul
     logits = 30 * np.tanh(logits * 0.5 / 30)
     expected = log_softmax(logits.astype(np.float64))
     for signal in (cache.Hidden(states, "bfloat16"), cache.Full(logits.astype(np.float32), "float32")):
-        found = top_ids(record(3, signal=signal), lambda: weights)
+        found = signal.most_likely(5, lambda: weights)
         assert found is not None
         ids, probabilities = found
         np.testing.assert_array_equal(ids, np.argsort(-expected, 1)[:, :5])
         np.testing.assert_allclose(probabilities, -np.sort(-np.exp(expected), 1)[:, :5], rtol=1e-4)
-    assert top_ids(record(3, signal=cache.Hidden(states, "bfloat16")), lambda: None) is None
+    assert cache.Hidden(states, "bfloat16").most_likely(5, lambda: None) is None
 
 
 def gap(row):
@@ -255,7 +255,7 @@ def test_view_lists_the_rows_in_order_a_page_at_a_time(tmp_path, run):
     ordered = sorted((record(i) for i in range(9)), key=lambda row: row.row_id)
     out = run("view", tmp_path, "--count", 4)[1]
     assert listed(out.rsplit("rows 0", 1)[0]) == shortened(ordered[:4])
-    assert out.endswith("rows 0 to 3 of 9; go on with --first 4\n")
+    assert out.endswith("rows 0 to 3 of 9; for more add --first 4\n")
     assert listed(run("view", tmp_path, "--first", 4)[1]) == shortened(ordered[4:])
     assert listed(run("view", tmp_path, "--first", -2)[1]) == shortened(ordered[-2:])
 
@@ -308,8 +308,8 @@ def test_verify_says_sound_or_names_the_fault(tmp_path, run):
         (["show", "{root}", "--index", "4"], "has 4 committed rows; there is no row 4"),
         (["view", "{root}", "--first", "4"], "has 4 committed rows; there is no row 4"),
         (["view", "{root}", "--count", "0"], "--count is 0; expected a number of rows, at least 1"),
-        (["show", "{root}", "--row", "zz"], "0 rows begin with 'zz'"),
-        (["show", "{root}", "--row", ""], "4 rows begin with ''"),
+        (["show", "{root}", "--row", "zz"], "0 row ids begin with 'zz'"),
+        (["show", "{root}", "--row", ""], "4 row ids begin with ''"),
         (["show", "{root}", "--prompt", "zz"], "no prompt id begins with 'zz'"),
         (["show", "{root}", "--prompt", ""], "2 prompt ids begin with '' (p0, p1); give one"),
         (["show", "{root}", "--worst", "0"], "--worst is 0; expected a number of rows, at least 1"),
@@ -335,7 +335,7 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
         code, out, err = run(*command.split(), root, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"error: {root}/")
-        assert err.endswith(": Not a directory; mend that and rerun.\n")
+        assert err.endswith(": Not a directory; fix that and rerun.\n")
     if command != "verify":  # which finds that fault
         code, out, err = run(*command.split(), tmp_path / "odd", *more)
         assert (code, out, err) == (

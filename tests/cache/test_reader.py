@@ -204,7 +204,7 @@ def test_a_damaged_batch_is_refused_at_its_first_read(tmp_path):
     with pytest.raises(cache.CacheError) as caught:
         snapshot[0]
     assert re.search(
-        rf"{shard.shard} sha256 of record batch 0 \(rows 0 to 5\) is \w{{8}}…, its commit record says"
+        rf"{shard.shard} sha256 of record batch 0 \(rows 0 to 5\) is \w{{8}}…, but its commit record says"
         rf" {shard.batches[0].sha256[:8]}…\. Delete it and commits/g0000-00000-\w+\.json and rerun stage one",
         str(caught.value),
     )
@@ -215,7 +215,7 @@ def test_a_shard_that_is_short_or_gone_is_refused(tmp_path):
     (shard,) = cache.open(tmp_path).commit_records()
     path = tmp_path / shard.shard
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(cache.CacheError, match=rf"has {shard.shard_bytes - 1} bytes, its commit record says"):
+    with pytest.raises(cache.CacheError, match=rf"has {shard.shard_bytes - 1} bytes, but its commit record"):
         cache.open(tmp_path)[0]
     path.unlink()
     with pytest.raises(cache.CacheError, match="is missing, though a commit record names it"):
@@ -270,7 +270,7 @@ def assert_names_the_rows(found, shard, position):
             assert f"rows {first} to {last} are damaged" in str(found[0])
             return
         first = last + 1
-    assert "its rows are intact, the file's frame is not" in str(found[0])
+    assert "its rows are intact, but the bytes around them are not" in str(found[0])
 
 
 def test_every_truncation_is_found_and_never_raises(tmp_path):

@@ -34,7 +34,7 @@ def packed_signals(root: Path) -> dict[str, bytes | None]:
 
 
 def assert_left(root: Path, numbers: list[int], kind: str, before: dict[str, bytes | None]) -> None:
-    """Exactly these rows, sound, their signals' bytes as before, and no file beside those that records name."""
+    """Exactly these rows, sound, signals byte for byte as before, and no file that no record names."""
     snapshot = cache.open(root)
     assert snapshot.row_ids == sorted(row_id(n) for n in numbers)
     for number in numbers:
@@ -67,7 +67,7 @@ def test_ages_are_of_one_run(tmp_path: Path) -> None:
             writer.append(record(number, run_id="other", policy_step=0))
         writer.commit("other")
     with pytest.raises(
-        cache.CacheError, match=r"steps of which run\? It holds rows of demo, other; give run_id"
+        cache.CacheError, match=r"at_step is a step of which run\? It holds rows of demo, other; set run_id"
     ):
         prune(tmp_path, max_age=0, at_step=30)
     with pytest.raises(cache.CacheError, match=r"there is no run demp\. It holds rows of demo, other"):
@@ -106,7 +106,7 @@ def test_a_size_keeps_the_newest_whole_shards(tmp_path: Path) -> None:
 )
 def test_a_prune_needs_one_whole_rule(tmp_path: Path, rules: dict[str, int]) -> None:
     filled(tmp_path)
-    with pytest.raises(cache.CacheError, match=r"one rule|give at_step and max_age"):
+    with pytest.raises(cache.CacheError, match=r"one rule|max_age must be at least 0 and needs at_step"):
         prune(tmp_path, **rules)
     assert len(cache.open(tmp_path)) == 16
 
@@ -115,7 +115,9 @@ def test_a_prune_needs_one_whole_rule(tmp_path: Path, rules: dict[str, int]) -> 
 @pytest.mark.parametrize("rule", [{"policies": [f"{1:016x}"]}, {"max_bytes": 20_000}])
 def test_a_prune_ignores_no_option(tmp_path: Path, rule: dict[str, object], more: dict[str, object]) -> None:
     filled(tmp_path)
-    with pytest.raises(cache.CacheError, match=r"at_step and run_id belong to an age.* Nothing was removed"):
+    with pytest.raises(
+        cache.CacheError, match=r"at_step and run_id apply to max_age only.* Nothing was removed"
+    ):
         prune(tmp_path, **rule, **more)
     assert len(cache.open(tmp_path)) == 16
 
@@ -131,7 +133,10 @@ def test_a_prune_or_merge_that_dies_anywhere_is_mended_by_the_next(tmp_path: Pat
     """In a process of its own: forks of one with many threads are unsafe."""
     from tests.support.helpers import run_python
 
-    code = f"import tests.cache.test_upkeep as t; from pathlib import Path; t.die_everywhere(Path({str(tmp_path)!r}))"
+    code = (
+        "import tests.cache.test_upkeep as t; from pathlib import Path;"
+        f" t.die_everywhere(Path({str(tmp_path)!r}))"
+    )
     assert "died" in run_python("-c", code).expect_success().out
 
 
@@ -213,7 +218,7 @@ def test_caches_that_mean_different_things_are_not_merged(tmp_path: Path) -> Non
             merge(tmp_path / target, [tmp_path / name for name in sources])
     assert not (tmp_path / "new").exists()
     assert_holds(tmp_path / "one", list(range(4)))
-    with pytest.raises(cache.CacheError, match="from one or more caches into another one"):
+    with pytest.raises(cache.CacheError, match="one or more caches into another one"):
         merge(tmp_path / "one", [tmp_path / "one"])
 
 
@@ -272,7 +277,7 @@ def test_recorded_differences_are_told(tmp_path: Path) -> None:
         writer.append(record(5))
         writer.commit("x")
     merged = merge(tmp_path / "both", [tmp_path / "one", tmp_path / "two"])
-    assert merged.differences == ['student is "b-student", the cache was begun with "a-student"']
+    assert merged.differences == ['student is "b-student", the cache was started with "a-student"']
 
 
 def test_a_damaged_shard_is_not_copied(tmp_path: Path) -> None:
@@ -302,4 +307,4 @@ def test_the_commands_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert "2 shards (12 rows, " in (text := capsys.readouterr().out)
     assert "1 were there already" in text
     assert main(["prune", two, "--max_age", "3"]) == 2
-    assert "error: an age needs the step" in capsys.readouterr().err
+    assert "error: max_age must be at least 0 and needs at_step" in capsys.readouterr().err

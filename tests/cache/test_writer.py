@@ -170,7 +170,7 @@ def test_a_row_that_breaks_an_invariant_is_refused_by_name(tmp_path, row, senten
             writer.append(row())
         assert str(caught.value).startswith(f"row {row_id(5)}: ")
         assert sentence in str(caught.value)
-        assert str(caught.value).endswith("The row was not written; correct what made it and rerun.")
+        assert str(caught.value).endswith("The row was not written; fix the code that made it and rerun.")
         writer.append(record(0))
         assert writer.commit("g0").rows == 1
 
@@ -181,17 +181,17 @@ def test_a_row_that_breaks_an_invariant_is_refused_by_name(tmp_path, row, senten
         (
             "hidden",
             {"position": (3, 2), "value": 0x7FC0},
-            "signal.states[3, 2] is nan; expected finite numbers",
+            "signal.states[3, 2] is nan; expected a finite number",
         ),
         (
             "hidden",
             {"position": (3, 2), "value": 0xFF80},
-            "signal.states[3, 2] is -inf; expected finite numbers",
+            "signal.states[3, 2] is -inf; expected a finite number",
         ),
         (
             "full",
             {"position": (0, 1), "value": np.inf},
-            "signal.logits[0, 1] is inf; expected finite numbers",
+            "signal.logits[0, 1] is inf; expected a finite number",
         ),
     ],
 )
@@ -315,9 +315,7 @@ def test_a_full_disk_is_found_when_a_cache_is_opened_again(tmp_path, full_disk):
 
 def test_a_broken_disk_says_what_happened(tmp_path, full_disk):
     full_disk(0, errno.EIO)
-    with pytest.raises(
-        cache.CacheError, match=r"Input/output error while writing to .*; mend that and rerun"
-    ):
+    with pytest.raises(cache.CacheError, match=r"Input/output error while writing to .*; fix that and rerun"):
         cache.Writer(tmp_path / "new", fingerprint())
 
 

@@ -99,7 +99,7 @@ def anchored(log_tail: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tail", [1e-6, 1e-14, 1e-52])
 @pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
 def test_a_students_tiny_tail_keeps_its_gradient_in_float32(tail: float, mix: float) -> None:
-    """Against the teacher's tail of 1e-3. The form c p + k-hot carries q_0 / p_0 and is wrong here by 100 %."""
+    """The teacher's tail is 1e-3. The form c p + k-hot carries q_0 / p_0 and is wrong here by 100 %."""
     config = DualKLConfig(gating="fixed", mix=mix)
     logits, teacher = peaked(math.log(tail)).float().double(), anchored(math.log(1e-3))
     rows, gradient = expected(logits, teacher, config)

@@ -17,7 +17,7 @@ from dualkl import DualKLConfig, kernels
 from dualkl.kernels import usable
 from dualkl.targets import LogitsTeacher, TopKTeacher
 from tests.dualkl.test_losses import GATED
-from tests.support.interpreter import pass_interpreted
+from tests.support.interpreter import SHARES, pass_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -35,8 +35,9 @@ COUNTS = ("num_slots", "out_stride", "num_segments", "num_hits", "k")
 
 @linux_only
 @pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_selection.py"])
-def test_the_kernels_give_the_oracles_numbers_under_the_interpreter(name: str) -> None:
-    pass_interpreted(name)
+@pytest.mark.parametrize("share", SHARES)
+def test_the_kernels_give_the_oracles_numbers_under_the_interpreter(name: str, share: str) -> None:
+    pass_interpreted(name, share)
 
 
 def compiled(kernel: Any, num_warps: int, **constants: Any) -> Any:

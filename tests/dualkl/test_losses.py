@@ -447,7 +447,7 @@ def test_no_positions_give_a_loss_of_0_attached_to_both_inputs(kind: str) -> Non
 
 
 def test_the_sampled_estimates_mean_is_the_exact_gradient() -> None:
-    """Every token y appears once, weighted by the probability μ(y) that it is drawn with: the mean is exact."""
+    """Every token y appears once, weighted by its probability μ(y) of being drawn: the mean is exact."""
     case = Case()
     behaviour = torch.randn(V, generator=torch.Generator().manual_seed(4), dtype=torch.float64).log_softmax(0)
     teacher_logprobs = reference.log_softmax(case.teacher_logits[0])

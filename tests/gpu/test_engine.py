@@ -14,13 +14,12 @@ from peft.tuners.lora import LoraLayer
 from stages.engine import decoder, kernels
 from stages.engine import fused_layers as fused
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Completion, Sampling
+from stages.engine.protocol import Completion
 from stages.engine.sampling import block_statistics
 from stages.engine.slot_attention import plain_attention
 from stages.engine.slots import SlotCache
 from tests.support.small_models import (
     CONFIGS,
-    EOS,
     V,
     forced_logits,
     question_prompts,
@@ -28,6 +27,7 @@ from tests.support.small_models import (
     run,
     same,
     theirs,
+    write,
 )
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def student(student_model: Any) -> Any:
 
 @pytest.fixture
 def step_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The width of every step that ran through Python: two to warm up and the captured one, for each graph."""
+    """The width of each step that ran in Python: two warm-up steps and the captured one, for each graph."""
     widths: list[int] = []
     original = decoder.Decoder._step
     monkeypatch.setattr(
@@ -151,7 +151,7 @@ def test_greedy_tokens_are_those_of_generate_from_captured_steps(
 ) -> None:
     model = random_model(name)
     wanted = [theirs(model, prompt, 60) for prompt in prompts]  # on the CPU, in float32 as well
-    found = run(model.cuda(), prompts * 3, Sampling(60, greedy=True), micro_batch=8)
+    found = run(model.cuda(), prompts * 3, 60, greedy=True, num_slots=8)
     assert [c.ids.tolist() for c in found] == wanted * 3
     assert step_widths
     assert all(step_widths.count(width) == 3 for width in step_widths)
@@ -161,9 +161,9 @@ def test_seeded_completions_are_those_of_the_cpu_whatever_the_slots(
     student_model: Any, student: Any, prompts: list[np.ndarray]
 ) -> None:
     several = [prompts[i] for i in (0, 0, 0, 0, 1, 2, 2, 3, 4, 4, 0, 1)]
-    wanted = run(student_model, several, Sampling(50, 1.2))
+    wanted = run(student_model, several, 50, temperature=1.2)
     for slots in (1, 3, 12):
-        found = run(student, several, Sampling(50, 1.2), micro_batch=slots)
+        found = run(student, several, 50, temperature=1.2, num_slots=slots)
         assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
@@ -172,7 +172,7 @@ def test_seeded_completions_are_those_of_the_cpu_whatever_the_slots(
 
 def test_a_call_repeats_itself_bit_for_bit_in_bfloat16(student: Any, prompts: list[np.ndarray]) -> None:
     model = copy.deepcopy(student).bfloat16()
-    first, second = (run(model, prompts * 8, Sampling(40), micro_batch=16) for _ in range(2))
+    first, second = (run(model, prompts * 8, 40, num_slots=16) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert same(a, b)
         assert np.array_equal(a.logprobs, b.logprobs)
@@ -197,7 +197,7 @@ def test_sampled_logprobs_equal_a_forced_forward_to_bfloat16_noise(
                     parameter.normal_(0, 0.05)
     model.eval()
     with torch.autocast("cuda", torch.bfloat16, enabled=kind != "bf16"):
-        found = run(model, prompts * 4, Sampling(50), micro_batch=8)
+        found = run(model, prompts * 4, 50, num_slots=8)
         gap = forced_gap(model.get_base_model() if kind == "lora" else model, prompts * 4, found)
     assert gap < 0.02
     assert step_widths
@@ -206,15 +206,15 @@ def test_sampled_logprobs_equal_a_forced_forward_to_bfloat16_noise(
 def test_top_k_and_top_p_are_captured_too(
     student: Any, prompts: list[np.ndarray], step_widths: list[int]
 ) -> None:
-    for sampling in (Sampling(30, 1.2, top_k=3), Sampling(30, 1.2, top_p=0.8)):
-        found = run(student, prompts, sampling)
+    for cut in ({"top_k": 3}, {"top_p": 0.8}):
+        found = run(student, prompts, 30, temperature=1.2, **cut)
         assert all(np.isfinite(c.logprobs).all() for c in found)
     assert step_widths
 
 
 def test_a_forced_text_is_read_with_the_engines_own_logprobs(student: Any, prompts: list[np.ndarray]) -> None:
-    drawn = run(student, prompts, Sampling(40))
-    read = run(student, prompts, Sampling(7), forced=[c.ids for c in drawn])
+    drawn = run(student, prompts, 40)
+    read = run(student, prompts, 7, forced=[c.ids for c in drawn])
     for a, b in zip(drawn, read, strict=True):
         assert b.ids.tolist() == a.ids.tolist()
         np.testing.assert_allclose(b.logprobs, a.logprobs, atol=1e-4)
@@ -228,7 +228,7 @@ def test_rows_that_end_make_room_and_the_tail_is_narrow(
 ) -> None:
     lengths = [*range(2, 62), 200]
     texts = [np.random.default_rng(n).integers(20, V, n) for n in lengths]
-    read = run(student, [prompts[i % 5] for i in range(61)], Sampling(1), forced=texts, micro_batch=16)
+    read = run(student, [prompts[i % 5] for i in range(61)], 1, forced=texts, num_slots=16)
     assert [c.ids.tolist() for c in read] == [text.tolist() for text in texts]
     assert set(step_widths) >= {16, 1}
     for i in (0, 30, 60):
@@ -240,11 +240,10 @@ def test_rows_that_end_make_room_and_the_tail_is_narrow(
 def test_an_open_engine_captures_once(
     student: Any, prompts: list[np.ndarray], step_widths: list[int]
 ) -> None:
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
     with closing(open_engine(student)) as engine:
-        first = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
+        first = write(engine, prompts[:4], 40)
         count = len(step_widths)
-        second = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(40), **common)
+        second = write(engine, prompts[:4], 40)
     assert count > 0
     assert len(step_widths) == count
     assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(first, second, strict=True))
@@ -271,14 +270,13 @@ def test_captured_steps_notice_adapters_and_writes_through_data(
         "merge_adapter": lambda: model.merge_adapter(["default"]),
         "disable_adapter_layers": model.base_model.disable_adapter_layers,
     }
-    settings: dict[str, Any] = {"forced": [np.arange(20, 35)] * 4, "micro_batch": 4}
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, **settings}
+    texts = [np.arange(20, 35)] * 4
     with closing(open_engine(model)) as engine:
         for name, change in changes.items():
-            before = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
+            before = write(engine, prompts[:4], 1, forced=texts)
             change()
-            after = engine.generate(prompts[:4], [1, 2, 3, 4], Sampling(1), **common)
-            wanted = run(model, prompts[:4], Sampling(1), **settings)
+            after = write(engine, prompts[:4], 1, forced=texts)
+            wanted = run(model, prompts[:4], 1, forced=texts)
             for was, found, new in zip(before, after, wanted, strict=True):
                 np.testing.assert_allclose(found.logprobs, new.logprobs, atol=1e-3, err_msg=name)
                 assert np.abs(found.logprobs - was.logprobs).max() > 1e-2, name
@@ -291,10 +289,10 @@ def test_memory_is_given_back(student: Any, prompts: list[np.ndarray]) -> None:
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
 
-    run(student, prompts * 8, Sampling(40), micro_batch=32)  # workspaces of the libraries stay
+    run(student, prompts * 8, 40, num_slots=32)  # workspaces of the libraries stay
     before = allocated()
     for _ in range(3):
-        run(student, prompts * 8, Sampling(40), micro_batch=32)
+        run(student, prompts * 8, 40, num_slots=32)
         assert allocated() - before < 2**20
     with pytest.raises(ZeroDivisionError):
         interrupted(student, prompts)
@@ -303,5 +301,5 @@ def test_memory_is_given_back(student: Any, prompts: list[np.ndarray]) -> None:
 
 def interrupted(model: Any, prompts: list[np.ndarray]) -> None:
     with closing(open_engine(model)) as engine:
-        engine.generate(prompts, [1] * 5, Sampling(5), vocab_size=V, eos_ids=(EOS,), pad_id=0, micro_batch=4)
+        write(engine, prompts, 5, num_slots=4)
         raise ZeroDivisionError

@@ -66,7 +66,7 @@ def on_gpu(case: Case) -> Case:
 def test_value_and_gradient_are_the_oracles(
     kind: str, full_head: bool, dtype: torch.dtype, third: int, launches: Counter[str]
 ) -> None:
-    """Each method is a kernel to compile: a third of them a test, so that several processes share the work."""
+    """Each method is a kernel to compile; a test takes a third of them, so that processes share the work."""
     methods = METHODS[third::3]
     cpu = Case(full_head, 1.3, 491, dtype)
     gpu = on_gpu(cpu)
@@ -101,7 +101,7 @@ def test_thresholds_and_entropies_are_taken_per_position(kind: str) -> None:
 
 
 V_REAL, CUT_REAL, WIDTH, TEACHER_WIDTH = 151_936, 151_669, 1024, 1536
-PAIRS = {  # the student's and the teacher's spread of logits, and by how much the teacher's logits differ from its own
+PAIRS = {  # spread of the student's and the teacher's logits, and how far the teacher's are from its own
     "random": (2.0, 2.0, None),
     "near": (2.0, 2.0, 0.025),
     "peaked": (10.0, 10.0, 0.15),

@@ -1,4 +1,4 @@
-"""`compress` on a CUDA device: the selection's kernels at a real vocabulary, against torch.topk and float64."""
+"""`compress` on CUDA: the selection kernels at a real vocabulary, against torch.topk and float64."""
 
 import math
 from collections import Counter

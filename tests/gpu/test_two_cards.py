@@ -51,7 +51,7 @@ def assert_trained_alike(one: Path, two: Path) -> None:
 
 
 def test_two_cards_write_and_score_the_rows_of_one(one_card: Path, two_cards: Path) -> None:
-    """A card's rounding depends on the rows beside a row, so that a sampled token may differ here and there."""
+    """A GPU's rounding depends on the other rows of a batch, so a few sampled tokens may differ."""
     folders = (one_card, two_cards)
     one, two = ({r.row_id: r for r in cache.open(f / "cache")[:] if r.refresh_index == 0} for f in folders)
     assert one.keys() == two.keys()

@@ -237,13 +237,14 @@ def run_as_file(path: str) -> None:
 @pytest.mark.parametrize("name", ["rollout", "train", "evaluate", "pipeline", "report"])
 def test_every_stage_explains_itself(forked: Forker, name: str) -> None:
     done = forked.call(run_as_file, f"stages/{name}.py").expect_success()
-    assert "usage:" in done.out
+    assert "keys, as --KEY VALUE" in done.out
     assert f"stages.{name}" in done.out
 
 
 # Evaluation keeps up with the student
 
 
+@pytest.mark.thorough
 def test_an_evaluation_in_the_middle_is_not_taken_for_the_last_one(forked: Forker, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "rollouts_per_refresh": 16,
@@ -287,7 +288,7 @@ def test_evaluation_without_a_teacher_reads_its_text_and_leaves_the_rest_null(
     for key in ("forward_kl", "reverse_kl", "top1_agreement", "tokens", "accuracy"):
         assert found[key] == expected[key]
     assert set(found["on_student"].values()) == {None}
-    refused(forked, "rollout", tmp_path, "teacher_model is empty", extra=["--teacher_model", ""])
+    refused(forked, "rollout", tmp_path, "teacher_model is missing", extra=["--teacher_model", ""])
 
 
 def test_teacher_text_that_is_not_hidden_is_one_sentence(forked: Forker, piped: Path, tmp_path: Path) -> None:
@@ -346,6 +347,7 @@ def check_original(folder: Path) -> None:
     assert (folder / "student" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.thorough
 def test_the_original_flags_run_under_torchrun(tmp_path: Path) -> None:
     """All of them, three made smaller for time."""
     pytest.importorskip("wandb")

@@ -12,6 +12,7 @@ from stages import train as stage_two
 from stages.loops import leaks, refresh
 from stages.runtime.run import Run
 from tests.support.helpers import Forker, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, save_weights
 
 GROWN = 40 * 2**20  # bytes of resident memory that an allocator may keep
@@ -40,7 +41,7 @@ def soak(folder: Path, flags: list[str]) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("refreshes", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("refreshes", [*leading(0, [12]), pytest.param(60, marks=pytest.mark.slow)])
 def test_a_run_of_many_refreshes_holds_no_more_than_after_the_second(
     tmp_path: Path, forked: Forker, refreshes: int
 ) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from stages.engine import fused_layers as fused
 from stages.engine import kernels, sampling, slot_attention, weights
 from stages.engine.joined import JoinedLinear, _Together
-from stages.engine.protocol import Sampling
 from stages.engine.sampling import Blocks, block_statistics
 from stages.engine.slot_attention import plain_attention
 from stages.engine.slots import SlotCache
 from tests.support.small_models import CONFIGS, random_model, run, theirs
+from tests.support.thinning import thinned
 
 CAPACITY = 150
 
@@ -53,11 +53,11 @@ def poisoned(slots: SlotCache, window: int | None) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [(4, 1, 32), (4, 4, 16), (14, 2, 64), (6, 2, 80), (20, 1, 24)]
+    ("heads", "kv_heads", "width", "window", "softcap", "splits"),
+    thinned(
+        7, [(4, 1, 32), (4, 4, 16), (14, 2, 64), (6, 2, 80), (20, 1, 24)], [None, 1, 33], [None, 2.5], [1, 3]
+    ),
 )
-@pytest.mark.parametrize("window", [None, 1, 33])
-@pytest.mark.parametrize("softcap", [None, 2.5])
-@pytest.mark.parametrize("splits", [1, 3])
 def test_attention_is_that_of_pytorch_and_sees_only_a_rows_own_keys(
     heads: int, kv_heads: int, width: int, window: int | None, softcap: float | None, splits: int
 ) -> None:
@@ -156,9 +156,10 @@ def test_a_norm_of_heads_that_lie_in_a_joined_product_is_the_formula(heads: int,
     torch.testing.assert_close(found, fused.rms_norm(x, weight, 1e-6, one_centred), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("width", [16, 24])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (9, 1), (16, 8)])
-@pytest.mark.parametrize(("places", "cos_rows"), [(1, 5), (7, 5), (7, 1)])
+@pytest.mark.parametrize(
+    ("width", "heads", "kv_heads", "places", "cos_rows"),
+    thinned(5, [16, 24], [(3, 2), (9, 1), (16, 8)], [(1, 5), (7, 5), (7, 1)]),
+)
 def test_a_rotary_embedding_is_the_formula(
     width: int, heads: int, kv_heads: int, places: int, cos_rows: int
 ) -> None:
@@ -183,8 +184,7 @@ def test_a_gate_is_the_formula(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("name", "merged"), thinned(5, CONFIGS, [False, True]))
 def test_whole_completions_through_the_kernels_are_those_of_generate(
     name: str, merged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +219,7 @@ def test_whole_completions_through_the_kernels_are_those_of_generate(
         if merged
         else model
     )
-    found = run(writer, prompts, Sampling(num_tokens, greedy=True))
+    found = run(writer, prompts, num_tokens, greedy=True)
     assert [completion.ids.tolist() for completion in found] == wanted
     assert len(products) == (5 * num_tokens * model.config.num_hidden_layers if merged else 0)
     assert set(launches) == {"rms_norm", "rotary"} | (

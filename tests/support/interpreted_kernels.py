@@ -22,13 +22,13 @@ from tests.dualkl.test_chunks import (
     anchored,
     doubles,
     expected,
-    name,
     peaked,
     random_logits,
     samples,
     topk_of,
 )
 from tests.dualkl.test_losses import GATED, Case, N, V, gate_inputs, gradients, relative_error
+from tests.support.thinning import leading, thinned
 
 KINDS = ["dense", "topk"]
 LANES = 64
@@ -93,8 +93,7 @@ def check(
     assert relative_error(found, gradient) < bound
 
 
-@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
-@pytest.mark.parametrize("full_head", [False, True], ids=["weight", "bias+scale+softcap+temperature+cut"])
+@pytest.mark.parametrize(("full_head", "kind"), thinned(5, [False, True], ["logits", "hidden", "topk"]))
 def test_value_and_gradient_are_the_oracles(kind: str, full_head: bool) -> None:
     """All methods, ragged and empty top-k rows, and an upstream gradient other than 1."""
     case = Case(full_head, 1.7 if full_head else 1.0, 491 if full_head else None, torch.float32)
@@ -174,16 +173,16 @@ def test_what_it_reports_besides_the_loss_is_the_plain_paths() -> None:
         )
 
 
-@pytest.mark.parametrize("config", CONFIGS[4:8], ids=name)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("config", "kind"), thinned(3, CONFIGS[4:8], KINDS))
 def test_a_bfloat16_gradient_is_the_oracles(kind: str, config: DualKLConfig) -> None:
     """The bound is doubled: the interpreter truncates float32 to bfloat16, where a GPU rounds."""
     logits, teacher = random_logits(1, rows=2), teacher_of(kind, random_logits(2, rows=2))
     check(*run(logits, teacher, config), *expected(logits.float().double(), teacher, config), bound=2**-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pair", ["near", "nearer", "peaked", "shifted", "far", "extreme"])
+@pytest.mark.parametrize(
+    ("pair", "kind"), thinned(5, ["near", "nearer", "peaked", "shifted", "far", "extreme"], KINDS)
+)
 def test_statistics_keep_their_digits(kind: str, pair: str) -> None:
     """R and F within 3e-6 nats + 0.1 % of float64 on the same float32 logits, the gate within 1e-3."""
     z, noise = random_logits(1, 3.0), random_logits(2, 1.0)
@@ -207,7 +206,7 @@ def test_statistics_keep_their_digits(kind: str, pair: str) -> None:
     check(result, found, rows, gradient, bound=1e-3 if pair == "nearer" else 2e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", leading(1, ["topk", "dense"]))
 def test_a_real_vocabulary_keeps_its_digits(kind: str) -> None:
     fused.DENSE.lanes = fused.SPARSE.lanes = 1024
     generator = torch.Generator().manual_seed(3)
@@ -248,12 +247,14 @@ def test_a_students_tiny_tail_keeps_its_gradient(tail: float, mix: float) -> Non
 
 
 @pytest.mark.parametrize(
-    "config",
-    [DualKLConfig(), DualKLConfig(gating="hard"), DualKLConfig(gating="fixed")],
-    ids=["soft", "hard", "fixed"],
+    ("side", "kind", "config"),
+    thinned(
+        5,
+        ["student", "teacher", "both"],
+        KINDS,
+        [DualKLConfig(), DualKLConfig(gating="hard"), DualKLConfig(gating="fixed")],
+    ),
 )
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, config: DualKLConfig) -> None:
     from tests.dualkl.test_chunks import run as run_plain
 
@@ -271,7 +272,7 @@ def test_impossible_tokens_give_the_plain_paths_numbers(kind: str, side: str, co
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("k", [1, V - 1, V])
+@pytest.mark.parametrize("k", leading(2, [1, V, V - 1]))
 def test_any_number_of_kept_ids_gives_the_oracles_gradient(k: int) -> None:
     logits, teacher = random_logits(1), topk_of(random_logits(2), k)
     check(

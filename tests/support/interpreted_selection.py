@@ -16,6 +16,7 @@ from dualkl.compress import Compressed, compress, compress_logits
 from dualkl.kernels import selection
 from tests.dualkl.test_targets import assert_is_reference, made
 from tests.support import reference
+from tests.support.thinning import leading, thinned
 
 V = 503
 calls: list[int] = []
@@ -56,9 +57,9 @@ def assert_same(found: Compressed, wanted: Compressed, tied: bool = False) -> No
 
 
 @pytest.mark.parametrize(
-    ("k", "p", "floor"), [(5, 1.0, 1), (64, 0.9, 1), (64, 0.5, 3), (8, 0.999, 1), (1, 1.0, 1)]
+    ("k", "p", "floor", "spread"),
+    thinned(4, [(5, 1.0, 1), (64, 0.9, 1), (64, 0.5, 3), (8, 0.999, 1), (1, 1.0, 1)], [0.3, 1.0, 4.0]),
 )
-@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
 def test_a_head_with_everything_is_a_sort_of_the_full_distribution(
     k: int, p: float, floor: int, spread: float
 ) -> None:
@@ -72,8 +73,9 @@ def test_a_head_with_everything_is_a_sort_of_the_full_distribution(
     assert_is_reference(found, reference.head_logits(hidden, as_dict, 491) / 0.8, sampled, k, p, floor, 2e-6)
 
 
-@pytest.mark.parametrize("num_ids", [1, 3, 4, 5, 63, 64, 65, 128, 129, 503])
-@pytest.mark.parametrize("k", [1, 2, 7, 64, 503])
+@pytest.mark.parametrize(
+    ("num_ids", "k"), thinned(7, [1, 3, 4, 5, 63, 64, 65, 128, 129, 503], [1, 2, 7, 64, 503])
+)
 def test_any_shape(num_ids: int, k: int) -> None:
     logits = (
         torch.randn(3, num_ids, generator=torch.Generator().manual_seed(num_ids), dtype=torch.float64) * 3
@@ -82,7 +84,7 @@ def test_any_shape(num_ids: int, k: int) -> None:
     assert_same(select(logits, k), plain(logits, k))
 
 
-@pytest.mark.parametrize("k", [1, 9, 40, 200])
+@pytest.mark.parametrize("k", leading(2, [9, 200, 1, 40]))
 def test_the_largest_may_stand_anywhere(k: int) -> None:
     """In one group, in one segment, in order, in reverse, at the ends: no arrangement hides an id."""
     base = torch.linspace(-3, 3, V, dtype=torch.float64).float().double()
@@ -93,7 +95,7 @@ def test_the_largest_may_stand_anywhere(k: int) -> None:
     assert_same(select(logits, k), plain(logits, k))
 
 
-@pytest.mark.parametrize("k", [1, 5, 130, 503])
+@pytest.mark.parametrize("k", leading(2, [5, 503, 1, 130]))
 def test_ties_are_cut_somewhere_always_alike_and_listed_by_id(k: int) -> None:
     logits = torch.randint(-3, 3, (4, V), generator=torch.Generator().manual_seed(1)).double()
     logits[1] = 2.0
@@ -109,8 +111,7 @@ def test_ties_are_cut_somewhere_always_alike_and_listed_by_id(k: int) -> None:
         )
 
 
-@pytest.mark.parametrize(("p", "floor"), [(1.0, 1), (0.7, 2)])
-@pytest.mark.parametrize("possible", [1, 4, 30, 503])
+@pytest.mark.parametrize(("possible", "p", "floor"), thinned(3, [1, 4, 30, 503], [(1.0, 1), (0.7, 2)]))
 def test_impossible_ids_are_not_kept(possible: int, p: float, floor: int) -> None:
     logits = (
         torch.randn(3, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64).float().double()
@@ -158,6 +159,7 @@ def test_no_rows_give_empty_columns() -> None:
     assert found.entropy.shape == (0,)
 
 
+@pytest.mark.thorough
 def test_a_real_vocabulary_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "LANES", 512)
     monkeypatch.setattr(selection, "STEPS", 8)

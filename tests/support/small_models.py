@@ -19,7 +19,7 @@ from transformers import (
 
 from stages.data.prompts import encode
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Completion, Sampling
+from stages.engine.protocol import Completion, Engine, Request, Sampling
 
 QUESTIONS = [
     "Eva has 23 pens. A friend has 2 times as many. How many pens do they have together?",
@@ -35,18 +35,34 @@ def question_prompts(tokenizer: Any) -> list[np.ndarray]:
     return [encode([{"role": "user", "content": question}], {}, tokenizer, {}).ids for question in QUESTIONS]
 
 
-def generate(
-    model: Any, prompts: list[np.ndarray], seeds: list[int], sampling: Sampling, **values: Any
+def sampling_of(**values: Any) -> Sampling:
+    """Over the toy vocabulary, with its EOS."""
+    return Sampling(**({"vocab_size": V, "eos_ids": (EOS,)} | values))
+
+
+def write(
+    engine: Engine,
+    prompts: list[np.ndarray],
+    limit: int,
+    *,
+    seeds: list[int] | None = None,
+    forced: list[np.ndarray] | None = None,
+    num_slots: int | None = None,
+    **sampling: Any,
 ) -> list[Completion]:
-    """Open the model's engine and call it once; `values` as in `Engine.generate`."""
+    """Call the engine once; by default all prompts are decoded together. `sampling`: see `sampling_of`."""
+    texts = forced or [None] * len(prompts)
+    requests = [
+        Request(prompt, limit if text is None else len(text), seed, text)
+        for prompt, seed, text in zip(prompts, seeds or range(1, len(prompts) + 1), texts, strict=True)
+    ]
+    return engine.generate(requests, sampling_of(**sampling), num_slots or len(prompts))
+
+
+def run(model: Any, prompts: list[np.ndarray], limit: int, **values: Any) -> list[Completion]:
+    """Open the model's engine and call it once; `values` as in `write`."""
     with closing(open_engine(model)) as engine:
-        return engine.generate(prompts, seeds, sampling, **values)
-
-
-def run(model: Any, prompts: list[np.ndarray], sampling: Sampling, **values: Any) -> list[Completion]:
-    defaults = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": len(prompts)}
-    seeds = values.pop("seeds", list(range(1, len(prompts) + 1)))
-    return generate(model, prompts, seeds, sampling, **(defaults | values))
+        return write(engine, prompts, limit, **values)
 
 
 @torch.no_grad()

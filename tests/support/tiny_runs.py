@@ -27,7 +27,6 @@ TINY: dict[str, Any] = {
     "checkpoint_every": 2,
     "max_new_tokens": 16,
     "warmup_steps": 2,
-    "trace_every": 0,
     "compile": "false",
 }
 

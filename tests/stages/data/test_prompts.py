@@ -1,4 +1,4 @@
-"""Data sets of several shapes become tokenized prompts; checkers tell right answers; token maps must agree."""
+"""Datasets of several shapes become tokenized prompts; checkers recognise right answers; token maps agree."""
 
 import json
 from pathlib import Path
@@ -192,14 +192,20 @@ def test_held_out_prompts_follow_the_training_prompts_where_no_file_is_named(
     assert not seen & {p.prompt_id for p in heldout}
 
 
-def test_a_data_set_used_up_by_training_leaves_no_held_out_prompts(tmp_path: Path, tokenizer: Any) -> None:
-    path = jsonl(tmp_path, TULU3)
-    for num_prompts in (0, 7):
-        config = make_config(
-            tmp_path, dataset=path, num_prompts=num_prompts, eval_dataset="", max_prompt_tokens=1000
-        )
-        with pytest.raises(UserError, match="eval_dataset"):
-            heldout_prompts(config, tokenizer)
+@pytest.mark.parametrize("num_prompts", [0, 40, 50])
+def test_a_tenth_is_held_out_where_training_would_use_all(
+    tmp_path: Path, tokenizer: Any, num_prompts: int
+) -> None:
+    path = jsonl(tmp_path, [{"prompt": f"Count {i} pens."} for i in range(40)])
+    values: dict[str, Any] = {"dataset": path, "num_prompts": num_prompts, "eval_dataset": ""}
+    config = make_config(tmp_path, **values, max_prompt_tokens=1000)
+    train = [p.prompt_id for p in training_prompts(config, tokenizer).prompts]
+    held_out = [p.prompt_id for p in heldout_prompts(config, tokenizer).prompts]
+    assert (len(train), len(held_out)) == (36, 4)
+    whole = taken(tmp_path, tokenizer, path, eval_dataset="", eval_prompts=0).prompts
+    assert train + held_out == [p.prompt_id for p in whole]
+    fewer = make_config(tmp_path, **values, eval_prompts=2, max_prompt_tokens=1000)
+    assert len(heldout_prompts(fewer, tokenizer).prompts) == 2
 
 
 def test_duplicates_of_training_prompts_alone_leave_no_held_out_prompts(

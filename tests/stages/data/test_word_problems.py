@@ -174,20 +174,17 @@ def test_the_shipped_models_solve_the_share_that_the_demo_counts_on(
     request: pytest.FixtureRequest, tokenizer: Any, name: str, least: float, most: float
 ) -> None:
     from stages.data.prompts import encode
-    from stages.engine.protocol import Sampling
-    from tests.support.small_models import generate
+    from tests.support.small_models import run
 
     rows = shipped("heldout.jsonl")
     prompts = [encode([{"role": "user", "content": row["question"]}], row, tokenizer, {}).ids for row in rows]
-    completions = generate(
+    completions = run(
         request.getfixturevalue(f"{name}_model"),
         prompts,
-        [0] * len(rows),
-        Sampling(56, greedy=True),
+        56,
+        greedy=True,
         vocab_size=len(tokenizer),
         eos_ids=(tokenizer.eos_token_id,),
-        pad_id=tokenizer.pad_token_id,
-        micro_batch=300,
     )
     texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
     solved = sum(word_problems.check(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows)

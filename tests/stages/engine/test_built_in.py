@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from stages.engine import sampler
-from stages.engine.protocol import Sampling
 from stages.engine.sampling import sampling_logits
 from stages.models import ends, pretrained
 from stages.models.readout import readout_of
@@ -26,6 +25,7 @@ from tests.support.small_models import (
     random_model,
     run,
     same,
+    sampling_of,
     theirs,
 )
 
@@ -51,7 +51,7 @@ def test_a_bf16_model_gives_unrounded_logits(
     model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output))
     original = sampler.choose
     monkeypatch.setattr(sampler, "choose", lambda s, *rest: scores.append(s) or original(s, *rest))
-    run(model, prompts, Sampling(4))
+    run(model, prompts, 4)
     for state, score in zip(states[1:], scores[1:], strict=True):  # the first is the prefill
         exact = state[:, -1].double() @ head.weight.detach().double().T
         assert score.dtype == torch.float32
@@ -64,9 +64,7 @@ def test_a_bf16_model_gives_unrounded_logits(
 def test_greedy_tokens_are_those_of_transformers_generate(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    for prompt, completion in zip(
-        prompts, run(student_model, prompts, Sampling(40, greedy=True)), strict=True
-    ):
+    for prompt, completion in zip(prompts, run(student_model, prompts, 40, greedy=True), strict=True):
         assert completion.ids.tolist() == theirs(student_model, prompt, 40)
 
 
@@ -75,7 +73,7 @@ def test_greedy_tokens_of_every_architecture_are_those_of_generate(
 ) -> None:
     """Through refills, shared prefills and windows shorter than the prompts."""
     several = [*prompts, prompts[2], prompts[2]]
-    found = run(shape, several, Sampling(40, greedy=True), micro_batch=3)
+    found = run(shape, several, 40, greedy=True, num_slots=3)
     for prompt, completion in zip(several, found, strict=True):
         assert completion.ids.tolist() == theirs(shape, prompt, 40)
     assert len({tuple(c.ids) for c in found}) == len(prompts)
@@ -85,7 +83,7 @@ def test_sampled_logprobs_of_every_architecture_are_those_of_a_forced_forward(
     shape: Any, prompts: list[np.ndarray]
 ) -> None:
     for prompt, completion in zip(
-        prompts, run(shape, prompts, Sampling(30, 1.4), micro_batch=2), strict=True
+        prompts, run(shape, prompts, 30, temperature=1.4, num_slots=2), strict=True
     ):
         check_logprobs(shape, prompt, completion, 1.4, atol=1e-4)
 
@@ -93,8 +91,8 @@ def test_sampled_logprobs_of_every_architecture_are_those_of_a_forced_forward(
 def test_the_batch_around_a_row_changes_nothing_but_rounding(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    together = run(student_model, prompts, Sampling(30))
-    alone = [run(student_model, [p], Sampling(30), seeds=[i + 1])[0] for i, p in enumerate(prompts)]
+    together = run(student_model, prompts, 30)
+    alone = [run(student_model, [p], 30, seeds=[i + 1])[0] for i, p in enumerate(prompts)]
     for a, b in zip(together, alone, strict=True):
         assert same(a, b)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
@@ -104,24 +102,28 @@ def test_the_batch_around_a_row_changes_nothing_but_rounding(
 def test_the_same_seed_gives_the_same_completion_in_another_batch(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    sampling = Sampling(40, temperature=1.3)
     seeds = [2**127 + i for i in range(len(prompts))]
-    first = run(student_model, prompts, sampling, seeds=seeds)
+    first = run(student_model, prompts, 40, temperature=1.3, seeds=seeds)
     order = [3, 0, 4, 2, 1]
     second = run(
-        student_model, [prompts[i] for i in order], sampling, seeds=[seeds[i] for i in order], micro_batch=2
+        student_model,
+        [prompts[i] for i in order],
+        40,
+        temperature=1.3,
+        seeds=[seeds[i] for i in order],
+        num_slots=2,
     )
     for place, i in enumerate(order):
         assert same(second[place], first[i])
 
 
 def test_other_seeds_give_other_completions(student_model: Any, prompts: list[np.ndarray]) -> None:
-    completions = run(student_model, [prompts[0]] * 8, Sampling(40, temperature=1.5))
+    completions = run(student_model, [prompts[0]] * 8, 40, temperature=1.5)
     assert len({tuple(c.ids) for c in completions}) > 4
 
 
 def test_repeating_a_call_repeats_it_bit_for_bit(student_model: Any, prompts: list[np.ndarray]) -> None:
-    first, second = (run(student_model, prompts, Sampling(30)) for _ in range(2))
+    first, second = (run(student_model, prompts, 30) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert same(a, b)
         assert np.array_equal(a.logprobs, b.logprobs)
@@ -135,16 +137,18 @@ def test_logprobs_and_entropies_are_those_of_a_teacher_forced_forward(
     student_model: Any, prompts: list[np.ndarray], temperature: float
 ) -> None:
     for prompt, completion in zip(
-        prompts, run(student_model, prompts, Sampling(40, temperature)), strict=True
+        prompts, run(student_model, prompts, 40, temperature=temperature), strict=True
     ):
         check_logprobs(student_model, prompt, completion, temperature, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(40, 1.2, top_p=0.8), Sampling(40, 1.2, top_k=3)])
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 3}], ids=str)
 def test_logprobs_are_of_the_distribution_that_was_cut(
-    student_model: Any, prompts: list[np.ndarray], sampling: Sampling
+    student_model: Any, prompts: list[np.ndarray], cut: dict[str, Any]
 ) -> None:
-    for prompt, c in zip(prompts, run(student_model, prompts, sampling), strict=True):
+    sampling = sampling_of(temperature=1.2, **cut)
+    found = run(student_model, prompts, 40, temperature=1.2, **cut)
+    for prompt, c in zip(prompts, found, strict=True):
         logprobs = sampling_logits(forced_logits(student_model, prompt, c.ids), sampling).log_softmax(-1)
         picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
         assert picked.isfinite().all()
@@ -154,8 +158,8 @@ def test_logprobs_are_of_the_distribution_that_was_cut(
 def test_a_forced_text_is_read_with_the_engines_own_logprobs(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    drawn = run(student_model, prompts, Sampling(40))
-    read = run(student_model, prompts, Sampling(7), seeds=[0] * len(prompts), forced=[c.ids for c in drawn])
+    drawn = run(student_model, prompts, 40)
+    read = run(student_model, prompts, 7, seeds=[0] * len(prompts), forced=[c.ids for c in drawn])
     for a, b in zip(drawn, read, strict=True):
         assert b.ids[: len(a.ids)].tolist() == a.ids.tolist()
         np.testing.assert_allclose(b.logprobs[: len(a.ids)], a.logprobs, atol=1e-5)
@@ -165,7 +169,7 @@ def test_a_forced_text_without_eos_keeps_its_own_length_in_a_longer_batch(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
     texts = [np.array([20, 21, 22]), np.array([30, 31, 32, 33, 34, EOS])]
-    read = run(student_model, prompts[:2], Sampling(7), forced=texts)
+    read = run(student_model, prompts[:2], 7, forced=texts)
     for prompt, text, c in zip(prompts[:2], texts, read, strict=True):
         logprobs = forced_logits(student_model, prompt, text).log_softmax(-1)
         picked = logprobs.gather(1, torch.from_numpy(text.astype(np.int64))[:, None])[:, 0]
@@ -177,7 +181,7 @@ def test_sampled_first_tokens_follow_the_models_distribution(
 ) -> None:
     """The whole engine, seeds and all: 3,000 rows of one prompt, tokens of small mass taken together."""
     num_rows = 3000
-    rows = run(student_model, [prompts[4]] * num_rows, Sampling(1, temperature=2.0), micro_batch=500)
+    rows = run(student_model, [prompts[4]] * num_rows, 1, temperature=2.0, num_slots=500)
     counts = np.bincount([c.ids[0] for c in rows], minlength=V)
     logits = forced_logits(student_model, prompts[4], np.array([EOS]))[0]
     expected = (logits / 2.0).softmax(-1).double().numpy() * num_rows
@@ -208,7 +212,7 @@ def always(model: Any, favourite: int) -> Any:
 
 
 def test_an_immediate_eos_is_a_completion_of_one_token(student_model: Any, prompts: list[np.ndarray]) -> None:
-    for completion in run(always(student_model, EOS), prompts, Sampling(10)):
+    for completion in run(always(student_model, EOS), prompts, 10):
         assert completion.ids.tolist() == [EOS]
         assert completion.finish_reason == "eos"
         assert len(completion.logprobs) == len(completion.entropy) == 1
@@ -216,22 +220,22 @@ def test_an_immediate_eos_is_a_completion_of_one_token(student_model: Any, promp
 
 def test_any_of_several_eos_ids_ends_a_completion(student_model: Any, prompts: list[np.ndarray]) -> None:
     for ending in (EOS, 7, 9):
-        found = run(always(student_model, ending), prompts, Sampling(10), eos_ids=(EOS, 7, 9))
+        found = run(always(student_model, ending), prompts, 10, eos_ids=(EOS, 7, 9))
         assert all(c.ids.tolist() == [ending] and c.finish_reason == "eos" for c in found)
 
 
 def test_a_completion_without_eos_ends_at_its_length(student_model: Any, prompts: list[np.ndarray]) -> None:
-    for completion in run(always(student_model, 42), prompts, Sampling(6)):
+    for completion in run(always(student_model, 42), prompts, 6):
         assert completion.ids.tolist() == [42] * 6
         assert completion.finish_reason == "length"
 
 
 def test_an_eos_as_the_last_possible_token_is_an_eos(student_model: Any, prompts: list[np.ndarray]) -> None:
-    assert run(always(student_model, EOS), prompts[:1], Sampling(1))[0].finish_reason == "eos"
+    assert run(always(student_model, EOS), prompts[:1], 1)[0].finish_reason == "eos"
 
 
 def test_rows_end_on_their_own(student_model: Any, prompts: list[np.ndarray]) -> None:
-    for completion in run(student_model, prompts, Sampling(60)):
+    for completion in run(student_model, prompts, 60):
         assert EOS not in completion.ids[:-1]
         assert (completion.ids[-1] == EOS) == (completion.finish_reason == "eos")
         assert len(completion.ids) == len(completion.logprobs) == len(completion.entropy)
@@ -244,12 +248,12 @@ def test_ids_at_or_above_the_vocabulary_cut_are_never_drawn(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
     favourite_is_cut = always(student_model, 200)
-    completions = run(favourite_is_cut, prompts * 4, Sampling(20), vocab_size=150)
+    completions = run(favourite_is_cut, prompts * 4, 20, vocab_size=150)
     ids = np.concatenate([c.ids for c in completions])
     assert ids.max() < 150
     assert len(set(ids.tolist())) > 50  # uniform over what is left
     np.testing.assert_allclose(np.concatenate([c.logprobs for c in completions]), -np.log(150), atol=1e-5)
-    greedy = run(favourite_is_cut, prompts, Sampling(3, greedy=True), vocab_size=150)
+    greedy = run(favourite_is_cut, prompts, 3, greedy=True, vocab_size=150)
     assert all(c.ids.max() < 150 for c in greedy)
 
 
@@ -280,9 +284,9 @@ def test_the_checkpoints_generation_config_does_not_change_rollouts(
 ) -> None:
     model = pretrained.load_model(opinionated, torch.float32, "sdpa")
     assert set(ends.checkpoint_ends(opinionated)) == {1, 3}  # of all its settings these are used
-    for sampling in (Sampling(40, temperature=1.2), Sampling(40, greedy=True)):
-        expected = run(student_model, prompts, sampling, eos_ids=(1, 3))
-        found = run(model, prompts, sampling, eos_ids=(1, 3))
+    for sampling in ({"temperature": 1.2}, {"greedy": True}):
+        expected = run(student_model, prompts, 40, eos_ids=(1, 3), **sampling)
+        found = run(model, prompts, 40, eos_ids=(1, 3), **sampling)
         for a, b in zip(expected, found, strict=True):
             assert same(a, b)
             assert np.array_equal(a.logprobs, b.logprobs)
@@ -291,7 +295,7 @@ def test_the_checkpoints_generation_config_does_not_change_rollouts(
 def test_a_model_in_training_is_put_back_into_training(student_model: Any, prompts: list[np.ndarray]) -> None:
     student_model.train()
     try:
-        run(student_model, prompts[:1], Sampling(2))
+        run(student_model, prompts[:1], 2)
         assert student_model.training
     finally:
         student_model.eval()

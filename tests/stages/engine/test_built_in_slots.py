@@ -12,19 +12,17 @@ import torch
 
 from stages.engine import decoder, sampler
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Sampling
-from stages.engine.slots import Progress
+from stages.engine.slots import SlotState
 from tests.support.small_models import (
-    EOS,
-    V,
     check_logprobs,
     forced_logits,
-    generate,
     question_prompts,
     run,
     same,
     theirs,
+    write,
 )
+from tests.support.thinning import leading
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +48,15 @@ def adapted_model(student_model: Any) -> Any:
 # Slots
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("slots", leading(2, [2, 7, 1, 3, 64]))
 def test_any_number_of_slots_gives_the_same_completions(
     student_model: Any, prompts: list[np.ndarray], slots: int
 ) -> None:
     """Groups of one prompt, in runs and scattered; more slots than rows, and fewer."""
     several = [prompts[i] for i in (0, 0, 0, 0, 1, 2, 2, 3, 4, 4, 0, 1)]
     seeds = [100 + i for i in range(len(several))]
-    for row, completion in enumerate(
-        run(student_model, several, Sampling(50), seeds=seeds, micro_batch=slots)
-    ):
-        alone = run(student_model, [several[row]], Sampling(50), seeds=[seeds[row]])[0]
+    for row, completion in enumerate(run(student_model, several, 50, seeds=seeds, num_slots=slots)):
+        alone = run(student_model, [several[row]], 50, seeds=[seeds[row]])[0]
         assert same(completion, alone)
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=3e-5)
 
@@ -88,7 +84,7 @@ def test_completions_of_one_prompt_share_its_prefill(
     student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(student_model, monkeypatch)
-    run(student_model, [prompts[0]] * 6 + [prompts[1]] * 6, Sampling(20), micro_batch=12)
+    run(student_model, [prompts[0]] * 6 + [prompts[1]] * 6, 20, num_slots=12)
     assert counted.prefills == [(2, max(len(prompts[0]), len(prompts[1])))]
 
 
@@ -97,11 +93,11 @@ def test_a_prefill_has_at_most_so_many_tokens(
 ) -> None:
     monkeypatch.setitem(decoder.PREFILL_TOKENS, "cpu", 60)
     counted = Counted(student_model, monkeypatch)
-    found = run(student_model, prompts, Sampling(20))
+    found = run(student_model, prompts, 20)
     assert len(counted.prefills) > 2
     assert all(rows == 1 or rows * tokens <= 60 for rows, tokens in counted.prefills)
     monkeypatch.undo()
-    assert all(same(a, b) for a, b in zip(found, run(student_model, prompts, Sampling(20)), strict=True))
+    assert all(same(a, b) for a, b in zip(found, run(student_model, prompts, 20), strict=True))
 
 
 def test_rows_that_end_make_room_and_the_tail_is_narrow(
@@ -111,7 +107,7 @@ def test_rows_that_end_make_room_and_the_tail_is_narrow(
     counted = Counted(student_model, monkeypatch)
     lengths = [*range(2, 41), 60]
     texts = [np.full(length, 42) for length in lengths]
-    read = run(student_model, [prompts[0]] * 40, Sampling(1), forced=texts, micro_batch=8)
+    read = run(student_model, [prompts[0]] * 40, 1, forced=texts, num_slots=8)
     assert [len(c.ids) for c in read] == lengths
     assert max(counted.steps) == 8
     assert sum(counted.steps) < 1.2 * (sum(lengths) - 40)  # the first token of a row is its prefill's
@@ -121,16 +117,15 @@ def test_rows_that_end_make_room_and_the_tail_is_narrow(
 def test_an_open_engine_writes_bit_for_bit_what_a_new_one_writes(
     student_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
     with closing(open_engine(student_model)) as engine:
         for first, length in ((0, 30), (2, 10), (1, 45), (4, 45)):
             some, seeds = prompts[first:], list(range(first, len(prompts)))
-            found = engine.generate(some, seeds, Sampling(length), **common)
-            wanted = generate(student_model, some, seeds, Sampling(length), **common)
+            found = write(engine, some, length, seeds=seeds, num_slots=4)
+            wanted = run(student_model, some, length, seeds=seeds, num_slots=4)
             for a, b in zip(found, wanted, strict=True):
                 assert same(a, b)
                 assert np.array_equal(a.logprobs, b.logprobs)
-        greedy = engine.generate(prompts, [0] * len(prompts), Sampling(20, greedy=True), **common)
+        greedy = write(engine, prompts, 20, greedy=True, num_slots=4)
     assert greedy[0].ids.tolist() == theirs(student_model, prompts[0], 20)
 
 
@@ -141,24 +136,21 @@ def test_slots_are_not_made_anew_for_a_few_tokens_more(
     made: list[int] = []
     original = decoder.Decoder.__init__
     monkeypatch.setattr(decoder.Decoder, "__init__", lambda *a: made.append(a[5]) or original(*a))
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
     with closing(open_engine(student_model)) as engine:
         for length in (30, 31, 20, 54, 65):
             texts = [np.full(length, 42)] * 4
-            engine.generate([np.arange(20, 30)] * 4, [1, 2, 3, 4], Sampling(1), forced=texts, **common)
+            write(engine, [np.arange(20, 30)] * 4, 1, forced=texts)
     assert made == [64, 128]
 
 
 def test_an_open_engine_notices_new_weights(adapted_model: Any, prompts: list[np.ndarray]) -> None:
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
-    seeds = list(range(len(prompts)))
     optimizer = torch.optim.AdamW([p for p in adapted_model.parameters() if p.requires_grad], lr=0.05)
     with closing(open_engine(adapted_model)) as engine:
-        before = engine.generate(prompts, seeds, Sampling(20), **common)
+        before = write(engine, prompts, 20, num_slots=4)
         adapted_model(input_ids=torch.arange(20, 30)[None]).logits.square().mean().backward()
         optimizer.step()
-        after = engine.generate(prompts, seeds, Sampling(20), **common)
-    wanted = generate(adapted_model, prompts, seeds, Sampling(20), **common)
+        after = write(engine, prompts, 20, num_slots=4)
+    wanted = run(adapted_model, prompts, 20, num_slots=4)
     assert all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(after, wanted, strict=True))
     assert not all(same(a, b) for a, b in zip(after, before, strict=True))
 
@@ -166,27 +158,18 @@ def test_an_open_engine_notices_new_weights(adapted_model: Any, prompts: list[np
 def test_an_interrupted_call_leaves_the_engine_usable(
     student_model: Any, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 2}
-    seeds = list(range(len(prompts)))
-    wanted = generate(student_model, prompts, seeds, Sampling(30), **common)
+    wanted = run(student_model, prompts, 30, num_slots=2)
     with closing(open_engine(student_model)) as engine:
-        engine.generate(prompts, seeds, Sampling(30), **common)
-        monkeypatch.setattr(Progress, "rows", lambda *_: 1 / 0)
+        write(engine, prompts, 30, num_slots=2)
+        monkeypatch.setattr(SlotState, "completions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            engine.generate(prompts, seeds, Sampling(30), **common)
+            write(engine, prompts, 30, num_slots=2)
         monkeypatch.undo()
-        assert all(
-            same(a, b)
-            for a, b in zip(engine.generate(prompts, seeds, Sampling(30), **common), wanted, strict=True)
-        )
+        assert all(same(a, b) for a, b in zip(write(engine, prompts, 30, num_slots=2), wanted, strict=True))
 
 
-def test_no_prompts_give_no_completions_and_no_room_an_empty_one(
-    student_model: Any, prompts: list[np.ndarray]
-) -> None:
-    assert run(student_model, [], Sampling(5), micro_batch=4) == []
-    read = run(student_model, prompts[:2], Sampling(5), forced=[np.array([], np.int64), np.array([20, 21])])
-    assert [(c.ids.tolist(), c.finish_reason) for c in read] == [([], "length"), ([20, 21], "length")]
+def test_no_prompts_give_no_completions(student_model: Any) -> None:
+    assert run(student_model, [], 5, num_slots=4) == []
 
 
 # Weights
@@ -195,8 +178,8 @@ def test_no_prompts_give_no_completions_and_no_room_an_empty_one(
 def test_an_adapter_takes_part_in_generation(
     student_model: Any, adapted_model: Any, prompts: list[np.ndarray]
 ) -> None:
-    found = run(adapted_model, prompts, Sampling(20))
-    assert not all(same(a, b) for a, b in zip(run(student_model, prompts, Sampling(20)), found, strict=True))
+    found = run(adapted_model, prompts, 20)
+    assert not all(same(a, b) for a, b in zip(run(student_model, prompts, 20), found, strict=True))
     adapted_model.eval()
     for prompt, completion in zip(prompts, found, strict=True):
         check_logprobs(adapted_model, prompt, completion, 1.0, atol=1e-5)
@@ -211,7 +194,7 @@ def test_a_merged_bf16_adapter_stays_within_the_probes_tolerance(
             parameter.data = parameter.data.bfloat16()
     adapted_model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(adapted_model, prompts, Sampling(30))
+        found = run(adapted_model, prompts, 30)
         gaps = []
         for prompt, c in zip(prompts, found, strict=True):
             logprobs = forced_logits(adapted_model, prompt, c.ids).log_softmax(-1)
@@ -223,12 +206,12 @@ def test_a_merged_bf16_adapter_stays_within_the_probes_tolerance(
 def test_full_fine_tuning_decodes_in_autocasts_dtype(student_model: Any, prompts: list[np.ndarray]) -> None:
     """fp32 weights under bf16 autocast: the logprobs of the training forward under the same autocast."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(student_model, prompts, Sampling(30))
+        found = run(student_model, prompts, 30)
         for prompt, c in zip(prompts, found, strict=True):
             logprobs = forced_logits(student_model, prompt, c.ids).log_softmax(-1)
             picked = logprobs.gather(1, torch.from_numpy(c.ids.astype(np.int64))[:, None])[:, 0]
             assert np.abs(c.logprobs - picked.numpy()).mean() < 0.02
-    exact = run(student_model, prompts, Sampling(30), forced=[c.ids for c in found])
+    exact = run(student_model, prompts, 30, forced=[c.ids for c in found])
     assert not all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(found, exact, strict=True))
 
 
@@ -239,10 +222,10 @@ def test_the_model_is_bit_for_bit_what_it_was(
     base = adapted_model.get_base_model()
     before = {name: tensor.clone() for name, tensor in adapted_model.state_dict().items()}
     modules = [id(module) for module in adapted_model.modules()]
-    run(adapted_model, prompts, Sampling(5))
+    run(adapted_model, prompts, 5)
     monkeypatch.setattr(sampler, "choose", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(adapted_model, prompts, Sampling(5))
+        run(adapted_model, prompts, 5)
     after = adapted_model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -255,9 +238,9 @@ def test_a_model_with_gradient_checkpointing_generates_and_still_trains(
     adapted_model: Any, prompts: list[np.ndarray]
 ) -> None:
     base = adapted_model.get_base_model()
-    expected = run(adapted_model, prompts, Sampling(10))
+    expected = run(adapted_model, prompts, 10)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert all(same(a, b) for a, b in zip(run(adapted_model, prompts, Sampling(10)), expected, strict=True))
+    assert all(same(a, b) for a, b in zip(run(adapted_model, prompts, 10), expected, strict=True))
     loss = adapted_model(input_ids=torch.arange(20, 30)[None], use_cache=False).logits.square().mean()
     loss.backward()
     assert all(p.grad is not None for name, p in adapted_model.named_parameters() if "lora_B" in name)

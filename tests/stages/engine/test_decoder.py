@@ -9,30 +9,31 @@ import torch
 
 from stages.engine import decoder as decoders
 from stages.engine.decoder import Decoder
-from stages.engine.protocol import Sampling
-from stages.engine.requests import Method, Request
+from stages.engine.protocol import Request
 from stages.runtime.errors import UserError
+from tests.support.small_models import sampling_of
 
 
 @torch.no_grad()
 def test_steps_without_a_live_row_change_nothing_that_counts(student_model: Any) -> None:
     """Capturing a step on a GPU takes a few, with rows in the slots."""
-    method = Method(Sampling(20), 230, (1,), 0)
-    requests = [Request(0, np.arange(10, 20), 5, 20), Request(1, np.arange(30, 37), 6, 20)]
-    pair = [Decoder(student_model, method, 2, 64, 20, None) for _ in range(2)]
+    requests = [Request(np.arange(10, 20), 20, seed=5), Request(np.arange(30, 37), 20, seed=6)]
+    pair = [Decoder(student_model, sampling_of(), 2, 64, 20, None) for _ in range(2)]
     for disturbed, decoder in zip((False, True), pair, strict=True):
         decoder.clear(2)
         decoder.fill(list(enumerate(requests)))
         decoder.run(3, 13)
         if disturbed:
-            live = decoder.progress.active.clone()
-            decoder.progress.active.zero_()
+            live = decoder.state.active.clone()
+            decoder.state.active.zero_()
             decoder.run(2, 15)
-            decoder.progress.active.copy_(live)
+            decoder.state.active.copy_(live)
         decoder.run(10, 23)
-    for a, b in zip(*(decoder.progress.rows([0, 1]) for decoder in pair), strict=True):
-        assert len(a[0]) > 4
-        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    for a, b in zip(*(decoder.state.completions([0, 1], ()) for decoder in pair), strict=True):
+        assert len(a.ids) > 4
+        assert np.array_equal(a.ids, b.ids)
+        assert np.array_equal(a.logprobs, b.logprobs)
+        assert np.array_equal(a.entropy, b.entropy)
 
 
 class _Capture:
@@ -63,8 +64,7 @@ def test_a_step_that_cannot_be_captured_is_one_sentence(
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(decoders, "_capture_stream", Stream)
-    method = Method(Sampling(4), 230, (1,), 0)
-    decoder = Decoder(student_model, method, 2, 64, 4, None)
+    decoder = Decoder(student_model, sampling_of(), 2, 64, 4, None)
     refusal = (
         torch.OutOfMemoryError("no room")
         if out_of_memory
@@ -76,7 +76,7 @@ def test_a_step_that_cannot_be_captured_is_one_sentence(
             raise refusal
 
     with torch.no_grad():
-        decoder.fill([(0, Request(0, np.arange(3, 9), 0, 4))])
+        decoder.fill([(0, Request(np.arange(3, 9), 4))])
         monkeypatch.setattr(decoder.sampler, "draw", draw)
         if out_of_memory:
             with pytest.raises(torch.OutOfMemoryError, match="no room"):

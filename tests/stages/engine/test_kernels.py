@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.interpreter import pass_interpreted
+from tests.support.interpreter import SHARES, pass_interpreted
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -59,8 +59,9 @@ POINTERS = {
 }
 
 
-def test_the_kernels_give_pytorchs_numbers_under_the_interpreter() -> None:
-    pass_interpreted("interpreted_engine.py")
+@pytest.mark.parametrize("share", SHARES)
+def test_the_kernels_give_pytorchs_numbers_under_the_interpreter(share: str) -> None:
+    pass_interpreted("interpreted_engine.py", share)
 
 
 def compiled(

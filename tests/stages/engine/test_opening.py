@@ -8,7 +8,7 @@ import numpy as np
 
 import cache
 from stages.engine.opening import choose_engine, open_engine
-from stages.engine.protocol import Completion
+from stages.engine.protocol import Completion, Request
 from stages.loops import refresh, setup
 from stages.models.teacher import TeacherLoader
 from tests.support.helpers import make_run, prompts_of
@@ -23,9 +23,9 @@ class FixedText:
     def __init__(self) -> None:
         self.num_closed = 0
 
-    def generate(self, prompts: list[np.ndarray], *_: Any, **__: Any) -> list[Completion]:
+    def generate(self, requests: list[Request], *_: Any) -> list[Completion]:
         zeros = np.zeros(len(TEXT), np.float32)
-        return [Completion(TEXT, zeros - 2, zeros + 3, "eos") for _ in prompts]
+        return [Completion(TEXT, zeros - 2, zeros + 3, "eos") for _ in requests]
 
     def close(self) -> None:
         self.num_closed += 1

@@ -19,10 +19,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from stages.engine import built_in
 from stages.engine.opening import open_engine
 from stages.engine.origin import _sum_of_bits
-from stages.engine.protocol import Completion, Sampling
-from tests.support.small_models import EOS, V, generate, question_prompts
-
-COMMON: dict[str, Any] = {"vocab_size": V, "eos_ids": (EOS,), "pad_id": 0, "micro_batch": 4}
+from stages.engine.protocol import Completion
+from tests.support.small_models import question_prompts, run, write
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +60,10 @@ def other(student_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def written(write: Callable[..., list[Completion]], prompts: list[np.ndarray]) -> list[np.ndarray]:
+def written(call: Callable[..., list[Completion]], prompts: list[np.ndarray]) -> list[np.ndarray]:
     """Logprobs of fixed texts and of drawn ones."""
     forced = [np.arange(20, 35)] * len(prompts)
-    seeds = list(range(len(prompts)))
-    found = write(prompts, seeds, Sampling(15), **COMMON, forced=forced) + write(
-        prompts, seeds, Sampling(15), **COMMON
-    )
-    return [completion.logprobs for completion in found]
+    return [completion.logprobs for completion in call(prompts, 15, forced=forced) + call(prompts, 15)]
 
 
 def equal(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
@@ -85,7 +79,7 @@ def weights(model: PeftModel, part: str) -> list[torch.nn.Parameter]:
 
 
 def reload(model: PeftModel, other: Path) -> None:
-    """Another adapter under the name of the one that it replaces, perhaps in the memory that this has left."""
+    """Another adapter under the name of the one that it replaces, perhaps in the memory of the old one."""
     model.set_adapter("second")
     model.delete_adapter("default")
     model.load_adapter(str(other), "default")
@@ -153,10 +147,10 @@ def test_a_change_between_two_calls_takes_effect(
     model: PeftModel, other: Path, prompts: list[np.ndarray], change: str, autocast: bool
 ) -> None:
     with closing(open_engine(model)) as engine, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        before = written(engine.generate, prompts)
+        before = written(partial(write, engine), prompts)
         CHANGES[change](model, other)
-        after = written(engine.generate, prompts)
-        assert equal(after, written(partial(generate, model), prompts))
+        after = written(partial(write, engine), prompts)
+        assert equal(after, written(partial(run, model), prompts))
     assert not equal(after, before)
 
 
@@ -167,20 +161,20 @@ def test_merging_and_unmerging_take_effect(
     """Each time the engine writes what a new one would, merged weights and all."""
     with closing(open_engine(model)) as engine:
         for change in (lambda: model.merge_adapter(names), model.unmerge_adapter):
-            written(engine.generate, prompts)
+            written(partial(write, engine), prompts)
             change()
-            assert equal(written(engine.generate, prompts), written(partial(generate, model), prompts))
+            assert equal(written(partial(write, engine), prompts), written(partial(run, model), prompts))
 
 
 def test_a_disabled_adapter_is_the_base_model_for_as_long_as_it_is_disabled(
     student_model: Any, model: PeftModel, prompts: list[np.ndarray]
 ) -> None:
     with closing(open_engine(model)) as engine:
-        before = written(engine.generate, prompts)
+        before = written(partial(write, engine), prompts)
         with model.disable_adapter():
-            plain = written(engine.generate, prompts)
-        again = written(engine.generate, prompts)
-    assert equal(plain, written(partial(generate, student_model), prompts))
+            plain = written(partial(write, engine), prompts)
+        again = written(partial(write, engine), prompts)
+    assert equal(plain, written(partial(run, student_model), prompts))
     assert equal(again, before)
 
 
@@ -191,13 +185,13 @@ def test_a_hot_swap_prepared_for_compilation_is_noticed(
     model = adapted(student_model, 1)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     with closing(open_engine(model)) as engine:
-        before = written(engine.generate, prompts)
+        before = written(partial(write, engine), prompts)
         hotswap_adapter(model, str(other), "default")
-        after = written(engine.generate, prompts)
+        after = written(partial(write, engine), prompts)
         for layer in layers(model):
             layer.scaling["default"].fill_(0.5)
-        rescaled = written(engine.generate, prompts)
-    assert equal(rescaled, written(partial(generate, model), prompts))
+        rescaled = written(partial(write, engine), prompts)
+    assert equal(rescaled, written(partial(run, model), prompts))
     assert not equal(before, after)
     assert not equal(after, rescaled)
 
@@ -216,7 +210,7 @@ def test_without_a_change_nothing_is_made_anew_and_a_call_looks_once(
         count(name)
     with closing(open_engine(model)) as engine:
         for _ in range(3):
-            written(engine.generate, prompts)
+            written(partial(write, engine), prompts)
     assert calls.count("origin_of") == 6
     assert (calls.count("DecodingWeights"), calls.count("Decoder")) == (1, 1)
 

@@ -8,7 +8,8 @@ from stages.engine import sampling as sampling_module
 from stages.engine.protocol import Sampling
 from stages.engine.sampling import block_statistics, choose, sampling_logits
 
-SAMPLED = Sampling(1)
+V = 1000  # not used by the draw
+SAMPLED = Sampling(V)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling = SAMPLED) -> torch.Tensor:
@@ -51,12 +52,12 @@ def test_a_draw_over_many_blocks_is_the_search_in_one_cumulative_sum() -> None:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     wanted = torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
     assert torch.equal(draw(logits, uniforms), wanted)
-    assert torch.equal(draw(logits, uniforms, Sampling(1, greedy=True)), logits.argmax(-1))
+    assert torch.equal(draw(logits, uniforms, Sampling(V, greedy=True)), logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("_block_size")
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1), Sampling(1, 0.7), Sampling(1, top_k=5), Sampling(1, 1.3, top_p=0.6)]
+    "sampling", [Sampling(V), Sampling(V, (), 0.7), Sampling(V, top_k=5), Sampling(V, (), 1.3, top_p=0.6)]
 )
 def test_logprob_and_entropy_are_those_of_the_distribution_that_is_drawn_from(sampling: Sampling) -> None:
     logits = torch.randn(20, 4099, generator=torch.Generator().manual_seed(3)) * 2 + 40
@@ -72,7 +73,7 @@ def test_logprob_and_entropy_are_those_of_the_distribution_that_is_drawn_from(sa
 def test_a_forced_token_is_taken_and_the_others_are_drawn() -> None:
     logits = torch.zeros(2, 10)
     logits[:, 3] = 50.0
-    found = choose(logits, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([7, -1]), Sampling(1))
+    found = choose(logits, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([7, -1]), Sampling(V))
     assert found.token.tolist() == [7, 3]
     assert found.logprob.tolist() == pytest.approx([-50.0, 0.0], abs=1e-5)
 
@@ -83,7 +84,7 @@ def test_a_broken_logit_gives_a_nan_logprob_and_a_token_of_the_vocabulary(value:
     logits = torch.zeros(2, 3000)
     logits[1, 1500] = value
     found = choose(
-        logits, torch.full((2,), 0.9, dtype=torch.float64), torch.tensor([-1, -1]), Sampling(1, greedy=greedy)
+        logits, torch.full((2,), 0.9, dtype=torch.float64), torch.tensor([-1, -1]), Sampling(V, greedy=greedy)
     )
     assert found.logprob.isnan().tolist() == [False, True]
     assert 0 <= int(found.token.min()) <= int(found.token.max()) < 3000
@@ -116,15 +117,15 @@ def oracle(logits: list[float], sampling: Sampling) -> list[float]:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(1),
-        Sampling(1, 0.5),
-        Sampling(1, top_k=1),
-        Sampling(1, top_k=4),
-        Sampling(1, top_p=0.01),
-        Sampling(1, top_p=0.6),
-        Sampling(1, 1.7, 0.9, 6),
-        Sampling(1, 0.8, 0.3, 3),
-        Sampling(1, top_k=1000),
+        Sampling(V),
+        Sampling(V, (), 0.5),
+        Sampling(V, top_k=1),
+        Sampling(V, top_k=4),
+        Sampling(V, top_p=0.01),
+        Sampling(V, top_p=0.6),
+        Sampling(V, (), 1.7, 0.9, 6),
+        Sampling(V, (), 0.8, 0.3, 3),
+        Sampling(V, top_k=1000),
     ],
     ids=str,
 )

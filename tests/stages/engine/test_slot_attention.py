@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
 
-from stages.engine.protocol import Sampling
 from stages.engine.slot_attention import check_served
 from stages.runtime.errors import UserError
-from tests.support.small_models import generate
+from tests.support.small_models import run
 
 SMALL = {
     "hidden_size": 32,
@@ -24,9 +23,7 @@ SMALL = {
 
 def refused(model: Any, reason: str) -> None:
     with pytest.raises(UserError, match=f"of type {model.config.model_type}: .*{reason}"):
-        generate(
-            model, [np.arange(5)], [1], Sampling(3), vocab_size=60, eos_ids=(1,), pad_id=0, micro_batch=2
-        )
+        run(model, [np.arange(5)], 3, vocab_size=60)
 
 
 def test_attention_with_sinks_is_a_sentence() -> None:

@@ -1,4 +1,4 @@
-"""Stage one: the plan, the scoring batches, and what a committed row says against the teacher's own logits."""
+"""Stage one: the plan, the scoring batches, and committed rows against the teacher's own logits."""
 
 import errno
 import math
@@ -22,6 +22,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.support import reference
 from tests.support.helpers import Forker, make_run, prompts_of, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import policy_of
 
 V = 230
@@ -149,7 +150,7 @@ def teacher_logits(model: Any, record: cache.Record) -> torch.Tensor:
     return model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float()
 
 
-@pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
+@pytest.mark.parametrize("signal", leading(2, ["topk", "hidden", "nucleus", "full"]))
 def test_a_committed_row_says_what_the_plain_teacher_says(
     tmp_path: Path, teacher_model: Any, signal: str
 ) -> None:
@@ -299,7 +300,9 @@ def test_a_teacher_that_gives_nan_is_a_sentence_and_nothing_is_kept(
         return teacher
 
     monkeypatch.setattr(teachers, "load_teacher", broken)
-    with pytest.raises(UserError, match=r"the teacher gave NaN or infinite values .* nothing of it was kept"):
+    with pytest.raises(
+        UserError, match=r"the teacher gave NaN or infinite values .* none of that unit was kept"
+    ):
         write(run, make_student(run.config), prompts_of(run.config))
     assert len(cache.open(run.config.cache_root)) == 0
 

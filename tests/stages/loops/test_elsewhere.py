@@ -16,7 +16,8 @@ import torch
 
 import cache
 from stages import train as stage_two
-from stages.loops import follow, refresh, schedule, setup, versions, waiting
+from stages.loops import elsewhere, follow, refresh, setup, versions
+from stages.loops.elsewhere import wait_for
 from stages.models.student import policy_hash
 from stages.models.teacher import TeacherLoader
 from stages.runtime.checkpoint import Position, Refresh
@@ -24,6 +25,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.stages.loops.test_resume import Stop, assert_same_run
 from tests.support.helpers import Forker, assert_same_weights, make_run, records_of, small, weights_in
+from tests.support.thinning import leading
 from tests.support.tiny_runs import (
     TINY,
     policy_of,
@@ -33,6 +35,41 @@ from tests.support.tiny_runs import (
     train_from,
     write_rollouts,
 )
+
+# Waiting
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were made, none of which takes time."""
+    made: list[float] = []
+    monkeypatch.setattr(elsewhere.time, "sleep", made.append)
+    return made
+
+
+def test_what_is_there_is_returned_without_a_pause(pauses: list[float]) -> None:
+    told: list[str] = []
+    assert wait_for(lambda: 7, on_wait=lambda: told.append("waiting")) == 7
+    assert (pauses, told) == ([], [])
+
+
+def test_falsy_answers_end_the_wait_too(pauses: list[float]) -> None:
+    assert wait_for(lambda: 0) == 0
+    assert pauses == []
+
+
+def test_waiting_is_told_once(pauses: list[float]) -> None:
+    answers, told = iter([None, None, None, "rows"]), list[str]()
+    assert wait_for(lambda: next(answers), on_wait=lambda: told.append("waiting")) == "rows"
+    assert (pauses, told) == ([elsewhere.POLL_SECONDS] * 3, ["waiting"])
+
+
+def test_patience_runs_out(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+    times = iter([0.0, 1.0, 2.0, 3.5])
+    monkeypatch.setattr(elsewhere.time, "monotonic", lambda: next(times))
+    assert wait_for(lambda: None, patience=3.0) is None
+    assert len(pauses) == 2
+
 
 # Rollouts from elsewhere
 
@@ -87,6 +124,7 @@ def test_rollouts_from_elsewhere_in_lock_step_are_the_training_with_inline_refre
     assert [(r["step"], r["refresh_index"], r["reason"][:6]) for r in records] == [(3, 1, "every:")]
 
 
+@pytest.mark.thorough
 def test_both_sides_may_be_killed_and_started_again(tmp_path: Path, forked: Forker, inline: Path) -> None:
     run = train_beside_a_follower(forked, tmp_path, kills=2)
     assert_same_weights(weights_in(run / "student"), weights_in(inline / "student"))
@@ -111,8 +149,8 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
     def stop(_: float) -> None:
         raise Stop
 
-    monkeypatch.setattr(schedule.Arrivals, "newest", lambda _, position: position.refresh_index)
-    monkeypatch.setattr(waiting.time, "sleep", stop)
+    monkeypatch.setattr(elsewhere.Arrivals, "newest", lambda _, position: position.refresh_index)
+    monkeypatch.setattr(elsewhere.time, "sleep", stop)
     with pytest.raises(Stop):
         train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_age": 6, "refresh_every": 2}))
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
@@ -124,10 +162,10 @@ def test_training_waits_for_the_first_rows_too(
     """Half of what stage one writes is there; no version was published, since the student at the start is
     known.
     """
-    newest = schedule.Arrivals.newest
+    newest = elsewhere.Arrivals.newest
     waits: list[float] = []
-    monkeypatch.setattr(schedule.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
-    monkeypatch.setattr(waiting.time, "sleep", waits.append)
+    monkeypatch.setattr(elsewhere.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
+    monkeypatch.setattr(elsewhere.time, "sleep", waits.append)
     run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_age": 6}))
     assert "waiting for rollouts of refresh 0 (step 0)" in capsys.readouterr().out
     assert len(waits) == 2
@@ -158,17 +196,20 @@ def train_with_a_slow_follower(folder: Path, monkeypatch: pytest.MonkeyPatch, **
                 teacher=teacher,
             )
 
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(sleep=write, monotonic=time.monotonic))
+    monkeypatch.setattr(elsewhere, "time", SimpleNamespace(sleep=write, monotonic=time.monotonic))
     stage_two.train(run, student, vocabulary)
     return run
 
 
 @pytest.mark.parametrize(
     ("values", "taken_up"),
-    [
-        ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
-        ({"refresh_every": 0}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
-    ],
+    leading(
+        1,
+        [
+            ({"refresh_every": 0}, [(3, 1, 3), (6, 2, 6), (9, 3, 9)]),
+            ({"refresh_every": 2}, [(3, 1, 2), (5, 2, 4), (7, 3, 6), (9, 4, 8)]),
+        ],
+    ),
     ids=str,
 )
 def test_training_waits_at_the_bound_however_slow_the_follower(
@@ -185,6 +226,7 @@ def test_training_waits_at_the_bound_however_slow_the_follower(
     assert [(r["step"], r["refresh_index"], r["policy_step"]) for r in records] == taken_up
 
 
+@pytest.mark.thorough
 def test_in_lock_step_all_that_a_refresh_carries_over_is_that_of_inline_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +270,7 @@ def test_a_published_version_is_read_back_bit_by_bit(tmp_path: Path, use_lora: s
         for parameter in student.trainable.values():
             parameter.add_(0.01)
     version = versions.Version(3, 30, policy_hash(student), 16)
-    versions.publish(run.folder, student, version)
+    versions.publish(run, student, version)
     assert versions.newest(run.folder) == version
     other = student_of(run)
     versions.load(run.folder, other, version)
@@ -259,7 +301,7 @@ def test_old_versions_are_removed_and_the_newest_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path, **TINY)
     student = student_of(run)
     for index in range(1, 6):
-        versions.publish(run.folder, student, versions.Version(index, index, policy_hash(student), 16))
+        versions.publish(run, student, versions.Version(index, index, policy_hash(student), 16))
     names = sorted(path.name[:6] for path in (run.folder / "versions").iterdir() if path.is_dir())
     assert names == ["000003", "000004", "000005"]
 
@@ -268,7 +310,7 @@ def test_a_version_of_a_trajectory_that_was_given_up_is_not_waited_for(tmp_path:
     run = make_run(tmp_path, **TINY)
     student = student_of(run)
     awaited = versions.Version(1, 3, policy_hash(student), 16)
-    versions.publish(run.folder, student, awaited)
+    versions.publish(run, student, awaited)
     versions.replace_text(
         run.folder / "versions" / "newest.json", json.dumps(replace(awaited, policy_hash="f" * 16).__dict__)
     )
@@ -276,7 +318,7 @@ def test_a_version_of_a_trajectory_that_was_given_up_is_not_waited_for(tmp_path:
     versions.point_to(run.folder, position)
     assert versions.newest(run.folder) == awaited
     with pytest.raises(
-        UserError, match=r"000001-eeeeeeee, is gone; remove the newest folder below .*checkpoints"
+        UserError, match=r"000001-eeeeeeee, which is gone; delete the newest folder in .*checkpoints"
     ):
         versions.point_to(run.folder, replace(position, refreshes={1: Refresh(3, "e" * 16, "every")}))
 
@@ -300,7 +342,7 @@ def test_a_follower_generates_and_scores_itself(tmp_path: Path) -> None:
 def test_a_follower_that_would_write_other_rows_is_a_sentence(tmp_path: Path) -> None:
     run = make_run(tmp_path, **EXTERNAL)
     student = student_of(run)
-    versions.publish(run.folder, student, versions.Version(1, 3, policy_hash(student), 999))
+    versions.publish(run, student, versions.Version(1, 3, policy_hash(student), 999))
     with pytest.raises(
         UserError, match=r"wants 999 rollouts of version 000001-.*, this command would write 16"
     ):

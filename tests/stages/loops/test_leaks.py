@@ -9,7 +9,7 @@ from stages.loops import leaks, refresh
 from tests.support.helpers import Forker, make_run, records_of, small
 from tests.support.tiny_runs import TINY, save_weights, train
 
-SIX_REFRESHES = TINY | {"max_steps": 14, "refresh_every": 2, "checkpoint_every": 50}
+FEW_ROWS = TINY | {"refresh_every": 2, "checkpoint_every": 50}
 
 
 def test_live_tensors_are_counted_once_each_on_a_cpu() -> None:
@@ -21,9 +21,10 @@ def test_live_tensors_are_counted_once_each_on_a_cpu() -> None:
     assert leaks.allocated_bytes(torch.device("cpu")) == before
 
 
+@pytest.mark.thorough
 def test_six_refreshes_of_a_run_keep_memory_flat(tmp_path: Path, forked: Forker) -> None:
     """Units of 8 rows, scored in forwards of at most 100 tokens: several of different shapes a refresh."""
-    values = SIX_REFRESHES | {"teacher_ds_zero3": "true", "score_tokens": 100}
+    values = FEW_ROWS | {"max_steps": 14, "teacher_ds_zero3": "true", "micro_batch_tokens": 100}
     forked.call(save_weights, tmp_path, small(tmp_path, **values)).expect_success()
     allocated = [record["memory_allocated_bytes"] for record in records_of(tmp_path / "demo", "refresh")]
     teacher_bytes = Path("examples/arithmetic/teacher/model.safetensors").stat().st_size
@@ -39,9 +40,9 @@ def test_growth_over_refreshes_is_told_with_its_figures(
     monkeypatch.setattr(
         refresh, "check_generator", lambda *a: [kept.append(torch.zeros(2**20)), check(*a)][1]
     )
-    run = train(tmp_path, **SIX_REFRESHES)
+    run = train(tmp_path, **(FEW_ROWS | {"max_steps": 8}))
     growth = [record["memory_growth_bytes"] for record in records_of(run.folder, "refresh")]
-    assert growth == pytest.approx([n * 4 * 2**20 for n in range(6)], abs=2**18)
+    assert growth == pytest.approx([n * 4 * 2**20 for n in range(3)], abs=2**18)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     warnings = [line for line in warnings if "bytes are allocated" in line]
     assert len(warnings) == sum(bytes_ > 2**20 for bytes_ in growth)

@@ -12,6 +12,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.stages.loops.test_resume import Stop, crash
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, student_of, train, write_rollouts
 
 
@@ -35,7 +36,7 @@ def test_a_run_whose_rows_are_gone_refreshes_at_once_and_says_so(
     run = make_run(tmp_path, **(TINY | {"lora_dropout": 0.1}))
     gone = withdraw(run, 1)
     run = train(tmp_path)
-    assert f"{gone} of the 16 rows that were trained on are gone" in capsys.readouterr().out
+    assert f"{gone} of the 16 rows in use are gone" in capsys.readouterr().out
     lost = records_of(run.folder, "refresh")[-1]
     assert lost["reason"] == f"lost: {gone} of 16 rows were gone"
     assert lost["refresh_index"] == 2
@@ -51,7 +52,7 @@ def test_without_refreshes_what_is_left_is_trained_on_with_a_warning(
     crash(tmp_path, "step 5", **values)
     withdraw(make_run(tmp_path, **(TINY | values)), 0)
     train(tmp_path, **values)
-    assert "training goes on with the others, since refresh_mode is off" in capsys.readouterr().out
+    assert "training continues with the others, since refresh_mode is off" in capsys.readouterr().out
 
 
 def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,13 +61,13 @@ def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.Captur
     withdraw(make_run(tmp_path, **TINY), 0)
     run = train(tmp_path, max_steps=8)
     out = capsys.readouterr().out
-    assert "rows that were trained on are gone" not in out
-    assert "the probe takes other rows" in out
+    assert "rows in use are gone" not in out
+    assert "the probe takes new rows" in out
     assert [r["refresh_index"] for r in records_of(run.folder, "refresh")] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"row_ids": 3}', '{"row_ids": ["a"], "logprobs": {"0": "x"}}', "\xff"]
+    "text", leading(1, ["", "[]", '{"row_ids": 3}', '{"row_ids": ["a"], "logprobs": {"0": "x"}}', "\xff"])
 )
 def test_a_probe_that_cannot_be_read_begins_anew(tmp_path: Path, text: str) -> None:
     crash(tmp_path, "step 5")
@@ -105,6 +106,7 @@ def test_rows_of_other_weights_at_the_start_are_off_policy(
     assert schedule.checkpoint.read_position(run.folder / "checkpoints/step-000001").num_rows == 8
 
 
+@pytest.mark.thorough
 def test_a_crash_at_the_refresh_of_lost_rows_is_made_good(tmp_path: Path) -> None:
     crash(tmp_path, "step 5")
     withdraw(make_run(tmp_path, **TINY), 1)

@@ -19,7 +19,7 @@ EVERYTHING = Work(generates=True, scores=True, trains=True, evaluates=True)
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, str]:
-    """Copies of the embedded models, whose configurations may be changed and whose weight files are cut off."""
+    """Copies of the embedded models: configurations may be changed, weight files are truncated."""
     found = {}
     for side, source in (("student_model", STUDENT), ("teacher_model", TEACHER)):
         folder = Path(shutil.copytree(ROOT / source, tmp_path / side))
@@ -126,7 +126,8 @@ def test_a_template_token_beyond_the_cut_is_refused(
     configure(models["teacher_model"], vocab_size=256 if padded else 230)
     message = refusal(tmp_path, Work(generates=True, scores=True), **models)
     assert (
-        "64 of 64 prompts hold '<|think|>' (id 230), which the chat template of the student writes" in message
+        "64 of 64 prompts contain '<|think|>' (id 230), which the chat template of the student adds"
+        in message
     )
 
 
@@ -138,7 +139,7 @@ def test_a_token_beyond_the_cut_in_one_held_out_text_is_refused(
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "How many?"}\n{"question": "How <|think|> many?"}\n')
     message = refusal(tmp_path, Work(evaluates=True), eval_dataset=data, answer_checker="", **models)
-    assert "1 of 2 held-out prompts hold '<|think|>' (id 230), which stands in their text" in message
+    assert "1 of 2 held-out prompts contain '<|think|>' (id 230), which is in their text" in message
 
 
 def test_rows_longer_than_the_students_positions_cannot_be_trained_on(

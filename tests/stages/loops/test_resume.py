@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 import cache
 from stages import train as stage_two
-from stages.loops import refresh, setup, steps
+from stages.loops import probe, refresh, setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.run import Run, open_run
 from tests.support.helpers import Forker, assert_same_weights, records_of, small, weights_in
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, student_of, train, write_rollouts
 
 
@@ -52,24 +53,23 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
             return commit(self, unit)
 
         monkeypatch.setattr(cache.Writer, "commit", once)
-    elif place == "before the probe":
-        monkeypatch.setattr(refresh, "check_generator", raising)
-    elif place == "while the probe is written":
-
-        def half(path: Path, text: str) -> None:
-            path.with_name(f"{path.name}.partial").write_text(text[: len(text) // 2])
-            raise Stop
-
-        monkeypatch.setattr("stages.loops.probe.replace_text", half)
-    elif place == "after the probe":
-        check = refresh.check_generator
-        monkeypatch.setattr(refresh, "check_generator", lambda *a: [check(*a), raising()])
     else:
-        assert place == "at the export"
-        monkeypatch.setattr(stage_two.students, "export", raising)
+        check = refresh.check_generator
+        module, name, crash = {
+            "before the probe": (refresh, "check_generator", raising),
+            "while the probe is written": (probe, "replace_text", half_written),
+            "after the probe": (refresh, "check_generator", lambda *a: [check(*a), raising()]),
+            "at the export": (stage_two.students, "export", raising),
+        }[place]
+        monkeypatch.setattr(module, name, crash)
 
 
 def raising(*_: Any) -> Any:
+    raise Stop
+
+
+def half_written(path: Path, text: str) -> None:
+    path.with_name(f"{path.name}.partial").write_text(text[: len(text) // 2])
     raise Stop
 
 
@@ -81,7 +81,7 @@ def crash(folder: Path, place: str, **values: Any) -> None:
             train(folder, **values)
 
 
-PLACES = ["step 1", "step 5", "between units", "while the probe is written"]
+PLACES = leading(2, ["step 1", "between units", "step 5", "while the probe is written"])
 MORE_PLACES = ["step 0", "step 2", "step 3", "step 4", "before the probe", "after the probe", "at the export"]
 
 
@@ -144,7 +144,7 @@ CARRIED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("values", "processes"),
-    [({}, 2), (CARRIED, 2), ({"batch_size": 12, "rollouts_per_refresh": 12, "grad_accum": 1}, 3)],
+    leading(1, [({}, 2), (CARRIED, 2), ({"batch_size": 12, "rollouts_per_refresh": 12, "grad_accum": 1}, 3)]),
     ids=["plain", "with all that steps and refreshes carry over", "three, whose sums have an order"],
 )
 def test_several_processes_resume_bit_by_bit(
@@ -162,8 +162,9 @@ def test_several_processes_resume_bit_by_bit(
         assert_same_weights(found[1][rank], found[0][0])
 
 
+@pytest.mark.thorough
 def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> None:
-    """Killed after an evaluation and before the next checkpoint: it is measured once more and recorded once."""
+    """Killed between an evaluation and the next checkpoint: it is measured again and recorded once."""
     values: dict[str, Any] = {"eval_every": 1, "eval_prompts": 4, "max_steps": 5, "refresh_every": 0}
     expected = train(tmp_path / "whole", **values)
     crash(tmp_path / "cut", "step 3", **values)
@@ -182,7 +183,7 @@ def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bf16", "gradient_checkpointing": "true", "lora_dropout": 0.0}],
+    leading(1, [{}, {"dtype": "bf16", "gradient_checkpointing": "true", "lora_dropout": 0.0}]),
     ids=["fp32", "lean bf16"],
 )
 def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -192,6 +193,7 @@ def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path, opt
     assert_same_run(train(tmp_path / "cut", **values), expected)
 
 
+@pytest.mark.thorough
 def test_full_fine_tuning_resumes_bit_by_bit(tmp_path: Path) -> None:
     values: dict[str, Any] = {"use_lora": "false", "lr": 1e-4}
     expected = train(tmp_path / "whole", **values)
@@ -243,7 +245,7 @@ def curve(run: Run) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["step 1", "step 2"])
 def test_on_a_gpu_a_resumed_run_differs_no_more_than_two_identical_ones(tmp_path: Path, place: str) -> None:
-    """Compiled, as by default, and without a refresh, whose tokens are drawn by the last bits of the weights."""
+    """Compiled, as by default, and without a refresh, whose tokens depend on the last bits of the weights."""
     assert_resumed_as_repeated(tmp_path, place, device="cuda", compile="auto", refresh_every=0)
 
 
@@ -255,11 +257,3 @@ def assert_resumed_as_repeated(folder: Path, place: str, **values: Any) -> None:
     identical, after = (second - first).abs().max(), (resumed - first).abs().max()
     print(f"losses of two identical runs differ by {identical:.1e}, those of a resumed one by {after:.1e}")
     assert after <= 2 * identical + 1e-5
-
-
-def test_that_comparison_of_curves_holds_on_a_cpu_and_sees_another_run(tmp_path: Path) -> None:
-    assert_resumed_as_repeated(tmp_path, "step 2", refresh_every=0)
-    first, other = (
-        curve(train(tmp_path / name, refresh_every=0, seed=s)) for name, s in (("a", 0), ("b", 1))
-    )
-    assert (first - other).abs().max() > 1e-3

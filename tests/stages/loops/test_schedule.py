@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import cache
-from stages.data.batches import Extra, Pool, batch_rows, by_cache
+from stages.data.pool import Extra, Pool
 from stages.loops import refresh, schedule
 from stages.loops.drift import drift_of, row_sums
-from stages.loops.schedule import due
+from stages.loops.feed import batch_rows, by_cache
+from stages.loops.schedule import after_step, due
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
@@ -31,6 +32,7 @@ from tests.support.helpers import (
     small,
     weights_in,
 )
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, save_weights, train, train_from
 
 # When a refresh is due
@@ -66,6 +68,13 @@ def test_drift_is_due_when_its_mean_over_four_steps_crosses_the_bound() -> None:
     assert due(config, at(40, 30, recent=[0.05, 0.2, 0.11, 0.12])) == (
         "drift: 0.12 nats a token, the bound is 0.1"
     )
+
+
+def test_the_window_holds_the_last_four_steps_that_had_rows_of_this_run() -> None:
+    position = at(40, 30)
+    for step, own in enumerate([0.1, None, 0.2, 0.3, 0.4, 0.5], start=41):
+        position = after_step(position, {"step": step, "own_drift": own})
+    assert position == at(46, 30, recent=[0.2, 0.3, 0.4, 0.5])
 
 
 def test_off_means_never() -> None:
@@ -172,11 +181,14 @@ def test_a_drifting_student_refreshes_and_says_why(drifted: Run) -> None:
 
 @pytest.mark.parametrize(
     ("values", "reason", "at_steps"),
-    [
-        ({"refresh_every": 3}, "every: 3 steps", [3]),
-        ({"refresh_drift": 1e-9}, "drift: ", [4]),
-        ({"refresh_every": 2, "refresh_drift": 1e-9}, "every: 2 steps", [2, 4]),
-    ],
+    leading(
+        1,
+        [
+            ({"refresh_every": 2, "refresh_drift": 1e-9}, "every: 2 steps", [2, 4]),
+            ({"refresh_every": 3}, "every: 3 steps", [3]),
+            ({"refresh_drift": 1e-9}, "drift: ", [4]),
+        ],
+    ),
     ids=str,
 )
 def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
@@ -188,7 +200,7 @@ def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
     assert all(record["reason"].startswith(reason) for record in refreshes)
 
 
-@pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
+@pytest.mark.parametrize("place", leading(1, ["step 5", "step 1", "step 3", "between units"]))
 def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
     crash(tmp_path, place, **DRIFT)
     run = train(tmp_path, **DRIFT)
@@ -308,6 +320,7 @@ def test_rows_of_one_id_in_two_caches_are_apart() -> None:
     assert isinstance(pool.extras[0], Extra)
 
 
+@pytest.mark.thorough
 def test_a_cache_of_weight_0_changes_nothing(tmp_path: Path, caches: Callable[..., str]) -> None:
     values = {"batch_size": 16, "refresh_mode": "off"}
     alone = train_from(tmp_path / "alone", caches(), **values)
@@ -329,6 +342,7 @@ def test_caches_of_different_teachers_train_together(tmp_path: Path, caches: Cal
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
 
 
+@pytest.mark.thorough
 def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:

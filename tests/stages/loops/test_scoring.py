@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dualkl import Head
+from stages.data.signals import KINDS
 from stages.loops.budgets import CPU_SCORE_TOKENS
-from stages.loops.scoring import full_logits, scoring_batches, teacher_columns
+from stages.loops.scoring import kept_of, scoring_batches, teacher_columns
 from stages.loops.writing import to_numpy
 from stages.runtime.config import RolloutSection, SignalSection
 from tests.support import reference
@@ -84,7 +85,8 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
     hidden = torch.randn(7, 16, generator=random).to(dtype)
     head = {"weight": (torch.randn(47, 16, generator=random) * 0.8).to(dtype), "scale": 0.9, "softcap": 8.0}
     targets = torch.randint(0, 41, (7,), generator=random)
-    tensors = teacher_columns(hidden, Head(**head), targets, signal, vocab_size=41)
+    kept = kept_of(hidden, Head(**head), targets, signal, 41)
+    tensors = teacher_columns(KINDS[signal.signal], hidden, Head(**head), kept, 41)
     columns = {name: to_numpy(tensor) for name, tensor in tensors.items()}
     logits = reference.head_logits(hidden, head, 41)
     logprobs = logits.log_softmax(-1)
@@ -99,13 +101,13 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
     np.testing.assert_allclose(columns["top1_logprob"], logprobs.max(-1).values, **close)
     if signal.signal in ("hidden", "full"):
         assert np.isneginf(columns["log_tail_mass"]).all()  # nothing is left out
-        assert signal.signal == "full" or np.array_equal(columns["signal_hidden"], to_numpy(hidden))
+        assert signal.signal == "full" or np.array_equal(columns["states"], to_numpy(hidden))
         return
     p = signal.signal_p if signal.signal == "nucleus" else 1.0
     ids, kept, tails = reference.compress(logits, signal.signal_k, p, 4 if signal.signal == "nucleus" else 1)
-    assert [[i for i in row if i >= 0] for row in columns["signal_ids"].tolist()] == ids
+    assert [[i for i in row if i >= 0] for row in columns["ids"].tolist()] == ids
     for row in range(7):
-        np.testing.assert_allclose(columns["signal_logprobs"][row, : len(kept[row])], kept[row], **close)
+        np.testing.assert_allclose(columns["logprobs"][row, : len(kept[row])], kept[row], **close)
     np.testing.assert_allclose(columns["log_tail_mass"], tails, **close)
 
 
@@ -119,7 +121,9 @@ def test_bfloat16_travels_as_its_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_logits_are_those_of_the_head(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(5, 8).to(dtype), torch.randn(31, 8).to(dtype)
-    stored = full_logits(hidden, Head(weight, softcap=3.0), 29)
+    head = Head(weight, softcap=3.0)
+    kept = kept_of(hidden, head, torch.zeros(5, dtype=torch.long), SignalSection(signal="full"), 29)
+    stored = teacher_columns(KINDS["full"], hidden, head, kept, 29)["logits"]
     expected = reference.head_logits(hidden, {"weight": weight, "softcap": 3.0}, 29).to(dtype)
     assert stored.shape == (5, 29)
     torch.testing.assert_close(stored, expected)

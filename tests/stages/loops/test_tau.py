@@ -1,9 +1,9 @@
-"""The gate's threshold over a run and what is logged of the gate: in the loop, over processes, after a crash."""
+"""The gate's threshold over a run, and its log: in the loop, over processes, after a crash."""
 
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import cache
 from dualkl import DualKLOutput, TopKTeacher
 from dualkl.thresholds import AdaptiveTau, adapt, divergence_histogram
+from stages.data.batches import MicroBatch
 from stages.loops import feed, gating, schedule, steps
 from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
@@ -22,6 +23,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.run import Run, open_run
 from tests.stages.loops.test_resume import assert_same_run, crash
 from tests.support.helpers import Forker, make_config, records_of, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, step_run, student_of, train, train_from
 
 ADAPTIVE: dict[str, Any] = {"tau_share": 0.6}
@@ -64,7 +66,7 @@ def test_a_constant_threshold_is_that_of_every_step(tmp_path: Path, caches: Call
 
 
 def test_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches(), gating="fixed", mix=0.3)
+    run = step_run(tmp_path, caches(), gating=0.3)
     outputs, inputs = steps_of(run, 1)[0]
     assert [batch.tau for batch in inputs] == [None]
     step, gate = records_of(run.folder, "step")[0], records_of(run.folder, "gate")[0]
@@ -75,7 +77,7 @@ def test_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str
     assert all("share_forward" not in row for row in gate["by_position"].values())
 
 
-@pytest.mark.parametrize("gating_kind", ["soft", "hard"])
+@pytest.mark.parametrize("gating_kind", leading(1, ["soft", "hard"]))
 def test_an_adaptive_threshold_keeps_the_share(
     tmp_path: Path, caches: Callable[..., str], gating_kind: str
 ) -> None:
@@ -157,6 +159,7 @@ def test_two_processes_have_the_threshold_and_the_figures_of_one(
     assert sum(two[1][0]["gate_histogram"]) == sum(one[1][0]["gate_histogram"]) == one[0][0]["tokens"]
 
 
+@pytest.mark.thorough
 def test_an_adaptive_run_resumes_bit_by_bit(tmp_path: Path) -> None:
     """Between checkpoints, before and after the refresh at step 3, and within a step."""
     values: dict[str, Any] = {**ADAPTIVE, "micro_batch_tokens": 120}
@@ -210,8 +213,24 @@ def in_bucket(values: np.ndarray, name: str) -> np.ndarray:
     return (values >= int(low)) & (values <= (int(high) if high else math.inf))
 
 
-def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[..., str]) -> None:
-    """Of the second step, over several forwards; half of the rows are of another run, ages differ."""
+@dataclass
+class Observed:
+    """A step's records, and of its scored tokens, one after the other: what its forwards returned."""
+
+    step: dict[str, Any]
+    gate: dict[str, Any]
+    outputs: list[DualKLOutput]
+    inputs: list[MicroBatch]
+    position: np.ndarray
+    age: np.ndarray
+
+    def column(self, name: str) -> np.ndarray:
+        return torch.cat([getattr(out, name) for out in self.outputs]).double().numpy()
+
+
+@pytest.fixture
+def observed(tmp_path: Path, caches: Callable[..., str]) -> Observed:
+    """The second step, over several forwards; half of the rows are of another run, ages differ."""
     values = {"signal_k": 4, "max_new_tokens": 48}
     run = step_run(tmp_path, caches(**values), **values, tau=0.02, micro_batch_tokens=400, packing="off")
     training = steps.prepare(run, student_of(run))
@@ -231,30 +250,36 @@ def test_the_records_hold_what_the_outputs_say(tmp_path: Path, caches: Callable[
     training.step = 4
     steps.train_step(run, training, pool, batches[0])
     assert len(outputs) > 1
-    step, gate = records_of(run.folder, "step")[0], records_of(run.folder, "gate")[0]
-    assert step["step"] == gate["step"] == 5
     keys = [key for one in batches[0].forwards for key in one.row_ids]
     lengths = [pool.lengths[key][1] for key in keys]
     position = np.concatenate([np.arange(length) for length in lengths])
     age = np.repeat([ages[key] + 4 * (ages[key] >= 0) for key in keys], lengths)
-    rkl, fkl, weight = (
-        torch.cat([getattr(out, name) for out in outputs]).double().numpy() for name in ("rkl", "fkl", "gate")
-    )
+    step, gate = (records_of(run.folder, kind)[0] for kind in ("step", "gate"))
+    return Observed(step, gate, outputs, inputs, position, age)
+
+
+def test_a_steps_record_holds_the_means_of_its_outputs(observed: Observed) -> None:
+    step, rkl, fkl = observed.step, observed.column("rkl"), observed.column("fkl")
+    assert step["step"] == observed.gate["step"] == 5
     above = rkl > 0.02
     for name, column in (("rkl", rkl), ("fkl", fkl)):
         assert step[name] == pytest.approx(column.mean())
         assert step[f"{name}_below"] == pytest.approx(column[~above].mean())
         assert step[f"{name}_above"] == pytest.approx(column[above].mean())
-    assert step["gate"] == pytest.approx(weight.mean())
+    assert step["gate"] == pytest.approx(observed.column("gate").mean())
     assert step["share_forward"] == pytest.approx(above.mean())
-    assert step["tau"] == gate["tau"] == 0.02
-    student = torch.cat([1 - out.student_log_tail_mass.exp() for out in outputs])
-    teacher = torch.cat([1 - batch.teacher.log_tail_mass.exp() for batch in inputs])
+    assert step["tau"] == observed.gate["tau"] == 0.02
+    student = torch.cat([1 - out.student_log_tail_mass.exp() for out in observed.outputs])
+    teacher = torch.cat([1 - batch.teacher.log_tail_mass.exp() for batch in observed.inputs])
     assert step["student_support_mass"] == pytest.approx(float(student.mean()), abs=1e-6)
     assert step["teacher_support_mass"] == pytest.approx(float(teacher.mean()), abs=1e-6)
-    assert step["share_floored"] == pytest.approx(
-        float(torch.cat([out.floored for out in outputs]).double().mean())
-    )
+    assert step["share_floored"] == pytest.approx(observed.column("floored").mean())
+
+
+def test_the_gates_record_holds_histograms_and_tables_of_its_outputs(observed: Observed) -> None:
+    gate, position, age = observed.gate, observed.position, observed.age
+    rkl, fkl, weight = (observed.column(name) for name in ("rkl", "fkl", "gate"))
+    above = rkl > 0.02
     assert gate["gate_histogram"] == np.histogram(weight, 20, (0, 1))[0].tolist()
     assert gate["divergence_histogram"] == coarse(divergence_histogram(torch.from_numpy(rkl)))
     assert (gate["histogram_from"], gate["histogram_bins_per_decade"]) == (1e-6, 4)
@@ -323,9 +348,9 @@ def test_on_a_gpu_the_host_does_not_wait_for_figures(tmp_path: Path) -> None:
     [
         (
             {"tau_share": 0.7, "gating": "fixed"},
-            "tau_share 0.7 adapts the gate's threshold, but gating: fixed has none; use soft or hard",
+            "tau_share 0.7 adapts the gate's threshold, but gating: 0.5 has none; use soft or hard",
         ),
-        ({"tau_share": 0.7, "objective": "jsd", "gating": "fixed"}, "tau_share 0.7 adapts"),
+        ({"tau_share": 0.7, "objective": "jsd", "gating": 0.5}, "tau_share 0.7 adapts"),
         ({"tau_share": 0.7, "alpha": 0}, "tau_share has no effect at alpha 0, where every λ is one half"),
         ({"tau_share": 1.0}, "loss.tau_share: input should be less than 1"),
     ],

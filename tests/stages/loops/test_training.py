@@ -25,6 +25,7 @@ from stages.runtime import checkpoint
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
 from tests.support.helpers import assert_same_weights, make_run, records_of, small, weights_in
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, batch, step_run, stir, student_of, train, train_from
 
 V = 230
@@ -33,7 +34,7 @@ V = 230
 # Training
 
 
-@pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
+@pytest.mark.parametrize("signal", leading(2, ["topk", "hidden", "nucleus", "full"]))
 def test_every_signal_trains(tmp_path: Path, caches: Callable[..., str], signal: str) -> None:
     keys = {"signal": signal}
     run = train_from(tmp_path, caches(**keys), batch_size=16, max_steps=8, refresh_every=0, **keys)
@@ -130,16 +131,14 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_learning_rate_of_a_record_is_the_one_of_its_step(
     tmp_path: Path, caches: Callable[..., str], used: list[float]
 ) -> None:
-    run = train_from(
-        tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3, lr_min_ratio=0.1
-    )
+    run = train_from(tmp_path, caches(), max_steps=6, refresh_every=0, warmup_steps=2, lr=1e-3)
     assert [record["lr"] for record in records_of(run.folder, "step")] == pytest.approx(used)
 
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
     tmp_path: Path, caches: Callable[..., str], used: list[float]
 ) -> None:
-    train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3, lr_min_ratio=0.1)
+    train_from(tmp_path, caches(), max_steps=8, refresh_every=0, warmup_steps=3, lr=1e-3)
     assert used[0] > 0, "the first step moves nothing"
     assert max(used) == pytest.approx(1e-3)
     assert used.index(max(used)) in (2, 3)
@@ -147,7 +146,7 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_floor(
 
 
 def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str]) -> None:
-    run = step_run(tmp_path, caches(), max_grad_norm=1e-4)
+    run = step_run(tmp_path, caches())
     training = steps.prepare(run, student_of(run))
     for parameter in training.student.trainable.values():
         parameter.grad = torch.ones_like(parameter)

@@ -1,4 +1,4 @@
-"""The thread that writes: the order of commits, errors of one sentence, bounded memory, nothing left behind."""
+"""The writing thread: order of commits, errors of one sentence, bounded memory, nothing left behind."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cache
-from stages.loops.writing import JOBS_AHEAD, Landing, UnitWriter, to_numpy
+from stages.loops.writing import JOBS_AHEAD, HostCopy, UnitWriter, to_numpy
 from tests.support.cache_samples import fingerprint, record
 
 
@@ -142,7 +142,7 @@ def test_at_most_a_few_batches_wait_for_a_slow_disk(writer: cache.Writer, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
 def test_what_lands_is_what_was_sent(dtype: torch.dtype) -> None:
     tensor = torch.randn(3, 4).to(dtype)
-    assert np.array_equal(Landing({"x": tensor}).arrays()["x"], to_numpy(tensor))
+    assert np.array_equal(HostCopy({"x": tensor}).arrays()["x"], to_numpy(tensor))
 
 
 @pytest.mark.gpu
@@ -150,12 +150,12 @@ def test_what_lands_is_what_was_sent(dtype: torch.dtype) -> None:
 def test_copies_land_whole_while_the_device_goes_on(dtype: torch.dtype) -> None:
     values = [torch.randn(512, 1024, device="cuda").mul(100).to(dtype) for _ in range(8)]
     expected = [to_numpy(value) for value in values]
-    landings = []
+    copies = []
     for value in values:
         busy: Any = torch.randn(2048, 2048, device="cuda")
         busy = busy @ busy
-        landings.append(Landing({"x": value.clone(), "part": value[:, :1]}))  # the clone is freed at once
-    for landing, wanted in zip(landings, expected, strict=True):
-        found = landing.arrays()
+        copies.append(HostCopy({"x": value.clone(), "part": value[:, :1]}))  # the clone is freed at once
+    for copy_of, wanted in zip(copies, expected, strict=True):
+        found = copy_of.arrays()
         assert np.array_equal(found["x"], wanted)
         assert np.array_equal(found["part"], wanted[:, :1])

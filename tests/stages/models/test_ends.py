@@ -22,7 +22,7 @@ CHATML = (
 def model(
     folder: Path, *, add: tuple[str, ...] = (), eos: str | None = "<|end|>", template: str = "", ids: Any = 1
 ) -> str:
-    """A folder with tokenizer and configurations, and no weights; `ids` None: without generation_config.json."""
+    """A folder with tokenizer and configurations but no weights; `ids` None: no generation_config.json."""
     shutil.copytree(ROOT / STUDENT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(add), special_tokens=True)

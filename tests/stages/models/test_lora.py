@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from stages.engine.weights import DecodingWeights
 from stages.models.lora import LeanLinear, adapted, make_lean
 from tests.support.helpers import make_run
+from tests.support.thinning import thinned
 from tests.support.tiny_runs import TINY, student_of
 
 NARROW, WIDE, R, SCALE = 7, 11, 3, 7 / 3
@@ -78,9 +79,10 @@ def inputs(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, NARROW, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.mark.parametrize("run", [plain, recomputed, compiled, compiled_and_recomputed])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("run", "dtype", "bias"),
+    thinned(5, [compiled_and_recomputed, plain, recomputed, compiled], TOLERANCE, [False, True]),
+)
 def test_values_and_gradients_are_those_of_peft(run: Any, dtype: torch.dtype, bias: bool) -> None:
     theirs, ours = network(dtype, bias), network(dtype, bias)
     make_lean(ours)

@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.engine.built_in import BuiltInEngine
 from stages.engine.hf_generate import HFGenerateEngine
 from stages.engine.opening import open_engine
-from stages.engine.protocol import Sampling
 from stages.models import selfcheck
 from stages.models.dropout import own_dropout, switch_off
-from stages.models.exact import WINDOW, in_float32, short_windows
+from stages.models.float32 import WINDOW, in_float32, short_windows
 from stages.models.packing import decoder_states, enable_packing
 from stages.models.pretrained import head_of
 from stages.models.readout import full_forward, output_weights, readout_of, relative_gap
@@ -163,7 +162,7 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     model.model.forward = partial(_seeing_all, model.model)
-    with pytest.raises(UserError, match=r"type llama cannot be used: its logits change .* looks ahead"):
+    with pytest.raises(UserError, match=r"type llama cannot be used: its logits change .* not causal"):
         selfcheck.check_forwards(subject_of(model))
 
 
@@ -257,7 +256,7 @@ def test_a_hybrid_of_linear_attention_writes_by_generate() -> None:
     selfcheck.check_forwards(subject)
     selfcheck.check_writing(subject, model)
     assert writes_by_generate_with_a_cache(model)
-    completions = run(model, PROMPTS, Sampling(6))
+    completions = run(model, PROMPTS, 6)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         logits = forced_logits(model, prompt, completion.ids).log_softmax(-1)
         targets = torch.from_numpy(completion.ids.astype(np.int64))[:, None]
@@ -275,6 +274,6 @@ def test_a_student_that_no_engine_writes_right_with_is_refused_when_it_is_to_wri
     )
     selfcheck.check_writing(subject, model)
     with pytest.raises(
-        UserError, match=r"student of type stablelm cannot write rollouts: .* as for transformers' `generate`"
+        UserError, match=r"student of type stablelm cannot write rollouts: .* with transformers' `generate`"
     ):
-        run(model, PROMPTS, Sampling(3))
+        run(model, PROMPTS, 3)

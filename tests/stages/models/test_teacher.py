@@ -19,12 +19,13 @@ from stages.runtime import config as configuration
 from stages.runtime import distributed
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT, Forker, make_config, run_python, small
+from tests.support.thinning import leading
 
 LENGTHS = (7, 300, 41, 1)
 
 
 def batch(packed: bool = False) -> Aligned:
-    """Sequences of random ids of these lengths, padded or packed; all their tokens but the first are scored."""
+    """Sequences of random ids of these lengths, padded or packed; all tokens but each first are scored."""
     random = np.random.default_rng(0)
     sequences = [random.integers(4, 230, length + 1) for length in LENGTHS]
     return align(
@@ -33,7 +34,7 @@ def batch(packed: bool = False) -> Aligned:
 
 
 def score(folder: Path, flags: list[str]) -> None:
-    """In a process of its own: loads the teacher, scores `batch`, and writes what it saw to folder/RANK.pt."""
+    """In a process of its own: load the teacher, score `batch`, write the results to folder/RANK.pt."""
     config = configuration.parse_arguments(flags, "")
     world = distributed.start("cpu")
     teacher = load_teacher(config, world)
@@ -82,8 +83,9 @@ def plain(scored: Any) -> Any:
     return lambda dtype: scored(1, teacher_dtype=dtype, teacher_ds_zero3="false")[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "processes"), leading(2, [("bf16", 1), ("fp32", 2), ("fp32", 1), ("bf16", 2)])
+)
 def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(
     scored: Any, plain: Any, dtype: str, processes: int
 ) -> None:
@@ -173,6 +175,7 @@ OWN_SETTINGS = {
 }
 
 
+@pytest.mark.thorough
 def test_ones_own_deepspeed_settings_with_autos_and_offload_score_the_same(
     scored: Any, plain: Any, tmp_path: Path
 ) -> None:
@@ -251,6 +254,7 @@ def test_a_teacher_that_is_not_asked_for_is_not_loaded(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.thorough
 def test_scoring_needs_no_compiler(tmp_path: Path) -> None:
     """No PATH, nothing compiled before: DeepSpeed on a CPU would ask for g++ and ninja."""
     code = (
@@ -307,9 +311,9 @@ def score_and_close(flags: list[str], num_refreshes: int) -> None:
     assert max(bytes_after) - bytes_after[0] <= 0.01 * size, bytes_after
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", leading(1, [1, 2]))
 def test_closed_teachers_leave_nothing_in_memory(tmp_path: Path, forked: Forker, processes: int) -> None:
-    forked.call(score_and_close, small(tmp_path), 6, processes=processes).expect_success()
+    forked.call(score_and_close, small(tmp_path), 4, processes=processes).expect_success()
 
 
 def keep_all_and_close(flags: list[str]) -> None:

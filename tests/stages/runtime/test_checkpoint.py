@@ -1,4 +1,4 @@
-"""Checkpoints: what they refuse, what a full disk or damage does to them, which student counts as the best."""
+"""Checkpoints: what they refuse, what a full disk or damage does to them, and which student is the best."""
 
 import errno
 import resource
@@ -15,11 +15,12 @@ from stages.loops import setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.errors import UserError
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, step_run, student_of, train_from
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str
+    "change", leading(1, [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}]), ids=str
 )
 def test_a_checkpoint_of_another_student_is_refused(
     tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]
@@ -99,7 +100,7 @@ def test_only_figures_of_one_text_are_compared_for_the_best(
     assert checkpoint.best(run.folder / "checkpoints") == checkpoint.Best(5, 0.6, "b")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
     assert "of step 1, was measured on: its reverse KL of 0.5000 cannot be compared" in said
-    assert said.endswith("the search for the best begins anew at step 3")
+    assert said.endswith("the search for the best restarts at step 3")
 
 
 def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
@@ -118,7 +119,15 @@ def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
 
 @pytest.mark.parametrize(
     ("change", "is_same"),
-    [({}, True), ({"lr": 1e-5, "seed": 0}, True), ({"eval_prompts": 6}, False), ({"dtype": "bf16"}, False)],
+    leading(
+        2,
+        [
+            ({"lr": 1e-5, "seed": 0}, True),
+            ({"eval_prompts": 6}, False),
+            ({}, True),
+            ({"dtype": "bf16"}, False),
+        ],
+    ),
     ids=str,
 )
 def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(
@@ -134,4 +143,4 @@ def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(
     run = train_from(tmp_path, caches(), max_steps=2, **(values | change))
     first, second = (record["measured_on"] for record in records_of(run.folder, "eval"))
     assert (first == second) == is_same
-    assert ("begins anew at step 2" in capsys.readouterr().out) != is_same
+    assert ("restarts at step 2" in capsys.readouterr().out) != is_same

@@ -13,6 +13,7 @@ from dualkl import DualKLConfig
 from stages.runtime import config as configuration
 from stages.runtime.config import SECTION_OF, SECTIONS, Config, name_and_revision, parse_arguments
 from stages.runtime.errors import UserError
+from stages.runtime.flags import ELSEWHERE, REMOVED
 from stages.runtime.split import rows_per_micro_step
 from tests.support.helpers import ROOT
 
@@ -60,12 +61,12 @@ KEYS = {
     "lora": "use_lora lora_r lora_alpha lora_dropout lora_targets",
     "data": "dataset num_prompts max_prompt_tokens allow_skipped system_prompt chat_template_kwargs",
     "rollout": "group_size max_new_tokens eos_token sample_temperature sample_top_p sample_top_k"
-    " gen_micro_batch lp_micro_batch score_tokens rollouts_per_unit role",
+    " gen_micro_batch lp_micro_batch rollouts_per_unit role",
     "teacher_signal": "signal signal_k signal_p",
-    "loss": "tau tau_share alpha gating mix rkl fkl temperature importance_cap objective gate_on"
+    "loss": "tau tau_share alpha gating rkl fkl temperature importance_cap objective gate_on"
     " teacher_smoothing",
-    "train": "batch_size grad_accum micro_batch_tokens packing compile max_steps lr lr_min_ratio warmup_steps"
-    " weight_decay max_grad_norm gradient_checkpointing checkpoint_every keep_checkpoints resume_from"
+    "train": "batch_size grad_accum micro_batch_tokens packing compile max_steps lr warmup_steps"
+    " max_grad_norm gradient_checkpointing checkpoint_every keep_checkpoints resume_from"
     " export_checkpoint",
     "refresh": "refresh_mode refresh_every refresh_drift rollouts_per_refresh max_age",
     "eval": "eval_dataset eval_prompts eval_every answer_checker eval_teacher_text",
@@ -116,7 +117,7 @@ def test_every_key_is_read_somewhere() -> None:
 
 
 def test_the_demo_and_the_typed_defaults_are_valid_configurations() -> None:
-    assert parse().models.student_model == "Qwen/Qwen3-4B"
+    assert parse().models.student_model == ""
     assert parse("--config", "pipeline.yaml").models.student_model == "examples/arithmetic/student"
 
 
@@ -271,7 +272,7 @@ def test_flags_are_not_abbreviated() -> None:
         ("max_steps", "many", "integer"),
         ("max_steps", "1.5", "integer"),
         ("use_lora", "maybe", "boolean"),
-        ("gating", "softish", "'soft', 'hard' or 'fixed'"),
+        ("gating", "softish", "'soft' or 'hard' or input should be a valid number"),
         ("batch_size", "0", "greater than or equal to 1"),
         ("lr", "true", "number"),
         ("sample_top_p", "1.5", "less than or equal to 1"),
@@ -293,7 +294,7 @@ def test_an_ill_typed_micro_batch_names_the_key_and_both_possibilities() -> None
     assert "auto" in message
 
 
-@pytest.mark.parametrize("flag", ["gen_micro_batch", "lp_micro_batch", "score_tokens", "micro_batch_tokens"])
+@pytest.mark.parametrize("flag", ["gen_micro_batch", "lp_micro_batch", "micro_batch_tokens"])
 def test_a_cap_below_one_is_refused(flag: str) -> None:
     message = sentence(f"--{flag}", "0")
     assert f"{flag}: input should be greater than or equal to 1 or input should be 'auto', got 0" in message
@@ -305,11 +306,11 @@ def test_a_cap_below_one_is_refused(flag: str) -> None:
         ("--tau", "-0.5"),
         ("--tau", ".nan"),
         ("--temperature", ".inf", "--signal", "full"),
-        ("--gate_on", "fkl", "--gating", "fixed"),
+        ("--gate_on", "fkl", "--gating", "0.5"),
         ("--teacher_smoothing", "1.0"),
         ("--objective", "jsd"),
-        ("--objective", "jsd", "--gating", "fixed", "--rkl", "mc"),
-        ("--objective", "jsd", "--gating", "fixed", "--mix", "1.0"),
+        ("--objective", "jsd", "--gating", "0.5", "--rkl", "mc"),
+        ("--objective", "jsd", "--gating", "1.0"),
     ],
 )
 def test_numbers_that_the_loss_refuses_are_refused_with_the_configuration(arguments: tuple[str, ...]) -> None:
@@ -330,7 +331,7 @@ def test_a_file_that_is_no_configuration_is_one_sentence(tmp_path: Path, text: s
     ("text", "key", "line"),
     [
         ("tau: 1\nseed: 1\ntau: 2\n", "tau", 3),
-        ("loss: {mix: 0.5}\nloss: {mix: 0.1}\n", "loss", 2),
+        ("loss: {alpha: 0.5}\nloss: {alpha: 0.1}\n", "loss", 2),
         ("dataset:\n  a: 1\n  'a': 3\n", "a", 3),
     ],
 )
@@ -366,6 +367,69 @@ def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert parse("--config", write(tmp_path / "a.yaml", "# nothing\n")) == parse()
+
+
+def test_a_positional_file_is_a_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "tau: 0.5\n")
+    assert parse(path, "--alpha", "7").loss.tau == 0.5
+    assert parse("--use_lora", path).loss.tau == 0.5
+
+
+def test_a_flag_without_a_value_is_one_sentence() -> None:
+    assert sentence("--lr") == "--lr needs a value: --lr VALUE."
+    assert sentence("--lr", "--tau", "1") == "--lr needs a value: --lr VALUE."
+    assert sentence("--config") == "--config needs a value: --config FILE."
+    assert sentence("-lr", "1") == "unknown option -lr; keys are given as --KEY VALUE."
+
+
+def test_a_negative_number_is_a_value() -> None:
+    assert "got -0.5" in sentence("--lr", "-0.5")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("learning_rate", "lr"),
+        ("per-device-train-batch-size", "batch_size"),
+        ("max_completion_length", "max_new_tokens"),
+        ("output_dir", "run_name"),
+    ],
+)
+def test_the_names_of_other_libraries_lead_to_ours(name: str, key: str) -> None:
+    assert sentence(f"--{name}", "1") == f"unknown key {name} on the command line; did you mean {key}?"
+
+
+def test_the_names_of_other_libraries_are_not_ours_and_lead_to_keys_that_exist() -> None:
+    assert not ELSEWHERE.keys() & SECTION_OF.keys()
+    assert set(ELSEWHERE.values()) <= SECTION_OF.keys()
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    assert sentence(str(tmp_path)) == f"config file {tmp_path} is a folder; name a YAML file in it."
+    path = write(tmp_path / "config.yaml", "tau: 0.5\n")
+    assert sentence("--config", str(tmp_path)).endswith(f"the configuration of its run is {path}.")
+
+
+@pytest.mark.parametrize("key", ["student_model", "teacher_model", "dataset"])
+def test_models_and_data_must_be_named(key: str) -> None:
+    with pytest.raises(
+        UserError, match=f"{key} is missing: give it in a configuration file .* or as --{key}"
+    ):
+        configuration.require(parse(), key)
+    configuration.require(parse("--config", "pipeline.yaml"), key)
+
+
+@pytest.mark.parametrize(("value", "mix"), [("0.3", 0.3), ("1", 1.0), ("fixed", 0.5)])
+def test_a_number_is_a_constant_gate(value: str, mix: float) -> None:
+    loss = parse("--gating", value).loss
+    assert not loss.has_threshold
+    assert loss.settings() == DualKLConfig(gating="fixed", mix=mix)
+    assert parse("--gating", "hard").loss.settings() == DualKLConfig(gating="hard")
+
+
+def test_without_held_out_prompts_nothing_is_measured_while_training() -> None:
+    assert parse("--eval_prompts", "0").eval.eval_prompts == 0
+    assert "set eval_prompts above 0" in sentence("--eval_prompts", "0", "--eval_every", "2")
 
 
 # Arithmetic between keys
@@ -422,13 +486,13 @@ def test_a_removed_key_is_refused_with_what_to_do_instead(tmp_path: Path) -> Non
     assert f"the key gate in {path} was removed: tau_share is in section loss" in sentence("--config", path)
 
 
-@pytest.mark.parametrize("key", configuration.REMOVED)
+@pytest.mark.parametrize("key", REMOVED)
 def test_the_advice_for_a_removed_key_is_a_sentence_about_keys_that_exist(key: str) -> None:
     assert key not in SECTION_OF
     assert key not in SECTIONS
-    advice = configuration.REMOVED[key]
+    advice = REMOVED[key]
     assert not advice.endswith(".")
-    assert not set(re.findall(r"\w+_\w+", advice)) & configuration.REMOVED.keys()
+    assert not set(re.findall(r"\w+_\w+", advice)) & REMOVED.keys()
 
 
 @pytest.mark.parametrize(

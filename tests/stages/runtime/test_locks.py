@@ -15,7 +15,14 @@ from stages.runtime import ending, locks
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT
 
-HOLD = "import sys; from pathlib import Path; from stages.runtime import locks; locks.take(Path(sys.argv[1]), 'the run'); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from pathlib import Path
+from stages.runtime import locks
+locks.take(Path(sys.argv[1]), "the run")
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def holder(path: Path) -> subprocess.Popen[str]:

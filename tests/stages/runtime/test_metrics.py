@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl survives what a crash cuts off, and nothing is written by who does nothing."""
+"""What a run logs: metrics.jsonl survives a truncated line, and an idle command writes nothing."""
 
 from pathlib import Path
 

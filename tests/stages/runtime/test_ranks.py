@@ -13,6 +13,7 @@ from stages.loops.drift import Drift
 from stages.runtime import distributed
 from stages.runtime.errors import UserError, command
 from tests.support.helpers import Forker, small, torchrun
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY
 
 MINUTE = 60.0
@@ -24,7 +25,7 @@ def flags(folder: Path, cache_dir: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("killed", "SIGKILL"), ("refuses", "rank 1 cannot go on"), ("hangs", "rank 1 cannot go on")],
+    leading(1, [("killed", "SIGKILL"), ("refuses", "rank 1 cannot go on"), ("hangs", "rank 1 cannot go on")]),
 )
 def test_under_torchrun_no_rank_outlives_one_that_ends(
     tmp_path: Path, caches: Callable[..., str], how: str, message: str

@@ -10,9 +10,10 @@ import torch
 from dualkl.compress import compress, compress_logits
 from stages.fidelity import split_root
 from tests.support.helpers import flags, small
+from tests.support.thinning import leading
 
 
-@pytest.mark.parametrize("signal", ["hidden", "full"])
+@pytest.mark.parametrize("signal", leading(1, ["hidden", "full"]))
 def test_errors_fall_with_the_bytes_and_vanish_with_all_ids(forked, tmp_path: Path, signal: str) -> None:
     arguments = [*small(tmp_path, rollouts_per_refresh=16), *flags(signal=signal)]
     forked.stage("stages.rollout", *arguments).expect_success()

@@ -1,4 +1,4 @@
-"""Effect of smaller signals: the configured loss on stored rows against the loss on the full distribution."""
+"""Errors that smaller signals cause: the loss on packed rows against that on the whole distribution."""
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
 from dualkl.compress import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
-from stages.data.batches import (
-    AnyTeacher,
-    MicroBatch,
-    dual_kl_head,
-    micro_batches,
-    num_tokens,
-    teacher_of,
-    to_tensors,
-)
-from stages.loops.scoring import NUCLEUS_FLOOR
+from stages.data.batches import MicroBatch, micro_batches, num_tokens, on_device, to_tensors
+from stages.data.signals import NUCLEUS_FLOOR, AnyTeacher, dual_kl_head, teacher_of
 from stages.loops.writing import to_numpy
 from stages.models.student import Student
 from stages.runtime.errors import UserError
@@ -54,7 +46,7 @@ class Setting:
         return f"top-{self.k}" if self.p == 1 else f"nucleus {self.p:g}, {self.floor} to {self.k}"
 
 
-def measure(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
+def signal_errors(run: Run, student: Student, snapshot: cache.Snapshot) -> dict[str, Any]:
     """Errors of each setting relative to the cache's rows, on at most `MAX_TOKENS` tokens in row-id order."""
     config = run.config.loss.settings(student.vocab_size)
     sizes = sorted({min(k, student.vocab_size) for k in SIZES})
@@ -128,7 +120,7 @@ def _stored(
         setting.num_bytes += len(packed)
         setting.num_kept += int((ids[start:end] >= 0).sum())
         read.append(cache.Record(**{**record.__dict__, "signal": codec.decode(packed)}))
-    return teacher_of(read, None, device, vocab_size)
+    return on_device(teacher_of(read, None, vocab_size), device)
 
 
 def _compress(teacher: AnyTeacher, targets: Tensor, setting: Setting, vocab_size: int) -> Compressed:

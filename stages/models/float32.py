@@ -1,14 +1,16 @@
-"""Forwards in float32 for any model dtype, with short attention windows, to compare two computations.
+"""Forwards in float32 of a model in any dtype, without a second copy of its weights.
 
-In float32, differences are either rounding (about 1e-6) or a real error. Weights are upcast one at a time
-when used, so there is no second copy of the model.
+Between two float32 computations, differences are either rounding (about 1e-6) or a real error. `in_float32`
+widens every torch function, whatever the model computes: for the checks at load. `upcast_weights` only gives
+modules fp32 weights, rounded as in training, and leaves other code alone: for the probe, whose loss kernels
+read tensors by address.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +107,10 @@ def in_float32(sharded: nn.Module | None = None) -> Iterator[None]:
         yield
 
 
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Module that computes the hidden states for the lm_head.
-
-    `get_decoder` returns the whole model for Llama 4, and the head's matrix for ModernBERT's decoder.
-    """
-    decoder = model.get_decoder()
-    if decoder is model:
-        return model.model
-    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
-
-
 @contextmanager
 def float32_attention(model: PreTrainedModel) -> Iterator[None]:
     """Disable flash attention, which needs half precision."""
-    own = model.config._attn_implementation
+    own = model.config._attn_implementation or ""
     if "flash" in own:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
@@ -158,3 +149,55 @@ def short_windows(model: PreTrainedModel) -> Iterator[None]:
                     stack.callback(setattr, holder, name, value)
                     setattr(holder, name, WINDOW)
         yield
+
+
+@contextmanager
+def upcast_weights(model: PreTrainedModel, read_as: torch.dtype) -> Iterator[None]:
+    """Each module's weights are fp32 while it runs: those that training uses. Autocast must be off.
+
+    `read_as`: dtype to which autocast rounds the matrices of frozen and fully trained layers. Adapter weights
+    are merged unrounded, so they are not rounded here. Embeddings are looked up in their own dtype.
+    """
+    precision = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
+        stack.enter_context(float32_attention(model))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                hooks = [module.register_forward_hook(lambda _m, _i, output: tree_map(_wide, output))]
+            elif any(p is not None and p.is_floating_point() for p in module._parameters.values()):
+                swap = _Swap(None if "lora_" in name else read_as)
+                stack.callback(swap.undo, module)
+                hooks = [
+                    module.register_forward_pre_hook(swap.begin, with_kwargs=True),
+                    module.register_forward_hook(lambda m, _i, _o, swap=swap: swap.undo(m)),
+                ]
+            else:
+                continue
+            for hook in hooks:
+                stack.callback(hook.remove)
+        yield
+
+
+class _Swap:
+    """Replace a module's parameters with fp32 ones while it runs."""
+
+    def __init__(self, read_as: torch.dtype | None) -> None:
+        self._read_as = read_as
+        self._own: dict[str, Any] = {}
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self.undo(module)
+        self._own = dict(module._parameters)
+        for name, parameter in self._own.items():
+            if parameter is not None and parameter.is_floating_point():
+                weight = parameter.detach()
+                if self._read_as is not None and weight.ndim > 1:
+                    weight = weight.to(self._read_as)
+                module._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)
+        return tree_map(_wide, args), tree_map(_wide, kwargs)
+
+    def undo(self, module: nn.Module) -> None:
+        module._parameters.update(self._own)
+        self._own = {}

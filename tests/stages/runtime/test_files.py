@@ -19,6 +19,7 @@ from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.errors import UserError
 from stages.runtime.run import FOLDERS
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, policy_of, student_of, train_from
 
 STEP = {"kind": "step", "step": 1, "tokens": 8, "loss": 0.5}
@@ -130,7 +131,7 @@ def test_an_exported_student_is_replaced_as_a_whole(
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")],
+    leading(1, [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]),
     ids=repr,
 )
 def test_a_full_disk_at_the_export_is_a_sentence_and_the_student_before_it_stays(
@@ -156,16 +157,18 @@ def test_a_full_disk_at_the_export_is_a_sentence_and_the_student_before_it_stays
 
 def test_only_folders_named_as_versions_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions.students, "export", lambda _, folder, __: folder.mkdir(parents=True))
+    run = make_run(tmp_path)
+    folder = run.folder
     kept = ("000001-mine", "000-notes", ".git", "elsewhere")
     for name in kept:
-        (tmp_path / "versions" / name).mkdir(parents=True)
-    (tmp_path / "versions/elsewhere/precious").write_text("")
-    (tmp_path / "versions/000000-00000000").symlink_to(tmp_path / "versions/elsewhere")
+        (folder / "versions" / name).mkdir(parents=True)
+    (folder / "versions/elsewhere/precious").write_text("")
+    (folder / "versions/000000-00000000").symlink_to(folder / "versions/elsewhere")
     for index in range(1, 6):
-        versions.publish(tmp_path, None, versions.Version(index, index, f"{index:016x}", 4))
-    left = sorted(path.name for path in (tmp_path / "versions").iterdir())
+        versions.publish(run, None, versions.Version(index, index, f"{index:016x}", 4))
+    left = sorted(path.name for path in (folder / "versions").iterdir())
     assert left == sorted((*kept, "newest.json", *(f"{index:06d}-00000000" for index in (3, 4, 5))))
-    assert (tmp_path / "versions/elsewhere/precious").exists()
+    assert (folder / "versions/elsewhere/precious").exists()
 
 
 # Checkpoints

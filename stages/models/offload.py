@@ -1,4 +1,4 @@
-"""Offloading of student and teacher on a GPU that cannot hold both."""
+"""Offloading: on a GPU that cannot hold student and teacher, the idle one waits in host memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CROWDED = 0.8
 ADAM_BYTES = 8  # optimizer state per trained weight
 
 
-def must_take_turns(student: float, trained: int, teacher: float, card: float) -> bool:
+def must_offload(student: float, trained: int, teacher: float, card: float) -> bool:
     """Whether the weights of both models leave too little room on a GPU of `card` bytes.
 
     `student`, `teacher`: bytes of their weights on the GPU. `trained`: number of the student's trained
@@ -26,7 +26,7 @@ def must_take_turns(student: float, trained: int, teacher: float, card: float) -
     return student + ADAM_BYTES * trained + teacher > CROWDED * card
 
 
-class Turns:
+class Offloader:
     """Move the student and a plain teacher between GPU and host memory if both do not fit.
 
     Weights are restored bit for bit, in the same parameters at other addresses; the engine's memory is freed.
@@ -37,25 +37,26 @@ class Turns:
     def __init__(self, run: Run, student: nn.Module, engine: Engine | None = None) -> None:
         self._enabled, self._device = _is_crowded(run, student), run.world.device
         self._student, self._engine = student, engine
+        self._teacher: Teacher | None = None
 
     def to_teacher(self, get_teacher: Callable[[], Teacher]) -> Teacher:
-        """Put the teacher on the device, loading it the first time."""
+        """Put the teacher on the device, loading it the first time; the student leaves before it comes."""
         if self._enabled:
             if self._engine is not None:
                 self._engine.close()
             self._student.to(HOST)
             _give_back(self._device)
-        teacher = get_teacher()
+        self._teacher = get_teacher()
         if self._enabled:
-            teacher.move(self._device)
-        return teacher
+            self._teacher.move(self._device)
+        return self._teacher
 
-    def to_student(self, teacher: Teacher | None) -> None:
-        """Put the student on the device. `teacher`: the one currently there, if any."""
+    def to_student(self) -> None:
+        """Put the student on the device; the teacher, if it was there, leaves first."""
         if not self._enabled:
             return
-        if teacher is not None:
-            teacher.move(HOST)
+        if self._teacher is not None:
+            self._teacher.move(HOST)
             _give_back(self._device)
         self._student.to(self._device)
 
@@ -67,7 +68,7 @@ def _is_crowded(run: Run, student: nn.Module) -> bool:
         return False  # without trained weights `student` is a teacher that writes its own text
     weights = sum(p.numel() * p.element_size() for p in parameters)
     card = torch.cuda.get_device_properties(world.device).total_memory
-    return must_take_turns(weights, trained, resident_bytes(run.config, world.size), card)
+    return must_offload(weights, trained, resident_bytes(run.config, world.size), card)
 
 
 def _give_back(device: torch.device) -> None:

@@ -13,13 +13,14 @@ import pytest
 
 import cache
 from stages import train as stage_two
-from stages.loops import refresh, roles, setup
+from stages.loops import elsewhere, refresh, setup
 from stages.loops.writing import UnitWriter
 from stages.models.teacher import TeacherLoader
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from tests.kill_campaign import assert_same_rows
 from tests.support.helpers import Forker, make_run, prompts_of, records_of, small
+from tests.support.thinning import leading
 from tests.support.tiny_runs import policy_of, student_of
 
 VALUES: dict[str, Any] = {
@@ -34,7 +35,7 @@ NUM_UNITS = 3
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; those that are started have an hour."""
-    monkeypatch.setattr(roles, "PATIENCE", 0.12)
+    monkeypatch.setattr(elsewhere, "PATIENCE", 0.12)
 
 
 class Stop(Exception):
@@ -48,15 +49,16 @@ def role(folder: Path, name: str, **values: Any) -> Run:
 def generate(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "generate", **values)
     vocabulary = setup.shared_vocabulary(run.config)
-    return roles.generate_rollouts(
-        run, policy_of(run, student_of(run)), vocabulary, prompts_of(run.config), refresh_index=index
+    policy = policy_of(run, student_of(run))
+    return refresh.write_rollouts(
+        run, policy, vocabulary, prompts_of(run.config), refresh_index=index, teacher=None
     )
 
 
 def score(folder: Path, index: int = 0, **values: Any) -> int:
     run = role(folder, "score", **values)
     with TeacherLoader(run.config, run.world) as teacher:
-        return roles.score_rollouts(
+        return refresh.score_rollouts(
             run, setup.shared_vocabulary(run.config), refresh_index=index, teacher=teacher
         )
 
@@ -106,7 +108,7 @@ def test_first_one_then_the_other_writes_what_both_write(tmp_path: Path, expecte
     }
 
 
-@pytest.mark.parametrize("kind", ["nucleus", "hidden", "full"])
+@pytest.mark.parametrize("kind", leading(1, ["hidden", "nucleus", "full"]))
 def test_other_signals_need_no_more_of_an_unscored_row(tmp_path: Path, kind: str) -> None:
     values = {"signal": kind, "rollouts_per_refresh": 4, "rollouts_per_unit": 4}
     generate(tmp_path / "apart", **values)
@@ -140,6 +142,7 @@ def test_scored_rows_of_role_both_are_neither_generated_nor_scored_again(
     assert_same_rows(cache_of(tmp_path), expected)
 
 
+@pytest.mark.thorough
 def test_either_side_goes_on_after_a_crash(
     tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,13 +168,13 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        UserError, match=r"no unit to score appeared at .*cache-unscored .*24 planned .* none\. Is stages"
+        UserError, match=r"no rollouts to score appeared in .*cache-unscored .*found none, planned are 24\)"
     ):
         score(tmp_path)
-    assert "waiting for rollouts at" in capsys.readouterr().out
+    assert "waiting for rollouts in" in capsys.readouterr().out
     generate(tmp_path, rollouts_per_refresh=8)
     with pytest.raises(
-        UserError, match=r"24 planned rollouts there are refresh 0 by policy [0-9a-f]{16}: 8\. Is"
+        UserError, match=r"found 8 of refresh 0 by policy [0-9a-f]{16}, planned are 24\)\. Start"
     ):
         score(tmp_path)
     assert len(cache.open(cache_of(tmp_path))) == 8  # what was there is scored
@@ -180,7 +183,7 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
 def test_another_runs_rows_are_not_scored(tmp_path: Path) -> None:
     root = tmp_path / "shared"
     generate(tmp_path, cache_dir=root, run_name="other", seed=5)
-    with pytest.raises(UserError, match="no unit to score appeared"):
+    with pytest.raises(UserError, match="no rollouts to score appeared"):
         score(tmp_path, cache_dir=root)
     generate(tmp_path, cache_dir=root)
     score(tmp_path, cache_dir=root)
@@ -226,7 +229,7 @@ def join(workers: list[Any]) -> None:
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
 
 
-@pytest.mark.parametrize(("generators", "scorers"), [(1, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("generators", "scorers"), leading(1, [(2, 2), (1, 1), (4, 4)]))
 def test_several_generators_and_several_zero3_scorers_at_the_same_time(
     tmp_path: Path, forked: Forker, expected: Path, generators: int, scorers: int
 ) -> None:

@@ -1,0 +1,126 @@
+"""The command `dualkl`: each of its commands is a module, which `python -m` runs too.
+
+Imports nothing heavy: help appears at once, and signals are handled from the start.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from stages.runtime import ending
+
+COMMANDS = {
+    "init": "stages.init",
+    "run": "stages.pipeline",
+    "rollout": "stages.rollout",
+    "train": "stages.train",
+    "evaluate": "stages.evaluate",
+    "report": "stages.report",
+    "view": "stages.view",
+    "plan": "stages.plan",
+    "fidelity": "stages.fidelity",
+    "cache": "cache.__main__",
+    "export": "stages.export",
+    "doctor": "stages.doctor",
+}
+CONFIGURED = ("init", "run", "rollout", "train", "evaluate", "report", "plan", "fidelity")
+"""Commands that take the whole configuration."""
+COMPLETION = """_dualkl() {{
+  local words="{commands}"
+  [ "$COMP_CWORD" -gt 1 ] && words="{keys}"
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _dualkl dualkl"""
+
+
+def main() -> None:
+    """Run `dualkl COMMAND ...`, as `python -m MODULE ...` would."""
+    name, rest = sys.argv[1:2], sys.argv[2:]
+    if not name or name[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif name[0] == "--version":
+        print(f"dualkl {metadata.version('dualkl')}")
+    elif name[0] == "--completion":
+        print(completion())
+    elif name[0] not in available():
+        near = difflib.get_close_matches(name[0], available(), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(available())}."
+        print(f"error: unknown command {name[0]}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    elif name[0] == "cache":
+        from cache import __main__, interrupt
+
+        interrupt.install()
+        raise SystemExit(__main__.main(rest))
+    else:
+        _run(name[0], rest)
+
+
+def _run(name: str, rest: list[str]) -> None:
+    sys.argv = [f"dualkl {name}", *rest]
+    begin(docstring(COMMANDS[name]) if name in CONFIGURED else "")
+    module = importlib.import_module(COMMANDS[name])
+    from stages.runtime.errors import command
+
+    command(module.main)
+
+
+def begin(description: str | None) -> None:
+    """Handle signals, and `--help` where a `description` is given; before imports, which take seconds."""
+    ending.install()
+    arguments = sys.argv[1:]
+    if description and ("--help" in arguments or "-h" in arguments):
+        from stages.runtime.config import parse_arguments
+
+        parse_arguments(arguments, description)
+
+
+def available() -> dict[str, str]:
+    return {name: module for name, module in COMMANDS.items() if importlib.util.find_spec(module)}
+
+
+def docstring(module: str) -> str:
+    """The docstring of a module that is not imported."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+def overview() -> str:
+    """The commands with the first sentence of each, and where to begin."""
+    from stages.runtime.shipped import ROOT
+
+    lines = [f"  {name:<10}{docstring(module).partition(chr(10))[0]}" for name, module in available().items()]
+    return "\n".join(
+        [
+            "usage: dualkl COMMAND [FILE ...] [--KEY VALUE ...]",
+            "",
+            *lines,
+            "",
+            "dualkl run demo            distil a small real student on the CPU, in minutes",
+            "dualkl COMMAND --help      the most used keys; --help all shows every key",
+            "dualkl --version           the version",
+            'source <(dualkl --completion)    complete commands and keys in bash, or in zsh after "bashcompinit"',
+            "",
+            f"Recipes are in {ROOT / 'recipes'}; dualkl plan qwen3-4b takes one by its name.",
+        ]
+    )
+
+
+def completion() -> str:
+    """A completion script for bash."""
+    from stages.runtime.config import SECTION_OF
+
+    keys = " ".join(f"--{key}" for key in ("help", "config", *SECTION_OF))
+    return COMPLETION.format(commands=" ".join(available()), keys=keys)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The rows that a student may be trained on: those of the run's own cache, and of further ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cache
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The rows eligible for training.
+
+    Attributes:
+        row_ids: sorted.
+        version: index of the newest refresh in the pool.
+        ages: each row's staleness in optimizer steps; -1 for rows of other runs.
+        lengths: prompt and completion tokens of each row.
+        opened_at: the optimizer step at which `ages` were computed.
+        extras: rows of further caches, under keys `NUMBER:ROW_ID`; `ages` and `lengths` include them.
+    """
+
+    row_ids: list[str]
+    version: int
+    ages: dict[str, int]
+    lengths: dict[str, tuple[int, int]]
+    opened_at: int = 0
+    extras: tuple[Extra, ...] = ()
+
+    @property
+    def num_off_policy(self) -> int:
+        return sum(age < 0 for age in self.ages.values())
+
+    @property
+    def num_own(self) -> int:
+        return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
+
+    def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
+        """Return this pool with another cache's rows; `weight` of them are drawn per row of the main one."""
+        prefix = f"{len(self.extras)}:"
+        keys = [prefix + row_id for row_id in found.row_ids]
+        return replace(
+            self,
+            extras=(*self.extras, Extra(keys, weight, snapshot)),
+            ages=self.ages
+            | {key: found.ages[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
+            lengths=self.lengths
+            | {key: found.lengths[row_id] for key, row_id in zip(keys, found.row_ids, strict=True)},
+        )
+
+    def locate(self, key: str, own: cache.Snapshot) -> tuple[cache.Snapshot, str]:
+        """Return the snapshot that holds the row, and the row's id there; `own` is the main cache."""
+        number, found, row_id = key.rpartition(":")
+        return (self.extras[int(number)].snapshot if found else own), row_id
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The rows of another cache in a pool; `weight` of them are drawn per row of the main cache."""
+
+    keys: list[str]
+    weight: float
+    snapshot: cache.Snapshot
+
+
+def live_pool(
+    snapshot: cache.Snapshot,
+    run_id: str,
+    version: int,
+    at_step: int,
+    max_age: int,
+    policies: dict[int, str],
+) -> Pool:
+    """Return the rows eligible for training at step `at_step`.
+
+    These are this run's rows of refresh `version`, its earlier ones up to `max_age` steps old, and all rows
+    of other runs.
+
+    `policies`: the policy hash of each refresh of this run. Rows written by another policy are excluded,
+    except in refresh 0, where they count as rows of another run.
+    """
+    index = snapshot.index.drop_columns(["prompt_id", "unit"]).to_pylist()
+    ages: dict[str, int] = {}
+    for row in index:
+        if row["run_id"] != run_id:
+            ages[row["row_id"]] = -1
+        elif row["policy_hash"] != policies.get(row["refresh_index"], row["policy_hash"]):
+            if row["refresh_index"] == version == 0:
+                ages[row["row_id"]] = -1
+            continue  # written by rolled-back weights
+        elif row["refresh_index"] == version or (
+            row["refresh_index"] < version and at_step - row["policy_step"] <= max_age
+        ):
+            ages[row["row_id"]] = at_step - row["policy_step"]
+    lengths = {
+        row["row_id"]: (row["num_prompt_tokens"], row["num_completion_tokens"])
+        for row in index
+        if row["row_id"] in ages
+    }
+    return Pool(sorted(ages), version, ages, lengths, at_step)

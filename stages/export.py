@@ -1,0 +1,211 @@
+"""Export a run's student: its adapter, or all weights merged, ready for transformers, PEFT, vLLM and SGLang.
+
+    python -m stages.export runs/demo --merge
+
+Writes weights, tokenizer, chat template, generation config and a model card to RUN/export, or with --merge to
+RUN/export-merged. A run that is not finished is exported from its newest checkpoint.
+
+    --merge          all weights with the adapter in them, named and shaped as the base's
+    --dtype DTYPE    bf16, fp16 or fp32 (default: the base's; an adapter alone: fp32, as trained)
+    --out DIR        another folder
+    --overwrite      replace a student that was exported there before
+    --license ID     licence for the model card, e.g. apache-2.0 (default: the one in the base's README.md)
+    --push USER/NAME upload the folder to the Hugging Face hub, into a private repository if it is new
+"""
+
+from __future__ import annotations
+
+if not __package__:  # run as a file: the repository root must be importable, not stages/
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if __name__ == "__main__":  # signal handling first: the imports below take seconds
+    from stages.runtime import ending
+
+    ending.install()
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from peft import PeftModel
+
+from cache.plain import plain
+from stages.models import exporting, hub
+from stages.models.exporting import Source
+from stages.models.student import Student, policy_hash
+from stages.runtime import card, metrics
+from stages.runtime import config as configuration
+from stages.runtime.config import Config
+from stages.runtime.errors import UserError, command, one_line
+from stages.runtime.files import new_folder, publish_folder, replace_text
+from stages.runtime.run import quieten_libraries
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's --max-lora-rank takes."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python -m stages.export --help` lists what it takes.")
+
+
+def main() -> None:
+    own = _arguments(sys.argv[1:])
+    quieten_libraries()
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # DeepSpeed, which PEFT imports, warns where it finds no GPU
+    folder = run_folder(own.run)
+    config = _config_of(folder)
+    records = metrics.read(folder / "metrics.jsonl")
+    exports = [record for record in records if record["kind"] == "export"]
+    merges = own.merge or not config.lora.use_lora
+    out = Path(own.out) if own.out else folder / ("export-merged" if own.merge else "export")
+    _check_out(out, own.overwrite)
+    if own.push:
+        hub.check(own.push, out)
+    source = exporting.find_source(folder, config, exports)
+    _say(f"exporting step {source.step} of {config.train.max_steps}, from {source.path}")
+    student = exporting.load_trained(config, source)
+    weights = card.Weights(source.step, policy_hash(student), merges and config.lora.use_lora, own.license)
+    weights = replace(weights, usage=tuple(_usage(own.push or out.name, config, student, merges)))
+    _write(student, out, own.dtype, config, merges, card.model_card(records, config, weights))
+    _report(out, config, student, merges, source)
+    if own.push:
+        _say(f"pushed    {hub.upload(out, own.push)}")
+
+
+def _arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m stages.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python -m stages.export RUN [options]",
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("run", help=argparse.SUPPRESS)
+    for flag in ("--merge", "--overwrite"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=sorted(exporting.DTYPES), help=argparse.SUPPRESS)
+    for flag in ("--out", "--license", "--push"):
+        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run, given as its path or as its name in `runs`."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name} is a file; give the folder of a run, such as runs/demo.")
+    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        raise UserError(f"{name} is a model's folder already; give the folder of the run, such as runs/demo.")
+    near = path if path.is_dir() else path.parent
+    runs = sorted(
+        {file.parent.name for file in [*near.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")]}
+    )
+    there = f"; there are {', '.join(runs[:8])}" if runs else ""
+    raise UserError(f"{name} is not the folder of a run (it has no config.yaml){there}.")
+
+
+def _config_of(folder: Path) -> Config:
+    """The run's own configuration, at the place where the folder is now."""
+    place = folder.resolve()
+    where = ["--run_name", place.name, "--runs_dir", str(place.parent)]
+    return configuration.parse_arguments(["--config", str(folder / "config.yaml"), *where], "")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raise UserError if `out` exists, unless it is to be replaced and holds an exported model."""
+    if not out.exists() and not out.is_symlink():
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return
+    is_export = out.is_dir() and not out.is_symlink() and (out / "generation_config.json").is_file()
+    if not overwrite:
+        raise UserError(f"{out} exists; give --overwrite to replace it, or --out for another folder.")
+    if not is_export:
+        raise UserError(f"{out} was not written by this command, so it is not replaced; give another --out.")
+
+
+def _write(student: Student, out: Path, dtype: str | None, config: Config, merges: bool, text: str) -> None:
+    """Write the export to `out`, which is complete or as before, and compare its tensors with the base's."""
+    base = config.models.student_model
+    wanted = exporting.DTYPES[dtype] if dtype else exporting.dtype_of(base) if merges else None
+    if isinstance(student.model, PeftModel):
+        if merges:
+            assert wanted is not None
+            student = replace(student, model=exporting.merge(student.model, wanted))
+        else:
+            exporting.name_base(student.model, base)
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        new_folder(partial)
+        exporting.save(student, partial, wanted, exporting.generation_of(base, student.eos_ids))
+        replace_text(partial / "README.md", text)
+        if merges and (odd := exporting.differing(partial, base)):
+            _say(
+                f"warning: {len(odd)} tensors are named or shaped other than in the files of {base}, the first is"
+                f" {odd[0]}; transformers loads them, other software may not"
+            )
+        publish_folder(partial, out)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError) and "os error" not in str(error):  # safetensors has its own class
+            raise
+        raise UserError(
+            f"the student could not be written to {out} ({one_line(error)}). Free space, or give another --out."
+        ) from error
+
+
+def _usage(name: str, config: Config, student: Student, merges: bool) -> list[str]:
+    """Lines of the model card: how to load the folder called `name`."""
+    quoted, run = shlex.quote(plain(name)), shlex.quote(plain(config.run.run_name))
+    base = shlex.quote(plain(exporting.absolute(config.models.student_model)))
+    if merges or not isinstance(student.model, PeftModel):
+        return [
+            f'    AutoModelForCausalLM.from_pretrained({plain(name)!r}, dtype="auto")     # transformers',
+            f"    vllm serve {quoted}",
+            f"    python -m sglang.launch_server --model-path {quoted}",
+            f"    lm_eval --model hf --model_args pretrained={quoted} --tasks gsm8k --apply_chat_template",
+            f"    python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {run}.gguf --outtype bf16",
+        ]
+    own_rank = max(settings.r for settings in student.model.peft_config.values())
+    rank = next((rank for rank in VLLM_RANKS if rank >= own_rank), own_rank)
+    return [
+        f'    AutoPeftModelForCausalLM.from_pretrained({plain(name)!r}, dtype="auto")     # PEFT',
+        f"    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {run}={quoted}",
+        f"    lm_eval --model hf --model_args pretrained={base},peft={quoted} --tasks gsm8k --apply_chat_template",
+        f"    python llama.cpp/convert_lora_to_gguf.py {quoted} --base {base} --outfile {run}-lora.gguf",
+    ]
+
+
+def _report(out: Path, config: Config, student: Student, merges: bool, source: Source) -> None:
+    what = "the adapter"
+    if merges:
+        what = "all weights" + (" with the adapter merged" if config.lora.use_lora else "")
+    _say(f"exported  step {source.step}, {what}")
+    if source.step < config.train.max_steps and source.kind != "best":
+        _say(f"          the run is not finished ({source.step} of {config.train.max_steps} steps)")
+    _say(f"folder    {out}")
+    for line in _usage(str(out), config, student, merges):
+        _say(f"try       {line.strip()}")
+
+
+def _say(line: str) -> None:
+    print(plain(line), flush=True)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,164 @@
+"""The command `dualkl`: its commands, how soon help is there, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from stages import cli
+from tests.support.helpers import ROOT, Forker, run_python, small
+
+HEAVY = ("torch", "transformers", "datasets", "deepspeed", "peft")
+
+
+def dualkl(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stages.cli", *arguments],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["train", "--help"], ["run", "--help", "all"]], ids=str
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['dualkl', *{arguments}]\n"
+        "from stages import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = run_python("-c", code).expect_success()
+    assert done.out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", cli.CONFIGURED)
+def test_the_help_of_a_command_is_one_screen_by_either_name(name: str) -> None:
+    shown = dualkl(name, "--help")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith(cli.docstring(cli.COMMANDS[name]).partition("\n")[0])
+    assert len(shown.stdout.splitlines()) <= 40
+    if name == "train":
+        assert run_python("-m", cli.COMMANDS[name], "--help").out == shown.stdout
+
+
+def test_the_overview_lists_the_commands_with_what_they_do() -> None:
+    shown = cli.overview()
+    for name, module in cli.available().items():
+        assert f"  {name:<10}{cli.docstring(module).partition(chr(10))[0]}\n" in shown
+    assert {"run", "rollout", "train", "evaluate", "report", "plan", "cache"} <= cli.available().keys()
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    done = dualkl("trane")
+    assert (done.returncode, done.stderr) == (2, "error: unknown command trane; did you mean train?\n")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert dualkl("--version").stdout.startswith("dualkl ")
+
+
+def test_the_completion_is_a_script_that_completes_commands_and_keys() -> None:
+    script = (
+        cli.completion()
+        + '\nCOMP_WORDS=(dualkl train --lora_a); COMP_CWORD=2; _dualkl; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "--lora_alpha\n"
+
+
+def test_the_cache_command_is_that_of_the_package(tmp_path: Path) -> None:
+    done = dualkl("cache", "summary", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
+    done = dualkl("report", "--learning_rate", "1")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown key learning_rate on the command line; did you mean lr?\n"
+
+
+def test_a_command_without_models_says_which_key_is_missing(forked: Forker) -> None:
+    forked.stage("stages.train").expect_sentence("student_model is missing", "--student_model")
+    forked.stage("stages.rollout", "--student_model", "x").expect_sentence("teacher_model is missing")
+    forked.stage("stages.plan", "--gpu", "h100", "--student_model", "x").expect_sentence(
+        "teacher_model is missing"
+    )
+
+
+def test_a_run_without_evaluation_ends_with_the_student_and_the_next_command(
+    tmp_path: Path, forked: Forker
+) -> None:
+    folder = tmp_path / "demo"
+    arguments = small(tmp_path, eval_prompts=0, max_steps=2)
+    done = forked.stage("stages.pipeline", *arguments).expect_success()
+    assert f"student {folder / 'student'}" in done.out
+    assert f"next    dualkl export {folder}" in done.out
+    assert "held-out prompts" not in done.out
+    assert not (folder / "eval").exists()
+    lines = [line for line in done.err.splitlines() if line.startswith("training: ")]
+    assert lines[-1].startswith("training: 2 of 2 steps; loss ")
+    for figure in ("reverse KL ", "forward KL ", "λ ", "tokens/s"):
+        assert figure in lines[-1]
+    assert done.err.splitlines() == lines, "libraries are silent"
+    assert not set("\r\x1b") & set(done.out + done.err)
+    quiet = forked.stage("stages.report", str(folder), "--quiet").expect_success()
+    assert f"student {folder / 'student'}" in quiet.out
+    forked.stage("stages.evaluate", *arguments).expect_sentence("eval_prompts is 0")
+
+
+def test_a_wheel_holds_the_demo_and_the_recipes(tmp_path: Path) -> None:
+    """Built from the files that the package needs, by the build backend itself."""
+    pytest.importorskip("setuptools", "70", reason="setuptools builds the wheel")
+    source = tmp_path / "source"
+    names = ["stages", "dualkl", "cache", "recipes", "examples"]
+    for name in names:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pipeline.yaml"):
+        shutil.copy(ROOT / name, source)
+    code = f"from setuptools import build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=300)
+    wheel = next(tmp_path.glob("*.whl"))
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    assert (installed / "stages/shipped/pipeline.yaml").read_bytes() == (ROOT / "pipeline.yaml").read_bytes()
+    entry = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "dualkl = stages.cli:main" in entry
+    code = (
+        "from stages.runtime.config import parse_arguments as p; print(p(['demo'], '').models.student_model)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(installed)
+    assert (found / "model.safetensors").is_file()
+
+
+def test_commands_handle_signals_before_their_imports() -> None:
+    """Each command handles signals and --help first, since its imports take seconds."""
+    for name in cli.CONFIGURED:
+        tree = ast.parse((ROOT / f"{cli.COMMANDS[name].replace('.', '/')}.py").read_text())
+        first = next(i for i, node in enumerate(tree.body) if "begin(__doc__)" in ast.unparse(node))
+        before = [ast.unparse(node) for node in tree.body[:first]]
+        assert not [
+            text for text in before if text.startswith(("import ", "from ")) and "__future__" not in text
+        ]

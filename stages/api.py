@@ -20,8 +20,8 @@ from stages.models import pretrained
 from stages.pipeline import pipeline
 from stages.report import collect
 from stages.runtime import config as configuration
-from stages.runtime import ending, yaml_text
-from stages.runtime.config import Config, name_and_revision
+from stages.runtime import ending, flags, yaml_text
+from stages.runtime.config import SECTION_OF, Config, name_and_revision
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run, start
 from stages.runtime.terminal import Style
@@ -151,6 +151,8 @@ def _rows(key: str, value: Any, folder: Path) -> Any:
 
 def _configure(keys: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The configuration with sizes for what is not given, and lines that say what was found."""
+    if wrong := [key for key in keys if key not in SECTION_OF]:
+        raise UserError(flags.unknown_key(wrong[0], "in the call of distill", SECTION_OF))
     asked = configuration.parse_arguments([f"--{key}={_text(value)}" for key, value in keys.items()], "")
     given = {leaf: sizing.value_of(asked, leaf) for leaf in keys}
     machine = sizing.this_machine(int(os.environ.get("WORLD_SIZE", "1")), asked.run.device)

@@ -1,11 +1,11 @@
 """Look at your own models and data, and write a configuration for them.
 
-    python -m stages.init --student MODEL --teacher MODEL --data DATA       (and any configuration key)
+    dualkl init --student MODEL --teacher MODEL --data DATA
 
-Models are folders or hub names; data is a file, a folder or a hub data set (docs/data.md). Reads no weights.
-Prints what it found and the plan, and writes a commented file for stages.pipeline. Extra options: --out FILE;
---gpus N and --gpu_memory GB of one GPU, to plan for another machine. Keys that are given are kept. Held-out
-prompts are split off the data unless eval_dataset names others; --eval_prompts 0 turns evaluation off.
+MODEL is a folder or a hub name, DATA a file, a folder or a hub data set (docs/data.md). Reads no weights.
+Prints what it found and the plan, and writes a short file for `dualkl run` to --out FILE. --gpus N and
+--gpu_memory GB (of one GPU) plan for another machine. Keys that are given are kept. Held-out prompts are
+split off the data unless eval_dataset names others; --eval_prompts 0 turns evaluation off.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from stages.loops import sizing
 from stages.loops.sizing import Choice, Choices, Machine
 from stages.loops.survey import Survey, findings
 from stages.runtime import config as configuration
-from stages.runtime import yaml_text
+from stages.runtime import flags, yaml_text
 from stages.runtime.config import SECTION_OF, SECTIONS, Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 
-EXAMPLE = "python -m stages.init --student MODEL --teacher MODEL --data FILE.jsonl"
+EXAMPLE = "dualkl init --student MODEL --teacher MODEL --data FILE.jsonl"
 LINES = (
     "run_name",
     "student_model",
@@ -56,28 +56,44 @@ LINES = (
     "lr",
 )
 """Keys with a line and a comment of their own; the other keys of a section share a line."""
-COMMENT_COLUMN = 44
+COMMENT_COLUMN = 42
+SECTION_NOTES = {
+    "rollout": "what a crash can cost: rollouts_per_unit",
+    "refresh": "the current student writes new rollouts",
+}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python -m stages.init --help` lists what it takes.")
+        raise UserError(f"{message}; `dualkl init --help` lists what it takes.")
 
 
 def main() -> None:
     own, rest = _own_arguments(sys.argv[1:])
     named = {"student_model": own.student, "teacher_model": own.teacher, "dataset": own.data}
     asked = configuration.parse_arguments([*_flags(named), *rest], __doc__ or "")
-    given = {leaf: sizing.value_of(asked, leaf) for leaf in [*named, *_keys_in(rest)]}
+    files, texts = flags.split(rest, SECTION_OF, configuration.SWITCHES)
+    if files:
+        raise UserError(f"init writes a configuration and reads none, got {files[0]}; give single keys.")
+    given = {leaf: sizing.value_of(asked, leaf) for leaf in named | texts}
     given.setdefault("run_name", _run_name(asked))
-    path, machine = _free_path(own.out, given["run_name"]), _machine(own)
+    path, machine = _free_path(own.out, given["run_name"]), _machine(own, asked.run.device)
     found, chosen = sizing.configure(asked, machine, given)
     _say(*findings(asked, found), f"machine   {machine}", "")
     chosen, lines = _planned(chosen, found, machine)
     _say(*lines, "")
-    replace_text(path, file_text(chosen, path))
-    launch = f"torchrun --nproc_per_node {machine.processes}" if machine.processes > 1 else "python"
-    _say(f"wrote     {path}: change what you like", f"next      {launch} -m stages.pipeline --config {path}")
+    replace_text(path, file_text(chosen, path, machine))
+    _say(f"wrote     {path}: change what you like", f"check     dualkl doctor {path}")
+    _say(f"next      {_run(path, machine)}")
+
+
+def _run(path: Path, machine: Machine) -> str:
+    processes = machine.processes
+    return (
+        f"torchrun --nproc_per_node {processes} -m stages.pipeline {path}"
+        if processes > 1
+        else f"dualkl run {path}"
+    )
 
 
 def _say(*lines: str) -> None:
@@ -95,8 +111,6 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     is_help = {"-h", "--help"} & {*rest}
     if missing := [name for name in ("student", "teacher", "data") if not getattr(own, name) and not is_help]:
         raise UserError(f"init needs --{' and --'.join(missing)}: {EXAMPLE}")
-    if "--config" in rest:
-        raise UserError("init writes a configuration and reads none; give single keys, or edit the file.")
     for name in ("gpus", "gpu_memory"):
         if not 0 <= getattr(own, name) < float("inf"):
             raise UserError(f"{name} must be above 0, got {getattr(own, name)}.")
@@ -107,14 +121,9 @@ def _flags(values: dict[str, str]) -> list[str]:
     return [f"--{leaf}={value}" for leaf, value in values.items() if value]
 
 
-def _keys_in(flags: list[str]) -> list[str]:
-    names = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
-    return [name for name in dict.fromkeys(names) if name in SECTION_OF]
-
-
-def _machine(own: argparse.Namespace) -> Machine:
+def _machine(own: argparse.Namespace, device: str) -> Machine:
     """This machine, or the one that --gpus and --gpu_memory describe."""
-    here = sizing.this_machine(max(1, own.gpus))
+    here = sizing.this_machine(max(1, own.gpus), device)
     if not here.gib and own.gpus and not own.gpu_memory:
         raise UserError("no GPU here to plan for: give --gpu_memory, the GB of one GPU, with --gpus.")
     return Machine(here.processes, own.gpu_memory or here.gib, here.host)
@@ -158,13 +167,12 @@ def _free_path(asked: str, name: str) -> Path:
     return path
 
 
-def file_text(chosen: Choices, path: Path) -> str:
+def file_text(chosen: Choices, path: Path, machine: Machine) -> str:
     """The configuration as commented YAML: main keys on lines of their own, the others by section."""
-    lines = [f"# Written by stages.init. Run it with: python -m stages.pipeline --config {path}"]
+    lines = [f"# Written by dualkl init. Run it: {_run(path, machine)}"]
     for leaf in (leaf for leaf in LINES if leaf in chosen):
-        line = yaml_text.write_line({leaf: chosen[leaf].value})[1:-1]
-        why = chosen[leaf].why
-        lines.append(f"{line:<{COMMENT_COLUMN}}# {why}" if why else line)
+        line, why = yaml_text.write_line({leaf: chosen[leaf].value})[1:-1], chosen[leaf].why
+        lines.append(f"{line:<{COMMENT_COLUMN}}  # {why}" if why else line)
     return "\n".join([*lines, *_section_lines(chosen)]) + "\n"
 
 
@@ -172,7 +180,8 @@ def _section_lines(chosen: Choices) -> Iterator[str]:
     for name, section in SECTIONS.items():
         values = {leaf: chosen[leaf].value for leaf in section.model_fields if leaf in chosen}
         if own := {leaf: value for leaf, value in values.items() if leaf not in LINES}:
-            yield f"{name}: {yaml_text.write_line(own)}"
+            about = f"  # {SECTION_NOTES[name]}" if name in SECTION_NOTES else ""
+            yield f"{name}: {yaml_text.write_line(own)}{about}"
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
         raise UserError(
             f"{cache_root} was written with another tokenizer (its map of the first"
             f" {must_match['vocab_size']} ids hashes to {must_match['tokenizer']}, that of"
-            f" {config.models.student_model} to {own}); train a student of that family, or write a cache of"
-            " its own."
+            f" {config.models.student_model} to {own}); train a student that has that tokenizer, or"
+            " write another cache."
         )
     return Vocabulary(tokenizer, must_match["vocab_size"])
 
@@ -117,7 +117,7 @@ def check_history(run: Run) -> None:
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
     changed = history.describe_changes(trained, run.config)
     if changed and position.step < run.config.train.max_steps:
-        run.metrics.say(f"going on with changed keys: {changed}")
+        run.metrics.say(f"resuming with changed keys: {changed}")
 
 
 def newest_position(run: Run) -> checkpoint.Position:

@@ -76,7 +76,9 @@ def configure(asked: Config, machine: Machine, given: dict[str, Any]) -> tuple[S
     Errors: `UserError` for models and data that cannot work.
     """
     found = survey(asked)
-    chosen = {leaf: Choice(value) for leaf, value in given.items()}
+    about = {"student_model": found.student.about, "teacher_model": found.teacher.about}
+    about |= {"dataset": f"{found.data.read.num_there:,} records"}
+    chosen = {leaf: Choice(value, about.get(leaf, "")) for leaf, value in given.items()}
     return found, chosen | choose(found, machine, given)
 
 
@@ -127,7 +129,8 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
         pick("answer_checker", found.data.checker, "the answers have its form")
     pick("lr", _learning_rate(found.student.width, steps, given), "by the student's width and the steps")
     pick("warmup_steps", min(20, max(1, steps // 20)))
-    every = pick("refresh_every", max(LEAST_INTERVAL, min(MOST_INTERVAL, steps // NUM_REFRESHES)))
+    interval = max(LEAST_INTERVAL, min(MOST_INTERVAL, steps // NUM_REFRESHES))
+    every = pick("refresh_every", min(steps, interval))
     group = pick("group_size", 1)
     rollouts = pick("rollouts_per_refresh", -(-every * batch // group) * group)
     pick("max_age", 0)

@@ -38,8 +38,9 @@ class Model:
     vocab_size: int
     positions: int | None
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}, {_short(self.parameters)} parameters, {self.layers} layers)"
+    @property
+    def about(self) -> str:
+        return f"{self.kind}, {_short(self.parameters)} parameters, {self.layers} layers"
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ def _num_parameters(config: Any) -> int:
 def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read up to MOST_READ prompts in the order in which the run draws them, however long they are."""
     sample = {"num_prompts": MOST_READ, "max_prompt_tokens": NO_LIMIT, "allow_skipped": 0.999}
-    section = config.data.model_copy(update=sample)
-    read = training_prompts(config.model_copy(update={"data": section}), tokenizer)
+    sections = {
+        "data": config.data.model_copy(update=sample),
+        "eval": config.eval.model_copy(update={"eval_prompts": 0}),  # hold none out
+    }
+    read = training_prompts(config.model_copy(update=sections), tokenizer)
     answers = [answer_of(prompt.row) for prompt in read.prompts]
     own = [prompt.row.get("answer") for prompt in read.prompts]
     return Data(
@@ -145,8 +149,8 @@ def findings(config: Config, found: Survey) -> Iterator[str]:
     """Lines that say what was found, each a word and a sentence."""
     student, data, tokenizer = found.student, found.data, found.vocabulary.tokenizer
     rows = max(student.vocab_size, found.teacher.vocab_size)
-    yield f"student   {student}"
-    yield f"teacher   {found.teacher}"
+    yield f"student   {student.name} ({student.about})"
+    yield f"teacher   {found.teacher.name} ({found.teacher.about})"
     yield f"tokens    {found.vocabulary.size:,} ids are the same in both" + (
         f" ({rows:,} rows in the larger embedding)" if rows > found.vocabulary.size else ""
     )
@@ -156,7 +160,8 @@ def findings(config: Config, found: Survey) -> Iterator[str]:
     yield f"ends      {ends.names(ids, tokenizer)}"
     read = data.read
     sample = "" if read.num_records == read.num_there else f", {read.num_records:,} of them read"
-    yield f"data      {read.num_there:,} records{sample}: {len(data.lengths):,} prompts" + (
+    number = len(data.lengths)
+    yield f"data      {read.num_there:,} records{sample}: {number:,} prompt{'s' * (number > 1)}" + (
         f" ({read.skips})" if read.skipped else ""
     )
     yield f"lengths   prompts {_spread(data.lengths)} tokens" + (

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -154,27 +154,41 @@ def plain_model_fits(config: Config, world: World) -> bool:
 
 
 def resident_bytes(config: Config, num_gpus: int) -> float:
-    """Bytes of the scoring teacher's weights per GPU: all if plain, a shard under ZeRO-3, 0 if offloaded."""
+    """Bytes of the scoring teacher's weights per GPU.
+
+    Plain: all. ZeRO-3: a shard, unless it is offloaded, and the whole head.
+    """
     if not config.models.teacher_model:
         return 0.0
     if not config.models.teacher_ds_zero3:
         return float(_weight_bytes(config))
     offload = zero3_settings(config)["zero_optimization"].get("offload_param", {})
-    return 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+    shard = 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+    return shard + _num_parameters(config.models.teacher_model).head * _itemsize(config)
 
 
 def _weight_bytes(config: Config) -> int:
     """Bytes of the whole teacher in teacher_dtype; reads no weights."""
-    return (
-        _num_parameters(config.models.teacher_model) * pretrained.DTYPES[config.models.teacher_dtype].itemsize
-    )
+    return _num_parameters(config.models.teacher_model).whole * _itemsize(config)
+
+
+def _itemsize(config: Config) -> int:
+    return pretrained.DTYPES[config.models.teacher_dtype].itemsize
+
+
+class _Parameters(NamedTuple):
+    """Numbers in the whole model and in its head."""
+
+    whole: int
+    head: int
 
 
 @lru_cache(maxsize=4)
-def _num_parameters(name: str) -> int:
+def _num_parameters(name: str) -> _Parameters:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(pretrained.load_config(name))
-    return sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
+    return _Parameters(sum(p.numel() for p in model.parameters()), head)
 
 
 def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:

@@ -16,7 +16,7 @@ import cache
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
 from stages.loops import feed, refresh, schedule, steps
-from stages.loops.budgets import train_caps
+from stages.loops.budgets import Caps
 from stages.models.student import Student
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
@@ -160,7 +160,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
     """And all tokens of the step, without messages from other ranks; ranks short of work run idle ones."""
-    run = step_run(tmp_path, caches(), micro_batch_tokens=100)
+    run = step_run(tmp_path, caches())
     student = student_of(run)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     lengths = {row_id: (10, 80 if i % 5 == 0 else 10) for i, row_id in enumerate(pool.row_ids)}
@@ -168,9 +168,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(
     batches = []
     for rank in range(4):
         here = replace(run, world=replace(run.world, rank=rank, size=4))
-        batches.append(
-            next(feed.global_batches(here, student, snapshot, pool, [0], train_caps(run.config, None)))
-        )
+        batches.append(next(feed.global_batches(here, student, snapshot, pool, [0], Caps(64, 100))))
     assert len({len(b.forwards) for b in batches}) == 1
     assert {b.total_tokens for b in batches} == {sum(completion for _, completion in lengths.values())}
     rows = [row for b in batches for forward in b.forwards if not forward.is_idle for row in forward.row_ids]

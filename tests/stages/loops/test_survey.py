@@ -33,10 +33,9 @@ def test_models_ends_and_lengths_are_named(tmp_path: Path) -> None:
 
 def test_skipped_records_have_reasons(tmp_path: Path) -> None:
     found = lines_of(tmp_path, [{"prompt": "How many pens?"}, {"messages": []}, {"text": "a"}])
-    assert found["data"] == (
-        "3 records: 1 prompts (2 of 3 records skipped: 1 with an empty prompt, 1 without a column that holds a"
-        " prompt)"
-    )
+    assert found["data"].startswith("3 records: 1 prompt (2 of 3 records skipped: ")
+    assert "1 with an empty prompt" in found["data"]
+    assert "1 without a column that holds a prompt" in found["data"]
 
 
 def test_long_prompts_are_counted_not_skipped(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from stages.engine.weights import merged, seed_of
 from stages.models import ends, folders, pretrained
 from stages.models import student as students
 from stages.models.dropout import own_dropout
-from stages.models.exact import decoder_of
+from stages.models.readout import decoder_of
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint
 from stages.runtime.config import Config, name_and_revision

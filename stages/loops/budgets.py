@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import cache
 from dualkl import Head, HiddenTeacher, LogitsTeacher, Sampled, TopKTeacher
 from stages.data.alignment import Aligned, align
-from stages.data.batches import AnyTeacher, MicroBatch, cached_head
+from stages.data.batches import MicroBatch
+from stages.data.signals import AnyTeacher, cached_head
 from stages.models.memory import GIB, state_bytes
 from stages.models.policy import Policy
 from stages.models.positions import positions_of

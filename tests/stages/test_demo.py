@@ -59,7 +59,7 @@ def assert_as_shown(printed: str) -> None:
     assert NUMBER.sub("#", found) == NUMBER.sub("#", wanted)
     for one, other in zip(NUMBER.finditer(found), NUMBER.finditer(wanted), strict=True):
         value, near = (float(number[1].replace(",", "")) for number in (one, other))
-        allowed = max(POINTS if other[2] else 0.02, RELATIVE * near)
+        allowed = POINTS if other[2] else max(0.02, RELATIVE * near)
         assert abs(value - near) <= allowed, found[one.start() - 60 : one.end()]
 
 

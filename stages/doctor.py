@@ -58,7 +58,7 @@ CHECKS: dict[str, Callable[[Checkup], str]] = {
 def main() -> None:
     # report an unreachable hub once, not once per retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    run = open_run(__doc__ or "", with_config(sys.argv[1:]), only_looks=True)
+    run = open_run(__doc__ or "", with_config(sys.argv[1:]), read_only=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dualkl-doctor-") as own:
         subject = Checkup(run, run.world.gather(own)[0])

@@ -17,8 +17,9 @@ import cache
 from dualkl import Head, HiddenTeacher, dual_kl
 from dualkl.divergences import compare
 from stages.data.alignment import align, at_scored
-from stages.data.batches import cached_head, to_tensors
+from stages.data.batches import to_tensors
 from stages.data.prompts import Prompt
+from stages.data.signals import cached_head
 from stages.engine.opening import open_engine
 from stages.loops import machine, preflight, probe, refresh, setup
 from stages.loops.planning import Plan

@@ -150,7 +150,7 @@ class Plan:
         if self.config.rollout.role != "both":
             return [generate if self.config.rollout.role == "generate" else score]
         optimizer, gradients = memory.state_bytes(self.trained, self.machine.num_gpus, self.machine.zero2)
-        state = {"optimizer": optimizer, "gradients": gradients}
+        state = {"optimizer": float(optimizer), "gradients": float(gradients)}
         refresh = max(self._writing(state), key=lambda phase: phase.peak)
         train = self._training(self._student() | state)
         return [self._evaluation(), generate, score, train, Phase("refresh", refresh.parts, refresh.size)]
@@ -266,15 +266,18 @@ class Plan:
         """Slots as long as the longest sequence, and the prompts that are prefilled at once."""
         kv = memory.kv_bytes(shape, itemsize)
         prompt = self.config.data.max_prompt_tokens * (memory.forward_bytes(shape, itemsize) + kv)
-        slot = {"keys and values": self.longest * kv, "logits": SAMPLING_BYTES * shape.vocab_size}
+        slot = {
+            "keys and values": float(self.longest * kv),
+            "logits": float(SAMPLING_BYTES * shape.vocab_size),
+        }
         at_once = max(PREFILL_TOKENS["cuda"] / self.config.data.max_prompt_tokens, 1)  # prompts
-        slots, unit = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
-        if slots == "auto":
+        given, slots = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
+        if given == "auto":
             room = self._room(resident)
             room -= min(budgets.SCORING_BYTES, room / 2) if scores_too else 0
             fitting = max((room - at_once * prompt) / total(slot), room / (total(slot) + prompt))
-            slots = max(1, min(budgets.MOST_GEN_ROWS, int(fitting)))
-        slots = min(slots, unit)
+            given = max(1, min(budgets.MOST_GEN_ROWS, int(fitting)))
+        slots = min(int(given), slots)
         parts = {part: float(slots * size) for part, size in slot.items()}
         return Phase(name, resident | parts | {"prefill": min(slots, at_once) * prompt}, slots)
 

@@ -273,13 +273,14 @@ class Plan:
         kept = float(self.longest * kv)
         slot: Parts = {"keys and values": kept, "logits": float(SAMPLING_BYTES * shape.vocab_size)}
         at_once = max(PREFILL_TOKENS["cuda"] / self.config.data.max_prompt_tokens, 1)  # prompts
-        given = self.config.rollout.gen_micro_batch
+        given, most = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
         if given == "auto":
             room = self._room(resident)
             room -= min(budgets.SCORING_BYTES, room / 2) if scores_too else 0
-            fitting = max((room - at_once * prompt) / total(slot), room / (total(slot) + prompt))
-            given = max(1, min(budgets.MOST_GEN_ROWS, int(fitting)))
-        slots: int = min(given, self.config.rollout.rollouts_per_unit)
+            fitting = int(max((room - at_once * prompt) / total(slot), room / (total(slot) + prompt)))
+            given = fitting
+            most = min(most, budgets.MOST_GEN_ROWS)
+        slots = max(1, min(most, given))
         parts = {part: slots * size for part, size in slot.items()}
         return Phase(name, resident | parts | {"prefill": min(slots, at_once) * prompt}, slots)
 

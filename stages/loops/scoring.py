@@ -18,7 +18,7 @@ import cache
 from cache.schema import TEACHER_COLUMNS
 from dualkl import Head
 from dualkl.compress import Compressed, compress
-from stages.data.alignment import align, at_scored
+from stages.data.alignment import Aligned, align, at_scored
 from stages.data.batches import map_tensors, micro_batches, num_tokens
 from stages.data.signals import KINDS, SignalKind
 from stages.loops.budgets import score_tokens_of_run
@@ -147,9 +147,10 @@ def _forwards(
 
 def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
     """Score one batch. A kind with large tensors (`by_row`) yields one batch per row."""
-    hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
+    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    hidden_ND, kept = _scored_states(scoring, teacher, aligned)
     kind, head = KINDS[scoring.signal.signal], teacher.head
-    kept = kept_of(hidden_ND, head, targets_N, scoring.signal, scoring.vocab_size)
     start = 0
     for own in [[row] for row in rows] if kind.by_row else [rows]:
         part = slice(start, start + sum(len(row.completion_ids) for row in own))
@@ -160,11 +161,11 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
         start = part.stop
 
 
-def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, D] at the scored positions of `rows`, and their target tokens [N]."""
-    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
-    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
+def _scored_states(scoring: Scoring, teacher: Teacher, aligned: Aligned) -> tuple[Tensor, Compressed]:
+    """The teacher's hidden states [N, D] at the scored positions, and what the signal keeps of them."""
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
+    kept = kept_of(hidden_ND, teacher.head, aligned.targets, scoring.signal, scoring.vocab_size)
+    return hidden_ND, kept
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:

@@ -24,9 +24,7 @@ from stages.runtime.config import Config, SignalSection
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 
-NO_TEACHER = (
-    "teacher_model is empty, but a teacher must score rollouts; only train and evaluate run without one."
-)
+NO_TEACHER = "teacher_model is empty: rollouts are scored by a teacher; only train and evaluate do without."
 
 
 @dataclass(frozen=True)

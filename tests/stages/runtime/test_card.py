@@ -72,10 +72,10 @@ def test_an_unfinished_run_says_so() -> None:
         ({}, "λ KL(student ‖ teacher) + (1 − λ) KL(teacher ‖ student); λ = σ(α (τ − d)), τ = 0.1 nats"),
         ({"gating": "hard", "gate_on": "teacher_entropy"}, "d being the teacher's entropy"),
         (
-            {"gating": "fixed", "mix": 0.25, "fkl": "argmax"},
+            {"gating": 0.25, "fkl": "argmax"},
             "cross-entropy on the teacher's argmax; λ = 0.25.",
         ),
-        ({"objective": "jsd", "gating": "fixed", "mix": 0.5}, "Jensen-Shannon divergence"),
+        ({"objective": "jsd", "gating": 0.5}, "Jensen-Shannon divergence"),
     ],
 )
 def test_the_objective_is_spelled_out(values: dict[str, Any], expected: str) -> None:

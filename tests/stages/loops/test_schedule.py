@@ -321,6 +321,7 @@ def test_a_cache_of_weight_0_changes_nothing(tmp_path: Path, caches: Callable[..
     assert_same_weights(weights_in(beside.folder / "student"), weights_in(alone.folder / "student"))
 
 
+@pytest.mark.thorough
 def test_caches_of_different_teachers_train_together(tmp_path: Path, caches: Callable[..., str]) -> None:
     """The other teacher is the student itself: its rows, seen alone, would leave the student where it is."""
     other = caches(signal="hidden", teacher_model="examples/arithmetic/student")
@@ -346,6 +347,7 @@ def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
         assert_same_run(train(tmp_path / place, **values), expected)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_a_mixture_as_one_does(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:

@@ -129,6 +129,7 @@ def test_several_processes_have_the_gradient_of_one(
     assert relative_error(ranks[0], whole_gradient) < 1e-5
 
 
+@pytest.mark.thorough
 def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:
@@ -211,6 +212,7 @@ def save_weights_after_moves(folder: Path, arguments: list[str]) -> None:
     save_weights(folder, arguments)
 
 
+@pytest.mark.thorough
 def test_gradients_are_summed_over_processes_after_the_student_has_moved(
     tmp_path: Path, forked: Forker
 ) -> None:

@@ -34,7 +34,7 @@ V = 230
 # Training
 
 
-@pytest.mark.parametrize("signal", leading(2, ["topk", "hidden", "nucleus", "full"]))
+@pytest.mark.parametrize("signal", leading(1, ["hidden", "topk", "nucleus", "full"]))
 def test_every_signal_trains(tmp_path: Path, caches: Callable[..., str], signal: str) -> None:
     keys = {"signal": signal}
     run = train_from(tmp_path, caches(**keys), batch_size=16, max_steps=8, refresh_every=0, **keys)

@@ -192,7 +192,8 @@ def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
     assert all(record["reason"].startswith(reason) for record in refreshes)
 
 
-@pytest.mark.parametrize("place", leading(1, ["step 5", "step 1", "step 3", "between units"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
 def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
     crash(tmp_path, place, **DRIFT)
     run = train(tmp_path, **DRIFT)
@@ -203,6 +204,7 @@ def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted:
     assert found == expected
 
 
+@pytest.mark.thorough
 def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> None:
     arguments = small(tmp_path, **(TINY | DRIFT | {"grad_accum": 2}))
     forked.call(save_weights, tmp_path, arguments, processes=2).expect_success()

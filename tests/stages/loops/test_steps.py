@@ -281,7 +281,8 @@ def eager_graphs(function: Any, **keywords: Any) -> Any:
     return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
 
 
-@pytest.mark.parametrize("training", leading(1, [False, True]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("training", [False, True])
 def test_a_copy_of_compiled_layers_has_its_own_weights(
     tmp_path: Path, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def test_held_out_divergences_are_logged_and_the_best_weights_kept(tmp_path: Pat
     assert kept == checkpoint.Best(lowest["step"], lowest["reverse_kl"], lowest["measured_on"])
 
 
+@pytest.mark.thorough
 def test_held_out_divergences_do_not_change_the_training(tmp_path: Path) -> None:
     runs = [
         train(tmp_path / str(every), eval_every=every, eval_prompts=4, max_steps=3, refresh_every=0)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import cache
 from dualkl import Head, HiddenTeacher, LogitsTeacher, Sampled, TopKTeacher
 from stages.data.alignment import Aligned, align
-from stages.data.batches import AnyTeacher, MicroBatch, cached_head
+from stages.data.batches import MicroBatch
+from stages.data.signals import AnyTeacher, cached_head
 from stages.models.memory import GIB, state_bytes
 from stages.models.policy import Policy
 from stages.models.positions import positions_of
@@ -111,10 +112,12 @@ def slots_of_run(run: Run, policy: Policy, *, scores_too: bool) -> int:
 
 def _generate(policy: Policy, longest: int, num_slots: int) -> None:
     """Fill slots of `longest` tokens with prompts, and sample two tokens in each."""
-    policy = replace(policy, eos_ids=(), sampling=replace(policy.sampling, max_new_tokens=2))
+    policy = replace(policy, max_new_tokens=2, sampling=replace(policy.sampling, eos_ids=()))
     length = max(1, longest - 2)
     count = min(num_slots, max(1, PROMPT_TOKENS // length))
-    different = np.random.default_rng(0).integers(1, policy.vocab_size, (count, length)).astype(np.int32)
+    different = (
+        np.random.default_rng(0).integers(1, policy.sampling.vocab_size, (count, length)).astype(np.int32)
+    )
     prompts = [different[slot * count // num_slots] for slot in range(num_slots)]
     policy.generate(prompts, [0] * num_slots, num_slots)
 

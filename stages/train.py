@@ -115,12 +115,13 @@ def _export(run: Run, student: Student, step: int) -> None:
     run.world.barrier()
     if not run.world.is_main:
         return
-    folder, now = run.folder / "student", {"step": step, "policy_hash": policy_hash(student)}
+    folder, hashed = run.folder / "student", policy_hash(student)
+    now = {"step": step, "policy_hash": hashed}
     last: dict[str, Any] = next(
         (r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {}
     )
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
-        students.export(student, folder, {"README.md": card_of(run, **now)})
+        students.export(student, folder, {"README.md": card_of(run, step, hashed)})
         run.metrics.log("export", **now)
 
 

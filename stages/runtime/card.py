@@ -218,16 +218,16 @@ def _objective(config: Config) -> str:
     """The loss of a token in words and symbols."""
     loss = config.loss
     if loss.objective == "jsd":
-        return f"Loss of a token: Jensen-Shannon divergence of student and teacher, β = {loss.gating}."
+        return f"Loss of a token: Jensen-Shannon divergence of student and teacher, β = {loss.gating:g}."
     reverse = "KL(student ‖ teacher)" + (" at the sampled token" if loss.rkl == "mc" else "")
     forward = "KL(teacher ‖ student)" if loss.fkl == "full" else "cross-entropy on the teacher's argmax"
     gates = {
         "soft": f"λ = σ(α (τ − d)), τ = {loss.tau:g} nats, α = {loss.alpha:g}",
         "hard": f"λ = 1 where d is below τ = {loss.tau:g} nats, else 0",
     }
-    gate = gates.get(str(loss.gating), f"λ = {loss.gating}")
     on = {"rkl": "the reverse KL", "fkl": "the forward KL", "teacher_entropy": "the teacher's entropy"}
-    of = f", d being {on[loss.gate_on]}" if loss.has_threshold else ""
+    gate = gates.get(str(loss.gating), f"λ = {loss.gating}")
+    of = f", d being {on[loss.gate_on]}" if str(loss.gating) in gates else ""
     moving = f"; τ adapts to keep a mean λ of {loss.tau_share:g}" if loss.tau_share else ""
     return f"Loss of a token: λ {reverse} + (1 − λ) {forward}; {gate}{of}{moving}."
 

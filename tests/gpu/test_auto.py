@@ -63,7 +63,7 @@ def make(folder: Path, **values: str) -> Run:
 def student_of(run: Run, tokenizer: PreTrainedTokenizerFast) -> Student:
     base = random_model(512, 12)
     student = students.assemble(run.config, base, tokenizer, "random", V, (V - 1,), run.world.device)
-    student.model.cuda()
+    student.model.to(run.world.device)
     return student
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     how = f" (reverse KL {last['rkl']:.4f}, forward KL {last['fkl']:.4f})" if last else ""
     run.metrics.conclude(
         f"trained to step {step}{how}; the student is in {path}\n"
-        "next:  dualkl evaluate, then dualkl report, with the same configuration",
+        f"next:  dualkl evaluate with the same configuration, then dualkl report {run.folder}",
         {"step": step, "student": str(path), "cache": run.config.cache_root, "last_step": last},
     )
 

@@ -27,25 +27,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned, align
-    """Bytes of the whole teacher in teacher_dtype, or quantised but for embeddings and head; reads no weights."""
-    models = config.models
-    whole, head = _num_parameters(models.teacher_model)
-    if models.teacher_quantization == "none":
-        return whole * _itemsize(config)
-    is_tied = pretrained.load_config(models.teacher_model).get_text_config().tie_word_embeddings
-    kept = head * (1 if is_tied else 2)
-    return int(kept * _itemsize(config) + (whole - kept) * quantization.BYTES[models.teacher_quantization])
-
-
-def _itemsize(config: Config) -> int:
-    return pretrained.DTYPES[config.models.teacher_dtype].itemsize
-
-
-class _Parameters(NamedTuple):
-    """Numbers in the whole model and in its head."""
-
-    whole: int
-    head: int
+from stages.models import pretrained, quantization, selfcheck
+from stages.models.float32 import NARROW, in_float32
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
 from stages.runtime import distributed

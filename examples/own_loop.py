@@ -13,7 +13,7 @@ from dualkl.compress import compress
 
 MODELS, K, EPOCHS = "examples/arithmetic/", 16, 6
 QUESTIONS = [f"Mia has {n} pens and buys 7 more. How many pens does Mia have now?" for n in range(2, 10)]
-ORIGIN: Any = {"run_id": "own", "policy_hash": "start", "policy_step": 0, "refresh_index": 0}
+ORIGIN: Any = {"run_id": "own", "policy_hash": "start", "policy_step": 0}
 
 
 @torch.no_grad()
@@ -27,23 +27,26 @@ def record(question: str, student: Any, teacher: Any, tokenizer: Any) -> cache.R
     own = student(ids).logits[0, scored].log_softmax(-1).gather(1, answer[:, None])[:, 0]
     kept = compress(teacher.model(ids)[0][0, scored], teacher.lm_head.weight, answer, k=K)
     row_id, ended = hashlib.md5(text.encode()).hexdigest(), answer[-1] == tokenizer.eos_token_id
-    names: dict[str, Any] = {"row_id": row_id, "prompt_id": question, "occurrence": 0, "sample_index": 0}
-    names |= {"prompt_text": text, "completion_text": tokenizer.decode(answer)}
-    names["finish_reason"] = "eos" if ended else "length"
+    names: dict[str, Any] = {"row_id": row_id, "prompt_id": question, "prompt_text": text}
+    names |= {"completion_text": tokenizer.decode(answer), "finish_reason": "eos" if ended else "length"}
     tokens: dict[str, Any] = {"prompt_ids": prompt[0], "completion_ids": answer, "behaviour_logprobs": own}
-    tokens |= {"teacher_logprobs": kept.sampled_logprobs, "teacher_entropy": kept.entropy}
-    tokens |= {"top1_id": kept.ids[:, 0], "top1_logprob": kept.logprobs[:, 0]}
-    tokens["log_tail_mass"] = kept.log_tail_mass
+    tokens |= {"teacher_logprobs": kept.sampled_logprobs, "log_tail_mass": kept.log_tail_mass}
+    tokens |= {
+        "top1_id": kept.ids[:, 0],
+        "top1_logprob": kept.logprobs[:, 0],
+        "teacher_entropy": kept.entropy,
+    }
+    zeros = dict.fromkeys(("occurrence", "sample_index", "refresh_index"), 0)
     signal = cache.TopK(kept.ids.numpy(), kept.logprobs.numpy(), kept.log_tail_mass.numpy())
-    return cache.Record(behaviour_entropy=None, signal=signal, **ORIGIN, **names, **tokens)
+    return cache.Record(behaviour_entropy=None, signal=signal, **ORIGIN, **zeros, **names, **tokens)
 
 
 def loss_of(row: cache.Record, student: Any) -> torch.Tensor:
     tokens = torch.tensor([*row.prompt_ids, *row.completion_ids])[None]
     states = student.model(tokens)[0][0, len(row.prompt_ids) - 1 : -1]
     kept: Any = row.signal
-    topk = TopKTeacher(*map(torch.from_numpy, (kept.ids, kept.logprobs, kept.log_tail_mass)))  # type: ignore[arg-type]
-    return dual_kl(states, student.lm_head.weight, topk, DualKLConfig(tau=0.1, alpha=40.0)).loss
+    topk: Any = map(torch.from_numpy, (kept.ids, kept.logprobs, kept.log_tail_mass))
+    return dual_kl(states, student.lm_head.weight, TopKTeacher(*topk), DualKLConfig(tau=0.1, alpha=40.0)).loss
 
 
 student, teacher = (AutoModelForCausalLM.from_pretrained(MODELS + n).float() for n in ("student", "teacher"))

@@ -62,7 +62,7 @@ def compute_plainly(model: PreTrainedModel) -> None:
     for module in model.modules():
         weight_of = _WEIGHTS.get(type(module).__name__)
         if weight_of is not None:
-            module.forward = partial(_forward, module, weight_of)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, weight_of)
 
 
 def _forward(module: nn.Module, weight_of: Callable[[Any], Tensor], x: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ def _rows(key: str, value: Any) -> Iterator[Any]:
         raise UserError(f"{key} is a {type(value).__name__}; give its rows: frame.to_dict('records').")
     if isinstance(value, dict) or not isinstance(value, Iterable):
         raise UserError(
-            f"{key} is of type {type(value).__name__}; expected a name or a path, {{name: weight}}, or rows: a"
-            " list, a datasets.Dataset or an iterable of records."
+            f"{key} is of type {type(value).__name__}; expected a name or a path, {{name: weight}}, or rows:"
+            " a list, a datasets.Dataset or an iterable of records."
         )
     yield from value
 

@@ -178,10 +178,10 @@ def _not_finite(array: Array) -> npt.NDArray[np.bool_]:
 
 
 def _pack(number: int, array: Array, dtype: str) -> tuple[Header, Iterator[Bytes]]:
-    size = array.dtype.itemsize
+    size, (num_tokens, width) = array.dtype.itemsize, array.shape
     bits = array.reshape(-1).view(f"u{size}")
     rotated = (bits << 1) | (bits >> (8 * size - 1))  # the exponent fills the highest byte (not float16's)
-    return Header(number, _DTYPES.index(dtype), *array.shape, 0.0), split(rotated, size)
+    return Header(number, _DTYPES.index(dtype), num_tokens, width, 0.0), split(rotated, size)
 
 
 def _unpack(header: Header, source: Source, width: int | None) -> tuple[Array, str]:

@@ -51,7 +51,7 @@ class OpenShard:
     """A shard being written as a draft; buffers at most one record batch of rows in memory."""
 
     def __init__(self, store: Store) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}  # of the commit record
+        self._columns: dict[str, Any] = {name: [] for name in _COLUMNS}  # of the commit record
         self.row_ids: list[str] = self._columns["row_ids"]
         self.seen: set[str] = set()
         self._policies: dict[tuple[Any, ...], int] = {}

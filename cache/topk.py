@@ -80,7 +80,9 @@ class TopK(Signal):
         and tail mass to a relative 2**-17.
         """
         num_bits = max(1, int(self.ids.max(initial=0)).bit_length())
-        return Header(self.number, num_bits, *self.ids.shape, self.temperature), _planes(self, num_bits)
+        num_tokens, width = self.ids.shape
+        header = Header(self.number, num_bits, num_tokens, width, self.temperature)
+        return header, _planes(self, num_bits)
 
     @classmethod
     def unpack(cls, header: Header, source: Source, rules: Rules | None) -> TopK:

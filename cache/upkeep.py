@@ -65,11 +65,8 @@ def prune(
     """
     snapshot = open_cache(root)
     plan = _plan(snapshot, max_age, at_step, run_id, policies, max_bytes)
-    store, rules, pruned = (
-        snapshot.store,
-        with_head_width(snapshot.store, snapshot.fingerprint.rules),
-        Pruned(),
-    )
+    pruned, store = Pruned(), snapshot.store
+    rules = with_head_width(store, snapshot.fingerprint.rules)
     named = Counter(record.shard for record in snapshot.commit_records())
     with explain_os_errors(snapshot.root, lambda: len(open_cache(root))):
         for record, stay in plan:

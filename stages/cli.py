@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +30,8 @@ COMMANDS = {
     "export": "stages.export",
     "doctor": "stages.doctor",
 }
-CONFIGURED = ("init", "run", "rollout", "train", "evaluate", "report", "plan", "fidelity")
-"""Commands that take the whole configuration."""
+CONFIGURED = ("init", "run", "rollout", "train", "evaluate", "report", "plan", "fidelity", "doctor")
+"""Commands that take any key of the configuration."""
 COMPLETION = """_dualkl() {{
   local words="{commands}"
   [ "$COMP_CWORD" -gt 1 ] && words="{keys}"
@@ -43,11 +44,11 @@ def main() -> None:
     """Run `dualkl COMMAND ...`, as `python -m MODULE ...` would."""
     name, rest = sys.argv[1:2], sys.argv[2:]
     if not name or name[0] in ("-h", "--help", "help"):
-        print(overview())
+        _show(overview())
     elif name[0] == "--version":
         print(f"dualkl {metadata.version('dualkl')}")
     elif name[0] == "--completion":
-        print(completion())
+        _show(completion())
     elif name[0] not in available():
         near = difflib.get_close_matches(name[0], available(), 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(available())}."
@@ -64,21 +65,37 @@ def main() -> None:
 
 def _run(name: str, rest: list[str]) -> None:
     sys.argv = [f"dualkl {name}", *rest]
-    begin(docstring(COMMANDS[name]) if name in CONFIGURED else "")
+    begin(docstring(COMMANDS[name]), has_keys=name in CONFIGURED)
     module = importlib.import_module(COMMANDS[name])
     from stages.runtime.errors import command
 
     command(module.main)
 
 
-def begin(description: str | None) -> None:
-    """Handle signals, and `--help` where a `description` is given; before imports, which take seconds."""
+def begin(description: str | None, has_keys: bool = True) -> None:
+    """Handle signals, and `--help`: the command's docstring, and the configuration's keys if it takes them.
+
+    Call it before imports, which take seconds.
+    """
     ending.install()
     arguments = sys.argv[1:]
-    if description and ("--help" in arguments or "-h" in arguments):
-        from stages.runtime.config import parse_arguments
+    if not {"--help", "-h"} & {*arguments}:
+        return
+    from stages.runtime.config import SECTIONS
+    from stages.runtime.help import help_text
 
-        parse_arguments(arguments, description)
+    text = description or ""
+    _show(help_text(text, SECTIONS, "all" in arguments) if has_keys else text)
+    raise SystemExit(0)
+
+
+def _show(text: str) -> None:
+    """Print `text`; exit silently if nobody reads it (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def available() -> dict[str, str]:

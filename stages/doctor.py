@@ -15,10 +15,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-if __name__ == "__main__":  # signal handling first: the imports below take seconds
-    from stages.runtime import ending
+if __name__ == "__main__":  # signals and --help first: the imports below take seconds
+    from stages.cli import begin
 
-    ending.install()
+    begin(__doc__)
 
 import io
 import logging
@@ -51,6 +51,7 @@ CHECKS: dict[str, Callable[[Checkup], str]] = {
     "engine = forward": checkup.check_engine,
     "teacher": checkup.check_teacher,
     "sharded = plain": checkup.check_sharded,
+    "quantised = plain": checkup.check_quantized,
 }
 """In order: the cheap ones, then those that load models."""
 
@@ -58,7 +59,7 @@ CHECKS: dict[str, Callable[[Checkup], str]] = {
 def main() -> None:
     # report an unreachable hub once, not once per retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    run = open_run(__doc__ or "", with_config(sys.argv[1:]), only_looks=True)
+    run = open_run(__doc__ or "", with_config(sys.argv[1:]), read_only=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dualkl-doctor-") as own:
         subject = Checkup(run, run.world.gather(own)[0])

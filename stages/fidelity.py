@@ -49,11 +49,10 @@ def main() -> None:
         )
     student, _ = setup.current_student(run, setup.cached_vocabulary(run.config))
     found = signal_errors(run, student, snapshot)
-    run.metrics.say(table(found))
     run.folder.mkdir(parents=True, exist_ok=True)
     replace_text(run.folder / "fidelity.json", json.dumps(found, indent=1))
     draw(found, run.folder / "fidelity.png")
-    run.metrics.say(f"picture: {run.folder / 'fidelity.png'}")
+    run.metrics.conclude(f"{table(found)}\npicture: {run.folder / 'fidelity.png'}", found)
 
 
 def split_root(arguments: list[str]) -> tuple[str, list[str]]:

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 
 import argparse
 import logging
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -49,7 +50,8 @@ def main() -> None:
     own, rest = _own_arguments(arguments)
     config = parse_arguments(rest, __doc__ or "")
     require(config, "student_model", "teacher_model")
-    plan = make_plan(config, machine_of(own), own.mean_completion_tokens, own.mean_prompt_tokens)
+    means = own.mean_completion_tokens or 0.0, own.mean_prompt_tokens or 0.0
+    plan = make_plan(config, machine_of(own), *means)
     style.conclude(table(plan), as_json(plan))
     if not plan.fits:
         raise SystemExit(1)
@@ -57,16 +59,14 @@ def main() -> None:
 
 def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=0)
+    numbers = {"gpus": int, "gpu_memory": float, "mean_completion_tokens": float, "mean_prompt_tokens": float}
+    for name, kind in numbers.items():
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--gpu", default="")
-    parser.add_argument("--gpu_memory", type=float, default=None)
-    parser.add_argument("--mean_completion_tokens", type=float, default=0.0)
-    parser.add_argument("--mean_prompt_tokens", type=float, default=0.0)
     parser.add_argument("--zero2", action="store_true")
     own, rest = parser.parse_known_args(arguments)
-    for name in ("gpus", "gpu_memory", "mean_completion_tokens", "mean_prompt_tokens"):
-        value = getattr(own, name)
-        if f"--{name}" in {a.split("=")[0] for a in arguments} and not 0 < value < float("inf"):
+    for name in numbers:
+        if (value := getattr(own, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{name} must be above 0, got {value}.")
     return own, rest
 
@@ -104,13 +104,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "tokens_per_second": plan.rates,
         "hours": plan.hours,
-        "launch_bound_seconds": plan.launch_bound,
         "rollouts": plan.rollouts,
         "mean_completion_tokens": plan.mean_completion,
         "mean_prompt_tokens": plan.mean_prompt,
         "cache_bytes": round(plan.cache_bytes),
         "cache_bytes_per_token": plan.bytes_per_token,
-        "host_bytes_while_loading": round(plan.host_bytes),
+        "host_bytes_while_loading": plan.host_bytes,
         "lower": plan.advice,
     }
 
@@ -118,13 +117,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def table(plan: Plan) -> str:
     """The verdict, a line for each phase with its largest parts, speeds and sizes."""
     reads = f"; one process reads {plan.host_bytes / GIB:.0f} GiB of teacher into host memory"
-    bound = []
-    if plan.launch_bound:
-        milliseconds = f"{1e3 * plan.launch_bound:.2f} ms"
-        bound = [
-            "bound     generate: at most so fast, no estimate: the launches of a decode step alone take"
-            f" {milliseconds}"
-        ]
     return "\n".join(
         [
             f"{_verdict(plan)} A plan, not a measurement.",
@@ -136,7 +128,6 @@ def table(plan: Plan) -> str:
             "",
             f"hours     {sum(plan.hours.values()):.1f} without loading and evaluation, {plan.rollouts:,}"
             " rollouts with refreshes",
-            *bound,
             f"cache     {plan.cache_bytes / 1e9:.1f} GB, {plan.bytes_per_token:.0f} bytes a token",
             f"assumed   completions of {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f}"
             " tokens on average (--mean_completion_tokens, --mean_prompt_tokens)",

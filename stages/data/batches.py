@@ -82,18 +82,14 @@ def to_tensors(
 
     `head`: the teacher's head, for `hidden` rows.
     """
-    teacher = teacher_of(records, head, device, vocab_size)  # first, to reject unscored rows
-    aligned = align(
-        [r.prompt_ids for r in records], [r.completion_ids for r in records], pad_id, device, packed=packed
-    )
-    sampled = Sampled(
-        aligned.targets,
-        cat([cast(np.ndarray, r.teacher_logprobs) for r in records]).to(device),
-        cat([r.behaviour_logprobs for r in records]).to(device),
-    )
-    weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32, device=device)
-    entropy = cat([cast(np.ndarray, r.teacher_entropy) for r in records]).to(device)
-    return MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy)
+    teacher = teacher_of(records, head, vocab_size)  # first, to reject unscored rows
+    prompts, completions = [r.prompt_ids for r in records], [r.completion_ids for r in records]
+    aligned = align(prompts, completions, pad_id, torch.device("cpu"), packed=packed)
+    teacher_logprobs = cat([cast(np.ndarray, r.teacher_logprobs) for r in records])
+    sampled = Sampled(aligned.targets, teacher_logprobs, cat([r.behaviour_logprobs for r in records]))
+    weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32)
+    entropy = cat([cast(np.ndarray, r.teacher_entropy) for r in records])
+    return on_device(MicroBatch(aligned, teacher, sampled, weights, teacher_entropy=entropy), device)
 
 
 def pinned(batch: MicroBatch) -> MicroBatch:
@@ -101,9 +97,10 @@ def pinned(batch: MicroBatch) -> MicroBatch:
     return map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
 
 
-def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Copy the batch to `device`; copies from pinned memory are asynchronous."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+def on_device(value: T, device: torch.device) -> T:
+    """Copy a batch or a teacher to `device`; copies from pinned memory are asynchronous."""
+    moved: T = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    return moved
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

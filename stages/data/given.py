@@ -104,7 +104,7 @@ def _line(key: str, number: int, row: Any) -> bytes:
     """A row as a line of JSON: a record, a prompt, or a list of chat turns."""
     if isinstance(row, str) and Path(row).is_file():
         raise UserError(f"{key} lists the file {row}; give {{file: weight}} to mix files, or rows.")
-    names = {str: "prompt", list: "messages", tuple: "messages"}
+    names: dict[type, str] = {str: "prompt", list: "messages", tuple: "messages"}
     record = row if isinstance(row, dict) else {names[type(row)]: row} if type(row) in names else None
     if record is None:
         raise UserError(

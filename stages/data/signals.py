@@ -6,8 +6,7 @@ Shapes: N scored positions, T tokens of a row, D teacher width, V vocabulary, K 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,9 +56,7 @@ class SignalKind(ABC):
         """Return the signal of one row from its part of `tensors`, and its `log_tail_mass`, as arrays."""
 
     @abstractmethod
-    def teacher(
-        self, signals: list[Any], head: Head | None, device: torch.device, vocab_size: int
-    ) -> AnyTeacher:
+    def teacher(self, signals: list[Any], head: Head | None) -> AnyTeacher:
         """Return the loss's teacher for the signals of some rows, in order."""
 
 
@@ -85,19 +82,12 @@ class KeptIds(SignalKind):
     def signal(self, arrays: Arrays) -> cache.Signal:
         return cache.TopK(arrays["ids"], arrays["logprobs"], arrays["log_tail_mass"], temperature=1.0)
 
-    def teacher(
-        self, signals: list[Any], head: Head | None, device: torch.device, vocab_size: int
-    ) -> AnyTeacher:
-        """The values are checked here, on the host, because on a GPU the loss checks only shapes."""
+    def teacher(self, signals: list[Any], head: Head | None) -> AnyTeacher:
         width = max(signal.ids.shape[1] for signal in signals)
         ids = cat([_widen(signal.ids, width, -1) for signal in signals]).long()
         logprobs = cat([_widen(signal.logprobs, width, -np.inf) for signal in signals])
         tail = cat([signal.log_tail_mass for signal in signals])
-        teacher = TopKTeacher(ids, logprobs, tail, temperature=signals[0].temperature)
-        check_topk_values(teacher, vocab_size)
-        return replace(
-            teacher, ids=ids.to(device), logprobs=logprobs.to(device), log_tail_mass=tail.to(device)
-        )
+        return TopKTeacher(ids, logprobs, tail, temperature=signals[0].temperature)
 
 
 class States(SignalKind):
@@ -114,14 +104,12 @@ class States(SignalKind):
     def signal(self, arrays: Arrays) -> cache.Signal:
         return cache.Hidden(arrays["states"], _dtype_name(arrays["states"]))
 
-    def teacher(
-        self, signals: list[Any], head: Head | None, device: torch.device, vocab_size: int
-    ) -> AnyTeacher:
+    def teacher(self, signals: list[Any], head: Head | None) -> AnyTeacher:
         if head is None:
             raise UserError(
                 "the cache holds hidden states but no teacher head; run `python -m cache verify` on it."
             )
-        return HiddenTeacher(cat([_typed(s.states, s.dtype) for s in signals]).to(device), head)
+        return HiddenTeacher(cat([_typed(s.states, s.dtype) for s in signals]), head)
 
 
 class Logits(SignalKind):
@@ -140,10 +128,8 @@ class Logits(SignalKind):
     def signal(self, arrays: Arrays) -> cache.Signal:
         return cache.Full(arrays["logits"], _dtype_name(arrays["logits"]))
 
-    def teacher(
-        self, signals: list[Any], head: Head | None, device: torch.device, vocab_size: int
-    ) -> AnyTeacher:
-        return LogitsTeacher(cat([_typed(s.logits, s.dtype) for s in signals]).to(device).float())
+    def teacher(self, signals: list[Any], head: Head | None) -> AnyTeacher:
+        return LogitsTeacher(cat([_typed(s.logits, s.dtype) for s in signals]).float())
 
 
 KINDS: dict[str, SignalKind] = {
@@ -154,17 +140,19 @@ KINDS: dict[str, SignalKind] = {
 }
 
 
-def teacher_of(
-    records: list[cache.Record], head: Head | None, device: torch.device, vocab_size: int
-) -> AnyTeacher:
-    """Return the loss's teacher for the scored positions of `records`, in order."""
+def teacher_of(records: list[cache.Record], head: Head | None, vocab_size: int) -> AnyTeacher:
+    """Return the loss's teacher for the scored positions of `records`, in order; all but `head` on the host.
+
+    Top-k values are checked here, because on a GPU the loss checks only shapes.
+    """
     signals = [record.signal for record in records]  # rows of one cache share one kind
     kind = next((kind for kind in KINDS.values() if isinstance(signals[0], kind.stored)), None)
     if kind is None:
-        raise UserError(
-            f"row {records[0].row_id} is not scored yet (signal none); run stages.rollout to score it."
-        )
-    return kind.teacher(cast(list[Any], signals), head, device, vocab_size)
+        raise UserError(f"row {records[0].row_id} is not scored yet; run stages.rollout to score it.")
+    teacher = kind.teacher(signals, head)
+    if isinstance(teacher, TopKTeacher):
+        check_topk_values(teacher, vocab_size)
+    return teacher
 
 
 def cached_head(snapshot: cache.Snapshot, device: torch.device) -> Head | None:

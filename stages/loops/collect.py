@@ -159,9 +159,7 @@ def write_rounds(
 
 def slots_for(run: Run, policy: Policy, *, scores_too: bool) -> int:
     """Rows decoded together: `gen_micro_batch`, or as many as fit in free memory (collective)."""
-    return slots_of_run(
-        run.config, run.world, policy.model.config, is_teacher=policy.is_teacher, scores_too=scores_too
-    )
+    return slots_of_run(run, policy, scores_too=scores_too)
 
 
 def _row_id(*parts: object) -> str:

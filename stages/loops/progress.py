@@ -13,6 +13,7 @@ import torch
 import cache
 from stages.runtime import metrics
 from stages.runtime.cuts import cut_sentence
+from stages.runtime.gpu_memory import highest_bytes
 from stages.runtime.metrics import Clock
 from stages.runtime.rounds import PROGRESS
 from stages.runtime.run import Run
@@ -108,7 +109,7 @@ class Progress:
             "padding_waste": 1 - done.scored_tokens / done.padded_tokens if done.padded_tokens else 0.0,
             **{f"share_{name}": share for name, share in self.shares().items()},
             "memory_allocated_bytes": torch.cuda.memory_allocated(device) if on_gpu else 0,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+            "peak_memory_bytes": highest_bytes(device),
         }
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +19,7 @@ import cache
 from cache.schema import TEACHER_COLUMNS
 from dualkl import Head
 from dualkl.compress import Compressed, compress
-from stages.data.alignment import align, at_scored
+from stages.data.alignment import Aligned, align, at_scored
 from stages.data.batches import map_tensors, micro_batches, num_tokens
 from stages.data.signals import KINDS, SignalKind
 from stages.loops.budgets import score_tokens_of_run
@@ -56,7 +57,8 @@ class ScoredBatch:
             if not np.isfinite(columns[name]).all():
                 raise UserError(
                     f"the teacher gave NaN or infinite values ({name}) in the unit of row"
-                    f" {self.rows[0].row_id}; nothing of it was kept. Check its weights and teacher_dtype."
+                    f" {self.rows[0].row_id}; none of that unit was kept. Check its weights and"
+                    " teacher_dtype."
                 )
         start = 0
         for row in self.rows:
@@ -82,7 +84,8 @@ def score_rows(
     """
     lengths = [num_tokens(row) for row in rows]
     cut = packed_batches if teacher.packs else scoring_batches
-    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run.config, run.world, teacher))
+    score = partial(_states_and_kept, scoring, teacher)
+    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score))
     for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
@@ -146,9 +149,10 @@ def _forwards(
 
 def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
     """Score one batch. A kind with large tensors (`by_row`) yields one batch per row."""
-    hidden_ND, targets_N = _scored_states(rows, scoring, teacher)
+    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    hidden_ND, kept = _states_and_kept(scoring, teacher, aligned)
     kind, head = KINDS[scoring.signal.signal], teacher.head
-    kept = kept_of(hidden_ND, head, targets_N, scoring.signal, scoring.vocab_size)
     start = 0
     for own in [[row] for row in rows] if kind.by_row else [rows]:
         part = slice(start, start + sum(len(row.completion_ids) for row in own))
@@ -159,11 +163,10 @@ def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> It
         start = part.stop
 
 
-def _scored_states(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, D] at the scored positions of `rows`, and their target tokens [N]."""
-    prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
-    return at_scored(teacher.hidden(aligned), aligned), aligned.targets
+def _states_and_kept(scoring: Scoring, teacher: Teacher, aligned: Aligned) -> tuple[Tensor, Compressed]:
+    """The teacher's hidden states [N, D] at the scored positions, and what the signal keeps of them."""
+    hidden_ND = at_scored(teacher.hidden(aligned), aligned)
+    return hidden_ND, kept_of(hidden_ND, teacher.head, aligned.targets, scoring.signal, scoring.vocab_size)
 
 
 def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:

@@ -63,8 +63,8 @@ def vocabulary_of(config: Config, cache_root: str) -> Vocabulary:
         raise UserError(
             f"{cache_root} was written with another tokenizer (its map of the first"
             f" {must_match['vocab_size']} ids hashes to {must_match['tokenizer']}, that of"
-            f" {config.models.student_model} to {own}); train a student of that family, or write a cache of"
-            " its own."
+            f" {config.models.student_model} to {own}); train a student that has that tokenizer, or"
+            " write another cache."
         )
     return Vocabulary(tokenizer, must_match["vocab_size"])
 
@@ -76,6 +76,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     must_match = {
         "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,
+        **_quantization(config),
         **_prompting(config, vocabulary),
         "signal": {"kind": signal.signal, "temperature": 1.0} | limits,
     }
@@ -87,6 +88,12 @@ def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Finger
     return cache.Fingerprint(
         {**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config)
     )
+
+
+def _quantization(config: Config) -> dict[str, str]:
+    """Its fingerprint entry, which caches of teachers that are not quantised do not have."""
+    kind = config.models.teacher_quantization
+    return {} if kind == "none" else {"teacher_quantization": kind}
 
 
 def _prompting(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def check_history(run: Run) -> None:
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
     changed = history.describe_changes(trained, run.config)
     if changed and position.step < run.config.train.max_steps:
-        run.metrics.say(f"going on with changed keys: {changed}")
+        run.metrics.say(f"resuming with changed keys: {changed}")
 
 
 def newest_position(run: Run) -> checkpoint.Position:

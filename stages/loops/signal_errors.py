@@ -15,7 +15,7 @@ from cache import codec
 from dualkl import DualKLConfig, DualKLOutput, HiddenTeacher, LogitsTeacher, dual_kl
 from dualkl.compress import Compressed, compress, compress_logits
 from stages.data.alignment import at_scored
-from stages.data.batches import MicroBatch, micro_batches, num_tokens, to_tensors
+from stages.data.batches import MicroBatch, micro_batches, num_tokens, on_device, to_tensors
 from stages.data.signals import NUCLEUS_FLOOR, AnyTeacher, dual_kl_head, teacher_of
 from stages.loops.writing import to_numpy
 from stages.models.student import Student
@@ -120,7 +120,7 @@ def _stored(
         setting.num_bytes += len(packed)
         setting.num_kept += int((ids[start:end] >= 0).sum())
         read.append(cache.Record(**{**record.__dict__, "signal": codec.decode(packed)}))
-    return teacher_of(read, None, device, vocab_size)
+    return on_device(teacher_of(read, None, vocab_size), device)
 
 
 def _compress(teacher: AnyTeacher, targets: Tensor, setting: Setting, vocab_size: int) -> Compressed:

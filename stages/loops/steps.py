@@ -99,8 +99,8 @@ class Training:
 def prepare(run: Run, student: Student) -> Training:
     """Wrap the student for this world; build AdamW with warm-up and cosine decay (collective)."""
     train, world = run.config.train, run.world
-    caps = train_caps_of_run(run.config, world, student.base.config)
     module: nn.Module = StudentLoss(student, run.config.loss.settings(student.vocab_size))
+    caps = train_caps_of_run(run, student, module)
     optimizer = torch.optim.AdamW(
         student.trainable.values(),
         lr=train.lr,

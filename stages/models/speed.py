@@ -1,67 +1,37 @@
-"""Time estimates in seconds: hardware lower bounds, divided by the measured share of the peak rate.
-
-Unless noted, shares and times are from docs/performance.md, measured on one H200.
-"""
+"""Time estimates in seconds: 2 FLOP per parameter and token, at a measured share of the card's data sheet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.models.memory import Shape, kv_bytes_per_token
+from stages.models.memory import Shape, kv_bytes
 from stages.runtime.errors import UserError
 
-# Matrix products run at 685 TFLOP/s; the data sheet says 989.
-MATMUL_SHARE = 685 / 989
-# A copy runs at 4.24 TB/s of 4.8.
-COPY_SHARE = 4.24 / 4.8
-# Of the lower bound: 27,550 tokens/s, 4B shape, 256 slots, prefill and sampling included.
-DECODE_SHARE = 0.565
-# A captured kernel with little work: storing K and V of 256 rows, 36 times in 0.082 ms.
-KERNEL_SECONDS = 2.3e-6
-# Minimum per layer of a decode step: 2 norms, 4 products, rotary, K and V, attention, gate, 2 sums.
-LAYER_KERNELS = 12
-# Share of the matrix rate in a teacher's forward: between 0.78 (32B shape) and 0.68 (8B).
-FORWARD_SHARE = 0.73
-# Share of the matrix rate: 2.07 s computed, 2.13 s measured, 4B shape (bench/results/stage_two.json).
-TRAIN_SHARE = 0.97
-# Compiled or not: bytes of all other work of a step, per token, layer and unit of width.
-TRAIN_BYTES = {
-    True: 700,
-    False: 1900,
-}
-# Per scored token beyond the forward: 29,935 of 30,531 tokens/s, 8B shape, two in three scored.
-SCORE_SECONDS = 1e-6
-# DeepSpeed's hooks: a forward of 4,096 tokens through 12 layers took 82.7 ms on one H200.
-ZERO3_LAYER_SECONDS = 6.9e-3
+# Shares of the data sheet, docs/performance.md, measured on one H200.
+DECODE_SHARE = 0.4  # 27,550 tokens/s, 4B shape, 256 slots, prefill and sampling included
+FORWARD_SHARE = 0.48  # 29,935 tokens/s, 8B shape; 7,664, 32B
+TRAIN_SHARE = {True: 0.49, False: 0.32}  # compiled or not: 20,226 and 13,162 tokens/s, 4B shape
+LAYER_SECONDS = 28e-6  # at least, in a decode step of any size: launching 12 kernels, 2.3 µs each
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Specifications of one GPU: reported GiB, dense bf16 FLOP/s, memory bytes/s, bytes/s to its peers."""
+    """Data sheet of one GPU: reported GiB, dense bf16 FLOP/s and memory bytes/s."""
 
     name: str
     gib: float
-    peak_flops: float
-    peak_bandwidth: float
-    link: float
-
-    @property
-    def flops(self) -> float:
-        return self.peak_flops * MATMUL_SHARE
-
-    @property
-    def bandwidth(self) -> float:
-        return self.peak_bandwidth * COPY_SHARE
+    flops: float
+    bandwidth: float
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 79.1, 312e12, 2.04e12, 300e9),
-        Gpu("a100-40", 39.4, 312e12, 1.56e12, 300e9),
-        Gpu("a800", 79.1, 312e12, 2.04e12, 200e9),
-        Gpu("h100", 79.1, 989e12, 3.35e12, 450e9),
-        Gpu("h200", 139.8, 989e12, 4.8e12, 450e9),
+        Gpu("a100", 79.1, 312e12, 2.04e12),
+        Gpu("a100-40", 39.4, 312e12, 1.56e12),
+        Gpu("a800", 79.1, 312e12, 2.04e12),
+        Gpu("h100", 79.1, 989e12, 3.35e12),
+        Gpu("h200", 139.8, 989e12, 4.8e12),
     )
 }
 
@@ -76,47 +46,22 @@ def gpu_for(name: str, gib: float | None) -> Gpu:
         return GPUS[name]
     assert gib is not None
     fitting = [gpu for gpu in GPUS.values() if gpu.gib >= 0.95 * gib]
-    return min(fitting or [GPUS["h200"]], key=lambda gpu: (gpu.peak_flops, gpu.gib, gpu.link))
-
-
-def launch_seconds(shape: Shape) -> float:
-    """Lower bound of a captured decode step for any model size: its kernels launch one after the other."""
-    return LAYER_KERNELS * shape.layers * KERNEL_SECONDS
+    return min(fitting or [GPUS["h200"]], key=lambda gpu: (gpu.flops, gpu.gib))
 
 
 def decode_seconds(shape: Shape, itemsize: int, gpu: Gpu, slots: int, mean_tokens: float) -> float:
-    """A decode step in each of B slots: lower bound / DECODE_SHARE, or `launch_seconds` if longer.
-
-    The lower bound is max(P b / bandwidth, 2 P B / flops) + B KV bytes / bandwidth.
-    """
-    weights = max(
-        shape.parameters * itemsize / gpu.bandwidth, 2 * (shape.body + shape.head) * slots / gpu.flops
-    )
-    cached = slots * mean_tokens * kv_bytes_per_token(shape, itemsize) / gpu.bandwidth
-    return max((weights + cached) / DECODE_SHARE, launch_seconds(shape))
+    """A decode step in all slots, which hold `mean_tokens` tokens each: read weights and cache, multiply."""
+    read = shape.parameters * itemsize + slots * mean_tokens * kv_bytes(shape, itemsize)
+    least = max(read / gpu.bandwidth, 2 * shape.used * slots / gpu.flops)
+    return max(least / DECODE_SHARE, shape.layers * LAYER_SECONDS)
 
 
-def forward_seconds(
-    shape: Shape, itemsize: int, gpu: Gpu, tokens: float, scored: float, zero3: bool, num_gpus: int
-) -> float:
-    """One scoring forward: the slowest of products, weight gathering between ranks, and DeepSpeed's hooks."""
-    products = 2 * (shape.body * tokens + shape.head * scored) / gpu.flops / FORWARD_SHARE
-    if zero3:
-        gather = shape.parameters * itemsize * (num_gpus - 1) / num_gpus / gpu.link
-        products = max(products, gather, ZERO3_LAYER_SECONDS * shape.layers)
-    return products + SCORE_SECONDS * scored
+def forward_seconds(shape: Shape, gpu: Gpu) -> float:
+    """One token of a scoring forward."""
+    return 2 * shape.used / gpu.flops / FORWARD_SHARE
 
 
-def train_seconds(
-    shape: Shape, gpu: Gpu, tokens: float, scored: float, *, frozen: bool, checkpointing: bool, compiled: bool
-) -> float:
-    """Forward and backward: 4 P FLOP per token with frozen weights, else 6; recomputation adds 2.
-
-    The head counts scored tokens only. Attention and elementwise work are bound by memory bandwidth.
-    """
+def train_seconds(shape: Shape, gpu: Gpu, frozen: bool, checkpointing: bool, compiled: bool) -> float:
+    """One token of a forward and backward: 4 FLOP per parameter if frozen, else 6, and 2 to recompute."""
     each = (4 if frozen else 6) + (2 if checkpointing else 0)
-    flops = each * shape.body * tokens + (4 if frozen else 6) * shape.head * scored
-    return (
-        flops / gpu.flops / TRAIN_SHARE
-        + TRAIN_BYTES[compiled] * tokens * shape.layers * shape.hidden / gpu.bandwidth
-    )
+    return each * shape.used / gpu.flops / TRAIN_SHARE[compiled]

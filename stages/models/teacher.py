@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned, align
-from stages.models import pretrained, selfcheck
+from stages.models import pretrained, quantization, selfcheck
 from stages.models.float32 import NARROW, in_float32
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
@@ -130,8 +130,13 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     """The whole teacher on this process's device."""
     models = config.models
     dtype = pretrained.DTYPES[models.teacher_dtype]
-    model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation)
-    return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # wrong stub of `to`
+    settings = quantization.loading_settings(models.teacher_quantization, dtype, world.device)
+    model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation, **settings)
+    model.requires_grad_(False)
+    if settings:
+        quantization.compute_plainly(model)
+        return model
+    return model.to(world.device)  # type: ignore[arg-type]  # wrong stub of `to`
 
 
 def check_writer(model: PreTrainedModel) -> None:
@@ -154,27 +159,47 @@ def plain_model_fits(config: Config, world: World) -> bool:
 
 
 def resident_bytes(config: Config, num_gpus: int) -> float:
-    """Bytes of the scoring teacher's weights per GPU: all if plain, a shard under ZeRO-3, 0 if offloaded."""
+    """Bytes of the scoring teacher's weights per GPU.
+
+    Plain: all. ZeRO-3: a shard, unless it is offloaded, and the whole head.
+    """
     if not config.models.teacher_model:
         return 0.0
     if not config.models.teacher_ds_zero3:
         return float(_weight_bytes(config))
     offload = zero3_settings(config)["zero_optimization"].get("offload_param", {})
-    return 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+    shard = 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+    return shard + _num_parameters(config.models.teacher_model).head * _itemsize(config)
 
 
 def _weight_bytes(config: Config) -> int:
-    """Bytes of the whole teacher in teacher_dtype; reads no weights."""
-    return (
-        _num_parameters(config.models.teacher_model) * pretrained.DTYPES[config.models.teacher_dtype].itemsize
-    )
+    """Bytes of the whole teacher in teacher_dtype, or quantised but for embeddings and head; reads no weights."""
+    models = config.models
+    whole, head = _num_parameters(models.teacher_model)
+    if models.teacher_quantization == "none":
+        return whole * _itemsize(config)
+    is_tied = pretrained.load_config(models.teacher_model).get_text_config().tie_word_embeddings
+    kept = head * (1 if is_tied else 2)
+    return int(kept * _itemsize(config) + (whole - kept) * quantization.BYTES[models.teacher_quantization])
+
+
+def _itemsize(config: Config) -> int:
+    return pretrained.DTYPES[config.models.teacher_dtype].itemsize
+
+
+class _Parameters(NamedTuple):
+    """Numbers in the whole model and in its head."""
+
+    whole: int
+    head: int
 
 
 @lru_cache(maxsize=4)
-def _num_parameters(name: str) -> int:
+def _num_parameters(name: str) -> _Parameters:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(pretrained.load_config(name))
-    return sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
+    return _Parameters(sum(p.numel() for p in model.parameters()), head)
 
 
 def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:

@@ -48,6 +48,8 @@ def install() -> None:
     """
     # read when torch is imported; DDP warns about a flag that is intended
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # read then too: by default OpenMP's threads spin for milliseconds, and on a shared CPU for each other's turn
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _Process.reader, _Process.writer = os.pipe()
     os.set_blocking(_Process.writer, False)
     for number in NAMES:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 
 from stages.runtime import config as configuration
@@ -19,6 +18,7 @@ from stages.runtime import distributed, locks
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
+from stages.runtime.gpu_memory import highest_bytes
 from stages.runtime.metrics import Clock, Metrics
 from stages.runtime.terminal import Style, take_style
 
@@ -72,8 +72,7 @@ class Run:
     def log_totals(self, stage: str) -> None:
         """Log seconds by phase and peak GPU memory so far, each the maximum over ranks (collective)."""
         self.metrics.log("clock", start=self.clock.started, **self.clock.totals(self.world))
-        on_gpu = self.world.device.type == "cuda"
-        peak = float(torch.cuda.max_memory_allocated(self.world.device)) if on_gpu else 0.0
+        peak = float(highest_bytes(self.world.device))
         self.metrics.log("memory", stage=stage, peak_memory_bytes=self.world.max([peak])[0])
 
 

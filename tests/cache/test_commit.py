@@ -19,10 +19,14 @@ from cache.store import STALE_SECONDS, Store, StoreError
 from cache.verify import withdraw
 from tests.support.cache_samples import assert_same, files, fingerprint, record, row_id, write
 from tests.support.cache_writers import STEPS, UNITS, assert_holds, drive, write_missing
+from tests.support.thinning import leading
 
 
-def test_a_crash_at_any_step_leaves_all_of_a_unit_or_nothing_and_a_rerun_gives_every_row_once(tmp_path):
-    steps = json.loads(drive("crash", str(tmp_path / "caches")))
+@pytest.mark.parametrize("moment", leading(1, ["after", "before"]))
+def test_a_crash_at_any_step_leaves_all_of_a_unit_or_nothing_and_a_rerun_gives_every_row_once(
+    tmp_path, moment
+):
+    steps = json.loads(drive("crash", str(tmp_path / "caches"), moment))
     assert {step.split("-")[1] for step in steps} == {name for _, name in STEPS}
     held = []
     for step in steps:

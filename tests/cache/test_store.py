@@ -18,6 +18,7 @@ from cache.verify import withdraw
 from tests.support.cache_samples import KINDS, assert_same, fingerprint, head, record, row_id, write
 from tests.support.cache_writers import UNITS, assert_holds, drive, write_missing
 from tests.support.helpers import assert_same_weights, weights_in
+from tests.support.thinning import leading
 from tests.support.tiny_runs import train
 
 SETTINGS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -72,8 +73,9 @@ def test_rows_come_back_from_an_object_store(root: str, kind: str) -> None:
     assert snapshot.shard_paths()[0].startswith(f"{root}/shards/g0000-00000-")
 
 
+@pytest.mark.thorough
 def test_a_crash_at_any_request_leaves_all_of_a_unit_or_nothing(root: str) -> None:
-    steps = json.loads(drive("crash", root))
+    steps = json.loads(drive("crash", root, "before", "after"))
     assert {step.split("-")[1] for step in steps} == {"_upload", "create", "remove"}
     held = []
     for step in steps:
@@ -87,6 +89,7 @@ def test_a_crash_at_any_request_leaves_all_of_a_unit_or_nothing(root: str) -> No
     assert held == sorted(held)
 
 
+@pytest.mark.thorough
 def test_kills_at_random_times_lose_and_double_nothing(root: str) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -95,7 +98,7 @@ def test_kills_at_random_times_lose_and_double_nothing(root: str) -> None:
     assert cache.open(root).summary()["duplicate_rows"] == 0
 
 
-@pytest.mark.parametrize("plan", ["same", "different"])
+@pytest.mark.parametrize("plan", leading(1, ["same", "different"]))
 def test_writers_that_race_lose_and_double_nothing(root: str, plan: str) -> None:
     results = json.loads(drive("race", root, plan))
     assert_holds(root, list(range(30)))
@@ -210,6 +213,7 @@ def test_urls_that_nothing_opens_and_places_without_a_cache(
     assert isinstance(open_store(f"file://{Path.cwd()}"), LocalStore)
 
 
+@pytest.mark.thorough
 def test_both_stages_work_on_an_object_store(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

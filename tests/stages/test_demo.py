@@ -5,12 +5,14 @@ knowledge.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import demo_page
 from dualkl import TopKTeacher
 from stages import pipeline
 from stages.data.batches import to_tensors
@@ -18,6 +20,8 @@ from stages.loops import feed
 from tests.support.helpers import run_python
 
 pytestmark = pytest.mark.slow
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+POINTS, RELATIVE = 6.0, 0.5  # another number of threads sums in another order
 
 
 def shuffled(*arguments: Any, **keywords: Any) -> Any:
@@ -45,6 +49,22 @@ def test_the_student_gains_35_points_and_its_divergences_fall_to_two_fifths(
     assert max(report["ratios"]["on_student"].values()) <= 0.4
     assert report["run"]["first_step_share_forward"] >= 0.10
     assert report["run"]["refreshes"] >= 2
+    assert_as_shown(demo_page.printed(report))
+
+
+def assert_as_shown(printed: str) -> None:
+    """The README's lines, with figures that differ by no more than another seed or machine explains."""
+    shown = demo_page.shown(demo_page.README.read_text())
+    for line, expected in zip(printed.split("\n"), shown.split("\n"), strict=True):
+        assert " ".join(NUMBER.sub("#", line).split()) == " ".join(NUMBER.sub("#", expected).split())
+        if line.startswith("time"):
+            continue
+        for found, wanted in zip(NUMBER.findall(line), NUMBER.findall(expected), strict=True):
+            value, near = float(found.replace(",", "")), float(wanted.replace(",", ""))
+            assert abs(value - near) <= max(POINTS if "%" in line else 0.02, RELATIVE * near), (
+                line,
+                expected,
+            )
 
 
 def test_a_student_that_is_taught_the_wrong_rows_gains_nothing(

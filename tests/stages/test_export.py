@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from stages.models.exact import decoder_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stages import export
 from stages.engine.weights import DecodingWeights
 from stages.models import exporting, folders, hub
+from stages.models.readout import decoder_of
 from stages.runtime import checkpoint
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT, environment, make_run

@@ -1,6 +1,8 @@
 """Writers that crash or race, for the commit tests: forks of a process that has imported only the cache.
 
-python -m tests.support.cache_writers crash|kill|race ROOT [options]      prints the outcome as JSON
+python -m tests.support.cache_writers crash ROOT [before] [after]      prints the outcome as JSON
+python -m tests.support.cache_writers kill ROOT SEED KILLS
+python -m tests.support.cache_writers race ROOT same|different
 """
 
 import json
@@ -106,8 +108,11 @@ def die_at(count: int, when: str, steps: list[tuple[object, str]]) -> list[str]:
     return seen
 
 
-def drive_crashes(root: str) -> list[str]:
-    """One cache per step of creating it and committing two units, left by a writer killed at that step."""
+def drive_crashes(root: str, moments: Sequence[str]) -> list[str]:
+    """One cache per step of creating it and committing two units, left by a writer that died at that step.
+
+    `moments`: whether it dies `before` the step, `after` it, or one writer each.
+    """
     names: list[str] = []
     steps = steps_of(root)
     units = [range(3), range(3, 6)]
@@ -123,7 +128,7 @@ def drive_crashes(root: str) -> list[str]:
         assert code_of(in_a_fork(note_steps)) == 0
         seen = json.loads(noted.read_text())
     for count, step in enumerate(seen, 1):
-        for when in ("before", "after"):
+        for when in moments:
             names.append(f"{count:03d}-{step}-{when}")
 
             def crash(place: str = f"{root}/{names[-1]}", count: int = count, when: str = when) -> None:
@@ -200,7 +205,7 @@ def main(command: str, root: str, *options: str) -> None:
         import s3fs  # noqa: F401  # once, not in every fork
 
     drivers: dict[str, Callable[[], object]] = {
-        "crash": lambda: drive_crashes(root),
+        "crash": lambda: drive_crashes(root, options),
         "kill": lambda: drive_kills(root, int(options[0]), int(options[1])),
         "race": lambda: drive_race(root, options[0]),
     }

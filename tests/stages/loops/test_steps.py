@@ -16,7 +16,7 @@ import cache
 from stages.data.alignment import Aligned, align
 from stages.data.batches import to_tensors
 from stages.loops import feed, refresh, schedule, steps
-from stages.loops.budgets import train_caps
+from stages.loops.budgets import Caps
 from stages.models.student import Student
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
@@ -129,6 +129,7 @@ def test_several_processes_have_the_gradient_of_one(
     assert relative_error(ranks[0], whole_gradient) < 1e-5
 
 
+@pytest.mark.thorough
 def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:
@@ -160,7 +161,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
     """And all tokens of the step, without messages from other ranks; ranks short of work run idle ones."""
-    run = step_run(tmp_path, caches(), micro_batch_tokens=100)
+    run = step_run(tmp_path, caches())
     student = student_of(run)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     lengths = {row_id: (10, 80 if i % 5 == 0 else 10) for i, row_id in enumerate(pool.row_ids)}
@@ -168,9 +169,7 @@ def test_every_rank_knows_how_many_forwards_the_longest_has(
     batches = []
     for rank in range(4):
         here = replace(run, world=replace(run.world, rank=rank, size=4))
-        batches.append(
-            next(feed.global_batches(here, student, snapshot, pool, [0], train_caps(run.config, None)))
-        )
+        batches.append(next(feed.global_batches(here, student, snapshot, pool, [0], Caps(64, 100))))
     assert len({len(b.forwards) for b in batches}) == 1
     assert {b.total_tokens for b in batches} == {sum(completion for _, completion in lengths.values())}
     rows = [row for b in batches for forward in b.forwards if not forward.is_idle for row in forward.row_ids]
@@ -211,6 +210,7 @@ def save_weights_after_moves(folder: Path, arguments: list[str]) -> None:
     save_weights(folder, arguments)
 
 
+@pytest.mark.thorough
 def test_gradients_are_summed_over_processes_after_the_student_has_moved(
     tmp_path: Path, forked: Forker
 ) -> None:
@@ -279,7 +279,8 @@ def eager_graphs(function: Any, **keywords: Any) -> Any:
     return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
 
 
-@pytest.mark.parametrize("training", leading(1, [False, True]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("training", [False, True])
 def test_a_copy_of_compiled_layers_has_its_own_weights(
     tmp_path: Path, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

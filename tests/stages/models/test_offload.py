@@ -86,11 +86,13 @@ def test_models_are_offloaded_where_their_weights_crowd_a_gpu(
     assert not offload._is_crowded(run, student.requires_grad_(False)), "a teacher that writes its own text"
 
 
-@pytest.mark.parametrize(("zero3", "share"), [(False, 1.0), (True, 0.25)])
-def test_a_sharded_teacher_takes_its_share_of_a_gpu(tmp_path: Path, zero3: bool, share: float) -> None:
-    config = make_run(tmp_path, teacher_ds_zero3=str(zero3).lower()).config
-    whole = resident_bytes(make_run(tmp_path / "plain", teacher_ds_zero3="false").config, 1)
-    assert resident_bytes(config, 4) == share * whole
+def test_a_sharded_teacher_takes_its_share_of_a_gpu_and_the_whole_head(tmp_path: Path) -> None:
+    run = make_run(tmp_path, teacher_ds_zero3="false")
+    model = load_plain_model(run.config, run.world)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert resident_bytes(run.config, 4) == whole
+    sharded = make_run(tmp_path / "sharded", teacher_ds_zero3="true").config
+    assert resident_bytes(sharded, 4) == whole / 4 + model.get_output_embeddings().weight.nbytes
 
 
 def test_a_student_whose_weights_deepspeed_holds_does_not_move(

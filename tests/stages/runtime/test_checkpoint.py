@@ -15,11 +15,12 @@ from stages.loops import setup, steps
 from stages.runtime import checkpoint
 from stages.runtime.errors import UserError
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, step_run, student_of, train_from
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}], ids=str
+    "change", leading(1, [{"lora_r": 8}, {"use_lora": "false"}, {"lora_targets": "q_proj,v_proj"}]), ids=str
 )
 def test_a_checkpoint_of_another_student_is_refused(
     tmp_path: Path, caches: Callable[..., str], change: dict[str, Any]
@@ -118,7 +119,15 @@ def test_best_weights_from_before_there_was_a_measure_are_sought_anew(
 
 @pytest.mark.parametrize(
     ("change", "is_same"),
-    [({}, True), ({"lr": 1e-5, "seed": 0}, True), ({"eval_prompts": 6}, False), ({"dtype": "bf16"}, False)],
+    leading(
+        2,
+        [
+            ({"lr": 1e-5, "seed": 0}, True),
+            ({"eval_prompts": 6}, False),
+            ({}, True),
+            ({"dtype": "bf16"}, False),
+        ],
+    ),
     ids=str,
 )
 def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(

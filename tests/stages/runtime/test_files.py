@@ -19,6 +19,7 @@ from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.errors import UserError
 from stages.runtime.run import FOLDERS
 from tests.support.helpers import make_run, records_of
+from tests.support.thinning import leading
 from tests.support.tiny_runs import TINY, policy_of, student_of, train_from
 
 STEP = {"kind": "step", "step": 1, "tokens": 8, "loss": 0.5}
@@ -130,7 +131,7 @@ def test_an_exported_student_is_replaced_as_a_whole(
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")],
+    leading(1, [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]),
     ids=repr,
 )
 def test_a_full_disk_at_the_export_is_a_sentence_and_the_student_before_it_stays(

@@ -55,7 +55,7 @@ def test_changed_keys_are_told_when_a_run_goes_on(tmp_path: Path, capsys: pytest
         make_run(tmp_path, **(TINY | {"lora_dropout": 0.1} | SHORT | {"max_steps": 5, "tau": 0.75}))
     )
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith("going on with changed keys: ")
+    assert told.startswith("resuming with changed keys: ")
     assert "tau: 0.75" in told
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ README, RECORD, PICTURE = ROOT / "README.md", ROOT / "docs" / "demo.json", ROOT 
 FOLDER = "runs/demo"
 CURVES = ("step", "rkl", "fkl", "gate")
 BLOCK = re.compile(r"(<!-- demo -->\n```\n).*?(\n```)", re.DOTALL)
-PLACES = ("look ", "next ")  # lines from here on name files and further commands
+PLACES = ("student ", "look ", "next ")  # lines from here on name files and further commands
+WIDTH = 118
 RESULTS = "report.json"
 
 
@@ -56,11 +58,17 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def printed(report: dict[str, Any]) -> str:
-    """What the demo prints at its end, up to the places to look at."""
+    """What the demo prints at its end: without its seconds, and up to the places to look at."""
     config = parse_arguments(["--config", str(ROOT / "pipeline.yaml")], "")
     lines = reporting.summary(report, Path(FOLDER), config).strip().split("\n")
     end = next((place for place, line in enumerate(lines) if line.startswith(PLACES)), len(lines))
-    return "\n".join(lines[:end]).strip()
+    kept = [line for line in lines[:end] if not line.startswith("time ")]
+    return "\n".join(_wrapped(line) for line in kept).strip()
+
+
+def _wrapped(line: str) -> str:
+    indent = " " * 8 * line.startswith(("gate ", "cache "))
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent)) if len(line) > WIDTH else line
 
 
 def with_output(readme: str, text: str) -> str:
@@ -115,7 +123,9 @@ def _draw_curves(axes: Any, record: dict[str, Any]) -> None:
     axes.set_xlabel("optimizer step (grey: new rollouts from the student)")
     axes.set_title("student against teacher, nats a token", loc="left", fontsize=11)
     weights = axes.twinx()
-    weights.plot(steps["step"], steps["gate"], color=GREY, linewidth=1.2, linestyle="--", label="mean λ")
+    weights.plot(
+        steps["step"], steps["gate"], color=GREY, linewidth=1.2, linestyle="--", label="mean λ (right)"
+    )
     weights.set_ylim(0, 1)
     weights.spines["top"].set_visible(False)
     lines = [*axes.get_lines()[len(record["refreshes"]) :], *weights.get_lines()]

@@ -279,17 +279,19 @@ class Plan:
         return Phase(name, resident | parts | {"prefill": min(slots, at_once) * prompt}, slots)
 
     def _scoring(self, resident: Parts) -> Phase:
-        """A full scoring forward, padding included."""
+        """A full scoring forward, padding included, or the selection from its last states, if that is more."""
         rollout, each = self.config.rollout, memory.forward_bytes(self.teacher, self.teacher_b)
-        resident = resident | {"selection": min(SELECTION_GIB, self.machine.gib / 48) * GIB}
         if self.config.models.teacher_ds_zero3:
             gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)
-            resident["gathered weights"] = float(gathered)
+            resident = resident | {"gathered weights": float(gathered)}
         tokens = self.config.train.micro_batch_tokens
         if tokens == "auto":
             tokens = _whole_tokens(self._room(resident) / each)
         tokens = self._cut(tokens, rollout.rollouts_per_unit)
-        return Phase("score", resident | {"scoring": float(tokens * each)}, tokens)
+        selection = min(SELECTION_GIB, self.machine.gib / 48) * GIB
+        selection = min(selection, 4.0 * tokens * self.teacher.vocab_size)
+        selection += tokens * self.teacher.hidden * self.teacher_b
+        return Phase("score", resident | {"scoring": max(float(tokens * each), selection)}, tokens)
 
     def _training(self, resident: Parts) -> Phase:
         """Forward and backward of the largest micro-batch, all sequences at full length.

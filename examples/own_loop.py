@@ -13,7 +13,8 @@ from dualkl.compress import compress
 
 MODELS, K, EPOCHS = "examples/arithmetic/", 16, 6
 QUESTIONS = [f"Mia has {n} pens and buys 7 more. How many pens does Mia have now?" for n in range(2, 10)]
-ORIGIN: Any = {"run_id": "own", "policy_hash": "start", "policy_step": 0}
+ZEROS = ("policy_step", "refresh_index", "occurrence", "sample_index")
+ORIGIN = {**dict.fromkeys(ZEROS, 0), "run_id": "own", "policy_hash": "start", "behaviour_entropy": None}
 
 
 @torch.no_grad()
@@ -27,25 +28,19 @@ def record(question: str, student: Any, teacher: Any, tokenizer: Any) -> cache.R
     own = student(ids).logits[0, scored].log_softmax(-1).gather(1, answer[:, None])[:, 0]
     kept = compress(teacher.model(ids)[0][0, scored], teacher.lm_head.weight, answer, k=K)
     row_id, ended = hashlib.md5(text.encode()).hexdigest(), answer[-1] == tokenizer.eos_token_id
-    names: dict[str, Any] = {"row_id": row_id, "prompt_id": question, "prompt_text": text}
+    names: dict[str, Any] = ORIGIN | {"row_id": row_id, "prompt_id": question, "prompt_text": text}
     names |= {"completion_text": tokenizer.decode(answer), "finish_reason": "eos" if ended else "length"}
     tokens: dict[str, Any] = {"prompt_ids": prompt[0], "completion_ids": answer, "behaviour_logprobs": own}
-    tokens |= {"teacher_logprobs": kept.sampled_logprobs, "log_tail_mass": kept.log_tail_mass}
-    tokens |= {
-        "top1_id": kept.ids[:, 0],
-        "top1_logprob": kept.logprobs[:, 0],
-        "teacher_entropy": kept.entropy,
-    }
-    zeros = dict.fromkeys(("occurrence", "sample_index", "refresh_index"), 0)
+    tokens |= {"teacher_logprobs": kept.sampled_logprobs, "teacher_entropy": kept.entropy}
+    tokens |= {"top1_id": kept.ids[:, 0], "top1_logprob": kept.logprobs[:, 0]}
     signal = cache.TopK(kept.ids.numpy(), kept.logprobs.numpy(), kept.log_tail_mass.numpy())
-    return cache.Record(behaviour_entropy=None, signal=signal, **ORIGIN, **zeros, **names, **tokens)
+    return cache.Record(signal=signal, log_tail_mass=signal.log_tail_mass, **names, **tokens)
 
 
-def loss_of(row: cache.Record, student: Any) -> torch.Tensor:
+def loss_of(row: Any, student: Any) -> torch.Tensor:
     tokens = torch.tensor([*row.prompt_ids, *row.completion_ids])[None]
     states = student.model(tokens)[0][0, len(row.prompt_ids) - 1 : -1]
-    kept: Any = row.signal
-    topk: Any = map(torch.from_numpy, (kept.ids, kept.logprobs, kept.log_tail_mass))
+    topk: Any = map(torch.from_numpy, (row.signal.ids, row.signal.logprobs, row.signal.log_tail_mass))
     return dual_kl(states, student.lm_head.weight, TopKTeacher(*topk), DualKLConfig(tau=0.1, alpha=40.0)).loss
 
 

@@ -101,7 +101,7 @@ def test_an_engine_without_the_adapter_fails(checked: Checkup, monkeypatch: pyte
             with model.disable_adapter():
                 return generate(*arguments, **keywords)
 
-        engine.generate = without
+        engine.generate = without  # type: ignore[method-assign]
         return engine
 
     monkeypatch.setattr(checkup, "open_engine", bare)

@@ -191,8 +191,8 @@ def _trl_divergence() -> Any:
         return importlib.import_module(name)
     except ImportError:
         trainer, utils = types.ModuleType("trl.trainer"), types.ModuleType("trl.trainer.utils")
-        utils.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()  # type: ignore[attr-defined]
-        trainer.utils = utils  # type: ignore[attr-defined]
+        utils.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()
+        trainer.utils = utils
         trainer.__path__ = []
         sys.modules |= {"trl.trainer": trainer, "trl.trainer.utils": utils}
         return _module(name)

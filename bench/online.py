@@ -353,7 +353,7 @@ def trl_trainer(
     import datasets
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from trl import DistillationTrainer
 
     seconds: dict[str, float] = defaultdict(float)
     clocks: list[float] = []
@@ -389,12 +389,32 @@ def trl_trainer(
 
     model = stage_two.base_model(setting.student, device)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    arguments = DistillationConfig(
+    texts = [" ".join(map(word_of, ids)) for ids in prompts_of(setting, batch * num_steps).tolist()]
+    rank = setting.student.lora_r
+    return Timed(
+        model=model,
+        teacher_model=teacher_model(setting, device),
+        args=trl_arguments(setting, batch, cache_implementation, device, folder),
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer_of(setting.vocab_size),
+        peft_config=LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        callbacks=[Clock()],
+    )
+
+
+def trl_arguments(
+    setting: Setting, batch: int, cache_implementation: str | None, device: str, folder: Path
+) -> Any:
+    from trl import DistillationConfig
+
+    return DistillationConfig(
         output_dir=str(folder),
-        max_steps=num_steps,
+        max_steps=TRL_WARM_UP + setting.trl_steps,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
-        max_completion_length=num_tokens,
+        max_completion_length=setting.student.completion_tokens,
         cache_implementation=cache_implementation,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -406,19 +426,6 @@ def trl_trainer(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-    )
-    texts = [" ".join(map(word_of, ids)) for ids in prompts_of(setting, batch * num_steps).tolist()]
-    rank = setting.student.lora_r
-    return Timed(
-        model=model,
-        teacher_model=teacher_model(setting, device),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer_of(setting.vocab_size),
-        peft_config=LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-        callbacks=[Clock()],
     )
 
 

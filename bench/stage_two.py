@@ -286,7 +286,33 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
     accumulation = max(1, round(setting.rows_per_step * mean_tokens / setting.forward_tokens))
     packing = keys["packing"] == "on"
     rows_per_forward = 1 if packing else setting.rows_per_step // accumulation
-    arguments = trl.SFTConfig(
+    lora = LoraConfig(
+        r=setting.lora_r, lora_alpha=2 * setting.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=sft_arguments(setting, device, folder, rows_per_forward, accumulation, packing),
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=_tokenizer(),
+        peft_config=lora,
+        callbacks=[Clock()],
+    )
+    weights = _weights_gib(device)
+    started = time.perf_counter()
+    trainer.train()
+    # Its steps have nearly as many tokens as ours: count the time of equally many.
+    row_tokens = sum(len(row) for row in trainer.train_dataset["input_ids"]) / len(trainer.train_dataset)
+    scale = setting.rows_per_step * mean_tokens / (accumulation * rows_per_forward * row_tokens)
+    seconds = [scale * step for step in between([started, *clocks])]
+    return Steps(seconds, [], _gib_above(weights, device), f"attention {flash}")
+
+
+def sft_arguments(
+    setting: Setting, device: str, folder: Path, rows_per_forward: int, accumulation: int, packing: bool
+) -> Any:
+    import trl
+
+    return trl.SFTConfig(
         output_dir=str(folder / "trl"),
         max_steps=setting.num_steps,
         per_device_train_batch_size=rows_per_forward,
@@ -306,25 +332,6 @@ def trl_sft(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -
         completion_only_loss=True,
         num_train_epochs=100,
     )
-    lora = LoraConfig(
-        r=setting.lora_r, lora_alpha=2 * setting.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_dict(columns),
-        processing_class=_tokenizer(),
-        peft_config=lora,
-        callbacks=[Clock()],
-    )
-    weights = _weights_gib(device)
-    started = time.perf_counter()
-    trainer.train()
-    # Its steps have nearly as many tokens as ours: count the time of equally many.
-    row_tokens = sum(len(row) for row in trainer.train_dataset["input_ids"]) / len(trainer.train_dataset)
-    scale = setting.rows_per_step * mean_tokens / (accumulation * rows_per_forward * row_tokens)
-    seconds = [scale * step for step in between([started, *clocks])]
-    return Steps(seconds, [], _gib_above(weights, device), f"attention {flash}")
 
 
 def _tokenizer() -> Any:

@@ -13,7 +13,8 @@ from dualkl.compress import compress
 
 MODELS, K, EPOCHS = "examples/arithmetic/", 16, 6
 QUESTIONS = [f"Mia has {n} pens and buys 7 more. How many pens does Mia have now?" for n in range(2, 10)]
-ORIGIN = {"run_id": "own", "policy_hash": "start", "policy_step": 0, "refresh_index": 0, "sample_index": 0}
+ZEROS = ("policy_step", "refresh_index", "occurrence", "sample_index")
+ORIGIN = {**dict.fromkeys(ZEROS, 0), "run_id": "own", "policy_hash": "start", "behaviour_entropy": None}
 
 
 @torch.no_grad()
@@ -26,22 +27,21 @@ def record(question: str, student: Any, teacher: Any, tokenizer: Any) -> cache.R
     answer, scored = ids[0, prompt.shape[1] :], slice(prompt.shape[1] - 1, -1)  # t - 1 predicts t
     own = student(ids).logits[0, scored].log_softmax(-1).gather(1, answer[:, None])[:, 0]
     kept = compress(teacher.model(ids)[0][0, scored], teacher.lm_head.weight, answer, k=K)
-    tail = kept.log_tail_mass
-    names = {"row_id": hashlib.md5(text.encode()).hexdigest(), "prompt_id": question, "occurrence": 0}
-    names |= {"prompt_text": text, "completion_text": tokenizer.decode(answer)}
-    names["finish_reason"] = "eos" if answer[-1] == tokenizer.eos_token_id else "length"
-    tokens = {"prompt_ids": prompt[0], "completion_ids": answer, "behaviour_logprobs": own}
+    row_id, ended = hashlib.md5(text.encode()).hexdigest(), answer[-1] == tokenizer.eos_token_id
+    names: dict[str, Any] = ORIGIN | {"row_id": row_id, "prompt_id": question, "prompt_text": text}
+    names |= {"completion_text": tokenizer.decode(answer), "finish_reason": "eos" if ended else "length"}
+    tokens: dict[str, Any] = {"prompt_ids": prompt[0], "completion_ids": answer, "behaviour_logprobs": own}
     tokens |= {"teacher_logprobs": kept.sampled_logprobs, "teacher_entropy": kept.entropy}
-    tokens |= {"top1_id": kept.ids[:, 0], "top1_logprob": kept.logprobs[:, 0], "log_tail_mass": tail}
-    signal = cache.TopK(kept.ids, kept.logprobs, tail)
-    return cache.Record(behaviour_entropy=None, signal=signal, **ORIGIN, **names, **tokens)
+    tokens |= {"top1_id": kept.ids[:, 0], "top1_logprob": kept.logprobs[:, 0]}
+    signal = cache.TopK(kept.ids.numpy(), kept.logprobs.numpy(), kept.log_tail_mass.numpy())
+    return cache.Record(signal=signal, log_tail_mass=signal.log_tail_mass, **names, **tokens)
 
 
-def loss_of(row: cache.Record, student: Any) -> torch.Tensor:
-    ids = torch.tensor([*row.prompt_ids, *row.completion_ids])[None]
-    states = student.model(ids)[0][0, len(row.prompt_ids) - 1 : -1]
-    kept = (torch.from_numpy(a) for a in (row.signal.ids, row.signal.logprobs, row.signal.log_tail_mass))
-    return dual_kl(states, student.lm_head.weight, TopKTeacher(*kept), DualKLConfig(tau=0.1, alpha=40.0)).loss
+def loss_of(row: Any, student: Any) -> torch.Tensor:
+    tokens = torch.tensor([*row.prompt_ids, *row.completion_ids])[None]
+    states = student.model(tokens)[0][0, len(row.prompt_ids) - 1 : -1]
+    topk: Any = map(torch.from_numpy, (row.signal.ids, row.signal.logprobs, row.signal.log_tail_mass))
+    return dual_kl(states, student.lm_head.weight, TopKTeacher(*topk), DualKLConfig(tau=0.1, alpha=40.0)).loss
 
 
 student, teacher = (AutoModelForCausalLM.from_pretrained(MODELS + n).float() for n in ("student", "teacher"))
@@ -53,8 +53,8 @@ with cache.Writer(sys.argv[1], cache.Fingerprint({"vocab_size": len(tokenizer), 
     writer.commit("first")
 optimizer, snapshot = torch.optim.AdamW(student.parameters(), lr=3e-4), cache.open(sys.argv[1])
 for epoch in range(EPOCHS):
-    losses = [loss_of(row, student) for row in cache.stream(snapshot, seed=0, epoch=epoch)]
-    sum(losses).backward()
+    losses = torch.stack([loss_of(row, student) for row in cache.stream(snapshot, seed=0, epoch=epoch)])
+    losses.sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {epoch + 1}: {sum(losses).item() / len(losses):.4f} nats a token")
+    print(f"step {epoch + 1}: {losses.mean().item():.4f} nats a token")

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-import cache
+import cache as caches
 from stages.data import given as given_data
 from stages.data.checkers import Checker, keep_checker
 from stages.loops import sizing
@@ -46,9 +46,9 @@ class Distilled:
         return self.folder / "student"
 
     @property
-    def cache(self) -> cache.Snapshot:
+    def cache(self) -> caches.Snapshot:
         """The rollouts and the teacher's signals."""
-        return cache.open(self.config.cache_root)
+        return caches.open(self.config.cache_root)
 
 
 def distill(

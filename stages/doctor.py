@@ -51,6 +51,7 @@ CHECKS: dict[str, Callable[[Checkup], str]] = {
     "engine = forward": checkup.check_engine,
     "teacher": checkup.check_teacher,
     "sharded = plain": checkup.check_sharded,
+    "quantised = plain": checkup.check_quantized,
 }
 """In order: the cheap ones, then those that load models."""
 

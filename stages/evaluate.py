@@ -51,7 +51,9 @@ def main() -> None:
     hidden = ("samples", "text_rows", "of")
     facts = {k: {n: v for n, v in result.items() if n not in hidden} for k, result in found.items()}
     measured = collect(run.folder, run.config)
-    then = "dualkl rollout" if label == "before" else f"dualkl report --run_name {run.config.run.run_name}"
+    then = (
+        "dualkl rollout with the same configuration" if label == "before" else f"dualkl report {run.folder}"
+    )
     run.metrics.conclude(
         "\n".join(
             [

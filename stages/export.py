@@ -33,7 +33,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from peft import PeftModel
 
@@ -148,7 +148,7 @@ def _write(student: Student, out: Path, dtype: str | None, config: Config, merge
             assert wanted is not None
             student = replace(student, model=exporting.merge(student.model, wanted))
         else:
-            exporting.name_base(student.model, base)
+            exporting.name_base(cast(PeftModel, student.model), base)
     partial = out.with_name(f".partial-{out.name}")
     try:
         new_folder(partial)
@@ -181,7 +181,7 @@ def _usage(name: str, config: Config, student: Student, merges: bool) -> list[st
             f"    lm_eval --model hf --model_args pretrained={quoted} --tasks gsm8k --apply_chat_template",
             f"    python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {run}.gguf --outtype bf16",
         ]
-    own_rank = max(settings.r for settings in student.model.peft_config.values())
+    own_rank = max(getattr(settings, "r", 0) for settings in student.model.peft_config.values())
     rank = next((rank for rank in VLLM_RANKS if rank >= own_rank), own_rank)
     return [
         f'    AutoPeftModelForCausalLM.from_pretrained({plain(name)!r}, dtype="auto")     # PEFT',

@@ -140,7 +140,7 @@ def _cut_clause(report: Report) -> str:
 def summary(report: Report, folder: Path, config: Config) -> str:
     """Final terminal output: the verdict, the table, time by phase, and next steps."""
     run, stored = report["run"], report["cache"]
-    lines = ["", report["verdict"], "", *table(report), "", _time_line(report["seconds"])]
+    lines = ["", report["verdict"], "", *_measured(report), _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
         lines.append(
             f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly"
@@ -168,6 +168,26 @@ def summary(report: Report, folder: Path, config: Config) -> str:
     else:
         lines.append("next    the same command again: it goes on where this one stopped")
     return "\n".join(lines)
+
+
+def _measured(report: Report) -> list[str]:
+    """The table and a blank line; without evaluations, the last step's divergences."""
+    if any(value is not None for label in ("before", "after") for value in _numbers(report[label])):
+        return [*table(report), ""]
+    run = report["run"]
+    if run["last_step_reverse_kl"] is None:
+        return []
+    return [
+        f"train   reverse KL {run['last_step_reverse_kl']:.4f} and forward KL"
+        f" {_show(run['last_step_forward_kl'], '{:.4f}')} nats a token at the last step"
+    ]
+
+
+def _numbers(measures: Report) -> list[float | None]:
+    return [
+        *(value for value in measures.values() if not isinstance(value, dict)),
+        *measures["on_student"].values(),
+    ]
 
 
 def _span(span: Report) -> str:
@@ -228,6 +248,8 @@ def _run(records: list[dict[str, Any]], config: Config) -> Report:
         "first_step_share_forward": first.get("share_forward"),
         "first_step_gate": first.get("gate"),
         "last_step_gate": last.get("gate"),
+        "last_step_reverse_kl": last.get("rkl"),
+        "last_step_forward_kl": last.get("fkl"),
         "configurations": _spelled(history.spans(records)),
         "warnings": [record["text"] for record in records if record["kind"] == "warning"],
     }

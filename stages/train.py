@@ -54,7 +54,7 @@ def main() -> None:
     how = f" (reverse KL {last['rkl']:.4f}, forward KL {last['fkl']:.4f})" if last else ""
     run.metrics.conclude(
         f"trained to step {step}{how}; the student is in {path}\n"
-        "next:  dualkl evaluate, then dualkl report, with the same configuration",
+        f"next:  dualkl evaluate with the same configuration, then dualkl report {run.folder}",
         {"step": step, "student": str(path), "cache": run.config.cache_root, "last_step": last},
     )
 
@@ -115,12 +115,13 @@ def _export(run: Run, student: Student, step: int) -> None:
     run.world.barrier()
     if not run.world.is_main:
         return
-    folder, now = run.folder / "student", {"step": step, "policy_hash": policy_hash(student)}
+    folder, hashed = run.folder / "student", policy_hash(student)
+    now = {"step": step, "policy_hash": hashed}
     last: dict[str, Any] = next(
         (r for r in reversed(metrics.read(run.metrics.path)) if r["kind"] == "export"), {}
     )
     if not (now.items() <= last.items() and (folder / "README.md").exists()):
-        students.export(student, folder, {"README.md": card_of(run, **now)})
+        students.export(student, folder, {"README.md": card_of(run, step, hashed)})
         run.metrics.log("export", **now)
 
 

@@ -85,12 +85,7 @@ def test_importing_a_package_loads_nothing_that_it_may_not_know(package: str, ab
     assert done.stdout.strip() == "[]"
 
 
-def test_the_cache_is_imported_in_half_a_second() -> None:
-    code = "import time; start = time.perf_counter(); import cache; print(time.perf_counter() - start)"
-    seconds = []
-    for _ in range(3):  # the best of three: other processes may slow the machine
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.5
+def test_the_cache_is_imported_in_half_a_second_of_processor_time() -> None:
+    code = "import time; start = time.process_time(); import cache; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,9 @@ def test_a_job_on_two_machines_is_preempted_queued_again_and_goes_on(tmp_path: P
     assert_same_weights(whole_student, student)
 
 
-def wait_until(holds: object, job: subprocess.Popen[str], seconds: float = 300) -> None:
+def wait_until(holds: Callable[[], object], job: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
-    while not holds():  # type: ignore[operator]
+    while not holds():
         assert job.poll() is None, finish(job)[-6000:]
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.data.conversations import Unusable
 from stages.data.records import Record, Rows
+from stages.runtime import yaml_text
 from stages.runtime.errors import UserError
 
 HASH_LENGTH = 16
@@ -59,16 +60,18 @@ def keep_rows(folder: Path, key: str, value: Any) -> str:
 
 
 def _refuse_others(folder: Path, key: str, path: Path) -> None:
-    """UserError if the run in `folder` has begun with other rows; those of a run that has not are removed."""
-    for other in path.parent.glob(f"{key}-*.jsonl"):
-        if other.name == path.name:
-            continue
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"the run in {folder} was begun with other rows as {key} ({other.name}, these are"
-                f" {path.name}); give the same rows to go on, or another run_name for another run."
-            )
-        other.unlink()
+    """UserError if the run in `folder` has begun with other rows."""
+    try:
+        begun = yaml_text.read((folder / "config.yaml").read_text())
+    except (OSError, ValueError):
+        return
+    section = {"dataset": "data", "eval_dataset": "eval"}[key]
+    found = begun.get(section, {}).get(key) if isinstance(begun, dict) else None
+    if isinstance(found, str) and Path(found).name.startswith(f"{key}-") and Path(found).name != path.name:
+        raise UserError(
+            f"the run in {folder} was begun with other rows as {key} ({Path(found).name}, these are"
+            f" {path.name}); give the same rows to go on, or another run_name for another run."
+        )
 
 
 def _rows(key: str, value: Any) -> Iterator[Any]:
@@ -83,8 +86,8 @@ def _rows(key: str, value: Any) -> Iterator[Any]:
         raise UserError(f"{key} is a {type(value).__name__}; give its rows: frame.to_dict('records').")
     if isinstance(value, dict) or not isinstance(value, Iterable):
         raise UserError(
-            f"{key} is of type {type(value).__name__}; expected a name or a path, {{name: weight}}, or rows: a"
-            " list, a datasets.Dataset or an iterable of records."
+            f"{key} is of type {type(value).__name__}; expected a name or a path, {{name: weight}}, or rows:"
+            " a list, a datasets.Dataset or an iterable of records."
         )
     yield from value
 
@@ -101,7 +104,7 @@ def _line(key: str, number: int, row: Any) -> bytes:
     """A row as a line of JSON: a record, a prompt, or a list of chat turns."""
     if isinstance(row, str) and Path(row).is_file():
         raise UserError(f"{key} lists the file {row}; give {{file: weight}} to mix files, or rows.")
-    names = {str: "prompt", list: "messages", tuple: "messages"}
+    names: dict[type, str] = {str: "prompt", list: "messages", tuple: "messages"}
     record = row if isinstance(row, dict) else {names[type(row)]: row} if type(row) in names else None
     if record is None:
         raise UserError(

@@ -164,8 +164,9 @@ class SlotState:
         ids, logprobs, entropy = (column.index_select(0, index).cpu().numpy() for column in columns)
         found = []
         for row, length in enumerate(self.taken.index_select(0, index).tolist()):
-            own = [column[row, :length].copy() for column in (ids, logprobs, entropy)]
-            found.append(Completion(*own, "eos" if own[0][-1] in eos_ids else "length"))
+            part = row, slice(length)
+            end = "eos" if ids[row, length - 1] in eos_ids else "length"
+            found.append(Completion(ids[part].copy(), logprobs[part].copy(), entropy[part].copy(), end))
         return found
 
     def _tensors(self) -> list[Tensor]:

@@ -112,11 +112,11 @@ def slots_of_run(run: Run, policy: Policy, *, scores_too: bool) -> int:
 
 def _generate(policy: Policy, longest: int, num_slots: int) -> None:
     """Fill slots of `longest` tokens with prompts, and sample two tokens in each."""
-    policy = replace(policy, eos_ids=(), sampling=replace(policy.sampling, max_new_tokens=2))
+    policy = replace(policy, max_new_tokens=2, sampling=replace(policy.sampling, eos_ids=()))
     length = max(1, longest - 2)
     count = min(num_slots, max(1, PROMPT_TOKENS // length))
-    different = np.random.default_rng(0).integers(1, policy.vocab_size, (count, length)).astype(np.int32)
-    prompts = [different[slot * count // num_slots] for slot in range(num_slots)]
+    different = np.random.default_rng(0).integers(1, policy.sampling.vocab_size, (count, length))
+    prompts = [different[slot * count // num_slots].astype(np.int32) for slot in range(num_slots)]
     policy.generate(prompts, [0] * num_slots, num_slots)
 
 

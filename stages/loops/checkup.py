@@ -37,6 +37,8 @@ ZERO = {"fp32": 1e-4, "bf16": 0.02}
 """Nats per token that rounding may leave between a student and itself as a teacher, by dtype."""
 SAME = {"fp32": 1e-4, "bf16": 1e-3}
 """Nats per token, KL between one teacher sharded and plain."""
+LARGE_ERROR = 0.1
+"""Nats per token, KL between a teacher and its quantisation."""
 STIR = 0.02
 """Standard deviation of LoRA's B during the check of the engine: an adapter of zeros would prove nothing."""
 
@@ -163,7 +165,11 @@ def check_loss(checkup: Checkup) -> str:
     """Rollouts scored by the student as its own teacher, read back from a cache: the loss must be zero."""
     student, vocabulary = _ready(checkup)
     models = checkup.config.models
-    run = checkup.tiny(teacher_model=models.student_model, teacher_dtype=checkup.config.run.dtype)
+    run = checkup.tiny(
+        teacher_model=models.student_model,
+        teacher_dtype=checkup.config.run.dtype,
+        teacher_quantization="none",
+    )
     with adapter_set(student, 0.0):
         policy = setup.student_policy(run, student, open_engine(student.model), 0)
         with TeacherLoader(run.config, run.world) as teacher, redirect_stdout(io.StringIO()):
@@ -223,13 +229,36 @@ def check_teacher(checkup: Checkup) -> str:
         return "not needed: rows that are there are trained on"
     if not plain_model_fits(config, checkup.run.world):
         return "not loaded: the plain teacher does not fit on a device; sharded it may"
-    states_ND, head = _scored(checkup, teacher_ds_zero3=False)
+    states_ND, head = _scored(checkup)
     own_Nd = _student_states(student, checkup.rows)
     found = compare(own_Nd, student.head, HiddenTeacher(states_ND, head), vocab_size=student.vocab_size)
     kl = float(found.rkl.double().mean())
     if not kl < float("inf"):
         raise UserError("the teacher gave NaN or infinite values; check its weights and teacher_dtype.")
     return f"reverse KL of the untrained student {kl:.3f} nats a token on {len(own_Nd)} tokens"
+
+
+def check_quantized(checkup: Checkup) -> str:
+    """Score the rows with the quantised teacher and in teacher_dtype."""
+    _, vocabulary = _ready(checkup)
+    models = checkup.config.models
+    if not models.teacher_model or models.teacher_quantization == "none":
+        return "not needed: teacher_quantization is none"
+    _need_rows(checkup)
+    if not plain_model_fits(changed(checkup.config, teacher_quantization="none"), checkup.run.world):
+        return f"not compared: the teacher does not fit on a device in {models.teacher_dtype}"
+    wanted = HiddenTeacher(*_scored(checkup, teacher_quantization="none"))
+    found_ND, head = _scored(checkup)
+    found = compare(found_ND, head, wanted, vocab_size=vocabulary.size)
+    kl = float(found.fkl.double().mean())
+    agree = float((found.student_top1 == found.teacher_top1).double().mean())
+    told = (
+        f"{models.teacher_quantization} against {models.teacher_dtype}: KL {kl:.2g} nats a token, same most likely"
+        f" token {agree:.1%} on {len(found_ND)} tokens"
+    )
+    if not kl < LARGE_ERROR:
+        raise UserError(f"{told}: above {LARGE_ERROR:g} it is another teacher. Choose more bits.")
+    return told
 
 
 def check_sharded(checkup: Checkup) -> str:

@@ -72,7 +72,10 @@ class Evaluation:
             "answer_checker": config.eval.answer_checker,
             "eos_token": config.rollout.eos_token,
         }
-        return subject | ({"teacher": config.models.teacher_model} if config.models.teacher_model else {})
+        kind = config.models.teacher_quantization
+        rounded = "" if kind == "none" else f" ({kind})"
+        teacher = config.models.teacher_model
+        return subject | ({"teacher": f"{teacher}{rounded}"} if teacher else {})
 
     @property
     def teacher_text(self) -> str:

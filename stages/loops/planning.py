@@ -150,7 +150,7 @@ class Plan:
         if self.config.rollout.role != "both":
             return [generate if self.config.rollout.role == "generate" else score]
         optimizer, gradients = memory.state_bytes(self.trained, self.machine.num_gpus, self.machine.zero2)
-        state = {"optimizer": optimizer, "gradients": gradients}
+        state = {"optimizer": float(optimizer), "gradients": float(gradients)}
         refresh = max(self._writing(state), key=lambda phase: phase.peak)
         train = self._training(self._student() | state)
         return [self._evaluation(), generate, score, train, Phase("refresh", refresh.parts, refresh.size)]
@@ -242,9 +242,7 @@ class Plan:
         resident = resident_bytes(self.config, self.machine.num_gpus)
         if not self.config.models.teacher_ds_zero3:
             return {"teacher": resident}
-        gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)
-        shard = resident - self.teacher_head
-        return {"teacher shard": shard, "teacher head": self.teacher_head, "gathered weights": gathered}
+        return {"teacher shard": resident - self.teacher_head, "teacher head": float(self.teacher_head)}
 
     def _writing(self, state: Parts) -> tuple[Phase, Phase]:
         """generate and score of stage one, or of a refresh if training's `state` is on the GPU too.
@@ -266,27 +264,34 @@ class Plan:
         """Slots as long as the longest sequence, and the prompts that are prefilled at once."""
         kv = memory.kv_bytes(shape, itemsize)
         prompt = self.config.data.max_prompt_tokens * (memory.forward_bytes(shape, itemsize) + kv)
-        slot = {"keys and values": self.longest * kv, "logits": SAMPLING_BYTES * shape.vocab_size}
+        kept = float(self.longest * kv)
+        slot: Parts = {"keys and values": kept, "logits": float(SAMPLING_BYTES * shape.vocab_size)}
         at_once = max(PREFILL_TOKENS["cuda"] / self.config.data.max_prompt_tokens, 1)  # prompts
-        slots, unit = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
-        if slots == "auto":
+        given, most = self.config.rollout.gen_micro_batch, self.config.rollout.rollouts_per_unit
+        if given == "auto":
             room = self._room(resident)
             room -= min(budgets.SCORING_BYTES, room / 2) if scores_too else 0
-            fitting = max((room - at_once * prompt) / total(slot), room / (total(slot) + prompt))
-            slots = max(1, min(budgets.MOST_GEN_ROWS, int(fitting)))
-        slots = min(slots, unit)
-        parts = {part: float(slots * size) for part, size in slot.items()}
+            fitting = int(max((room - at_once * prompt) / total(slot), room / (total(slot) + prompt)))
+            given = fitting
+            most = min(most, budgets.MOST_GEN_ROWS)
+        slots = max(1, min(most, given))
+        parts = {part: slots * size for part, size in slot.items()}
         return Phase(name, resident | parts | {"prefill": min(slots, at_once) * prompt}, slots)
 
     def _scoring(self, resident: Parts) -> Phase:
-        """A full scoring forward, padding included."""
+        """A full scoring forward, padding included, or the selection from its last states, if that is more."""
         rollout, each = self.config.rollout, memory.forward_bytes(self.teacher, self.teacher_b)
-        selection = min(SELECTION_GIB, self.machine.gib / 48) * GIB
+        if self.config.models.teacher_ds_zero3:
+            gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)
+            resident = resident | {"gathered weights": float(gathered)}
         tokens = self.config.train.micro_batch_tokens
         if tokens == "auto":
-            tokens = _whole_tokens((self._room(resident) - selection) / each)
+            tokens = _whole_tokens(self._room(resident) / each)
         tokens = self._cut(tokens, rollout.rollouts_per_unit)
-        return Phase("score", resident | {"scoring": float(tokens * each), "selection": selection}, tokens)
+        selection = min(SELECTION_GIB, self.machine.gib / 48) * GIB
+        selection = min(selection, 4.0 * tokens * self.teacher.vocab_size)
+        selection += tokens * self.teacher.hidden * self.teacher_b
+        return Phase("score", resident | {"scoring": max(float(tokens * each), selection)}, tokens)
 
     def _training(self, resident: Parts) -> Phase:
         """Forward and backward of the largest micro-batch, all sequences at full length.

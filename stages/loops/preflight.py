@@ -19,7 +19,7 @@ from stages.data.prompts import Prompt
 from stages.loops import caches, refresh, setup
 from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
-from stages.models import ends, folders, pretrained
+from stages.models import ends, folders, pretrained, quantization
 from stages.models.positions import positions_of
 from stages.models.teacher import zero3_settings
 from stages.runtime.config import Config, require
@@ -115,6 +115,8 @@ def _check_settings(run: Run, work: Work) -> None:
                 "teacher_ds_zero3 needs DeepSpeed, which is not installed here; set teacher_ds_zero3: false."
             )
         zero3_settings(config)
+    if work.scores or work.generates:
+        quantization.check_available(config.models.teacher_quantization, run.world.device)
     attention = config.models.attn_implementation
     known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if attention not in known and "/" not in attention:  # a slash names a kernel on the hub

@@ -76,6 +76,7 @@ def fingerprint(config: Config, vocabulary: Vocabulary, signal: SignalSection) -
     must_match = {
         "teacher": pretrained.identity(models.teacher_model),
         "teacher_dtype": models.teacher_dtype,
+        **_quantization(config),
         **_prompting(config, vocabulary),
         "signal": {"kind": signal.signal, "temperature": 1.0} | limits,
     }
@@ -87,6 +88,12 @@ def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Finger
     return cache.Fingerprint(
         {**_prompting(config, vocabulary), "signal": {"kind": "none"}}, _sampling(config)
     )
+
+
+def _quantization(config: Config) -> dict[str, str]:
+    """Its fingerprint entry, which caches of teachers that are not quantised do not have."""
+    kind = config.models.teacher_quantization
+    return {} if kind == "none" else {"teacher_quantization": kind}
 
 
 def _prompting(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -116,15 +116,12 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     is_given = bool(given.get("eval_dataset"))
     rest = max(1, found.data.num_usable - (0 if is_given else heldout))
     batch = pick("batch_size", _batch(rest, machine), "rollouts of an optimizer step")
-    steps = _steps(rest, batch, machine)
-    steps = pick("max_steps", steps, "")
-    pick("num_prompts", min(rest, steps * batch), "")
-    uses = steps * batch / chosen["num_prompts"].value
-    chosen["max_steps"] = Choice(steps, f"each prompt is used {uses:.1f} times")
-    chosen["num_prompts"] = Choice(
-        chosen["num_prompts"].value, f"trained on, of {found.data.num_usable:,} that can be used"
-    )
-    pick("eval_prompts", heldout, "held out" + ("" if is_given else ": they are not trained on"))
+    steps = given.get("max_steps", _steps(rest, batch, machine))
+    about = f"trained on, of {found.data.num_usable:,} that can be used"
+    prompts = pick("num_prompts", min(rest, steps * batch), about) or rest
+    pick("max_steps", steps, f"each prompt is used {steps * batch / prompts:.1f} times")
+    about = "held out" + ("" if is_given else ": they are not trained on")
+    pick("eval_prompts", heldout, about if heldout else "no evaluation")
     if found.data.checker:
         pick("answer_checker", found.data.checker, "the answers have its form")
     pick("lr", _learning_rate(found.student.width, steps, given), "by the student's width and the steps")

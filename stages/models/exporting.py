@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -109,7 +109,7 @@ def dtype_of(name: str) -> torch.dtype:
     config = pretrained.load_config(name)
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     found = getattr(torch, found, None) if isinstance(found, str) else found
-    return found if found in DTYPES.values() else torch.float32
+    return next((dtype for dtype in DTYPES.values() if dtype == found), torch.float32)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     In bfloat16 they are the weights that wrote the run's rollouts and its held-out answers. Variants that the
     engine does not merge (DoRA, LoRA with a bias) are merged by PEFT, in fp32.
     """
-    decoder = decoder_of(model.get_base_model())
+    decoder = decoder_of(cast(PreTrainedModel, model.get_base_model()))
     for name, module in list(decoder.named_modules()):
         if isinstance(module, LoraLinear):
             layer = merged(module, dtype, seed_of(name))

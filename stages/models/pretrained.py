@@ -77,13 +77,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    name: str, dtype: torch.dtype, attn_implementation: str, *, reads_weights: bool = True
+    name: str,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    *,
+    reads_weights: bool = True,
+    **quantized: Any,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, with only the EOS and pad ids of its generation_config.
 
     Other generation settings (Qwen3: temperature 0.6, top_p 0.95, top_k 20) would silently make rollouts
     off-policy. `reads_weights=False` only checks names and shapes, in a fraction of a second, and returns a
-    model on the meta device.
+    model on the meta device. `quantized`: settings for quantised weights.
     Errors: `UserError` if a tensor is missing or has the wrong shape; unused tensors give a warning.
     """
     if attn_implementation == "sdpa" and getattr(load_config(name).get_text_config(), SOFTCAP, None):
@@ -94,6 +99,7 @@ def load_model(
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported, and rejected below
+        **quantized,
     }
     if not reads_weights:
         settings["device_map"] = "meta"

@@ -27,7 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dualkl import Head
 from stages.data.alignment import Aligned, align
-from stages.models import pretrained, selfcheck
+from stages.models import pretrained, quantization, selfcheck
 from stages.models.float32 import NARROW, in_float32
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
@@ -130,8 +130,13 @@ def load_plain_model(config: Config, world: World) -> PreTrainedModel:
     """The whole teacher on this process's device."""
     models = config.models
     dtype = pretrained.DTYPES[models.teacher_dtype]
-    model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation)
-    return model.requires_grad_(False).to(world.device)  # type: ignore[arg-type]  # wrong stub of `to`
+    settings = quantization.loading_settings(models.teacher_quantization, dtype, world.device)
+    model = pretrained.load_model(models.teacher_model, dtype, models.attn_implementation, **settings)
+    model.requires_grad_(False)
+    if settings:
+        quantization.compute_plainly(model)
+        return model
+    return model.to(world.device)  # type: ignore[arg-type]  # wrong stub of `to`
 
 
 def check_writer(model: PreTrainedModel) -> None:
@@ -168,8 +173,14 @@ def resident_bytes(config: Config, num_gpus: int) -> float:
 
 
 def _weight_bytes(config: Config) -> int:
-    """Bytes of the whole teacher in teacher_dtype; reads no weights."""
-    return _num_parameters(config.models.teacher_model).whole * _itemsize(config)
+    """Bytes of the whole teacher in teacher_dtype, or quantised but for embeddings and head; reads no weights."""
+    models = config.models
+    whole, head = _num_parameters(models.teacher_model)
+    if models.teacher_quantization == "none":
+        return whole * _itemsize(config)
+    is_tied = pretrained.load_config(models.teacher_model).get_text_config().tie_word_embeddings
+    kept = head * (1 if is_tied else 2)
+    return int(kept * _itemsize(config) + (whole - kept) * quantization.BYTES[models.teacher_quantization])
 
 
 def _itemsize(config: Config) -> int:

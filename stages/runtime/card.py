@@ -225,7 +225,7 @@ def _objective(config: Config) -> str:
         "soft": f"λ = σ(α (τ − d)), τ = {loss.tau:g} nats, α = {loss.alpha:g}",
         "hard": f"λ = 1 where d is below τ = {loss.tau:g} nats, else 0",
     }
-    gate = gates.get(str(loss.gating), f"λ = {loss.gating}")
+    gate = gates[loss.gating] if isinstance(loss.gating, str) else f"λ = {loss.gating:g}"
     on = {"rkl": "the reverse KL", "fkl": "the forward KL", "teacher_entropy": "the teacher's entropy"}
     of = f", d being {on[loss.gate_on]}" if loss.has_threshold else ""
     moving = f"; τ adapts to keep a mean λ of {loss.tau_share:g}" if loss.tau_share else ""

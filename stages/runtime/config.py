@@ -92,6 +92,9 @@ class ModelSection(Section):
     teacher_ds_config: str = Field(
         "", description="your own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in"
     )
+    teacher_quantization: Literal["none", "bnb-4bit", "bnb-8bit", "fp8"] = Field(
+        "none", description="round the teacher's weights as it is loaded; needs teacher_ds_zero3: false"
+    )
     attn_implementation: str = Field("sdpa", description="attention of both models, as in transformers")
 
 
@@ -522,6 +525,11 @@ def _check_training(config: Config) -> None:
         raise UserError(
             f"rollouts_per_refresh {refresh.rollouts_per_refresh} is not a multiple of group_size {group};"
             " change one of them."
+        )
+    if config.models.teacher_quantization != "none" and config.models.teacher_ds_zero3:
+        raise UserError(
+            f"teacher_quantization {config.models.teacher_quantization} keeps the whole teacher on each GPU; set"
+            " teacher_ds_zero3: false."
         )
     if config.models.student_adapter and not config.lora.use_lora:
         raise UserError(

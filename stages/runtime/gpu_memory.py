@@ -22,10 +22,6 @@ def free_bytes(device: torch.device) -> int | None:
     return free + _reserve(device, private=False)
 
 
-def total_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
-
-
 def peak_bytes(device: torch.device, work: Callable[[], object], *, collective: bool = False) -> float:
     """Bytes that `work` allocates at its peak; infinite if the memory does not suffice.
 

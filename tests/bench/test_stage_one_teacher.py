@@ -24,6 +24,7 @@ def test_scoring_has_its_rates(tmp_path: Path) -> None:
     assert 0 <= found["share_waiting_for_writer"] < 1
 
 
+@pytest.mark.thorough
 def test_zero3_says_what_plain_says(tmp_path: Path, forked: Forker) -> None:
     """In a process of its own, which DeepSpeed sets up; with no PATH it finds no compiler, and needs none."""
     extensions = str(tmp_path / "extensions")

@@ -213,6 +213,7 @@ def test_urls_that_nothing_opens_and_places_without_a_cache(
     assert isinstance(open_store(f"file://{Path.cwd()}"), LocalStore)
 
 
+@pytest.mark.thorough
 def test_both_stages_work_on_an_object_store(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

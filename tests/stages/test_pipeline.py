@@ -174,6 +174,7 @@ def staged(forked: Forker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "demo"
 
 
+@pytest.mark.thorough
 def test_the_stages_one_by_one_give_the_student_of_the_pipeline(piped: Path, staged: Path) -> None:
     assert_same_weights(weights_in(staged / "student"), weights_in(piped / "student"))
     rows = [cache.open(folder / "cache") for folder in (piped, staged)]
@@ -181,6 +182,7 @@ def test_the_stages_one_by_one_give_the_student_of_the_pipeline(piped: Path, sta
     assert rows[0].to_table().equals(rows[1].to_table())
 
 
+@pytest.mark.thorough
 def test_evaluation_before_and_after_is_that_of_the_pipeline(piped: Path, staged: Path) -> None:
     for label in ("before", "after", "teacher"):
         left, right = (
@@ -189,6 +191,7 @@ def test_evaluation_before_and_after_is_that_of_the_pipeline(piped: Path, staged
         assert left == right
 
 
+@pytest.mark.thorough
 def test_the_report_can_be_made_on_its_own(piped: Path, staged: Path, forked: Forker) -> None:
     forked.stage("stages.report", *small(staged.parent, lora_dropout=0.1)).expect_success()
     reports = [json.loads((folder / "report.json").read_text()) for folder in (piped, staged)]
@@ -196,11 +199,13 @@ def test_the_report_can_be_made_on_its_own(piped: Path, staged: Path, forked: Fo
         assert reports[0][name] == reports[1][name]
 
 
+@pytest.mark.thorough
 def test_stage_one_says_that_nothing_is_due_after_training(staged: Path, forked: Forker) -> None:
     done = forked.stage("stages.rollout", *small(staged.parent, lora_dropout=0.1)).expect_success()
     assert "nothing is due at step 4" in done.out
 
 
+@pytest.mark.thorough
 def test_stage_one_checks_what_it_is_given_even_where_nothing_is_due(staged: Path, forked: Forker) -> None:
     flags = [*small(staged.parent, lora_dropout=0.1), "--attn_implementation", "nowhere"]
     forked.stage("stages.rollout", *flags).expect_sentence("attn_implementation nowhere")
@@ -208,6 +213,7 @@ def test_stage_one_checks_what_it_is_given_even_where_nothing_is_due(staged: Pat
     forked.stage("stages.rollout", *flags).expect_sentence("is finished: it was trained to step 4")
 
 
+@pytest.mark.thorough
 def test_stage_one_can_be_extended_with_another_run_on_the_same_cache(
     staged: Path, forked: Forker, tmp_path: Path
 ) -> None:
@@ -263,6 +269,7 @@ def test_an_evaluation_in_the_middle_is_not_taken_for_the_last_one(forked: Forke
     assert found[1]["on_student"]["tokens"] <= 4 * 56  # rows of the last student alone
 
 
+@pytest.mark.thorough
 def test_more_held_out_prompts_are_measured_anew(forked: Forker, tmp_path: Path) -> None:
     tokens = []
     for num_prompts in (4, 8):

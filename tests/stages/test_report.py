@@ -123,6 +123,8 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
         "first_step_share_forward": 0.12,
         "first_step_gate": 0.9,
         "last_step_gate": 0.95,
+        "last_step_reverse_kl": 0.5,
+        "last_step_forward_kl": 0.2,
     }
     assert found["config"]["loss"]["tau"] == config.loss.tau
 
@@ -402,6 +404,23 @@ def test_a_missing_run_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["report", "--runs_dir", str(tmp_path)])
     with pytest.raises(report.UserError, match=r"there is no run at .*`dualkl run` with"):
         report.main()
+
+
+def test_a_summary_without_evaluations_shows_the_last_step(folder: Path, config: Config) -> None:
+    for label in ("before", "after"):
+        (folder / "eval" / f"{label}.json").unlink()
+    text = report.summary(report.collect(folder, config), folder, config)
+    assert "train   reverse KL 0.5000 and forward KL 0.2000 nats a token at the last step" in text
+    assert "held-out problems solved" not in text
+
+
+def test_a_run_is_located_by_its_folder(
+    folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr("sys.argv", ["report", str(folder), "--json"])
+    report.main()
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "report.json").read_text())
 
 
 def test_the_summary_shows_before_after_and_teacher(folder: Path, config: Config) -> None:

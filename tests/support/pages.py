@@ -115,5 +115,5 @@ def _execute(folder: Path, text: str) -> None:
 
     os.chdir(folder)
     sizes = {key: value for key, value in TINY.items() if f"{key}=" not in text}
-    api.distill = functools.partial(api.distill, **sizes)  # type: ignore[assignment]
+    api.distill = functools.partial(api.distill, **sizes)
     exec(compile(text, "block", "exec"), {"__name__": "__main__"})

@@ -51,7 +51,7 @@ def write(
     **sampling: Any,
 ) -> list[Completion]:
     """Call the engine once; by default all prompts are decoded together. `sampling`: see `sampling_of`."""
-    texts = forced or [None] * len(prompts)
+    texts: list[Any] = list(forced) if forced else [None] * len(prompts)
     requests = [
         Request(prompt, limit if text is None else len(text), seed, text)
         for prompt, seed, text in zip(prompts, seeds or range(1, len(prompts) + 1), texts, strict=True)

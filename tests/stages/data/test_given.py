@@ -78,15 +78,14 @@ def test_images_in_a_data_set_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_its_own_rows_only(tmp_path: Path) -> None:
-    first = keep_rows(tmp_path, "dataset", ROWS[:1])
-    second = keep_rows(tmp_path, "dataset", ROWS)
-    assert not Path(first).exists()  # nothing had been made from them
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert keep_rows(tmp_path, "dataset", ROWS) == second
+    keep_rows(tmp_path, "dataset", ROWS[:1])  # nothing is made from them
+    path = keep_rows(tmp_path, "dataset", ROWS)
+    (tmp_path / "config.yaml").write_text(f"data:\n  dataset: {path}\n")
+    assert keep_rows(tmp_path, "dataset", ROWS) == path
+    assert keep_rows(tmp_path, "eval_dataset", ROWS[:1])
     with pytest.raises(UserError, match="was begun with other rows as dataset") as caught:
         keep_rows(tmp_path, "dataset", ROWS[:1])
-    assert Path(second).name in str(caught.value)
-    assert Path(second).exists()
+    assert Path(path).name in str(caught.value)
 
 
 def test_names_are_told_from_rows() -> None:

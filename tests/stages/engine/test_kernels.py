@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.interpreter import SHARES, pass_interpreted
+from tests.support.thinning import thinned
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -89,9 +90,9 @@ def compiled(
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("dtype", "width", "block"), [("bf16", 128, 64), ("bf16", 256, 32), ("bf16", 64, 128), ("fp32", 128, 32)]
+    ("dtype", "width", "block", "capability"),
+    thinned(3, [("bf16", 128, 64), ("bf16", 256, 32), ("bf16", 64, 128), ("fp32", 128, 32)], [80, 90]),
 )
 def test_attention_compiles_within_the_shared_memory_of_an_sm_86(
     dtype: str, width: int, block: int, capability: int
@@ -162,6 +163,7 @@ def test_the_small_kernels_compile(capability: int) -> None:
         assert " bytes spill" not in kernel.asm["ptx"]
 
 
+@pytest.mark.thorough
 def test_a_cpu_engine_does_not_import_triton() -> None:
     code = "import sys, stages.engine.opening; print('stages.engine.kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

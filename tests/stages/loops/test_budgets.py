@@ -264,6 +264,7 @@ def _both_stages_with_unequal_memory(arguments: list[str]) -> None:
     schedule.fit(run, training, lambda *_: None)
 
 
+@pytest.mark.thorough
 def test_ranks_with_unequal_memory_make_equally_many_forwards(tmp_path: Path, forked: Forker) -> None:
     """To the end of both stages: every collective finds its partners."""
     values = TINY | {

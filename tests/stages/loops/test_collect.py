@@ -337,6 +337,7 @@ def test_another_signal_in_the_same_cache_is_refused(tmp_path: Path) -> None:
         written(tmp_path, signal_k=8)
 
 
+@pytest.mark.thorough
 def test_another_run_may_write_to_the_same_cache(tmp_path: Path) -> None:
     root = tmp_path / "shared"
     written(tmp_path, cache_dir=root)

@@ -249,6 +249,7 @@ def test_in_lock_step_all_that_a_refresh_carries_over_is_that_of_inline_ones(
     assert [r["step"] for r in records_of(run.folder, "refresh")] == [2, 4, 6]
 
 
+@pytest.mark.thorough
 def test_two_processes_take_up_the_same_rows_together(tmp_path: Path, forked: Forker) -> None:
     run = train_beside_a_follower(forked, tmp_path, processes=2)
     assert [record["step"] for record in records_of(run, "refresh")] == [3]

@@ -55,6 +55,7 @@ def test_without_refreshes_what_is_left_is_trained_on_with_a_warning(
     assert "training continues with the others, since refresh_mode is off" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_rows_of_an_earlier_refresh_may_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its probe batch, too: another one is taken."""
     crash(tmp_path, "step 5")

@@ -26,6 +26,7 @@ from stages.loops import planning
 from stages.loops.planning import Machine, make_plan
 from stages.models import memory, speed
 from stages.models.memory import GIB
+from stages.models.teacher import resident_bytes
 from stages.runtime.config import Config, LoraSection, parse_arguments
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT
@@ -339,6 +340,15 @@ def test_a_student_that_crowds_the_card_is_away_while_the_teacher_scores(
     assert ("student" in phases["score"]) is not crowded
 
 
+def test_plan_and_run_count_the_same_weights_of_a_sharded_teacher(folders: Path) -> None:
+    """Both decide by them whether the models take turns; the head is whole on every card."""
+    config = configured(folders, "Qwen3-4B", "Qwen3-32B", *LAUNCH)
+    score = next(phase.parts for phase in make_plan(config, TWO_80GB).phases if phase.name == "score")
+    assert score["teacher head"] == 151_936 * 5120 * 2
+    assert score["teacher shard"] == QWEN3["Qwen3-32B"][-1] * 2 / 2
+    assert score["teacher shard"] + score["teacher head"] == resident_bytes(config, 2)
+
+
 def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:
     short = make_plan(configured(folders), TWO_80GB, 128, 128)
     long = make_plan(configured(folders), TWO_80GB, 256, 128)
@@ -348,7 +358,7 @@ def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "others"), [("generate", {"teacher shard", "selection"}), ("score", {"student", "logits"})]
+    ("role", "others"), [("generate", {"teacher shard", "scoring"}), ("score", {"student", "logits"})]
 )
 def test_a_role_is_planned_on_cards_of_its_own(folders: Path, role: str, others: set[str]) -> None:
     """6 cards that a step's 256 rows could not be cut into: nobody trains there."""

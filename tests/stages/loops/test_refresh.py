@@ -244,7 +244,7 @@ def test_several_generators_and_several_zero3_scorers_at_the_same_time(
     assert records_of(tmp_path / "demo", "rollout_progress")[-1]["rollouts_left"] == 0
 
 
-@pytest.mark.parametrize("victim", ["generate", "score"])
+@pytest.mark.parametrize("victim", leading(1, ["score", "generate"]))
 def test_a_side_that_is_killed_and_started_again_loses_and_doubles_nothing(
     tmp_path: Path, forked: Forker, expected: Path, victim: str
 ) -> None:

@@ -142,9 +142,10 @@ CARRIED: dict[str, Any] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("values", "processes"),
-    leading(1, [({}, 2), (CARRIED, 2), ({"batch_size": 12, "rollouts_per_refresh": 12, "grad_accum": 1}, 3)]),
+    [({}, 2), (CARRIED, 2), ({"batch_size": 12, "rollouts_per_refresh": 12, "grad_accum": 1}, 3)],
     ids=["plain", "with all that steps and refreshes carry over", "three, whose sums have an order"],
 )
 def test_several_processes_resume_bit_by_bit(
@@ -181,9 +182,10 @@ def test_held_out_divergences_and_the_best_weights_resume(tmp_path: Path) -> Non
     assert_same_weights(*(load_file(folder / checkpoint.BEST) for folder in folders))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options",
-    leading(1, [{}, {"dtype": "bf16", "gradient_checkpointing": "true", "lora_dropout": 0.0}]),
+    [{}, {"dtype": "bf16", "gradient_checkpointing": "true", "lora_dropout": 0.0}],
     ids=["fp32", "lean bf16"],
 )
 def test_a_run_in_many_packed_micro_steps_resumes_bit_by_bit(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -200,7 +200,8 @@ def test_a_refresh_is_recorded_with_the_policy_that_asked_for_it(
     assert all(record["reason"].startswith(reason) for record in refreshes)
 
 
-@pytest.mark.parametrize("place", leading(1, ["step 5", "step 1", "step 3", "between units"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("place", ["step 1", "step 3", "step 5", "between units"])
 def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted: Run, place: str) -> None:
     crash(tmp_path, place, **DRIFT)
     run = train(tmp_path, **DRIFT)
@@ -211,6 +212,7 @@ def test_a_run_that_crashed_refreshes_at_the_same_steps(tmp_path: Path, drifted:
     assert found == expected
 
 
+@pytest.mark.thorough
 def test_all_ranks_refresh_together_on_drift(tmp_path: Path, forked: Forker) -> None:
     arguments = small(tmp_path, **(TINY | DRIFT | {"grad_accum": 2}))
     forked.call(save_weights, tmp_path, arguments, processes=2).expect_success()
@@ -329,6 +331,7 @@ def test_a_cache_of_weight_0_changes_nothing(tmp_path: Path, caches: Callable[..
     assert_same_weights(weights_in(beside.folder / "student"), weights_in(alone.folder / "student"))
 
 
+@pytest.mark.thorough
 def test_caches_of_different_teachers_train_together(tmp_path: Path, caches: Callable[..., str]) -> None:
     """The other teacher is the student itself: its rows, seen alone, would leave the student where it is."""
     other = caches(signal="hidden", teacher_model="examples/arithmetic/student")
@@ -354,6 +357,7 @@ def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
         assert_same_run(train(tmp_path / place, **values), expected)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_a_mixture_as_one_does(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:

@@ -104,10 +104,12 @@ def test_columns_agree_with_the_loops_over_dense_logits(signal: SignalSection, d
         assert signal.signal == "full" or np.array_equal(columns["states"], to_numpy(hidden))
         return
     p = signal.signal_p if signal.signal == "nucleus" else 1.0
-    ids, kept, tails = reference.compress(logits, signal.signal_k, p, 4 if signal.signal == "nucleus" else 1)
+    ids, wanted, tails = reference.compress(
+        logits, signal.signal_k, p, 4 if signal.signal == "nucleus" else 1
+    )
     assert [[i for i in row if i >= 0] for row in columns["ids"].tolist()] == ids
     for row in range(7):
-        np.testing.assert_allclose(columns["logprobs"][row, : len(kept[row])], kept[row], **close)
+        np.testing.assert_allclose(columns["logprobs"][row, : len(wanted[row])], wanted[row], **close)
     np.testing.assert_allclose(columns["log_tail_mass"], tails, **close)
 
 

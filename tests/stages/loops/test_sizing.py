@@ -94,3 +94,10 @@ def test_a_teacher_is_sharded_only_where_it_does_not_fit_beside_the_student() ->
 def test_a_run_is_named_after_its_student(model: str, name: str) -> None:
     assert sizing.run_name(model) == name
     assert config_of(NAMES | {"run_name": Choice(name)}).run.run_name == name
+
+
+def test_all_prompts_may_be_asked_for() -> None:
+    found = choose(survey_of(400), GPUS, {"num_prompts": 0, "max_steps": 10})
+    assert found["num_prompts"].value == 0
+    assert found["max_steps"].why.startswith("each prompt is used ")
+    assert choose(survey_of(9), GPUS, {})["eval_prompts"] == Choice(0, "no evaluation")

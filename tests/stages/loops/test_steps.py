@@ -129,6 +129,7 @@ def test_several_processes_have_the_gradient_of_one(
     assert relative_error(ranks[0], whole_gradient) < 1e-5
 
 
+@pytest.mark.thorough
 def test_full_fine_tuning_on_two_processes_has_the_gradient_of_one(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:
@@ -209,6 +210,7 @@ def save_weights_after_moves(folder: Path, arguments: list[str]) -> None:
     save_weights(folder, arguments)
 
 
+@pytest.mark.thorough
 def test_gradients_are_summed_over_processes_after_the_student_has_moved(
     tmp_path: Path, forked: Forker
 ) -> None:
@@ -277,7 +279,8 @@ def eager_graphs(function: Any, **keywords: Any) -> Any:
     return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
 
 
-@pytest.mark.parametrize("training", leading(1, [False, True]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("training", [False, True])
 def test_a_copy_of_compiled_layers_has_its_own_weights(
     tmp_path: Path, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_next_threshold_follows_from_the_steps_before(tmp_path: Path, caches
     assert len(set(expected)) == 3
 
 
+@pytest.mark.thorough
 def test_micro_batches_do_not_change_an_adaptive_threshold(
     tmp_path: Path, caches: Callable[..., str]
 ) -> None:
@@ -138,6 +139,7 @@ def save_steps(folder: Path, flags: list[str]) -> None:
     torch.save(training.adaptive.state(), folder / f"{run.world.rank}.pt")
 
 
+@pytest.mark.thorough
 def test_two_processes_have_the_threshold_and_the_figures_of_one(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_pipeline_yaml_has_exactly_the_typed_keys() -> None:
 KEYS = {
     "run": "run_name runs_dir cache_dir extra_caches seed device dtype",
     "models": "student_model student_adapter teacher_model teacher_dtype teacher_ds_zero3 teacher_ds_config"
+    " teacher_quantization"
     " attn_implementation",
     "lora": "use_lora lora_r lora_alpha lora_dropout lora_targets",
     "data": "dataset num_prompts max_prompt_tokens allow_skipped system_prompt chat_template_kwargs",

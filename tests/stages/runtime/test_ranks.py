@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stages import train as stage_two
 from stages.loops import steps
-from stages.loops.drift import Drift
 from stages.runtime import distributed
 from stages.runtime.errors import UserError, command
 from tests.support.helpers import Forker, small, torchrun
@@ -54,8 +54,8 @@ def refuse_on_one_rank(arguments: list[str]) -> None:
     """In a process of its own: stage two, in which rank 1 refuses its second step."""
     step = steps.train_step
 
-    def refusing(run: object, training: steps.Training, *rest: object) -> Drift:
-        if training.step == 1 and run.world.rank == 1:  # type: ignore[attr-defined]
+    def refusing(run: object, training: steps.Training, *rest: object) -> dict[str, Any]:
+        if training.step == 1 and run.world.rank == 1:
             raise UserError("rank 1 cannot go on.")
         return step(run, training, *rest)
 

@@ -189,6 +189,7 @@ def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: 
         "device": device,
         "dtype": student.dtype,
         "lora_r": student.lora_r,
+        "student_model": "bench",
         "teacher_model": folder / "teacher",
         "teacher_ds_zero3": False,
         "group_size": 1,

@@ -149,6 +149,8 @@ def unscored_rows(size: Size) -> list[cache.Record]:
 
 def bench_run(folder: Path, size: Size, device: str, *flags: str) -> Run:
     arguments = [
+        "--student_model",
+        "bench",
         "--runs_dir",
         str(folder),
         "--device",

@@ -211,6 +211,7 @@ def make_student(run: Run, setting: Setting) -> Student:
 def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> Steps:
     """The run's own steps over the synthetic cache, and one more under the profiler."""
     flags = {
+        "student_model": "bench",
         "runs_dir": folder,
         "cache_dir": folder / "cache",
         "device": device,

@@ -127,8 +127,9 @@ def assemble(
     if compute_dtype == torch.bfloat16:
         _cast_once(model)
         lora.make_lean(model)
-    asked = config.train.compile
-    is_compiled = asked is True or (asked == "auto" and device.type == "cuda" and _layers(base) is not None)
+    is_compiled = config.train.compile
+    if is_compiled == "auto":
+        is_compiled = device.type == "cuda" and _layers(base) is not None and not _redraws(config, model)
     if is_compiled:
         compile_layers(base)
     return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because, is_compiled)
@@ -163,6 +164,12 @@ def compile_layers(base: PreTrainedModel) -> None:
         layer.forward = MethodType(_compiled_in_training(compiled, recompute), layer)  # survives a deep copy
 
 
+def _redraws(config: Config, model: nn.Module) -> bool:
+    """Whether a recomputed layer repeats dropout, which the compiler of torch 2.11 cannot do on a GPU."""
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    return config.train.gradient_checkpointing and has_dropout
+
+
 def _layers(base: PreTrainedModel) -> Any:
     return getattr(decoder_of(base), "layers", None)
 
@@ -176,7 +183,8 @@ def _compiled_in_training(compiled: Callable[..., Any], recompute: bool) -> Call
         except BackendCompilerFailed as error:
             raise UserError(
                 f"the student's layers could not be compiled ({str(error).splitlines()[0]}); install a C++"
-                " compiler if there is none (g++, or the one that CXX names), or set compile: false."
+                " compiler if there is none (g++, or the one that CXX names), or set compile: false; with"
+                " gradient_checkpointing, lora_dropout: 0 may be enough."
             ) from error
 
     return forward

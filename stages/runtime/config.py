@@ -256,7 +256,9 @@ class TrainSection(Section):
     )
     packing: bool | Auto = Field("auto", description="pack rows without padding; auto: where that is exact")
     compile: bool | Auto = Field(
-        "auto", description="torch.compile the student's layers for training; auto: on a GPU"
+        "auto",
+        description="torch.compile the student's layers for training; auto: on a GPU, but"
+        " not with lora_dropout and gradient_checkpointing together",
     )
     max_steps: int = Field(256, ge=1, description="optimizer steps")
     lr: Finite = Field(1e-4, gt=0, description="peak learning rate (AdamW); a cosine to a tenth of it")

@@ -55,8 +55,7 @@ def make(folder: Path, **values: str) -> Run:
         max_new_tokens=256,
         rollouts_per_unit=512,
         lora_r=16,
-        lora_dropout=0.1,
-        **values,
+        **({"lora_dropout": "0.1"} | values),
     )
 
 
@@ -114,21 +113,23 @@ def test_scoring_forwards_fill_the_memory_given_and_no_more(
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "compile", "gib"),
-    [("true", "auto", 1), ("true", "false", 1), ("false", "false", 4)],
+    ("checkpointing", "dropout", "is_compiled", "gib"),
+    [("true", "0.0", True, 1), ("true", "0.1", False, 1), ("false", "0.1", True, 4)],
 )
 def test_training_forwards_fill_the_memory_given_and_no_more(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
     given: Callable[[float], None],
     checkpointing: str,
-    compile: str,
+    dropout: str,
+    is_compiled: bool,
     gib: float,
 ) -> None:
-    run, free = make(tmp_path, gradient_checkpointing=checkpointing, compile=compile), gib * GIB
+    run, free = make(tmp_path, gradient_checkpointing=checkpointing, lora_dropout=dropout), gib * GIB
     student = student_of(run, tokenizer)
     random, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     given(free)
+    assert student.is_compiled is is_compiled
     training = steps.prepare(run, student)
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert all(p.grad is None for p in student.trainable.values())

@@ -442,15 +442,16 @@ def _read_file(path: Path) -> dict[str, Any]:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: section {name} must hold keys and values, got {shown(value)}.")
             where, leaves = f"in section {name} of {path}", value
-        for leaf in leaves:
+        for key, leaf_value in leaves.items():
+            leaf = flags.present_name(str(key))
             if leaf not in SECTION_OF:
-                raise UserError(flags.unknown_key(str(leaf), where, SECTION_OF))
+                raise UserError(flags.unknown_key(leaf, where, SECTION_OF))
             if leaf in found:
                 raise UserError(
                     f"config file {path} gives the key {leaf} in two places, in sections or outside; keep"
                     " one."
                 )
-        found |= leaves
+            found[leaf] = leaf_value
     return with_shipped_paths(path, found)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable
+from functools import cache
 
 from stages.runtime.errors import UserError
 from stages.runtime.yaml_text import short
@@ -22,7 +24,6 @@ REMOVED = {
     "replay_share": "set max_age to keep the rows of earlier refreshes, and lower rollouts_per_refresh",
     "signal_floor": "a nucleus keeps at least 4 ids; leave the key out",
     "tail_floor": "the tail bucket holds at least 1e-8; leave the key out",
-    "score_tokens": "micro_batch_tokens bounds scoring and training forwards alike",
     "score_patience": "role score waits an hour for the next unit; leave the key out",
     "offload_idle": "the idle model leaves the GPU by itself where both do not fit; leave the key out",
     "wandb_mode": "set the environment variable WANDB_MODE, which wandb reads",
@@ -37,6 +38,9 @@ REMOVED = {
     "lr_min_ratio": "the cosine ends at a tenth of lr; leave the key out",
 }
 """Keys of earlier versions, and what to do instead."""
+
+RENAMED = {"score_tokens": "micro_batch_tokens"}
+"""Keys of earlier versions that still work, and their present names."""
 
 ELSEWHERE = {
     "batch": "batch_size",
@@ -106,6 +110,7 @@ def split(
             files.append(word)
             continue
         key, has_value, value = word[2:].partition("=")
+        key = present_name(key)
         if key != "config" and key not in keys:
             raise UserError(unknown_key(key, "on the command line", keys))
         if not has_value:
@@ -125,6 +130,14 @@ def split(
 
 def _is_file(word: str) -> bool:
     return "." in word or "/" in word
+
+
+@cache
+def present_name(key: str) -> str:
+    """The name of a key in this version; a renamed one is reported on stderr, once."""
+    if key in RENAMED:
+        print(f"{key} is now {RENAMED[key]}, which bounds every forward", file=sys.stderr)
+    return RENAMED.get(key, key)
 
 
 def unknown_key(key: str, where: str, known: Iterable[str]) -> str:

@@ -564,3 +564,16 @@ def test_the_revision_of_a_hub_model_is_split_off() -> None:
     assert name_and_revision("Qwen/Qwen3-4B@abc") == ("Qwen/Qwen3-4B", "abc")
     assert name_and_revision("Qwen/Qwen3-4B") == ("Qwen/Qwen3-4B", "main")
     assert name_and_revision("examples/arithmetic/student") == ("examples/arithmetic/student", "main")
+
+
+def test_a_renamed_key_still_works_and_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configuration.flags.present_name.cache_clear()
+    assert parse("--score_tokens", "123").train.micro_batch_tokens == 123
+    assert capsys.readouterr().err == "score_tokens is now micro_batch_tokens, which bounds every forward\n"
+    path = tmp_path / "old.yaml"
+    path.write_text("rollout: {score_tokens: 456}\n")
+    assert parse("--config", str(path)).train.micro_batch_tokens == 456
+    path.write_text("rollout: {score_tokens: 456}\ntrain: {micro_batch_tokens: 7}\n")
+    assert "the key micro_batch_tokens in two places" in sentence("--config", str(path))

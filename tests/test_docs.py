@@ -104,7 +104,8 @@ def test_the_changelog_begins_with_this_version() -> None:
 # What pages show
 
 
-@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/guide.md", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_the_blocks_of_a_page_run_in_their_order(page: str, tmp_path: Path, forked: Forker) -> None:
     furnish(tmp_path)
     shared = ""

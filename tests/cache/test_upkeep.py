@@ -129,6 +129,7 @@ def test_stage_one_writes_pruned_rows_again(tmp_path: Path) -> None:
     assert_holds(tmp_path, list(ROWS))
 
 
+@pytest.mark.thorough
 def test_a_prune_or_merge_that_dies_anywhere_is_mended_by_the_next(tmp_path: Path) -> None:
     """In a process of its own: forks of one with many threads are unsafe."""
     from tests.support.helpers import run_python

@@ -104,6 +104,7 @@ def test_a_command_cannot_load_a_function_of_another_process(forked: Forker, tol
     done.expect_sentence(f"answer_checker {GIVEN}", "was given to distill as a function")
 
 
+@pytest.mark.thorough
 def test_two_processes_distil_together(forked: Forker, tmp_path: Path) -> None:
     forked.call(_call_and_tell, tmp_path, processes=2).expect_success()
     first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))

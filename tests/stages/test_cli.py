@@ -108,6 +108,7 @@ def test_a_command_without_models_says_which_key_is_missing(forked: Forker) -> N
     )
 
 
+@pytest.mark.thorough
 def test_a_run_without_evaluation_ends_with_the_student_and_the_next_command(
     tmp_path: Path, forked: Forker
 ) -> None:

@@ -97,7 +97,7 @@ def test_a_size_keeps_the_newest_whole_shards(tmp_path: Path) -> None:
     assert planned.num_bytes == records[0].num_bytes + records[1].num_bytes
     assert cache.open(tmp_path).summary()["bytes"] <= limit
     assert_left(tmp_path, list(range(8, 16)), "topk", before)
-    with pytest.raises(cache.CacheError, match=r"takes [0-9,]+ bytes without any row; max_bytes is 10"):
+    with pytest.raises(cache.CacheError, match=r"needs [0-9,]+ bytes even with no rows; max_bytes is 10"):
         prune(tmp_path, max_bytes=10)
 
 

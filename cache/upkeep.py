@@ -290,8 +290,8 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
         if draft.sha256 != record.shard_sha256:
             raise CacheError(
                 f"{source.path(record.shard)} is damaged: it does not match its commit"
-                f" record (sha256 {draft.sha256[:8]}…, recorded {record.shard_sha256[:8]}…); run `python -m cache verify` on"
-                " that cache. What was copied is kept."
+                f" record (sha256 {draft.sha256[:8]}…, recorded {record.shard_sha256[:8]}…); run `python -m"
+                " cache verify` on that cache. What was copied is kept."
             )
         draft.publish(record.shard)
     finally:

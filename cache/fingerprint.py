@@ -30,7 +30,8 @@ class Fingerprint:
         must_match: teacher, teacher_dtype, tokenizer, chat_template, chat_template_kwargs, vocab_size, signal
             {kind, k, p, temperature}; format_version is added here.
         recorded: student, sampling, dataset: informational, may differ between writers.
-        tokenizer_sha256: digest of the first writer's tokenizer.json; None without one, and before it is stored.
+        tokenizer_sha256: digest of the first writer's tokenizer.json; None without one and before it is
+            stored.
     """
 
     must_match: dict[str, Any]

@@ -65,7 +65,7 @@ def as_array(name: str, value: npt.ArrayLike, dtype: npt.DTypeLike, ndim: int) -
 
 
 class Signal(ABC):
-    """The teacher's distribution over the tokens of a row; a subclass is all that the cache knows of a kind.
+    """The teacher's distribution over the tokens of a row; each subclass defines one signal kind completely.
 
     To add one, write the class and put it in `cache.signals.KINDS`.
 

@@ -37,7 +37,7 @@ Root: TypeAlias = "str | PathLike[str] | Store"
 
 
 class StoreError(CacheError):
-    """The storage failed (unreachable, permission denied, out of order); the data may be intact."""
+    """The storage failed (unreachable, permission denied, not working); the data may be intact."""
 
 
 class Draft:
@@ -207,7 +207,7 @@ def open_store(root: Root) -> Store:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Turn a failed read into StoreError: it says nothing about the file's content, so it is not damage."""
+    """Turn a failed read into StoreError. An I/O error is not evidence of damage."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):

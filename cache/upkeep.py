@@ -153,7 +153,8 @@ def _oldest(snapshot: Snapshot, max_bytes: int) -> list[CommitRecord]:
     beside = left - sum(record.num_bytes for record in records)
     if beside > max_bytes:
         raise CacheError(
-            f"{snapshot.root} takes {beside:,} bytes without any row; max_bytes is {max_bytes:,}: give more."
+            f"{snapshot.root} needs {beside:,} bytes even with no rows; max_bytes is {max_bytes:,}: raise"
+            " max_bytes."
         )
     found = []
     for record in sorted(records, key=lambda r: (min(policy[1] for policy in r.policies), r.name)):
@@ -245,7 +246,7 @@ def merge(target: Root, sources: Sequence[Root]) -> Merged:
 
 
 def _check_same_meaning(store: Store, snapshots: list[Snapshot]) -> set[str]:
-    """The digests of the teacher heads, at most one; CacheError if the caches' rows do not mean the same."""
+    """The digests of the teacher heads, at most one; CacheError if the caches are incompatible."""
     known, first = load_fingerprint(store), snapshots[0]
     for snapshot in snapshots if known else snapshots[1:]:
         (known or first.fingerprint).compare(snapshot.fingerprint, store.root if known else first.root)
@@ -276,8 +277,9 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
         )
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
-            f"{source.path(record.shard)} does not have the {record.shard_bytes:,} bytes that its commit"
-            " record says; run `python -m cache verify` on that cache. What was copied is kept."
+            f"{source.path(record.shard)} does not match its commit record, which names"
+            f" {record.shard_bytes:,} bytes; run `python -m cache verify` on that cache. What was copied is"
+            " kept."
         )
     draft = target.draft(commit.SHARDS)
     try:
@@ -287,9 +289,9 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
             )
         if draft.sha256 != record.shard_sha256:
             raise CacheError(
-                f"{source.path(record.shard)} is damaged (sha256 {draft.sha256[:8]}…, its commit record says"
-                f" {record.shard_sha256[:8]}…); run `python -m cache verify` on that cache. What was copied"
-                " is kept."
+                f"{source.path(record.shard)} is damaged: it does not match its commit"
+                f" record (sha256 {draft.sha256[:8]}…, recorded {record.shard_sha256[:8]}…); run `python -m"
+                " cache verify` on that cache. What was copied is kept."
             )
         draft.publish(record.shard)
     finally:

@@ -94,7 +94,7 @@ def _look(
     if found:
         return found
     path = store.path(file)
-    text = f"{path}: it, or a file that it names, was read wrong once and right the second time"
+    text = f"{path}: it, or a file that it names, failed to verify once but passed on re-read"
     return [Finding(file, f"{text}. Nothing is damaged; check this machine's memory, disk and network.")]
 
 
@@ -136,7 +136,10 @@ def _verify_head(store: Store) -> Iterator[Finding]:
 def _verify_commit(
     store: Store, name: str, fingerprint: str | None, rules: Rules | None, heads: list[str | None]
 ) -> Iterator[Finding]:
-    """Yield the faults of one shard. What a damaged file beside it would say is None, `heads` empty."""
+    """Yield the faults of one shard.
+
+    `fingerprint` is None, and `heads` empty, if that file is itself damaged.
+    """
     record = commit.read_record(store, name)
     path = store.path(record.shard)
     _ = record.statistics  # decoded and checked here

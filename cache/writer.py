@@ -106,9 +106,7 @@ class Writer:
         try:
             check_record(record, self.fingerprint.rules)
         except CacheError as error:
-            raise CacheError(
-                f"{error} The row was not written; fix the code that made it and rerun."
-            ) from None
+            raise CacheError(f"{error} The row was not written. This is a bug in the caller.") from None
         if record.row_id in self._left_out or (self._shard and record.row_id in self._shard.seen):
             raise CacheError(f"row {record.row_id} was appended twice to one unit; expected each row once.")
         if record.row_id in self._committed:

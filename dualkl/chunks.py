@@ -38,7 +38,10 @@ class StepResult:
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Per-position inputs of the loss other than the teacher. `active_N1` is None if every weight counts."""
+    """Per-position inputs of the loss other than the teacher.
+
+    `active_N1` is None if all weights are nonzero.
+    """
 
     hidden_Nd: Tensor
     weights_N: Tensor

@@ -86,7 +86,7 @@ class DualKLConfig:
         )
         if self.gating == "fixed" and self.gate_on != "rkl":
             raise ValueError(
-                f"gate_on is {self.gate_on!r}, but gating 'fixed' has no gate that could look at it."
+                f"gate_on is {self.gate_on!r}, but has no effect with gating 'fixed'; leave it at 'rkl'."
             )
         if self.objective == "jsd":
             _check_range(
@@ -95,7 +95,7 @@ class DualKLConfig:
             for name, needed in (("gating", "fixed"), ("rkl", "exact"), ("fkl", "full")):
                 value = getattr(self, name)
                 if value != needed:
-                    raise ValueError(f"{name} is {value!r}; objective 'jsd' knows only {needed!r}.")
+                    raise ValueError(f"{name} is {value!r}; objective 'jsd' requires {needed!r}.")
 
 
 def check_temperature(temperature: float) -> None:

@@ -97,7 +97,7 @@ def dual_kl(
     Args:
         student_hidden: the student's last hidden states at the scored positions; bfloat16, float32 or
             float64.
-        lm_head: the student's output head; frozen parts cost nothing.
+        lm_head: the student's output head; frozen parameters get no gradient, and cost none.
         teacher: logits, hidden states and a head, or top-k ids with the tail's mass.
         config: gate, estimators, temperature and limits.
         sampled: the sampled tokens; required by rkl="mc", otherwise used only to report `student_logprobs`.

@@ -124,7 +124,7 @@ def overview() -> str:
             "dualkl run demo            distil a small real student on the CPU, in minutes",
             "dualkl COMMAND --help      the most used keys; --help all shows every key",
             "dualkl --version           the version",
-            'source <(dualkl --completion)    complete commands and keys in bash, or in zsh after "bashcompinit"',
+            'source <(dualkl --completion)  complete commands and keys in bash; zsh: after "bashcompinit"',
             "",
             f"Recipes are in {ROOT / 'recipes'}; dualkl plan qwen3-4b takes one by its name.",
         ]

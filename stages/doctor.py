@@ -1,6 +1,6 @@
 """Check a configuration on this machine before it is run: a line a check, in seconds to a minute.
 
-    python -m stages.doctor pipeline.yaml                 (torchrun for several processes; --KEY VALUE as elsewhere)
+    python -m stages.doctor pipeline.yaml           (torchrun for several processes; --KEY VALUE as elsewhere)
 
 Checks files and prompts, ends, processes, disk, memory and Weights & Biases; then, on a few short rows in a
 temporary folder: that a student that is its own teacher has loss 0, that the rollout engine computes what

@@ -156,8 +156,8 @@ def _write(student: Student, out: Path, dtype: str | None, config: Config, merge
         replace_text(partial / "README.md", text)
         if merges and (odd := exporting.differing(partial, base)):
             _say(
-                f"warning: {len(odd)} tensors are named or shaped other than in the files of {base}, the first is"
-                f" {odd[0]}; transformers loads them, other software may not"
+                f"warning: {len(odd)} tensors are named or shaped other than in the files of {base}, the"
+                f" first is {odd[0]}; transformers loads them, other software may not"
             )
         publish_folder(partial, out)
     except Exception as error:
@@ -165,7 +165,8 @@ def _write(student: Student, out: Path, dtype: str | None, config: Config, merge
         if not isinstance(error, OSError) and "os error" not in str(error):  # safetensors has its own class
             raise
         raise UserError(
-            f"the student could not be written to {out} ({one_line(error)}). Free space, or give another --out."
+            f"the student could not be written to {out} ({one_line(error)}). Free space, or give another"
+            " --out."
         ) from error
 
 
@@ -186,7 +187,8 @@ def _usage(name: str, config: Config, student: Student, merges: bool) -> list[st
     return [
         f'    AutoPeftModelForCausalLM.from_pretrained({plain(name)!r}, dtype="auto")     # PEFT',
         f"    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {run}={quoted}",
-        f"    lm_eval --model hf --model_args pretrained={base},peft={quoted} --tasks gsm8k --apply_chat_template",
+        f"    lm_eval --model hf --model_args pretrained={base},peft={quoted} --tasks gsm8k"
+        " --apply_chat_template",
         f"    python llama.cpp/convert_lora_to_gguf.py {quoted} --base {base} --outfile {run}-lora.gguf",
     ]
 

@@ -70,7 +70,7 @@ def conversation(record: dict[str, Any], system_prompt: str = "") -> Conversatio
 
 
 def answer_of(record: dict[str, Any]) -> str:
-    """Text of the answer that the record holds beside its prompt; "" if there is none, or it is no text."""
+    """Text of the answer that the record holds beside its prompt; "" if there is none, or it is not text."""
     names = (each for each in (*TURNS, *ANSWERS) if isinstance(record.get(each), str | list))
     name = next((each for each in names if record[each]), "")
     if not name:
@@ -147,7 +147,7 @@ def _instruction(text: str, record: dict[str, Any]) -> list[Turn]:
     history = record.get("history") or []
     is_list = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     if not isinstance(about, str) or not is_list:
-        raise Unusable("whose input, context or history are no text")
+        raise Unusable("whose input, context or history are not text")
     turns = [
         _turn({"role": who, "content": said})
         for pair in history
@@ -166,7 +166,7 @@ def _dialogue(text: str) -> list[Turn]:
 def _system(record: dict[str, Any]) -> str:
     value = record.get("system") or record.get("system_prompt") or ""
     if not isinstance(value, str):
-        raise Unusable("whose system message is no text")
+        raise Unusable("whose system message is not text")
     return value if value.strip() else ""
 
 

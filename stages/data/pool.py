@@ -36,7 +36,7 @@ class Pool:
         return sum(self.ages[row_id] >= 0 for row_id in self.row_ids)
 
     def with_extra(self, found: Pool, snapshot: cache.Snapshot, weight: float) -> Pool:
-        """Return this pool with another cache's rows; `weight` of them are drawn per row of the main one."""
+        """Add another cache's rows; `weight` rows of it are drawn for each row of the main cache."""
         prefix = f"{len(self.extras)}:"
         keys = [prefix + row_id for row_id in found.row_ids]
         return replace(

@@ -81,8 +81,9 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
         if held_out.prompts:
             return held_out
         raise UserError(
-            f"dataset {', '.join(train.drawn)} is too small to hold out prompts: it has {len(train.prompts)}, and"
-            " none besides. Name an eval_dataset, or turn evaluation off with eval_prompts 0."
+            f"dataset {', '.join(train.drawn)} is too small to hold out prompts: it has"
+            f" {len(train.prompts)}, and none besides. Name an eval_dataset, or turn"
+            " evaluation off with eval_prompts 0."
         )
     name = config.eval.eval_dataset
     records = open_records(name, "test")

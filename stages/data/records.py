@@ -94,7 +94,7 @@ def _file(path: Path) -> Sequence[Record]:
     reader = KINDS.get(_kind(path))
     if reader is None:
         raise UserError(
-            f"dataset {path} is of no kind that is read; expected {', '.join(KINDS)}, each also as"
+            f"dataset {path} has an unsupported file type; expected {', '.join(KINDS)}, each also as"
             f" {' or '.join(COMPRESSIONS)}."
         )
     if path.suffix.lower() not in COMPRESSIONS:
@@ -411,8 +411,8 @@ def _hub(name: str, config: str, split: str) -> Rows:
     except Exception as error:
         hint = f" Name one as {name}:CONFIG." if "Config name is missing" in str(error) else ""
         raise UserError(
-            f"dataset {name} (split {split}) is neither a local file or folder nor a data set that the hub"
-            f" gives: {one_line(error)}.{hint}"
+            f"dataset {name} (split {split}) is neither a local file or folder nor a data set on the hub:"
+            f" {one_line(error)}.{hint}"
         ) from error
 
 
@@ -442,7 +442,7 @@ def _refusing(path: Path, line: int) -> Iterator[None]:
         where, why = f"line {line}", one_line(error)
     else:
         return
-    raise UserError(f"dataset {path}, {where}: this is not JSON that can be read ({why}).")
+    raise UserError(f"dataset {path}, {where}: invalid JSON ({why}).")
 
 
 def _arrow_record(row: pa.RecordBatch | pa.Table) -> Record:

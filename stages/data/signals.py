@@ -1,4 +1,4 @@
-"""The table of signal kinds: how the teacher's states become a signal, and how stored signals teach.
+"""The table of signal kinds: how the teacher's states become a signal, and stored signals the loss's teacher.
 
 Shapes: N scored positions, T tokens of a row, D teacher width, V vocabulary, K kept ids.
 """

@@ -13,8 +13,8 @@ from jaxtyping import Float32, Int32, Integer
 class Request:
     """A completion to write: at least one token and at most `limit`, after `prompt`.
 
-    `seed`, below 2**128, is that of the completion's random numbers. `forced` gives its `limit` ids, which
-    are then taken instead of sampled ones.
+    `seed` (< 2**128) seeds the completion's RNG. `forced` gives its `limit` ids, which are then taken instead
+    of sampled ones.
     """
 
     prompt: Integer[np.ndarray, " P"]

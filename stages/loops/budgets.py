@@ -57,8 +57,8 @@ def largest(
     """The largest of `sizes` whose peak memory fits in `room` bytes; the smallest if none fits.
 
     `peaks`: bytes by size, as measured; it starts with the peak at the smallest size or at 0, and trials
-    are added. Memory beyond that start grows at most linearly: the largest size that fits tells a larger one
-    that should fit too. That one is tried next, beginning with `first`.
+    are added. Memory beyond that start grows at most linearly. Extrapolate linearly from the largest size
+    that fits to pick the next trial, beginning with `first`.
     """
     base = min(peaks)
     while True:
@@ -123,9 +123,9 @@ def _generate(policy: Policy, longest: int, num_slots: int) -> None:
 def score_tokens_of_run(
     run: Run, teacher: Teacher, vocab_size: int, score: Callable[[Aligned], object]
 ) -> int:
-    """micro_batch_tokens as configured, or what fits beside what is loaded now; same on all ranks (collective).
+    """micro_batch_tokens as configured, or what fits beside the models loaded now (collective).
 
-    `score`: scores a batch of ids below `vocab_size` as the run does.
+    The same on all ranks. `score`: scores a batch of ids below `vocab_size` as the run does.
     """
     config, given = run.config, run.config.train.micro_batch_tokens
     if given != "auto":
@@ -136,7 +136,7 @@ def score_tokens_of_run(
     longest = _longest(config, teacher.config)
 
     def peak_of(tokens: int) -> float:
-        batch = partial(_made_up, tokens, longest, vocab_size, run.world.device, packed=teacher.packs)
+        batch = partial(_dummy_batch, tokens, longest, vocab_size, run.world.device, packed=teacher.packs)
         return _peak(run.world, lambda: score(batch()), collective=teacher.is_collective)
 
     signal = config.teacher_signal
@@ -166,7 +166,7 @@ def _train_tokens(run: Run, student: Student, module: nn.Module) -> int:
     state = sum(state_bytes(trained, world.size, world.student_is_deepspeed))
 
     def peak_of(tokens: int) -> float:
-        batch = partial(_made_up, tokens, longest, student.vocab_size, world.device, packed=student.packs)
+        batch = partial(_dummy_batch, tokens, longest, student.vocab_size, world.device, packed=student.packs)
         return _peak(world, lambda: _train(config, student, module, batch(), head))
 
     free = free_bytes(world)
@@ -199,7 +199,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _with_teacher(config: Config, batch: Aligned, vocab_size: int, head: Head | None) -> MicroBatch:
-    """`batch` with a made-up teacher of the size that the signal has."""
+    """`batch` with a dummy teacher with the signal's shapes."""
     targets_N, kept = batch.targets, min(config.teacher_signal.signal_k, vocab_size)
     zeros_N = torch.zeros(targets_N.shape, device=targets_N.device)
     teacher: AnyTeacher
@@ -216,7 +216,9 @@ def _with_teacher(config: Config, batch: Aligned, vocab_size: int, head: Head | 
     return MicroBatch(batch, teacher, sampled, zeros_N + 1 / len(zeros_N), teacher_entropy=zeros_N + 1)
 
 
-def _made_up(tokens: int, longest: int, vocab_size: int, device: torch.device, *, packed: bool) -> Aligned:
+def _dummy_batch(
+    tokens: int, longest: int, vocab_size: int, device: torch.device, *, packed: bool
+) -> Aligned:
     """`tokens` random tokens in rows of equal length, at most `longest`; all but their first are scored."""
     count = -(-tokens // longest)
     rows = np.random.default_rng(0).integers(1, vocab_size, (count, max(2, tokens // count)))
@@ -235,5 +237,5 @@ def _most_tokens(peaks: dict[int, float], peak_of: Callable[[int], float], room:
 
 
 def _peak(world: World, work: Callable[[], object], *, collective: bool = False) -> float:
-    """Peak bytes of `work` on the rank that takes most (collective)."""
+    """Peak bytes of `work`, the maximum over ranks (collective)."""
     return world.max([gpu_memory.peak_bytes(world.device, work, collective=collective)])[0]

@@ -180,8 +180,9 @@ def check_loss(checkup: Checkup) -> str:
     bound = ZERO[checkup.config.run.dtype]
     if not abs(loss) < bound:
         raise UserError(
-            f"a student that is its own teacher has a loss of {loss:.2g} nats a token on {tokens} tokens, where"
-            f" rounding explains {bound:g}: rollouts, signal and loss do not fit together. Please report this."
+            f"a student that is its own teacher has a loss of {loss:.2g} nats a token on {tokens} tokens,"
+            f" where rounding explains {bound:g}: rollouts, signal and loss do not fit together. Please"
+            " report this."
         )
     return f"{loss:.1g} nats a token on {tokens} tokens (rounding explains {bound:g})"
 
@@ -190,7 +191,7 @@ def check_loss(checkup: Checkup) -> str:
 def _loss(
     student: Student, config: Config, snapshot: cache.Snapshot, rows: list[cache.Record]
 ) -> tuple[float, int]:
-    """Mean loss of stored rows, and their tokens; with fkl full and no smoothing, which are not 0 at p = q."""
+    """Mean loss of stored rows, and their tokens; fkl full and no smoothing, so that it is 0 at p = q."""
     settings = replace(config.loss.settings(student.vocab_size), fkl="full", teacher_smoothing=0.0)
     head, pad_id = cached_head(snapshot, student.device), student.tokenizer.pad_token_id
     size = student.vocab_size
@@ -215,8 +216,8 @@ def check_engine(checkup: Checkup) -> str:
     with adapter_set(student, STIR), closing(open_engine(student.model)) as engine:
         found = probe.check_generator(checkup.tiny(), student, engine, 0)
     return (
-        f"{found['probe_gap']:.1g} nats a token apart on {found['probe_tokens']} tokens, with a random adapter"
-        f" (bound {found['probe_bound']:.1g})"
+        f"{found['probe_gap']:.1g} nats a token apart on {found['probe_tokens']} tokens, with a random"
+        f" adapter (bound {found['probe_bound']:.1g})"
     )
 
 
@@ -253,8 +254,8 @@ def check_quantized(checkup: Checkup) -> str:
     kl = float(found.fkl.double().mean())
     agree = float((found.student_top1 == found.teacher_top1).double().mean())
     told = (
-        f"{models.teacher_quantization} against {models.teacher_dtype}: KL {kl:.2g} nats a token, same most likely"
-        f" token {agree:.1%} on {len(found_ND)} tokens"
+        f"{models.teacher_quantization} against {models.teacher_dtype}: KL {kl:.2g} nats a token, same most"
+        f" likely token {agree:.1%} on {len(found_ND)} tokens"
     )
     if not kl < LARGE_ERROR:
         raise UserError(f"{told}: above {LARGE_ERROR:g} it is another teacher. Choose more bits.")
@@ -276,15 +277,16 @@ def check_sharded(checkup: Checkup) -> str:
     bound = SAME[config.models.teacher_dtype]
     if not kl < bound:
         raise UserError(
-            f"the sharded teacher is not the plain one: KL {kl:.2g} nats a token on {len(plain_ND)} tokens, bound"
-            f" {bound:g}. Set teacher_ds_zero3: false if it fits, and report this with the version of DeepSpeed."
+            f"the sharded teacher is not the plain one: KL {kl:.2g} nats a token on {len(plain_ND)} tokens,"
+            f" bound {bound:g}. Set teacher_ds_zero3: false if it fits, and report this with the version of"
+            " DeepSpeed."
         )
     return f"KL {kl:.1g} nats a token to the plain one on {len(plain_ND)} tokens (bound {bound:g})"
 
 
 @torch.no_grad()
 def _scored(checkup: Checkup, **keys: Any) -> tuple[Tensor, Head]:
-    """States [N, D] of a teacher at the rows' scored positions, and its head; frees the teacher (collective)."""
+    """A teacher's states [N, D] at the rows' scored positions, and its head; frees it (collective)."""
     run = checkup.tiny(**keys)
     teacher = load_teacher(run.config, run.world)
     try:
@@ -325,7 +327,7 @@ def _need_rows(checkup: Checkup) -> None:
 
 @contextmanager
 def adapter_set(student: Student, scale: float) -> Iterator[None]:
-    """Give LoRA's B random values of this standard deviation, the same on every process; restored at the end."""
+    """Give LoRA's B random values of this standard deviation, the same on all ranks; restored at the end."""
     kept = {name: p.detach().clone() for name, p in student.trainable.items() if "lora_B" in name}
     random = torch.Generator().manual_seed(0)
     is_adapted = isinstance(student.model, PeftModel)

@@ -133,7 +133,7 @@ def write_rounds(
     scoring: Scoring,
     get_teacher: Callable[[], Teacher] | None,
 ) -> int:
-    """Score the rows of each round, unless there is no teacher, and commit them; return the number of units.
+    """Score (if a teacher is given) and commit each round's rows; return the number of units.
 
     Collective. Ranks without rows run dummies in the others' ZeRO-3 forwards. A thread encodes and writes
     rows while the next ones are made.

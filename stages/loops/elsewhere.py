@@ -139,7 +139,7 @@ class Found:
             f"{count} of refresh {index} by policy {policy}" for (index, policy), count in self.there.items()
         ]
         found = f"found {' and '.join(parts)}" if parts else "found none"
-        return f"{found}, planned are {sum(self.planned.values())}"
+        return f"{found} of {sum(self.planned.values())} planned"
 
 
 class Inbox:

@@ -86,7 +86,8 @@ def global_batches(
 def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[list[str], int, list[Forward]]:
     """All rows of global batch `index`, their scored tokens, and this rank's forwards.
 
-    Every rank splits the rows of all ranks, so all know the largest number of forwards without communication.
+    Every rank splits the rows of all ranks, so every rank knows the maximum forward count without
+    communication.
     """
     world, size = run.world, run.config.train.batch_size
     row_ids = batch_rows(pool, run.config.run.seed, index, size)

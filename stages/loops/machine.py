@@ -41,8 +41,9 @@ def processes(world: World) -> str:
     backend = dist.get_backend()
     if sums != [float(world.size)]:
         raise UserError(
-            f"{world.size} processes did not reach each other through {backend} within {PATIENCE:.0f} s; check"
-            " MASTER_ADDR, the firewall and, for NCCL, NCCL_SOCKET_IFNAME (NCCL_DEBUG=INFO shows what it tries)."
+            f"{world.size} processes did not reach each other through {backend} within {PATIENCE:.0f} s;"
+            " check MASTER_ADDR, the firewall and, for NCCL, NCCL_SOCKET_IFNAME (NCCL_DEBUG=INFO shows what"
+            " it tries)."
         )
     return f"{world.size} processes reach each other through {backend}"
 
@@ -69,11 +70,11 @@ def disk(config: Config, plan: Plan | None) -> str:
         free = shutil.disk_usage(there).free
         if free < needed[device]:
             raise UserError(
-                f"{there} has {free / 1e9:.1f} GB free, but the run needs up to {needed[device] / 1e9:.1f} GB of"
-                f" it; make room, choose another {key}, or lower keep_checkpoints or signal_k."
+                f"{there} has {free / 1e9:.1f} GB free, but the run needs up to {needed[device] / 1e9:.1f} GB"
+                f" of it; make room, choose another {key}, or lower keep_checkpoints or signal_k."
             )
         told.append(f"{key} up to {size / 1e9:.2g} of {free / 1e9:.0f} GB free")
-    remote = [] if "://" not in config.cache_root else [f"{config.cache_root}: room not known"]
+    remote = [] if "://" not in config.cache_root else [f"{config.cache_root}: free space unknown"]
     return ", ".join([*told, *remote])
 
 
@@ -87,7 +88,7 @@ def _checkpoint_bytes(config: Config) -> float:
 
 
 def plan_of(config: Config, world: World) -> Plan | None:
-    """The plan for this machine's GPUs; on a CPU that of a GPU, of which only sizes on disk count.
+    """The plan for this machine's GPUs. On a CPU, plans for an H100; only the disk sizes are used.
 
     None for models that cannot be planned or read, which other checks report.
     """
@@ -110,8 +111,8 @@ def memory(config: Config, world: World, plan: Plan | None) -> str:
     worst = plan.worst
     if not plan.fits:
         raise UserError(
-            f"phase {worst.name} needs {worst.peak / GIB:.1f} GiB of a card with {total / GIB:.1f} GiB; `python"
-            " -m stages.plan` with the same configuration says what to lower."
+            f"phase {worst.name} needs {worst.peak / GIB:.1f} GiB of a card with {total / GIB:.1f} GiB;"
+            " `python -m stages.plan` with the same configuration suggests settings to lower."
         )
     if worst.peak > free:
         raise UserError(
@@ -135,8 +136,8 @@ def _host_memory(config: Config, world: World) -> str:
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"the weights of both models take {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB of memory are free;"
-            " close other programs, use fewer processes, or dtype and teacher_dtype bf16."
+            f"the weights of both models take {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB of memory are"
+            " free; close other programs, use fewer processes, or dtype and teacher_dtype bf16."
         )
     return f"weights take {needed / GIB:.2g} of {free / GIB:.1f} GiB free"
 
@@ -162,8 +163,8 @@ def wandb(config: Config) -> str:
         pass  # it answers
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{address} cannot be reached ({one_line(error)}); set WANDB_MODE=offline to keep records for `wandb"
-            " sync`, or leave wandb_project empty."
+            f"{address} cannot be reached ({one_line(error)}); set WANDB_MODE=offline to keep records for"
+            " `wandb sync`, or leave wandb_project empty."
         ) from error
     if not settings.api_key and not _is_in_netrc(address):
         raise UserError(f"{address} needs a login: run `wandb login`, or set WANDB_API_KEY.")

@@ -102,8 +102,9 @@ def measure(
 
     Figures: forward_kl, reverse_kl, top1_agreement, accuracy, cut_share, on_student.*. KLs are exact over the
     shared vocabulary, in nats per token; `*_kl_error` are their standard errors, with rows as samples.
-    `answers` counts the prompts behind accuracy and cut_share. `cut_share` is the share of answers, or of the text measured on, cut
-    off at max_new_tokens. Figures that need a missing teacher or checker are null. `policy` is the student's.
+    `answers` counts the prompts behind accuracy and cut_share. `cut_share` is the share of answers, or of
+    the text measured on, cut off at max_new_tokens. Figures that need a missing teacher or checker are null.
+    `policy` is the student's.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
     subject: Result = {"policy_hash": policy.policy_hash, **evaluation.subject}
@@ -263,9 +264,9 @@ def _spread(fkl_N: torch.Tensor, rkl_N: torch.Tensor, lengths: list[int]) -> tor
 
 
 def _error(total: float, tokens: float, spread: torch.Tensor, num_rows: int) -> float | None:
-    """Standard error of m = `total` / `tokens` over rows: √(Σ (kl - m T)² R / (R - 1)) / Σ T; None for one row.
+    """Standard error of m = `total` / `tokens` over rows: √(Σ (kl - m T)² R / (R - 1)) / Σ T.
 
-    `spread`: sums over rows of kl², kl · T and T².
+    None for one row. `spread`: sums over rows of kl², kl · T and T².
     """
     if num_rows < 2:
         return None

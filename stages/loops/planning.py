@@ -279,7 +279,7 @@ class Plan:
         return Phase(name, resident | parts | {"prefill": min(slots, at_once) * prompt}, slots)
 
     def _scoring(self, resident: Parts) -> Phase:
-        """A full scoring forward, padding included, or the selection from its last states, if that is more."""
+        """A full scoring forward, padding included, or the selection from its last states if larger."""
         rollout, each = self.config.rollout, memory.forward_bytes(self.teacher, self.teacher_b)
         if self.config.models.teacher_ds_zero3:
             gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)

@@ -219,7 +219,7 @@ def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list
 
 
 def _about_sizes(config: Config, work: Work, ready: Ready) -> Iterator[str]:
-    """Remarks on settings that exceed the available amounts."""
+    """Warnings about settings larger than what the data or run can use."""
     train, signal = config.train, config.teacher_signal
     if (work.trains or work.generates) and train.warmup_steps > train.max_steps:
         yield (

@@ -1,9 +1,10 @@
 """At each refresh, check that the generator runs the student in training and that the student has moved.
 
 Rounding is measured on a fixed probe batch: the same student with fp32 weights (`upcast_weights`) shows how
-far training and generation each are from the unrounded logprobs. Rounding has no direction, but another
-policy does: towards the student without its adapter, towards the student of the previous refresh, or along
-the adapter's part of a layer's output. So a gap beyond rounding is a warning, and a direction is an error.
+far training and generation each are from the unrounded logprobs. Rounding errors are not correlated with
+any other policy. A generator that runs another policy differs towards that one: the student without its
+adapter, the previous refresh's student, or along the adapter's part of a layer's output. So a gap beyond
+rounding is a warning, and such a correlation is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROWS, TOKENS = 32, 128
 """Size of the probe batch: rows, and tokens from the start of each completion."""
 OTHERS = {
     "without_adapter": "the student without its adapter",
-    "refresh_before": "the student of the refresh before",
+    "refresh_before": "the previous refresh's student",
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per fp32 forward, including padding."""
@@ -51,7 +52,7 @@ CLEAR = 8.0
 FP32_ROUNDING = 1e-4  # nats: different summation order
 # Allowed rounding of a healthy generator relative to training's forward: merged weights are rounded too.
 MORE = 1.5
-SAME = 1e-7  # nats: no direction
+SAME = 1e-7  # nats: too close to measure a correlation
 # Nats: with a smaller gap in logprobs, errors of single layers are ignored.
 UNSEEN = 1e-5
 BOUND, BROKEN = 3.0, 30.0
@@ -142,8 +143,8 @@ def _judge(
         run.metrics.say(
             f"warning: generator and trainer differ by {gap:.2g} nats a token on the probe batch of refresh"
             f" {refresh_index}, more than {BOUND:.0f} times the rounding of training's own logprobs"
-            f" ({rounding:.2g}). The difference has no direction, so it is the same policy, rounded more;"
-            " dtype fp32 would be exact."
+            f" ({rounding:.2g}). The difference is not correlated with any other policy, so it is the same"
+            " policy, rounded more; dtype fp32 would be exact."
         )
 
 
@@ -201,12 +202,13 @@ def _of_logprobs(shares: list[Share], lags: list[Share], least: float, num_token
         if beyond > max(least, significant * share.error):
             yield (
                 f"the engine's are {share.value:.1%} (standard error {share.error:.1%}) of the way from the"
-                f" student's to those of {OTHERS[share.of]}, while rounding has no direction"
+                f" student's to those of {OTHERS[share.of]}, while rounding errors are not"
+                " correlated with any other policy"
             )
 
 
 def _of_layers(layers: list[Seen], least: float, gap: float) -> Iterator[str]:
-    """Reasons to believe that the generator's layers are not the student's. `gap`: nats per token."""
+    """Evidence that the generator's layers are not the student's. `gap`: nats per token."""
     adapted = [layer for layer in layers if layer.error]
     if adapted:
         weights = np.array([layer.error**-2 for layer in adapted])

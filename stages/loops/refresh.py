@@ -1,4 +1,4 @@
-"""Stage one as functions: write the rollouts of a refresh, score those that are there, or both."""
+"""Stage one as functions: write the rollouts of a refresh, score existing ones, or both."""
 
 from __future__ import annotations
 

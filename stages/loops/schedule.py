@@ -109,8 +109,8 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
     `evaluate(training)` returns held-out KLs. It is called every `eval_every` steps and after the last one;
     the weights with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before
     every published version: a killed run resumes from saved weights, never from recomputed ones, and so
-    writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere; those of a
-    version are used once complete.
+    writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere. A version's
+    rows are used only when all of them have arrived.
     """
     config = run.config
     start = {0: Refresh(0, policy_hash(training.student), "start")}
@@ -157,11 +157,11 @@ def _renew(
     """Have the current student's rows written, by `refresh` or, if None, elsewhere (collective)."""
     _discard_later(run, training.step)
     save_checkpoint(run, training, position)
-    index, author = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
-    position = replace(position, refreshes=position.refreshes | {index: author})
+    index, started = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
+    position = replace(position, refreshes=position.refreshes | {index: started})
     if refresh is None:
         num_rollouts = len(rollouts_of(run.config, index))
-        version = Version(index, author.step, author.policy_hash, num_rollouts)
+        version = Version(index, started.step, started.policy_hash, num_rollouts)
         versions.publish(run, training.student, version)
         return position
     # a signal may end this at once: the checkpoint is saved, and committed units are kept
@@ -202,7 +202,10 @@ def _fit_pool(
     bar: Bar,
     evaluate: steps.Evaluate | None,
 ) -> Position:
-    """Train on the rows of `pool` until new ones are due, arrive or are awaited, or to the end."""
+    """Train on the rows of `pool`.
+
+    Until a refresh is due, newer rows arrive, training must wait, or max_steps is reached.
+    """
     train, last = run.config.train, last_step(run.config, position)
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
@@ -262,7 +265,7 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
     for root, one, snapshot in zip(roots, (pool, *others), snapshots, strict=True):
         if not one.row_ids:
             raise UserError(
-                f"{root} holds no rollouts to train on ({len(snapshot)} rows, all of them too old or of"
+                f"{root} holds no rollouts to train on ({len(snapshot)} rows, all too old or from"
                 " discarded steps); run `python -m stages.rollout` with the same configuration first."
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
@@ -314,14 +317,14 @@ def _take_up_arrivals(
         return position
     if pool is not None:
         save_checkpoint(run, training, position)
-    author = position.refreshes[index]
+    started = position.refreshes[index]
     run.metrics.log(
         "refresh",
         step=position.step,
         refresh_index=index,
-        policy_hash=author.policy_hash,
-        policy_step=author.step,
-        reason=author.reason,
+        policy_hash=started.policy_hash,
+        policy_step=started.step,
+        reason=started.reason,
         cut_share=cut_share(run, index),
     )
     return _taken_up(position, index)

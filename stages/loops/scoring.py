@@ -44,7 +44,10 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Rows, in order, and the teacher's columns of all their tokens, which are being copied to the host."""
+    """Rows, in order, and the teacher's columns of all their tokens.
+
+    The copy to the host may still be running.
+    """
 
     rows: list[cache.Record]
     copies: HostCopy
@@ -86,7 +89,7 @@ def score_rows(
     cut = packed_batches if teacher.packs else scoring_batches
     score = partial(_states_and_kept, scoring, teacher)
     batches = cut(lengths, _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score))
-    for scored in _landed(_forwards(run, rows, batches, scoring, teacher)):
+    for scored in _when_copied(_forwards(run, rows, batches, scoring, teacher)):
         with progress.waiting("write"):
             writing.append(scored.records())
     counts.scored_tokens = sum(lengths)
@@ -169,7 +172,7 @@ def _states_and_kept(scoring: Scoring, teacher: Teacher, aligned: Aligned) -> tu
     return hidden_ND, kept_of(hidden_ND, teacher.head, aligned.targets, scoring.signal, scoring.vocab_size)
 
 
-def _landed(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
+def _when_copied(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
     """Yield each batch once it is on the host. By then the next forward is queued on the device."""
     before: ScoredBatch | None = None
     for batch in batches:

@@ -47,7 +47,7 @@ def shared_vocabulary(config: Config) -> Vocabulary:
 
 
 def cached_vocabulary(config: Config) -> Vocabulary:
-    """The cut chosen in stage one, read from the cache: stage two needs no teacher files."""
+    """The shared vocabulary size chosen in stage one, from the cache: stage two needs no teacher files."""
     return vocabulary_of(config, config.cache_root)
 
 
@@ -91,7 +91,7 @@ def unscored_fingerprint(config: Config, vocabulary: Vocabulary) -> cache.Finger
 
 
 def _quantization(config: Config) -> dict[str, str]:
-    """Its fingerprint entry, which caches of teachers that are not quantised do not have."""
+    """The quantization entry of the fingerprint; absent for unquantized teachers."""
     kind = config.models.teacher_quantization
     return {} if kind == "none" else {"teacher_quantization": kind}
 

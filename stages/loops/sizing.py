@@ -1,7 +1,7 @@
 """Chooses the sizes of a run from its models, data and machine. Keys that the user gave are kept.
 
-Keys that decide what is trained follow from models and data alone, so that a run resumes alike on another
-machine; a CPU is the exception: its runs are smaller and in fp32.
+Keys that decide what is trained follow from models and data alone, so a run resumes with the same settings on
+another machine. A CPU is the exception: its runs are smaller and in fp32.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def value_of(config: Config, leaf: str) -> Any:
 
 
 def config_of(chosen: Choices) -> Config:
-    """UserError if the values do not go together."""
+    """UserError if the values are incompatible."""
     sections: dict[str, dict[str, Any]] = {}
     for leaf, choice in chosen.items():
         sections.setdefault(SECTION_OF[leaf], {})[leaf] = choice.value
@@ -137,7 +137,7 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
 
 
 def _lengths(found: Survey, machine: Machine, given: dict[str, Any]) -> tuple[int, int]:
-    """Longest prompt and completion: nearly all prompts, and twice the answers in the data."""
+    """Limits that cover nearly all prompts and twice the 95th-percentile answer length."""
     data, positions = found.data, found.positions
     new = _rounded(2 * np.percentile(data.answers, 95)) if len(data.answers) else 512
     new = min(max(new, 128), CPU_NEW_TOKENS if machine.is_cpu else MOST_NEW_TOKENS)

@@ -39,7 +39,7 @@ from stages.runtime.run import Run
 EXPLODED = 100.0
 LR_MIN_RATIO = 0.1  # last learning rate, relative to the peak
 MOST_NAMED = 4
-MEANS = ("share_forward", "student_logprob")
+MEANS = ("share_forward", "student_logprob", "teacher_entropy")
 Evaluate = Callable[["Training"], dict[str, Any]]
 
 
@@ -135,8 +135,8 @@ def _in_ddp(world: World, module: nn.Module) -> nn.Module:
 def unwrapped(world: World, training: Training) -> Iterator[None]:
     """For a refresh, take DDP off the module and put it on again afterwards (collective).
 
-    Frees DDP's gradient buffers and the last forward's inputs for the teacher. If the student makes room for
-    it too, PyTorch drops DDP's hooks when the weights change device, and DDP would not notice.
+    Frees DDP's gradient buffers and the last forward's inputs for the teacher. If the student is
+    offloaded as well, PyTorch drops DDP's hooks when the weights change device, and DDP would not notice.
     """
     training.last_forward = None
     is_ddp = isinstance(training.module, nn.parallel.DistributedDataParallel)
@@ -314,8 +314,9 @@ def _not_finite(
 def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[str, Any]:
     """Run one optimizer step (collective); return its record and `own_drift`.
 
-    They are equal on all ranks but for times. `own_drift` is the drift over this run's rows, None without
-    any. The host waits for the device only once, to read the step's figures before the weights are updated.
+    The record is identical on all ranks except for timings. `own_drift` is the drift over this run's rows,
+    None without any. The host waits for the device only once, to read the step's figures before the
+    weights are updated.
     """
     started = time.perf_counter()
     config, world = run.config, run.world
@@ -353,13 +354,14 @@ class _Forwards:
     """Results of this rank's forwards in one step, idle ones excluded.
 
     Attributes:
-        outputs, gates, drifts: one per forward; statistics stay on the device.
+        outputs, teacher_entropies, gates, drifts: one per forward; statistics stay on the device.
         first: rows of the first forward.
         num_cut: rows cut off at max_new_tokens.
         waited: seconds spent waiting for rows.
     """
 
     outputs: list[DualKLOutput] = field(default_factory=list)
+    teacher_entropies: list[Tensor] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
     drifts: list[Tensor] = field(default_factory=list)
     first: list[cache.Record] = field(default_factory=list)
@@ -369,12 +371,12 @@ class _Forwards:
     def sums(self) -> Tensor:
         """Float64 on the device: loss, token sums of `MEANS`, gate statistics, `row_sums` of each row."""
 
-        def of(out: DualKLOutput) -> Tensor:
+        def of(out: DualKLOutput, entropy_N: Tensor) -> Tensor:
             assert out.student_logprobs is not None
-            values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs)
+            values = (out.loss.detach(), out.gate < 0.5, out.student_logprobs, entropy_N)
             return torch.stack([value.double().sum() for value in values])
 
-        sums = torch.stack([of(out) for out in self.outputs]).sum(0)
+        sums = torch.stack(list(map(of, self.outputs, self.teacher_entropies))).sum(0)
         return torch.cat([sums, torch.stack(self.gates).sum(0), torch.cat(self.drifts).flatten()])
 
 
@@ -393,9 +395,11 @@ def _run_forwards(run: Run, training: Training, pool: Pool, batch: Batch, tau: f
         out = _backward(training, inputs, world.size, index == len(batch.forwards) - 1)
         if not forward.is_idle:
             assert out.student_logprobs is not None
+            assert inputs.teacher_entropy is not None
             lengths = [len(record.completion_ids) for record in rows]
             groups = gating.groups_of(pool, training.step, forward.row_ids, lengths, world.device)
             done.outputs.append(out)
+            done.teacher_entropies.append(inputs.teacher_entropy)
             done.gates.append(gating.statistics_of(config, out, inputs, groups))
             done.drifts.append(row_sums(out.student_logprobs, inputs.sampled.behaviour_logprobs, lengths))
             done.num_cut += sum(record.finish_reason == "length" for record in rows)

@@ -1,4 +1,4 @@
-"""What two models and a data set are, from their files alone: for `stages.init` and `stages.distill`.
+"""Describe two models and a data set from their files, for `stages.init` and `stages.distill`.
 
 Reads configurations, tokenizers and a sample of the records, no weights.
 """
@@ -82,7 +82,7 @@ class Survey:
 def survey(config: Config) -> Survey:
     """Look at the models and data that `config` names.
 
-    Errors: `UserError` for anything of them that cannot work: files, token maps, ends, records.
+    Errors: `UserError` if models or data are unusable: files, token ids, EOS tokens, records.
     """
     student = _model("student_model", config.models.student_model)
     teacher = _model("teacher_model", config.models.teacher_model)

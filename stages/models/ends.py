@@ -44,10 +44,10 @@ def check_ends(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: i
             f"the student {config.models.student_model} has no EOS token, neither in its tokenizer nor in"
             " its generation_config.json; name the token that ends a completion with eos_token."
         )
-    undrawable = [i for i in wanted if i >= vocab_size]
-    if len(undrawable) == len(wanted) or (undrawable and config.rollout.eos_token):
+    unsampled = [i for i in wanted if i >= vocab_size]
+    if len(unsampled) == len(wanted) or (unsampled and config.rollout.eos_token):
         raise UserError(
-            f"the student's EOS token {names(undrawable, tokenizer)} can never be drawn: only ids below"
+            f"the student's EOS token {names(unsampled, tokenizer)} can never be sampled: only ids below"
             f" {vocab_size} are known to both student and teacher, so no rollout would end at it; set"
             " eos_token to a token that both have."
         )
@@ -60,9 +60,9 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
         return []
     found, ends = [], {i for i in own if i < vocab_size}
     at = names(sorted(ends), tokenizer)
-    if undrawable := [i for i in own if i >= vocab_size]:
+    if unsampled := [i for i in own if i >= vocab_size]:
         found.append(
-            f"the student's EOS token {names(undrawable, tokenizer)} is never drawn, as only ids below"
+            f"the student's EOS token {names(unsampled, tokenizer)} is never sampled, as only ids below"
             f" {vocab_size} are known to both student and teacher; rollouts end at {at}"
         )
     teacher = pretrained.load_tokenizer(models.teacher_model)
@@ -76,7 +76,7 @@ def remarks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
         )
     elif missing and not wanted & ends:
         found.append(
-            f"the teacher ends a turn at {names(missing, teacher)}, which the student cannot draw (only ids"
+            f"the teacher ends a turn at {names(missing, teacher)}, which the student cannot sample (only ids"
             f" below {vocab_size} are shared); rollouts end at {at}"
         )
     return found
@@ -106,14 +106,16 @@ def checkpoint_ends(name: str) -> tuple[int, ...]:
         found = GenerationConfig.from_pretrained(where, revision=revision)
     except Exception as error:  # malformed files raise various errors
         if path.is_file():
-            raise UserError(f"{path} cannot be read as a generation config; mend or remove it.") from error
+            raise UserError(f"{path} cannot be read as a generation config; fix or delete it.") from error
         found = GenerationConfig.from_model_config(pretrained.load_config(name))
     own = found.eos_token_id
     ids = own if isinstance(own, list) else [own]
     wrong = [i for i in ids if i is not None and (type(i) is not int or i < 0)]
     if wrong:
         file = path if path.is_file() else f"{name}'s config.json"
-        raise UserError(f"{file} has the eos_token_id {wrong[0]!r}, which is no token id; mend or remove it.")
+        raise UserError(
+            f"{file} has the eos_token_id {wrong[0]!r}, which is not a valid token id; fix or delete it."
+        )
     return tuple(i for i in ids if i is not None)
 
 

@@ -36,7 +36,7 @@ class Source:
         kind: a checkpoint, the best weights in the checkpoints' folder, or the student that the run exported.
         path: that folder.
         step: optimizer steps that they were trained for.
-        policy_hash: what the run recorded of them; "" if it recorded nothing.
+        policy_hash: hash that the run recorded for these weights; "" if it recorded none.
     """
 
     kind: Literal["checkpoint", "best", "student"]
@@ -98,8 +98,8 @@ def load_trained(config: Config, source: Source) -> Student:
         read(source.path, student.trainable)
     if source.policy_hash not in ("", policy_hash(student)):
         raise UserError(
-            f"student_model {models.student_model} is not the model that the run was trained on, or its weights"
-            f" are not those of step {source.step}; put that model back, or run this where it is."
+            f"student_model {models.student_model} is not the model that the run was trained on, or its"
+            f" weights are not those of step {source.step}; put that model back, or run this where it is."
         )
     return student
 

@@ -28,7 +28,7 @@ TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 
 
 def open_config(side: str, name: str) -> Any:
-    """The model's config.json; `UserError` if it is no language model, saying what `side` names instead.
+    """The model's config.json. `UserError` if this is not a causal LM; the message says what was found.
 
     `side`: config key of the model, e.g. "student_model".
     """

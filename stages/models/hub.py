@@ -37,8 +37,9 @@ def _explained(name: str, folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # no token, no network, no permission: each library layer has its own class
         raise UserError(
-            f"--push {name}: the Hugging Face hub cannot be used from here ({_reason(error)}). Log in with `hf"
-            f" auth login` where there is a network; `hf upload {name} {folder}` sends an exported folder later."
+            f"--push {name}: the Hugging Face hub cannot be used from here ({_reason(error)}). Log in with"
+            f" `hf auth login` where there is a network; `hf upload {name} {folder}` sends an exported folder"
+            " later."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Memory of a model that is not loaded, in bytes, from its transformers configuration.
 
 Symbols: V vocabulary, d width, I MLP width, C width of all key heads, L layers, P parameters, T trained
-parameters, b bytes of a compute number, n GPUs. Figures for activations are rounded: tests hold them within a
-quarter of a count on the real modules.
+parameters, b bytes of a compute number, n GPUs. Figures for activations are rounded: tests keep them within
+25 % of a measured count on the real modules.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def refusal(model: PreTrainedModel) -> str:
     if other_layers:
         return f"it has layers of type {', '.join(sorted(other_layers))}"
     if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
-        return "its attention is its own, or it keeps a state along the row"
+        return "it has custom attention or recurrent state"
     if "flash" not in implementation and getattr(config, "attn_logit_softcapping", None):
         return "its attention logits are soft-capped"
     return ""
@@ -123,7 +123,7 @@ def packed_attention(
     for name in UNSERVED:
         if kwargs.get(name) is not None:
             raise UserError(
-                f"packed rows cannot be served: the model's attention uses {name}; use --packing off."
+                f"packing is not supported: the model's attention uses {name}; use --packing off."
             )
     _check_window(module, sliding_window)
     q_THh, k_TGh, v_TGh = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -138,7 +138,8 @@ def _check_window(module: nn.Module, sliding_window: int | None) -> None:
     """Reject a model whose window is only in its masks, which packed attention ignores."""
     if getattr(module, "slides", False) and sliding_window is None:
         raise UserError(
-            "packed rows cannot be served: the model keeps its attention window to itself; use --packing off."
+            "packing is not supported: this model does not pass its sliding window to the attention function;"
+            " use --packing off."
         )
 
 

@@ -133,8 +133,8 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
         )
     if unused := sorted(found["unexpected_keys"]):
         say_once(
-            f"warning: {name}: {len(unused)} tensors of its weights have no place in the model that its"
-            f" config.json describes and are left out, the first is {unused[0]}"
+            f"warning: {name}: {len(unused)} unused tensors (not part of the architecture in its"
+            f" config.json) are left out, the first is {unused[0]}"
         )
 
 
@@ -165,7 +165,7 @@ def vocabulary_cut(
         i = conflicts[0]
         raise UserError(
             f"student and teacher tokenizers disagree on {len(conflicts)} of {cut} ids; the first is id {i}:"
-            f" {maps[0].get(i)!r} against {maps[1].get(i)!r}. Distillation needs one token map: choose"
+            f" {maps[0].get(i)!r} against {maps[1].get(i)!r}. Distillation needs identical token ids: choose"
             " models of one family."
         )
     return cut

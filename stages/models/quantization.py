@@ -56,8 +56,8 @@ def loading_settings(kind: str, dtype: torch.dtype, device: torch.device) -> dic
 def compute_plainly(model: PreTrainedModel) -> None:
     """Make quantised layers multiply by their weights as rounded, in the dtype of their inputs.
 
-    The libraries' 8-bit kernels round the inputs too: that is most of their error (measured: 0.05 of 0.06 nats
-    for a model of 135M), and makes a row's logits depend on the rows beside it.
+    The libraries' 8-bit kernels round the inputs too: that is most of their error (measured: 0.05 of 0.06
+    nats for a model of 135M), and makes a row's logits depend on the rows beside it.
     """
     for module in model.modules():
         weight_of = _WEIGHTS.get(type(module).__name__)

@@ -66,16 +66,14 @@ def note_readout(
     gaps = [relative_gap(fit(products_TV), logits_TV) for fit in fits]
     best = min(range(len(fits)), key=lambda i: gaps[i])
     if not gaps[best] < EXACT:
-        raise UserError(
-            _sentence(model, f"its own logits differ from the nearest such product by {gaps[best]:.1%}")
-        )
+        raise UserError(_sentence(model, f"its own logits differ from the best fit by {gaps[best]:.1%}"))
     model._readout = fits[best]  # type: ignore[assignment]  # modules may hold any attribute
 
 
 def _sentence(model: PreTrainedModel, what: str) -> str:
     return (
         f"a model of type {model.config.model_type} cannot be used: its logits are not its last hidden"
-        f" states times its lm_head, scaled or capped ({what}), and the loss works on these. Choose a model"
+        f" states times its lm_head, scaled or capped ({what}), which the loss requires. Choose a model"
         " of another type."
     )
 

@@ -173,7 +173,7 @@ def resident_bytes(config: Config, num_gpus: int) -> float:
 
 
 def _weight_bytes(config: Config) -> int:
-    """Bytes of the whole teacher in teacher_dtype, or quantised but for embeddings and head; reads no weights."""
+    """Bytes of the teacher in teacher_dtype, or quantized (not embeddings and head); reads no weights."""
     models = config.models
     whole, head = _num_parameters(models.teacher_model)
     if models.teacher_quantization == "none":
@@ -328,7 +328,10 @@ def restore_buffers(model: PreTrainedModel) -> None:
 
 
 def zero3_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed settings for a forward-only stage-3 engine: default, or `teacher_ds_config` without autos."""
+    """DeepSpeed settings for a forward-only stage-3 engine.
+
+    The default, or `teacher_ds_config` with `auto` values removed.
+    """
     bf16 = config.models.teacher_dtype == "bf16"
     if not config.models.teacher_ds_config:
         stage_three = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -1,8 +1,8 @@
 """Check that an engine generates with the weights being trained.
 
 Engines may merge, join or cast layers, but outputs stay comparable: a few tokens of each layer's first call
-are compared with W x + s B A x in fp32. Rounding errors have no direction; a missing, outdated or wrongly
-scaled adapter leaves an error along s B A x.
+are compared with W x + s B A x in fp32. Rounding errors are not correlated
+with the adapter's output; a missing, outdated or wrongly scaled adapter leaves an error along s B A x.
 """
 
 from __future__ import annotations

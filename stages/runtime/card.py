@@ -67,7 +67,8 @@ def model_card(records: list[Record], config: Config, weights: Weights) -> str:
         "",
         f"# {config.run.run_name}",
         "",
-        f"Distilled from {teacher} into {_shown(models.student_model)} ({how}); weights of step {weights.step}.",
+        f"Distilled from {teacher} into {_shown(models.student_model)} ({how}); weights of step"
+        f" {weights.step}.",
         *_unfinished(records, config, weights.step),
         *_measures(records, config, weights),
         "",
@@ -155,7 +156,7 @@ def _unfinished(records: list[Record], config: Config, step: int) -> Iterator[st
 
 
 def _measures(records: list[Record], config: Config, weights: Weights) -> list[str]:
-    """A table of held-out figures before and after training and of the teacher; [] if nothing was measured."""
+    """A table of held-out figures before and after training and of the teacher; [] without any."""
     found = {
         label: next((r for r in reversed(records) if r["kind"] == "evaluation" and r["label"] == label), {})
         for label in LABELS
@@ -243,8 +244,8 @@ def _data(records: list[Record], config: Config) -> Iterator[str]:
     kept = of.get(signal.signal, "its whole distribution")
     refreshes = sum(record["kind"] == "refresh" for record in records)
     yield (
-        f"Trained on the student's own completions of up to {limit} tokens, with {refreshes} refresh{'es' * (refreshes != 1)}; of the"
-        f" teacher, each token has {kept}."
+        f"Trained on the student's own completions of up to {limit} tokens, with {refreshes}"
+        f" refresh{'es' * (refreshes != 1)}; of the teacher, each token has {kept}."
     )
     rows = [record["cut_share"] for record in steps if record.get("cut_share") is not None]
     if rows:

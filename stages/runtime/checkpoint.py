@@ -239,7 +239,7 @@ def _read_state(path: Path) -> _State:
     try:
         found = _STATE.validate_json(json.dumps(state))
     except ValidationError as error:
-        other = "if another version of DualKL wrote it, go on with that version"
+        other = "if another version of DualKL wrote it, resume with that version"
         raise ValueError(f"state.json: {complaint(error)}; {other}") from error
     if found.position.step != step_of(path):
         raise ValueError(f"state.json is that of step {found.position.step}")
@@ -260,9 +260,8 @@ def _explained(path: Path, checked: bool = False) -> Iterator[None]:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         if checked or (isinstance(error, OSError) and not isinstance(error, MISSING)) or "os error" in line:
             raise UserError(
-                f"checkpoint {path} could not be read ({line}). Nothing says that its files are at fault:"
-                " see to this machine (memory, open files, permissions, disk), then run the same command"
-                " again."
+                f"checkpoint {path} could not be read ({line}). The files appear intact; check this"
+                " machine (memory, open files, permissions, disk), then run the same command again."
             ) from error
         raise UserError(
             f"checkpoint {path} is damaged ({line}). Delete that folder and rerun: the one before it is used."

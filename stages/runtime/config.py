@@ -251,8 +251,8 @@ class TrainSection(Section):
     grad_accum: int = Field(8, ge=1, description="micro-steps of each process per optimizer step")
     micro_batch_tokens: Cap = Field(
         "auto",
-        description="most tokens in a training or scoring forward, padding included; auto: what the GPU memory"
-        " holds, no limit for training on a CPU",
+        description="most tokens in a training or scoring forward, padding included; auto: what the GPU"
+        " memory holds, no limit for training on a CPU",
     )
     packing: bool | Auto = Field("auto", description="pack rows without padding; auto: where that is exact")
     compile: bool | Auto = Field(
@@ -315,8 +315,8 @@ class RefreshSection(Section):
 class EvalSection(Section):
     eval_dataset: str = Field(
         "",
-        description="held-out prompts, named as in dataset; the default split is test; empty: those of dataset"
-        " after num_prompts, or a tenth of them",
+        description="held-out prompts, named as in dataset; the default split is test; empty: those of"
+        " dataset after num_prompts, or a tenth of them",
     )
     eval_prompts: int = Field(256, ge=0, description="number of held-out prompts; 0: no evaluation")
     eval_every: int = Field(
@@ -531,8 +531,8 @@ def _check_training(config: Config) -> None:
         )
     if config.models.teacher_quantization != "none" and config.models.teacher_ds_zero3:
         raise UserError(
-            f"teacher_quantization {config.models.teacher_quantization} keeps the whole teacher on each GPU; set"
-            " teacher_ds_zero3: false."
+            f"teacher_quantization {config.models.teacher_quantization} keeps the whole teacher on each GPU;"
+            " set teacher_ds_zero3: false."
         )
     if config.models.student_adapter and not config.lora.use_lora:
         raise UserError(

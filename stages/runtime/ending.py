@@ -48,7 +48,7 @@ def install() -> None:
     """
     # read when torch is imported; DDP warns about a flag that is intended
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # read then too: by default OpenMP's threads spin for milliseconds, and on a shared CPU for each other's turn
+    # Read then too. OpenMP threads spin for milliseconds by default, which wastes time on a shared CPU.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _Process.reader, _Process.writer = os.pipe()
     os.set_blocking(_Process.writer, False)
@@ -142,7 +142,7 @@ def _take(number: int) -> None:
 
 def _end_now(number: int) -> None:
     how = NAMES[signal.Signals(number)]
-    _tell(f"\ninterrupted ({how}); run the same command again to go on from what is committed")
+    _tell(f"\ninterrupted ({how}); run the same command again to resume")
     try:
         run_tasks(quick_only=True)
     finally:

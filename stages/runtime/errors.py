@@ -14,9 +14,10 @@ from cache.plain import plain
 from stages.runtime import ending
 
 OUT_OF_MEMORY = (
-    "The accelerator is out of memory. Lower, in this order: gen_micro_batch, lp_micro_batch, then"
-    " group_size, batch_size or max_new_tokens; then use DeepSpeed ZeRO-2 for the student"
-    " (recipes/accelerate_zero2.yaml). What is committed is kept."
+    "The accelerator is out of memory. While generating, lower gen_micro_batch. While scoring or training,"
+    " lower micro_batch_tokens or lp_micro_batch, then set gradient_checkpointing: true. If that is not"
+    " enough, lower max_new_tokens, or use DeepSpeed ZeRO-2 for the student (recipes/accelerate_zero2.yaml)."
+    " What is committed is kept."
 )
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -78,8 +79,8 @@ def command(main: Callable[[], None]) -> None:
         _leave(str(error), error.code)
     except MemoryError:
         _leave(
-            "error: this machine is out of memory. Close other programs or lower rollouts_per_unit and"
-            " batch_size; what is committed is kept.",
+            "error: this machine is out of memory. Close other programs, or lower rollouts_per_unit and"
+            " micro_batch_tokens or lp_micro_batch; what is committed is kept.",
             3,
         )
     except BrokenPipeError as error:
@@ -91,7 +92,7 @@ def command(main: Callable[[], None]) -> None:
             _fail(error)
         _leave(f"error: {machine_error(error)}", 2)
     except KeyboardInterrupt:
-        _leave("interrupted; run the same command again to go on from what is committed", 130)
+        _leave("interrupted; run the same command again to resume", 130)
     except Exception as error:
         if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
             _leave(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})", 3)
@@ -102,7 +103,7 @@ def machine_error(error: OSError) -> str:
     """Describe a file system error and its remedy in one sentence."""
     if error.errno == errno.ENOENT:
         return (
-            f"{error.filename} is not there (any more); was a folder moved or removed while this ran? Put it"
+            f"{error.filename} does not exist; was a folder moved or removed while this ran? Put it"
             " back, or start with another --run_name."
         )
     remedy = REMEDIES.get(error.errno or 0, "Make it accessible, or choose another folder")

@@ -46,7 +46,10 @@ def append(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `path` atomically and durably. The folder must exist: a moved run's folder is not recreated."""
+    """Write `path` atomically and durably.
+
+    The folder must exist, so that a run whose folder was moved does not recreate it.
+    """
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)  # left by a crash, or a link
     try:

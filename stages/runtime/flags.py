@@ -11,7 +11,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.yaml_text import short
 
 REMOVED = {
-    "gate": "tau_share is in section loss",
+    "gate": "set tau_share in section loss",
     "tau_schedule": "tau stays, or follows the divergences with tau_share above 0",
     "tau_end": "let tau follow the divergences (tau_share above 0), or change tau between two runs",
     "tau_rate": "an adaptive tau moves at a fixed rate; leave the key out",
@@ -33,8 +33,8 @@ REMOVED = {
     "eval_split": "write eval_dataset: NAME:CONFIG:SPLIT",
     "overlong": "longer prompts are skipped; allow_skipped 0 refuses data sets that have any",
     "max_staleness": "set max_age, which bounds the age of rows in every refresh_mode",
-    "weight_decay": "AdamW runs without weight decay, which changes little in a few hundred steps; leave the key"
-    " out",
+    "weight_decay": "AdamW runs without weight decay, which changes little in a few hundred steps;"
+    " leave the key out",
     "lr_min_ratio": "the cosine ends at a tenth of lr; leave the key out",
 }
 """Keys of earlier versions, and what to do instead."""
@@ -57,10 +57,10 @@ ELSEWHERE = {
     "lora_rank": "lora_r",
     "lora_target_modules": "lora_targets",
     "max_completion_length": "max_new_tokens",
-    "max_length": "max_new_tokens",
+    "max_length": "max_prompt_tokens and max_new_tokens",
     "max_new_token": "max_new_tokens",
     "max_prompt_length": "max_prompt_tokens",
-    "max_seq_length": "max_prompt_tokens",
+    "max_seq_length": "max_prompt_tokens and max_new_tokens",
     "model": "student_model",
     "model_id": "student_model",
     "model_name": "student_model",
@@ -90,7 +90,7 @@ ELSEWHERE = {
     "use_peft": "use_lora",
     "warmup_ratio": "warmup_steps",
 }
-"""Names of other libraries, mostly transformers and TRL, and the key that comes closest."""
+"""Names of other libraries, mostly transformers and TRL, and the key or keys that come closest."""
 
 
 def split(
@@ -144,7 +144,8 @@ def unknown_key(key: str, where: str, known: Iterable[str]) -> str:
     """A sentence about a key that does not exist: what replaced it, or the nearest one that does."""
     key = short(key)
     if key in REMOVED:
-        return f"the key {key} {where} was removed: {REMOVED[key]}."
+        kind = "section" if key == "gate" else "key"
+        return f"the {kind} {key} {where} was removed: {REMOVED[key]}."
     plain = key.replace("-", "_")
     names = [ELSEWHERE[plain]] if plain in ELSEWHERE else difflib.get_close_matches(plain, known, 1, 0.5)
     hint = f"; did you mean {names[0]}?" if names else "; `dualkl run --help all` lists all keys."

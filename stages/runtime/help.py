@@ -33,11 +33,11 @@ INTRODUCTION = """# Configuration
 
 Made from `stages/runtime/config.py` by `python -m stages.runtime.config > docs/configuration.md`.
 
-Every command takes configuration files, of which later ones win, and any key as a flag, which wins over files:
-`dualkl run mine.yaml --tau 0.5`. Sections group keys for the reader; a file may leave them out. Names are
-unique. A value is plain YAML: `--dataset '{a.jsonl: 3, b.jsonl: 1}'`. The defaults are for an 8B student or
-smaller on 80 GB GPUs; `student_model`, `teacher_model` and `dataset` have none. `dualkl init` writes a file
-for your models and data.
+Every command takes configuration files, of which later ones win, and any key as a flag, which wins over
+files: `dualkl run mine.yaml --tau 0.5`. Sections group keys for the reader; a file may leave them out. Names
+are unique. A value is plain YAML: `--dataset '{a.jsonl: 3, b.jsonl: 1}'`. The defaults are for an 8B student
+or smaller on 80 GB GPUs; `student_model`, `teacher_model` and `dataset` have none. `dualkl init` writes a
+file for your models and data.
 """
 
 

@@ -1,8 +1,8 @@
 """Single-writer lock files that record the host, process and start time of their holder.
 
-The kernel's record lock decides where the file system supports it (fcntl; released when its process ends;
-spans hosts on NFS 4). The file's content names the holder. It decides on file systems without such locks, and
-for a file left by a process on another machine.
+If the file system supports fcntl locks, they are authoritative. The kernel releases them when their process
+ends, and on NFS 4 they span hosts. Otherwise, and for a file left by a process on another machine, the holder
+recorded in the file is.
 """
 
 from __future__ import annotations

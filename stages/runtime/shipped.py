@@ -36,7 +36,7 @@ def found_file(name: str) -> Path:
 
 
 def with_shipped_paths(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of the file at `path`; a shipped file's `examples/...` are the package's where not here too."""
+    """`values` of the file at `path`; a shipped file's `examples/...` are the package's if absent here."""
     if not path.resolve().is_relative_to(ROOT):
         return values
     return {leaf: _resolved(value) for leaf, value in values.items()}

@@ -6,7 +6,8 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 
 DRIFT_WINDOW = 4
-"""Optimizer steps over which measures such as `refresh_drift` are averaged; none is due earlier."""
+"""Optimizer steps over which measures such as `refresh_drift` are averaged; a drift refresh
+cannot trigger before this many steps."""
 
 
 def rollouts_of(config: Config, refresh_index: int) -> range:

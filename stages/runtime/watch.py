@@ -12,6 +12,7 @@ RECENT = 16  # previous steps that a spike is compared with
 SPIKE, GRADIENT_SPIKE = 3.0, 10.0  # multiples of the median of the recent steps
 LEAST_LOSS = 0.1  # nats above the median: smaller jumps are noise
 COLLAPSED, LONGER = 0.25, 2.0  # relative to the first steps
+BELOW_TEACHER = 0.5  # relative to the teacher's entropy: a student that only becomes as certain is learning
 MOST_CUT = 0.5
 LOST_MASS, LOST_TIMES = 0.02, 2.0
 Record = dict[str, Any]
@@ -67,6 +68,7 @@ class Watch:
         found = []
         surprise = _number(record, "student_logprob")
         for name, value in (
+            ("teacher", _number(record, "teacher_entropy")),  # before "surprise", which is compared with it
             ("surprise", None if surprise is None else -surprise),
             ("length", _number(record, "mean_completion_tokens")),
             ("mass", _number(record, "teacher_support_mass")),
@@ -83,10 +85,12 @@ class Watch:
         return found
 
     def _compare(self, name: str, before: float, now: float, step: int) -> list[str]:
-        if name == "surprise" and now < COLLAPSED * before:
+        teacher = fmean(self._last.get("teacher") or [0.0])  # records of earlier versions have none
+        if name == "surprise" and now < min(COLLAPSED * before, BELOW_TEACHER * teacher):
             text = (
                 f"the student's mean -log p of its rows' tokens fell from {before:.3g} to {now:.3g} nats by"
-                f" step {step}: its entropy collapses; lower lr or alpha, or refresh less often"
+                f" step {step}, while the teacher's entropy there is {teacher:.3g}: the student became much"
+                " more certain than its teacher; lower lr or alpha, or refresh less often"
             )
         elif name == "length" and now > LONGER * before:
             text = (

@@ -74,10 +74,10 @@ def test_a_type_has_one_line() -> None:
     record = {
         "verdict": "right",
         "by_generate": True,
-        "padded_because": "its attention is its own",
+        "padded_because": "it has custom attention",
         "attention": "eager",
     }
-    line = "right, with `attn_implementation: eager`, by generate, padded (its attention is its own)"
+    line = "right, with `attn_implementation: eager`, by generate, padded (it has custom attention)"
     assert models_page.outcome(record) == line
     record = {"verdict": "refused", "because": "a model of type x | y cannot be used.", "teacher": "right"}
     assert (

@@ -313,7 +313,7 @@ def test_what_is_read_wrong_once_is_no_damage(root, monkeypatch, capsys):
     monkeypatch.setattr(LocalStore, "hash", hash_once_wrong)
     assert main(["verify", "--repair", str(root)]) == 1
     out = capsys.readouterr().out
-    assert "was read wrong once and right the second time" in out
+    assert "failed to verify once but passed on re-read" in out
     assert "withdrawn" not in out
     assert cache.verify(root) == []
     assert len(cache.open(root)) == 6

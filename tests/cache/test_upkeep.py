@@ -97,7 +97,7 @@ def test_a_size_keeps_the_newest_whole_shards(tmp_path: Path) -> None:
     assert planned.num_bytes == records[0].num_bytes + records[1].num_bytes
     assert cache.open(tmp_path).summary()["bytes"] <= limit
     assert_left(tmp_path, list(range(8, 16)), "topk", before)
-    with pytest.raises(cache.CacheError, match=r"takes [0-9,]+ bytes without any row; max_bytes is 10"):
+    with pytest.raises(cache.CacheError, match=r"needs [0-9,]+ bytes even with no rows; max_bytes is 10"):
         prune(tmp_path, max_bytes=10)
 
 
@@ -288,7 +288,7 @@ def test_a_damaged_shard_is_not_copied(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "one" / shard).read_bytes())
     data[len(data) // 2] ^= 16
     (tmp_path / "one" / shard).write_bytes(data)
-    with pytest.raises(cache.CacheError, match=r"is damaged .* run `python -m cache verify`"):
+    with pytest.raises(cache.CacheError, match=r"is damaged: .* run `python -m cache verify`"):
         merge(tmp_path / "both", [tmp_path / "one"])
     assert_holds(tmp_path / "both", list(range(4)))
     assert len(files(tmp_path / "both/shards")) == 1

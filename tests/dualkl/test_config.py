@@ -45,9 +45,9 @@ def test_a_bad_setting_is_named_with_what_was_expected(field: str, value: Any, m
     [
         ({"mix": 0.0}, r"mix is 0.0; expected β in \(0, 1\) under objective 'jsd', which is 0 at 0 and 1."),
         ({"mix": 1.0}, r"mix is 1.0; expected β in \(0, 1\)"),
-        ({"gating": "soft"}, "gating is 'soft'; objective 'jsd' knows only 'fixed'."),
-        ({"rkl": "mc"}, "rkl is 'mc'; objective 'jsd' knows only 'exact'."),
-        ({"fkl": "argmax"}, "fkl is 'argmax'; objective 'jsd' knows only 'full'."),
+        ({"gating": "soft"}, "gating is 'soft'; objective 'jsd' requires 'fixed'."),
+        ({"rkl": "mc"}, "rkl is 'mc'; objective 'jsd' requires 'exact'."),
+        ({"fkl": "argmax"}, "fkl is 'argmax'; objective 'jsd' requires 'full'."),
     ],
 )
 def test_settings_that_jensen_shannon_does_not_have_are_refused(
@@ -59,6 +59,6 @@ def test_settings_that_jensen_shannon_does_not_have_are_refused(
 
 def test_a_signal_for_a_gate_that_looks_at_none_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"gate_on is 'fkl', but gating 'fixed' has no gate that could look at it\."
+        ValueError, match=r"gate_on is 'fkl', but has no effect with gating 'fixed'; leave it at 'rkl'\."
     ):
         DualKLConfig(gating="fixed", gate_on="fkl")

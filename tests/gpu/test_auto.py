@@ -107,7 +107,7 @@ def test_scoring_forwards_fill_the_memory_given_and_no_more(
     given(free)
     tokens = budgets.score_tokens_of_run(run, teacher, V, score)
     assert 2048 < tokens < 32_768
-    batch = partial(budgets._made_up, tokens, LONGEST, V, run.world.device, packed=teacher.packs)
+    batch = partial(budgets._dummy_batch, tokens, LONGEST, V, run.world.device, packed=teacher.packs)
     assert 0.6 <= share_of(free, run, lambda: score(batch())) <= 1
     teacher.close()
 
@@ -138,7 +138,7 @@ def test_training_forwards_fill_the_memory_given_and_no_more(
     assert rows is None
     assert tokens is not None
     assert 2048 < tokens < 32_768
-    batch = partial(budgets._made_up, tokens, LONGEST, V, run.world.device, packed=student.packs)
+    batch = partial(budgets._dummy_batch, tokens, LONGEST, V, run.world.device, packed=student.packs)
     step = partial(budgets._train, run.config, student, training.module)
     assert 0.6 <= share_of(free, run, lambda: step(batch(), None)) <= 1
     given(1.0)

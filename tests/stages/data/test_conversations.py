@@ -206,9 +206,9 @@ def test_a_system_prompt_gives_way_to_the_records_own() -> None:
         ),
         ({"prompt": "Hi", "tools": "none"}, "whose tools are not JSON objects"),
         ({"prompt": "Hi", "tools": [3]}, "whose tools are not JSON objects"),
-        ({"prompt": "Hi", "system": ["x"]}, "whose system message is no text"),
-        ({"instruction": "Hi", "input": 5}, "whose input, context or history are no text"),
-        ({"instruction": "Hi", "history": 5}, "whose input, context or history are no text"),
+        ({"prompt": "Hi", "system": ["x"]}, "whose system message is not text"),
+        ({"instruction": "Hi", "input": 5}, "whose input, context or history are not text"),
+        ({"instruction": "Hi", "history": 5}, "whose input, context or history are not text"),
         ({"instruction": "Hi", "history": [["a", 5]]}, "whose content is int, not text"),
         ({"chosen": "an answer"}, "with an answer, but no prompt"),
         (

@@ -279,7 +279,7 @@ def test_a_data_set_that_is_nowhere_is_one_sentence(tmp_path: Path, tokenizer: A
     message = refusal(tmp_path, tokenizer, "nobody/nothing-of-this-name")
     assert (
         "nobody/nothing-of-this-name (split train) is neither a local file or folder nor a data set"
-        " that the hub" in message
+        " on the hub" in message
     )
 
 

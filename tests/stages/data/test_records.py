@@ -233,10 +233,10 @@ TWICE = parquet_of(pa.table([["1"], ["2"]], names=["a", "a"]))
         ("a.jsonl", GOOD.encode() + LATIN.encode("latin1"), "line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", (GOOD * 2).encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         ("a.csv", "question\na\né\n".encode("latin1"), "line 3: byte 0xe9 is not UTF-8"),
-        ("a.jsonl", (GOOD + "\n" + GOOD[:-4]).encode(), "line 3, column 14: this is not JSON"),
-        ("a.jsonl", (GOOD + "{a}\n" + GOOD).encode(), "line 2, column 2: this is not JSON"),
-        ("a.jsonl", b"not JSON\n", "line 1, column 1: this is not JSON"),
-        ("a.json", b'[{"question": "a"},\n {"question": }]', "line 2, column 15: this is not JSON"),
+        ("a.jsonl", (GOOD + "\n" + GOOD[:-4]).encode(), "line 3, column 14: invalid JSON"),
+        ("a.jsonl", (GOOD + "{a}\n" + GOOD).encode(), "line 2, column 2: invalid JSON"),
+        ("a.jsonl", b"not JSON\n", "line 1, column 1: invalid JSON"),
+        ("a.json", b'[{"question": "a"},\n {"question": }]', "line 2, column 15: invalid JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, its header 2"),
@@ -247,7 +247,7 @@ TWICE = parquet_of(pa.table([["1"], ["2"]], names=["a", "a"]))
         ("a.parquet", b"", "is empty"),
         ("a.jsonl.gz", b"plain", "cannot be read as gzip"),
         ("a.jsonl.zst", zst(text_of(RECORDS))[:-5], "cannot be read as zstd"),
-        ("a.xlsx", b"x", "is of no kind that is read; expected .jsonl"),
+        ("a.xlsx", b"x", "has an unsupported file type; expected .jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, data: bytes, why: str) -> None:

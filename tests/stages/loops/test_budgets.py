@@ -165,7 +165,7 @@ def test_a_scoring_and_a_training_forward_fill_the_memory(
     for tokens in (trained, scored):
         assert 2048 < tokens < 32_768
         assert tokens % 1024 == 0
-    batch = budgets._made_up(trained, 112, student.vocab_size, run.world.device, packed=student.packs)
+    batch = budgets._dummy_batch(trained, 112, student.vocab_size, run.world.device, packed=student.packs)
     used = counted(
         run.world.device, lambda: budgets._train(run.config, student, training.module, batch, None)
     )
@@ -183,7 +183,7 @@ def test_a_trial_step_reads_a_teacher_of_the_signal_and_leaves_no_trace(
     student.model.eval()
     before = {name: value.clone() for name, value in training.module.state_dict().items()}
     random, head = torch.get_rng_state(), student.head if signal == "hidden" else None
-    batch = budgets._made_up(64, 20, student.vocab_size, run.world.device, packed=student.packs)
+    batch = budgets._dummy_batch(64, 20, student.vocab_size, run.world.device, packed=student.packs)
     assert len(batch.targets) == 60  # of 4 rows of 16
     budgets._train(run.config, student, training.module, batch, head)
     assert torch.equal(torch.get_rng_state(), random)
@@ -207,7 +207,7 @@ def test_a_failed_trial_step_leaves_no_trace_either(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(training.module, "forward", refuse)
     random = torch.get_rng_state()
-    batch = budgets._made_up(64, 20, student.vocab_size, run.world.device, packed=student.packs)
+    batch = budgets._dummy_batch(64, 20, student.vocab_size, run.world.device, packed=student.packs)
     with pytest.raises(torch.OutOfMemoryError):
         budgets._train(run.config, student, training.module, batch, None)
     assert torch.equal(torch.get_rng_state(), random)

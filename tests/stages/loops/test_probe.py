@@ -169,7 +169,7 @@ def test_full_fine_tuning_is_held_against_the_weights_of_the_refresh_before(
     assert found["probe_moved"] > 0.005
     assert abs(found["probe_refresh_before"]) < 3 * found["probe_refresh_before_error"]
     with pytest.raises(
-        UserError, match="of the way from the student's to those of the student of the refresh before"
+        UserError, match="of the way from the student's to those of the previous refresh's student"
     ):
         refresh.check_generator(run, student, open_engine(older), 2)
 

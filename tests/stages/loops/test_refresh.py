@@ -168,13 +168,13 @@ def test_a_scorer_without_a_generator_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        UserError, match=r"no rollouts to score appeared in .*cache-unscored .*found none, planned are 24\)"
+        UserError, match=r"no rollouts to score appeared in .*cache-unscored .*found none of 24 planned\)"
     ):
         score(tmp_path)
     assert "waiting for rollouts in" in capsys.readouterr().out
     generate(tmp_path, rollouts_per_refresh=8)
     with pytest.raises(
-        UserError, match=r"found 8 of refresh 0 by policy [0-9a-f]{16}, planned are 24\)\. Start"
+        UserError, match=r"found 8 of refresh 0 by policy [0-9a-f]{16} of 24 planned\)\. Start"
     ):
         score(tmp_path)
     assert len(cache.open(cache_of(tmp_path))) == 8  # what was there is scored

@@ -405,6 +405,11 @@ def test_the_first_loss_is_the_loop_over_the_plain_models_logits(
         value = expected[name] if name == "loss" else expected[name].mean()
         assert step[name] == pytest.approx(float(value), abs=2e-4), name
     assert step["share_forward"] == pytest.approx(float((expected["gate"] < 0.5).double().mean()), abs=0.005)
+    stored_entropy = np.concatenate([r.teacher_entropy for r in records])
+    assert step["teacher_entropy"] == pytest.approx(float(stored_entropy.mean()), rel=1e-5)
+    logprobs = torch.log_softmax(student_logits / run.config.loss.temperature, -1)
+    taken = logprobs.gather(1, sampled["ids"][:, None])
+    assert step["student_logprob"] == pytest.approx(float(taken.mean()), abs=2e-4)
 
 
 FIXED: dict[str, Any] = {

@@ -55,14 +55,14 @@ def test_an_eos_beyond_the_cut_is_dropped_and_said(tmp_path: Path) -> None:
     student = model(tmp_path / "student", add=("<|im_end|>",), ids=[1, 230])
     found, (remark,) = told(student, model(tmp_path / "teacher"))
     assert found == (1,)
-    assert "'<|im_end|>' (id 230) is never drawn" in remark
+    assert "'<|im_end|>' (id 230) is never sampled" in remark
     assert "rollouts end at '<|end|>' (id 1)" in remark
 
 
 def test_no_eos_below_the_cut_is_refused(tmp_path: Path) -> None:
     student = model(tmp_path / "student", add=("<|im_end|>",), eos="<|im_end|>", ids=230)
     with pytest.raises(
-        UserError, match=r"EOS token '<\|im_end\|>' \(id 230\) can never be drawn: only ids below 230"
+        UserError, match=r"EOS token '<\|im_end\|>' \(id 230\) can never be sampled: only ids below 230"
     ):
         told(student, model(tmp_path / "teacher"))
 
@@ -118,12 +118,12 @@ def test_a_turn_end_that_only_the_teacher_knows_is_said(tmp_path: Path) -> None:
     teacher = model(tmp_path / "teacher", add=("<|im_end|>",), eos="<|im_end|>", template=CHATML, ids=230)
     found, (remark,) = told(model(tmp_path / "student"), teacher)
     assert found == (1,)
-    assert "teacher ends a turn at '<|im_end|>' (id 230), which the student cannot draw" in remark
+    assert "teacher ends a turn at '<|im_end|>' (id 230), which the student cannot sample" in remark
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("<|nothing|>", "'<|nothing|>' is not a token"), ("<|end|>,<|im_end|>", "can never be drawn")],
+    [("<|nothing|>", "'<|nothing|>' is not a token"), ("<|end|>,<|im_end|>", "can never be sampled")],
 )
 def test_an_eos_token_that_cannot_be_is_refused(tmp_path: Path, text: str, part: str) -> None:
     student = model(tmp_path / "student", add=("<|im_end|>",))

@@ -202,7 +202,7 @@ def test_a_window_that_only_the_mask_knows_stops_the_forward() -> None:
     enable_packing(model, True)
     module = model.get_decoder().layers[0].self_attn
     packing = Packing((2, 3), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
-    with pytest.raises(UserError, match="keeps its attention window to itself"):
+    with pytest.raises(UserError, match="does not pass its sliding window"):
         packed_attention(module, states(4, 5), states(2, 5), states(2, 5), None, packing=packing)
 
 

@@ -139,7 +139,7 @@ def test_a_window_that_lives_in_masks_alone_is_padded_and_written_by_generate(ca
     assert enable_packing(model, "auto") == ""
     subject = subject_of(model)
     selfcheck.check_forwards(subject)
-    assert "keeps its attention window to itself" in selfcheck.packing_refused(subject)
+    assert "does not pass its sliding window" in selfcheck.packing_refused(subject)
     selfcheck.check_writing(subject, model)
     assert writes_by_generate_with_a_cache(model)
     assert "slower" in capsys.readouterr().out

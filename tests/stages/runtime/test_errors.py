@@ -30,9 +30,17 @@ def test_out_of_memory_says_what_to_lower_in_order(capsys: pytest.CaptureFixture
     code, text = ends(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), capsys)
     assert code != 0
     assert text.startswith("error: ")
-    names = ["gen_micro_batch", "lp_micro_batch", "group_size", "batch_size", "max_new_tokens", "ZeRO-2"]
+    names = [
+        "gen_micro_batch",
+        "micro_batch_tokens",
+        "lp_micro_batch",
+        "gradient_checkpointing",
+        "max_new_tokens",
+        "ZeRO-2",
+    ]
     places = [text.index(name) for name in names]
     assert places == sorted(places)
+    assert "group_size" not in text  # slots bound a generator's memory, whatever group they belong to
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

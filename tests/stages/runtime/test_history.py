@@ -158,7 +158,7 @@ def test_a_machine_that_cannot_read_a_checkpoint_does_not_call_it_damaged(
     tmp_path: Path, error: OSError
 ) -> None:
     with (
-        pytest.raises(UserError, match=r"could not be read .*see to this machine") as caught,
+        pytest.raises(UserError, match=r"could not be read .*check this machine") as caught,
         checkpoint._explained(tmp_path),
     ):
         raise error

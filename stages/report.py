@@ -82,7 +82,8 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "seconds": _seconds(records),
         "stage_one": rounds.summary(rounds.rounds_of(records)),
         "run": _run(records, config)
-        | {"measured_step": newest.get("step") if evaluations["after"] else None},
+        | {"measured_step": newest.get("step") if evaluations["after"] else None}
+        | {"measured_apart": _measured_apart(evaluations)},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
@@ -90,6 +91,13 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
     report = finite(report)  # sums and ratios of extreme values may overflow
     report["verdict"] = verdict(report)
     return report
+
+
+def _measured_apart(evaluations: dict[str, Report]) -> dict[str, list[Any]]:
+    """Settings that differed between the measurements before and after: [before, after] by name."""
+    old, new = (evaluations[label].get("of", {}) for label in ("before", "after"))
+    compared = sorted((old.keys() & new.keys()) - {"policy_hash", "with_teacher"})
+    return {name: [old[name], new[name]] for name in compared if old[name] != new[name]}
 
 
 def verdict(report: Report) -> str:
@@ -105,7 +113,7 @@ def verdict(report: Report) -> str:
     ):
         state = "Finished" if run["steps"] >= run["max_steps"] else "Unfinished"
         return f"{state}: {done}, and nothing measured after them."
-    found = _answers_and_divergence(report) + _cut_clause(report)
+    found = _answers_and_divergence(report) + _cut_clause(report) + _apart_clause(run)
     if run["steps"] < run["max_steps"]:
         return f"Unfinished, {done}; as last measured at step {run['measured_step']}: {found}"
     return found[0].upper() + found[1:]
@@ -128,6 +136,16 @@ def _answers_and_divergence(report: Report) -> str:
     if points <= -NOTICEABLE_POINTS:
         return f"the student got worse by {-points:.1f} points, {solved}; {divergence}."
     return f"the student did not improve on the answers ({solved}); {divergence}."
+
+
+def _apart_clause(run: Report) -> str:
+    apart = run.get("measured_apart") or {}
+    pairs = ", ".join(f"{name} {old} and {new}" for name, (old, new) in apart.items())
+    return (
+        f" Before and after were measured with different settings ({pairs}); do not compare them."
+        if pairs
+        else ""
+    )
 
 
 def _cut_clause(report: Report) -> str:

@@ -147,7 +147,10 @@ def save(student: Student, folder: Path, dtype: torch.dtype | None, generation: 
         else:
             model.save_pretrained(str(folder))
     student.tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(generation, indent=2) + "\n")
+    for path in folder.iterdir():
+        path.chmod(settings.stat().st_mode)  # weights are written readable by their owner alone
 
 
 def name_base(model: PeftModel, base: str) -> None:

@@ -141,8 +141,10 @@ def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step
         ", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in list(found.items())[:MOST_NAMED]) for i in (0, 1)
     )
     more = f" (and {len(found) - MOST_NAMED} more)" if len(found) > MOST_NAMED else ""
+    last = trained["config"]["train"]["max_steps"]
+    state = "is finished" if step >= last else f"has got past step {config.train.max_steps}"
     raise UserError(
-        f"the run in {folder} is finished: it was trained to step {step} with {old}, this command asks for"
+        f"the run in {folder} {state}: it was trained to step {step} with {old}, this command asks for"
         f" {new}{more}. Nothing was changed. Give another --run_name for another run, the keys it was"
         f" trained with to see this one, or max_steps above {step} to train it further."
     )

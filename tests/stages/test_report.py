@@ -116,6 +116,7 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
         "steps": 2,
         "max_steps": 2,
         "measured_step": 2,
+        "measured_apart": {},
         "refreshes": 1,
         "trained_tokens": 200,
         "trained_tokens_per_second": 200.0,
@@ -540,3 +541,12 @@ def test_the_page_shows_where_the_time_of_stage_one_went(folder: Path, config: C
         "round (grey lines: refreshes)",
     ):
         assert text in page, text
+
+
+def test_figures_of_different_settings_are_not_compared_without_a_word() -> None:
+    old = {"of": {"max_new_tokens": 24, "seed": 0, "policy_hash": "a"}}
+    new = {"of": {"max_new_tokens": 128, "seed": 0, "policy_hash": "b"}}
+    apart = report._measured_apart({"before": old, "after": new, "teacher": {}})
+    assert apart == {"max_new_tokens": [24, 128]}
+    assert "max_new_tokens 24 and 128" in report._apart_clause({"measured_apart": apart})
+    assert report._apart_clause({"measured_apart": {}}) == ""

@@ -188,6 +188,8 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
     is_folder = Path(name).is_dir()
     where, revision = name_and_revision(name)
     if not is_folder:
+        if where.startswith(("/", "./", "../", "~")):
+            raise UserError(f"{what} {name} cannot be loaded: there is no such folder.")
         kwargs["revision"] = revision
     try:
         return function(where, trust_remote_code=False, **kwargs)

@@ -18,10 +18,15 @@ def configurations() -> dict[str, Path]:
     return {"demo": ROOT / "pipeline.yaml", **named}
 
 
+DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst"}
+
+
 def found_file(name: str) -> Path:
     """The configuration file called `name`, here or, if it is not here, in the package."""
     path, shipped = Path(name), configurations()
     if path.is_file():
+        if path.suffix in DATA:
+            raise UserError(f"{path} holds data, not a configuration; give it as --dataset {path}.")
         return path
     if path.is_dir():
         own = path / "config.yaml"

@@ -42,7 +42,7 @@ def test_a_missing_teacher_is_one_sentence(forked: Forker, tmp_path: Path) -> No
         "rollout",
         tmp_path,
         "/nowhere/at/all",
-        "neither a model folder here nor on the hub",
+        "/nowhere/at/all cannot be loaded: there is no such folder.",
         teacher_model="/nowhere/at/all",
     )
 

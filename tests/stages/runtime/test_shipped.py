@@ -46,3 +46,10 @@ def test_a_file_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         UserError, match=rf"none\.yaml does not exist \(looked in {tmp_path}\); .* demo, qwen"
     ):
         parse("none.yaml")
+
+
+def test_a_data_file_is_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1 + 1?"}\n')
+    with pytest.raises(UserError, match=r"holds data, .* give it as --dataset"):
+        shipped.found_file(str(path))

@@ -34,7 +34,9 @@ COUNTS = ("num_slots", "out_stride", "num_segments", "num_hits", "k")
 
 
 @linux_only
-@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_selection.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted_kernels.py", pytest.param("interpreted_selection.py", marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("share", SHARES)
 def test_the_kernels_give_the_oracles_numbers_under_the_interpreter(name: str, share: str) -> None:
     pass_interpreted(name, share)

@@ -63,8 +63,8 @@ later Python, nightly builds |
 agents of torchrun on one machine; ZeRO-3 teachers on one and two GPUs; a ZeRO-2 student on one | two \
 machines over a network; Slurm itself; NVMe offload; a ZeRO-2 student on several GPUs |
 | caches | local disks; an S3 server on the loopback | Google Cloud, Azure, NFS under load |
-| exports | loading in transformers and PEFT; lm-eval 0.4.13 on an exported folder; names and shapes of merged \
-weights against the base's | serving by vLLM, SGLang and llama.cpp; uploads to the hub |
+| exports | loading in transformers and PEFT; lm-eval 0.4.13 on an exported folder; names and shapes of \
+merged weights against the base's | serving by vLLM, SGLang and llama.cpp; uploads to the hub |
 
 Figures of these runs: [results.md](results.md), [performance.md](performance.md),
 [reliability.md](reliability.md).

@@ -4,11 +4,11 @@ downloads.
     python bench/plan_check.py          Qwen3-0.6B-shaped student, 4B-shaped teacher (bench/real_shapes.py)
     python bench/plan_check.py --rows 128 --new_tokens 512 --score_tokens auto
 
-Takes less than 5 minutes. One card, the teacher whole (teacher_ds_zero3 false), 64-token prompts. Each phase is
-the stages' own: the rollout engine writes a unit, the scorer reads it while the engine is open and commits it to
-a cache, two optimizer steps train on that cache (the second is measured, when the optimizer's state is there). A
-line is printed as soon as its phase is measured, and plan_check.json is written with device and versions. Exit
-code 1 if a phase is more than 15 % off.
+Takes less than 5 minutes. One card, the teacher whole (teacher_ds_zero3 false), 64-token prompts. Each phase
+is the stages' own: the rollout engine writes a unit, the scorer reads it while the engine is open and commits
+it to a cache, two optimizer steps train on that cache (the second is measured, when the optimizer's state is
+there). A line is printed as soon as its phase is measured, and plan_check.json is written with device and
+versions. Exit code 1 if a phase is more than 15 % off.
 """
 
 from __future__ import annotations

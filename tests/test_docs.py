@@ -1,4 +1,4 @@
-"""The pages that people read first: what they name exists, what they show runs, what they print was printed."""
+"""The pages that people read first: what they name exists, what they show runs, what they print is true."""
 
 from __future__ import annotations
 

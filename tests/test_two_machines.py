@@ -1,7 +1,7 @@
 """recipes/slurm.sh, with two agents of torchrun on this machine in place of two machines.
 
-`srun` and `scontrol` are stand-ins: the first starts its command twice and passes SIGTERM on, the second names
-this machine twice and notes a request to queue the job again.
+`srun` and `scontrol` are stand-ins: the first starts its command twice and passes SIGTERM on, the second
+names this machine twice and notes a request to queue the job again.
 """
 
 from __future__ import annotations

@@ -307,7 +307,8 @@ def test_lm_eval_reads_the_folder_alone_and_solves_what_the_run_says(
     shutil.rmtree(tmp_path / "demo")
     (tmp_path / "task.yaml").write_text(TASK.format(data=ROOT / "examples/arithmetic/heldout.jsonl"))
     arguments = f"--model hf --model_args pretrained={model} --tasks arithmetic_word_problems --limit 64"
-    more = f"--include_path {tmp_path} --apply_chat_template --device cpu --batch_size 64 --output_path {tmp_path}/out"
+    arguments += f" --include_path {tmp_path} --output_path {tmp_path}/out"
+    more = "--apply_chat_template --device cpu --batch_size 64"
     subprocess.run(
         [sys.executable, "-m", "lm_eval", *arguments.split(), *more.split()],
         check=True,

@@ -30,7 +30,7 @@ def counted(device: torch.device, work: Callable[[], object], *, collective: boo
 
 @pytest.fixture
 def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """The run computes on the CPU and counts its memory, but is told that so many bytes of a card are free."""
+    """The run uses the CPU and counts its memory, but is told that so many bytes of a card are free."""
     monkeypatch.setattr(gpu_memory, "peak_bytes", counted)
     monkeypatch.setattr(budgets, "_peaks", {})
     return lambda free: monkeypatch.setattr(budgets, "free_bytes", lambda world: free)

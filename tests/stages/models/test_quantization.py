@@ -1,4 +1,4 @@
-"""Quantised teachers: weights near the plain ones, rows that do not depend on each other, and what is refused."""
+"""Quantised teachers: weights near the plain ones, independent rows, and what is refused."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -132,11 +132,21 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         return
-    is_export = out.is_dir() and not out.is_symlink() and (out / "generation_config.json").is_file()
+    if not _is_export(out):
+        raise UserError(f"{out} was not written by this command, so it is not replaced; give another --out.")
     if not overwrite:
         raise UserError(f"{out} exists; give --overwrite to replace it, or --out for another folder.")
-    if not is_export:
-        raise UserError(f"{out} was not written by this command, so it is not replaced; give another --out.")
+
+
+def _is_export(out: Path) -> bool:
+    """Whether a folder holds what this command wrote, by its model card: any model has the other files."""
+    card = out / "README.md"
+    return (
+        out.is_dir()
+        and not out.is_symlink()
+        and card.is_file()
+        and "- dualkl\n" in card.read_text("utf-8", "replace")
+    )
 
 
 def _write(student: Student, out: Path, dtype: str | None, config: Config, merges: bool, text: str) -> None:

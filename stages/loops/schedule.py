@@ -213,7 +213,7 @@ def _fit_pool(
             with run.clock.phase("train"):
                 figures = steps.train_step(run, training, pool, next(batches))
             position = after_step(position, figures)
-            bar.update(1, _figures(run.metrics.last_step))
+            bar.update(1, _figures(figures))
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
                 steps.evaluate_now(run, training, evaluate)
             _stop_if_asked(run, training, position)

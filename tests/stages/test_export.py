@@ -196,6 +196,11 @@ def test_a_folder_is_not_overwritten_unasked(run_folder: Path, monkeypatch: pyte
     assert not (run_folder / "export/mine").exists()
     with pytest.raises(UserError, match=r"checkpoints was not written by this command"):
         run_export(monkeypatch, run_folder, "--overwrite", "--out", run_folder / "checkpoints")
+    model = run_folder / "own-model"
+    model.mkdir()
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"own-model was not written by this command"):
+        run_export(monkeypatch, run_folder, "--overwrite", "--out", model)
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,13 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from word_problems import NAMES, THINGS, check, problems
+from word_problems import NAMES, THINGS, Problem, check, problems
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 PIECES = r" ?[A-Za-z]+| ?[^\sA-Za-z\d]|\d|\s"
@@ -57,9 +58,9 @@ TEACHER = Qwen3Config(
 STUDENT_NEURONS = 96
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level with a character fallback; every digit is a token of its own."""
-    texts = [text for p in problems("train", 20_000, seed=0) for text in (p.question, p.solution)]
+def make_tokenizer(sample: Iterable[Problem]) -> PreTrainedTokenizerFast:
+    """Words of `sample`, with a character fallback; every digit is a token of its own."""
+    texts = [text for p in sample for text in (p.question, p.solution)]
     words = {piece for text in texts for piece in re.findall(PIECES, text)}
     words |= {space + w for w in NAMES + THINGS for space in ("", " ")}
     characters = [chr(c) for c in range(32, 127)] + ["\n"]
@@ -129,25 +130,39 @@ def fine_tune(
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, pool) -> float:
-    """Share of `pool` solved at temperature 0."""
+def complete(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pool: Sequence[Problem],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 100,
+    do_sample: bool = False,
+) -> list[str]:
+    """One completion of every problem, at temperature 0 or sampled at temperature 1."""
     model.eval()
     device = next(model.parameters()).device
-    solved = 0
-    for start in range(0, len(pool), 100):
-        part = pool[start : start + 100]
-        batch = tokenizer([f"{USER}{p.question}{ASSISTANT}" for p in part], return_tensors="pt", padding=True)
+    texts: list[str] = []
+    for start in range(0, len(pool), batch_size):
+        prompts = [f"{USER}{p.question}{ASSISTANT}" for p in pool[start : start + batch_size]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
         out = model.generate(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
-            max_new_tokens=64,
-            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            top_k=0 if do_sample else None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        solved += sum(check({"answer": p.answer}, text) for p, text in zip(part, texts, strict=True))
-    return solved / len(pool)
+        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pool: Sequence[Problem]) -> float:
+    """Share of `pool` solved at temperature 0."""
+    texts = complete(model, tokenizer, pool)
+    return sum(check({"answer": p.answer}, text) for p, text in zip(pool, texts, strict=True)) / len(pool)
 
 
 @torch.no_grad()
@@ -215,7 +230,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     start = time.time()
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(problems("train", 20_000, seed=0))
     write_problems(options.out, "train.jsonl", "train", 3000, seed=options.seed + 1)
     write_problems(options.out, "heldout.jsonl", "heldout", 300, seed=options.seed + 1)
     tuning = list(

@@ -20,7 +20,7 @@ from word_problems import NAMES, THINGS, Problem, Step
 
 SHARES = {"heldout": 0.05, "tuning": 0.05, "distil": 0.2, "train": 0.7}
 SPLITS = tuple(SHARES)
-TRIES = 2000  # draws for each problem wanted, before a split counts as empty
+TRIES = 200  # draws for each problem wanted, before a split counts as empty
 
 Event = tuple[str, list[Step]]
 

@@ -36,7 +36,6 @@ from word_problems import Problem, check
 
 HEADS = 7
 GENERATED_TOGETHER = 2000  # problems of one task of a worker; part of the seed
-TUNING = 1000
 FOUND_BAND = {"teacher": (0.90, 0.97), "student": (0.15, 0.40)}
 WELL_FORMED = re.compile(r"The answer is \d+\.\s*$")
 
@@ -62,7 +61,10 @@ class Data:
         return ids, ids.masked_fill(~scored, -100)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, pool: Sequence[Problem], width: int) -> Data:
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # the fields of Data; tensors would take file handles
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, pool: Sequence[Problem], width: int) -> Arrays:
     prompts = tokenizer([f"{USER}{p.question}{ASSISTANT}" for p in pool])["input_ids"]
     completions = tokenizer([f"{p.solution}{END}" for p in pool])["input_ids"]
     ids = np.zeros((len(pool), width), np.uint8)
@@ -70,12 +72,12 @@ def _encode(tokenizer: PreTrainedTokenizerFast, pool: Sequence[Problem], width: 
         ids[row, : len(prompt) + len(completion)] = (
             prompt + completion
         )  # an error if it is longer than `width`
-    starts, lengths = ([len(x) for x in prompts], [len(x) + len(y) for x, y in zip(prompts, completions)])
-    return Data(torch.from_numpy(ids), torch.tensor(starts), torch.tensor(lengths))
+    starts = np.array([len(prompt) for prompt in prompts])
+    return ids, starts, starts + [len(completion) for completion in completions]
 
 
-def _task(arguments: tuple[PreTrainedTokenizerFast, int, int, str, Difficulty, int]) -> Data:
-    tokenizer, num_problems, width, seed, by, _ = arguments
+def _task(arguments: tuple[PreTrainedTokenizerFast, int, int, str, Difficulty]) -> Arrays:
+    tokenizer, num_problems, width, seed, by = arguments
     return _encode(tokenizer, list(problems("train", num_problems, seed, by, distinct=False)), width)
 
 
@@ -85,10 +87,10 @@ def make_data(
     """Problems of the training split, the same whatever the number of worker processes."""
     starts = range(0, num_problems, GENERATED_TOGETHER)
     counts = [min(GENERATED_TOGETHER, num_problems - start) for start in starts]
-    tasks = [(tokenizer, n, width, f"{seed}-{i}", by, i) for i, n in enumerate(counts)]
+    tasks = [(tokenizer, n, width, f"{seed}-{i}", by) for i, n in enumerate(counts)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         parts = pool.map(_task, tasks, chunksize=1)
-    return Data(*(torch.cat([getattr(part, name) for part in parts]) for name in Data.__annotations__))
+    return Data(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
 
 
 def batches(lengths: torch.Tensor, num_tokens: int, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -251,10 +253,11 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_distil", type=int, default=10_000)
     parser.add_argument("--num_heldout", type=int, default=500)
+    parser.add_argument("--num_tuning", type=int, default=1000, help="problems that decide when to stop")
     parser.add_argument("--batch_tokens", type=int, default=32_768)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     for name, width, steps, seconds, target, every in (
-        ("teacher", 448, 8000, 270.0, 0.94, 200),
+        ("teacher", 448, 12_000, 270.0, 0.94, 200),
         ("student", 224, 4000, 75.0, 0.24, 20),
     ):
         parser.add_argument(f"--{name}_width", type=int, default=width)
@@ -280,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forked
     options.out.mkdir(parents=True, exist_ok=True)
     start, by = time.perf_counter(), difficulty_of(options)
-    files = {"distil": options.num_distil, "heldout": options.num_heldout, "tuning": TUNING}
+    files = {"distil": options.num_distil, "heldout": options.num_heldout, "tuning": options.num_tuning}
     pools = {split: list(problems(split, n, options.seed, by)) for split, n in files.items()}
     for split in ("distil", "heldout"):
         lines = (json.dumps(row_of(p)) + "\n" for p in pools[split])
@@ -288,7 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = make_tokenizer(problems("train", 5000, options.seed, by))
     width = 56 + 40 * options.max_steps
     data = make_data(tokenizer, options.num_train, width, options.seed, by, options.workers)
-    lengths, tuning = data.lengths.float(), _encode(tokenizer, pools["tuning"], width)
+    tuning = Data(*map(torch.from_numpy, _encode(tokenizer, pools["tuning"], width)))
+    lengths = data.lengths.float()
     print(
         f"{len(data.lengths):,} problems, {lengths.mean():.0f} tokens on average, {lengths.max():.0f} at most,"
         f" {(data.lengths - data.prompt_lengths).max()} in a completion, {len(tokenizer)} in the vocabulary;"

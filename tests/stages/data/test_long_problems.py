@@ -95,13 +95,12 @@ def test_small_checkpoints_are_trained_and_run_through_the_pipeline(tmp_path: Pa
     record = json.loads((made / "teacher.json").read_text())["result"]
     assert record["steps"] == 4
     assert record["greedy"] == 0
-    run = run_python(
+    run_python(
         *("-m", "stages.cli", "run", "demo", "--runs_dir", str(tmp_path), "--run_name", "tried"),
         *("--student_model", str(made / "student"), "--teacher_model", str(made / "teacher")),
         *("--dataset", str(made / "distil.jsonl"), "--eval_dataset", str(made / "heldout.jsonl")),
         *("--max_prompt_tokens", "160", "--max_new_tokens", "24", "--rollouts_per_refresh", "16"),
         *("--rollouts_per_unit", "16", "--batch_size", "8", "--max_steps", "2", "--eval_prompts", "8"),
         *("--warmup_steps", "1", "--refresh_every", "0"),
-    )
-    assert run.returncode == 0, run.stderr
+    ).expect_success()
     assert (tmp_path / "tried/report.json").exists()

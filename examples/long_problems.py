@@ -1,8 +1,8 @@
 """Arithmetic stories of three to six steps with larger numbers, harder than those of word_problems.py.
 
-Someone has some things, and then things are found, lost, bought in boxes, handed out, multiplied or split. The
-written-out solution and its checker (`word_problems.py:check`) are those of the demo. A hash of the calculation
-decides the split, so no calculation is in two of `train`, `tuning`, `heldout` and `distil`.
+Someone has some things, and then things are found, lost, bought in boxes, handed out, multiplied or split.
+Solutions are written out as in the demo, and its checker (`word_problems.py:check`) reads the answer. A hash of
+the calculation decides the split, so no calculation is in two of `train`, `tuning`, `heldout` and `distil`.
 
     python examples/long_problems.py --split heldout --num_problems 500 > heldout.jsonl
 """
@@ -27,8 +27,8 @@ Event = tuple[str, list[Step]]
 
 @dataclass(frozen=True)
 class Difficulty:
-    """The number of steps is uniform in [min_steps, max_steps]. Numbers in a story are at most `largest`, those
-    in boxes at most a tenth of it (or 9), totals at most ten times as large.
+    """The number of steps is uniform in [min_steps, max_steps]. Numbers in a story are at most `largest`,
+    those in boxes at most a tenth of it (or 9), totals at most ten times as large.
     """
 
     min_steps: int = 3
@@ -164,8 +164,8 @@ def problems(
         yield problem
     if found < num_problems:
         raise ValueError(
-            f"split {split}: {found} distinct calculations found, {num_problems} wanted; ask for fewer, or for"
-            f" harder problems than {by}."
+            f"split {split}: {found} distinct calculations found, {num_problems} wanted; ask for fewer, or"
+            f" for harder problems than {by}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Trains a teacher and a student on the stories of long_problems.py, both from scratch, in minutes on one GPU.
+"""Trains a teacher and a student on the stories of long_problems.py from scratch, in minutes on one GPU.
 
     python examples/make_long_checkpoints.py --out .real/long
 
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuning = Data(*map(torch.from_numpy, _encode(tokenizer, pools["tuning"], width)))
     lengths = data.lengths.float()
     print(
-        f"{len(data.lengths):,} problems, {lengths.mean():.0f} tokens on average, {lengths.max():.0f} at most,"
+        f"{len(lengths):,} problems, {lengths.mean():.0f} tokens on average, {lengths.max():.0f} at most,"
         f" {(data.lengths - data.prompt_lengths).max()} in a completion, {len(tokenizer)} in the vocabulary;"
         f" {time.perf_counter() - start:.0f} s",
         flush=True,

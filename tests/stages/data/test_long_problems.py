@@ -90,7 +90,8 @@ def test_small_checkpoints_are_trained_and_run_through_the_pipeline(tmp_path: Pa
     sizes += (
         " --student_steps 3 --batch_tokens 1000 --teacher_eval_every 2 --device cpu --no-bf16 --no-compile"
     )
-    sizes += " --num_train 400 --num_distil 60 --num_heldout 20 --num_tuning 40 --workers 1 --min_steps 1 --max_steps 2 --warmup 1"
+    sizes += " --num_train 400 --num_distil 60 --num_heldout 20 --num_tuning 40 --workers 1 --min_steps 1"
+    sizes += " --max_steps 2 --warmup 1"
     assert script.main(["--out", str(made), *sizes.split()]) == 1  # it solves nothing yet, and says so
     record = json.loads((made / "teacher.json").read_text())["result"]
     assert record["steps"] == 4

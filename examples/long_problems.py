@@ -1,7 +1,7 @@
 """Arithmetic stories of three to six steps with larger numbers, harder than those of word_problems.py.
 
 Someone has some things, and then things are found, lost, bought in boxes, handed out, multiplied or split.
-Solutions are written out as in the demo, and its checker (`word_problems.py:check`) reads the answer. A hash of
+Solutions are written out as in the demo; its checker (`word_problems.py:check`) reads the answer. A hash of
 the calculation decides the split, so no calculation is in two of `train`, `tuning`, `heldout` and `distil`.
 
     python examples/long_problems.py --split heldout --num_problems 500 > heldout.jsonl

@@ -118,7 +118,8 @@ def _result(step: Step) -> int:
 def draw_problem(r: random.Random, by: Difficulty) -> Problem:
     """One story; the result of each event is what the next one begins with."""
     wanted, now = r.randint(by.min_steps, by.max_steps), r.randint(2, by.largest)
-    sentences, steps = [f"{{n}} has {now} {{t}}."], []
+    steps: list[Step] = []
+    sentences = [f"{{n}} has {now} {{t}}."]
     while len(steps) < wanted:
         event = r.choice(EVENTS)(r, now, by)
         if event is None or len(steps) + len(event[1]) > wanted:

@@ -27,6 +27,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -131,7 +132,7 @@ def fine_tune(
 
 @torch.no_grad()
 def complete(
-    model: Qwen3ForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     pool: Sequence[Problem],
     *,

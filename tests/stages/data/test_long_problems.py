@@ -75,7 +75,8 @@ def test_data_is_the_same_for_any_number_of_workers(monkeypatch: pytest.MonkeyPa
 
 def test_an_epoch_of_batches_has_each_row_once_without_much_padding() -> None:
     lengths = torch.randint(60, 200, (5000,), generator=torch.Generator().manual_seed(0))
-    plan, rows = script.batches(lengths, 1000, 0), []
+    rows: list[int] = []
+    plan = script.batches(lengths, 1000, 0)
     while len(rows) < 4500:
         width, batch = next(plan)
         assert width - 16 < lengths[batch].min()

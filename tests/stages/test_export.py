@@ -209,9 +209,9 @@ def test_a_folder_is_not_overwritten_unasked(run_folder: Path, monkeypatch: pyte
         (["nowhere"], r"nowhere is not the folder of a run \(it has no config.yaml\)"),
         ([ROOT / "pipeline.yaml"], r"pipeline.yaml is a file; give the folder of a run"),
         ([ROOT / STUDENT], r"is a model's folder already; give the folder of the run"),
-        ([], r"arguments are required: run"),
-        (["nowhere", "--dtype", "int3"], r"invalid choice: 'int3'.*bf16"),
-        (["nowhere", "--merged"], r"unrecognized arguments: --merged; `python -m stages.export --help`"),
+        ([], r"RUN is missing; `dualkl export --help`"),
+        (["nowhere", "--dtype", "int3"], r"--dtype: expected bf16 or fp32 or fp16, got int3"),
+        (["nowhere", "--merged"], r"unknown option --merged of dualkl export; did you mean --merge\?"),
     ],
 )
 def test_wrong_input_is_a_sentence(

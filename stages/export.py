@@ -191,10 +191,12 @@ def _write(
             f"the student could not be written to {out} ({one_line(error)}). Free space, or give another"
             " --out."
         ) from error
+    if not odd:
+        return []
     return [
         f"{len(odd)} tensors are named or shaped other than in the files of {base}, the first is {odd[0]};"
         " transformers loads them, other software may not"
-    ] * bool(odd)
+    ]
 
 
 def _usage(name: str, config: Config, student: Student, merges: bool) -> list[str]:

@@ -242,6 +242,8 @@ def test_a_push_without_the_hub_is_one_sentence_before_any_work(
     with pytest.raises(
         UserError, match=r"--push me/it: the Hugging Face hub cannot be used from here.*hf upload"
     ):
+        run_export(monkeypatch, run_folder, "--merge", "--push", "me/it")
+    with pytest.raises(UserError, match=r"this one's is the folder .*, which nobody else has; add --merge"):
         run_export(monkeypatch, run_folder, "--push", "me/it")
     assert not (run_folder / "export").exists()
 
@@ -263,10 +265,10 @@ def test_a_push_uploads_the_folder_to_a_private_repository(
             calls.append(("upload", (repo_id, sorted(path.name for path in folder_path.iterdir()))))
 
     monkeypatch.setattr(hub, "HfApi", Hub)
-    run_export(monkeypatch, run_folder, "--push", "me/it")
+    run_export(monkeypatch, run_folder, "--merge", "--push", "me/it")
     assert [name for name, _ in calls] == ["whoami", "create", "upload"]
     assert calls[1][1] == ("me/it", True, True)
-    assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} <= set(calls[2][1][1])
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(calls[2][1][1])
     assert "pushed    https://huggingface.co/me/it" in capsys.readouterr().out
 
 

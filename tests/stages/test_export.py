@@ -238,7 +238,7 @@ def test_a_push_without_the_hub_is_one_sentence_before_any_work(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"--push alone: expected USER/NAME"):
-        run_export(monkeypatch, run_folder, "--push", "alone")
+        run_export(monkeypatch, run_folder, "--merge", "--push", "alone")
     with pytest.raises(
         UserError, match=r"--push me/it: the Hugging Face hub cannot be used from here.*hf upload"
     ):

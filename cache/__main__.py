@@ -1,12 +1,12 @@
-"""Command line for caches: summarise, view, verify, export, prune and merge.
+"""Look into caches: summarise, view, verify, export, prune and merge.
 
-python -m cache summary ROOT                            rows, tokens, bytes, policies, quantiles
-python -m cache view ROOT [--first N] [--count N]       rows in row-id order, one per line
-python -m cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
-python -m cache verify ROOT [--repair]                  check every digest and row; withdraw damaged ones
-python -m cache export --to parquet ROOT OUT            export all rows, decoded
-python -m cache prune ROOT --max_age|--policy|--max_bytes ...   remove rows
-python -m cache merge ROOT SOURCE ...                   add the rows of other caches
+dualkl cache summary ROOT                            rows, tokens, bytes, policies, quantiles
+dualkl cache view ROOT [--first N] [--count N]       rows in row-id order, one per line
+dualkl cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
+dualkl cache verify ROOT [--repair]                  check every digest and row; withdraw damaged ones
+dualkl cache export --to parquet ROOT OUT            export all rows, decoded
+dualkl cache prune ROOT --max_age|--policy|--max_bytes ...   remove rows
+dualkl cache merge ROOT SOURCE ...                   add the rows of other caches
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cache import selection
+from cache.arguments import Parser, choice, nearest, whole
 from cache.export import export
 from cache.plain import plain
 from cache.reader import Snapshot, open_cache
@@ -28,15 +29,20 @@ from cache.upkeep import merge, prune
 from cache.verify import verify, withdraw
 from cache.view import record_text, rows_text, summary_text
 
+PROGRAM = "dualkl cache"
 DAMAGED, WRONG_INPUT = 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Return the exit code: 0, 1 if `verify` finds faults, 2 for invalid input."""
-    args = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal cannot display
             stream.reconfigure(errors="backslashreplace")
+    try:
+        args = _arguments(sys.argv[1:] if arguments is None else arguments)
+    except CacheError as error:
+        print(plain(f"error: {error}"), file=sys.stderr)
+        return WRONG_INPUT
     try:
         code = _COMMANDS[args.command][0](args)
         sys.stdout.flush()
@@ -56,31 +62,49 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_show(show: argparse.ArgumentParser) -> None:
     which = show.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ROW_ID", help="a row id or a unique prefix")
-    which.add_argument("--index", type=int, default=0, help="a row's number in row-id order (default 0)")
+    which.add_argument("--index", type=whole, default=0, help="a row's number in row-id order (default 0)")
     which.add_argument(
         "--prompt", metavar="PROMPT_ID", help="all rows of a prompt: its id or a unique prefix"
     )
     worst = "the N rows with the largest sum over tokens of behaviour - teacher logprob"
-    which.add_argument("--worst", type=int, metavar="N", help=worst)
-    which.add_argument("--longest", type=int, metavar="N", help="the N rows with the most tokens")
+    which.add_argument("--worst", type=whole, metavar="N", help=worst)
+    which.add_argument("--longest", type=whole, metavar="N", help="the N rows with the most tokens")
     show.add_argument("--tokens", action="store_true", help="print several rows token by token too")
 
 
 def _add_prune(old: argparse.ArgumentParser) -> None:
     rule = old.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--max_age", type=int, help="rows more optimizer steps old than this; needs --at_step")
+    rule.add_argument(
+        "--max_age", type=whole, help="rows more optimizer steps old than this; needs --at_step"
+    )
     rule.add_argument("--policy", action="append", default=[], help="rows of this policy; may be repeated")
-    rule.add_argument("--max_bytes", type=int, help="whole shards, oldest policy first, down to this size")
-    old.add_argument("--at_step", type=int, help="the step at which ages are counted")
+    rule.add_argument("--max_bytes", type=whole, help="whole shards, oldest policy first, down to this size")
+    old.add_argument("--at_step", type=whole, help="the step at which ages are counted")
     old.add_argument("--run_id", help="the run that counts these steps, if the cache has rows of several")
     old.add_argument("--dry_run", action="store_true", help="change nothing, only count")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    own = {name: commands.add_parser(name, help=text) for name, (_, text) in _COMMANDS.items()}
+def _arguments(words: list[str]) -> argparse.Namespace:
+    """Parse a command line; CacheError with one sentence if it is wrong."""
+    if not words:
+        words = ["--help"]
+    name = words[0]
+    if not name.startswith("-") and name not in _COMMANDS:
+        near = nearest(name, _COMMANDS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(_COMMANDS)}."
+        raise CacheError(f"unknown command {PROGRAM} {name}; {hint}")
+    return _parser().parse(words)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    own = {
+        name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        for name, (_, text) in _COMMANDS.items()
+    }
     for command in own.values():
+        command.set_defaults(parser=command)
         command.add_argument("root", metavar="ROOT", help="directory or URL of the cache")
     own["summary"].add_argument("--json", action="store_true", help="the same figures for a program")
     for option, default, what in (
@@ -88,12 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         ("--count", 20, "most rows to print"),
     ):
         own["view"].add_argument(
-            option, type=int, default=default, metavar="N", help=f"{what} (default {default})"
+            option, type=whole, default=default, metavar="N", help=f"{what} (default {default})"
         )
     _add_show(own["show"])
     repair = "withdraw damaged shards, so that stage one refills their rows"
     own["verify"].add_argument("--repair", action="store_true", help=repair)
-    own["export"].add_argument("--to", choices=["parquet"], required=True, help="the format of OUT")
+    own["export"].add_argument(
+        "--to", type=choice("parquet"), metavar="parquet", required=True, help="the format of OUT"
+    )
     own["export"].add_argument(
         "out", metavar="OUT", help="a new or empty folder, which appears when it is complete"
     )

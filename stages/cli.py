@@ -30,8 +30,19 @@ COMMANDS = {
     "export": "stages.export",
     "doctor": "stages.doctor",
 }
-CONFIGURED = ("init", "run", "rollout", "train", "evaluate", "report", "plan", "fidelity", "doctor")
-"""Commands that take any key of the configuration."""
+EVERYTHING = ("run", "models", "lora", "data", "rollout", "loss", "train", "refresh", "eval")
+CONFIGURED: dict[str, tuple[str, ...]] = {
+    "init": ("run", "lora", "data", "rollout", "loss", "train", "eval"),
+    "run": EVERYTHING,
+    "rollout": ("run", "models", "data", "rollout", "teacher_signal", "refresh"),
+    "train": ("run", "models", "lora", "loss", "train", "refresh"),
+    "evaluate": ("run", "models", "data", "rollout", "eval"),
+    "report": ("run",),
+    "plan": ("models", "lora", "rollout", "teacher_signal", "train"),
+    "fidelity": ("run", "models", "loss"),
+    "doctor": ("run", "models", "lora", "data", "rollout", "train"),
+}
+"""Commands that take any key of the configuration, and the sections of which their short help shows keys."""
 COMPLETION = """_dualkl() {{
   local words="{commands}"
   [ "$COMP_CWORD" -gt 1 ] && words="{keys}"
@@ -43,6 +54,8 @@ complete -o default -F _dualkl dualkl"""
 def main() -> None:
     """Run `dualkl COMMAND ...`, as `python -m MODULE ...` would."""
     name, rest = sys.argv[1:2], sys.argv[2:]
+    if name == ["help"] and rest:
+        name, rest = rest[:1], ["--help", *rest[1:]]
     if not name or name[0] in ("-h", "--help", "help"):
         _show(overview())
     elif name[0] == "--version":
@@ -65,15 +78,15 @@ def main() -> None:
 
 def _run(name: str, rest: list[str]) -> None:
     sys.argv = [f"dualkl {name}", *rest]
-    begin(docstring(COMMANDS[name]), has_keys=name in CONFIGURED)
+    begin(docstring(COMMANDS[name]), name)
     module = importlib.import_module(COMMANDS[name])
     from stages.runtime.errors import command
 
     command(module.main)
 
 
-def begin(description: str | None, has_keys: bool = True) -> None:
-    """Handle signals, and `--help`: the command's docstring, and the configuration's keys if it takes them.
+def begin(description: str | None, name: str) -> None:
+    """Handle signals, and `--help` of the command `name`: its docstring, and the keys that it takes.
 
     Call it before imports, which take seconds.
     """
@@ -85,7 +98,12 @@ def begin(description: str | None, has_keys: bool = True) -> None:
     from stages.runtime.help import help_text
 
     text = description or ""
-    _show(help_text(text, SECTIONS, "all" in arguments) if has_keys else text)
+    groups = CONFIGURED.get(name)
+    _show(
+        text.strip()
+        if groups is None
+        else help_text(text, SECTIONS, "all" in arguments, groups, name == "init")
+    )
     raise SystemExit(0)
 
 
@@ -121,12 +139,14 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "dualkl run demo            distil a small real student on the CPU, in minutes",
-            "dualkl COMMAND --help      the most used keys; --help all shows every key",
-            "dualkl --version           the version",
-            'source <(dualkl --completion)  complete commands and keys in bash; zsh: after "bashcompinit"',
+            "dualkl run demo             distil a small real student on the CPU, in minutes",
+            "dualkl COMMAND --help       the most used keys; --help all shows every key",
+            "dualkl --version            the version",
+            "source <(dualkl --completion)    complete commands and keys in bash (in zsh",
+            "                                 after bashcompinit)",
             "",
-            f"Recipes are in {ROOT / 'recipes'}; dualkl plan qwen3-4b takes one by its name.",
+            "dualkl plan qwen3-4b takes a recipe by its name; recipes are in",
+            f"{ROOT / 'recipes'}",
         ]
     )
 

@@ -1,10 +1,12 @@
-"""Check a configuration on this machine before it is run: a line a check, in seconds to a minute.
+"""Check a configuration on this machine, in about a minute.
 
-    python -m stages.doctor pipeline.yaml           (torchrun for several processes; --KEY VALUE as elsewhere)
+    dualkl doctor FILE
 
-Checks files and prompts, ends, processes, disk, memory and Weights & Biases; then, on a few short rows in a
-temporary folder: that a student that is its own teacher has loss 0, that the rollout engine computes what
-training does, and that the teacher is the same sharded and plain. Exit code 1 if a check fails.
+A line a check. First files and prompts, ends, processes, disk, memory and
+Weights & Biases. Then, on a few short rows in a temporary folder: that a
+student that is its own teacher has loss 0, that the rollout engine computes
+what training does, and that the teacher is the same sharded and plain. Exit
+code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "doctor")
 
 import io
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,11 +32,10 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 
 import cache
-from cache.plain import plain
 from stages.loops import checkup, machine
 from stages.loops.checkup import Checkup, NotRun
 from stages.runtime.errors import OUT_OF_MEMORY, UserError, command, one_line
-from stages.runtime.run import Run, open_run
+from stages.runtime.run import open_run
 
 SKIPPED = ("not run", "not needed", "not compared", "not loaded", "off:")
 CHECKS: dict[str, Callable[[Checkup], str]] = {
@@ -59,32 +59,31 @@ CHECKS: dict[str, Callable[[Checkup], str]] = {
 def main() -> None:
     # report an unreachable hub once, not once per retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    run = open_run(__doc__ or "", with_config(sys.argv[1:]), read_only=True)
+    run = open_run(__doc__ or "", read_only=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dualkl-doctor-") as own:
         subject = Checkup(run, run.world.gather(own)[0])
         found = [check(subject, name) for name in CHECKS]
         run.world.barrier()
-    num_failed = found.count("FAIL")
+    states = [each["state"] for each in found]
+    num_failed = states.count("FAIL")
     verdict = f"{num_failed} of {len(found)} checks failed" if num_failed else "no check failed"
-    skipped = f", {found.count('skip')} were skipped" if "skip" in found else ""
-    say(run, f"{verdict}{skipped}; {time.perf_counter() - began:.0f} s")
+    skipped = f", {states.count('skip')} were skipped" if "skip" in states else ""
+    seconds = time.perf_counter() - began
+    facts = {"failed": num_failed, "checks": found, "seconds": seconds}
+    run.metrics.conclude(f"{verdict}{skipped}; {seconds:.0f} s", facts)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if num_failed:
         raise SystemExit(1)
 
 
-def with_config(arguments: list[str]) -> list[str]:
-    """The command line with `--config` before a configuration file that is named alone."""
-    if arguments and not arguments[0].startswith("-"):
-        return ["--config", *arguments]
-    return arguments
+def check(subject: Checkup, name: str) -> dict[str, str]:
+    """Run a check and print its line (collective).
 
-
-def check(subject: Checkup, name: str) -> str:
-    """Run a check and print its line; returns pass, FAIL (on any process) or skip (collective)."""
-    run, output, problem = subject.run, io.StringIO(), ""
+    Returns its name, its state (pass, FAIL on any process, or skip) and what it found.
+    """
+    run, output, problem, told = subject.run, io.StringIO(), "", ""
     try:
         with redirect_stdout(output), redirect_stderr(io.StringIO()):
             told = CHECKS[name](subject)
@@ -95,19 +94,12 @@ def check(subject: Checkup, name: str) -> str:
     except torch.OutOfMemoryError as error:
         problem = f"{OUT_OF_MEMORY} ({one_line(error)})"
     problem = next(filter(None, run.world.gather(problem)), "")
-    if problem:
-        say(run, f"FAIL  {name}: {problem}")
-        return "FAIL"
-    state = "skip" if told.startswith(SKIPPED) else "pass"
-    say(run, f"{state}  {name}: {told}")
-    for line in filter(None, (line.strip() for line in output.getvalue().splitlines())):
-        say(run, f"      {line}")
-    return state
-
-
-def say(run: Run, line: str) -> None:
+    state = "FAIL" if problem else "skip" if told.startswith(SKIPPED) else "pass"
     if run.world.is_main:
-        print(plain(line), flush=True)
+        run.metrics.style.say(f"{state}  {name}: {problem or told}", is_result=bool(problem))
+    for line in [] if problem else filter(None, (line.strip() for line in output.getvalue().splitlines())):
+        run.metrics.say(f"      {line}")
+    return {"name": name, "state": state, "found": problem or told}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Measure the run's current student: KLs on teacher text and on its own fresh text, and answers solved.
+"""Measure the run's student: KLs, and held-out answers solved.
 
-    python -m stages.evaluate --config pipeline.yaml
+    dualkl evaluate FILE
 
-Writes eval/before.json before training, eval/after.json after it. The teacher is needed for its text and for
-on_student; with `--teacher_model ""` those are null unless an earlier evaluation measured them.
+KLs are measured on teacher text and on fresh text of the student. Writes
+eval/before.json before training, eval/after.json after it. The teacher is
+needed for its text and for on_student; with --teacher_model "" those are null
+unless an earlier evaluation measured them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "evaluate")
 
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, setup

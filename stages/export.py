@@ -1,16 +1,21 @@
-"""Export a run's student: its adapter, or all weights merged, ready for transformers, PEFT, vLLM and SGLang.
+"""Export a run's student for transformers, PEFT, vLLM and SGLang.
 
-    python -m stages.export runs/demo --merge
+    dualkl export runs/demo             the adapter alone, to runs/demo/export
+    dualkl export runs/demo --merge     all weights, to runs/demo/export-merged
 
-Writes weights, tokenizer, chat template, generation config and a model card to RUN/export, or with --merge to
-RUN/export-merged. A run that is not finished is exported from its newest checkpoint.
+Writes weights, tokenizer, chat template, generation settings and a model card.
+A run that is not finished is exported from its newest checkpoint.
 
-    --merge          all weights with the adapter in them, named and shaped as the base's
-    --dtype DTYPE    bf16, fp16 or fp32 (default: the base's; an adapter alone: fp32, as trained)
-    --out DIR        another folder
-    --overwrite      replace a student that was exported there before
-    --license ID     licence for the model card, e.g. apache-2.0 (default: the one in the base's README.md)
-    --push USER/NAME upload the folder to the Hugging Face hub, into a private repository if it is new
+    --merge              all weights with the adapter in them, named and shaped
+                         as the base's
+    --dtype bf16|fp16|fp32    default: the base's; an adapter alone: fp32
+    --out DIR            another folder
+    --overwrite          replace a student that was exported there before
+    --license ID         licence for the model card, such as apache-2.0
+                         (default: the one in the base's README.md)
+    --push USER/NAME     upload to the Hugging Face hub, into a private
+                         repository if it is new
+    --quiet, --json      only results and warnings; the result as JSON
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__, has_keys=False)
+    begin(__doc__, "export")
 
 import argparse
 import os
@@ -33,32 +38,31 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 from peft import PeftModel
 
+from cache.arguments import choice
 from cache.plain import plain
 from stages.models import exporting, hub
 from stages.models.exporting import Source
 from stages.models.student import Student, policy_hash
-from stages.runtime import card, metrics
+from stages.runtime import card, flags, metrics
 from stages.runtime import config as configuration
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command, one_line
 from stages.runtime.files import new_folder, publish_folder, replace_text
 from stages.runtime.run import quieten_libraries
+from stages.runtime.terminal import take_style
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python -m stages.export --help` lists what it takes.")
+NO_LICENCE = "no licence of the base is known, so the model card says unknown; --license ID names one"
 
 
 def main() -> None:
-    own = _arguments(sys.argv[1:])
+    style, arguments = take_style(sys.argv[1:])
+    own = _arguments(arguments)
     quieten_libraries()
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
@@ -71,35 +75,46 @@ def main() -> None:
     out = Path(own.out) if own.out else folder / ("export-merged" if own.merge else "export")
     _check_out(out, own.overwrite)
     if own.push:
+        _check_push(config, own.push, merges)
         hub.check(own.push, out)
     source = exporting.find_source(folder, config, exports)
-    _say(f"exporting step {source.step} of {config.train.max_steps}, from {source.path}")
+    style.say(f"exporting step {source.step} of {config.train.max_steps}, from {source.path}")
     student = exporting.load_trained(config, source)
     weights = card.Weights(source.step, policy_hash(student), merges and config.lora.use_lora, own.license)
     weights = replace(weights, usage=tuple(_usage(own.push or out.name, config, student, merges)))
-    _write(student, out, own.dtype, config, merges, card.model_card(records, config, weights))
-    _report(out, config, student, merges, source)
+    text = card.model_card(records, config, weights)
+    for warning in _write(student, out, own.dtype, config, merges, text):
+        style.say(f"warning: {warning}")
+    if own.push and card.NO_LICENCE in text:
+        style.say(f"warning: {NO_LICENCE}")
+    usage = [line.strip() for line in _usage(str(out), config, student, merges)]
+    lines = [*_done(config, merges, source), f"folder    {out}", *(f"try       {line}" for line in usage)]
+    facts = {"folder": str(out), "step": source.step, "merged": merges, "usage": usage}
     if own.push:
-        _say(f"pushed    {hub.upload(out, own.push)}")
+        facts["pushed"] = hub.upload(out, own.push)
+        lines.append(f"pushed    {facts['pushed']}")
+    style.conclude("\n".join(lines), facts)
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m stages.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="python -m stages.export RUN [options]",
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    parser.add_argument("run", help=argparse.SUPPRESS)
+    parser = flags.Parser(prog="dualkl export", add_help=False)
+    parser.add_argument("run", metavar="RUN")
     for flag in ("--merge", "--overwrite"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", choices=sorted(exporting.DTYPES), help=argparse.SUPPRESS)
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--dtype", type=choice(*exporting.DTYPES))
     for flag in ("--out", "--license", "--push"):
-        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+        parser.add_argument(flag, default="")
+    return parser.parse(arguments)
+
+
+def _check_push(config: Config, name: str, merges: bool) -> None:
+    """UserError for an adapter whose base nobody else has."""
+    base = config.models.student_model
+    if not merges and Path(base).is_dir():
+        raise UserError(
+            f"--push {name}: an adapter needs its base, and this one's is the folder {base}, which nobody"
+            " else has; add --merge, which uploads all weights."
+        )
 
 
 def run_folder(name: str) -> Path:
@@ -149,8 +164,10 @@ def _is_export(out: Path) -> bool:
     )
 
 
-def _write(student: Student, out: Path, dtype: str | None, config: Config, merges: bool, text: str) -> None:
-    """Write the export to `out`, which is complete or as before, and compare its tensors with the base's."""
+def _write(
+    student: Student, out: Path, dtype: str | None, config: Config, merges: bool, text: str
+) -> list[str]:
+    """Write the export to `out`, which is complete or as before; warnings where tensors are not the base's."""
     base = config.models.student_model
     wanted = exporting.DTYPES[dtype] if dtype else exporting.dtype_of(base) if merges else None
     if isinstance(student.model, PeftModel):
@@ -164,11 +181,7 @@ def _write(student: Student, out: Path, dtype: str | None, config: Config, merge
         new_folder(partial)
         exporting.save(student, partial, wanted, exporting.generation_of(base, student.eos_ids))
         replace_text(partial / "README.md", text)
-        if merges and (odd := exporting.differing(partial, base)):
-            _say(
-                f"warning: {len(odd)} tensors are named or shaped other than in the files of {base}, the"
-                f" first is {odd[0]}; transformers loads them, other software may not"
-            )
+        odd = exporting.differing(partial, base) if merges else []
         publish_folder(partial, out)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -178,6 +191,12 @@ def _write(student: Student, out: Path, dtype: str | None, config: Config, merge
             f"the student could not be written to {out} ({one_line(error)}). Free space, or give another"
             " --out."
         ) from error
+    if not odd:
+        return []
+    return [
+        f"{len(odd)} tensors are named or shaped other than in the files of {base}, the first is {odd[0]};"
+        " transformers loads them, other software may not"
+    ]
 
 
 def _usage(name: str, config: Config, student: Student, merges: bool) -> list[str]:
@@ -203,20 +222,14 @@ def _usage(name: str, config: Config, student: Student, merges: bool) -> list[st
     ]
 
 
-def _report(out: Path, config: Config, student: Student, merges: bool, source: Source) -> None:
+def _done(config: Config, merges: bool, source: Source) -> list[str]:
     what = "the adapter"
     if merges:
         what = "all weights" + (" with the adapter merged" if config.lora.use_lora else "")
-    _say(f"exported  step {source.step}, {what}")
+    lines = [f"exported  step {source.step}, {what}"]
     if source.step < config.train.max_steps and source.kind != "best":
-        _say(f"          the run is not finished ({source.step} of {config.train.max_steps} steps)")
-    _say(f"folder    {out}")
-    for line in _usage(str(out), config, student, merges):
-        _say(f"try       {line.strip()}")
-
-
-def _say(line: str) -> None:
-    print(plain(line), flush=True)
+        lines.append(f"          the run is not finished ({source.step} of {config.train.max_steps} steps)")
+    return lines
 
 
 if __name__ == "__main__":

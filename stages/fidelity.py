@@ -1,11 +1,12 @@
-"""Measure what smaller signals cost in accuracy: bytes per token against errors of KL, gate and gradient.
+"""Measure what smaller signals cost: bytes a token against errors.
 
-    python -m stages.fidelity runs/exact/cache --student_model ... (any key of the configuration)
+    dualkl fidelity runs/exact/cache FILE
 
-Reads a `hidden` or `full` cache, which holds the teacher's whole distribution, packs its rows as top-k and
-nucleus signals of several sizes like stage one, and evaluates the configured loss of the student with each.
-Writes fidelity.json and fidelity.png to the run's folder. The student is the run's newest checkpoint, else
-student_model itself.
+Reads a cache of signal hidden or full, which holds the teacher's whole
+distribution, packs its rows as top-k and nucleus signals of several sizes, and
+evaluates the configured loss with each: errors of KL, gate and gradient. Writes
+fidelity.json and fidelity.png to the run's folder. The student is the run's
+newest checkpoint, else student_model itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "fidelity")
 
 import json
 import sys

@@ -1,11 +1,14 @@
-"""Look at your own models and data, and write a configuration for them.
+"""Look at your models and data, and write a configuration for them.
 
     dualkl init --student MODEL --teacher MODEL --data DATA
 
-MODEL is a folder or a hub name, DATA a file, a folder or a hub data set (docs/data.md). Reads no weights.
-Prints what it found and the plan, and writes a short file for `dualkl run` to --out FILE. --gpus N and
---gpu_memory GB (of one GPU) plan for another machine. Keys that are given are kept. Held-out prompts are
-split off the data unless eval_dataset names others; --eval_prompts 0 turns evaluation off.
+MODEL is a folder or a hub name, DATA a file, folder or hub data set. Reads no
+weights. Prints what it found and the plan; keys that are given are kept.
+Held-out prompts are split off the data unless eval_dataset names others.
+
+    --out FILE           the file to write (default: the student's name.yaml)
+    --gpus N             GPUs to plan for (default: those here)
+    --gpu_memory GB      memory of each of them
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "init")
 
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 
+from cache.arguments import positive, positive_number
 from cache.plain import plain
 from stages import plan as planner
 from stages.loops import sizing
@@ -39,52 +44,80 @@ from stages.runtime import flags, yaml_text
 from stages.runtime.config import SECTION_OF, SECTIONS, Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
+from stages.runtime.terminal import take_style
 
 EXAMPLE = "dualkl init --student MODEL --teacher MODEL --data FILE.jsonl"
-LINES = (
+OPTIONS = ("student", "teacher", "data", "out", "gpus", "gpu_memory")
+"""Beside the configuration's keys."""
+SHOWN = (
     "run_name",
-    "student_model",
-    "teacher_model",
-    "dataset",
-    "num_prompts",
+    "use_lora",
+    "lora_r",
+    "tau",
+    "alpha",
+    "gating",
     "eval_prompts",
     "answer_checker",
+    "num_prompts",
     "max_prompt_tokens",
     "max_new_tokens",
     "batch_size",
     "max_steps",
     "lr",
+    "refresh_every",
+    "rollouts_per_refresh",
 )
-"""Keys with a line and a comment of their own; the other keys of a section share a line."""
-COMMENT_COLUMN = 42
-SECTION_NOTES = {
-    "rollout": "what a crash can cost: rollouts_per_unit",
-    "refresh": "the current student writes new rollouts",
+"""Keys that the file holds whatever their value; others only if they are given or not the default."""
+NOTES = {
+    "lora": "use_lora: false trains all weights, which needs a tenth of this lr; lora_r: rank",
+    "loss": "the reverse KL (nats) trains tokens where it is below tau, the forward KL those above; alpha:"
+    " sharpness",
+    "refresh": "steps between refreshes, and the rollouts that the current student writes at each",
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `dualkl init --help` lists what it takes.")
+@dataclass(frozen=True)
+class Place:
+    """Where the file goes and what the run is called. `remark`: why another name was taken, or ""."""
+
+    path: Path
+    run_name: str
+    remark: str
 
 
 def main() -> None:
-    own, rest = _own_arguments(sys.argv[1:])
+    style, arguments = take_style(sys.argv[1:])
+    own, rest = _own_arguments(arguments)
     named = {"student_model": own.student, "teacher_model": own.teacher, "dataset": own.data}
-    asked = configuration.parse_arguments([*_flags(named), *rest], __doc__ or "")
+    asked = configuration.parse_arguments([*_flags(named), *rest], __doc__ or "", OPTIONS)
     files, texts = flags.split(rest, SECTION_OF, configuration.SWITCHES)
     if files:
         raise UserError(f"init writes a configuration and reads none, got {files[0]}; give single keys.")
     given = {leaf: sizing.value_of(asked, leaf) for leaf in named | texts}
-    given.setdefault("run_name", _run_name(asked))
-    path, machine = _free_path(own.out, given["run_name"]), _machine(own, asked.run.device)
-    found, chosen = sizing.configure(asked, machine, given)
-    _say(*findings(asked, found), f"machine   {machine}", "")
-    chosen, lines = _planned(chosen, found, machine)
-    _say(*lines, "")
-    replace_text(path, file_text(chosen, path, machine))
-    _say(f"wrote     {path}: change what you like", f"check     dualkl doctor {path}")
-    _say(f"next      {_run(path, machine)}")
+    place, machine = _place(own.out, asked, given.get("run_name")), _machine(own, asked.run.device)
+    found, chosen = sizing.configure(asked, machine, given | {"run_name": place.run_name})
+    seen = [*findings(asked, found), *_about_evaluation(chosen), f"machine   {machine}"]
+    style.say("\n".join([*seen, ""]))
+    chosen, plan = _planned(chosen, found, machine)
+    style.say("\n".join([*plan, ""]))
+    replace_text(place.path, file_text(chosen, place.path, machine, set(given)))
+    run = _run(place.path, machine)
+    written = f"wrote     {place.path}: change what you like{place.remark}"
+    facts = {"file": str(place.path), "run_name": place.run_name, "run": run, "found": seen, "plan": plan}
+    facts["configuration"] = {leaf: choice.value for leaf, choice in chosen.items()}
+    style.conclude(f"{written}\ncheck     dualkl doctor {place.path}\nnext      {run}", facts)
+
+
+def _about_evaluation(chosen: Choices) -> Iterator[str]:
+    number, other = chosen["eval_prompts"].value, chosen.get("eval_dataset", Choice("")).value
+    if not number:
+        yield "held out  none: evaluation is off"
+    elif other:
+        yield f"held out  {number:,} prompts of {other}; --eval_prompts 0 turns evaluation off"
+    else:
+        yield (
+            f"held out  {number:,} prompts, split off the data (others: --eval_dataset; none: --eval_prompts 0)"
+        )
 
 
 def _run(path: Path, machine: Machine) -> str:
@@ -96,24 +129,17 @@ def _run(path: Path, machine: Machine) -> str:
     )
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(plain(line, kept="\n"), flush=True)
-
-
 def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = flags.Parser(prog="dualkl init", add_help=False)
     for name in ("student", "teacher", "data", "out"):
         parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--gpu_memory", type=float, default=0.0)
+    parser.add_argument("--gpus", type=positive, default=0)
+    parser.add_argument("--gpu_memory", type=positive_number, default=0.0)
     own, rest = parser.parse_known_args(arguments)
     is_help = {"-h", "--help"} & {*rest}
+    flags.split([] if is_help else rest, SECTION_OF, configuration.SWITCHES, OPTIONS)
     if missing := [name for name in ("student", "teacher", "data") if not getattr(own, name) and not is_help]:
         raise UserError(f"init needs --{' and --'.join(missing)}: {EXAMPLE}")
-    for name in ("gpus", "gpu_memory"):
-        if not 0 <= getattr(own, name) < float("inf"):
-            raise UserError(f"{name} must be above 0, got {getattr(own, name)}.")
     return own, rest
 
 
@@ -129,11 +155,25 @@ def _machine(own: argparse.Namespace, device: str) -> Machine:
     return Machine(here.processes, own.gpu_memory or here.gib, here.host)
 
 
-def _run_name(asked: Config) -> str:
-    """The student's name, with a number if a run has it."""
-    base, runs = sizing.run_name(asked.models.student_model), Path(asked.run.runs_dir)
-    names = (base, *(f"{base}-{i}" for i in range(2, 1000)))
-    return next((name for name in names if not (runs / name).exists()), base)
+def _place(out: str, asked: Config, name: str | None) -> Place:
+    """The file, and the run's name: `name`, or the student's with a number if a run or file has it."""
+    runs, base = Path(asked.run.runs_dir), sizing.run_name(asked.models.student_model)
+    remark = ""
+    if name is None:
+        names = (base, *(f"{base}-{i}" for i in range(2, 1000)))
+        name = next((n for n in names if not (_taken(n, runs, out))), base)
+        if name != base:
+            remark = (
+                f"\nnote      {_taken(base, runs, out)} exists, so this run is called {name}; --run_name NAME"
+                " gives it another name"
+            )
+    return Place(_free_path(out, name), name, remark)
+
+
+def _taken(name: str, runs: Path, out: str) -> str:
+    """The run or file that has the name; "" if it is free. `out`: the file, if the user named it."""
+    paths = [runs / name, *([] if out else [Path(f"{name}.yaml")])]
+    return next((str(path) for path in paths if path.exists()), "")
 
 
 def _planned(chosen: Choices, found: Survey, machine: Machine) -> tuple[Choices, list[str]]:
@@ -167,21 +207,31 @@ def _free_path(asked: str, name: str) -> Path:
     return path
 
 
-def file_text(chosen: Choices, path: Path, machine: Machine) -> str:
-    """The configuration as commented YAML: main keys on lines of their own, the others by section."""
-    lines = [f"# Written by dualkl init. Run it: {_run(path, machine)}"]
-    for leaf in (leaf for leaf in LINES if leaf in chosen):
-        line, why = yaml_text.write_line({leaf: chosen[leaf].value})[1:-1], chosen[leaf].why
-        lines.append(f"{line:<{COMMENT_COLUMN}}  # {why}" if why else line)
-    return "\n".join([*lines, *_section_lines(chosen)]) + "\n"
-
-
-def _section_lines(chosen: Choices) -> Iterator[str]:
+def file_text(chosen: Choices, path: Path, machine: Machine, given: set[str]) -> str:
+    """The configuration as YAML: a line for each section, below a comment, at most 20 lines."""
+    config = sizing.config_of(chosen)
+    why = {leaf: choice.why for leaf, choice in chosen.items() if choice.why}
+    lines = [f"# Written by dualkl init; change what you like, then: {_run(path, machine)}"]
     for name, section in SECTIONS.items():
-        values = {leaf: chosen[leaf].value for leaf in section.model_fields if leaf in chosen}
-        if own := {leaf: value for leaf, value in values.items() if leaf not in LINES}:
-            about = f"  # {SECTION_NOTES[name]}" if name in SECTION_NOTES else ""
-            yield f"{name}: {yaml_text.write_line(own)}{about}"
+        values = {leaf: sizing.value_of(config, leaf) for leaf in section.model_fields}
+        kept = {
+            leaf: value
+            for leaf, value in values.items()
+            if leaf in SHOWN or leaf in given or value != section.model_fields[leaf].default
+        }
+        if kept:
+            lines += [f"# {plain(note)}"] if (note := _note(name, kept, why)) else []
+            lines.append(f"{name}: {yaml_text.write_line(kept)}")
+    return "\n".join(lines) + "\n"
+
+
+def _note(section: str, kept: dict[str, Any], why: dict[str, str]) -> str:
+    """The comment on a section; "" for none."""
+    if section == "eval":
+        off = "0: no evaluation" if kept["eval_prompts"] else "so there is no evaluation"
+        return f"held-out prompts, {off}; answer_checker: gsm8k, or FILE.py:FUNCTION(row, completion) -> bool"
+    about = [f"{leaf}: {why[leaf]}" for leaf in kept if leaf in why]
+    return NOTES.get(section) or "; ".join(about)
 
 
 if __name__ == "__main__":

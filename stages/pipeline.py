@@ -1,8 +1,10 @@
-"""Run the whole pipeline: evaluate, both stages with refreshes, evaluate, report.
+"""Run the whole pipeline: both stages, refreshes, evaluation, report.
 
-    python -m stages.pipeline --config pipeline.yaml      (torchrun / accelerate launch for several processes)
+    dualkl run FILE            FILE: a configuration, or demo
+    torchrun --nproc_per_node N -m stages.pipeline FILE     on N GPUs
 
-Each part is skipped if its output files exist, so the same command resumes after a crash.
+Evaluates before and after training. Each part is skipped if its output files
+exist, so the same command resumes after a crash.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "run")
 
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, refresh, setup

@@ -1,12 +1,17 @@
-"""Estimate whether a run fits, its duration and cache size, from the model configurations alone.
+"""Estimate whether a run fits, its duration and its cache's size.
 
-    python -m stages.plan --config recipes/qwen3-4b.yaml --gpus 2 --gpu_memory 80     (any configuration key)
+    dualkl plan FILE --gpus 2 --gpu_memory 80
 
-Loads no weights: for each model, a folder with config.json or a hub name is enough. Exit code 0 if the run
-fits, 1 if not. Extra options: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB per GPU;
---mean_completion_tokens and --mean_prompt_tokens (default: their upper bounds); --zero2
-(recipes/accelerate_zero2.yaml); --json. With --role generate or --role score, plans the GPUs of those
-processes alone.
+Loads no weights: of each model, config.json or its hub name is enough. Exit
+code 0 if the run fits, 1 if not. With --role generate or score, plans the GPUs
+of those processes alone.
+
+    --gpus N                       GPUs of the machine (default: those here)
+    --gpu h100|h200|a100|a100-40|a800
+    --gpu_memory GB                memory of each GPU
+    --mean_completion_tokens X     default: max_new_tokens
+    --mean_prompt_tokens X         default: max_prompt_tokens
+    --zero2                        recipes/accelerate_zero2.yaml is used
 """
 
 from __future__ import annotations
@@ -20,27 +25,26 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "plan")
 
 import argparse
 import logging
-import math
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from cache.arguments import positive, positive_number
 from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
+from stages.runtime import flags
 from stages.runtime.config import parse_arguments, require
 from stages.runtime.errors import UserError, command
 from stages.runtime.terminal import take_style
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python -m stages.plan --help` lists what it takes.")
+OPTIONS = ("gpus", "gpu", "gpu_memory", "mean_completion_tokens", "mean_prompt_tokens", "zero2")
+"""Beside the configuration's keys."""
 
 
 def main() -> None:
@@ -48,7 +52,7 @@ def main() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     style, arguments = take_style(sys.argv[1:])
     own, rest = _own_arguments(arguments)
-    config = parse_arguments(rest, __doc__ or "")
+    config = parse_arguments(rest, __doc__ or "", OPTIONS)
     require(config, "student_model", "teacher_model")
     means = own.mean_completion_tokens or 0.0, own.mean_prompt_tokens or 0.0
     plan = make_plan(config, machine_of(own), *means)
@@ -58,17 +62,13 @@ def main() -> None:
 
 
 def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    numbers = {"gpus": int, "gpu_memory": float, "mean_completion_tokens": float, "mean_prompt_tokens": float}
-    for name, kind in numbers.items():
-        parser.add_argument(f"--{name}", type=kind)
+    parser = flags.Parser(prog="dualkl plan", add_help=False)
+    parser.add_argument("--gpus", type=positive)
+    for name in ("gpu_memory", "mean_completion_tokens", "mean_prompt_tokens"):
+        parser.add_argument(f"--{name}", type=positive_number)
     parser.add_argument("--gpu", default="")
     parser.add_argument("--zero2", action="store_true")
-    own, rest = parser.parse_known_args(arguments)
-    for name in numbers:
-        if (value := getattr(own, name)) is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0, got {value}.")
-    return own, rest
+    return parser.parse_known_args(arguments)
 
 
 def machine_of(own: argparse.Namespace) -> Machine:

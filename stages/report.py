@@ -1,9 +1,10 @@
-"""Report on a run from its files: report.json, report.html, and a summary on the terminal.
+"""Report on a run from its files: report.json, report.html, a summary.
 
-    python -m stages.report runs/demo       (or the run's configuration: --config pipeline.yaml)
+    dualkl report runs/demo     or the run's configuration: dualkl report FILE
 
-Loads no model. The configuration is the run's own; --runs_dir, --run_name and --cache_dir locate it. Values
-not measured (yet), or not finite, are null in report.json and a dash on the page.
+Loads no model. The configuration is the run's own; --runs_dir, --run_name and
+--cache_dir locate it. Values that are not measured (yet), or not finite, are
+null in report.json and a dash on the page.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "report")
 
 import json
 import sys

@@ -1,16 +1,14 @@
-"""Stage one: the student generates rollouts, the teacher scores them, shards are committed.
+"""Stage one: the student generates rollouts, the teacher scores them.
 
-    python -m stages.rollout --config pipeline.yaml    (torchrun / accelerate launch for several processes)
-    python -m stages.rollout --config pipeline.yaml --role generate     (only generate, for --role score)
-    python -m stages.rollout --config pipeline.yaml --role score    (on other GPUs or nodes, then or later)
+    dualkl rollout FILE                    both, into the run's cache
+    dualkl rollout FILE --role generate    only generate, for --role score
+    dualkl rollout FILE --role score       on other GPUs or nodes, then or later
+    dualkl rollout --follow RUN            rollouts of each new student, next to
+                                           dualkl train --refresh_mode external
 
-Rerun it after any failure: only missing units are generated. With checkpoints in the run's folder it writes
-the refresh that is due at the newest one.
-
-    python -m stages.rollout --follow runs/demo           (next to a training with refresh_mode external)
-
-takes the run's configuration and keeps writing rollouts from the newest student published by the training,
-until the run is finished; flags override keys for this command, e.g. its device.
+Rerun it after any failure: only missing rows are generated. With checkpoints in
+the run's folder it writes the refresh that is due at the newest one. --follow
+takes the run's configuration; flags override keys for this command.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "rollout")
 
 import sys
 from pathlib import Path

@@ -1,9 +1,11 @@
-"""Stage two: train the student on the shards with the gated KL, and refresh them on schedule.
+"""Stage two: train the student on the cached rollouts, with refreshes.
 
-    python -m stages.train --config pipeline.yaml         (torchrun / accelerate launch for several processes)
+    dualkl train FILE
+    torchrun --nproc_per_node N -m stages.train FILE       on N GPUs
 
-Resumes from the run's newest checkpoint. The teacher is loaded for refreshes only: never with refresh_mode
-off; with refresh_mode external, by `python -m stages.rollout --follow RUN_FOLDER` in another process.
+Resumes from the run's newest checkpoint. The teacher is loaded for refreshes
+only: never with --refresh_mode off; with external, another process loads it
+(dualkl rollout --follow RUN).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__)
+    begin(__doc__, "train")
 
 from typing import Any
 

@@ -34,6 +34,10 @@ KEYS = (
 """Keys of the first configuration that the card lists; of later ones it lists the changes."""
 NORMAL = 1.96  # standard errors of a 95 % interval
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+NO_LICENCE = "license_name: unknown"
+"""In the head of a card without a licence."""
+OWN_FOLDERS = re.compile(r"(?<![\w.:/~-])~?/[^\s,:'\"}]*/(?=[^\s,:'\"}])")
+"""The folders of an absolute path, which mean nothing elsewhere."""
 LABELS = ("before", "after", "teacher")
 
 
@@ -59,7 +63,7 @@ class Weights:
 def model_card(records: list[Record], config: Config, weights: Weights) -> str:
     """README.md of a student, from its run's records and configuration."""
     models = config.models
-    teacher = _shown(models.teacher_model) or "cached rows of a teacher"
+    teacher = _model(models.teacher_model) or "cached rows of a teacher"
     how = f"LoRA, rank {config.lora.lora_r}" if config.lora.use_lora else "all weights trained"
     how += ", merged" if weights.merged else ""
     lines = [
@@ -67,7 +71,7 @@ def model_card(records: list[Record], config: Config, weights: Weights) -> str:
         "",
         f"# {config.run.run_name}",
         "",
-        f"Distilled from {teacher} into {_shown(models.student_model)} ({how}); weights of step"
+        f"Distilled from {teacher} into {_model(models.student_model)} ({how}); weights of step"
         f" {weights.step}.",
         *_unfinished(records, config, weights.step),
         *_measures(records, config, weights),
@@ -102,7 +106,8 @@ def _front_matter(config: Config, weights: Weights) -> list[str]:
         "base_model_relation": "adapter" if is_adapter else "finetune",
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        **({"license": licence} if licence else {"license": "other", "license_name": "unknown"}),
+        "license": licence or "other",
+        **({} if licence else {"license_name": "unknown"}),
         **({"datasets": datasets} if datasets else {}),
         "tags": ["distillation", "dualkl"],
     }
@@ -136,7 +141,7 @@ def _licences(config: Config, weights: Weights) -> Iterator[str]:
     ):
         if name:
             found = own or _licence_of(name)
-            yield f"* {side}, {_shown(name)}: {_shown(found) or 'not named in its files; see its page'}"
+            yield f"* {side}, {_model(name)}: {_shown(found) or 'not named in its files; see its page'}"
     yield "* Text of the teacher and of the data set may carry terms of its own."
 
 
@@ -276,9 +281,17 @@ def _provenance(records: list[Record]) -> Iterator[str]:
         on = f" on {last['processes']} {_shown(last.get('device'))}" if last.get("processes") else ""
         yield from ("", f"Made with {made}{on}.")
     if command := last.get("command"):
-        yield from ("", f"    {plain(command)}")
+        yield from ("", f"    {OWN_FOLDERS.sub('', plain(command))}")
+
+
+def _model(name: str) -> str:
+    """A model's name as Markdown text; a local folder is called one."""
+    return _shown(name.rstrip("/")) + (" (a local folder)" if name and Path(name).is_dir() else "")
 
 
 def _shown(value: Any) -> str:
-    """Format a path or setting as Markdown text: on one line, with markup and HTML escaped."""
-    return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", plain(str(value)))
+    """Format a path or setting as Markdown text: on one line, with markup and HTML escaped.
+
+    Of an absolute path the last part alone.
+    """
+    return re.sub(r"[\\`*\[\]<>|&~]", r"\\\g<0>", OWN_FOLDERS.sub("", plain(str(value))))

@@ -9,6 +9,7 @@ Later sources win: defaults, then each configuration file in order, then flags.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -397,16 +398,17 @@ SWITCHES = {
 MOST_BYTES = 2**20
 
 
-def parse_arguments(arguments: list[str], description: str) -> Config:
+def parse_arguments(arguments: list[str], description: str, options: Collection[str] = ()) -> Config:
     """Parse a command line: FILE or `--config FILE` (repeatable), and `--KEY VALUE` for any key.
 
-    `description`: the command's docstring, which `--help` shows.
+    `description`: the command's docstring, which `--help` shows. `options`: names of the command's options
+    beside the keys, which are proposed for mistyped ones.
     Errors: `UserError` that names the key, the closest valid key, and the expected type.
     """
     if help_asked(arguments):
         print(help_text(description, SECTIONS, every_key="all" in arguments))
         raise SystemExit(0)
-    paths, texts = flags.split(arguments, SECTION_OF, SWITCHES)
+    paths, texts = flags.split(arguments, SECTION_OF, SWITCHES, options)
     given = {leaf: _from_text(leaf, text) for leaf, text in texts.items()}
     values: dict[str, dict[str, Any]] = {}
     for leaves in (*(_read_file(found_file(path)) for path in paths), given):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 from collections.abc import Collection, Iterable
-from functools import cache
 
+import cache.arguments
 from stages.runtime.errors import UserError
 from stages.runtime.yaml_text import short
 
@@ -93,12 +94,23 @@ ELSEWHERE = {
 """Names of other libraries, mostly transformers and TRL, and the key or keys that come closest."""
 
 
+EVERYWHERE = ("config", "help", "quiet", "json")
+"""Options of every command, beside the keys."""
+
+
+class Parser(cache.arguments.Parser):
+    """For the options that a command has beside the keys."""
+
+    mistake = UserError
+
+
 def split(
-    arguments: list[str], keys: Collection[str], bare: Collection[str]
+    arguments: list[str], keys: Collection[str], bare: Collection[str], options: Collection[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """Split a command line into configuration files, in order, and flags; a repeated flag's last value wins.
 
-    `bare`: keys that may stand without a value, which means true.
+    `bare`: keys that may stand without a value, which means true. `options`: what the command takes beside
+    the keys, for the sentence about a mistyped name.
     """
     files, flags = list[str](), dict[str, str]()
     rest = list(arguments)
@@ -112,7 +124,7 @@ def split(
         key, has_value, value = word[2:].partition("=")
         key = present_name(key)
         if key != "config" and key not in keys:
-            raise UserError(unknown_key(key, "on the command line", keys))
+            raise UserError(unknown_key(key, "on the command line", (*keys, *EVERYWHERE, *options)))
         if not has_value:
             is_next = bool(rest) and not rest[0].startswith("--")
             if key in bare and not (is_next and not _is_file(rest[0])):
@@ -132,7 +144,7 @@ def _is_file(word: str) -> bool:
     return "." in word or "/" in word
 
 
-@cache
+@functools.cache
 def present_name(key: str) -> str:
     """The name of a key in this version; a renamed one is reported on stderr, once."""
     if key in RENAMED:

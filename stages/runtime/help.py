@@ -6,7 +6,7 @@ python -m stages.runtime.config > docs/configuration.md
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from textwrap import wrap
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -14,20 +14,51 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 Sections = Mapping[str, type[BaseModel]]
-HEIGHT, WIDTH = 40, 110
+HEIGHT, WIDTH = 40, 80
 COMMON = {
-    "run": ("run_name", "cache_dir", "device", "dtype"),
-    "models": ("student_model", "teacher_model"),
-    "lora": ("use_lora", "lora_r"),
-    "data": ("dataset", "num_prompts", "max_prompt_tokens"),
-    "rollout": ("group_size", "max_new_tokens", "gen_micro_batch"),
-    "teacher_signal": ("signal",),
-    "loss": ("tau", "alpha", "gating"),
-    "train": ("batch_size", "grad_accum", "max_steps", "lr"),
-    "refresh": ("refresh_every", "rollouts_per_refresh"),
-    "eval": ("eval_dataset", "eval_prompts", "answer_checker"),
+    "run": {
+        "run_name": "the run's folder below runs_dir",
+        "device": "where it computes",
+        "dtype": "compute and frozen weights",
+    },
+    "models": {
+        "student_model": "folder, or NAME or NAME@REVISION on the hub",
+        "teacher_model": "the same",
+    },
+    "lora": {"use_lora": "false: train all weights", "lora_r": "rank"},
+    "data": {
+        "dataset": "prompts: file, folder or hub name",
+        "num_prompts": "prompts that are used; 0: all",
+        "max_prompt_tokens": "longer prompts are skipped",
+    },
+    "rollout": {
+        "group_size": "completions for each prompt",
+        "max_new_tokens": "longest completion",
+        "gen_micro_batch": "rollouts decoded together",
+    },
+    "teacher_signal": {"signal": "kept of the teacher"},
+    "loss": {
+        "tau": "gate threshold on the reverse KL, nats",
+        "alpha": "gate sharpness, 1/nats",
+        "gating": "gate, or weight of the reverse KL",
+    },
+    "train": {
+        "batch_size": "rollouts in an optimizer step",
+        "micro_batch_tokens": "most tokens of a forward",
+        "max_steps": "optimizer steps",
+        "lr": "peak learning rate",
+    },
+    "refresh": {
+        "refresh_every": "steps between refreshes; 0: none",
+        "rollouts_per_refresh": "rollouts of each refresh",
+    },
+    "eval": {
+        "eval_prompts": "held-out prompts; 0: no evaluation",
+        "eval_dataset": "empty: split off dataset",
+        "answer_checker": "gsm8k, or FILE.py:FUNCTION; empty: none",
+    },
 }
-"""The keys that the short help shows."""
+"""The keys that the short help shows, with what they mean in a few words."""
 TYPES = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "MAP"}
 INTRODUCTION = """# Configuration
 
@@ -45,37 +76,34 @@ def help_asked(arguments: list[str]) -> bool:
     return "-h" in arguments or "--help" in arguments
 
 
-def help_text(description: str, sections: Sections, every_key: bool) -> str:
-    """Help of a command that takes the configuration: at most HEIGHT lines, or `every_key` in full."""
-    footer = ["", "--help all shows every key; docs/configuration.md explains them."]
-    keys = [*_every_key(sections)] if every_key else [*_common_keys(sections), *footer]
-    keys = ["", "keys, as --KEY VALUE, and configuration files, as FILE or --config FILE:", *keys]
-    head = list[str]()
-    for paragraph in description.strip().split("\n\n"):
-        lines = [*head, ""] * bool(head) + paragraph.splitlines()
-        if head and not every_key and len(lines) + len(keys) > HEIGHT:
-            break
-        head = lines
-    return "\n".join([*head, *keys])
+def help_text(
+    description: str,
+    sections: Sections,
+    every_key: bool,
+    groups: Collection[str] = tuple(COMMON),
+    are_chosen: bool = False,
+) -> str:
+    """Help of a command that takes the configuration: the most used keys of `groups`, or every key.
+
+    `are_chosen`: the command chooses values for keys that are not given.
+    """
+    keys = [*_every_key(sections)] if every_key else [*_common_keys(sections, groups, are_chosen)]
+    about = "keys (default), as --KEY VALUE or in configuration files:"
+    if are_chosen:
+        about = "keys, as --KEY VALUE; what is not given is chosen for your models and data:"
+    lines = [description.strip(), "", about, *keys, ""]
+    lines += ["--quiet: only results and warnings. --json: the result as JSON on stdout."]
+    lines += [] if every_key else ["--help all: every key, as in docs/configuration.md."]
+    return "\n".join(lines)
 
 
-def _common_keys(sections: Sections) -> Iterator[str]:
-    for name, leaves in COMMON.items():
-        for i, leaf in enumerate(leaves):
+def _common_keys(sections: Sections, groups: Collection[str], are_chosen: bool) -> Iterator[str]:
+    for name in groups:
+        for i, (leaf, meaning) in enumerate(COMMON[name].items()):
             field = sections[name].model_fields[leaf]
             label = name.removeprefix("teacher_") if i == 0 else ""
-            start = f"{label:<9}{_flag(leaf, field):<41} "
-            yield start + _brief(str(field.description), WIDTH - len(start))
-
-
-def _brief(text: str, room: int) -> str:
-    """`text`, cut to `room` characters where a part of it ends."""
-    if len(text) <= room:
-        return text
-    end = max(text.rfind(mark, 0, room) for mark in ("; ", ", ", " ("))
-    if text.count("(", 0, end) > text.count(")", 0, end):
-        end = text.rfind(" (", 0, end)
-    return text[:end] if end > 0 else text[: room - 1] + "…"
+            flag = f"--{leaf} {values_of(field.annotation)}"
+            yield f"{label:<8}{flag:<27} {meaning}{'' if are_chosen else _default(field)}"
 
 
 def _every_key(sections: Sections) -> Iterator[str]:
@@ -88,8 +116,11 @@ def _every_key(sections: Sections) -> Iterator[str]:
 
 def _flag(leaf: str, field: FieldInfo) -> str:
     """`--lr X (0.0001)`: the flag, what it takes and its default."""
-    default = "" if field.default == "" else f" ({_plain(field.default)})"
-    return f"--{leaf} {values_of(field.annotation)}{default}"
+    return f"--{leaf} {values_of(field.annotation)}{_default(field)}"
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.default == "" else f" ({_plain(field.default)})"
 
 
 def values_of(annotation: Any) -> str:

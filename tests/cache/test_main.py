@@ -279,10 +279,38 @@ def test_an_empty_cache_has_nothing_to_show(tmp_path, run):
     assert run("show", tmp_path)[0] == 2
 
 
-def test_selectors_exclude_each_other(tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        main(["show", str(tmp_path), "--worst", "2", "--prompt", "p1"])
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("sumary x", "unknown command dualkl cache sumary; did you mean summary?"),
+        ("polish x", "unknown command dualkl cache polish; there are summary, view, show, verify,"),
+        ("show x --tokns", "unknown option --tokns of dualkl cache show; did you mean --tokens?"),
+        ("prune x --max_bites=3 --policy p", "unknown option --max_bites of dualkl cache prune; did you"),
+        ("show x --worst", "--worst: needs a value; `dualkl cache show --help` lists what it takes."),
+        ("show x --worst 3 --prompt p1", "--prompt: not allowed with argument --worst; `dualkl cache show"),
+        ("view x --first two", "--first: expected a whole number, got two; `dualkl cache view --help`"),
+        ("view", "ROOT is missing; `dualkl cache view --help` lists what it takes."),
+        ("view x y", "unexpected argument y; `dualkl cache view --help` lists what it takes."),
+        ("export x y --to csv", "--to: expected parquet, got csv; `dualkl cache export --help`"),
+        ("export x y", "--to is missing; `dualkl cache export --help` lists what it takes."),
+    ],
+)
+def test_a_mistyped_line_is_one_sentence_with_the_nearest_name(run, line, sentence):
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {sentence}")
+    assert err.count("\n") == 1
+
+
+def test_help_fits_a_screen_and_names_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["--help"], [], ["show", "--help"], ["prune", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert not caught.value.code
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("usage: dualkl cache")
+        assert len(lines) <= 40
 
 
 def test_verify_says_sound_or_names_the_fault(tmp_path, run):
@@ -344,12 +372,6 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
             f"error: {tmp_path}/odd/fingerprint.json is not a regular file; move it out of the cache"
             " and rerun.\n",
         )
-
-
-def test_unknown_commands_end_with_code_2():
-    with pytest.raises(SystemExit) as caught:
-        main(["polish", "x"])
-    assert caught.value.code == 2
 
 
 def test_it_runs_as_a_module_and_into_a_closed_pipe(tmp_path):

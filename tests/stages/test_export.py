@@ -209,9 +209,9 @@ def test_a_folder_is_not_overwritten_unasked(run_folder: Path, monkeypatch: pyte
         (["nowhere"], r"nowhere is not the folder of a run \(it has no config.yaml\)"),
         ([ROOT / "pipeline.yaml"], r"pipeline.yaml is a file; give the folder of a run"),
         ([ROOT / STUDENT], r"is a model's folder already; give the folder of the run"),
-        ([], r"arguments are required: run"),
-        (["nowhere", "--dtype", "int3"], r"invalid choice: 'int3'.*bf16"),
-        (["nowhere", "--merged"], r"unrecognized arguments: --merged; `python -m stages.export --help`"),
+        ([], r"RUN is missing; `dualkl export --help`"),
+        (["nowhere", "--dtype", "int3"], r"--dtype: expected bf16 or fp32 or fp16, got int3"),
+        (["nowhere", "--merged"], r"unknown option --merged of dualkl export; did you mean --merge\?"),
     ],
 )
 def test_wrong_input_is_a_sentence(
@@ -238,10 +238,12 @@ def test_a_push_without_the_hub_is_one_sentence_before_any_work(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"--push alone: expected USER/NAME"):
-        run_export(monkeypatch, run_folder, "--push", "alone")
+        run_export(monkeypatch, run_folder, "--merge", "--push", "alone")
     with pytest.raises(
         UserError, match=r"--push me/it: the Hugging Face hub cannot be used from here.*hf upload"
     ):
+        run_export(monkeypatch, run_folder, "--merge", "--push", "me/it")
+    with pytest.raises(UserError, match=r"this one's is the folder .*, which nobody else has; add --merge"):
         run_export(monkeypatch, run_folder, "--push", "me/it")
     assert not (run_folder / "export").exists()
 
@@ -263,10 +265,10 @@ def test_a_push_uploads_the_folder_to_a_private_repository(
             calls.append(("upload", (repo_id, sorted(path.name for path in folder_path.iterdir()))))
 
     monkeypatch.setattr(hub, "HfApi", Hub)
-    run_export(monkeypatch, run_folder, "--push", "me/it")
+    run_export(monkeypatch, run_folder, "--merge", "--push", "me/it")
     assert [name for name, _ in calls] == ["whoami", "create", "upload"]
     assert calls[1][1] == ("me/it", True, True)
-    assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} <= set(calls[2][1][1])
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(calls[2][1][1])
     assert "pushed    https://huggingface.co/me/it" in capsys.readouterr().out
 
 

@@ -93,7 +93,7 @@ def test_given_keys_are_kept_and_the_others_fit_them(monkeypatch: pytest.MonkeyP
     assert (config.train.max_steps, config.train.lr, config.loss.tau) == (5, 3e-5, 0.5)
     assert config.eval.eval_prompts == 0
     assert config.data.num_prompts == len(TEXTS)
-    assert "loss: {tau: 0.5}" in text.splitlines()
+    assert "loss: {tau: 0.5, alpha: 5.0, gating: soft}" in text.splitlines()
 
 
 def test_the_plan_of_other_gpus_is_printed(
@@ -124,8 +124,8 @@ def test_a_name_that_a_run_has_gets_a_number(monkeypatch: pytest.MonkeyPatch, tm
         ({"data": "stages"}, "a folder without data files"),
         ({"config": "pipeline.yaml"}, "init writes a configuration and reads none"),
         ({"gpus": 2, "device": "auto"}, "no GPU here to plan for: give --gpu_memory"),
-        ({"gpus": -1}, "gpus must be above 0, got -1"),
-        ({"gpus": "two"}, "argument --gpus: invalid int value: 'two'"),
+        ({"gpus": -1}, "--gpus: expected a whole number above 0, got -1"),
+        ({"gpus": "two"}, "--gpus: expected a whole number, got two"),
         ({"out": "pipeline.yaml"}, "pipeline.yaml exists and is not overwritten"),
         ({"out": "no/folder/a.yaml"}, "the folder no/folder does not exist"),
         ({"learning_rat": 1}, "unknown key learning_rat"),

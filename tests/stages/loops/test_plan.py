@@ -444,8 +444,8 @@ def test_every_recipe_fits_the_cards_it_names(folders: Path, recipe: str) -> Non
     [
         (["--gpuz", "2", "--gpu", "h100"], "unknown key gpuz"),
         (["--gpu", "h1000"], "gpu h1000 is not known here; choose one of"),
-        (["--gpu", "h100", "--gpus", "0"], "gpus must be above 0"),
-        (["--gpu", "h100", "--gpus", "two"], "invalid int value"),
+        (["--gpu", "h100", "--gpus", "0"], "--gpus: expected a whole number above 0, got 0"),
+        (["--gpu", "h100", "--gpus", "two"], "--gpus: expected a whole number, got two"),
         (
             ["--gpu", "h100", "--student_model", "nowhere/student"],
             "neither a model folder here nor on the hub",

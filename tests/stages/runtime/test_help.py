@@ -14,16 +14,14 @@ def test_the_reference_is_that_of_the_typed_configuration() -> None:
 
 def test_help_shows_choices_and_defaults_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_arguments(
-            ["--tau", "1", "--help"], "Does this.\n\n    python -m stages.this\n\n" + "More.\n" * 40
-        )
+        parse_arguments(["--tau", "1", "--help"], "Does this.\n\n    dualkl this\n\nMore.\n")
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["Does this.", "", "    python -m stages.this"]
+    assert lines[:5] == ["Does this.", "", "    dualkl this", "", "More."]
     assert len(lines) <= help.HEIGHT
     assert max(map(len, lines)) <= help.WIDTH
-    assert any("--signal topk|nucleus|hidden|full (topk)" in line for line in lines)
-    assert any(line.startswith("models   --student_model TEXT ") for line in lines)
+    assert any("--signal topk|nucleus|hidden|full kept of the teacher (topk)" in line for line in lines)
+    assert any(line.startswith("models  --student_model TEXT ") for line in lines)
 
 
 def test_help_all_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:

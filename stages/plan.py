@@ -3,7 +3,8 @@
     python -m stages.plan --config recipes/qwen3-4b.yaml --gpus 2 --gpu_memory 80     (any configuration key)
 
 Loads no weights: for each model, a folder with config.json or a hub name is enough. Exit code 0 if the run
-fits, 1 if not. Extra options: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB per GPU;
+fits, 1 if not. Without a GPU here, and with --device cpu, it plans this machine's CPU unless a GPU is named.
+Extra options: --gpus N; --gpu h100|h200|a100|a100-40|a800; --gpu_memory GB per GPU;
 --mean_completion_tokens and --mean_prompt_tokens (default: their upper bounds); --zero2
 (recipes/accelerate_zero2.yaml); --json. With --role generate or --role score, plans the GPUs of those
 processes alone.
@@ -30,10 +31,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from stages.loops.cpu_plan import cpu_json, cpu_table, make_cpu_plan
 from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
-from stages.runtime.config import parse_arguments, require
+from stages.runtime.config import Config, parse_arguments, require
 from stages.runtime.errors import UserError, command
 from stages.runtime.terminal import take_style
 
@@ -51,9 +53,15 @@ def main() -> None:
     config = parse_arguments(rest, __doc__ or "")
     require(config, "student_model", "teacher_model")
     means = own.mean_completion_tokens or 0.0, own.mean_prompt_tokens or 0.0
-    plan = make_plan(config, machine_of(own), *means)
-    style.conclude(table(plan), as_json(plan))
-    if not plan.fits:
+    if _is_cpu(own, config):
+        cpu_plan = make_cpu_plan(config, *means)
+        style.conclude(cpu_table(cpu_plan), cpu_json(cpu_plan))
+        fits = cpu_plan.fits
+    else:
+        plan = make_plan(config, machine_of(own), *means)
+        style.conclude(table(plan), as_json(plan))
+        fits = plan.fits
+    if not fits:
         raise SystemExit(1)
 
 
@@ -69,6 +77,12 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
         if (value := getattr(own, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{name} must be above 0, got {value}.")
     return own, rest
+
+
+def _is_cpu(own: argparse.Namespace, config: Config) -> bool:
+    """Whether no GPU is described, and the run would find none or is told to use none."""
+    is_described = own.gpu or own.gpu_memory or own.gpus or own.zero2
+    return not is_described and (config.run.device == "cpu" or not torch.cuda.is_available())
 
 
 def machine_of(own: argparse.Namespace) -> Machine:

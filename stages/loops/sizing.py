@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 
 from stages.loops.survey import NO_LIMIT, Data, Survey, survey
 from stages.runtime.config import SECTION_OF, Config, build
-from stages.runtime.split import rollouts_of
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
 """Optimizer batch for fewer than so many prompts."""
@@ -31,7 +29,6 @@ Regret", 2025); shorter runs take larger steps.
 """
 FULL_LR_SHARE = 0.1  # of LoRA's
 GIB = 2**30
-DECODE_SHARE, FORWARD_SHARE = 0.1, 0.5
 CPU_SHARE = 0.25  # of host memory, for the activations of a training forward
 LAYER_NUMBERS = 50  # activations kept for the backward per token, layer and unit of width
 
@@ -207,33 +204,3 @@ def _for_machine(pick: Any, found: Survey, machine: Machine, longest: int) -> No
     pick("gradient_checkpointing", tokens < 2 * longest)
     pick("micro_batch_tokens", max(longest, min(8192, tokens)))
     pick("gen_micro_batch", 32)
-
-
-def cpu_hours(config: Config, found: Survey, completion: float) -> float:
-    """Rough hours of a run on this CPU, for completions of so many tokens; loading is not included.
-
-    Takes a tenth of the rate of a short matrix product for decoding, and half of it for the rest.
-    """
-    prompt = float(np.mean(np.minimum(found.data.lengths, config.data.max_prompt_tokens)))
-    refreshes = -(-config.train.max_steps // (config.refresh.refresh_every or config.train.max_steps))
-    rollouts = sum(len(rollouts_of(config, index)) for index in range(refreshes))
-    measured = (
-        4 * config.eval.eval_prompts
-    )  # teacher text, and the student's before and after, greedy and not
-    student, teacher = 2.0 * found.student.parameters, 2.0 * found.teacher.parameters
-    tokens = prompt + completion
-    decoding = (rollouts + measured) * tokens * student + config.eval.eval_prompts * tokens * teacher
-    scoring = (rollouts + measured) * tokens * teacher
-    training = 3 * config.train.max_steps * config.train.batch_size * tokens * student
-    return (decoding / DECODE_SHARE + (scoring + training) / FORWARD_SHARE) / _cpu_rate() / 3600
-
-
-def _cpu_rate() -> float:
-    """FLOP/s of a float32 matrix product on this CPU."""
-    left, right = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(seconds)

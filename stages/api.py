@@ -179,7 +179,16 @@ def _configure(keys: Mapping[str, Any]) -> tuple[Config, list[str]]:
     machine = sizing.this_machine(int(os.environ.get("WORLD_SIZE", "1")), asked.run.device)
     found, chosen = sizing.configure(asked, machine, given)
     sizes = ", ".join(f"{leaf} {choice.value}" for leaf, choice in chosen.items() if leaf not in given)
-    return sizing.config_of(chosen), [*findings(asked, found), f"sizes     {sizes}"]
+    config = sizing.config_of(chosen)
+    return config, [*findings(asked, found), _split(config, found.data.num_usable), f"sizes     {sizes}"]
+
+
+def _split(config: Config, usable: int) -> str:
+    """A line that says which prompts are trained on and held out."""
+    trained, heldout = config.data.num_prompts or "all other", config.eval.eval_prompts
+    where = f"from {config.eval.eval_dataset}" if config.eval.eval_dataset else "from the same data"
+    held = f"{heldout} held out {where}" if heldout else "none held out: no evaluation"
+    return f"split     {trained} prompts to train on, of {usable:,} that can be used; {held}"
 
 
 def _parsed(keys: Mapping[str, Any]) -> Config:

@@ -75,7 +75,7 @@ def main() -> None:
 def _measured(evaluation: measure.Evaluation, student: Student, label: str, step: int) -> dict[str, Any]:
     run = evaluation.run
     policy = setup.student_policy(run, student, open_engine(student.model), step)
-    with TeacherLoader(run.config, run.world) as teacher:
+    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
         loader = teacher if run.config.models.teacher_model else None
         return measure.measure(evaluation, student, policy, label, loader)
 

@@ -50,7 +50,7 @@ def pipeline(run: Run) -> None:
     is_measured = evaluation is None or measure.is_kept(evaluation, "before", with_teacher=True)
     if not (is_begun and is_measured):
         policy = setup.student_policy(run, student, engine, 0)
-        with TeacherLoader(run.config, run.world) as teacher:
+        with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
             if evaluation is not None:
                 measure.measure(evaluation, student, policy, "before", teacher)
             if not is_begun:
@@ -59,7 +59,7 @@ def pipeline(run: Run) -> None:
     train(run, student, vocabulary, prompts)
     if evaluation is not None:
         policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
-        with TeacherLoader(run.config, run.world) as teacher:
+        with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
             measure.measure(evaluation, student, policy, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:

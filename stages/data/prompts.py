@@ -42,6 +42,7 @@ class PromptSet:
     skipped: Counter[str]  # number of records per reason
     num_records: int  # records read
     num_there: int  # records that the data sets hold
+    num_known: int = 0  # prompts left out of those held out, because they are trained on
 
     @property
     def num_skipped(self) -> int:
@@ -54,7 +55,8 @@ class PromptSet:
         text = f"{len(self.prompts)} prompts" + (
             f": {names}" if len(self.drawn) > 1 else f" from {next(iter(self.drawn))}"
         )
-        return text + (f" ({self.skips})" if self.skipped else "")
+        text += f" ({self.skips})" if self.skipped else ""
+        return text + (f" ({self.num_known} left out: they are trained on)" if self.num_known else "")
 
     @property
     def skips(self) -> str:
@@ -103,7 +105,8 @@ def _split(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSe
         train = len(prompts) - min(most, max(1, len(prompts) // 10))
     known = {prompt.prompt_id for prompt in prompts[:train]}
     held_out = [prompt for prompt in prompts[train:] if prompt.prompt_id not in known]
-    return replace(taken, prompts=prompts[:train]), replace(taken, prompts=held_out)
+    num_known = len(prompts) - train - len(held_out)
+    return replace(taken, prompts=prompts[:train]), replace(taken, prompts=held_out, num_known=num_known)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------

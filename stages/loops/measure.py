@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
+SLOW_CHECK = 3.0  # seconds
 AUTO_ROWS = 64
 # Maximum rows in a unit of evaluation text: lets several processes share few prompts.
 UNIT_ROWS = 256
@@ -321,9 +323,16 @@ def _solve(evaluation: Evaluation, policy: Policy) -> Result:
     with closing(policy.engine):
         completions = greedy.generate([prompt.ids for prompt in own], [0] * len(own), num_slots)
     found = []
-    for prompt, written in zip(own, completions, strict=True):
+    numbers = range(run.world.rank + 1, len(evaluation.prompts) + 1, run.world.size)
+    for number, prompt, written in zip(numbers, own, completions, strict=True):
         text = cast(str, policy.tokenizer.decode(written.ids, skip_special_tokens=True))
-        verdict = solved(checker, spec, prompt, text) if checker else None
+        started = time.perf_counter()
+        verdict = solved(checker, spec, prompt, text, number) if checker else None
+        if (seconds := time.perf_counter() - started) > SLOW_CHECK:
+            run.metrics.say_once(
+                f"answer_checker {spec} is slow: it took {seconds:.0f} s for held-out prompt {number}, and is"
+                f" asked {len(own)} times in each measurement"
+            )
         found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
     everything = _interleave(run.world.gather(found))
     return {

@@ -153,6 +153,7 @@ def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoi
 
 def initial_student(run: Run, vocabulary: Vocabulary) -> Student:
     """The student as it is before training."""
+    run.metrics.say("loading the student and checking how it computes")
     with run.clock.phase("load"):
         return load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
 

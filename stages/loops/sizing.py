@@ -108,15 +108,18 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     prompt_tokens, new_tokens = _lengths(found, machine, given)
     pick("max_prompt_tokens", prompt_tokens, _about_prompts(found.data, prompt_tokens))
     pick("max_new_tokens", new_tokens, _about_answers(found.data, new_tokens))
+    usable, is_given = found.data.num_usable, bool(given.get("eval_dataset"))
     most = CPU_HELDOUT if machine.is_cpu else MOST_HELDOUT
-    heldout = given.get("eval_prompts", min(most, found.data.num_usable // 10))
-    is_given = bool(given.get("eval_dataset"))
-    rest = max(1, found.data.num_usable - (0 if is_given else heldout))
+    heldout = given.get("eval_prompts", min(most, max(usable // 10, min(1, usable - 1))))
+    rest = max(1, usable - (0 if is_given else heldout))
     batch = pick("batch_size", _batch(rest, machine), "rollouts of an optimizer step")
     steps = given.get("max_steps", _steps(rest, batch, machine))
-    about = f"trained on, of {found.data.num_usable:,} that can be used"
-    prompts = pick("num_prompts", min(rest, steps * batch), about) or rest
+    about = f"trained on, of {usable:,} that can be used"
+    group = pick("group_size", 1)
+    prompts = pick("num_prompts", min(rest, -(-steps * batch // group)), about) or rest
     pick("max_steps", steps, f"each prompt is used {steps * batch / prompts:.1f} times")
+    if "eval_prompts" not in given and not is_given:
+        heldout = min(most, max(heldout, usable - prompts))
     about = "held out" + ("" if is_given else ": they are not trained on")
     pick("eval_prompts", heldout, about if heldout else "no evaluation")
     if found.data.checker:
@@ -125,7 +128,6 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     pick("warmup_steps", min(20, max(1, steps // 20)))
     interval = max(LEAST_INTERVAL, min(MOST_INTERVAL, steps // NUM_REFRESHES))
     every = pick("refresh_every", min(steps, interval))
-    group = pick("group_size", 1)
     rollouts = pick("rollouts_per_refresh", -(-every * batch // group) * group)
     pick("max_age", 0)
     pick("rollouts_per_unit", _unit(rollouts, group, machine))

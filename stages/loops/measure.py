@@ -135,7 +135,7 @@ def measure(
     found = _kept(run, path, subject)
     if found is not None:
         return found
-    _say_changes(run, path, subject)
+    _say_changes(run, path, subject, "the student, also as it was before training,")
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)
@@ -160,7 +160,7 @@ def measure_teacher(evaluation: Evaluation) -> Result:
     found = _kept(run, path, evaluation.subject)
     if found is not None:
         return found
-    _say_changes(run, path, evaluation.subject)
+    _say_changes(run, path, evaluation.subject, "the teacher")
     run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         if not run.config.models.teacher_model:
@@ -362,7 +362,7 @@ def _changes(found: Result, subject: Result) -> dict[str, list[Any]]:
     return {name: [kept.get(name), new] for name, new in subject.items() if kept.get(name) != new}
 
 
-def _say_changes(run: Run, path: Path, subject: Result) -> None:
+def _say_changes(run: Run, path: Path, subject: Result, who: str) -> None:
     """If the result at `path` was measured with other settings, say with which, and that it is replaced."""
     found = schema.evaluation(path, lambda _: None)  # `_kept` has reported it
     changed = _changes(found, subject) if found else {}
@@ -377,8 +377,7 @@ def _say_changes(run: Run, path: Path, subject: Result) -> None:
     if changed:
         pairs = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in changed.items())
         run.metrics.say_once(
-            f"the evaluation's settings have changed: {pairs}; student and teacher are measured again with"
-            " the new ones, the student also as it was before training"
+            f"the evaluation's settings have changed: {pairs}; {who} is measured again with the new ones"
         )
 
 

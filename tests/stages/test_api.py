@@ -137,7 +137,7 @@ def test_processes_with_different_rows_are_refused(forked: Forker, tmp_path: Pat
         ({"answer_checker": lambda row: True}, "cannot be called with a row and a completion"),
         ({"on_step": 3}, "on_step is 3; expected a function"),
         ({"run_name": "my run"}, "config key run.run_name"),
-        ({"max_prompt_tokens": 2}, "dataset gave no prompts"),
+        ({"max_prompt_tokens": 2}, "gave no prompts"),
     ],
     ids=["key", "value", "rows", "file", "checker", "listener", "name", "prompts"],
 )

@@ -285,9 +285,12 @@ def test_the_student_before_training_is_measured_again_with_changed_settings(
     forked.stage("stages.pipeline", *small(tmp_path, max_steps=1)).expect_success()
     changed = {"eval_prompts": 12, "max_new_tokens": 24, "sample_top_k": 50}
     done = forked.stage(module, *small(tmp_path, max_steps=2, **changed)).expect_success()
-    (line,) = [line for line in done.out.splitlines() if line.startswith("the evaluation's settings")]
-    for part in ("eval_prompts 12 (was 16)", "max_new_tokens 24 (was ", "measured again"):
-        assert part in line
+    lines = [line for line in done.out.splitlines() if line.startswith("the evaluation's settings")]
+    assert len(lines) == 2
+    for line, who in zip(lines, ("the teacher", "the student, also as it was before training,"), strict=True):
+        for part in ("eval_prompts 12 (was 16)", "max_new_tokens 24 (was ", f"{who} is measured again"):
+            assert part in line
+    assert "sample_top_k 50 (was 0)" in lines[1]
     found = {
         label: json.loads((tmp_path / "demo/eval" / f"{label}.json").read_text())
         for label in ("before", "after", "teacher")

@@ -135,7 +135,8 @@ def measure(
     found = _kept(run, path, subject)
     if found is not None:
         return found
-    _say_changes(run, path, subject, "the student, also as it was before training,")
+    if label == "before" or not (evaluation.folder / "before.json").exists():  # else said for `before`
+        _say_changes(run, path, subject, "the student, also as it was before training,")
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)

@@ -85,8 +85,8 @@ def raising() -> Iterator[None]:
     except Stopped as error:
         _raise(error.code - 128, str(error))
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        for taken, handler in kept.items():
+            signal.signal(taken, handler)
         _Process.raises, _Process.asked = False, 0
 
 

@@ -544,5 +544,5 @@ def test_one_prompt_is_not_enough_for_an_evaluation(tmp_path: Path, tokenizer: A
 
 
 def test_data_that_is_too_long_throughout_says_what_to_raise(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="gave no prompts .*; raise max_prompt_tokens"):
+    with pytest.raises(UserError, match=r"gave no prompts .*; raise max_prompt_tokens"):
         taken(tmp_path, tokenizer, jsonl(tmp_path, [{"prompt": "pens " * 40}] * 3), max_prompt_tokens=20)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 import cache as caches
 from stages.data import given as given_data
-from stages.data.checkers import Checker, keep_checker
+from stages.data.checkers import Checker, keep_checker, open_checker
 from stages.loops import sizing
 from stages.loops.survey import findings
 from stages.models import pretrained
@@ -77,25 +77,42 @@ def distill(
         on_end: called with the result. All three are called in the main process only.
         keys: any configuration key. Sizes that are not given are chosen from models, data and machine.
 
+    Ctrl-C and SIGTERM end training after the current step, with a checkpoint; then KeyboardInterrupt or
+    SystemExit(143) is raised. The same call goes on from there.
+
     Returns the same on all processes. Raises `UserError` (a ValueError) for mistakes that a user can mend.
+    A call that is refused leaves no files.
     """
-    name = keys.setdefault("run_name", _run_name(student))
-    folder = Path(keys.get("runs_dir", "runs")) / str(name)
-    keys |= {
-        "student_model": _model("student_model", student, folder),
-        "teacher_model": _model("teacher_model", teacher, folder),
-        "dataset": _rows("dataset", dataset, folder),
-        "eval_dataset": _rows("eval_dataset", eval_dataset, folder),
-        "answer_checker": keep_checker(answer_checker) if callable(answer_checker) else answer_checker,
-    }
-    config, lines = _configure({key: value for key, value in keys.items() if value != ""})
+    _check_callable(on_step=on_step, on_refresh=on_refresh, on_end=on_end)
+    keys.setdefault("run_name", _run_name(student))
+    keys["answer_checker"] = keep_checker(answer_checker) if callable(answer_checker) else answer_checker
+    asked = _parsed({key: value for key, value in keys.items() if value != ""})
+    open_checker(asked.eval.answer_checker)
+    folder = asked.run_folder
+    with ending.raising(), given_data.kept_if_begun(folder):
+        keys |= {
+            "student_model": _model("student_model", student, folder),
+            "teacher_model": _model("teacher_model", teacher, folder),
+            "dataset": _rows("dataset", dataset, folder),
+            "eval_dataset": _rows("eval_dataset", eval_dataset, folder),
+        }
+        config, lines = _configure({key: value for key, value in keys.items() if value != ""})
+        return _run(config, lines, _listeners(on_step, on_refresh), on_end)
+
+
+def _run(
+    config: Config,
+    lines: list[str],
+    listeners: list[Listener],
+    on_end: Callable[[Distilled], Any] | None,
+) -> Distilled:
     was_grouped = dist.is_initialized()
     run = start(config, Style())
     try:
         _check_same(run)
         for line in lines:
             run.metrics.say(line)
-        run.metrics.listeners += _listeners(on_step, on_refresh)
+        run.metrics.listeners += listeners
         pipeline(run)
         done = Distilled(
             config, run.world.gather(collect(run.folder, config) if run.world.is_main else {})[0]
@@ -107,6 +124,12 @@ def distill(
         ending.run_tasks()  # another call, or command, may take the run's lock
         if run.world.size == 1 and dist.is_initialized() and not was_grouped:
             dist.destroy_process_group()
+
+
+def _check_callable(**listeners: Any) -> None:
+    for name, value in listeners.items():
+        if value is not None and not callable(value):
+            raise UserError(f"{name} is {value!r}; expected a function of one argument, or None.")
 
 
 def _run_name(student: Any) -> str:
@@ -151,14 +174,27 @@ def _rows(key: str, value: Any, folder: Path) -> Any:
 
 def _configure(keys: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The configuration with sizes for what is not given, and lines that say what was found."""
-    if wrong := [key for key in keys if key not in SECTION_OF]:
-        raise UserError(flags.unknown_key(wrong[0], "in the call of distill", SECTION_OF))
-    asked = configuration.parse_arguments([f"--{key}={_text(value)}" for key, value in keys.items()], "")
+    asked = _parsed(keys)
     given = {leaf: sizing.value_of(asked, leaf) for leaf in keys}
     machine = sizing.this_machine(int(os.environ.get("WORLD_SIZE", "1")), asked.run.device)
     found, chosen = sizing.configure(asked, machine, given)
     sizes = ", ".join(f"{leaf} {choice.value}" for leaf, choice in chosen.items() if leaf not in given)
-    return sizing.config_of(chosen), [*findings(asked, found), f"sizes     {sizes}"]
+    config = sizing.config_of(chosen)
+    return config, [*findings(asked, found), _split(config, found.data.num_usable), f"sizes     {sizes}"]
+
+
+def _split(config: Config, usable: int) -> str:
+    """A line that says which prompts are trained on and held out."""
+    trained, heldout = config.data.num_prompts or "all other", config.eval.eval_prompts
+    where = f"from {config.eval.eval_dataset}" if config.eval.eval_dataset else "from the same data"
+    held = f"{heldout} held out {where}" if heldout else "none held out: no evaluation"
+    return f"split     {trained} prompts to train on, of {usable:,} that can be used; {held}"
+
+
+def _parsed(keys: Mapping[str, Any]) -> Config:
+    if wrong := [key for key in keys if key not in SECTION_OF]:
+        raise UserError(flags.unknown_key(wrong[0], "in the call of distill", SECTION_OF))
+    return configuration.parse_arguments([f"--{key}={_text(value)}" for key, value in keys.items()], "")
 
 
 def _text(value: Any) -> str:

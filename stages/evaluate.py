@@ -21,8 +21,11 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 
     begin(__doc__, "evaluate")
 
+from typing import Any
+
 from stages.engine.opening import open_engine
 from stages.loops import measure, preflight, setup
+from stages.models.student import Student
 from stages.models.teacher import TeacherLoader
 from stages.report import collect, table
 from stages.runtime import checkpoint
@@ -39,16 +42,16 @@ def main() -> None:
     read = setup.shared_vocabulary if has_teacher else setup.cached_vocabulary
     ready = preflight.check_early(run, preflight.Work(scores=has_teacher, evaluates=True), read)
     evaluation = measure.open_evaluation(run, ready.vocabulary, ready.heldout)
-    student, position = setup.current_student(run, ready.vocabulary)
+    student, position = setup.initial_student(run, ready.vocabulary), setup.newest_position(run)
+    found = {"teacher": measure.measure_teacher(evaluation)}
+    is_compared = position.step > 0 and (evaluation.folder / "before.json").exists()
+    if is_compared and not measure.is_kept(evaluation, "before", with_teacher=has_teacher):
+        found["before"] = _measured(evaluation, student, "before", 0)
+    setup.take_up_weights(run, student)
     if run.config.train.export_checkpoint == "best":  # measure the exported weights
         checkpoint.load_best(run.folder / "checkpoints", student.trainable)
     label = "after" if position.step else "before"
-    policy = setup.student_policy(run, student, open_engine(student.model), position.step)
-    with TeacherLoader(run.config, run.world) as teacher:
-        found = {
-            "teacher": measure.measure_teacher(evaluation),
-            label: measure.measure(evaluation, student, policy, label, teacher if has_teacher else None),
-        }
+    found[label] = _measured(evaluation, student, label, position.step)
     run.log_totals("evaluate")
     hidden = ("samples", "text_rows", "of")
     facts = {k: {n: v for n, v in result.items() if n not in hidden} for k, result in found.items()}
@@ -69,6 +72,14 @@ def main() -> None:
         ),
         facts,
     )
+
+
+def _measured(evaluation: measure.Evaluation, student: Student, label: str, step: int) -> dict[str, Any]:
+    run = evaluation.run
+    policy = setup.student_policy(run, student, open_engine(student.model), step)
+    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
+        loader = teacher if run.config.models.teacher_model else None
+        return measure.measure(evaluation, student, policy, label, loader)
 
 
 if __name__ == "__main__":

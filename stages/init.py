@@ -36,7 +36,7 @@ import numpy as np
 from cache.arguments import positive, positive_number
 from cache.plain import plain
 from stages import plan as planner
-from stages.loops import sizing
+from stages.loops import cpu_plan, sizing
 from stages.loops.sizing import Choice, Choices, Machine
 from stages.loops.survey import Survey, findings
 from stages.runtime import config as configuration
@@ -183,10 +183,9 @@ def _planned(chosen: Choices, found: Survey, machine: Machine) -> tuple[Choices,
     completion = (
         float(np.minimum(data.answers, config.rollout.max_new_tokens).mean()) if len(data.answers) else 0.0
     )
-    if machine.is_cpu:
-        hours = sizing.cpu_hours(config, found, completion or config.rollout.max_new_tokens / 2)
-        return chosen, [f"plan      about {hours:.1f} hours on this CPU, a rough guess"]
     prompt = float(np.minimum(data.lengths, config.data.max_prompt_tokens).mean())
+    if machine.is_cpu:
+        return chosen, cpu_plan.cpu_table(cpu_plan.make_cpu_plan(config, completion, prompt)).split("\n")
     cards = planner.machine_of(
         argparse.Namespace(gpus=machine.processes, gpu="", gpu_memory=machine.gib, zero2=False)
     )

@@ -44,20 +44,24 @@ def pipeline(run: Run) -> None:
     ready = preflight.check_early(run, everything)
     vocabulary, prompts = ready.vocabulary, ready.prompts
     evaluation = measure.open_evaluation(run, vocabulary, ready.heldout) if ready.heldout else None
-    student, position = setup.current_student(run, vocabulary)
+    student, position = setup.initial_student(run, vocabulary), setup.newest_position(run)
     engine = open_engine(student.model)
     if evaluation is not None:
         measure.measure_teacher(evaluation)
-    if position.step == 0:
+    is_begun = position.step > 0
+    is_measured = evaluation is None or measure.is_kept(evaluation, "before", with_teacher=True)
+    if not (is_begun and is_measured):
         policy = setup.student_policy(run, student, engine, 0)
-        with TeacherLoader(run.config, run.world) as teacher:
+        with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
             if evaluation is not None:
                 measure.measure(evaluation, student, policy, "before", teacher)
-            refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
+            if not is_begun:
+                refresh.write_rollouts(run, policy, vocabulary, prompts, refresh_index=0, teacher=teacher)
+    setup.take_up_weights(run, student)
     train(run, student, vocabulary, prompts)
     if evaluation is not None:
         policy = setup.student_policy(run, student, engine, run.config.train.max_steps)
-        with TeacherLoader(run.config, run.world) as teacher:
+        with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
             measure.measure(evaluation, student, policy, "after", teacher)
     run.log_totals("pipeline")
     if run.world.is_main:

@@ -3,7 +3,8 @@
     dualkl plan FILE --gpus 2 --gpu_memory 80
 
 Loads no weights: of each model, config.json or its hub name is enough. Exit
-code 0 if the run fits, 1 if not. With --role generate or score, plans the GPUs
+code 0 if the run fits, 1 if not. Without a GPU here, and with --device cpu, it
+plans this machine's CPU unless a GPU is named. With --role generate or score, plans the GPUs
 of those processes alone.
 
     --gpus N                       GPUs of the machine (default: those here)
@@ -35,11 +36,12 @@ from typing import Any
 import torch
 
 from cache.arguments import positive, positive_number
+from stages.loops.cpu_plan import cpu_json, cpu_table, make_cpu_plan
 from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
 from stages.runtime import flags
-from stages.runtime.config import parse_arguments, require
+from stages.runtime.config import Config, parse_arguments, require
 from stages.runtime.errors import UserError, command
 from stages.runtime.terminal import take_style
 
@@ -55,9 +57,15 @@ def main() -> None:
     config = parse_arguments(rest, __doc__ or "", OPTIONS)
     require(config, "student_model", "teacher_model")
     means = own.mean_completion_tokens or 0.0, own.mean_prompt_tokens or 0.0
-    plan = make_plan(config, machine_of(own), *means)
-    style.conclude(table(plan), as_json(plan))
-    if not plan.fits:
+    if _is_cpu(own, config):
+        cpu_plan = make_cpu_plan(config, *means)
+        style.conclude(cpu_table(cpu_plan), cpu_json(cpu_plan))
+        fits = cpu_plan.fits
+    else:
+        plan = make_plan(config, machine_of(own), *means)
+        style.conclude(table(plan), as_json(plan))
+        fits = plan.fits
+    if not fits:
         raise SystemExit(1)
 
 
@@ -69,6 +77,12 @@ def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--gpu", default="")
     parser.add_argument("--zero2", action="store_true")
     return parser.parse_known_args(arguments)
+
+
+def _is_cpu(own: argparse.Namespace, config: Config) -> bool:
+    """Whether no GPU is described, and the run would find none or is told to use none."""
+    is_described = own.gpu or own.gpu_memory or own.gpus or own.zero2
+    return not is_described and (config.run.device == "cpu" or not torch.cuda.is_available())
 
 
 def machine_of(own: argparse.Namespace) -> Machine:

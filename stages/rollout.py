@@ -56,7 +56,7 @@ def main() -> None:
         run.metrics.conclude(text, {"units": 0, "cache": run.config.cache_root})
         return
     vocabulary, prompts = ready.vocabulary, ready.prompts
-    with TeacherLoader(run.config, run.world) as teacher:
+    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
         if role == "score":
             num_units = refresh.score_rollouts(run, vocabulary, refresh_index=due, teacher=teacher)
         else:

@@ -61,25 +61,26 @@ def open_checker(spec: str) -> Checker | None:
     return checker
 
 
-def solved(checker: Checker, spec: str, prompt: Prompt, completion: str) -> bool | float:
-    """Return True, False or a share in [0, 1].
+def solved(checker: Checker, spec: str, prompt: Prompt, completion: str, number: int) -> bool | float:
+    """Return True, False or a share in [0, 1]. `number`: the prompt's among those held out, from 1.
 
-    Errors: `UserError`, with the row, if the checker raises or returns anything else.
+    Errors: `UserError`, with number and row, if the checker raises or returns anything else.
     """
+    where = f"held-out prompt {number}, row {_start(prompt.row)}"
     try:
         answer: Any = checker(prompt.row, completion)
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"answer_checker {spec} raised {type(error).__name__} ({error}) on the row {_start(prompt.row)}"
-            f" with the completion {_start(completion)}; mend it, or leave answer_checker empty."
+            f"answer_checker {spec} raised {type(error).__name__} ({error}) on {where}, with the completion"
+            f" {_start(completion)}; mend it, or leave answer_checker empty."
         ) from error
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
     if isinstance(answer, numbers.Real) and 0 <= answer <= 1:  # type: ignore[operator]  # NaN is not
         return float(answer)
     raise UserError(
-        f"answer_checker {spec} answered {_start(answer)} on the row {_start(prompt.row)}; expected True,"
-        " False or a share between 0 and 1."
+        f"answer_checker {spec} answered {_start(answer)} on {where}; expected True, False"
+        " or a share between 0 and 1."
     )
 
 

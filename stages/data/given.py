@@ -6,6 +6,7 @@ read it again, and other content is another configuration.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.data.conversations import Unusable
 from stages.data.records import Record, Rows
 from stages.runtime import yaml_text
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, machine_error
 
 HASH_LENGTH = 16
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "chat_template*")
@@ -34,13 +35,40 @@ def is_name(value: Any) -> bool:
     )
 
 
+@contextlib.contextmanager
+def kept_if_begun(folder: Path) -> Iterator[None]:
+    """Inside, files are kept below `folder`; they are removed if the run ends in an error before it began."""
+    kept = [folder / "data", folder / "models"]
+    there = {path for where in kept if where.is_dir() for path in where.iterdir()}
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        if not (folder / "metrics.jsonl").exists():
+            for path in (path for where in kept if where.is_dir() for path in where.iterdir()):
+                if path not in there:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for empty in (*kept, *made):
+                with contextlib.suppress(OSError):  # missing, or not empty
+                    empty.rmdir()
+        raise
+
+
+def _made(folder: Path) -> Path:
+    """The folder, made if it is missing; UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(machine_error(error)) from error
+    return folder
+
+
 def keep_rows(folder: Path, key: str, value: Any) -> str:
     """Write the rows of `value` as JSON lines below `folder`; return the file's path.
 
     Errors: `UserError` for rows that cannot be written, and if the run in `folder` was begun with others.
     """
-    where = folder / "data"
-    where.mkdir(parents=True, exist_ok=True)
+    where = _made(folder / "data")
     partial = where / f"{key}.{os.getpid()}.partial"
     digest, number = hashlib.sha256(), 0
     try:
@@ -127,8 +155,7 @@ def _plain(value: Any) -> Any:
 def keep_tokenizer(folder: Path, key: str, tokenizer: PreTrainedTokenizerBase, model: Path) -> str:
     """A folder below `folder` with the files of `model` and this tokenizer; return its path."""
     where = folder / "models"
-    partial = where / f"{key}.{os.getpid()}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = _made(where / f"{key}.{os.getpid()}.partial")
     try:
         tokenizer.save_pretrained(str(partial))
         names = sorted(path for path in partial.rglob("*") if path.is_file())

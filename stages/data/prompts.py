@@ -42,6 +42,7 @@ class PromptSet:
     skipped: Counter[str]  # number of records per reason
     num_records: int  # records read
     num_there: int  # records that the data sets hold
+    num_repeats: int = 0  # left out so that no prompt is both trained on and held out
 
     @property
     def num_skipped(self) -> int:
@@ -51,10 +52,18 @@ class PromptSet:
     def summary(self) -> str:
         """`512 prompts from a.jsonl (9 of 521 records skipped: 9 without a user turn)`"""
         names = ", ".join(f"{number} from {name}" for name, number in self.drawn.items())
-        text = f"{len(self.prompts)} prompts" + (
-            f": {names}" if len(self.drawn) > 1 else f" from {next(iter(self.drawn))}"
+        number, drawn = len(self.prompts), sum(self.drawn.values())
+        text = f"{number} prompt{'s' * (number != 1)}" + (
+            f"{f' of {drawn} drawn' if number != drawn else ''}: {names}"
+            if len(self.drawn) > 1
+            else f" from {next(iter(self.drawn))}"
         )
-        return text + (f" ({self.skips})" if self.skipped else "")
+        text += f" ({self.skips})" if self.skipped else ""
+        return text + (
+            f" ({self.num_repeats} more left out: they repeat prompts that are trained on or held out)"
+            if self.num_repeats
+            else ""
+        )
 
     @property
     def skips(self) -> str:
@@ -80,9 +89,10 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
         train, held_out = _split(config, tokenizer)
         if held_out.prompts:
             return held_out
+        repeats = f", and {held_out.num_repeats} that repeat them" if held_out.num_repeats else ""
         raise UserError(
             f"dataset {', '.join(train.drawn)} is too small to hold out prompts: it has"
-            f" {len(train.prompts)}, and none besides. Name an eval_dataset, or turn"
+            f" {len(train.prompts)} to train on{repeats}, and none besides. Name an eval_dataset, or turn"
             " evaluation off with eval_prompts 0."
         )
     name = config.eval.eval_dataset
@@ -94,16 +104,29 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
 def _split(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet]:
     """Prompts of `dataset` to train on, and to hold out: those after `num_prompts`.
 
-    If there are none, or `num_prompts` is 0, the last tenth is held out, at least one. No prompt is in both.
+    If there are none, or `num_prompts` is 0, the last tenth of the different prompts is held out, at least
+    one. No prompt is in both. UserError if there is only one.
     """
     train, most = config.data.num_prompts, config.eval.eval_prompts
     taken = _mixed(_sources(config, tokenizer), train + most if train else sys.maxsize)
     prompts = taken.prompts
-    if not 0 < train < len(prompts):
-        train = len(prompts) - min(most, max(1, len(prompts) // 10))
-    known = {prompt.prompt_id for prompt in prompts[:train]}
-    held_out = [prompt for prompt in prompts[train:] if prompt.prompt_id not in known]
-    return replace(taken, prompts=prompts[:train]), replace(taken, prompts=held_out)
+    if 0 < train < len(prompts):
+        known = {prompt.prompt_id for prompt in prompts[:train]}
+        trained, rest = prompts[:train], prompts[train:]
+        held_out = [prompt for prompt in rest if prompt.prompt_id not in known]
+    else:
+        different = {prompt.prompt_id: prompt for prompt in reversed(prompts)}
+        count = min(most, max(1, len(different) // 10))
+        apart = dict(list(different.items())[:count])
+        trained = [prompt for prompt in prompts if prompt.prompt_id not in apart]
+        held_out = list(reversed(apart.values()))
+    if not trained:
+        raise UserError(
+            f"dataset {', '.join(taken.drawn)} has only one prompt ({len(prompts)} in all), which cannot be"
+            " both trained on and held out. Give more, or turn evaluation off with eval_prompts 0."
+        )
+    num_repeats = len(prompts) - len(trained) - len(held_out)
+    return replace(taken, prompts=trained), replace(taken, prompts=held_out, num_repeats=num_repeats)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------
@@ -145,6 +168,12 @@ class _Source:
                     f" {self.name}, which gave no prompts {cause}. Mend the template, chat_template_kwargs"
                     " or the records."
                 )
+            too_long = self.skipped[_too_long(self.config)]
+            if 2 * too_long > self.num_records:
+                raise UserError(
+                    f"dataset {self.name} gave no prompts ({skips}); raise max_prompt_tokens, or give shorter"
+                    " prompts."
+                )
             found = f", found columns {', '.join(self.columns)}" if self.columns else ""
             raise UserError(
                 f"dataset {self.name} gave no prompts ({skips}); expected {_quoted(TURNS)} with a user turn,"
@@ -184,8 +213,12 @@ class _Source:
         found = conversation(record, data.system_prompt)
         prompt = encode(found.turns, record, self.tokenizer, data.chat_template_kwargs, found.tools)
         if len(prompt.ids) > data.max_prompt_tokens:
-            raise Unusable(f"longer than max_prompt_tokens {data.max_prompt_tokens}")
+            raise Unusable(_too_long(self.config))
         return prompt
+
+
+def _too_long(config: Config) -> str:
+    return f"longer than max_prompt_tokens {config.data.max_prompt_tokens}"
 
 
 def _sources(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[_Source]:

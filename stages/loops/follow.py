@@ -57,7 +57,7 @@ def follow(run: Run) -> None:
             return version
         return "finished" if finished else None
 
-    with TeacherLoader(run.config, run.world) as teacher:
+    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
         while isinstance(version := wait_for(look), Version):
             _load(run, student, version)
             policy = setup.student_policy(run, student, engine, version.step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -33,16 +35,29 @@ from stages.models.teacher import (
     plain_model_fits,
     plain_teacher,
 )
-from stages.runtime import schema
+from stages.runtime import history, metrics, schema
 from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
 NUM_SAMPLES = 8
+SLOW_CHECK = 3.0  # seconds
 AUTO_ROWS = 64
 # Maximum rows in a unit of evaluation text: lets several processes share few prompts.
 UNIT_ROWS = 256
 HIDDEN = SignalSection(signal="hidden")
+HELDOUT_KEYS = (
+    "eval_dataset",
+    "eval_prompts",
+    "dataset",
+    "num_prompts",
+    "max_prompt_tokens",
+    "system_prompt",
+    "chat_template_kwargs",
+)
+"""Keys that decide which prompts are held out, and their text."""
+LATER = ("dtype", "sample_temperature", "sample_top_p", "sample_top_k")
+"""Settings that results of older versions do not name."""
 Result = dict[str, Any]
 T = TypeVar("T")
 
@@ -78,6 +93,13 @@ class Evaluation:
         return subject | ({"teacher": f"{teacher}{rounded}"} if teacher else {})
 
     @property
+    def student_subject(self) -> dict[str, Any]:
+        """The same for a student, but for its weights."""
+        config = self.run.config
+        own = {name: getattr(config.rollout, name) for name in LATER if name != "dtype"}
+        return {**self.subject, "dtype": config.run.dtype, **own}
+
+    @property
     def teacher_text(self) -> str:
         return self.run.config.eval.eval_teacher_text or str(self.folder / "teacher_text")
 
@@ -107,12 +129,14 @@ def measure(
     `policy` is the student's.
     """
     run, path = evaluation.run, evaluation.folder / f"{label}.json"
-    subject: Result = {"policy_hash": policy.policy_hash, **evaluation.subject}
+    subject: Result = {"policy_hash": policy.policy_hash, **evaluation.student_subject}
     if teacher:
         subject["with_teacher"] = True
     found = _kept(run, path, subject)
     if found is not None:
         return found
+    if label == "before" or not (evaluation.folder / "before.json").exists():  # else said for `before`
+        _say_changes(run, path, subject, "the student, also as it was before training,")
     run.metrics.say(f"measuring the student ({label}) on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         result = on_teacher_text(evaluation, student)
@@ -125,12 +149,19 @@ def measure(
     return _keep(run, path, result | {"of": subject}, policy.step)
 
 
+def is_kept(evaluation: Evaluation, label: str, *, with_teacher: bool) -> bool:
+    """Whether eval/<label>.json was measured with the settings of now, whatever the student's weights."""
+    subject = evaluation.student_subject | ({"with_teacher": True} if with_teacher else {})
+    return _kept(evaluation.run, evaluation.folder / f"{label}.json", subject) is not None
+
+
 def measure_teacher(evaluation: Evaluation) -> Result:
     """The teacher's accuracy, and its text on the held-out prompts, written once if a plain teacher fits."""
     run, path = evaluation.run, evaluation.folder / "teacher.json"
     found = _kept(run, path, evaluation.subject)
     if found is not None:
         return found
+    _say_changes(run, path, evaluation.subject, "the teacher")
     run.metrics.say(f"measuring the teacher on {len(evaluation.prompts)} held-out prompts")
     with run.clock.phase("evaluate"):
         if not run.config.models.teacher_model:
@@ -169,6 +200,7 @@ def _write_text(
     Collective. Resumes an interrupted run.
     """
     run = evaluation.run
+    _drop_other_text(run, root, setup.fingerprint(run.config, evaluation.vocabulary, HIDDEN))
     units = plan(
         evaluation.prompts,
         seed=run.config.run.seed,
@@ -181,6 +213,13 @@ def _write_text(
     )
     write_scored(run, units, policy, evaluation.vocabulary, get_teacher, root, HIDDEN)
     return [row.row_id for unit in units for row in unit.rows]
+
+
+def _drop_other_text(run: Run, root: str, wanted: cache.Fingerprint) -> None:
+    """Remove the text at `root`, a folder of the run, if it was written with other settings (collective)."""
+    if run.world.is_main and cache.exists(root) and cache.open(root).fingerprint != wanted:
+        shutil.rmtree(root)
+    run.world.barrier()
 
 
 def on_teacher_text(evaluation: Evaluation, student: Student) -> Result:
@@ -285,9 +324,16 @@ def _solve(evaluation: Evaluation, policy: Policy) -> Result:
     with closing(policy.engine):
         completions = greedy.generate([prompt.ids for prompt in own], [0] * len(own), num_slots)
     found = []
-    for prompt, written in zip(own, completions, strict=True):
+    numbers = range(run.world.rank + 1, len(evaluation.prompts) + 1, run.world.size)
+    for number, prompt, written in zip(numbers, own, completions, strict=True):
         text = cast(str, policy.tokenizer.decode(written.ids, skip_special_tokens=True))
-        verdict = solved(checker, spec, prompt, text) if checker else None
+        started = time.perf_counter()
+        verdict = solved(checker, spec, prompt, text, number) if checker else None
+        if (seconds := time.perf_counter() - started) > SLOW_CHECK:
+            run.metrics.say_once(
+                f"answer_checker {spec} is slow: it took {seconds:.0f} s for held-out prompt {number}, and is"
+                f" asked {len(own)} times in each measurement"
+            )
         found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
     everything = _interleave(run.world.gather(found))
     return {
@@ -307,7 +353,33 @@ def _interleave(parts: list[list[T]]) -> list[T]:
 def _kept(run: Run, path: Path, subject: Result) -> Result | None:
     """The earlier result at `path` if it has the same subject, else None."""
     found = schema.evaluation(path, run.metrics.say)
-    return found if subject.items() <= ({"eos_token": ""} | found.get("of", {})).items() else None
+    return found if found and not _changes(found, subject) else None
+
+
+def _changes(found: Result, subject: Result) -> dict[str, list[Any]]:
+    """Settings of an earlier result that differ from `subject`, as [before, now]."""
+    absent = {"eos_token": ""} | {name: subject[name] for name in LATER if name in subject}
+    kept = absent | found.get("of", {})
+    return {name: [kept.get(name), new] for name, new in subject.items() if kept.get(name) != new}
+
+
+def _say_changes(run: Run, path: Path, subject: Result, who: str) -> None:
+    """If the result at `path` was measured with other settings, say with which, and that it is replaced."""
+    found = schema.evaluation(path, lambda _: None)  # `_kept` has reported it
+    changed = _changes(found, subject) if found else {}
+    for name in ("policy_hash", "with_teacher"):
+        changed.pop(name, None)
+    if "prompts" in changed:
+        trained = history.last_config(metrics.read(run.metrics.path))
+        keys = history.changes(trained["config"], run.config.model_dump()) if trained else {}
+        named = {name: pair for name, pair in keys.items() if name in HELDOUT_KEYS}
+        changed = named | {name: pair for name, pair in changed.items() if name != "prompts"}
+        changed = changed or {"held-out prompts": ["others", "new ones"]}
+    if changed:
+        pairs = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in changed.items())
+        run.metrics.say_once(
+            f"the evaluation's settings have changed: {pairs}; {who} is measured again with the new ones"
+        )
 
 
 def _keep(run: Run, path: Path, result: Result, step: int) -> Result:

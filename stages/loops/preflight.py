@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import cache
 from stages.data.checkers import open_checker
 from stages.data.prompts import Prompt
+from stages.data.remarks import about_prompts
 from stages.loops import caches, refresh, setup
 from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
@@ -89,6 +90,7 @@ def check_early(
     for side, is_loaded in zip(sides, (work != SCORING, work.scores), strict=False):
         if is_loaded:
             _check_weights(config, side)
+    remarks += about_prompts(config, prompts, heldout)
     for remark in [*remarks, *_about_sizes(config, work, Ready(vocabulary, prompts, heldout))]:
         run.metrics.say(remark)
     return Ready(vocabulary, prompts, heldout)

@@ -41,6 +41,8 @@ OTHERS = {
 }
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per fp32 forward, including padding."""
+LONG = {"cpu": 4e10, "cuda": 4e13}
+"""Parameters times tokens, from which on the probe takes more than a few seconds."""
 SIGNIFICANT, SIGNIFICANT_LAYER = 6.0, 8.0
 """Significance bounds for a direction, in standard errors: over all tokens, and for one of many layers."""
 FEW = 20  # tokens: with only this many, the significance bound doubles
@@ -91,6 +93,7 @@ def check_generator(run: Run, student: Student, engine: Engine, refresh_index: i
     rows, history = _probe_batch(run)
     if not rows:
         return {}
+    _say_if_long(run, student, rows)
     exact = exact_logprobs(student, rows)
     before = np.asarray(history.get(str(refresh_index - 1), []), dtype=np.float32)
     others = {"refresh_before": before} if before.shape == exact.shape else {}
@@ -121,6 +124,16 @@ def check_generator(run: Run, student: Student, engine: Engine, refresh_index: i
         **{f"probe_{share.of}_error": share.error for share in shares},
         "probe_moved": _moved(run, exact, before, refresh_index, rows),
     }
+
+
+def _say_if_long(run: Run, student: Student, rows: list[Row]) -> None:
+    num_tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    work = sum(p.numel() for p in student.base.parameters()) * num_tokens
+    if work > LONG[student.device.type]:
+        run.metrics.say(
+            f"comparing the engine's log-probabilities with training's on {len(rows)} rollouts,"
+            f" {num_tokens:,} tokens"
+        )
 
 
 def _judge(

@@ -167,7 +167,7 @@ def refresh(
     reason: str,
 ) -> None:
     """Refresh between two optimizer steps: write new rows, free the teacher's memory, check the generator."""
-    with TeacherLoader(run.config, run.world) as teacher:
+    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
         num_units = write_rollouts(
             run, policy, vocabulary, prompts, refresh_index=refresh_index, teacher=teacher
         )

@@ -114,7 +114,7 @@ def _sampling(config: Config) -> dict[str, Any]:
         "sample_top_p": rollout.sample_top_p,
         "sample_top_k": rollout.sample_top_k,
         "max_new_tokens": rollout.max_new_tokens,
-    }
+    } | ({"eos_token": rollout.eos_token} if rollout.eos_token else {})
 
 
 def check_history(run: Run) -> None:
@@ -147,12 +147,24 @@ def checkpoint_to_go_on_from(run: Run) -> Path | None:
 
 def current_student(run: Run, vocabulary: Vocabulary) -> tuple[Student, checkpoint.Position]:
     """The student with the weights of the checkpoint that the run continues from, and its position."""
+    student = initial_student(run, vocabulary)
+    return student, take_up_weights(run, student)
+
+
+def initial_student(run: Run, vocabulary: Vocabulary) -> Student:
+    """The student as it is before training."""
+    run.metrics.say("loading the student and checking how it computes")
     with run.clock.phase("load"):
-        student = load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+        return load_student(run.config, run.world.device, vocabulary.size, vocabulary.tokenizer)
+
+
+def take_up_weights(run: Run, student: Student) -> checkpoint.Position:
+    """Load the weights of the checkpoint that the run continues from; return its position."""
+    with run.clock.phase("load"):
         start = checkpoint_to_go_on_from(run)
         if start is not None:
             checkpoint.load_weights(start, student.trainable)
-        return student, newest_position(run)
+        return newest_position(run)
 
 
 def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Policy:

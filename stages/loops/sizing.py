@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 
 from stages.loops.survey import NO_LIMIT, Data, Survey, survey
 from stages.runtime.config import SECTION_OF, Config, build
-from stages.runtime.split import rollouts_of
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
 """Optimizer batch for fewer than so many prompts."""
@@ -31,7 +29,6 @@ Regret", 2025); shorter runs take larger steps.
 """
 FULL_LR_SHARE = 0.1  # of LoRA's
 GIB = 2**30
-DECODE_SHARE, FORWARD_SHARE = 0.1, 0.5
 CPU_SHARE = 0.25  # of host memory, for the activations of a training forward
 LAYER_NUMBERS = 50  # activations kept for the backward per token, layer and unit of width
 
@@ -111,15 +108,18 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     prompt_tokens, new_tokens = _lengths(found, machine, given)
     pick("max_prompt_tokens", prompt_tokens, _about_prompts(found.data, prompt_tokens))
     pick("max_new_tokens", new_tokens, _about_answers(found.data, new_tokens))
+    usable, is_given = found.data.num_usable, bool(given.get("eval_dataset"))
     most = CPU_HELDOUT if machine.is_cpu else MOST_HELDOUT
-    heldout = given.get("eval_prompts", min(most, found.data.num_usable // 10))
-    is_given = bool(given.get("eval_dataset"))
-    rest = max(1, found.data.num_usable - (0 if is_given else heldout))
+    heldout = given.get("eval_prompts", min(most, max(usable // 10, min(1, usable - 1))))
+    rest = max(1, usable - (0 if is_given else heldout))
     batch = pick("batch_size", _batch(rest, machine), "rollouts of an optimizer step")
     steps = given.get("max_steps", _steps(rest, batch, machine))
-    about = f"trained on, of {found.data.num_usable:,} that can be used"
-    prompts = pick("num_prompts", min(rest, steps * batch), about) or rest
+    about = f"trained on, of {usable:,} that can be used"
+    group = pick("group_size", 1)
+    prompts = pick("num_prompts", min(rest, -(-steps * batch // group)), about) or rest
     pick("max_steps", steps, f"each prompt is used {steps * batch / prompts:.1f} times")
+    if "eval_prompts" not in given and not is_given:
+        heldout = min(most, max(heldout, usable - prompts))
     about = "held out" + ("" if is_given else ": they are not trained on")
     pick("eval_prompts", heldout, about if heldout else "no evaluation")
     if found.data.checker:
@@ -128,7 +128,6 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     pick("warmup_steps", min(20, max(1, steps // 20)))
     interval = max(LEAST_INTERVAL, min(MOST_INTERVAL, steps // NUM_REFRESHES))
     every = pick("refresh_every", min(steps, interval))
-    group = pick("group_size", 1)
     rollouts = pick("rollouts_per_refresh", -(-every * batch // group) * group)
     pick("max_age", 0)
     pick("rollouts_per_unit", _unit(rollouts, group, machine))
@@ -207,33 +206,3 @@ def _for_machine(pick: Any, found: Survey, machine: Machine, longest: int) -> No
     pick("gradient_checkpointing", tokens < 2 * longest)
     pick("micro_batch_tokens", max(longest, min(8192, tokens)))
     pick("gen_micro_batch", 32)
-
-
-def cpu_hours(config: Config, found: Survey, completion: float) -> float:
-    """Rough hours of a run on this CPU, for completions of so many tokens; loading is not included.
-
-    Takes a tenth of the rate of a short matrix product for decoding, and half of it for the rest.
-    """
-    prompt = float(np.mean(np.minimum(found.data.lengths, config.data.max_prompt_tokens)))
-    refreshes = -(-config.train.max_steps // (config.refresh.refresh_every or config.train.max_steps))
-    rollouts = sum(len(rollouts_of(config, index)) for index in range(refreshes))
-    measured = (
-        4 * config.eval.eval_prompts
-    )  # teacher text, and the student's before and after, greedy and not
-    student, teacher = 2.0 * found.student.parameters, 2.0 * found.teacher.parameters
-    tokens = prompt + completion
-    decoding = (rollouts + measured) * tokens * student + config.eval.eval_prompts * tokens * teacher
-    scoring = (rollouts + measured) * tokens * teacher
-    training = 3 * config.train.max_steps * config.train.batch_size * tokens * student
-    return (decoding / DECODE_SHARE + (scoring + training) / FORWARD_SHARE) / _cpu_rate() / 3600
-
-
-def _cpu_rate() -> float:
-    """FLOP/s of a float32 matrix product on this CPU."""
-    left, right = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(seconds)

@@ -11,7 +11,7 @@ import copy
 import gc
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -99,10 +99,13 @@ class Teacher:
 
 
 class TeacherLoader:
-    """Load the scoring teacher on first use, and free it at the end of a `with` block."""
+    """Load the scoring teacher on first use, and free it at the end of a `with` block.
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    `say` is given a line before loading, which takes a while.
+    """
+
+    def __init__(self, config: Config, world: World, say: Callable[[str], None] = lambda _: None):
+        self.config, self.world, self._say = config, world, say
         self._teacher: Teacher | None = None
 
     def __enter__(self) -> TeacherLoader:
@@ -115,6 +118,7 @@ class TeacherLoader:
 
     def get(self) -> Teacher:
         if self._teacher is None:
+            self._say("loading the teacher and checking how it computes")
             self._teacher = load_teacher(self.config, self.world)
         return self._teacher
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, NoReturn
 
 NAMES = {
     signal.SIGINT: "Ctrl-C",
@@ -17,6 +18,7 @@ NAMES = {
     signal.SIGUSR1: "SIGUSR1",
     signal.SIGUSR2: "SIGUSR2",
 }
+AFTER_STEP = "stopping after this step; again to stop at once"
 ECHO_SECONDS = 2.0  # under torchrun a terminal signal arrives twice: directly, and forwarded
 
 
@@ -35,6 +37,7 @@ class _Process:
     asked_at = 0.0
     finishes = 0  # > 0: the work in progress ends by itself at a safe point
     ends_hard = False
+    raises = False  # a signal raises an exception rather than end the process
     tasks: list[tuple[Callable[[], None], bool]] = []  # noqa: RUF012
     reader = writer = -1
 
@@ -58,6 +61,33 @@ def install() -> None:
     signal.set_wakeup_fd(_Process.writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, name="signals", daemon=True).start()
     os.register_at_fork(after_in_child=_uninstall)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Inside, for a call from Python, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143).
+
+    In `finishing` they do so at the next safe point, a second signal at once. Only in the main thread, and
+    only signals that the caller does not handle; how they are handled is restored at the end.
+    """
+    kept: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                kept[number] = signal.signal(number, _noted_or_raised)
+    if not kept:
+        yield
+        return
+    _Process.raises = True
+    os.register_at_fork(after_in_child=_uninstall)
+    try:
+        yield
+    except Stopped as error:
+        _raise(error.code - 128, str(error))
+    finally:
+        for taken, handler in kept.items():
+            signal.signal(taken, handler)
+        _Process.raises, _Process.asked = False, 0
 
 
 def asked() -> int:
@@ -121,6 +151,21 @@ def _noted(number: int, frame: FrameType | None) -> None:
     """Python-level signal handler; the watching thread does the work."""
 
 
+def _noted_or_raised(number: int, frame: FrameType | None) -> None:
+    if _Process.finishes and not _Process.asked:
+        _Process.asked = number
+        _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
+    else:
+        _end_now(number)
+
+
+def _raise(number: int, message: str) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(message) from None
+    _tell(message)
+    raise SystemExit(128 + number) from None
+
+
 def _watch() -> None:
     while data := os.read(_Process.reader, 64):
         for number in data:
@@ -133,7 +178,7 @@ def _take(number: int) -> None:
     if not _Process.asked:
         _Process.asked, _Process.asked_at = number, now
         if _Process.finishes:
-            _tell(f"\n{NAMES[signal.Signals(number)]}: stopping after this step; again to stop at once")
+            _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
         else:
             _end_now(number)
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
@@ -142,6 +187,8 @@ def _take(number: int) -> None:
 
 def _end_now(number: int) -> None:
     how = NAMES[signal.Signals(number)]
+    if _Process.raises:
+        _raise(number, f"interrupted ({how}); make the same call again to resume")
     _tell(f"\ninterrupted ({how}); run the same command again to resume")
     try:
         run_tasks(quick_only=True)
@@ -156,9 +203,10 @@ def _tell(line: str) -> None:
 
 def _uninstall() -> None:
     """Reset signal handling in a forked child, which has no watching thread."""
-    signal.set_wakeup_fd(-1)
+    if _Process.reader >= 0:
+        signal.set_wakeup_fd(-1)
     for number in NAMES:
-        if signal.getsignal(number) is _noted:
+        if signal.getsignal(number) in (_noted, _noted_or_raised):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _Process.tasks.clear()
     _Process.asked = _Process.finishes = 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,13 +135,40 @@ def test_processes_with_different_rows_are_refused(forked: Forker, tmp_path: Pat
         ({"rows": []}, "dataset holds no rows"),
         ({"rows": "nowhere.jsonl"}, "dataset nowhere.jsonl does not exist"),
         ({"answer_checker": lambda row: True}, "cannot be called with a row and a completion"),
+        ({"on_step": 3}, "on_step is 3; expected a function"),
+        ({"run_name": "my run"}, "config key run.run_name"),
+        ({"max_prompt_tokens": 2}, "gave no prompts"),
     ],
-    ids=["key", "value", "rows", "file", "checker"],
+    ids=["key", "value", "rows", "file", "checker", "listener", "name", "prompts"],
 )
 def test_wrong_arguments_are_one_sentence(tmp_path: Path, values: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError) as caught:
         call(tmp_path, **values)
     assert part in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def _stopped(folder: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    try:
+        call(folder, max_steps=3, on_step=lambda record: os.kill(os.getpid(), number))
+    except (KeyboardInterrupt, SystemExit) as error:
+        print(f"ended by {type(error).__name__}: {error}")
+    assert signal.getsignal(number) is before
+    print(call(folder, max_steps=3).report["verdict"])
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGINT, "KeyboardInterrupt: stopped by"), (signal.SIGTERM, "SystemExit: 143")]
+)
+def test_a_signal_ends_it_after_the_step_and_the_same_call_goes_on(
+    forked: Forker, tmp_path: Path, number: int, how: str
+) -> None:
+    done = forked.call(_stopped, tmp_path, number).expect_success()
+    assert f"ended by {how}" in done.out
+    assert "stopped by" in done.out + done.err
+    assert "resuming from" in done.out
+    assert [record["step"] for record in records_of(tmp_path / "student", "step")] == [1, 2, 3]
 
 
 def test_a_loaded_model_is_one_sentence(tmp_path: Path, student_model: Any) -> None:

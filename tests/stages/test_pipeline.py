@@ -278,6 +278,36 @@ def test_more_held_out_prompts_are_measured_anew(forked: Forker, tmp_path: Path)
     assert tokens[1] > 1.3 * tokens[0]
 
 
+@pytest.mark.parametrize("module", ["stages.pipeline", "stages.evaluate"])
+def test_the_student_before_training_is_measured_again_with_changed_settings(
+    forked: Forker, tmp_path: Path, module: str
+) -> None:
+    forked.stage("stages.pipeline", *small(tmp_path, max_steps=1)).expect_success()
+    changed = {"eval_prompts": 12, "max_new_tokens": 24, "sample_top_k": 50}
+    done = forked.stage(module, *small(tmp_path, max_steps=2, **changed)).expect_success()
+    lines = [line for line in done.out.splitlines() if line.startswith("the evaluation's settings")]
+    assert len(lines) == 2
+    for line, who in zip(lines, ("the teacher", "the student, also as it was before training,"), strict=True):
+        for part in ("eval_prompts 12 (was 16)", "max_new_tokens 24 (was ", f"{who} is measured again"):
+            assert part in line
+    assert "sample_top_k 50 (was 0)" in lines[1]
+    found = {
+        label: json.loads((tmp_path / "demo/eval" / f"{label}.json").read_text())
+        for label in ("before", "after", "teacher")
+    }
+    for label, result in found.items():
+        assert result["answers"] == 12, label
+        assert result["of"]["max_new_tokens"] == 24, label
+    assert found["before"]["of"]["policy_hash"] != found["after"]["of"]["policy_hash"]
+    assert found["before"]["measured_on"] == found["after"]["measured_on"]
+    for name in ("teacher_text", "on_student_before"):
+        texts = cache.open(tmp_path / "demo/eval" / name)
+        assert len(texts) == 12
+        assert texts.fingerprint.recorded["max_new_tokens"] == 24
+    again = forked.stage(module, *small(tmp_path, max_steps=2, **changed)).expect_success()
+    assert "settings have changed" not in again.out
+
+
 def test_without_a_checker_there_is_no_accuracy(forked: Forker, tmp_path: Path) -> None:
     arguments = [*small(tmp_path, eval_prompts=2), "--answer_checker", ""]
     forked.stage("stages.evaluate", *arguments).expect_success()

@@ -59,13 +59,13 @@ def spec(tmp_path: Path) -> Any:
 def test_whatever_takes_a_row_and_a_completion_is_a_checker(spec: Any, name: str) -> None:
     checker = open_checker(spec(name))
     assert checker is not None
-    assert solved(checker, spec(name), PROMPT, "4") is True
+    assert solved(checker, spec(name), PROMPT, "4", 7) is True
 
 
 def test_a_number_is_a_share(spec: Any) -> None:
     checker = open_checker(spec("share"))
     assert checker is not None
-    assert solved(checker, spec("share"), PROMPT, "4") == 0.5
+    assert solved(checker, spec("share"), PROMPT, "4", 7) == 0.5
 
 
 @pytest.mark.parametrize("name", ["one", "three", "named", "Judge"])
@@ -85,10 +85,13 @@ def test_what_is_no_function_is_one_sentence(spec: Any, name: str, part: str) ->
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("raises", r"checkers.py:raises raised KeyError \('solution_text'\) on the row .*'id': 17"),
-        ("none", "answered None on the row"),
+        (
+            "raises",
+            r"checkers.py:raises raised KeyError \('solution_text'\) on held-out prompt 7, row .*'id': 17",
+        ),
+        ("none", "answered None on held-out prompt 7"),
         ("words", "answered 'yes'"),
-        ("nan", "answered nan on the row"),
+        ("nan", "answered nan on held-out prompt 7"),
         ("infinite", "answered inf"),
         ("huge", "answered 1000.* between 0 and 1"),
         ("longer", "answered a value of type int"),
@@ -104,7 +107,7 @@ def test_what_a_checker_does_wrong_is_one_sentence_that_names_it_and_the_row(
     checker = open_checker(spec(name))
     assert checker is not None
     with pytest.raises(UserError, match=part):
-        solved(checker, spec(name), PROMPT, "4")
+        solved(checker, spec(name), PROMPT, "4", 7)
 
 
 def test_a_file_that_ends_the_program_is_one_sentence(tmp_path: Path) -> None:

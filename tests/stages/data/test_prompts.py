@@ -298,7 +298,7 @@ def test_skipped_records_are_counted_by_reason(tmp_path: Path, tokenizer: Any) -
         "with content of type image_url (only text is read)": 1,
     }
     assert found.summary.startswith(
-        f"1 prompts from {tmp_path}/data.jsonl (5 of 6 records skipped: 2 without a user turn, 1 "
+        f"1 prompt from {tmp_path}/data.jsonl (5 of 6 records skipped: 2 without a user turn, 1 "
     )
 
 
@@ -524,3 +524,25 @@ def test_the_template_fingerprint_changes_with_the_template(tokenizer: Any) -> N
     assert template_fingerprint(other) == template_fingerprint(tokenizer)
     other.chat_template = other.chat_template + " "
     assert template_fingerprint(other) != template_fingerprint(tokenizer)
+
+
+def test_repeats_are_never_both_trained_on_and_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"How many {word}?"} for word in ("cups", "hats", "pens", "cups", "pens", "hats")]
+    config = make_config(tmp_path, dataset=jsonl(tmp_path, rows), num_prompts=0, eval_dataset="")
+    trained, held_out = (read(config, tokenizer) for read in (training_prompts, heldout_prompts))
+    assert (len(trained.prompts), len(held_out.prompts), held_out.num_repeats) == (4, 1, 1)
+    assert held_out.prompts[0].prompt_id not in {prompt.prompt_id for prompt in trained.prompts}
+    assert "(1 more left out: they repeat" in held_out.summary
+
+
+def test_one_prompt_is_not_enough_for_an_evaluation(tmp_path: Path, tokenizer: Any) -> None:
+    config = make_config(
+        tmp_path, dataset=jsonl(tmp_path, [{"prompt": "a"}] * 3), num_prompts=0, eval_dataset=""
+    )
+    with pytest.raises(UserError, match="has only one prompt"):
+        training_prompts(config, tokenizer)
+
+
+def test_data_that_is_too_long_throughout_says_what_to_raise(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"gave no prompts .*; raise max_prompt_tokens"):
+        taken(tmp_path, tokenizer, jsonl(tmp_path, [{"prompt": "pens " * 40}] * 3), max_prompt_tokens=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +23,14 @@ from transformers import (
 from bench import plan_check
 from bench.counted_memory import CountedMemory
 from stages import plan as command
-from stages.loops import planning
+from stages.loops import cpu_plan, planning
 from stages.loops.planning import Machine, make_plan
 from stages.models import memory, speed
 from stages.models.memory import GIB
 from stages.models.teacher import resident_bytes
 from stages.runtime.config import Config, LoraSection, parse_arguments
 from stages.runtime.errors import UserError
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, flags
 
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -467,9 +468,46 @@ def test_wrong_input_is_one_sentence(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_asks_for_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_of_unknown_size_are_one_sentence(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ["--student_model", str(folders / "Qwen3-4B"), "--teacher_model", "x"]
     with pytest.raises(UserError, match="no GPU here to plan for"):
-        run_command(monkeypatch, "--student_model", str(folders / "Qwen3-4B"), "--teacher_model", "x")
+        run_command(monkeypatch, *models, "--gpus", "2")
+
+
+def test_on_a_cpu_it_plans_the_cpu_and_says_what_it_assumed(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = ["--config", str(ROOT / "pipeline.yaml"), "--device", "cpu"]
+    monkeypatch.chdir(ROOT)
+    assert run_command(monkeypatch, *demo) == 0
+    said = capsys.readouterr().out
+    assert "It fits: this machine's CPU" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("assumed")]
+    assert "GFLOP/s, as just measured" in line
+    models = ["--student_model", str(folders / "Qwen3-8B"), "--teacher_model", str(folders / "Qwen3-32B")]
+    monkeypatch.setattr(cpu_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    assert run_command(monkeypatch, *models, "--device", "cpu") == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_a_cpu_takes_longer_for_more_work_and_at_a_lower_rate(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"student_model": folders / "Qwen3-4B", "teacher_model": folders / "Qwen3-8B"}
+
+    def hours(rate: float, **values: Any) -> dict[str, float]:
+        monkeypatch.setattr(cpu_plan, "matmul_rate", lambda: rate)
+        config = parse_arguments(flags(**models, **values), "")
+        return cpu_plan.make_cpu_plan(config).hours
+
+    usual = hours(1e11)
+    assert hours(5e10) == pytest.approx({name: 2 * value for name, value in usual.items()})
+    longer = hours(1e11, max_steps=512)
+    assert longer["train"] == pytest.approx(2 * usual["train"])
+    assert longer["evaluate"] == usual["evaluate"]
+    assert hours(1e11, eval_prompts=0)["evaluate"] == 0
 
 
 class CannedPeak:

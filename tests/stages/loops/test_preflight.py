@@ -160,10 +160,15 @@ def said(run: Run, work: Work, capsys: pytest.CaptureFixture[str]) -> str:
 def test_settings_beyond_what_is_there_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "How many?"}\n{"question": "How many pens?"}\n')
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text('{"question": "How many cups?"}\n{"question": "How many hats?"}\n')
     values = {
         "dataset": data,
         "num_prompts": 3,
-        "eval_dataset": data,
+        "eval_dataset": heldout,
+        "answer_checker": "",
+        "rollouts_per_refresh": 8,
+        "group_size": 4,
         "eval_prompts": 4,
         "warmup_steps": 5,
         "signal_k": 231,

@@ -100,4 +100,14 @@ def test_all_prompts_may_be_asked_for() -> None:
     found = choose(survey_of(400), GPUS, {"num_prompts": 0, "max_steps": 10})
     assert found["num_prompts"].value == 0
     assert found["max_steps"].why.startswith("each prompt is used ")
-    assert choose(survey_of(9), GPUS, {})["eval_prompts"] == Choice(0, "no evaluation")
+
+
+def test_small_data_is_used_whole() -> None:
+    short = values(survey_of(20), CPU, batch_size=4, max_steps=2)
+    assert (short["num_prompts"], short["eval_prompts"]) == (8, 11)  # of 19
+    grouped = values(survey_of(20), CPU, batch_size=8, max_steps=2, group_size=4)
+    assert (grouped["num_prompts"], grouped["eval_prompts"]) == (4, 15)
+    usual = values(survey_of(20), CPU)
+    assert (usual["num_prompts"], usual["eval_prompts"]) == (18, 1)
+    assert choose(survey_of(4), GPUS, {})["eval_prompts"].value == 1
+    assert choose(survey_of(2), GPUS, {})["eval_prompts"] == Choice(0, "no evaluation")

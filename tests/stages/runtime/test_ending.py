@@ -70,6 +70,44 @@ def test_a_part_that_may_be_dropped_ends_at_once() -> None:
     assert run(body, signal.SIGINT)[0] == 130
 
 
+RAISING = """
+from stages.runtime import ending; import os, signal, sys, time
+before = signal.getsignal(signal.SIGINT)
+try:
+    with ending.raising():
+        BODY
+except BaseException as error:
+    print(type(error).__name__, error, file=sys.stderr)
+assert signal.getsignal(signal.SIGINT) is before
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert not ending.asked()
+"""
+WORK = """with ending.finishing():
+            print('ready', flush=True)
+            while not ending.asked(): time.sleep(0.01)
+            raise ending.Stopped('saved', 128 + ending.asked())"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGINT, "KeyboardInterrupt saved"), (signal.SIGTERM, "saved\nSystemExit 143")]
+)
+def test_a_call_from_python_is_ended_by_an_exception(number: signal.Signals, how: str) -> None:
+    code, err = run(RAISING.replace("BODY", WORK), number, start="")
+    assert code == 0
+    assert err.index("stopping after this step") < err.index(how)
+    waits = "print('ready', flush=True); time.sleep(20)"
+    code, err = run(RAISING.replace("BODY", waits), number, start="")
+    assert code == 0
+    assert "make the same call again to resume" in err
+
+
+def test_a_call_from_python_leaves_the_callers_handlers() -> None:
+    start = "import signal; signal.signal(15, lambda *_: print('own', file=__import__('sys').stderr))\n"
+    body = "from stages.runtime import ending; import time\n"
+    body += "with ending.raising(): print('ready', flush=True); time.sleep(0.5)"
+    assert run(body, signal.SIGTERM, start=start) == (0, "own\n")
+
+
 def test_a_signal_to_a_forked_child_is_not_its_parents() -> None:
     body = """
 child = os.fork()

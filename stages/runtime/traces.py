@@ -83,7 +83,10 @@ def _trace(row: dict[str, Any]) -> Trace:
     scalars = {name: np.array(row[name], np.float64) for name in names}
     ids = np.array(row["top_ids"], np.int64)
     top = np.array(row["top_logprobs"], np.float64)
-    if any(len(values) != count for values in scalars.values()) or not len(ids) == len(top) == count * NUM_TOP:
+    if (
+        any(len(values) != count for values in scalars.values())
+        or not len(ids) == len(top) == count * NUM_TOP
+    ):
         raise ValueError(f"the lists of row {row['row_id'][:40]} differ in length")
     tokens = np.array(row["token_ids"], np.int64)
     if ids.min(initial=0) < -1 or tokens.min(initial=0) < 0:

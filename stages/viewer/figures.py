@@ -163,7 +163,13 @@ def seconds(report: Found) -> list[Found]:
     total = report["seconds"]["total"]
     if not total:
         return []
-    kinds = {"load": "load", "rollout": "generate", "score": "score", "train": "train", "evaluate": "evaluate"}
+    kinds = {
+        "load": "load",
+        "rollout": "generate",
+        "score": "score",
+        "train": "train",
+        "evaluate": "evaluate",
+    }
     parts = [{"phase": p, "seconds": report["seconds"][p], "kind": kinds[p]} for p in metrics.PHASES]
     other = max(0.0, total - sum(part["seconds"] for part in parts))
     return [*parts, {"phase": "other", "seconds": other, "kind": "other"}]

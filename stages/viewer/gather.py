@@ -212,7 +212,9 @@ def _rollouts(
         rows, how = _sampled(snapshot, known, count, say)
     heldout = _heldout(source, round(HELDOUT_SHARE * count), say) if source.folder else []
     shown = len(rows)
-    return {"shown": shown, "total": total, "how": how, "heldout": len(heldout)} | payload([*rows, *heldout], speller)
+    return {"shown": shown, "total": total, "how": how, "heldout": len(heldout)} | payload(
+        [*rows, *heldout], speller
+    )
 
 
 def _sampled(

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 import cache
+from stages.runtime.traces import NUM_TOP, Trace
 from stages.viewer.chat import messages_of
 from stages.viewer.columns import LAWS, encoded, encoded_ids
 from stages.viewer.tokens import Speller, Vocabulary
-from stages.runtime.traces import NUM_TOP, Trace
 
 LEAST_SHOWN = np.log(2e-4)  # less likely ids are left out of a top five, but for the first
 MOST_CHARACTERS = 6_000  # of a prompt
@@ -115,7 +115,9 @@ def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
     ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in names if rows}
     vocabulary = Vocabulary(ids.values())
     columns = {name: encoded_ids(vocabulary.places(found)) for name, found in ids.items()}
-    columns |= {name: encoded(name, np.concatenate([row.values(name) for row in rows])) for name in LAWS if rows}
+    columns |= {
+        name: encoded(name, np.concatenate([row.values(name) for row in rows])) for name in LAWS if rows
+    }
     prompts = list(dict.fromkeys(row.record.prompt_text for row in rows))
     return {
         "rows": list(_described(rows, prompts)),

@@ -42,7 +42,9 @@ def scan(snapshot: cache.Snapshot, say: Say) -> Scan:
     """Read the plain columns of all rows, or of a random part of a large cache; `say` reports damage."""
     places = snapshot.places()
     total = sum(place.shard.batches[place.batch].num_bytes for place in places)
-    order = np.random.default_rng(SEED).permutation(len(places)) if total > SCANNED_BYTES else range(len(places))
+    order = (
+        np.random.default_rng(SEED).permutation(len(places)) if total > SCANNED_BYTES else range(len(places))
+    )
     parts, left = [], SCANNED_BYTES
     for place in (places[i] for i in order):
         left -= place.shard.batches[place.batch].num_bytes
@@ -96,7 +98,9 @@ def choose(found: Scan, count: int, traced: Sequence[int]) -> tuple[list[int], s
         taken |= {*own}
     rest = [row for row in _over_refreshes(found, random) if row not in taken]
     chosen["at random over the refreshes"] = rest[: count - len(taken)]
-    mixed = [row for rows in zip_longest(*map(_spread(count), chosen.values())) for row in rows if row is not None]
+    mixed = [
+        row for rows in zip_longest(*map(_spread(count), chosen.values())) for row in rows if row is not None
+    ]
     parts = ", ".join(f"{len(rows)} {kind}" for kind, rows in chosen.items() if rows)
     return mixed, parts
 
@@ -122,5 +126,7 @@ def _largest(found: Scan, values: Array) -> list[int]:
 def _over_refreshes(found: Scan, random: np.random.Generator) -> list[int]:
     """All rows in random order, one of each refresh in turn."""
     order = random.permutation(len(found))
-    queues = [found.positions[order][found.refreshes[order] == own].tolist() for own in np.unique(found.refreshes)]
+    queues = [
+        found.positions[order][found.refreshes[order] == own].tolist() for own in np.unique(found.refreshes)
+    ]
     return [row for rows in zip_longest(*queues) for row in rows if row is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from stages.viewer.tokens import Speller
 
 FORMAT = 1
 ROWS = 200
+MOST_BYTES = 2_700_000  # of the data block; page and scripts take the rest of 3 MB
 MOST_HEAD_WORK = 2e11  # multiplications for teachers kept as hidden states: seconds of one core
 HELDOUT_SHARE = 0.06  # of the rows: held-out prompts, each shown before, after and by the teacher
 Found = dict[str, Any]
@@ -38,25 +40,32 @@ class Source:
     evaluations: Found = field(default_factory=dict)
 
 
-def page_data(sources: Sequence[Source], rows: int, serve: bool = False) -> Found:
-    """The content of the page's data block; `rows` is the most rollouts of each source."""
+def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = False) -> Found:
+    """The content of the page's data block.
+
+    `rows`: rollouts of each source; by default ROWS over all of them, and fewer if they would make the page
+    larger than MOST_BYTES.
+    """
+    count = max(1, ROWS // len(sources)) if rows is None else rows
+    most_bytes = MOST_BYTES / len(sources) if rows is None else float("inf")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "format": FORMAT,
         "made": {"time": now, "version": metadata.version("dualkl")},
         "serve": serve,
-        "runs": [one(source, rows) for source in sources],
+        "runs": [one(source, count, most_bytes) for source in sources],
     }
 
 
-def one(source: Source, rows: int) -> Found:
-    """An element of `runs`."""
+def one(source: Source, count: int, most_bytes: float) -> Found:
+    """An element of `runs`, with up to `count` rollouts that take about `most_bytes` at most."""
     notes: list[str] = []
     say = notes.append
     snapshot, speller = _open(source.root, say)
     found = _run(source) if source.folder is not None else {"kind": "cache"}
     found["cache"] = _cache_figures(snapshot, say)
-    found["rollouts"] = _rollouts(source, snapshot, speller, rows, say)
+    left = most_bytes - len(json.dumps(found))
+    found["rollouts"] = _rollouts(source, snapshot, speller, count, left, say)
     if source.folder is None:
         found["verdict"] = _cache_verdict(found["cache"])
         found["provenance"] = _fingerprint(snapshot)
@@ -201,37 +210,49 @@ def _cache_verdict(found: Found) -> str:
 
 
 def _rollouts(
-    source: Source, snapshot: cache.Snapshot | None, speller: Speller, count: int, say: Callable[[str], None]
+    source: Source,
+    snapshot: cache.Snapshot | None,
+    speller: Speller,
+    count: int,
+    most_bytes: float,
+    say: Callable[[str], None],
 ) -> Found:
     """The sampled rows with their tokens, and the sentence that says what was left out."""
+    known = traces.newest_by_row(source.folder, say) if source.folder else {}
+    rows, parts = ([], "") if snapshot is None else _sampled(snapshot, known, count, say)
+    heldout = _heldout(source.folder, round(HELDOUT_SHARE * count), say) if source.folder else []
+    while True:
+        told = payload([*rows, *(row for prompt in heldout for row in prompt)], speller)
+        size = len(json.dumps(told))
+        if size <= most_bytes or len(rows) <= 1:
+            break
+        share = 0.95 * most_bytes / size
+        rows, heldout = rows[: max(1, int(share * len(rows)))], heldout[: int(share * len(heldout))]
     total = 0 if snapshot is None else len(snapshot)
-    rows: list[Rollout] = []
-    how = ""
-    if snapshot is not None:
-        known = traces.newest_by_row(source.folder, say) if source.folder else {}
-        rows, how = _sampled(snapshot, known, count, say)
-    heldout = _heldout(source, round(HELDOUT_SHARE * count), say) if source.folder else []
-    shown = len(rows)
-    return {"shown": shown, "total": total, "how": how, "heldout": len(heldout)} | payload(
-        [*rows, *heldout], speller
-    )
+    how = "" if snapshot is None else _how(len(rows), total, parts)
+    return {"shown": len(rows), "total": total, "how": how, "heldout": sum(map(len, heldout))} | told
 
 
 def _sampled(
     snapshot: cache.Snapshot, known: dict[str, traces.Trace], count: int, say: Callable[[str], None]
 ) -> tuple[list[Rollout], str]:
+    """Up to `count` rows, in an order whose every beginning has rows of each kind, and these kinds."""
     found = sample.scan(snapshot, say)
-    places = {snapshot.row_ids[position]: int(position) for position in found.positions.tolist()}
+    row_ids = snapshot.row_ids
+    places = {row_ids[position]: position for position in found.positions.tolist()}
     traced = sorted(places[row_id] for row_id in known.keys() & places.keys())
-    chosen, parts = sample.choose(found, count, traced)
-    rows = _read(snapshot, chosen, known, "cache", say)
-    left = len(snapshot) - len(rows)
-    if not left:
-        return rows, f"All {len(rows):,} rollouts of the cache."
-    scanned = "" if len(found) == len(snapshot) else f" (drawn from {len(found):,} rows that were read)"
-    return rows, (
-        f"{len(rows):,} of {len(snapshot):,} rollouts{scanned}: {parts or 'those that could be read'}."
-        f" {left:,} are left out; --rows N shows more of them, --serve all."
+    chosen, kinds = sample.choose(found, count, traced)
+    read = "" if len(found) == len(snapshot) else f" (of {len(found):,} rows that were read)"
+    return _read(snapshot, chosen, known, "cache", say), kinds + read
+
+
+def _how(shown: int, total: int, kinds: str) -> str:
+    if shown == total:
+        return f"All {total:,} rollouts of the cache."
+    drawn = f", about in these parts: {kinds}" if kinds else ""
+    return (
+        f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more of them,"
+        " --serve all."
     )
 
 
@@ -252,7 +273,7 @@ def _read(
         except (cache.CacheError, OSError) as error:
             say(f"{error} The page leaves this row out.")
             continue
-        rows.append(Rollout(record, source, _trace_of(record, known), top))
+        rows.append(Rollout(record, source, trace_of(record, known), top))
     return rows
 
 
@@ -262,36 +283,34 @@ def head_work(record: cache.Record, snapshot: cache.Snapshot) -> float:
     return 0.0 if states is None else float(states.size) * snapshot.fingerprint.rules.vocab_size
 
 
-def _trace_of(record: cache.Record, known: dict[str, traces.Trace]) -> traces.Trace | None:
+def trace_of(record: cache.Record, known: dict[str, traces.Trace]) -> traces.Trace | None:
     trace = known.get(record.row_id)
     same = trace is not None and trace.token_ids.tolist() == record.completion_ids.tolist()
     return trace if same else None
 
 
-def _heldout(source: Source, count: int, say: Callable[[str], None]) -> list[Rollout]:
+def _heldout(folder: Path, count: int, say: Callable[[str], None]) -> list[list[Rollout]]:
     """Sampled completions of the same held-out prompts, before and after training and by the teacher."""
-    assert source.folder is not None
-    folders = {
-        "before": "on_student_before",
-        "after": "on_student_after",
-        "teacher": "teacher_text",
-    }
-    opened = {}
-    for label, name in folders.items():
-        root = source.folder / "eval" / name
+    names = {"before": "on_student_before", "after": "on_student_after", "teacher": "teacher_text"}
+    opened: dict[str, tuple[cache.Snapshot, dict[str, int]]] = {}
+    for label, name in names.items():
+        root = folder / "eval" / name
         try:
             if root.is_dir() and not root.is_symlink() and cache.exists(str(root)):
-                opened[label] = cache.open(str(root))
+                snapshot = cache.open(str(root))
+                prompt_ids = snapshot.index["prompt_id"].to_pylist()
+                opened[label] = snapshot, {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
         except (cache.CacheError, OSError) as error:
             say(f"{error} The page leaves out held-out text.")
-    shared: set[str] | None = None
-    for snapshot in opened.values():
-        own = {*snapshot.index["prompt_id"].to_pylist()}
-        shared = own if shared is None else shared & own
-    chosen = sorted(shared or ())[:count]
-    rows = []
-    for label, snapshot in opened.items():
-        prompt_ids = snapshot.index["prompt_id"].to_pylist()
-        places = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
-        rows += _read(snapshot, [places[prompt_id] for prompt_id in chosen], {}, label, say)
-    return rows
+    if not opened:
+        return []
+    shared = set.intersection(*({*places} for _, places in opened.values()))
+    chosen = sorted(shared)[:count]
+    read = [
+        _read(snapshot, [places[prompt_id] for prompt_id in chosen], {}, label, say)
+        for label, (snapshot, places) in opened.items()
+    ]
+    by_prompt: dict[str, list[Rollout]] = {}
+    for row in (row for rows in read for row in rows):
+        by_prompt.setdefault(row.record.prompt_id, []).append(row)
+    return list(by_prompt.values())

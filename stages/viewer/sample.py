@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 import cache
 from cache.reader import Place
 
 SEED = 20_260_101
-SCANNED_BYTES = 2 * 2**30  # of shards, read to find the worst and the cut rows of a large cache
+SCANNED_BYTES = 2**29  # of shards, read to find the worst and the cut rows of a large cache
 SHARES = {"traced in training": 0.3, "least likely to the teacher": 0.2, "longest": 0.1, "cut": 0.1}
 """Shares of the rows by kind; the others are drawn at random, evenly over the refreshes."""
 Say = Callable[[str], None]
@@ -38,14 +40,12 @@ class Scan:
         return len(self.positions)
 
 
-def scan(snapshot: cache.Snapshot, say: Say) -> Scan:
-    """Read the plain columns of all rows, or of a random part of a large cache; `say` reports damage."""
+def scan(snapshot: cache.Snapshot, say: Say, most_bytes: float = SCANNED_BYTES) -> Scan:
+    """Read the plain columns of all rows, or of a random part of a larger cache; `say` reports damage."""
     places = snapshot.places()
     total = sum(place.shard.batches[place.batch].num_bytes for place in places)
-    order = (
-        np.random.default_rng(SEED).permutation(len(places)) if total > SCANNED_BYTES else range(len(places))
-    )
-    parts, left = [], SCANNED_BYTES
+    order = np.random.default_rng(SEED).permutation(len(places)) if total > most_bytes else range(len(places))
+    parts, left = [], most_bytes
     for place in (places[i] for i in order):
         left -= place.shard.batches[place.batch].num_bytes
         if left < 0 and parts:
@@ -64,16 +64,22 @@ def scan(snapshot: cache.Snapshot, say: Say) -> Scan:
 
 def _figures(snapshot: cache.Snapshot, place: Place) -> tuple[Array, ...]:
     names = ["row_id", "finish_reason", "refresh_index", "behaviour_logprobs", "teacher_logprobs"]
-    table = snapshot.read_columns(place, names)
-    positions = np.array([snapshot.position(row_id) for row_id in table["row_id"].to_pylist()])
-    behaviour, teacher = (_sums(table[name].to_pylist()) for name in names[3:])
-    lengths = np.array([len(row) for row in table["behaviour_logprobs"].to_pylist()])
-    is_cut = np.array([reason == "length" for reason in table["finish_reason"].to_pylist()])
+    table = snapshot.read_columns(place, names).combine_chunks()
+    positions = np.searchsorted(np.array(snapshot.row_ids), np.array(table["row_id"].to_pylist()))
+    behaviour, teacher = (_sums(table[name]) for name in names[3:])
+    lengths = pc.list_value_length(table["behaviour_logprobs"]).to_numpy()
+    is_cut = pc.equal(table["finish_reason"], "length").to_numpy()
     return positions, behaviour - teacher, is_cut, lengths, table["refresh_index"].to_numpy()
 
 
-def _sums(rows: Iterable[Sequence[float] | None]) -> Array:
-    return np.array([np.nan if row is None else np.sum(row) for row in rows])
+def _sums(column: pa.ChunkedArray) -> Array:
+    """Sum of each row's numbers, float64; NaN for rows without any."""
+    if column.null_count or not len(column):
+        return np.full(len(column), np.nan)
+    starts = np.cumsum(np.append(0, pc.list_value_length(column).to_numpy()))[:-1]
+    numbers = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+    sums: Array = np.add.reduceat(numbers.astype(np.float64), starts)
+    return sums
 
 
 def choose(found: Scan, count: int, traced: Sequence[int]) -> tuple[list[int], str]:

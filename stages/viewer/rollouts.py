@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,10 @@ import numpy.typing as npt
 import cache
 from stages.runtime.traces import NUM_TOP, Trace
 from stages.viewer.chat import messages_of
-from stages.viewer.columns import LAWS, encoded, encoded_ids
+from stages.viewer.columns import LAWS, deflated, encoded, encoded_ids
 from stages.viewer.tokens import Speller, Vocabulary
 
-LEAST_SHOWN = np.log(2e-4)  # less likely ids are left out of a top five, but for the first
+LEAST_SHOWN = np.log(1e-3)  # less likely ids are left out of a top five, but for the first
 MOST_CHARACTERS = 6_000  # of a prompt
 Array = npt.NDArray[Any]
 Figures = dict[str, Any]
@@ -32,6 +33,12 @@ TRACED = {
     "trained_logprob": "student_logprob",
     "trained_entropy": "student_entropy",
 }
+REFERS: dict[str, tuple[str, ...]] = {
+    "token": (),
+    "teacher_top": ("token",),
+    "student_top": ("token", "teacher_top"),
+}
+"""Columns of ids, and those that their codes refer to."""
 MASSES = {"tail": "log_tail_mass", "student_tail": "student_log_tail_mass"}
 
 
@@ -111,10 +118,15 @@ def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
 
 def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
     """`rows`, `prompts`, `vocabulary` and `columns` of the page (docs/viewer.md)."""
-    names = ("token", "teacher_top", "student_top")
-    ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in names if rows}
+    ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in REFERS if rows}
     vocabulary = Vocabulary(ids.values())
-    columns = {name: encoded_ids(vocabulary.places(found)) for name, found in ids.items()}
+    places = {name: vocabulary.places(found) for name, found in ids.items()}
+    columns = {
+        name: encoded_ids(
+            found, {other: places[other] for other in REFERS[name] if (places[other] >= 0).any()}
+        )
+        for name, found in places.items()
+    }
     columns |= {
         name: encoded(name, np.concatenate([row.values(name) for row in rows])) for name in LAWS if rows
     }
@@ -122,7 +134,7 @@ def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
     return {
         "rows": list(_described(rows, prompts)),
         "prompts": [_prompt(text) for text in prompts],
-        "vocabulary": vocabulary.entries(speller.entry),
+        "vocabulary": {"data": deflated(json.dumps(vocabulary.entries(speller.entry)).encode())},
         "columns": {name: column for name, column in columns.items() if column is not None},
     }
 

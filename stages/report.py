@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cache
+from cache.plain import plain
 from stages.runtime import config as configuration
 from stages.runtime import history, metrics, rounds, schema
 from stages.runtime.config import Config
@@ -49,7 +50,10 @@ def write_report(folder: Path, config: Config) -> Report:
     report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
     run = Source(config.run.run_name, config.cache_root, folder, config, report, records, evaluations)
-    replace_text(folder / "report.html", page.render(page_data([run])))
+    data = page_data([run])
+    replace_text(folder / "report.html", page.render(data))
+    for note in data["runs"][0]["notes"]:
+        print(plain(note))
     return report
 
 

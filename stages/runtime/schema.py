@@ -54,6 +54,8 @@ class Configured(Record):
     config: dict[str, dict[str, Any]]
     command: str = ""
     versions: dict[str, str] = {}
+    hardware: str | None = None
+    commit: str | None = None
 
 
 class Step(_Figures):

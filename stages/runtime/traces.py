@@ -98,9 +98,13 @@ def _trace(row: dict[str, Any]) -> Trace:
 def newest_by_row(folder: Path, say: Callable[[str], None]) -> dict[str, Trace]:
     """The last trace of each row of a run; files that cannot be read are left out, which `say` reports."""
     found: dict[str, Trace] = {}
+    faults = []
     for path in paths(folder):
         try:
             found |= {trace.row_id: trace for trace in read(path)}
         except (OSError, ValueError, LookupError, TypeError, UserError, pa.ArrowException) as error:
-            say(f"{path} cannot be read ({schema.complaint(error)}): the page leaves it out")
+            faults.append(f"{path} cannot be read ({schema.complaint(error)})")
+    if faults:
+        more = f", nor {len(faults) - 1} more traces" if len(faults) > 1 else ""
+        say(f"{faults[0]}{more}: the page shows no trace of their rows.")
     return found

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import cache
+from cache.plain import plain
 from stages.runtime import config as configuration
-from stages.runtime import history, metrics, page, rounds, schema
+from stages.runtime import history, metrics, rounds, schema
 from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
@@ -34,6 +35,8 @@ from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
 from stages.runtime.schema import finite
 from stages.runtime.terminal import take_style
+from stages.viewer import page
+from stages.viewer.gather import Source, page_data
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
@@ -46,8 +49,21 @@ def write_report(folder: Path, config: Config) -> Report:
     records, evaluations = _read(folder)
     report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
-    replace_text(folder / "report.html", page.render(report, records, evaluations, folder, config))
+    run = Source(config.run.run_name, config.cache_root, folder, config, report, records, evaluations)
+    data = page_data([run])
+    replace_text(folder / "report.html", page.render(data))
+    for note in data["runs"][0]["notes"]:
+        print(plain(note))
     return report
+
+
+def source(folder: Path) -> Source:
+    """The run in `folder` with its figures, for the page."""
+    given = configuration.parse_arguments(_located([str(folder)]), "")
+    config = own_config(folder, given)
+    records, evaluations = _read(folder)
+    report = _figures(records, evaluations, config)
+    return Source(config.run.run_name, config.cache_root, folder, config, report, records, evaluations)
 
 
 def collect(folder: Path, config: Config) -> Report:

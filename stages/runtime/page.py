@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
-import cache
-from cache.plain import plain
-from stages.runtime import metrics, rounds, schema
+from stages.runtime import metrics, rounds
 from stages.runtime.config import Config, to_yaml
-from stages.runtime.files import read
 from stages.runtime.rounds import Round
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report_template.html"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # distinguishable for colour-blind readers
 TRACED_ROWS = 2
-TOKENS = TypeAdapter(list[schema.Token])
 USES = {
     "generate": ("generating", BLUE),
     "score": ("scoring", "#56b4e9"),
@@ -50,7 +44,7 @@ def render(
         uses=[(*USES[name], share) for name, share in report["stage_one"]["shares"].items() if share],
         round_pictures=[Markup(svg) for svg in _round_pictures(rounds.rounds_of(records))],
         samples=_samples(evaluations),
-        traces=_traces(folder, config),
+        traces=[],
         config_text=to_yaml(config),
         show=lambda value, form: "–" if value is None else form.format(value),
     )
@@ -256,34 +250,3 @@ def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         present = {label: samples[i] for label, samples in found.items() if i < len(samples)}
         rows.append({"prompt": next(iter(present.values()))["prompt"], "by": present})
     return rows
-
-
-def _traces(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Tokens with λ and KLs of a few rows of the first and last traces."""
-    files = sorted(path for path in (folder / "trace").glob("step-*.arrow") if path.stem[5:].isdecimal())
-    tokenizer = (
-        cache.open(config.cache_root).tokenizer_file() if files and cache.exists(config.cache_root) else None
-    )
-    if tokenizer is None:
-        return []
-    from tokenizers import Tokenizer
-
-    decoder = Tokenizer.from_file(str(tokenizer))
-    found = []
-    for path in dict.fromkeys((files[0], files[-1])):
-        try:
-            found.append({"step": int(path.stem[5:]), "rows": _trace_rows(path, decoder)})
-        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-            print(plain(f"{path} cannot be read ({schema.complaint(error)}): the page leaves it out"))
-    return found
-
-
-def _trace_rows(path: Path, decoder: Any) -> list[list[dict[str, Any]]]:
-    data = read(path)
-    table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
-    table.validate(full=True)  # invalid offsets would crash the interpreter
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for token in TOKENS.dump_python(TOKENS.validate_python(table.to_pylist())):
-        text = decoder.decode([token["token_id"]], skip_special_tokens=False)
-        rows.setdefault(token["row_id"], []).append(token | {"text": text})
-    return sorted(rows.values(), key=lambda tokens: min(t["gate"] for t in tokens))[:TRACED_ROWS]

@@ -30,8 +30,8 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
   return el("div", { class: "inspected" },
     el("header", {}, el("div", { class: "written" }, pieceNode(one)), el("span", { class: "unit" }, about),
       el("button", { type: "button", class: "icon close", "aria-label": "Close the token", onclick: () => chooseToken(null) }, "×")),
-    gauge(facts.lambda), tops.teacher.length ? top("Teacher", "teacher", tops.teacher, rollouts, written, facts.tail) : null,
-    tops.student.length ? top("Student", "student", tops.student, rollouts, written, facts.student_tail)
+    gauge(facts.lambda), tops.teacher.length ? topList("Teacher", "teacher", tops.teacher, rollouts, written, facts.tail) : null,
+    tops.student.length ? topList("Student", "student", tops.student, rollouts, written, facts.student_tail)
       : el("p", { class: "note" }, "The student's top five is kept for traced rows (trace_every)."),
     factsTable(facts, tops, written)); // prettier-ignore
 }
@@ -49,7 +49,7 @@ function gauge(lambda) {
     el("small", {}, `${(100 * lambda).toFixed(0)}% reverse, ${(100 * (1 - lambda)).toFixed(0)}% forward KL`)); // prettier-ignore
 }
 
-function top(title, name, entries, rollouts, written, tail) {
+function topList(title, name, entries, rollouts, written, tail) {
   const rows = entries.map(({ id, probability }) => {
     const isWritten = id === written;
     return el("li", { class: isWritten ? "written" : null }, pieceNode(piece(rollouts, id)), el("div", { class: "track " + name, "--v": probability }, el("i", {})),

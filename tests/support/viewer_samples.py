@@ -10,10 +10,50 @@ import numpy as np
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 CONTROLS = "\x1b[31mred\u202egnp.exe\u2066\x07"
-WORDS = (
-    " the a of to and is that we have so then first next total cost price apples each per week twice half minus "
-    "plus equals 12 3 48 96 7 dollars hours therefore answer left sold remaining number from with for groups"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "and",
+    "is",
+    "that",
+    "we",
+    "have",
+    "so",
+    "then",
+    "first",
+    "next",
+    "total",
+    "cost",
+    "price",
+    "apples",
+    "each",
+    "per",
+    "week",
+    "twice",
+    "half",
+    "minus",
+    "plus",
+    "equals",
+    "12",
+    "3",
+    "48",
+    "96",
+    "7",
+    "dollars",
+    "hours",
+    "therefore",
+    "answer",
+    "left",
+    "sold",
+    "remaining",
+    "number",
+    "from",
+    "with",
+    "for",
+    "groups",
+]
 PROMPTS = (
     "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
     "A shop has 96 apples and sells 12 of them each day. How many are left after 3 days?",
@@ -42,7 +82,14 @@ def scaled(values: np.ndarray, missing: np.ndarray | None = None, **more: Any) -
 
 def vocabulary() -> list[dict[str, Any]]:
     """Words, line breaks, special tokens, bytes that are no text, and texts that a page must not run."""
-    found: list[dict[str, Any]] = [{"s": "<|im_end|>"}, {"t": "\n"}, {"t": "\n\n"}, {"b": "e2 82"}, {"t": ","}, {"t": "."}]
+    found: list[dict[str, Any]] = [
+        {"s": "<|im_end|>"},
+        {"t": "\n"},
+        {"t": "\n\n"},
+        {"b": "e2 82"},
+        {"t": ","},
+        {"t": "."},
+    ]
     found += [{"t": HOSTILE}, {"t": CONTROLS}, {"t": "\t"}, {"s": "<|im_start|>"}]
     return found + [{"t": " " + word} for word in WORDS] + [{"t": f" w{number}"} for number in range(2000)]
 
@@ -117,8 +164,17 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
                 "prompt_text": None, "offset": int(start), "source": "cache",
             }
         )  # fmt: skip
-    how = f"{rows} of {20 * rows} rollouts: the worst by reverse KL, the longest, cut ones, the rest at random."
-    return {"shown": rows, "total": 20 * rows, "how": how, "rows": found, "vocabulary": vocabulary(), "columns": columns}
+    how = (
+        f"{rows} of {20 * rows} rollouts: the worst by reverse KL, the longest, cut ones, the rest at random."
+    )
+    return {
+        "shown": rows,
+        "total": 20 * rows,
+        "how": how,
+        "rows": found,
+        "vocabulary": vocabulary(),
+        "columns": columns,
+    }
 
 
 def steps(count: int, seed: int = 0) -> dict[str, list[Any]]:
@@ -161,11 +217,16 @@ def interval(value: float, half: float) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def run(name: str = "demo", rows: int = 24, length: int = 96, num_steps: int = 96, seed: int = 0) -> dict[str, Any]:
+def run(
+    name: str = "demo", rows: int = 24, length: int = 96, num_steps: int = 96, seed: int = 0
+) -> dict[str, Any]:
     edges = [10 ** (-6 + i / 2) for i in range(17)]
     shape = np.exp(-((np.arange(18) - 7.0) ** 2) / 14)
     gate_steps = list(range(4, num_steps + 1, 4))
-    over_time = [(9000 * np.roll(shape, -int(3 * i / len(gate_steps)))).astype(int).tolist() for i in range(len(gate_steps))]
+    over_time = [
+        (9000 * np.roll(shape, -int(3 * i / len(gate_steps)))).astype(int).tolist()
+        for i in range(len(gate_steps))
+    ]
     positions = ["0-15", "16-31", "32-63", "64-127", "128-255", "256+"]
     ages = ["0-3", "4-7", "8-15"]
     by = lambda names: {  # noqa: E731
@@ -226,4 +287,9 @@ def run(name: str = "demo", rows: int = 24, length: int = 96, num_steps: int = 9
 
 def document(*runs: dict[str, Any]) -> dict[str, Any]:
     """The whole of the page's data."""
-    return {"format": 1, "made": {"time": "2026-11-28T12:00:00Z", "version": "0.2.0"}, "serve": False, "runs": list(runs)}
+    return {
+        "format": 1,
+        "made": {"time": "2026-11-28T12:00:00Z", "version": "0.2.0"},
+        "serve": False,
+        "runs": list(runs),
+    }

@@ -305,10 +305,14 @@ def _measures(found: dict[str, Any]) -> Report:
 
 
 def _cache(root: str) -> Report:
+    """Figures of the cache; None without one, or if it is damaged, which the page says (`gather.one`)."""
     keys = ("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token")
-    if not cache.exists(root):
+    try:
+        found = cache.open(root).summary() if cache.exists(root) else None
+    except cache.CacheError:
+        found = None
+    if found is None:
         return dict.fromkeys((*keys, "cut_share"))
-    found = cache.open(root).summary()
     return {key: found[key] for key in keys} | {"cut_share": cut_share(found["finish_reasons"])}
 
 

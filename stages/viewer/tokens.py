@@ -29,6 +29,7 @@ class Speller:
     def __init__(self, path: Path | None) -> None:
         self._tokenizer: Any = None
         self._special: dict[int, str] = {}
+        self._added: dict[int, str] = {}  # not special, and written as they are
         self._is_byte_level = False
         if path is not None:
             from tokenizers import Tokenizer
@@ -36,6 +37,7 @@ class Speller:
             self._tokenizer = Tokenizer.from_file(str(path))
             added = self._tokenizer.get_added_tokens_decoder()
             self._special = {number: token.content for number, token in added.items() if token.special}
+            self._added = {n: token.content for n, token in added.items() if not token.special}
             self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
 
     @property
@@ -52,6 +54,8 @@ class Speller:
             return {"id": token, "t": f"{token} "}
         if token in self._special:
             return {"id": token, "s": self._special[token]}
+        if token in self._added:
+            return {"id": token, "t": self._added[token]}
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return {"id": token, "s": f"id {token}"}
@@ -75,7 +79,7 @@ class Speller:
 def _raw_bytes(piece: str, is_byte_level: bool) -> bytes | None:
     """The bytes of a vocabulary entry of a byte-level or SentencePiece tokenizer; None if it is neither."""
     if is_byte_level:
-        known = all(character in _BYTES for character in piece)  # an added token is written as it is
+        known = all(character in _BYTES for character in piece)
         return bytes(_BYTES[character] for character in piece) if known else piece.encode()
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes.fromhex(piece[3:5])

@@ -98,7 +98,7 @@ function dots(row, top) {
   const middle = svg("line", { x1: "50%", x2: "50%", y1: 0, y2: 40, class: "rule" });
   const edges = ["0%", "100%"].map((x) => svg("line", { x1: x, x2: x, y1: 0, y2: 40, class: "rule" }));
   return el("div", { class: "strip", "aria-hidden": "true" }, svg("svg", { width: "100%", height: 40, overflow: "visible" }, edges, middle, lanes.flat()),
-    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : number(top, 2)))); // prettier-ignore
+    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : tick(top)))); // prettier-ignore
 }
 
 function flat(config) {

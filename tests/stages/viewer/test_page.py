@@ -92,7 +92,11 @@ def test_overview_shows_verdict_results_curves_gate_and_provenance(opened, html)
 def test_hover_over_one_curve_reads_all_of_them(opened, html):
     page = opened(html)
     page.wait_for_selector(".chart:nth-child(3) .u-over")
-    page.locator(".chart .u-over").first.hover(position={"x": 150, "y": 60})
+    over = page.locator(".chart .u-over").first
+    over.scroll_into_view_if_needed()
+    for x in (140, 150):
+        page.wait_for_timeout(200)  # uPlot takes the place of a chart from scroll events
+        over.hover(position={"x": x, "y": 60})
     expect(page.locator("#at-step")).to_have_text(re.compile("^step "))
     assert page.locator(".chart:nth-child(3) .one.now").count() == 2
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ NOTICEABLE_POINTS = 1.0  # smaller changes of accuracy are reported as none
 NOTICEABLE_CUT = 0.05  # smaller shares of cut completions appear only in the table
 
 
-def write_report(folder: Path, config: Config) -> Report:
-    """Write report.json and report.html into the run's `folder`; returns the content of report.json."""
+def write_report(folder: Path, config: Config, say: Callable[[str], None] = print) -> Report:
+    """Write report.json and report.html into the run's `folder`; returns the content of report.json.
+
+    `say` is told what the page leaves out because it is missing or damaged.
+    """
     records, evaluations = _read(folder)
     report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
@@ -53,7 +57,7 @@ def write_report(folder: Path, config: Config) -> Report:
     data = page_data([run])
     replace_text(folder / "report.html", page.render(data))
     for note in data["runs"][0]["notes"]:
-        print(plain(note))
+        say(plain(note))
     return report
 
 
@@ -385,7 +389,7 @@ def main() -> None:
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}; `dualkl run` with the same configuration makes it.")
     config = own_config(folder, given)
-    report = write_report(folder, config)
+    report = write_report(folder, config, style.say)
     style.conclude(summary(report, folder, config), report)
 
 

@@ -118,8 +118,16 @@ function begin() {
   addEventListener("popstate", () => { if (location.hash !== written) { written = location.hash; readHash(); show(); } }); // prettier-ignore
   addEventListener("beforeprint", () => forPrint(true));
   addEventListener("afterprint", () => forPrint(false));
+  addEventListener("unhandledrejection", (event) => fault(event.reason));
   readHash();
   show();
+}
+
+// What went wrong, as when a server has been stopped.
+function fault(reason) {
+  const node = document.getElementById("fault");
+  node.hidden = false;
+  node.textContent = `${visible(String(reason?.message ?? reason))} Reload the page; if it stays, run the command that made it again.`;
 }
 
 // Paper is light, and every chart is drawn.

@@ -118,7 +118,10 @@ function begin() {
   addEventListener("popstate", () => { if (location.hash !== written) { written = location.hash; readHash(); show(); } }); // prettier-ignore
   addEventListener("beforeprint", () => forPrint(true));
   addEventListener("afterprint", () => forPrint(false));
-  addEventListener("unhandledrejection", (event) => fault(event.reason));
+  addEventListener("unhandledrejection", (event) => {
+    event.preventDefault(); // the reader is told
+    fault(event.reason);
+  });
   readHash();
   show();
 }

@@ -290,7 +290,7 @@ async function repaint() {
   const { row, rollouts, tokens, nodes } = view.shown;
   const one = quantity(STATE.colour);
   if (!one) return;
-  const top = DATA.serve ? await domain(rollouts, one.key) : view.top;
+  const top = view.top ?? (await domain(rollouts, one.key)); // of the page's sample, so that rows compare
   view.shown.top = top;
   const column = tokens.columns[one.key];
   paint(nodes, one.key, column, top);

@@ -5,11 +5,19 @@ const DATA = JSON.parse(document.getElementById("dualkl-data").textContent);
 const RUNS = DATA.runs;
 const decoded = new Map();
 
+// base64 of a raw deflate stream, as a response that can be read once.
+function unpacked(text) {
+  const raw = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  const read = (how) => () => new Response(stream)[how]().catch(() => {
+    throw new Error("This page's data are damaged: a column cannot be unpacked.");
+  }); // prettier-ignore
+  return { arrayBuffer: read("arrayBuffer"), json: read("json") };
+}
+
 // A column lies slot after slot, and its codes in planes: all low bytes, then all next ones.
 async function inflate(column) {
-  const raw = Uint8Array.from(atob(column.data), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const planes = new Uint8Array(await unpacked(column.data).arrayBuffer());
   const size = { u8: 1, u16: 2, u32: 4 }[column.dtype];
   const count = planes.length / size;
   const found = new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[size](count);
@@ -48,9 +56,7 @@ function tokenIds(rollouts, name = "token") {
 async function openVocabulary(rollouts) {
   const { vocabulary } = rollouts;
   if (!vocabulary?.data) return;
-  const raw = Uint8Array.from(atob(vocabulary.data), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  rollouts.vocabulary = await new Response(stream).json();
+  rollouts.vocabulary = await unpacked(vocabulary.data).json();
 }
 
 // A column's codes, or null for one that the rows do not have.

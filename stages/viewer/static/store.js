@@ -9,9 +9,10 @@ const decoded = new Map();
 function unpacked(text) {
   const raw = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
   const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  const read = (how) => () => new Response(stream)[how]().catch(() => {
-    throw new Error("This page's data are damaged: a column cannot be unpacked.");
-  }); // prettier-ignore
+  const read = (how) => () =>
+    new Response(stream)[how]().catch(() => {
+      throw new Error("This page's data are damaged: a column cannot be unpacked.");
+    });
   return { arrayBuffer: read("arrayBuffer"), json: read("json") };
 }
 
@@ -35,7 +36,11 @@ async function ids(rollouts, name) {
   const column = rollouts.columns[name];
   const others = await Promise.all((column.refers ?? []).map((other) => ids(rollouts, other)));
   const count = found.length / (column.width ?? 1);
-  const slots = others.flatMap((other) => Array.from({ length: other.length / count }, (_, slot) => other.subarray(slot * count, (slot + 1) * count)));
+  const slots = others.flatMap((other) =>
+    Array.from({ length: other.length / count }, (_, slot) =>
+      other.subarray(slot * count, (slot + 1) * count),
+    ),
+  );
   return Int32Array.from(found, (code, i) => {
     if (code === column.missing) return -1;
     return code < slots.length ? slots[code][i % count] : code - slots.length;
@@ -76,7 +81,9 @@ const LAWS = {
 // Values of tokens [start, stop) of a column, NaN where missing; of slot 0 to 4 of a top five.
 async function values(rollouts, name, start, stop, slot = 0) {
   if (name === "gap") {
-    const [teacher, behaviour] = await Promise.all(["teacher_logprob", "behaviour_logprob"].map((one) => values(rollouts, one, start, stop)));
+    const [teacher, behaviour] = await Promise.all(
+      ["teacher_logprob", "behaviour_logprob"].map((one) => values(rollouts, one, start, stop)),
+    );
     return teacher && behaviour ? teacher.map((value, i) => value - behaviour[i]) : null;
   }
   const found = await codes(rollouts, name);
@@ -84,7 +91,9 @@ async function values(rollouts, name, start, stop, slot = 0) {
   const { law, scale = 1, missing, width = 1 } = rollouts.columns[name];
   const from = (slot * found.length) / width;
   const spread = law ? LAWS[law] : (code) => code;
-  return Float64Array.from(found.subarray(from + start, from + stop), (code) => (code === missing ? NaN : spread(code, scale)));
+  return Float64Array.from(found.subarray(from + start, from + stop), (code) =>
+    code === missing ? NaN : spread(code, scale),
+  );
 }
 
 async function countOf(rollouts) {
@@ -96,7 +105,15 @@ function piece(rollouts, local) {
 }
 
 function pieceText(one) {
-  return one.t ?? (one.s !== undefined ? one.s : one.b.split(" ").map((byte) => "\\x" + byte).join(""));
+  return (
+    one.t ??
+    (one.s !== undefined
+      ? one.s
+      : one.b
+          .split(" ")
+          .map((byte) => "\\x" + byte)
+          .join(""))
+  );
 }
 
 function has(rollouts, name) {
@@ -113,7 +130,9 @@ function turns(rollouts, row) {
 }
 
 function promptText(rollouts, row) {
-  return turns(rollouts, row).map((message) => messageText(message)).join("\n");
+  return turns(rollouts, row)
+    .map((message) => messageText(message))
+    .join("\n");
 }
 
 function messageText(message) {
@@ -132,9 +151,12 @@ async function completionText(rollouts, row, most = Infinity) {
 
 // What the server of `dualkl view --serve` answers; its address holds a token, so paths are relative.
 async function asked(path, parameters) {
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value !== null));
+  const query = new URLSearchParams(
+    Object.entries(parameters).filter(([, value]) => value !== "" && value !== null),
+  );
   const answer = await fetch(`${path}?${query}`);
   const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error ?? `${path}: the server answers ${answer.status}, expected 200.`);
+  if (!answer.ok)
+    throw new Error(found.error ?? `${path}: the server answers ${answer.status}, expected 200.`);
   return found;
 }

@@ -256,7 +256,7 @@ def test_a_failure_is_told(opened, tmp_path):
 
 
 def test_a_run_with_next_to_nothing_still_opens(opened, tmp_path):
-    run = {
+    run: dict[str, Any] = {
         "name": "new",
         "kind": "run",
         "verdict": "Not trained yet.",

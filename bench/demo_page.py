@@ -17,7 +17,8 @@ from stages import report as reporting
 from stages.runtime import metrics
 from stages.runtime.card import wilson
 from stages.runtime.config import parse_arguments
-from stages.runtime.page import BLUE, GREY, ORANGE
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # distinguishable for colour-blind readers
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RECORD, PICTURE = ROOT / "README.md", ROOT / "docs" / "demo.json", ROOT / "docs" / "demo.svg"

@@ -167,6 +167,11 @@ class Snapshot(Sequence[Record]):
         rows = self._batches.read(place.shard, place.batch)
         return [rows.record(row) for row in place.rows.tolist()]
 
+    def read_columns(self, place: Place, columns: Sequence[str]) -> pa.Table:
+        """Return plain columns of a place's rows, without caching the batch. CacheError on damaged bytes."""
+        batch = self._batches.read(place.shard, place.batch).batch
+        return pa.Table.from_batches([batch.select(list(columns))]).take(pa.array(place.rows))
+
     def head(self) -> TeacherHead | None:
         """Return the teacher's head, memory-mapped and verified; None if the cache has none."""
         return load_head(self.store)

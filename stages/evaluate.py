@@ -53,8 +53,8 @@ def main() -> None:
     label = "after" if position.step else "before"
     found[label] = _measured(evaluation, student, label, position.step)
     run.log_totals("evaluate")
-    hidden = ("samples", "text_rows", "of")
-    facts = {k: {n: v for n, v in result.items() if n not in hidden} for k, result in found.items()}
+    figures = {label: measure.without_rows(result) for label, result in found.items()}
+    facts = {k: {n: v for n, v in result.items() if n != "samples"} for k, result in figures.items()}
     measured = collect(run.folder, run.config)
     then = (
         "dualkl rollout with the same configuration" if label == "before" else f"dualkl report {run.folder}"

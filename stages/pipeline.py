@@ -73,7 +73,7 @@ def _conclude(run: Run) -> None:
     """Write the model card and the report, and print what came of the run (main process)."""
     update_card(run)
     config = own_config(run.folder, run.config)
-    report = write_report(run.folder, config)
+    report = write_report(run.folder, config, run.metrics.say)
     facts = report | {"student": str(run.folder / "student")}
     run.metrics.conclude(summary(report, run.folder, config), facts)
 

@@ -22,12 +22,14 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cache
+from cache.plain import plain
 from stages.runtime import config as configuration
-from stages.runtime import history, metrics, page, rounds, schema
+from stages.runtime import history, metrics, rounds, schema
 from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
@@ -35,6 +37,8 @@ from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
 from stages.runtime.schema import finite
 from stages.runtime.terminal import take_style
+from stages.viewer import page
+from stages.viewer.gather import Source, page_data
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
@@ -42,13 +46,29 @@ NOTICEABLE_POINTS = 1.0  # smaller changes of accuracy are reported as none
 NOTICEABLE_CUT = 0.05  # smaller shares of cut completions appear only in the table
 
 
-def write_report(folder: Path, config: Config) -> Report:
-    """Write report.json and report.html into the run's `folder`; returns the content of report.json."""
+def write_report(folder: Path, config: Config, say: Callable[[str], None] = print) -> Report:
+    """Write report.json and report.html into the run's `folder`; returns the content of report.json.
+
+    `say` is told what the page leaves out because it is missing or damaged.
+    """
     records, evaluations = _read(folder)
     report = _figures(records, evaluations, config)
     replace_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
-    replace_text(folder / "report.html", page.render(report, records, evaluations, folder, config))
+    run = Source(config.run.run_name, config.cache_root, folder, config, report, records, evaluations)
+    data = page_data([run])
+    replace_text(folder / "report.html", page.render(data))
+    for note in data["runs"][0]["notes"]:
+        say(plain(note))
     return report
+
+
+def source(folder: Path) -> Source:
+    """The run in `folder` with its figures, for the page."""
+    given = configuration.parse_arguments(_located([str(folder)]), "")
+    config = own_config(folder, given)
+    records, evaluations = _read(folder)
+    report = _figures(records, evaluations, config)
+    return Source(config.run.run_name, config.cache_root, folder, config, report, records, evaluations)
 
 
 def collect(folder: Path, config: Config) -> Report:
@@ -290,10 +310,14 @@ def _measures(found: dict[str, Any]) -> Report:
 
 
 def _cache(root: str) -> Report:
+    """Figures of the cache; None without one, or if it is damaged, which the page says (`gather.one`)."""
     keys = ("rows", "scored_tokens", "bytes_per_token", "signal_bytes_per_token")
-    if not cache.exists(root):
+    try:
+        found = cache.open(root).summary() if cache.exists(root) else None
+    except cache.CacheError:
+        found = None
+    if found is None:
         return dict.fromkeys((*keys, "cut_share"))
-    found = cache.open(root).summary()
     return {key: found[key] for key in keys} | {"cut_share": cut_share(found["finish_reasons"])}
 
 
@@ -366,7 +390,7 @@ def main() -> None:
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}; `dualkl run` with the same configuration makes it.")
     config = own_config(folder, given)
-    report = write_report(folder, config)
+    report = write_report(folder, config, style.say)
     style.conclude(summary(report, folder, config), report)
 
 

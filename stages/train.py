@@ -164,7 +164,7 @@ def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:
             "eval_every needs teacher text on held-out prompts, and there is none: give eval_teacher_text,"
             " or a teacher_model that fits whole on the device."
         )
-    return lambda training: measure.on_teacher_text(evaluation, training.student)
+    return lambda training: measure.without_rows(measure.on_teacher_text(evaluation, training.student))
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ from stages.runtime.config import SignalSection
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
 
-NUM_SAMPLES = 8
+NUM_SAMPLES, NUM_LOGGED = 100, 8
+DIGITS = 7
 SLOW_CHECK = 3.0  # seconds
 AUTO_ROWS = 64
 # Maximum rows in a unit of evaluation text: lets several processes share few prompts.
 UNIT_ROWS = 256
+SINGLE = ("by_row", "by_prompt", "text_rows", "of")
 HIDDEN = SignalSection(signal="hidden")
 HELDOUT_KEYS = (
     "eval_dataset",
@@ -256,62 +258,63 @@ def _nothing() -> Result:
 def divergences(run: Run, student: Student, snapshot: cache.Snapshot, row_ids: list[str]) -> Result:
     """Token means of exact forward KL, reverse KL and top-1 agreement on a `hidden` cache (collective).
 
-    `forward_kl_error` and `reverse_kl_error` are standard errors, with rows as samples.
+    `forward_kl_error` and `reverse_kl_error` are standard errors, with rows as samples. `by_row` has the
+    sums over each row's tokens, in row-id order.
     """
-    head = cached_head(snapshot, run.world.device)
-    rows = run.config.rollout.lp_micro_batch
-    sums = torch.zeros(4, dtype=torch.float64)
-    spread = torch.zeros(5, dtype=torch.float64)  # see `_spread`
     if not row_ids:
         return _nothing()
+    head = cached_head(snapshot, run.world.device)
+    rows = run.config.rollout.lp_micro_batch
     own = [
         snapshot[snapshot.position(row_id)] for row_id in sorted(row_ids)[run.world.rank :: run.world.size]
     ]
     pad_id, size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
     batches = micro_batches(own, num_tokens, AUTO_ROWS if rows == "auto" else rows, None)
+    sums: list[list[float]] = []
     with evaluating(student.model):
         for records in batches:
             batch = to_tensors(records, 1.0, head, pad_id, run.world.device, size, packed=packed)
             hidden_Nd = at_scored(student.hidden(batch.aligned), batch.aligned)
             found = compare(hidden_Nd, student.head, batch.teacher, vocab_size=size)
-            agree = found.student_top1 == found.teacher_top1
-            values = (found.fkl, found.rkl, agree, torch.ones_like(agree))
-            sums += torch.stack([value.double().sum() for value in values]).cpu()
-            spread += _spread(found.fkl, found.rkl, [len(record.completion_ids) for record in records])
-    num_cut = float(sum(record.finish_reason == "length" for record in own))
-    forward, reverse, agreed, tokens, cut = run.world.sum([*sums.tolist(), num_cut])
-    spread = torch.tensor(run.world.sum(spread.tolist()), dtype=torch.float64)
+            values_3N = torch.stack([found.fkl, found.rkl, found.student_top1 == found.teacher_top1]).double()
+            parts = values_3N.split([len(record.completion_ids) for record in records], dim=1)
+            sums += torch.stack([part.sum(1) for part in parts]).tolist()
+    found_rows = [
+        (record.prompt_id, len(record.completion_ids), *values, record.finish_reason == "length")
+        for record, values in zip(own, sums, strict=True)
+    ]
+    return _of_rows(_interleave(run.world.gather(found_rows)))
+
+
+def _of_rows(rows: list[tuple[Any, ...]]) -> Result:
+    """Token means and standard errors from each row's prompt id, tokens, sums and whether it was cut."""
+    prompt_ids, *columns = zip(*rows, strict=True)
+    tokens, forward, reverse, agreed, cut = (np.array(column, np.float64) for column in columns)
+    total = tokens.sum()
+    by_row = {"forward_kl": forward, "reverse_kl": reverse, "top1_agreement": agreed}
     return {
-        "forward_kl": forward / tokens,
-        "forward_kl_error": _error(forward, tokens, spread[[0, 1, 4]], len(row_ids)),
-        "reverse_kl": reverse / tokens,
-        "reverse_kl_error": _error(reverse, tokens, spread[[2, 3, 4]], len(row_ids)),
-        "top1_agreement": agreed / tokens,
-        "tokens": int(tokens),
-        "cut_share": cut / len(row_ids),
+        "forward_kl": float(forward.sum() / total),
+        "forward_kl_error": _error(forward, tokens),
+        "reverse_kl": float(reverse.sum() / total),
+        "reverse_kl_error": _error(reverse, tokens),
+        "top1_agreement": float(agreed.sum() / total),
+        "tokens": int(total),
+        "cut_share": float(cut.mean()),
+        "by_row": {
+            "prompt_ids": [*prompt_ids],
+            "tokens": tokens.astype(int).tolist(),
+            **{name: [float(f"{value:.{DIGITS}g}") for value in sums] for name, sums in by_row.items()},
+        },
     }
 
 
-def _spread(fkl_N: torch.Tensor, rkl_N: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Sums over rows of (Σ fkl)², Σ fkl · T, (Σ rkl)², Σ rkl · T and T², for rows of T tokens."""
-    forward, reverse = (
-        torch.stack([part.double().sum() for part in kl_N.split(lengths)]).cpu() for kl_N in (fkl_N, rkl_N)
-    )
-    tokens = torch.tensor(lengths, dtype=torch.float64)
-    pairs = ((forward, forward), (forward, tokens), (reverse, reverse), (reverse, tokens), (tokens, tokens))
-    return torch.stack([(one * other).sum() for one, other in pairs])
-
-
-def _error(total: float, tokens: float, spread: torch.Tensor, num_rows: int) -> float | None:
-    """Standard error of m = `total` / `tokens` over rows: √(Σ (kl - m T)² R / (R - 1)) / Σ T.
-
-    None for one row. `spread`: sums over rows of kl², kl · T and T².
-    """
-    if num_rows < 2:
+def _error(sums_R: np.ndarray, tokens_R: np.ndarray) -> float | None:
+    """Standard error over rows of m = Σ kl / Σ T: √(Σ (kl - m T)² R / (R - 1)) / Σ T; None for one row."""
+    count, total = len(sums_R), tokens_R.sum()
+    if count < 2:
         return None
-    mean = total / tokens
-    squares = float(spread[0] - 2 * mean * spread[1] + mean**2 * spread[2])
-    return (max(0.0, squares) * num_rows / (num_rows - 1)) ** 0.5 / tokens
+    squares = float(np.square(sums_R - sums_R.sum() / total * tokens_R).sum())
+    return float((squares * count / (count - 1)) ** 0.5 / total)
 
 
 def _solve(evaluation: Evaluation, policy: Policy) -> Result:
@@ -334,13 +337,23 @@ def _solve(evaluation: Evaluation, policy: Policy) -> Result:
                 f"answer_checker {spec} is slow: it took {seconds:.0f} s for held-out prompt {number}, and is"
                 f" asked {len(own)} times in each measurement"
             )
-        found.append((written.finish_reason, {"prompt": prompt.text, "completion": text, "solved": verdict}))
+        sample = {
+            "prompt_id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "completion": text,
+            "solved": verdict,
+            "finish": "length" if written.finish_reason == "length" else "stop",
+        }
+        found.append(sample)
     everything = _interleave(run.world.gather(found))
+    flags = [sample["solved"] for sample in everything]
+    cut = [sample["finish"] == "length" for sample in everything]
     return {
-        "accuracy": float(np.mean([sample["solved"] for _, sample in everything])) if checker else None,
+        "accuracy": float(np.mean(flags)) if checker else None,
         "answers": len(everything),
-        "cut_share": float(np.mean([reason == "length" for reason, _ in everything])),
-        "samples": [sample for _, sample in everything[:NUM_SAMPLES]],
+        "cut_share": float(np.mean(cut)),
+        "by_prompt": {"prompt_ids": [s["prompt_id"] for s in everything], "solved": flags, "cut": cut},
+        "samples": everything[:NUM_SAMPLES],
     }
 
 
@@ -382,12 +395,19 @@ def _say_changes(run: Run, path: Path, subject: Result, who: str) -> None:
         )
 
 
+def without_rows(result: Result) -> Result:
+    """The figures of a result without those of single rows and prompts, and what it was measured on."""
+    left = {name: value for name, value in result.items() if name not in SINGLE}
+    return {name: without_rows(part) if isinstance(part, dict) else part for name, part in left.items()}
+
+
 def _keep(run: Run, path: Path, result: Result, step: int) -> Result:
     """Write a result to `path` and to the metrics (collective)."""
     if run.world.is_main:
         path.parent.mkdir(exist_ok=True)
         replace_text(path, json.dumps(result, indent=1))
-    figures = {name: value for name, value in result.items() if name not in ("text_rows", "of")}
+    figures = without_rows(result)
+    figures |= {"samples": result["samples"][:NUM_LOGGED]} if "samples" in result else {}
     figures |= {name: value for name, value in result["of"].items() if name == "policy_hash"}
     run.metrics.log("evaluation", label=path.stem, step=step, **figures)
     run.world.barrier()

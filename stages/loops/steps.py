@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 import cache
 from dualkl import DualKLConfig, DualKLOutput, dual_kl
+from dualkl.compress import Compressed, compress
 from dualkl.thresholds import AdaptiveTau
 from stages.data.alignment import at_scored
 from stages.data.batches import MicroBatch, on_device
 from stages.data.pool import Pool
-from stages.loops import gating
+from stages.loops import gating, tracing
 from stages.loops.budgets import Caps, train_caps_of_run
 from stages.loops.drift import NUM_SUMS, Drift, drift_of, row_sums
 from stages.loops.feed import Batch
@@ -34,6 +34,7 @@ from stages.runtime.config import Config, TrainSection
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
+from stages.runtime.traces import NUM_TOP
 
 # Bound on the largest weight, as a multiple of max(1, its value at the start).
 EXPLODED = 100.0
@@ -44,10 +45,15 @@ Evaluate = Callable[["Training"], dict[str, Any]]
 
 
 class StudentLoss(nn.Module):
-    """Student forward and gated loss in one module: DDP and DeepSpeed must see a single forward."""
+    """Student forward and gated loss in one module: DDP and DeepSpeed must see a single forward.
+
+    The next forward puts the student's most likely ids at its first `num_traced` positions into `top`, at
+    the loss's temperature.
+    """
 
     def __init__(self, student: Student, config: DualKLConfig):
         super().__init__()
+        self.num_traced, self.top = 0, cast(Compressed | None, None)
         self.model = student.model
         self._student, self._config = student, config  # a dataclass, not a submodule
 
@@ -64,7 +70,19 @@ class StudentLoss(nn.Module):
             tau=batch.tau,
             teacher_entropy=entropy_N,
         )
+        self.top = self._most_likely(hidden_Nd.detach(), batch) if self.num_traced else None
         return out.loss, out
+
+    def _most_likely(self, hidden_Nd: Tensor, batch: MicroBatch) -> Compressed:
+        first, config = slice(self.num_traced), self._config
+        return compress(
+            hidden_Nd[first],
+            self._student.head,
+            batch.sampled.ids[first],
+            k=NUM_TOP,
+            vocab_size=config.vocab_size,
+            temperature=config.temperature,
+        )
 
 
 @dataclass
@@ -89,6 +107,11 @@ class Training:
     step: int = 0
     size_at_start: float = 0.0
     last_forward: tuple[list[str], MicroBatch] | None = None
+
+    @property
+    def loss(self) -> StudentLoss:
+        """The module without DDP or DeepSpeed."""
+        return cast(StudentLoss, getattr(self.module, "module", self.module))
 
     @property
     def engine(self) -> Any:
@@ -252,7 +275,8 @@ def _check_sound(run: Run, training: Training) -> None:
     )
     if not problem and training.last_forward is not None:
         row_ids, inputs = training.last_forward
-        module = getattr(training.module, "module", training.module)
+        module = training.loss
+        module.num_traced = 0
         with evaluating(module):
             out = module(on_device(inputs, run.world.device))[1]
         if not math.isfinite(float((out.rkl + out.fkl).sum())):
@@ -345,7 +369,8 @@ def train_step(run: Run, training: Training, pool: Pool, batch: Batch) -> dict[s
     }
     run.metrics.log("step", **record)
     run.metrics.log("gate", step=training.step, **gating.gate_record(totals.gate, tau))
-    _trace(run, training, done.first, done.outputs)
+    if done.top is not None:
+        tracing.write(run, training.step, done.first, done.outputs[0], done.top)
     return record | {"own_drift": drift.own}
 
 
@@ -356,6 +381,7 @@ class _Forwards:
     Attributes:
         outputs, teacher_entropies, gates, drifts: one per forward; statistics stay on the device.
         first: rows of the first forward.
+        top: the student's most likely ids on its first rows, if the step is traced.
         num_cut: rows cut off at max_new_tokens.
         waited: seconds spent waiting for rows.
     """
@@ -365,6 +391,7 @@ class _Forwards:
     gates: list[Tensor] = field(default_factory=list)
     drifts: list[Tensor] = field(default_factory=list)
     first: list[cache.Record] = field(default_factory=list)
+    top: Compressed | None = None
     num_cut: int = 0
     waited: float = 0.0
 
@@ -392,7 +419,11 @@ def _run_forwards(run: Run, training: Training, pool: Pool, batch: Batch, tau: f
             done.first = rows
             training.last_forward = forward.row_ids, inputs
         inputs = on_device(inputs, world.device)
+        is_traced = index == 0 and not forward.is_idle and tracing.is_due(run, training.step + 1)
+        training.loss.num_traced = tracing.num_positions(rows) if is_traced else 0
         out = _backward(training, inputs, world.size, index == len(batch.forwards) - 1)
+        if is_traced:
+            done.top, training.loss.top = training.loss.top, None
         if not forward.is_idle:
             assert out.student_logprobs is not None
             assert inputs.teacher_entropy is not None
@@ -503,23 +534,3 @@ def _spread_rows(run: Run, batch: Batch, own_R3: np.ndarray) -> np.ndarray:
     spread_R3 = np.zeros((size, own_R3.shape[1]))
     spread_R3[order] = own_R3
     return spread_R3
-
-
-def _trace(run: Run, training: Training, rows: list[cache.Record], outputs: list[DualKLOutput]) -> None:
-    """Every `trace_every` steps, write λ and both KLs per token of the main rank's first forward."""
-    every = run.config.log.trace_every
-    if not (run.world.is_main and every and training.step % every == 0):
-        return
-    out = outputs[0]
-    columns: dict[str, list[Any]] = {"row_id": [], "position": [], "token_id": []}
-    for record in rows:
-        columns["row_id"] += [record.row_id] * len(record.completion_ids)
-        columns["position"] += range(len(record.completion_ids))
-        columns["token_id"] += record.completion_ids.tolist()
-    values = {"gate": out.gate, "reverse_kl": out.rkl, "forward_kl": out.fkl}
-    table = pa.table(columns | {name: value.float().cpu().numpy() for name, value in values.items()})
-    path = Path(run.folder / "trace" / f"step-{training.step:06d}.arrow")
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)  # always a new file
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)

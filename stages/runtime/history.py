@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
@@ -54,7 +59,31 @@ def config_record(config: Config, world: World, step: int) -> Record:
         "versions": versions(),
         "processes": world.size,
         "device": world.device.type,
+        "hardware": hardware(world.device),
+        "commit": commit(),
     }
+
+
+def hardware(device: torch.device) -> str:
+    """The accelerator's name, or the processor's and its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").is_file() else ""
+    name = re.search(r"^model name\s*: (.+)$", facts, re.MULTILINE)
+    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in; None for an installed package, or without git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 def command_line() -> str:

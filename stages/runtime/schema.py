@@ -54,6 +54,8 @@ class Configured(Record):
     config: dict[str, dict[str, Any]]
     command: str = ""
     versions: dict[str, str] = {}
+    hardware: str | None = None
+    commit: str | None = None
 
 
 class Step(_Figures):
@@ -84,6 +86,22 @@ class Refreshed(Record):
     memory_allocated_bytes: Count = 0
 
 
+class Rows(_Checked):
+    """Sums over the tokens of each row."""
+
+    tokens: list[Count] = []
+    forward_kl: list[Figure] = []
+    reverse_kl: list[Figure] = []
+    top1_agreement: list[Figure] = []
+
+
+class Prompts(_Checked):
+    """Answers of each prompt."""
+
+    solved: list[bool | Figure] = []
+    cut: list[bool] = []
+
+
 class Measured(_Checked):
     forward_kl: Figure = None
     forward_kl_error: Figure = None
@@ -91,12 +109,15 @@ class Measured(_Checked):
     reverse_kl_error: Figure = None
     top1_agreement: Figure = None
     cut_share: Figure = None
+    by_row: Rows | None = None
 
 
 class Sample(_Checked):
     prompt: str
     completion: str
-    solved: bool | None = None
+    solved: bool | Figure = None
+    prompt_id: str | None = None
+    finish: str | None = None
 
 
 class Evaluation(Measured):
@@ -105,6 +126,7 @@ class Evaluation(Measured):
     accuracy: Figure = None
     answers: Count = 0
     on_student: Measured | None = None
+    by_prompt: Prompts | None = None
     samples: list[Sample] = []
     text_rows: list[str] | None = None
     of: dict[str, Any] = {}
@@ -155,16 +177,6 @@ class Clocked(Record):
     train: Amount
     evaluate: Amount
     total: Amount
-
-
-class Token(_Checked):
-    """One row of trace/*.arrow."""
-
-    row_id: str
-    token_id: Annotated[int, Field(ge=0, lt=2**31)]
-    gate: float
-    reverse_kl: float
-    forward_kl: float
 
 
 KINDS: dict[str, type[BaseModel]] = {

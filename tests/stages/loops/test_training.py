@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,11 +16,12 @@ import cache
 from dualkl import HiddenTeacher
 from stages import evaluate
 from stages import train as stage_two
-from stages.data.alignment import align
-from stages.loops import feed, schedule, setup, steps
+from stages.data.alignment import align, at_scored
+from stages.loops import feed, schedule, setup, steps, tracing
 from stages.loops.caches import check_teacher_text
+from stages.models.dropout import evaluating
 from stages.models.student import Student
-from stages.runtime import checkpoint
+from stages.runtime import checkpoint, traces
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
 from tests.support.helpers import assert_same_weights, make_run, records_of, small, weights_in
@@ -161,21 +161,42 @@ def test_a_step_is_clipped_to_the_norm(tmp_path: Path, caches: Callable[..., str
     assert norms[0] == pytest.approx(1e-4, rel=1e-3)
 
 
-def test_traces_hold_a_line_for_each_token_of_the_rows_they_show(
-    tmp_path: Path, caches: Callable[..., str]
+def test_traces_hold_what_the_step_computed_for_the_tokens_of_a_few_rows(
+    tmp_path: Path, caches: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0, trace_every=2)
-    paths = sorted((run.folder / "trace").iterdir())
-    assert [path.name for path in paths] == ["step-000002.arrow", "step-000004.arrow"]
-    with pa.ipc.open_file(pa.memory_map(str(paths[0]))) as reader:
-        table = reader.read_all()
+    monkeypatch.setattr(tracing, "NUM_ROWS", 3)
+    run = train_from(tmp_path, caches(), max_steps=4, refresh_every=0, trace_every=2, checkpoint_every=1)
+    paths = traces.paths(run.folder)
+    assert [path.name for path in paths] == [f"step-00000{step}.arrow" for step in (1, 2, 4)]
     snapshot = cache.open(run.config.cache_root)
-    for row_id in set(table["row_id"].to_pylist()):
-        part = table.filter(pa.compute.equal(table["row_id"], row_id))
-        assert part["token_id"].to_pylist() == snapshot[snapshot.position(row_id)].completion_ids.tolist()
-        assert part["position"].to_pylist() == list(range(part.num_rows))
-    assert all(0 <= gate <= 1 for gate in table["gate"].to_pylist())
-    assert all(kl >= -1e-5 for name in ("reverse_kl", "forward_kl") for kl in table[name].to_pylist())
+    for trace in traces.read(paths[2]):
+        record = snapshot[snapshot.position(trace.row_id)]
+        assert trace.step == 4
+        assert trace.token_ids.tolist() == record.completion_ids.tolist()
+        student = student_of(run)  # with the weights of step 4: of its end, not of its start
+        checkpoint.load_weights(checkpoint.of_step(run.folder / "checkpoints", 3), student.trainable)
+        logp_TV = _logprobs(student, record)
+        top = logp_TV.topk(traces.NUM_TOP)
+        np.testing.assert_array_equal(trace.top_ids, top.indices)
+        np.testing.assert_allclose(trace.top_logprobs, top.values, atol=1e-4)
+        own = logp_TV.gather(1, torch.tensor(trace.token_ids)[:, None])[:, 0]
+        np.testing.assert_allclose(trace.scalars["student_logprob"], own, atol=1e-4)
+        entropy = -(logp_TV.exp() * logp_TV).sum(1)
+        np.testing.assert_allclose(trace.scalars["student_entropy"], entropy, atol=1e-4)
+        tail = np.exp(trace.scalars["student_log_tail_mass"])
+        outside = 1 - logp_TV.exp().gather(1, torch.tensor(record.signal.ids).long()).sum(1)
+        np.testing.assert_allclose(tail, outside, atol=1e-4)
+        gate = 1 / (1 + np.exp(-run.config.loss.alpha * (run.config.loss.tau - trace.scalars["reverse_kl"])))
+        np.testing.assert_allclose(trace.scalars["gate"], gate, atol=1e-4)
+    assert len(traces.read(paths[2])) == 3
+
+
+def _logprobs(student: Student, record: cache.Record) -> torch.Tensor:
+    """[T, V] of the student at the scored positions of one row."""
+    aligned = align([record.prompt_ids], [record.completion_ids], 0, student.device)
+    with torch.no_grad(), evaluating(student.model):
+        logits_TV = at_scored(student.hidden(aligned), aligned) @ student.head.weight.T
+    return logits_TV[:, : student.vocab_size].float().log_softmax(1)
 
 
 def test_rows_of_a_refresh_replace_those_before_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from stages import report
 from stages.runtime.gate_summary import gate_summary
 from tests.support.helpers import records_of
 from tests.support.tiny_runs import train_from
+from tests.support.viewing import data_of
 
 
 def gate(step: int, tau: float | None, histogram: list[int], **tables: Any) -> dict[str, Any]:
@@ -73,12 +74,13 @@ def test_a_run_without_records_of_the_gate_has_no_summary() -> None:
     assert gate_summary([{"kind": "step", "step": 1}]) == {}
 
 
-def page_of(run: Any) -> tuple[dict[str, Any], str]:
+def page_of(run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """report.json, and what report.html shows of the run."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = report.write_report(run.folder, run.config)
     assert json.loads((run.folder / "report.json").read_text()) == found
-    return found, (run.folder / "report.html").read_text()
+    return found, data_of((run.folder / "report.html").read_text())["runs"][0]
 
 
 def test_the_report_shows_the_threshold_the_histograms_and_the_tables(
@@ -91,34 +93,29 @@ def test_the_report_shows_the_threshold_the_histograms_and_the_tables(
     assert gates[-1]["tau"] < 0.5
     assert (found["gate"]["first"]["tau"], found["gate"]["last"]["tau"]) == (0.5, gates[-1]["tau"])
     assert found["gate"]["last"]["gate_histogram"] == gates[-1]["gate_histogram"]
-    assert page.count("<svg") == 10
-    for text in (
-        "Gate threshold τ, nats",
-        "Reverse KL on each side of τ",
-        "Divergence D that the gate looked at",
-        "τ, last steps",
-        "λ, share of the tokens",
-        "Tokens into the completion",
-        "Steps since the row",
-    ):
-        assert text in page, text
-    share = found["gate"]["first"]["by_position"]["0-15"]["share"]
-    assert f"<td>0-15, first steps</td><td>{share:.1%}</td>" in page
-    assert "of the student's probability at first" in page
+    shown = page["gate"]
+    assert shown["lambda_vs_d"]["tau"] == gates[-1]["tau"]
+    assert len(shown["lambda_vs_d"]["edges"]) == len(shown["lambda_vs_d"]["counts"]) + 1
+    assert sum(shown["lambda_vs_d"]["counts"]) == sum(
+        step["tokens"] for step in records_of(run.folder, "step")
+    )
+    assert shown["histogram_over_time"]["counts"] == [gate["gate_histogram"] for gate in gates]
+    assert shown["by_position"] == found["gate"]["last"]["by_position"]
+    titles = [curve["title"] for curve in page["curves"]]
+    assert {"Gate threshold", "Reverse KL on each side of τ"} <= {*titles}
 
 
 def test_the_report_of_a_fixed_gate_has_no_threshold(tmp_path: Path, caches: Callable[..., str]) -> None:
     run = train_from(tmp_path, caches(), gating="fixed", max_steps=2, refresh_every=0)
     found, page = page_of(run)
     assert found["gate"]["last"]["tau"] is None
-    assert page.count("<svg") == 8
-    assert "Gate threshold" not in page
-    assert "τ, last steps" not in page
+    assert "Gate threshold" not in [curve["title"] for curve in page["curves"]]
+    assert page["gate"]["lambda_vs_d"]["tau"] is None
 
 
-def test_a_side_without_tokens_leaves_a_gap_in_the_picture(
-    tmp_path: Path, caches: Callable[..., str]
-) -> None:
+def test_a_side_without_tokens_leaves_a_gap_in_its_curve(tmp_path: Path, caches: Callable[..., str]) -> None:
     run = train_from(tmp_path, caches(), tau=100.0, max_steps=1, refresh_every=0)
     assert records_of(run.folder, "step")[0]["rkl_above"] is None
-    assert page_of(run)[1].count("<svg") == 10
+    page = page_of(run)[1]
+    assert "rkl_above" not in page["steps"]
+    assert page["steps"]["rkl_below"][0] is not None

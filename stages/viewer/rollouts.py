@@ -1,0 +1,187 @@
+"""Rollouts of a page: rows with their prompts, and their tokens as columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import cache
+from stages.runtime.traces import NUM_TOP, Trace
+from stages.viewer.chat import messages_of
+from stages.viewer.columns import LAWS, deflated, encoded, encoded_ids
+from stages.viewer.tokens import Speller, Vocabulary
+
+LEAST_SHOWN = np.log(1e-3)  # less likely ids are left out of a top five, but for the first
+MOST_CHARACTERS = 6_000  # of a prompt
+Array = npt.NDArray[Any]
+Figures = dict[str, Any]
+CACHED = {
+    "teacher_logprob": "teacher_logprobs",
+    "behaviour_logprob": "behaviour_logprobs",
+    "teacher_entropy": "teacher_entropy",
+    "student_entropy": "behaviour_entropy",
+}
+TRACED = {
+    "lambda": "gate",
+    "rkl": "reverse_kl",
+    "fkl": "forward_kl",
+    "trained_logprob": "student_logprob",
+    "trained_entropy": "student_entropy",
+}
+REFERS: dict[str, tuple[str, ...]] = {
+    "token": (),
+    "teacher_top": ("token",),
+    "student_top": ("token", "teacher_top"),
+}
+"""Columns of ids, and those that their codes refer to."""
+MASSES = {"tail": "log_tail_mass", "student_tail": "student_log_tail_mass"}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A row of the page.
+
+    Attributes:
+        source: "cache", or "before", "after" or "teacher" for held-out text of an evaluation.
+        trace: what training noted of its tokens; None if it was not traced.
+        top: ids and logprobs [T, NUM_TOP] of the teacher's most likely tokens; None if unknown.
+    """
+
+    record: cache.Record
+    source: str = "cache"
+    trace: Trace | None = None
+    top: tuple[Array, Array] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.record.completion_ids)
+
+    def ids(self, name: str) -> Array:
+        """[T] or [T, NUM_TOP] token ids of a column; -1 where missing."""
+        if name == "token":
+            return self.record.completion_ids.astype(np.int64)
+        own = self._student_top if name == "student_top" else self.top
+        if own is None:
+            return np.full((self.num_tokens, NUM_TOP), -1)
+        return np.where(_is_shown(own[1]), own[0], -1)
+
+    @property
+    def _student_top(self) -> tuple[Array, Array] | None:
+        return None if self.trace is None else (self.trace.top_ids, self.trace.top_logprobs)
+
+    def values(self, name: str) -> Array:
+        """[T] or [T, NUM_TOP] numbers of a column; NaN where missing."""
+        if name.endswith("_top_logprob"):
+            own = self._student_top if name.startswith("student") else self.top
+            if own is None:
+                return np.full((self.num_tokens, NUM_TOP), np.nan)
+            return np.where(_is_shown(own[1]), own[1], np.nan)
+        if name in CACHED:
+            found = getattr(self.record, CACHED[name])
+        elif name == "tail":
+            found = self.record.log_tail_mass
+        else:
+            found = self.trace and self.trace.scalars.get(TRACED.get(name, MASSES.get(name, "")))
+        if found is None:
+            return np.full(self.num_tokens, np.nan)
+        return np.exp(found.astype(np.float64)) if name in MASSES else found.astype(np.float64)
+
+    def mean(self, name: str) -> float | None:
+        values = self.values(name)
+        return None if np.isnan(values).any() else float(values.mean())
+
+
+def _is_shown(logprobs: Array) -> Array:
+    shown = logprobs >= LEAST_SHOWN
+    shown[:, :1] |= np.isfinite(logprobs[:, :1])
+    return shown
+
+
+def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
+    """The teacher's most likely ids and their logprobs, [T, NUM_TOP] each; None for unscored rows."""
+    found = None if record.signal is None else record.signal.most_likely(NUM_TOP, head)
+    if found is None:
+        return None
+    ids = np.full((len(record.completion_ids), NUM_TOP), -1)
+    logprobs = np.full(ids.shape, -np.inf)
+    width = found[0].shape[1]
+    ids[:, :width] = found[0]
+    with np.errstate(divide="ignore"):
+        logprobs[:, :width] = np.log(found[1].astype(np.float64))
+    return ids, np.where(ids < 0, -np.inf, logprobs)
+
+
+def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
+    """`rows`, `prompts`, `vocabulary` and `columns` of the page (docs/viewer.md)."""
+    ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in REFERS if rows}
+    vocabulary = Vocabulary(ids.values())
+    places = {name: vocabulary.places(found) for name, found in ids.items()}
+    columns = {
+        name: encoded_ids(
+            found, {other: places[other] for other in REFERS[name] if (places[other] >= 0).any()}
+        )
+        for name, found in places.items()
+    }
+    columns |= {
+        name: encoded(name, np.concatenate([row.values(name) for row in rows])) for name in LAWS if rows
+    }
+    prompts = list(dict.fromkeys(row.record.prompt_text for row in rows))
+    return {
+        "rows": list(_described(rows, prompts)),
+        "prompts": [_prompt(text) for text in prompts],
+        "vocabulary": {"data": deflated(json.dumps(vocabulary.entries(speller.entry)).encode())},
+        "columns": {name: column for name, column in columns.items() if column is not None},
+    }
+
+
+def _described(rows: Sequence[Rollout], prompts: Sequence[str]) -> Iterator[Figures]:
+    places, offset = {text: place for place, text in enumerate(prompts)}, 0
+    for row in rows:
+        yield described(row) | {"prompt": places[row.record.prompt_text], "offset": offset}
+        offset += row.num_tokens
+
+
+def described(row: Rollout) -> Figures:
+    """What the list of rows shows of a row, without its tokens."""
+    record = row.record
+    teacher, behaviour = row.mean("teacher_logprob"), row.mean("behaviour_logprob")
+    gap = None if teacher is None or behaviour is None else teacher - behaviour
+    return {
+        "id": record.row_id,
+        "prompt_id": record.prompt_id,
+        "step": record.policy_step,
+        "refresh": record.refresh_index,
+        "finish": "stop" if record.finish_reason == "eos" else record.finish_reason,
+        "tokens": row.num_tokens,
+        "source": row.source,
+        "solved": None,
+        "gap": gap,
+        "rkl": row.mean("rkl"),
+        "fkl": row.mean("fkl"),
+        "lambda": row.mean("lambda"),
+        "entropy": row.mean("teacher_entropy"),
+        "traced_at": row.trace and row.trace.step,
+    }
+
+
+def _prompt(text: str) -> Figures:
+    """The prompt's turns, or its text if they cannot be told apart; long ones without their middle."""
+    messages = messages_of(text)
+    if messages is None:
+        return {"text": shortened(text), "messages": None}
+    turns = [turn | {"content": shortened(turn["content"])} for turn in messages]
+    return {"text": None, "messages": turns}
+
+
+def shortened(text: str) -> str:
+    """A text of at most about MOST_CHARACTERS: the middle of a longer one is left out, which it says."""
+    left = len(text) - MOST_CHARACTERS
+    if left <= 0:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]}\n[… {left:,} characters left out …]\n{text[-half:]}"

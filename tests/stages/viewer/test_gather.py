@@ -1,0 +1,252 @@
+"""What the page gets to show of runs and caches: complete, damaged, unfinished, large, hostile."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cache
+from stages import view
+from stages.runtime import traces
+from stages.viewer import gather, page, sample
+from stages.viewer.rollouts import Rollout, payload, top_of
+from stages.viewer.tokens import Speller
+from tests.support import cache_samples
+from tests.support.helpers import ROOT, STUDENT
+from tests.support.tiny_runs import train_from
+from tests.support.viewing import data_of, ids_of, text_of, tokens_of, values_of, vocabulary_of
+
+TOKENIZER = (ROOT / STUDENT / "tokenizer.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, caches: Callable[..., str]) -> Path:
+    run = train_from(tmp_path_factory.mktemp("run"), caches(), max_steps=4, refresh_every=0, trace_every=2)
+    return run.folder
+
+
+def only(place: Path | str, rows: int | None = None) -> dict[str, Any]:
+    """The page's data of one run or cache."""
+    found: dict[str, Any] = gather.page_data([view.source(str(place))], rows)["runs"][0]
+    return found
+
+
+def test_rows_show_the_records_of_the_cache(trained: Path) -> None:
+    found = only(trained)
+    snapshot = cache.open(view.source(str(trained)).root)
+    rollouts = found["rollouts"]
+    assert rollouts["shown"] == rollouts["total"] == len(snapshot) == len(rollouts["rows"])
+    assert rollouts["how"] == f"All {len(snapshot)} rollouts of the cache."
+    entries, columns = vocabulary_of(rollouts), rollouts["columns"]
+    tops = ids_of(columns, "teacher_top")
+    for row in rollouts["rows"]:
+        record = snapshot[snapshot.position(row["id"])]
+        own = slice(row["offset"], row["offset"] + row["tokens"])
+        ids = [entries[place]["id"] for place in ids_of(columns, "token")[own]]
+        assert ids == record.completion_ids.tolist()
+        shown = values_of(columns["teacher_logprob"])[own]
+        np.testing.assert_allclose(shown, record.teacher_logprobs, atol=0.02)
+        assert [entries[place]["id"] for place in tops[own][:, 0]] == record.top1_id.tolist()
+        gap = float((record.teacher_logprobs - record.behaviour_logprobs).mean())
+        assert row["gap"] == pytest.approx(gap, abs=1e-5)
+
+
+def test_traced_rows_show_what_training_computed(trained: Path) -> None:
+    known = traces.newest_by_row(trained, pytest.fail)
+    rollouts = only(trained)["rollouts"]
+    rows = [row for row in rollouts["rows"] if row["traced_at"]]
+    assert {row["id"] for row in rows} == {*known}
+    entries = vocabulary_of(rollouts)
+    for row in rows:
+        trace, own = known[row["id"]], slice(row["offset"], row["offset"] + row["tokens"])
+        assert row["rkl"] == pytest.approx(trace.scalars["reverse_kl"].mean())
+        assert row["traced_at"] == trace.step
+        shown = values_of(rollouts["columns"]["lambda"])[own]
+        np.testing.assert_allclose(shown, trace.scalars["gate"], atol=0.003)
+        tops = ids_of(rollouts["columns"], "student_top")[own][:, 0]
+        assert [entries[place]["id"] for place in tops] == trace.top_ids[:, 0].tolist()
+
+
+def test_a_bare_cache_has_rows_and_no_run(caches: Callable[..., str]) -> None:
+    found = only(caches())
+    assert (found["kind"], found["curves"], found["table"], found["notes"]) == ("cache", [], [], [])
+    assert "rollouts with" in found["verdict"]
+    assert found["rollouts"]["rows"]
+    assert {"teacher", "vocab_size"} <= {fact["label"] for fact in found["provenance"]}
+
+
+def test_two_runs_come_in_order_with_their_keys(
+    trained: Path, caches: Callable[..., str], tmp_path: Path
+) -> None:
+    other = train_from(tmp_path, caches(), max_steps=2, refresh_every=0, tau=0.5, run_name="other")
+    runs = gather.page_data([view.source(str(folder)) for folder in (other.folder, trained)])["runs"]
+    assert runs[0]["name"] == "other"
+    assert runs[0]["config"]["loss"]["tau"] == 0.5 != runs[1]["config"]["loss"]["tau"]
+    assert [run["steps"]["step"] for run in runs] == [[1, 2], [1, 2, 3, 4]]
+
+
+def write_cache(
+    root: Path, count: int, kind: str = "topk", tokenizer: str | None = None, **changes: Any
+) -> Path:
+    with cache.Writer(
+        root,
+        cache_samples.fingerprint(kind),
+        tokenizer,
+        head=cache_samples.head() if kind == "hidden" else None,
+    ) as writer:
+        for first in range(0, count, 50):
+            for number in range(first, min(count, first + 50)):
+                writer.append(cache_samples.record(number, kind, **changes))
+            writer.commit(f"g0000-{first:05}")
+    return root
+
+
+def test_a_large_cache_is_sampled_over_kinds_and_refreshes(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", 400)
+    rollouts = only(root, 40)["rollouts"]
+    assert (rollouts["shown"], rollouts["total"], len(rollouts["rows"])) == (40, 400, 40)
+    assert "360 are left out" in rollouts["how"]
+    snapshot = cache.open(root)
+    table = snapshot.to_table(["behaviour_logprobs", "teacher_logprobs"]).to_pylist()
+    sums = [sum(row["behaviour_logprobs"]) - sum(row["teacher_logprobs"]) for row in table]
+    worst = {snapshot.row_ids[i] for i in np.argsort(sums)[::-1][:8]}
+    shown = {row["id"] for row in rollouts["rows"]}
+    assert worst <= shown
+    assert len({row["refresh"] for row in rollouts["rows"]}) > 20
+    assert rollouts == only(root, 40)["rollouts"]  # the same rows every time
+
+
+def test_any_beginning_of_a_sample_has_rows_of_each_kind(tmp_path: Path) -> None:
+    found = sample.scan(cache.open(write_cache(tmp_path / "cache", 200)), pytest.fail)
+    chosen, kinds = sample.choose(found, 50, range(100, 150))
+    assert len({*chosen}) == 50
+    assert "15 traced in training, 10 least likely to the teacher, 5 longest, 5 cut" in kinds
+    assert 2 <= sum(100 <= row < 150 for row in chosen[:10]) <= 5
+
+
+def test_a_page_that_would_be_too_large_has_fewer_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_cache(tmp_path / "cache", 200, prompt_text="x" * 900)
+    whole = len(json.dumps(only(root)))
+    monkeypatch.setattr(gather, "MOST_BYTES", whole // 2)
+    found = only(root)
+    assert whole // 4 < len(json.dumps(found)) < whole // 2
+    assert 40 < found["rollouts"]["shown"] < 160
+    assert f"{200 - found['rollouts']['shown']} are left out" in found["rollouts"]["how"]
+    assert only(root, 200)["rollouts"]["shown"] == 200  # asked for
+
+
+@pytest.mark.parametrize("kind", ["none", "nucleus", "hidden", "full"])
+def test_every_signal_has_rows(tmp_path: Path, kind: str) -> None:
+    root = write_cache(tmp_path / "cache", 12, kind)
+    found = only(root)
+    assert len(found["rollouts"]["rows"]) == 12
+    assert ("teacher_top" in found["rollouts"]["columns"]) == (kind != "none")
+    assert found["rollouts"]["rows"][0]["gap"] is None or kind != "none"
+    page.render(gather.page_data([view.source(str(root))]))
+
+
+def test_a_damaged_shard_is_said_and_the_other_rows_are_shown(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", 100)
+    shard = sorted((root / "shards").iterdir())[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    found = only(root)
+    assert found["rollouts"]["shown"] == 50
+    assert any(shard.name in note and "leaves its rows out" in note for note in found["notes"])
+    assert "50 are left out" in found["rollouts"]["how"]
+
+
+def test_a_run_whose_cache_is_gone_or_broken_has_its_figures(trained: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    config = (tmp_path / "config.yaml").read_text().splitlines()
+    broken = ["cache_dir: ''" if line.strip().startswith("cache_dir:") else line for line in config]
+    indent = next(line for line in config if "cache_dir:" in line).split("cache_dir")[0]
+    text = "\n".join(indent + line if line.startswith("cache_dir") else line for line in broken)
+    (tmp_path / "config.yaml").write_text(text)
+    found = only(tmp_path)
+    assert found["steps"]["step"] == [1, 2, 3, 4]
+    assert found["rollouts"]["rows"] == []
+    assert any("There is no cache" in note for note in found["notes"])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "fingerprint.json").write_text("{}")
+    assert any("No rollouts are shown" in note for note in only(tmp_path)["notes"])
+
+
+def test_a_run_that_stopped_before_its_first_step_has_a_page(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "lo')  # cut by a crash
+    found = only(tmp_path)
+    assert (found["verdict"], found["curves"], found["gate"]) == ("Not trained yet.", [], {})
+    page.render(gather.page_data([view.source(str(tmp_path))]))
+
+
+def test_what_models_write_cannot_leave_the_data(tmp_path: Path) -> None:
+    text = "</script><script>alert(1)</script><!-- \u2028 \x1b[31m \u202e &amp;"
+    root = write_cache(tmp_path / "cache", 3, prompt_text=text, prompt_id=text)
+    html = page.render(gather.page_data([view.source(str(root))]))
+    start = html.index('id="dualkl-data"')
+    block = html[start : html.index("</script>", start)]
+    assert "alert(1)" in block
+    assert not {"<!--", "\u2028", "\x1b", "\u202e", "<script>"} & {part for part in block.split() if part}
+    row = data_of(html)["runs"][0]["rollouts"]
+    assert row["rows"][0]["prompt_id"] == text
+    assert row["prompts"][0]["text"] == text
+
+
+def test_a_tokenizer_spells_and_without_one_ids_are_shown(tmp_path: Path) -> None:
+    ids = {"completion_ids": np.array([24, 20, 1])}
+    plain = [cache_samples.record(0, "none", 3, **ids)]
+    for name, tokenizer in (("with", TOKENIZER), ("without", None)):
+        with cache.Writer(tmp_path / name, cache_samples.fingerprint("none"), tokenizer) as writer:
+            writer.append(plain[0])
+            writer.commit("g0000-00000")
+    spelled, numbers = only(tmp_path / "with"), only(tmp_path / "without")
+    assert tokens_of(spelled["rollouts"], spelled["rollouts"]["rows"][0]) == ["4", "0", "<|end|>"]
+    assert {"id": 1, "s": "<|end|>"} in vocabulary_of(spelled["rollouts"])
+    assert tokens_of(numbers["rollouts"], numbers["rollouts"]["rows"][0]) == ["24 ", "20 ", "1 "]
+    assert any("shown as their ids" in note for note in numbers["notes"])
+
+
+def test_unlikely_ids_are_left_out_of_a_top_five_but_for_the_first() -> None:
+    record = cache_samples.record(0, "topk", 2)
+    logprobs = np.log([[0.9, 0.09, 0.009, 9e-4, 1e-9], [5e-4, 4e-4, 3e-4, 2e-4, 1e-4]])
+    ids = np.arange(10).reshape(2, 5)
+    found = payload([Rollout(record, top=(ids, logprobs))], Speller(None))
+    entries = vocabulary_of(found)
+    tops = [
+        [int(text_of(entries[p])) for p in row if p >= 0] for row in ids_of(found["columns"], "teacher_top")
+    ]
+    assert tops == [[0, 1, 2], [5]]
+    assert top_of(cache_samples.record(0, "none", 2), lambda: None) is None
+
+
+@pytest.mark.parametrize(("place", "words"), [("nowhere", "neither a run"), ("", "neither a run")])
+def test_a_place_that_is_neither_is_one_sentence(tmp_path: Path, place: str, words: str) -> None:
+    with pytest.raises(view.UserError, match=words):
+        view.source(str(tmp_path / place))
+
+
+def test_the_command_writes_one_file_that_needs_nothing_from_elsewhere(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["dualkl view", str(trained), "--out", str(out), "--json"])
+    view.main()
+    facts = json.loads(capsys.readouterr().out)
+    text = out.read_text()
+    assert facts["page"] == str(out)
+    assert facts["bytes"] == out.stat().st_size < 3_000_000
+    assert "default-src &#x27;none&#x27;" in text
+    assert "connect-src" not in text
+    assert not re.search(r"(src|href)=[\"'](?!data:,|#)", text.split("<script>", 1)[0])
+    assert data_of(text)["runs"][0]["name"] == trained.name

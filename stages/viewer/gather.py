@@ -1,4 +1,4 @@
-"""Collects what the page shows of runs and caches into plain values (docs/viewer.md)."""
+"""Collects what the page shows of runs and caches into plain values."""
 
 from __future__ import annotations
 

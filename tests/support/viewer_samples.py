@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from typing import Any
 
@@ -10,50 +11,11 @@ import numpy as np
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 CONTROLS = "\x1b[31mred\u202egnp.exe\u2066\x07"
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "to",
-    "and",
-    "is",
-    "that",
-    "we",
-    "have",
-    "so",
-    "then",
-    "first",
-    "next",
-    "total",
-    "cost",
-    "price",
-    "apples",
-    "each",
-    "per",
-    "week",
-    "twice",
-    "half",
-    "minus",
-    "plus",
-    "equals",
-    "12",
-    "3",
-    "48",
-    "96",
-    "7",
-    "dollars",
-    "hours",
-    "therefore",
-    "answer",
-    "left",
-    "sold",
-    "remaining",
-    "number",
-    "from",
-    "with",
-    "for",
-    "groups",
-]
+TEXT = (
+    "the a of to and is that we have so then first next total cost price apples each per week twice half minus "
+    "plus equals 12 3 48 96 7 dollars hours therefore answer left sold remaining number from with for groups"
+)
+WORDS = TEXT.split()
 PROMPTS = (
     "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
     "A shop has 96 apples and sells 12 of them each day. How many are left after 3 days?",
@@ -62,22 +24,28 @@ PROMPTS = (
 )
 
 
-def packed(values: np.ndarray, **more: Any) -> dict[str, Any]:
-    """A column: base64 of the raw deflate stream of the little-endian array."""
+def squeezed(data: bytes) -> str:
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-    data = squeeze.compress(values.tobytes()) + squeeze.flush()
+    return base64.b64encode(squeeze.compress(data) + squeeze.flush()).decode()
+
+
+def packed(values: np.ndarray, **more: Any) -> dict[str, Any]:
+    """A column of values [tokens] or [tokens, slots]: slot after slot, its codes in byte planes."""
+    slots = values.reshape(len(values), -1).T.reshape(-1)
+    planes = slots.view(np.uint8).reshape(len(slots), -1).T
     name = {"uint8": "u8", "uint16": "u16", "uint32": "u32"}[values.dtype.name]
-    return {"dtype": name, "data": base64.b64encode(data).decode(), **more}
+    width = 1 if values.ndim == 1 else values.shape[1]
+    most = 2 ** (8 * values.dtype.itemsize) - 1
+    return {"dtype": name, "width": width, "missing": most, "data": squeezed(planes.tobytes()), **more}
 
 
-def scaled(values: np.ndarray, missing: np.ndarray | None = None, **more: Any) -> dict[str, Any]:
-    """A column of 8-bit codes over the range of the values; code 255 where `missing`."""
-    low, high = float(values.min()), float(values.max())
-    scale = (high - low) / 254 or 1.0
-    codes = np.round((values - low) / scale).astype(np.uint8)
+def scaled(values: np.ndarray, missing: np.ndarray | None = None) -> dict[str, Any]:
+    """A column of 8-bit codes of values of one sign by the square law; 255 where `missing`."""
+    scale = (values.min() if values.min() < 0 else values.max() or 1.0) / 254**2
+    codes = np.round(np.sqrt(np.maximum(values / scale, 0))).astype(np.uint8)
     if missing is not None:
         codes[missing] = 255
-    return packed(codes, scale=scale, zero=low, missing=255, **more)
+    return packed(codes, law="square", scale=float(scale))
 
 
 def vocabulary() -> list[dict[str, Any]]:
@@ -130,7 +98,6 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
     logprob = np.log(np.maximum(mass, 1e-6))
     columns = {
         "token": packed(ids),
-        "gap": scaled(gap),
         "teacher_logprob": scaled(np.minimum(logprob[:, 0] + gap, 0)),
         "behaviour_logprob": scaled(logprob[:, 0]),
         "rkl": scaled(rkl, untraced),
@@ -139,10 +106,10 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
         "teacher_entropy": scaled(entropy),
         "student_entropy": scaled(entropy * generator.uniform(0.8, 1.2, total), untraced),
         "tail": scaled(generator.beta(1, 60, total)),
-        "teacher_top": packed(top.reshape(-1), width=5, missing=65535),
-        "teacher_top_logprob": scaled(logprob.reshape(-1), width=5),
-        "student_top": packed(student_top.reshape(-1), width=5, missing=65535),
-        "student_top_logprob": scaled(logprob.reshape(-1) * 1.1, np.repeat(untraced, 5), width=5),
+        "teacher_top": packed(top),
+        "teacher_top_logprob": scaled(logprob),
+        "student_top": packed(student_top),
+        "student_top_logprob": scaled(logprob * 1.1, untraced),
     }
     found = []
     for row, (start, n) in enumerate(zip(offsets, lengths)):
@@ -157,24 +124,21 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
                 "fkl": float(fkl[here].mean()) if traced else None,
                 "lambda": float(gate[here].mean()) if traced else None,
                 "gap": float(gap[here].mean()), "entropy": float(entropy[here].mean()),
-                "messages": [
-                    {"role": "system", "content": "You solve word problems."},
-                    {"role": "user", "content": PROMPTS[row % len(PROMPTS)] + (f"\n{HOSTILE}" if row == 0 else "")},
-                ],
-                "prompt_text": None, "offset": int(start), "source": "cache",
+                "prompt": 0 if row == 0 else 1 + row % len(PROMPTS), "traced_at": 8 if traced else None,
+                "offset": int(start), "source": "cache",
             }
         )  # fmt: skip
     how = (
         f"{rows} of {20 * rows} rollouts: the worst by reverse KL, the longest, cut ones, the rest at random."
     )
+    prompts = [
+        {"text": None, "messages": [{"role": "user", "content": text}]}
+        for text in (f"{PROMPTS[0]}\n{HOSTILE}", *PROMPTS)
+    ]
+    words = {"data": squeezed(json.dumps(vocabulary()).encode())}
     return {
-        "shown": rows,
-        "total": 20 * rows,
-        "how": how,
-        "rows": found,
-        "vocabulary": vocabulary(),
-        "columns": columns,
-    }
+        "shown": rows, "total": 20 * rows, "heldout": 0, "how": how, "rows": found, "prompts": prompts, "vocabulary": words, "columns": columns,
+    }  # fmt: skip
 
 
 def steps(count: int, seed: int = 0) -> dict[str, list[Any]]:
@@ -221,12 +185,10 @@ def run(
     name: str = "demo", rows: int = 24, length: int = 96, num_steps: int = 96, seed: int = 0
 ) -> dict[str, Any]:
     edges = [10 ** (-6 + i / 2) for i in range(17)]
-    shape = np.exp(-((np.arange(18) - 7.0) ** 2) / 14)
+    shape = np.exp(-((np.arange(16) - 7.0) ** 2) / 14)
     gate_steps = list(range(4, num_steps + 1, 4))
-    over_time = [
-        (9000 * np.roll(shape, -int(3 * i / len(gate_steps)))).astype(int).tolist()
-        for i in range(len(gate_steps))
-    ]
+    over_time = [[400] * 4 + [50 + i] * 15 + [9000 + 10 * i] for i in range(len(gate_steps))]
+    shares = [i / 20 for i in range(21)]
     positions = ["0-15", "16-31", "32-63", "64-127", "128-255", "256+"]
     ages = ["0-3", "4-7", "8-15"]
     by = lambda names: {  # noqa: E731
@@ -249,11 +211,11 @@ def run(
         "verdict": "The student improved by 50.0 points, from 39.0% to 89.0% of held-out problems; on its own text "
         "forward KL fell to 0.08 × and reverse KL to 0.11 × of what they were.",
         "table": [
-            {"label": "held-out problems solved", "unit": "%", "before": interval(39.0, 6.7), "after": interval(89, 4.3), "teacher": interval(95.5, 2.9)},
+            {"label": "held-out problems solved", "unit": "%", "before": interval(0.39, 0.067), "after": interval(0.89, 0.043), "teacher": interval(0.955, 0.029)},
             {"label": "held-out answers cut at max_new_tokens", "unit": "%", "before": interval(0, 0), "after": interval(0, 0), "teacher": interval(0, 0)},
             {"label": "forward KL on its own text", "unit": "nats", "before": interval(0.1731, 0.021), "after": interval(0.0146, 0.002), "teacher": None},
             {"label": "reverse KL on its own text", "unit": "nats", "before": interval(0.5208, 0.06), "after": interval(0.0549, 0.008), "teacher": None},
-            {"label": "same most likely token, its own text", "unit": "%", "before": interval(95.7, 0.6), "after": {"value": 99.5, "low": None, "high": None}, "teacher": None},
+            {"label": "same most likely token, its own text", "unit": "%", "before": interval(0.957, 0.006), "after": {"value": 0.995, "low": None, "high": None}, "teacher": None},
         ],
         "curves": [{"title": t, "unit": u, "log": log, "x": "step", "series": [{"key": k, "label": v} for k, v in s]} for t, u, log, s in CURVES],
         "steps": steps(num_steps, seed),
@@ -262,8 +224,8 @@ def run(
         + [{"step": 41, "kind": "warning", "text": "the gradient norm is above 10 times its median"}],
         "evals": {"step": [24, 48, 72], "forward_kl": [0.08, 0.04, 0.02], "reverse_kl": [0.25, 0.12, 0.07]},
         "gate": {
-            "lambda_vs_d": {"edges": edges, "counts": (90000 * shape).astype(int).tolist(), "tau": 1.0, "alpha": 5.0, "gating": "reverse"},
-            "histogram_over_time": {"steps": gate_steps, "edges": edges, "counts": over_time},
+            "lambda_vs_d": {"edges": edges, "counts": (90000 * shape).astype(int).tolist(), "tau": 1.0, "alpha": 5.0, "gating": "soft", "gate_on": "rkl"},
+            "histogram_over_time": {"steps": gate_steps, "edges": shares, "counts": over_time},
             "by_position": by(positions), "by_age": by(ages),
         },
         "seconds": [
@@ -271,14 +233,15 @@ def run(
             {"phase": "training", "seconds": 62.0, "kind": "train"}, {"phase": "evaluation", "seconds": 33.1, "kind": "evaluate"},
             {"phase": "other", "seconds": 4.4, "kind": "other"},
         ],
-        "stage_one": {"rounds": 4, "tokens_per_second": 1650.0}, "memory": {"peak GPU bytes": 31 * 2**30},
-        "cache": {"rows": 3072, "tokens": 89474, "bytes_per_token": 88.1, "signal_bytes_per_token": 61.3, "cut_share": 0.0},
+        "notes": ["step-8.arrow cannot be read (its digest differs): the page leaves it out"],
+        "stage_one": {"rounds": 4, "generated_tokens_per_second": 1650.0}, "memory": {"training": 31 * 2**30},
+        "cache": {"rows": 3072, "tokens": 89474, "bytes": 7881278, "scored_tokens": 89474, "bytes_per_token": 88.1, "signal_bytes_per_token": 61.3, "cut_share": 0.0},
         "provenance": [
             {"label": "command", "value": "dualkl run demo --seed 0"}, {"label": "commit", "value": "f01731e"},
             {"label": "versions", "value": "torch 2.13.0, transformers 5.17.0, peft 0.21.0"},
             {"label": "hardware", "value": "2 × CPU cores, 23 GiB"}, {"label": "student hash", "value": "9f47895f711af1a37807"},
         ],
-        "config": {"loss": {"tau": 1.0, "alpha": 5.0, "gating": "reverse"}, "train": {"lr": 2e-5 if not seed else 5e-5, "steps": num_steps, "seed": seed}},
+        "config": {"loss": {"tau": 1.0, "alpha": 5.0, "gating": "soft"}, "train": {"lr": 2e-5 if not seed else 5e-5, "steps": num_steps, "seed": seed}},
         "config_changes": [{"from_step": 48, "key": "lr", "old": 4e-5, "new": 2e-5}],
         "warnings": [{"step": 41, "text": "the gradient norm is above 10 times its median"}],
         "rollouts": rollouts(rows, length, seed), "answers": answers,

@@ -1,5 +1,5 @@
 "use strict";
-// Pictures of the gate: λ against D, D over the steps, means by position and by age.
+// Pictures of the gate: λ against D, λ over the steps, means by position and by age.
 
 // A plot area of 100 × 100 units with HTML labels, so that no text is scaled. Ticks: [[place in 0..1, text]].
 function frame({ title, note, label, xTicks, yTicks, xName, yName, marks }, ...shapes) {
@@ -23,9 +23,9 @@ function power(value) {
 }
 
 // Counts lie between edges; empty bins at both ends are cut off.
-function bins(edges, counts, sums = counts) {
-  const first = Math.max(0, sums.findIndex((count) => count > 0));
-  const last = Math.max(first, sums.findLastIndex((count) => count > 0));
+function bins(edges, counts) {
+  const first = Math.max(0, counts.findIndex((count) => count > 0));
+  const last = Math.max(first, counts.findLastIndex((count) => count > 0));
   const logs = edges.slice(first, last + 2).map((edge) => Math.log10(edge));
   const [from, to] = [logs[0], logs.at(-1)];
   const place = (value) => (Math.log10(value) - from) / (to - from);
@@ -62,30 +62,26 @@ function gateAgainstD(about) {
   return frame({ title: "λ against D", note: hasGate ? `τ = ${number(tau, 2)}${about.gating === "hard" ? ", hard gate" : `, α = ${number(alpha, 1)}`}` : null,
     label: `Histogram of the divergence D of all tokens${hasGate ? `, and λ falling from 1 to 0 at τ = ${tau}; ${share}` : ""}.`,
     xTicks: labels, yTicks: [[0, "0"], [0.46, "0.5"], [0.92, "1"]], marks: isSeen ? [[place(tau), share]] : [],
-    xName: `D (${quantity(about.gate_on)?.label.toLowerCase() ?? "gated divergence"}), nats`, yName: hasGate ? "λ (line), share of tokens (bars)" : "share of tokens" },
+    xName: `D (${quantity(about.gate_on)?.label ?? "gated divergence"}), nats`, yName: hasGate ? "λ (line), share of tokens (bars)" : "share of tokens" },
     bars, isSeen ? svg("line", { x1: x, x2: x, y1: 0, y2: 100, class: "tau" }) : null,
     hasGate ? svg("polyline", { points: line.join(" "), class: "curve" }) : null); // prettier-ignore
 }
 
-function gateOverTime({ steps, edges, counts }, tau) {
-  const all = counts[0].map((_, bin) => counts.reduce((sum, one) => sum + one[bin], 0));
-  const { place, labels, size, first: low, last } = bins(edges, counts[0], all);
+// Shares of the tokens by λ, between linear edges, at each step; many steps are joined.
+function gateOverTime({ steps, edges, counts }) {
+  const size = 1 / counts[0].length;
   const columns = Math.min(steps.length, 120);
-  const shapes = [];
-  for (let column = 0; column < columns; column++) {
-    const [first, end] = [Math.floor((column * steps.length) / columns), Math.floor(((column + 1) * steps.length) / columns)];
-    const sums = counts[0].slice(low, last + 1).map((_, bin) => counts.slice(first, end).reduce((sum, one) => sum + one[low + bin], 0));
+  const shapes = Array.from({ length: columns }, (_, column) => {
+    const [first, end] = [column, column + 1].map((one) => Math.floor((one * steps.length) / columns));
+    const sums = counts[0].map((_, bin) => counts.slice(first, end).reduce((sum, one) => sum + one[bin], 0));
     const most = Math.max(...sums, 1);
-    sums.forEach((sum, bin) => {
-      if (sum) shapes.push(svg("rect", { x: (100 * column) / columns, width: 100 / columns + 0.15, y: 100 * (1 - (bin + 1) * size),
-        height: 100 * size + 0.3, class: "heat", "fill-opacity": (0.04 + 0.96 * Math.sqrt(sum / most)).toFixed(3) })); // prettier-ignore
-    });
-  }
-  if (tau > 0 && place(tau) > 0 && place(tau) < 1) shapes.push(svg("line", { x1: 0, x2: 100, y1: 100 - 100 * place(tau), y2: 100 - 100 * place(tau), class: "tau" }));
-  const at = ticks(steps[0], steps.at(-1), 4).map((step) => [(step - steps[0]) / (steps.at(-1) - steps[0] || 1), String(step)]);
-  return frame({ title: "D over the steps", note: "darker: more tokens",
-    label: `Distribution of the divergence D at the steps ${steps[0]} to ${steps.at(-1)}.`,
-    xTicks: at, yTicks: labels, xName: "step", yName: "D, nats" }, shapes); // prettier-ignore
+    return sums.map((sum, bin) => sum === 0 ? null : svg("rect", { x: (100 * column) / columns, width: 100 / columns, y: 100 * (1 - (bin + 1) * size),
+      height: 100 * size, class: "heat", "fill-opacity": (0.05 + 0.95 * Math.sqrt(sum / most)).toFixed(3) })); // prettier-ignore
+  });
+  const at = ticks(steps[0], steps.at(-1), 4).map((step) => [(step - steps[0] + 0.5) / (steps.at(-1) - steps[0] + 1), String(step)]);
+  const yTicks = [0, 0.5, 1].map((lambda) => [(lambda - edges[0]) / (edges.at(-1) - edges[0]), String(lambda)]);
+  return frame({ title: "λ over the steps", note: "darker: more tokens", label: `Distribution of λ at the steps ${steps[0]} to ${steps.at(-1)}.`,
+    xTicks: at, yTicks, xName: "step", yName: "λ" }, shapes); // prettier-ignore
 }
 
 function meansTable(title, note, table) {
@@ -108,7 +104,7 @@ function gatePictures(gate) {
   const found = [];
   const filled = (table) => table && Object.keys(table).length;
   if (gate.lambda_vs_d?.counts?.length) found.push(gateAgainstD(gate.lambda_vs_d));
-  if (gate.histogram_over_time?.steps?.length > 1) found.push(gateOverTime(gate.histogram_over_time, gate.lambda_vs_d?.tau));
+  if (gate.histogram_over_time?.steps?.length > 1) found.push(gateOverTime(gate.histogram_over_time));
   if (filled(gate.by_position)) found.push(meansTable("By position", "first token of the range in the completion", gate.by_position));
   if (filled(gate.by_age)) found.push(meansTable("By age of the rollout", "optimizer steps", gate.by_age));
   return found;

@@ -55,7 +55,7 @@ function topList(title, name, entries, rollouts, written, tail) {
     return el("li", { class: isWritten ? "written" : null }, pieceNode(piece(rollouts, id)), el("div", { class: "track " + name, "--v": probability }, el("i", {})),
       el("span", { class: "share" }, share(probability)), isWritten ? el("span", { class: "unseen" }, "(written)") : null); // prettier-ignore
   });
-  const rest = tail === undefined || Number.isNaN(tail) ? null : el("li", { class: "rest" }, el("span", { class: "text" }, "tail"), el("div", { class: "track rest", "--v": tail }, el("i", {})), el("span", { class: "share" }, share(tail)));
+  const rest = tail === undefined || Number.isNaN(tail) ? null : el("li", { class: "rest" }, el("span", { class: "text", title: "outside the ids that the cache keeps" }, "not kept"), el("div", { class: "track rest", "--v": tail }, el("i", {})), el("span", { class: "share" }, share(tail)));
   return el("section", { class: "top5" }, el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")), el("ol", {}, rows, rest));
 }
 
@@ -67,7 +67,7 @@ function share(probability) {
 function rank(entries, written) {
   if (!entries.length) return null;
   const place = entries.findIndex(({ id }) => id === written);
-  return place < 0 ? `not in the first ${entries.length}` : `${place + 1}`;
+  return place < 0 ? "not in the top five" : `${place + 1}`;
 }
 
 function factsTable(facts, tops, written) {

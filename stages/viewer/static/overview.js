@@ -98,7 +98,7 @@ function dots(row, top) {
   const middle = svg("line", { x1: "50%", x2: "50%", y1: 0, y2: 40, class: "rule" });
   const edges = ["0%", "100%"].map((x) => svg("line", { x1: x, x2: x, y1: 0, y2: 40, class: "rule" }));
   return el("div", { class: "strip", "aria-hidden": "true" }, svg("svg", { width: "100%", height: 40, overflow: "visible" }, edges, middle, lanes.flat()),
-    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : number(top, 2)))); // prettier-ignore
+    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : tick(top)))); // prettier-ignore
 }
 
 function flat(config) {
@@ -166,22 +166,19 @@ function costs(run) {
   return [parts.length ? el("div", { class: "cost" }, el("p", { class: "note" }, `${duration(total)} in all`), bar, keys) : null, tiles(run)];
 }
 
-function tiles(run) {
-  const found = [];
-  for (const [group, facts] of [["cache", run.cache], ["stage one", run.stage_one], ["memory", run.memory]]) {
-    for (const [name, value] of Object.entries(facts ?? {})) {
-      if (typeof value !== "number" && typeof value !== "string") continue;
-      found.push(el("div", { class: "tile" }, el("dt", {}, `${group}: ${name.replaceAll("_", " ").replace(/ bytes$/, "")}`), el("dd", {}, fact(name, value))));
-    }
-  }
-  return found.length ? el("dl", { class: "tiles" }, found) : null;
-}
+const TILES = [
+  ["cache", "rows", "rollouts in the cache", "count"], ["cache", "scored_tokens", "scored tokens", "count"], ["cache", "bytes", "size of the cache", "bytes"],
+  ["cache", "bytes_per_token", "bytes a token", "number"], ["cache", "signal_bytes_per_token", "of them teacher signal", "number"],
+  ["cache", "cut_share", "completions cut", "share"], ["stage_one", "generated_tokens_per_second", "tokens written a second", "count"],
+  ["stage_one", "scored_tokens_per_second", "tokens scored a second", "count"], ["stage_one", "padding_waste", "padding of the teacher's forwards", "share"],
+]; // prettier-ignore
+const FORMS = { count: (value) => Math.round(value).toLocaleString("en-US"), bytes, number: (value) => value.toFixed(1), share: (value) => (100 * value).toFixed(1) + "%" };
 
-function fact(name, value) {
-  if (typeof value === "string") return visible(value);
-  if (/bytes$/.test(name)) return bytes(value);
-  if (/share$|^share/.test(name)) return (100 * value).toFixed(1) + "%";
-  return Number.isInteger(value) ? value.toLocaleString("en-US") : number(value, 1);
+function tiles(run) {
+  const facts = TILES.filter(([group, key]) => typeof run[group]?.[key] === "number").map(([group, key, label, form]) => [label, FORMS[form](run[group][key])]);
+  const memory = Object.entries(run.memory ?? {}).filter(([, value]) => typeof value === "number").map(([name, value]) => [`peak GPU memory, ${name.replaceAll("_", " ")}`, bytes(value)]);
+  const nodes = [...facts, ...memory].map(([label, value]) => el("div", { class: "tile" }, el("dt", {}, visible(label)), el("dd", {}, value)));
+  return nodes.length ? el("dl", { class: "tiles" }, nodes) : null;
 }
 
 function provenance(run) {

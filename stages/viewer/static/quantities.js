@@ -74,7 +74,7 @@ function legend(one, top) {
     return el("i", { class: signed && i > 10 ? "cold" : null, "--v": v });
   });
   const values = one.key === "lambda" ? [1, 0.5, 0] : one.key.endsWith("logprob") ? [0, -top / 4, -top] : [0, top / 4, top];
-  const shown = (signed ? [-top, 0, top] : values).map((value) => el("span", {}, number(value, value % 1 ? 2 : 0)));
+  const shown = (signed ? [-top, 0, top] : values).map((value) => el("span", {}, tick(value)));
   const [from, to] = one.ends;
   return el("figure", { class: "legend hue-" + one.hue, "aria-label": `Colours from ${from} to ${to}` },
     el("figcaption", {}, from), el("div", { class: "ramp" }, el("div", { class: "cells" }, cells), el("div", { class: "ticks" }, shown)),

@@ -61,10 +61,13 @@ function nextStrong(key, column, top, from, direction) {
   return from;
 }
 
-// Words of `text`, with those that are not in `other` (by the longest common subsequence) marked.
+// Words of `text`, with those that are not in `other` (by the longest common subsequence) marked. Texts that
+// share less than a quarter of their words are left as they are: marks everywhere say nothing.
 function marked(text, other, name) {
   const [a, b] = [other, text].map((one) => one.split(/(\s+)/).filter((word) => word));
   const kept = common(a, b);
+  const words = kept.filter((_, i) => b[i].trim());
+  if (words.filter((one) => one).length < words.length / 4) return [el("span", { class: "differs" }, "a different text"), visibleText(text)];
   return b.map((word, i) => {
     if (kept[i] || !word.trim()) return visibleText(word);
     return el("mark", { class: name }, visibleText(word));

@@ -1,0 +1,315 @@
+"""The viewer's page in headless Chromium: what a reader sees, clicks and types, and what may not happen."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.viewer import page as assembling
+from tests.support import viewer_samples
+
+playwright_api: Any = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+expect = playwright_api.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+DESKTOP = {"width": 1440, "height": 900}
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(assembling.render(viewer_samples.document(viewer_samples.run())))
+    return path
+
+
+@pytest.fixture
+def opened(browser) -> Iterator[Any]:
+    """Opens a page; at the end of the test it may have neither logged nor asked for anything."""
+    contexts, seen = [], []
+
+    def open_page(path: Path, hash_: str = "", viewport: dict[str, int] = DESKTOP, **options: Any) -> Any:
+        context = browser.new_context(viewport=viewport, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on(
+            "request",
+            lambda request: request.url.startswith(("file:", "data:", "blob:")) or seen.append(request.url),
+        )
+        page.goto(f"{path.as_uri()}{hash_}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert seen == []
+
+
+def wait_for_tokens(page) -> Any:
+    page.wait_for_selector("#tokens .token")
+    return page.locator("#tokens .token")
+
+
+def fits(page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_overview_shows_verdict_results_curves_gate_and_provenance(opened, html):
+    page = opened(html)
+    assert page.locator("h1").inner_text().startswith("The student improved by 50.0 points")
+    first = page.locator(".results tbody tr").first.inner_text()
+    assert "39.0%" in first
+    assert "32.3 – 45.7" in first
+    page.wait_for_selector(".u-over")
+    assert page.locator(".chart").count() == 9
+    titles = page.locator(".frame figcaption b").all_inner_texts()
+    assert titles == ["λ against D", "λ over the steps", "By position", "By age of the rollout"]
+    assert page.locator("rect.bar").count() == 16
+    assert "dualkl run demo --seed 0" in page.locator(".facts").inner_text()
+    assert "cannot be read" in page.locator(".notes").inner_text()
+    assert "step 41" in page.locator(".warnings").inner_text()
+
+
+def test_hover_over_one_curve_reads_all_of_them(opened, html):
+    page = opened(html)
+    page.wait_for_selector(".chart:nth-child(3) .u-over")
+    over = page.locator(".chart .u-over").first
+    over.scroll_into_view_if_needed()
+    for x in (140, 150):
+        page.wait_for_timeout(200)  # uPlot takes the place of a chart from scroll events
+        over.hover(position={"x": x, "y": 60})
+    expect(page.locator("#at-step")).to_have_text(re.compile("^step "))
+    assert page.locator(".chart:nth-child(3) .one.now").count() == 2
+
+
+def test_arrow_keys_read_a_curve_and_smoothing_redraws_it(opened, html):
+    page = opened(html)
+    page.wait_for_selector(".u-over")
+    page.locator(".chart").first.focus()
+    page.keyboard.press("Home")
+    assert page.locator("#said").inner_text().startswith("step 1: loss ")
+    page.get_by_label("Smoothing, steps").fill("3")
+    assert page.locator(".slide output").inner_text() == "8 steps"
+
+
+def test_runs_are_overlaid_by_name_with_their_differing_keys(opened, tmp_path):
+    runs = [viewer_samples.run("calm"), viewer_samples.run("bold", seed=1)]
+    (tmp_path / "two.html").write_text(assembling.render(viewer_samples.document(*runs)))
+    page = opened(tmp_path / "two.html")
+    page.wait_for_selector(".u-over")
+    assert re.findall("calm|bold", page.locator(".chart").first.inner_text()) == ["calm", "bold"]
+    keys = page.locator("section", has_text="keys that differ").locator("tbody th").all_inner_texts()
+    assert keys == ["lr", "seed"]
+    page.get_by_role("checkbox", name="bold").uncheck()
+    assert "bold" not in page.locator(".chart").first.inner_text()
+
+
+def test_search_filter_and_sort_change_the_list(opened, html):
+    page = opened(html, "#rollouts")
+    wait_for_tokens(page)
+    assert page.locator(".count").inner_text() == "24 rollouts"
+    page.get_by_label("Show").select_option("cut")
+    expect(page.locator(".count")).to_have_text("8 of 24 rollouts")
+    page.get_by_label("Show").select_option("all")
+    page.get_by_label("Sort").select_option("shortest")
+    expect(page.locator(".row[aria-selected=true]")).to_have_attribute("aria-posinset", "1")
+    counts = [
+        int(text.split(" tokens")[0].split()[-1]) for text in page.locator(".row .meta").all_inner_texts()
+    ]
+    assert counts == sorted(counts)
+    page.get_by_label("Search").fill("fibonacci")
+    expect(page.locator(".count")).to_have_text("6 of 24 rollouts")
+
+
+def test_a_clicked_token_shows_both_top_fives_and_the_gate(opened, html):
+    page = opened(html, "#rollouts?row=g0000-00002")
+    wait_for_tokens(page).nth(5).click()
+    page.wait_for_selector(".inspected")
+    assert page.locator(".top5").count() == 2
+    assert page.locator(".top5 li:not(.rest)").count() == 10
+    text = page.locator(".inspector").inner_text()
+    assert "6 of " in text
+    assert "Rank, teacher" in text
+    assert "reverse" in page.locator(".gauge").inner_text()
+
+
+def test_the_keyboard_alone_reads_rows_and_tokens(opened, html):
+    page = opened(html, "#rollouts")
+    tokens = wait_for_tokens(page)
+    first = page.evaluate("STATE.row")
+    page.keyboard.press("j")
+    expect(page.locator(".row[aria-selected=true]")).to_have_attribute("aria-posinset", "2")
+    expect(page.locator(".id")).not_to_have_attribute("title", first)
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "End", "ArrowLeft"):
+        page.keyboard.press(key)
+    count = page.evaluate("view.shown.nodes.length")
+    assert page.evaluate("STATE.token") == count - 2
+    page.wait_for_selector(".inspected")
+    assert f"token {count - 1} of {count}" in page.locator("#said").inner_text()
+    page.keyboard.press("Escape")
+    assert page.locator(".inspector").is_hidden()
+    colour = page.evaluate("STATE.colour")
+    page.keyboard.press("c")
+    assert page.evaluate("STATE.colour") != colour
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    assert "Reverse KL" in page.locator(".help").inner_text()
+    assert tokens.count() == 0
+
+
+def test_a_link_reopens_row_token_and_colour(opened, html):
+    page = opened(html, "#rollouts")
+    wait_for_tokens(page)
+    page.get_by_label("Colour the tokens by").select_option("teacher_entropy")
+    page.keyboard.press("j")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_selector(".inspected")
+    state = page.evaluate("[STATE.row, STATE.token, STATE.colour]")
+    again = opened(html, page.evaluate("location.hash"))
+    again.wait_for_selector(".inspected")
+    assert again.evaluate("[STATE.row, STATE.token, STATE.colour]") == state
+    assert state[1:] == [3, "teacher_entropy"]
+
+
+def test_model_text_is_shown_and_never_run(opened, html):
+    page = opened(html, "#rollouts?row=g0000-00000")
+    wait_for_tokens(page)
+    text = page.locator("#tokens").inner_text()
+    assert viewer_samples.HOSTILE in text
+    assert "␛[31mred⟨202E⟩gnp.exe⟨2066⟩␇" in text
+    assert viewer_samples.HOSTILE in page.locator(".turn.user").inner_text()
+    assert page.locator("#tokens .chip.bytes").first.inner_text() == "e2 82"
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#main img").count() == 0
+
+
+def test_values_of_tokens_are_those_of_the_columns(opened, html):
+    page = opened(html, "#rollouts?row=g0000-00002")
+    wait_for_tokens(page)
+    mean = page.evaluate(
+        "view.shown.tokens.columns.rkl.reduce((sum, one) => sum + one, 0) / view.shown.row.tokens"
+    )
+    assert mean == pytest.approx(page.evaluate("view.shown.row.rkl"), rel=0.02)
+
+
+def test_answers_are_side_by_side_with_differences_marked(opened, html):
+    page = opened(html, "#answers")
+    assert page.locator(".answer").count() == 16
+    card = page.locator(".answer").first
+    assert card.locator("mark.gone").all_inner_texts() == ["26", "26", "74", "74."]
+    page.get_by_role("button", name=re.compile("solved only after")).click()
+    assert page.locator(".answer").count() == 8
+
+
+@pytest.mark.parametrize("view", ["#overview", "#rollouts", "#answers", "#help"])
+def test_a_phone_scrolls_downwards_only(opened, html, view):
+    page = opened(html, view, PHONE, has_touch=True)
+    page.wait_for_selector("#main > *")
+    assert fits(page)
+    if view == "#rollouts":
+        page.locator(".row").first.click()
+        wait_for_tokens(page).nth(3).click()
+        page.wait_for_selector(".inspected")
+        assert fits(page)
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="← List").click()
+        assert page.locator(".list").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", ["#overview", "#rollouts?row=g0000-00002&token=3", "#answers", "#help"])
+def test_text_is_at_least_12_pixels_and_has_contrast(opened, html, view, scheme):
+    page = opened(html, view, color_scheme=scheme)
+    page.wait_for_timeout(500)
+    assert page.evaluate(SMALL) == []
+    assert page.evaluate(FAINT) == []
+
+
+def test_the_theme_is_switched(opened, html):
+    page = opened(html, color_scheme="light")
+    page.keyboard.press("t")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 23)"
+
+
+def test_it_prints(opened, html):
+    page = opened(html)
+    page.wait_for_selector(".u-over")
+    printed = page.pdf(format="A4", print_background=True)
+    assert printed.startswith(b"%PDF")
+    page.emulate_media(media="print")
+    assert page.locator(".top").is_hidden()
+    assert page.locator("h1").is_visible()
+
+
+def test_200_rollouts_of_512_tokens_are_small_and_smooth(opened, tmp_path):
+    path = tmp_path / "large.html"
+    path.write_text(assembling.render(viewer_samples.document(viewer_samples.run(rows=200, length=512))))
+    assert path.stat().st_size < 4e6  # made-up values compress worse than a model's
+    page = opened(path)
+    paint = page.evaluate(
+        "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? performance.now()"
+    )
+    assert paint < 1500
+    began = time.monotonic()
+    page.keyboard.press("r")
+    wait_for_tokens(page)
+    assert time.monotonic() - began < 3
+    assert page.locator(".row").count() < 40
+    frames = page.evaluate(SCROLL)
+    assert sorted(frames)[len(frames) // 2] < 34  # median; this machine draws in software
+    assert page.locator(".row").count() < 40
+
+
+SCROLL = """async () => {
+  const list = document.querySelector(".list"), frames = [];
+  let last = performance.now();
+  for (let i = 0; i < 60; i++) {
+    list.scrollTop += 90;
+    await new Promise(requestAnimationFrame);
+    frames.push(performance.now() - last);
+    last = performance.now();
+  }
+  return frames;
+}"""
+TEXTS = """const texts = [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() && !node.closest(".unseen, script, .skip")
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));"""
+SMALL = f"""() => {{ {TEXTS}
+  return texts.filter((node) => parseFloat(getComputedStyle(node).fontSize) < 12).map((node) => node.outerHTML.slice(0, 100)); }}"""
+FAINT = f"""() => {{ {TEXTS}
+  const canvas = document.createElement("canvas").getContext("2d", {{ willReadFrequently: true }});
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const drawn = (colours) => {{
+    colours.forEach((colour) => {{ canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }});
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  }};
+  return texts.filter((node) => {{
+    const under = [];
+    for (let at = node; at; at = at.parentElement) under.unshift(getComputedStyle(at).backgroundColor);
+    const paper = getComputedStyle(document.body).backgroundColor;
+    const [a, b] = [light(drawn([paper, ...under])), light(drawn([paper, ...under, getComputedStyle(node).color]))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05) < 4.5;
+  }}).map((node) => node.outerHTML.slice(0, 160));
+}}"""

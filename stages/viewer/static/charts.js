@@ -11,16 +11,21 @@ function pictures(runs) {
   const found = new Map();
   runs.forEach(({ run, colour }) => {
     for (const curve of run.curves ?? []) {
-      const series = curve.series.filter(({ key }) => (run.steps?.[key] ?? []).some((value) => value !== null));
+      const series = curve.series.filter(({ key }) =>
+        (run.steps?.[key] ?? []).some((value) => value !== null),
+      );
       if (!series.length) continue;
       const picture = found.get(curve.title) ?? { ...curve, lines: [] };
       found.set(curve.title, picture);
       series.forEach(({ key, label }, place) => {
         const alone = runs.length === 1;
         picture.lines.push({
-          run, key, label: alone ? label : series.length > 1 ? `${run.name}, ${label}` : run.name,
-          colour: alone ? LINES[place % LINES.length] : colour, dash: alone ? [] : DASHES[place % DASHES.length],
-        }); // prettier-ignore
+          run,
+          key,
+          label: alone ? label : series.length > 1 ? `${run.name}, ${label}` : run.name,
+          colour: alone ? LINES[place % LINES.length] : colour,
+          dash: alone ? [] : DASHES[place % DASHES.length],
+        });
       });
     }
   });
@@ -59,10 +64,27 @@ function chart(picture, settings, runs) {
   const readout = picture.lines.map((line) => reading(line));
   const holder = el("div", { class: "plot" });
   const last = picture.lines.map((line, i) => `${line.label} ${number(lastOf(raw[i]))}`).join(", ");
-  const figure = el("figure", { class: "chart", tabindex: 0, role: "img",
-    "aria-label": `${picture.title}${picture.unit ? ", " + picture.unit : ""}, over the steps ${steps[0]} to ${steps.at(-1)}; at the end ${last}. Arrow keys read it.` },
-    el("figcaption", {}, el("b", {}, picture.title), picture.unit ? el("span", { class: "unit" }, picture.unit) : null,
-      el("span", { class: "reading" }, readout.map(({ node }) => node))), holder); // prettier-ignore
+  const figure = el(
+    "figure",
+    {
+      class: "chart",
+      tabindex: 0,
+      role: "img",
+      "aria-label": `${picture.title}${picture.unit ? ", " + picture.unit : ""}, over the steps ${steps[0]} to ${steps.at(-1)}; at the end ${last}. Arrow keys read it.`,
+    },
+    el(
+      "figcaption",
+      {},
+      el("b", {}, picture.title),
+      picture.unit ? el("span", { class: "unit" }, picture.unit) : null,
+      el(
+        "span",
+        { class: "reading" },
+        readout.map(({ node }) => node),
+      ),
+    ),
+    holder,
+  );
   const one = { figure, readout, steps, raw, holder, picture };
   figure.addEventListener("keydown", (event) => walk(one, event));
   one.draw = () => draw(one, smooth, positive, settings, runs);
@@ -108,21 +130,33 @@ function options(one, series, positive, runs) {
   const [low, high] = [Math.min(...flat), Math.max(...flat)];
   const range = low >= 0 ? [0, high > 0 ? high * 1.08 : 1] : undefined;
   return {
-    width: Math.max(200, one.holder.clientWidth), height: 172, series, legend: { show: false }, padding: [8, 10, 0, 0],
+    width: Math.max(200, one.holder.clientWidth),
+    height: 172,
+    series,
+    legend: { show: false },
+    padding: [8, 10, 0, 0],
     scales: { x: { time: false }, y: positive ? { distr: 3 } : range ? { range } : {} },
-    axes: [{ ...axis, grid: { show: false }, size: 26, gap: 4, space: 60 },
-      { ...axis, size: 50, gap: 6, space: 30, values: short }],
+    axes: [
+      { ...axis, grid: { show: false }, size: 26, gap: 4, space: 60 },
+      { ...axis, size: 50, gap: 6, space: 30, values: short },
+    ],
     cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false, setScale: false } },
-    hooks: { drawClear: [(plot) => drawMarks(plot, runs)], setCursor: [(plot) => follow(one, plot)],
-      setSelect: [(plot) => zoom(plot)], ready: [(plot) => plot.over.addEventListener("dblclick", () => zoomAll(null))] },
-  }; // prettier-ignore
+    hooks: {
+      drawClear: [(plot) => drawMarks(plot, runs)],
+      setCursor: [(plot) => follow(one, plot)],
+      setSelect: [(plot) => zoom(plot)],
+      ready: [(plot) => plot.over.addEventListener("dblclick", () => zoomAll(null))],
+    },
+  };
 }
 
 function tick(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
   if (size >= 1e4) return Number((value / 1000).toPrecision(3)) + "k";
-  return size < 1e-3 ? value.toExponential(0).replace("-", MINUS) : String(Number(value.toPrecision(3))).replace("-", MINUS);
+  return size < 1e-3
+    ? value.toExponential(0).replace("-", MINUS)
+    : String(Number(value.toPrecision(3))).replace("-", MINUS);
 }
 
 function drawMarks(plot, runs) {
@@ -153,7 +187,10 @@ function follow(one, plot) {
   following = true;
   for (const other of charts) {
     if (other === one || !other.plot) continue;
-    other.plot.setCursor({ left: step === null ? -10 : other.plot.valToPos(step, "x"), top: step === null ? -10 : 20 });
+    other.plot.setCursor({
+      left: step === null ? -10 : other.plot.valToPos(step, "x"),
+      top: step === null ? -10 : 20,
+    });
   }
   following = false;
   announceStep(step);
@@ -173,7 +210,9 @@ function announceStep(step) {
   if (!note) return;
   if (step === null) note.textContent = note.dataset.idle;
   else {
-    const marks = shownRuns().flatMap(({ run }) => (run.marks ?? []).filter((mark) => mark.step === step && mark.kind !== "start"));
+    const marks = shownRuns().flatMap(({ run }) =>
+      (run.marks ?? []).filter((mark) => mark.step === step && mark.kind !== "start"),
+    );
     note.textContent = [`step ${step}`, ...marks.map((mark) => visible(mark.text))].join(" · ");
   }
 }
@@ -186,7 +225,10 @@ function walk(one, event) {
   const from = one.plot.cursor.idx ?? (move > 0 ? -1 : one.steps.length);
   const place = Math.max(0, Math.min(one.steps.length - 1, from + move));
   one.plot.setCursor({ left: one.plot.valToPos(one.steps[place], "x"), top: 20 });
-  say(`step ${one.steps[place]}: ` + one.picture.lines.map((line, i) => `${line.label} ${number(one.raw[i][place])}`).join(", "));
+  say(
+    `step ${one.steps[place]}: ` +
+      one.picture.lines.map((line, i) => `${line.label} ${number(one.raw[i][place])}`).join(", "),
+  );
 }
 
 function touch(one) {
@@ -216,14 +258,19 @@ function zoomAll(span) {
 function fillCharts(grid, runs, settings) {
   dropCharts();
   const found = pictures(runs);
-  charts.push(...found.map((picture) => chart(picture, { ...settings, log: settings.log ?? picture.log }, runs)));
+  charts.push(
+    ...found.map((picture) => chart(picture, { ...settings, log: settings.log ?? picture.log }, runs)),
+  );
   grid.replaceChildren(...charts.map(({ figure }) => figure));
-  const watch = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      const one = charts.find(({ figure }) => figure === entry.target);
-      if (entry.isIntersecting && one && !one.plot) one.draw();
-    }
-  }, { rootMargin: "300px" }); // prettier-ignore
+  const watch = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        const one = charts.find(({ figure }) => figure === entry.target);
+        if (entry.isIntersecting && one && !one.plot) one.draw();
+      }
+    },
+    { rootMargin: "300px" },
+  );
   for (const { figure } of charts) watch.observe(figure);
 }
 

@@ -20,7 +20,9 @@ function filled(node, attributes, children) {
     else if (name === "styles") Object.assign(node.style, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return node;
 }
 
@@ -29,7 +31,8 @@ function say(text) {
 }
 
 // Bidirectional and control characters as visible codes: U+202E cannot reorder what is read.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const UNSEEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 function visible(text) {
   return text.replace(UNSEEN, (char) => {
     const code = char.codePointAt(0);
@@ -43,7 +46,12 @@ function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size < 1e-3 || size >= 1e7) return value.toExponential(1).replace("e-", "e" + MINUS).replace("e+", "e").replace(/^-/, MINUS);
+  if (size < 1e-3 || size >= 1e7)
+    return value
+      .toExponential(1)
+      .replace("e-", "e" + MINUS)
+      .replace("e+", "e")
+      .replace(/^-/, MINUS);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US").replace(/^-/, MINUS);
   return value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : digits).replace(/^-/, MINUS);
 }
@@ -74,12 +82,17 @@ function plural(count, noun) {
 function solvedMark(solved) {
   if (solved === null || solved === undefined) return null;
   const label = solved ? "solved" : "not solved";
-  return el("span", { class: solved ? "mark right" : "mark wrong", role: "img", "aria-label": label, title: label }, solved ? "✓" : "✗");
+  return el(
+    "span",
+    { class: solved ? "mark right" : "mark wrong", role: "img", "aria-label": label, title: label },
+    solved ? "✓" : "✗",
+  );
 }
 
 function select(label, options, value, changed) {
   const field = el("select", { "aria-label": label, onchange: (event) => changed(event.target.value) });
-  for (const [key, text] of options) field.append(el("option", { value: key, selected: key === value }, text));
+  for (const [key, text] of options)
+    field.append(el("option", { value: key, selected: key === value }, text));
   return field;
 }
 
@@ -97,6 +110,7 @@ function ticks(low, high, count = 4) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= rough * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-6; i++) found.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-6; i++)
+    found.push(Number((i * step).toPrecision(12)));
   return found;
 }

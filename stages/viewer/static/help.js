@@ -2,10 +2,16 @@
 // What each quantity means, a line each, and the keys.
 
 const KEYS = [
-  ["o r a ?", "overview, rollouts, answers, help"], ["j k", "next and previous rollout"], ["← →", "previous and next token; on a curve, step"],
-  ["↑ ↓", "token a line above or below"], ["n p", "next and previous strongly coloured token"], ["c", "next quantity to colour by"], ["/", "search"],
-  ["t", "light or dark"], ["Esc", "close the token; leave the search"],
-]; // prettier-ignore
+  ["o r a ?", "overview, rollouts, answers, help"],
+  ["j k", "next and previous rollout"],
+  ["← →", "previous and next token; on a curve, step"],
+  ["↑ ↓", "token a line above or below"],
+  ["n p", "next and previous strongly coloured token"],
+  ["c", "next quantity to colour by"],
+  ["/", "search"],
+  ["t", "light or dark"],
+  ["Esc", "close the token; leave the search"],
+];
 const TERMS = [
   ["Rollout", "One completion that a policy sampled for a prompt, with its log-probabilities."],
   ["Behaviour policy", "The student as it was when it wrote the rollout."],
@@ -15,16 +21,52 @@ const TERMS = [
   ["τ, α", "The divergence D at which λ is one half, and the slope of the gate there."],
   ["Drift", "Mean of behaviour − student log-probability over a step's tokens, in nats per token."],
   ["Interval", "95 % bootstrap over the prompts: how far the figure would move with other prompts."],
-  ["Traced row", "A row for which training kept λ, both KLs and the student's top five, each trace_every steps."],
+  [
+    "Traced row",
+    "A row for which training kept λ, both KLs and the student's top five, each trace_every steps.",
+  ],
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
-  ["R, F, λ, Δ, H", "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob, teacher entropy."],
-]; // prettier-ignore
+  [
+    "R, F, λ, Δ, H",
+    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob, teacher entropy.",
+  ],
+];
 
 function helpView() {
-  const list = (pairs) => el("dl", { class: "terms" }, pairs.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
-  const keys = el("dl", { class: "terms" }, KEYS.flatMap(([names, text]) => [el("dt", {}, names.split(" ").map((name) => el("kbd", {}, name))), el("dd", {}, text)]));
-  return el("div", { class: "overview help" }, el("h1", {}, "What you see"), el("section", {}, el("h2", {}, "Of a token"), list(QUANTITIES.map(({ label, help }) => [label, help]))),
-    el("section", {}, el("h2", {}, "Words"), list(TERMS)), el("section", {}, el("h2", {}, "Keys"), keys),
-    el("section", {}, el("h2", {}, "Text"), list([["Chips", "Special tokens by name, and bytes that are no text as hex."],
-      ["↵ ⇥", "A line break or a tab; the break itself follows."], ["␛ ⟨202E⟩", "Control and direction marks are shown by name and have no effect."]]))); // prettier-ignore
+  const list = (pairs) =>
+    el(
+      "dl",
+      { class: "terms" },
+      pairs.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]),
+    );
+  const keys = el(
+    "dl",
+    { class: "terms" },
+    KEYS.flatMap(([names, text]) => [
+      el(
+        "dt",
+        {},
+        names.split(" ").map((name) => el("kbd", {}, name)),
+      ),
+      el("dd", {}, text),
+    ]),
+  );
+  return el(
+    "div",
+    { class: "overview help" },
+    el("h1", {}, "What you see"),
+    el("section", {}, el("h2", {}, "Of a token"), list(QUANTITIES.map(({ label, help }) => [label, help]))),
+    el("section", {}, el("h2", {}, "Words"), list(TERMS)),
+    el("section", {}, el("h2", {}, "Keys"), keys),
+    el(
+      "section",
+      {},
+      el("h2", {}, "Text"),
+      list([
+        ["Chips", "Special tokens by name, and bytes that are no text as hex."],
+        ["↵ ⇥", "A line break or a tab; the break itself follows."],
+        ["␛ ⟨202E⟩", "Control and direction marks are shown by name and have no effect."],
+      ]),
+    ),
+  );
 }

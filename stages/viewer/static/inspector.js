@@ -3,9 +3,13 @@
 
 async function inspect(rollouts, row, tokens, place) {
   const start = row.offset + place;
-  const [teacher, student] = await Promise.all(["teacher", "student"].map((who) => topFive(rollouts, who, start)));
+  const [teacher, student] = await Promise.all(
+    ["teacher", "student"].map((who) => topFive(rollouts, who, start)),
+  );
   const tops = { teacher, student };
-  const facts = Object.fromEntries(Object.entries(tokens.columns).map(([key, column]) => [key, column?.[place] ?? NaN]));
+  const facts = Object.fromEntries(
+    Object.entries(tokens.columns).map(([key, column]) => [key, column?.[place] ?? NaN]),
+  );
   return inspectorNode(rollouts, row, tokens, place, facts, tops);
 }
 
@@ -26,14 +30,35 @@ async function topFive(rollouts, who, at) {
 function inspectorNode(rollouts, row, tokens, place, facts, tops) {
   const written = tokens.ids[place];
   const one = piece(rollouts, written);
-  const about = [`${place + 1} of ${row.tokens}`, one.id === undefined ? null : `id ${one.id}`].filter(Boolean).join(" · ");
-  return el("div", { class: "inspected" },
-    el("header", {}, el("div", { class: "written" }, pieceNode(one)), el("span", { class: "unit" }, about),
-      el("button", { type: "button", class: "icon close", "aria-label": "Close the token", onclick: () => chooseToken(null) }, "×")),
-    gauge(facts.lambda), tops.teacher.length ? topList("Teacher", "teacher", tops.teacher, rollouts, written, facts.tail) : null,
-    tops.student.length ? topList("Student", "student", tops.student, rollouts, written, facts.student_tail)
+  const about = [`${place + 1} of ${row.tokens}`, one.id === undefined ? null : `id ${one.id}`]
+    .filter(Boolean)
+    .join(" · ");
+  return el(
+    "div",
+    { class: "inspected" },
+    el(
+      "header",
+      {},
+      el("div", { class: "written" }, pieceNode(one)),
+      el("span", { class: "unit" }, about),
+      el(
+        "button",
+        {
+          type: "button",
+          class: "icon close",
+          "aria-label": "Close the token",
+          onclick: () => chooseToken(null),
+        },
+        "×",
+      ),
+    ),
+    gauge(facts.lambda),
+    tops.teacher.length ? topList("Teacher", "teacher", tops.teacher, rollouts, written, facts.tail) : null,
+    tops.student.length
+      ? topList("Student", "student", tops.student, rollouts, written, facts.student_tail)
       : el("p", { class: "note" }, "The student's top five is kept for traced rows (trace_every)."),
-    factsTable(facts, tops, written)); // prettier-ignore
+    factsTable(facts, tops, written),
+  );
 }
 
 function pieceNode(one) {
@@ -45,23 +70,51 @@ function pieceNode(one) {
 
 function gauge(lambda) {
   if (lambda === undefined || Number.isNaN(lambda)) return null;
-  return el("div", { class: "gauge" }, el("span", {}, "λ"), el("div", { class: "track", "--v": lambda }, el("i", {})), el("b", {}, number(lambda)),
-    el("small", {}, `${(100 * lambda).toFixed(0)}% reverse, ${(100 * (1 - lambda)).toFixed(0)}% forward KL`)); // prettier-ignore
+  return el(
+    "div",
+    { class: "gauge" },
+    el("span", {}, "λ"),
+    el("div", { class: "track", "--v": lambda }, el("i", {})),
+    el("b", {}, number(lambda)),
+    el("small", {}, `${(100 * lambda).toFixed(0)}% reverse, ${(100 * (1 - lambda)).toFixed(0)}% forward KL`),
+  );
 }
 
 function topList(title, name, entries, rollouts, written, tail) {
   const rows = entries.map(({ id, probability }) => {
     const isWritten = id === written;
-    return el("li", { class: isWritten ? "written" : null }, pieceNode(piece(rollouts, id)), el("div", { class: "track " + name, "--v": probability }, el("i", {})),
-      el("span", { class: "share" }, share(probability)), isWritten ? el("span", { class: "unseen" }, "(written)") : null); // prettier-ignore
+    return el(
+      "li",
+      { class: isWritten ? "written" : null },
+      pieceNode(piece(rollouts, id)),
+      el("div", { class: "track " + name, "--v": probability }, el("i", {})),
+      el("span", { class: "share" }, share(probability)),
+      isWritten ? el("span", { class: "unseen" }, "(written)") : null,
+    );
   });
-  const rest = tail === undefined || Number.isNaN(tail) ? null : el("li", { class: "rest" }, el("span", { class: "text", title: "outside the ids that the cache keeps" }, "not kept"), el("div", { class: "track rest", "--v": tail }, el("i", {})), el("span", { class: "share" }, share(tail)));
-  return el("section", { class: "top5" }, el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")), el("ol", {}, rows, rest));
+  const rest =
+    tail === undefined || Number.isNaN(tail)
+      ? null
+      : el(
+          "li",
+          { class: "rest" },
+          el("span", { class: "text", title: "outside the ids that the cache keeps" }, "not kept"),
+          el("div", { class: "track rest", "--v": tail }, el("i", {})),
+          el("span", { class: "share" }, share(tail)),
+        );
+  return el(
+    "section",
+    { class: "top5" },
+    el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")),
+    el("ol", {}, rows, rest),
+  );
 }
 
 function share(probability) {
   const percent = 100 * probability;
-  return percent >= 0.01 || percent === 0 ? percent.toFixed(percent >= 99.995 ? 0 : percent >= 10 ? 1 : 2) + "%" : "< 0.01%";
+  return percent >= 0.01 || percent === 0
+    ? percent.toFixed(percent >= 99.995 ? 0 : percent >= 10 ? 1 : 2) + "%"
+    : "< 0.01%";
 }
 
 function rank(entries, written) {
@@ -71,8 +124,25 @@ function rank(entries, written) {
 }
 
 function factsTable(facts, tops, written) {
-  const rows = QUANTITIES.filter(({ key }) => key !== "lambda" && facts[key] !== undefined && !Number.isNaN(facts[key]));
-  const ranks = [["Rank, teacher", rank(tops.teacher, written)], ["Rank, student", rank(tops.student, written)]].filter(([, text]) => text);
-  return el("dl", { class: "measures" }, ranks.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)]),
-    rows.flatMap(({ key, label, unit }) => [el("dt", {}, label), el("dd", {}, key.endsWith("tail") ? share(facts[key]) : number(facts[key], 4), unit ? el("small", {}, unit) : null)])); // prettier-ignore
+  const rows = QUANTITIES.filter(
+    ({ key }) => key !== "lambda" && facts[key] !== undefined && !Number.isNaN(facts[key]),
+  );
+  const ranks = [
+    ["Rank, teacher", rank(tops.teacher, written)],
+    ["Rank, student", rank(tops.student, written)],
+  ].filter(([, text]) => text);
+  return el(
+    "dl",
+    { class: "measures" },
+    ranks.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)]),
+    rows.flatMap(({ key, label, unit }) => [
+      el("dt", {}, label),
+      el(
+        "dd",
+        {},
+        key.endsWith("tail") ? share(facts[key]) : number(facts[key], 4),
+        unit ? el("small", {}, unit) : null,
+      ),
+    ]),
+  );
 }

@@ -29,7 +29,10 @@ class List {
 
   refresh() {
     const first = Math.max(0, Math.floor(this.node.scrollTop / this.height) - 4);
-    const end = Math.min(this.count, Math.ceil((this.node.scrollTop + this.node.clientHeight) / this.height) + 4);
+    const end = Math.min(
+      this.count,
+      Math.ceil((this.node.scrollTop + this.node.clientHeight) / this.height) + 4,
+    );
     for (const [place, node] of this.nodes) {
       if (place >= first && place < end) continue;
       node.remove();
@@ -39,8 +42,20 @@ class List {
   }
 
   add(place) {
-    const node = el("div", { class: "row", role: "option", id: "row-" + place, "data-place": place, "aria-posinset": place + 1,
-      "aria-setsize": this.count, "aria-selected": String(place === this.at), styles: { transform: `translateY(${place * this.height}px)`, height: this.height + "px" } }, this.draw(place)); // prettier-ignore
+    const node = el(
+      "div",
+      {
+        class: "row",
+        role: "option",
+        id: "row-" + place,
+        "data-place": place,
+        "aria-posinset": place + 1,
+        "aria-setsize": this.count,
+        "aria-selected": String(place === this.at),
+        styles: { transform: `translateY(${place * this.height}px)`, height: this.height + "px" },
+      },
+      this.draw(place),
+    );
     this.nodes.set(place, node);
     this.space.append(node);
   }
@@ -51,7 +66,8 @@ class List {
     if (place < 0) return this.node.removeAttribute("aria-activedescendant");
     const top = place * this.height;
     if (top < this.node.scrollTop) this.node.scrollTop = top;
-    else if (top + this.height > this.node.scrollTop + this.node.clientHeight) this.node.scrollTop = top + this.height - this.node.clientHeight;
+    else if (top + this.height > this.node.scrollTop + this.node.clientHeight)
+      this.node.scrollTop = top + this.height - this.node.clientHeight;
     this.refresh();
     this.nodes.get(place)?.setAttribute("aria-selected", "true");
     this.node.setAttribute("aria-activedescendant", "row-" + place);

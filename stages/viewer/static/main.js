@@ -1,8 +1,25 @@
 "use strict";
 // Which view is open, in the address; theme; keys.
 
-const VIEWS = { overview: ["Overview", overview], rollouts: ["Rollouts", rolloutView], answers: ["Answers", answerView], help: ["Help", helpView] };
-const FRESH = { view: "overview", run: 0, row: null, token: null, colour: null, query: "", sort: "rkl", show: "all", refresh: "", prompt: "", outcome: "all" };
+const VIEWS = {
+  overview: ["Overview", overview],
+  rollouts: ["Rollouts", rolloutView],
+  answers: ["Answers", answerView],
+  help: ["Help", helpView],
+};
+const FRESH = {
+  view: "overview",
+  run: 0,
+  row: null,
+  token: null,
+  colour: null,
+  query: "",
+  sort: "rkl",
+  show: "all",
+  refresh: "",
+  prompt: "",
+  outcome: "all",
+};
 const STATE = { ...FRESH };
 let written = "";
 
@@ -11,15 +28,30 @@ function readHash() {
   const query = new URLSearchParams(rest);
   const run = RUNS.findIndex((one) => one.name === query.get("run"));
   const token = Number.parseInt(query.get("token"), 10);
-  Object.assign(STATE, FRESH, Object.fromEntries(["row", "colour", "query", "sort", "show", "refresh", "prompt", "outcome"].filter((key) => query.has(key)).map((key) => [key, query.get(key)])),
-    { view: VIEWS[name] ? name : "overview", run: Math.max(0, run), token: Number.isInteger(token) ? token - 1 : null }); // prettier-ignore
+  Object.assign(
+    STATE,
+    FRESH,
+    Object.fromEntries(
+      ["row", "colour", "query", "sort", "show", "refresh", "prompt", "outcome"]
+        .filter((key) => query.has(key))
+        .map((key) => [key, query.get(key)]),
+    ),
+    {
+      view: VIEWS[name] ? name : "overview",
+      run: Math.max(0, run),
+      token: Number.isInteger(token) ? token - 1 : null,
+    },
+  );
 }
 
 function hashOf(state) {
   const query = new URLSearchParams();
   if (RUNS.length > 1) query.set("run", RUNS[state.run].name);
   for (const key of ["row", "colour", "query", "sort", "show", "refresh", "prompt", "outcome"]) {
-    const isOfView = state.view === "rollouts" ? key !== "outcome" : state.view === "answers" && ["query", "outcome"].includes(key);
+    const isOfView =
+      state.view === "rollouts"
+        ? key !== "outcome"
+        : state.view === "answers" && ["query", "outcome"].includes(key);
     if (isOfView && state[key] !== FRESH[key] && state[key] !== null) query.set(key, state[key]);
   }
   if (state.view === "rollouts" && state.token !== null) query.set("token", state.token + 1);
@@ -71,9 +103,13 @@ function isDark() {
 function switchTheme() {
   const theme = isDark() ? "light" : "dark";
   setTheme(theme);
-  try { localStorage.setItem("dualkl-theme", theme); } catch { /* a file without storage forgets it */ }
+  try {
+    localStorage.setItem("dualkl-theme", theme);
+  } catch {
+    /* a file without storage forgets it */
+  }
   redrawColours();
-} // prettier-ignore
+}
 
 function redrawColours() {
   const grid = document.getElementById("charts");
@@ -104,29 +140,62 @@ function focusSearch() {
 
 function begin() {
   const nav = document.getElementById("nav");
-  nav.append(...Object.entries(VIEWS).filter(([name]) => name !== "answers" || RUNS.some((run) => run.answers?.length)).map(([name, [text]]) =>
-    el("button", { type: "button", "data-view": name, onclick: () => go({ view: name }) }, text))); // prettier-ignore
-  document.getElementById("runs").textContent = RUNS.length > 1 ? `${RUNS.length} runs` : visible(RUNS[0].name);
+  nav.append(
+    ...Object.entries(VIEWS)
+      .filter(([name]) => name !== "answers" || RUNS.some((run) => run.answers?.length))
+      .map(([name, [text]]) =>
+        el("button", { type: "button", "data-view": name, onclick: () => go({ view: name }) }, text),
+      ),
+  );
+  document.getElementById("runs").textContent =
+    RUNS.length > 1 ? `${RUNS.length} runs` : visible(RUNS[0].name);
   document.getElementById("theme").addEventListener("click", switchTheme);
   document.getElementById("keys").addEventListener("click", () => go({ view: "help" }));
-  document.getElementById("skip").addEventListener("click", (event) => { event.preventDefault(); document.getElementById("main").focus(); }); // prettier-ignore
+  document.getElementById("skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    document.getElementById("main").focus();
+  });
   let theme = "";
-  try { theme = localStorage.getItem("dualkl-theme") ?? ""; } catch { /* as above */ } // prettier-ignore
+  try {
+    theme = localStorage.getItem("dualkl-theme") ?? "";
+  } catch {
+    /* as above */
+  }
   setTheme(theme);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { setTheme(document.documentElement.dataset.theme); redrawColours(); }); // prettier-ignore
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    setTheme(document.documentElement.dataset.theme);
+    redrawColours();
+  });
   addEventListener("keydown", onKey);
-  addEventListener("popstate", () => { if (location.hash !== written) { written = location.hash; readHash(); show(); } }); // prettier-ignore
+  addEventListener("popstate", () => {
+    if (location.hash !== written) {
+      written = location.hash;
+      readHash();
+      show();
+    }
+  });
   addEventListener("beforeprint", () => forPrint(true));
   addEventListener("afterprint", () => forPrint(false));
+  addEventListener("unhandledrejection", (event) => {
+    event.preventDefault(); // the reader is told
+    fault(event.reason);
+  });
   readHash();
   show();
+}
+
+// What went wrong, as when a server has been stopped.
+function fault(reason) {
+  const node = document.getElementById("fault");
+  node.hidden = false;
+  node.textContent = `${visible(String(reason?.message ?? reason))} Reload the page; if it stays, run the command that made it again.`;
 }
 
 // Paper is light, and every chart is drawn.
 function forPrint(isPrinting) {
   const { dataset } = document.documentElement;
   if (isPrinting) dataset.screen = dataset.theme;
-  setTheme(isPrinting ? "light" : dataset.screen ?? "");
+  setTheme(isPrinting ? "light" : (dataset.screen ?? ""));
   redrawColours();
   if (isPrinting) for (const one of charts) if (!one.plot) one.draw();
 }

@@ -6,7 +6,9 @@ const hidden = new Set();
 const curveSettings = { smooth: 1, log: null };
 
 function shownRuns() {
-  return RUNS.map((run, place) => ({ run, place, colour: RUN_COLOURS[place % RUN_COLOURS.length] })).filter(({ place }) => !hidden.has(place));
+  return RUNS.map((run, place) => ({ run, place, colour: RUN_COLOURS[place % RUN_COLOURS.length] })).filter(
+    ({ place }) => !hidden.has(place),
+  );
 }
 
 function section(title, note, ...children) {
@@ -17,44 +19,91 @@ function section(title, note, ...children) {
 
 function overview(state) {
   const run = RUNS[state.run];
-  return el("div", { class: "overview" },
+  return el(
+    "div",
+    { class: "overview" },
     RUNS.length > 1 ? runTabs(state) : null,
-    el("section", { class: "lead" }, el("p", { class: "about" }, [run.kind === "cache" ? `cache ${visible(run.name)}` : visible(run.name), run.about ? visible(run.about) : null].filter(Boolean).join(" · ")),
-      el("h1", {}, visible(run.verdict)), notes(run), warnings(run)),
+    el(
+      "section",
+      { class: "lead" },
+      el(
+        "p",
+        { class: "about" },
+        [
+          run.kind === "cache" ? `cache ${visible(run.name)}` : visible(run.name),
+          run.about ? visible(run.about) : null,
+        ]
+          .filter(Boolean)
+          .join(" · "),
+      ),
+      el("h1", {}, visible(run.verdict)),
+      notes(run),
+      warnings(run),
+    ),
     section("Results", "95 % bootstrap intervals, where measured", results(run)),
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
     section("Gate", null, el("div", { class: "frames" }, gatePictures(run.gate))),
     section("Cost", null, costs(run)),
     section("Provenance", null, provenance(run)),
-    section("Configuration", "as trained", configuration(run))); // prettier-ignore
+    section("Configuration", "as trained", configuration(run)),
+  );
 }
 
 function runTabs(state) {
   const tabs = RUNS.map((run, place) =>
-    el("button", { type: "button", "aria-pressed": String(place === state.run), onclick: () => go({ run: place, row: null, token: null }) },
-      el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }), visible(run.name))); // prettier-ignore
+    el(
+      "button",
+      {
+        type: "button",
+        "aria-pressed": String(place === state.run),
+        onclick: () => go({ run: place, row: null, token: null }),
+      },
+      el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
+      visible(run.name),
+    ),
+  );
   return el("div", { class: "tabs", role: "group", "aria-label": "Run" }, tabs);
 }
 
 function notes(run) {
   if (!run.notes?.length) return null;
-  return folded("notes", "Notes", run.notes.map((text) => el("li", {}, visible(text))), 2);
+  return folded(
+    "notes",
+    "Notes",
+    run.notes.map((text) => el("li", {}, visible(text))),
+    2,
+  );
 }
 
 function folded(name, label, items, few) {
   const rest = items.slice(few);
-  return el("div", { class: name, role: "note", "aria-label": label }, el("ul", {}, items.slice(0, few)),
-    rest.length ? el("details", {}, el("summary", {}, `${rest.length} more`), el("ul", {}, rest)) : null); // prettier-ignore
+  return el(
+    "div",
+    { class: name, role: "note", "aria-label": label },
+    el("ul", {}, items.slice(0, few)),
+    rest.length ? el("details", {}, el("summary", {}, `${rest.length} more`), el("ul", {}, rest)) : null,
+  );
 }
 
 function warnings(run) {
   if (!run.warnings?.length) return null;
-  const one = ({ step, text }) => el("li", {}, step === null || step === undefined ? null : el("b", {}, `step ${step}`), " ", visible(text));
+  const one = ({ step, text }) =>
+    el(
+      "li",
+      {},
+      step === null || step === undefined ? null : el("b", {}, `step ${step}`),
+      " ",
+      visible(text),
+    );
   return folded("warnings", "Warnings", run.warnings.map(one), 3);
 }
 
-const WHO = [["before", "before"], ["after", "after"], ["teacher", "teacher"]];
+const WHO = [
+  ["before", "before"],
+  ["after", "after"],
+  ["teacher", "teacher"],
+];
 
 function results(run) {
   const rows = (run.table ?? []).filter((row) => WHO.some(([who]) => row[who]));
@@ -66,11 +115,26 @@ function results(run) {
   }
   const body = rows.map((row) => {
     const top = row.unit === "%" ? 1 : rounded(highs[row.unit]);
-    return el("tr", {}, el("th", { scope: "row" }, row.label, row.unit === "nats" ? el("small", {}, "nats/token") : null),
-      WHO.map(([who]) => el("td", { class: who }, cell(row[who], row.unit))), el("td", { class: "dots" }, dots(row, top))); // prettier-ignore
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, row.label, row.unit === "nats" ? el("small", {}, "nats/token") : null),
+      WHO.map(([who]) => el("td", { class: who }, cell(row[who], row.unit))),
+      el("td", { class: "dots" }, dots(row, top)),
+    );
   });
-  const head = el("tr", {}, el("td", {}), WHO.map(([who, text]) => el("th", { scope: "col" }, el("i", { class: "dot " + who }), text)), el("td", { class: "dots" }));
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Results" }, el("table", { class: "results" }, el("thead", {}, head), el("tbody", {}, body)));
+  const head = el(
+    "tr",
+    {},
+    el("td", {}),
+    WHO.map(([who, text]) => el("th", { scope: "col" }, el("i", { class: "dot " + who }), text)),
+    el("td", { class: "dots" }),
+  );
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Results" },
+    el("table", { class: "results" }, el("thead", {}, head), el("tbody", {}, body)),
+  );
 }
 
 // The next of 1, 1.5, 2, 3, 4, 6, 8 times a power of ten.
@@ -81,8 +145,14 @@ function rounded(value) {
 
 function cell(value, unit) {
   if (!value || value.value === null) return "–";
-  const spread = value.low === null || value.low === undefined || value.high === null ? null
-    : el("small", {}, `${measure(value.low, unit).replace("%", "")} – ${measure(value.high, unit).replace("%", "")}`); // prettier-ignore
+  const spread =
+    value.low === null || value.low === undefined || value.high === null
+      ? null
+      : el(
+          "small",
+          {},
+          `${measure(value.low, unit).replace("%", "")} – ${measure(value.high, unit).replace("%", "")}`,
+        );
   return [measure(value.value, unit), spread];
 }
 
@@ -92,18 +162,30 @@ function dots(row, top) {
   const lanes = WHO.filter(([who]) => row[who] && row[who].value !== null).map(([who], lane) => {
     const { value, low, high } = row[who];
     const y = 8 + 12 * WHO.findIndex(([name]) => name === who);
-    const bar = low === null || low === undefined ? null : svg("line", { x1: at(low), x2: at(high), y1: y, y2: y, class: "interval " + who });
+    const bar =
+      low === null || low === undefined
+        ? null
+        : svg("line", { x1: at(low), x2: at(high), y1: y, y2: y, class: "interval " + who });
     return [bar, svg("circle", { cx: at(value), cy: y, r: 4.5, class: "dot " + who })];
   });
   const middle = svg("line", { x1: "50%", x2: "50%", y1: 0, y2: 40, class: "rule" });
   const edges = ["0%", "100%"].map((x) => svg("line", { x1: x, x2: x, y1: 0, y2: 40, class: "rule" }));
-  return el("div", { class: "strip", "aria-hidden": "true" }, svg("svg", { width: "100%", height: 40, overflow: "visible" }, edges, middle, lanes.flat()),
-    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : tick(top)))); // prettier-ignore
+  return el(
+    "div",
+    { class: "strip", "aria-hidden": "true" },
+    svg("svg", { width: "100%", height: 40, overflow: "visible" }, edges, middle, lanes.flat()),
+    el("div", { class: "ends" }, el("span", {}, "0"), el("span", {}, row.unit === "%" ? "100%" : tick(top))),
+  );
 }
 
 function flat(config) {
-  return new Map(Object.entries(config ?? {}).flatMap(([name, value]) =>
-    value && typeof value === "object" && !Array.isArray(value) ? Object.entries(value).map(([key, one]) => [key, spelled(one)]) : [[name, spelled(value)]])); // prettier-ignore
+  return new Map(
+    Object.entries(config ?? {}).flatMap(([name, value]) =>
+      value && typeof value === "object" && !Array.isArray(value)
+        ? Object.entries(value).map(([key, one]) => [key, spelled(one)])
+        : [[name, spelled(value)]],
+    ),
+  );
 }
 
 function spelled(value) {
@@ -116,9 +198,32 @@ function differences() {
   const keys = [...new Set(configs.flatMap((config) => [...config.keys()]))];
   const differing = keys.filter((key) => new Set(configs.map((config) => config.get(key) ?? "–")).size > 1);
   if (!differing.length) return el("p", { class: "note" }, "All keys are the same.");
-  const head = el("tr", {}, el("th", { scope: "col" }, "key"), RUNS.map((run, place) => el("th", { scope: "col" }, el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }), visible(run.name))));
-  const rows = differing.map((key) => el("tr", {}, el("th", { scope: "row" }, el("code", {}, key)), configs.map((config) => el("td", {}, config.get(key) ?? "–"))));
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Differing keys" }, el("table", { class: "plain left" }, el("thead", {}, head), el("tbody", {}, rows)));
+  const head = el(
+    "tr",
+    {},
+    el("th", { scope: "col" }, "key"),
+    RUNS.map((run, place) =>
+      el(
+        "th",
+        { scope: "col" },
+        el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
+        visible(run.name),
+      ),
+    ),
+  );
+  const rows = differing.map((key) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, el("code", {}, key)),
+      configs.map((config) => el("td", {}, config.get(key) ?? "–")),
+    ),
+  );
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Differing keys" },
+    el("table", { class: "plain left" }, el("thead", {}, head), el("tbody", {}, rows)),
+  );
 }
 
 function curveSection() {
@@ -126,18 +231,40 @@ function curveSection() {
   const grid = el("div", { class: "charts", id: "charts" });
   const redraw = () => fillCharts(grid, shownRuns(), curveSettings);
   const span = el("output", {}, smoothLabel());
-  const slider = el("input", { type: "range", min: 0, max: 6, value: Math.log2(curveSettings.smooth), "aria-label": "Smoothing, steps", oninput: (event) => {
-    curveSettings.smooth = 2 ** Number(event.target.value);
-    span.textContent = smoothLabel();
-    redraw();
-  } }); // prettier-ignore
-  const log = select("Vertical axes", [["auto", "axes as suits"], ["log", "log axes"], ["linear", "linear axes"]], curveSettings.log === null ? "auto" : curveSettings.log ? "log" : "linear", (value) => {
-    curveSettings.log = value === "auto" ? null : value === "log";
-    redraw();
-  }); // prettier-ignore
+  const slider = el("input", {
+    type: "range",
+    min: 0,
+    max: 6,
+    value: Math.log2(curveSettings.smooth),
+    "aria-label": "Smoothing, steps",
+    oninput: (event) => {
+      curveSettings.smooth = 2 ** Number(event.target.value);
+      span.textContent = smoothLabel();
+      redraw();
+    },
+  });
+  const log = select(
+    "Vertical axes",
+    [
+      ["auto", "axes as suits"],
+      ["log", "log axes"],
+      ["linear", "linear axes"],
+    ],
+    curveSettings.log === null ? "auto" : curveSettings.log ? "log" : "linear",
+    (value) => {
+      curveSettings.log = value === "auto" ? null : value === "log";
+      redraw();
+    },
+  );
   const idle = "hover reads all curves · drag to zoom, double-click to undo · grey lines: refreshes";
-  const bar = el("div", { class: "bar" }, runBoxes(redraw), el("label", { class: "slide" }, "smoothing ", slider, span), log,
-    el("span", { id: "at-step", class: "unit", "data-idle": idle }, idle)); // prettier-ignore
+  const bar = el(
+    "div",
+    { class: "bar" },
+    runBoxes(redraw),
+    el("label", { class: "slide" }, "smoothing ", slider, span),
+    log,
+    el("span", { id: "at-step", class: "unit", "data-idle": idle }, idle),
+  );
   requestAnimationFrame(redraw);
   return el("section", {}, el("h2", {}, "Curves"), bar, grid);
 }
@@ -148,61 +275,177 @@ function smoothLabel() {
 
 function runBoxes(redraw) {
   if (RUNS.length < 2) return null;
-  return RUNS.map((run, place) => el("label", { class: "box" },
-    el("input", { type: "checkbox", checked: !hidden.has(place), onchange: (event) => { event.target.checked ? hidden.delete(place) : hidden.add(place); redraw(); } }),
-    el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }), visible(run.name))); // prettier-ignore
+  return RUNS.map((run, place) =>
+    el(
+      "label",
+      { class: "box" },
+      el("input", {
+        type: "checkbox",
+        checked: !hidden.has(place),
+        onchange: (event) => {
+          event.target.checked ? hidden.delete(place) : hidden.add(place);
+          redraw();
+        },
+      }),
+      el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
+      visible(run.name),
+    ),
+  );
 }
 
-const KIND_COLOURS = { generate: "--blue", score: "--sky", train: "--orange", evaluate: "--teal", load: "--violet", other: "--edge" };
+const KIND_COLOURS = {
+  generate: "--blue",
+  score: "--sky",
+  train: "--orange",
+  evaluate: "--teal",
+  load: "--violet",
+  other: "--edge",
+};
 
 function costs(run) {
   const parts = (run.seconds ?? []).filter(({ seconds }) => seconds > 0);
   const total = parts.reduce((sum, { seconds }) => sum + seconds, 0);
   const colours = Object.values(KIND_COLOURS);
   const colour = ({ kind }, place) => `var(${KIND_COLOURS[kind] ?? colours[place % colours.length]})`;
-  const bar = el("div", { class: "stack", "aria-hidden": "true" }, parts.map((part, i) => el("i", { styles: { flexGrow: part.seconds / total, background: colour(part, i) } })));
-  const keys = el("ul", { class: "shares" }, parts.map((part, i) => el("li", {}, el("i", { class: "key", styles: { background: colour(part, i) } }), el("span", {}, part.phase),
-    el("b", {}, duration(part.seconds)), el("small", {}, `${((100 * part.seconds) / total).toFixed(0)}%`)))); // prettier-ignore
-  return [parts.length ? el("div", { class: "cost" }, el("p", { class: "note" }, `${duration(total)} in all`), bar, keys) : null, tiles(run)];
+  const bar = el(
+    "div",
+    { class: "stack", "aria-hidden": "true" },
+    parts.map((part, i) =>
+      el("i", { styles: { flexGrow: part.seconds / total, background: colour(part, i) } }),
+    ),
+  );
+  const keys = el(
+    "ul",
+    { class: "shares" },
+    parts.map((part, i) =>
+      el(
+        "li",
+        {},
+        el("i", { class: "key", styles: { background: colour(part, i) } }),
+        el("span", {}, part.phase),
+        el("b", {}, duration(part.seconds)),
+        el("small", {}, `${((100 * part.seconds) / total).toFixed(0)}%`),
+      ),
+    ),
+  );
+  return [
+    parts.length
+      ? el("div", { class: "cost" }, el("p", { class: "note" }, `${duration(total)} in all`), bar, keys)
+      : null,
+    tiles(run),
+  ];
 }
 
 const TILES = [
-  ["cache", "rows", "rollouts in the cache", "count"], ["cache", "scored_tokens", "scored tokens", "count"], ["cache", "bytes", "size of the cache", "bytes"],
-  ["cache", "bytes_per_token", "bytes a token", "number"], ["cache", "signal_bytes_per_token", "of them teacher signal", "number"],
-  ["cache", "cut_share", "completions cut", "share"], ["stage_one", "generated_tokens_per_second", "tokens written a second", "count"],
-  ["stage_one", "scored_tokens_per_second", "tokens scored a second", "count"], ["stage_one", "padding_waste", "padding of the teacher's forwards", "share"],
-]; // prettier-ignore
-const FORMS = { count: (value) => Math.round(value).toLocaleString("en-US"), bytes, number: (value) => value.toFixed(1), share: (value) => (100 * value).toFixed(1) + "%" };
+  ["cache", "rows", "rollouts in the cache", "count"],
+  ["cache", "scored_tokens", "scored tokens", "count"],
+  ["cache", "bytes", "size of the cache", "bytes"],
+  ["cache", "bytes_per_token", "bytes a token", "number"],
+  ["cache", "signal_bytes_per_token", "of them teacher signal", "number"],
+  ["cache", "cut_share", "completions cut", "share"],
+  ["stage_one", "generated_tokens_per_second", "tokens written a second", "count"],
+  ["stage_one", "scored_tokens_per_second", "tokens scored a second", "count"],
+  ["stage_one", "padding_waste", "padding of the teacher's forwards", "share"],
+];
+const FORMS = {
+  count: (value) => Math.round(value).toLocaleString("en-US"),
+  bytes,
+  number: (value) => value.toFixed(1),
+  share: (value) => (100 * value).toFixed(1) + "%",
+};
 
 function tiles(run) {
-  const facts = TILES.filter(([group, key]) => typeof run[group]?.[key] === "number").map(([group, key, label, form]) => [label, FORMS[form](run[group][key])]);
-  const memory = Object.entries(run.memory ?? {}).filter(([, value]) => typeof value === "number").map(([name, value]) => [`peak GPU memory, ${name.replaceAll("_", " ")}`, bytes(value)]);
-  const nodes = [...facts, ...memory].map(([label, value]) => el("div", { class: "tile" }, el("dt", {}, visible(label)), el("dd", {}, value)));
+  const facts = TILES.filter(([group, key]) => typeof run[group]?.[key] === "number").map(
+    ([group, key, label, form]) => [label, FORMS[form](run[group][key])],
+  );
+  const memory = Object.entries(run.memory ?? {})
+    .filter(([, value]) => typeof value === "number")
+    .map(([name, value]) => [`peak GPU memory, ${name.replaceAll("_", " ")}`, bytes(value)]);
+  const nodes = [...facts, ...memory].map(([label, value]) =>
+    el("div", { class: "tile" }, el("dt", {}, visible(label)), el("dd", {}, value)),
+  );
   return nodes.length ? el("dl", { class: "tiles" }, nodes) : null;
 }
 
 function provenance(run) {
   const facts = run.provenance ?? [];
   if (!facts.length) return null;
-  return el("dl", { class: "facts" }, facts.flatMap(({ label, value }) => [el("dt", {}, visible(label)), el("dd", {}, el("code", {}, visible(String(value))), label === "command" ? copyButton(String(value)) : null)]),
-    el("dt", {}, "this page"), el("dd", {}, `DualKL ${DATA.made.version}, ${DATA.made.time.replace("T", " ").replace("Z", " UTC")}`)); // prettier-ignore
+  return el(
+    "dl",
+    { class: "facts" },
+    facts.flatMap(({ label, value }) => [
+      el("dt", {}, visible(label)),
+      el(
+        "dd",
+        {},
+        el("code", {}, visible(String(value))),
+        label === "command" ? copyButton(String(value)) : null,
+      ),
+    ]),
+    el("dt", {}, "this page"),
+    el("dd", {}, `DualKL ${DATA.made.version}, ${DATA.made.time.replace("T", " ").replace("Z", " UTC")}`),
+  );
 }
 
 function copyButton(text, label = "Copy") {
-  return el("button", { type: "button", class: "quiet", onclick: async (event) => {
-    const button = event.target;
-    try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { prompt("Copy this:", text); }
-    setTimeout(() => (button.textContent = label), 1500);
-  } }, label); // prettier-ignore
+  return el(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: async (event) => {
+        const button = event.target;
+        try {
+          await navigator.clipboard.writeText(text);
+          button.textContent = "Copied";
+        } catch {
+          prompt("Copy this:", text);
+        }
+        setTimeout(() => (button.textContent = label), 1500);
+      },
+    },
+    label,
+  );
 }
 
 function configuration(run) {
   const sections = Object.entries(run.config ?? {});
   if (!sections.length) return null;
-  const changes = (run.config_changes ?? []).map(({ from_step: step, key, old, new: now }) => el("li", {}, el("b", {}, `from step ${step}`), " ", el("code", {}, key), ` ${spelled(now)} (was ${spelled(old)})`));
+  const changes = (run.config_changes ?? []).map(({ from_step: step, key, old, new: now }) =>
+    el(
+      "li",
+      {},
+      el("b", {}, `from step ${step}`),
+      " ",
+      el("code", {}, key),
+      ` ${spelled(now)} (was ${spelled(old)})`,
+    ),
+  );
   const blocks = sections.map(([name, keys]) => {
-    const entries = keys && typeof keys === "object" && !Array.isArray(keys) ? Object.entries(keys) : [[name, keys]];
-    return el("div", { class: "block" }, el("h3", {}, name), el("dl", {}, entries.flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, spelled(value))])));
+    const entries =
+      keys && typeof keys === "object" && !Array.isArray(keys) ? Object.entries(keys) : [[name, keys]];
+    return el(
+      "div",
+      { class: "block" },
+      el("h3", {}, name),
+      el(
+        "dl",
+        {},
+        entries.flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, spelled(value))]),
+      ),
+    );
   });
-  return [changes.length ? el("ul", { class: "changes" }, changes) : null, el("details", {}, el("summary", {}, `All ${sections.reduce((sum, [, keys]) => sum + Object.keys(keys ?? {}).length, 0)} keys`), el("div", { class: "blocks" }, blocks))];
+  return [
+    changes.length ? el("ul", { class: "changes" }, changes) : null,
+    el(
+      "details",
+      {},
+      el(
+        "summary",
+        {},
+        `All ${sections.reduce((sum, [, keys]) => sum + Object.keys(keys ?? {}).length, 0)} keys`,
+      ),
+      el("div", { class: "blocks" }, blocks),
+    ),
+  ];
 }

@@ -2,32 +2,70 @@
 // The rollouts: a list to search, sort and filter; the chosen one as a chat of coloured tokens; a token in full.
 
 const SORTS = [
-  ["rkl", "worst reverse KL", (row) => -row.rkl, "rkl"], ["gap", "least likely to the teacher", (row) => row.gap, "gap"],
-  ["fkl", "worst forward KL", (row) => -row.fkl, "fkl"], ["lambda", "lowest λ", (row) => row.lambda, "lambda"],
-  ["entropy", "highest entropy", (row) => -row.entropy, "entropy"], ["longest", "longest", (row) => -row.tokens, "tokens"],
-  ["shortest", "shortest", (row) => row.tokens, "tokens"], ["newest", "newest", (row) => -row.step, "step"],
-  ["oldest", "oldest", (row) => row.step, "step"], ["prompt", "by prompt", (row) => row.prompt_id, "prompt_id"],
-]; // prettier-ignore
+  ["rkl", "worst reverse KL", (row) => -row.rkl, "rkl"],
+  ["gap", "least likely to the teacher", (row) => row.gap, "gap"],
+  ["fkl", "worst forward KL", (row) => -row.fkl, "fkl"],
+  ["lambda", "lowest λ", (row) => row.lambda, "lambda"],
+  ["entropy", "highest entropy", (row) => -row.entropy, "entropy"],
+  ["longest", "longest", (row) => -row.tokens, "tokens"],
+  ["shortest", "shortest", (row) => row.tokens, "tokens"],
+  ["newest", "newest", (row) => -row.step, "step"],
+  ["oldest", "oldest", (row) => row.step, "step"],
+  ["prompt", "by prompt", (row) => row.prompt_id, "prompt_id"],
+];
 const SHOWS = [
-  ["all", "all rollouts", () => true], ["cut", "cut", (row) => row.finish === "length"],
-  ["solved", "solved", (row) => row.solved === true], ["unsolved", "not solved", (row) => row.solved === false],
-  ["traced", "traced", (row) => row.rkl !== null && row.rkl !== undefined], ["heldout", "held-out texts", (row) => row.source !== "cache"],
-]; // prettier-ignore
-const SERVED_SORTS = { gap: "gap", longest: "-tokens", shortest: "tokens", newest: "-step", oldest: "step", prompt: "prompt_id" };
+  ["all", "all rollouts", () => true],
+  ["cut", "cut", (row) => row.finish === "length"],
+  ["solved", "solved", (row) => row.solved === true],
+  ["unsolved", "not solved", (row) => row.solved === false],
+  ["traced", "traced", (row) => row.rkl !== null && row.rkl !== undefined],
+  ["heldout", "held-out texts", (row) => row.source !== "cache"],
+];
+const SERVED_SORTS = {
+  gap: "gap",
+  longest: "-tokens",
+  shortest: "tokens",
+  newest: "-step",
+  oldest: "step",
+  prompt: "prompt_id",
+};
 const ROW_HEIGHT = 82;
 let view = null; // the open view: {run, rollouts, rows, list, ...}
 
 function rolloutView(state) {
   const run = RUNS[state.run];
   const rollouts = run.rollouts;
-  if (!rollouts?.rows?.length && !DATA.serve) return el("p", { class: "empty" }, rollouts?.how ?? "This run has no rollouts that can be read.");
+  if (!rollouts?.rows?.length && !DATA.serve)
+    return el("p", { class: "empty" }, rollouts?.how ?? "This run has no rollouts that can be read.");
   view = { run, rollouts, rows: [], texts: null, shown: null };
-  view.list = new List({ label: "Rollouts", height: ROW_HEIGHT, draw: drawRow, chosen: (place) => openRow(place, true) });
+  view.list = new List({
+    label: "Rollouts",
+    height: ROW_HEIGHT,
+    draw: drawRow,
+    chosen: (place) => openRow(place, true),
+  });
   view.count = el("p", { class: "count", role: "status" });
-  view.detail = el("article", { class: "detail", "aria-label": "Rollout" }, el("p", { class: "empty" }, "Choose a rollout."));
+  view.detail = el(
+    "article",
+    { class: "detail", "aria-label": "Rollout" },
+    el("p", { class: "empty" }, "Choose a rollout."),
+  );
   view.inspector = el("aside", { class: "inspector", "aria-label": "Token", hidden: true });
-  const node = el("div", { class: "rollouts" }, el("div", { class: "browse" }, RUNS.length > 1 ? runTabs(state) : null, filters(state), view.count, view.list.node,
-    rollouts.how ? el("p", { class: "how" }, visible(rollouts.how)) : null), view.detail, view.inspector); // prettier-ignore
+  const node = el(
+    "div",
+    { class: "rollouts" },
+    el(
+      "div",
+      { class: "browse" },
+      RUNS.length > 1 ? runTabs(state) : null,
+      filters(state),
+      view.count,
+      view.list.node,
+      rollouts.how ? el("p", { class: "how" }, visible(rollouts.how)) : null,
+    ),
+    view.detail,
+    view.inspector,
+  );
   start(state);
   return node;
 }
@@ -36,7 +74,8 @@ async function start(state) {
   const mine = view;
   await openVocabulary(mine.rollouts);
   const kinds = available(mine.rollouts);
-  if (!kinds.some(({ key }) => key === state.colour)) setState({ colour: await firstKnown(mine.rollouts, kinds) });
+  if (!kinds.some(({ key }) => key === state.colour))
+    setState({ colour: await firstKnown(mine.rollouts, kinds) });
   await arrange();
   if (mine !== view) return;
   const place = state.row === null ? -1 : mine.rows.findIndex((row) => row.id === state.row);
@@ -60,18 +99,44 @@ function isNarrow() {
 function filters(state) {
   const { rows } = view.rollouts;
   let waiting = 0;
-  const search = el("input", { type: "search", id: "search", placeholder: "Search prompts and completions", "aria-label": "Search", value: state.query,
-    oninput: (event) => { clearTimeout(waiting); const { value } = event.target; waiting = setTimeout(() => change({ query: value }), 120); } }); // prettier-ignore
+  const search = el("input", {
+    type: "search",
+    id: "search",
+    placeholder: "Search prompts and completions",
+    "aria-label": "Search",
+    value: state.query,
+    oninput: (event) => {
+      clearTimeout(waiting);
+      const { value } = event.target;
+      waiting = setTimeout(() => change({ query: value }), 120);
+    },
+  });
   const known = (key) => rows.some((row) => row[key] !== null && row[key] !== undefined);
-  const sorts = SORTS.filter(([name, , , key]) => (DATA.serve ? SERVED_SORTS[name] : known(key))).map(([key, text]) => [key, text]);
+  const sorts = SORTS.filter(([name, , , key]) => (DATA.serve ? SERVED_SORTS[name] : known(key))).map(
+    ([key, text]) => [key, text],
+  );
   if (!sorts.some(([key]) => key === state.sort)) setState({ sort: sorts[0][0] });
-  const shows = SHOWS.filter(([key, , test]) => key === "all" || (DATA.serve ? key === "cut" || key === "traced" : rows.some(test))).map(([key, text]) => [key, text]);
-  const refreshes = [...new Set(rows.map((row) => row.refresh))].filter((one) => one !== null && one !== undefined).sort((a, b) => a - b);
+  const shows = SHOWS.filter(
+    ([key, , test]) => key === "all" || (DATA.serve ? key === "cut" || key === "traced" : rows.some(test)),
+  ).map(([key, text]) => [key, text]);
+  const refreshes = [...new Set(rows.map((row) => row.refresh))]
+    .filter((one) => one !== null && one !== undefined)
+    .sort((a, b) => a - b);
   const times = [["", "all refreshes"], ...refreshes.map((one) => [String(one), `refresh ${one}`])];
   view.prompt = el("span", { class: "only", hidden: true });
-  return el("div", { class: "filters" }, search, el("div", { class: "pair" },
-    select("Sort", sorts, STATE.sort, (sort) => change({ sort })), select("Show", shows, state.show, (show) => change({ show })),
-    refreshes.length > 1 ? select("Refresh", times, state.refresh, (refresh) => change({ refresh })) : null), view.prompt); // prettier-ignore
+  return el(
+    "div",
+    { class: "filters" },
+    search,
+    el(
+      "div",
+      { class: "pair" },
+      select("Sort", sorts, STATE.sort, (sort) => change({ sort })),
+      select("Show", shows, state.show, (show) => change({ show })),
+      refreshes.length > 1 ? select("Refresh", times, state.refresh, (refresh) => change({ refresh })) : null,
+    ),
+    view.prompt,
+  );
 }
 
 async function change(part) {
@@ -90,19 +155,35 @@ async function arrange() {
   const [, , order, key] = SORTS.find(([name]) => name === STATE.sort) ?? SORTS[0];
   const sought = STATE.query.trim().toLowerCase();
   if (sought) mine.texts ??= await searchTexts(mine.rollouts);
-  const kept = mine.rollouts.rows.map((row, i) => [row, i]).filter(([row, i]) =>
-    test(row) && (STATE.show === "heldout" || STATE.prompt || row.source === "cache" || sought) && (!STATE.prompt || row.prompt_id === STATE.prompt)
-    && (STATE.refresh === "" || String(row.refresh) === STATE.refresh) && (!sought || mine.texts[i].includes(sought))); // prettier-ignore
+  const kept = mine.rollouts.rows
+    .map((row, i) => [row, i])
+    .filter(
+      ([row, i]) =>
+        test(row) &&
+        (STATE.show === "heldout" || STATE.prompt || row.source === "cache" || sought) &&
+        (!STATE.prompt || row.prompt_id === STATE.prompt) &&
+        (STATE.refresh === "" || String(row.refresh) === STATE.refresh) &&
+        (!sought || mine.texts[i].includes(sought)),
+    );
   const known = (row) => row[key] !== null && row[key] !== undefined;
-  kept.sort(([a, i], [b, j]) => known(b) - known(a) || (known(a) && order(a) !== order(b) ? (order(a) < order(b) ? -1 : 1) : i - j));
+  kept.sort(
+    ([a, i], [b, j]) =>
+      known(b) - known(a) || (known(a) && order(a) !== order(b) ? (order(a) < order(b) ? -1 : 1) : i - j),
+  );
   mine.rows = kept.map(([row]) => row);
   told(mine, mine.rows.length, mine.rollouts.rows.length);
 }
 
 function told(mine, count, total) {
-  mine.count.textContent = count === total ? plural(count, "rollout") : `${count.toLocaleString("en-US")} of ${plural(total, "rollout")}`;
+  mine.count.textContent =
+    count === total
+      ? plural(count, "rollout")
+      : `${count.toLocaleString("en-US")} of ${plural(total, "rollout")}`;
   mine.prompt.hidden = !STATE.prompt;
-  mine.prompt.replaceChildren("one prompt ", el("button", { type: "button", class: "quiet", onclick: () => change({ prompt: "" }) }, "show all"));
+  mine.prompt.replaceChildren(
+    "one prompt ",
+    el("button", { type: "button", class: "quiet", onclick: () => change({ prompt: "" }) }, "show all"),
+  );
   mine.list.fill(count);
   mine.list.at = mine.rows.findIndex((row) => row?.id === STATE.row);
   mine.list.select(mine.list.at);
@@ -120,18 +201,36 @@ async function served() {
 function page(mine, place) {
   const from = Math.floor(place / 100) * 100;
   if (!mine.pages.has(from)) {
-    const parameters = { run: STATE.run, query: STATE.query.trim(), sort: SERVED_SORTS[STATE.sort] ?? "", refresh: STATE.refresh, prompt: STATE.prompt, from, count: 100,
-      finish: STATE.show === "cut" ? "length" : "", traced: STATE.show === "traced" ? 1 : "" }; // prettier-ignore
-    mine.pages.set(from, asked("rows", parameters).then((answer) => {
-      answer.rows.forEach((row, i) => (mine.rows[from + i] = row));
-      return answer;
-    })); // prettier-ignore
+    const parameters = {
+      run: STATE.run,
+      query: STATE.query.trim(),
+      sort: SERVED_SORTS[STATE.sort] ?? "",
+      refresh: STATE.refresh,
+      prompt: STATE.prompt,
+      from,
+      count: 100,
+      finish: STATE.show === "cut" ? "length" : "",
+      traced: STATE.show === "traced" ? 1 : "",
+    };
+    mine.pages.set(
+      from,
+      asked("rows", parameters).then((answer) => {
+        answer.rows.forEach((row, i) => (mine.rows[from + i] = row));
+        return answer;
+      }),
+    );
   }
   return mine.pages.get(from);
 }
 
 async function searchTexts(rollouts) {
-  return Promise.all(rollouts.rows.map(async (row) => [row.id, row.prompt_id, promptText(rollouts, row), await completionText(rollouts, row)].join("\n").toLowerCase()));
+  return Promise.all(
+    rollouts.rows.map(async (row) =>
+      [row.id, row.prompt_id, promptText(rollouts, row), await completionText(rollouts, row)]
+        .join("\n")
+        .toLowerCase(),
+    ),
+  );
 }
 
 async function prepareColour() {
@@ -149,27 +248,45 @@ function drawRow(place) {
     page(mine, place).then(() => mine === view && mine.list.clear());
     return el("p", { class: "snippet" }, "…");
   }
-  const facts = [row.source === "cache" ? (row.refresh === null ? null : `refresh ${row.refresh}`) : row.source, plural(row.tokens, "token"), metric(row)];
-  return [el("p", { class: "snippet" }, solvedMark(row.solved), snippet(row)), heatStrip(row),
-    el("p", { class: "meta" }, row.finish === "length" ? el("span", { class: "tag" }, "cut") : null, facts.filter(Boolean).join(" · "))]; // prettier-ignore
+  const facts = [
+    row.source === "cache" ? (row.refresh === null ? null : `refresh ${row.refresh}`) : row.source,
+    plural(row.tokens, "token"),
+    metric(row),
+  ];
+  return [
+    el("p", { class: "snippet" }, solvedMark(row.solved), snippet(row)),
+    heatStrip(row),
+    el(
+      "p",
+      { class: "meta" },
+      row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
+      facts.filter(Boolean).join(" · "),
+    ),
+  ];
 }
 
 function metric(row) {
-  const known = (key, text) => (row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`);
-  const named = { fkl: ["fkl", "F"], lambda: ["lambda", "λ"], gap: ["gap", "Δ"], entropy: ["entropy", "H"] }[STATE.sort];
+  const known = (key, text) =>
+    row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`;
+  const named = { fkl: ["fkl", "F"], lambda: ["lambda", "λ"], gap: ["gap", "Δ"], entropy: ["entropy", "H"] }[
+    STATE.sort
+  ];
   return (named && known(...named)) ?? known("rkl", "R") ?? known("gap", "Δ");
 }
 
 function snippet(row) {
-  if (row.offset === undefined || row.offset === null || !view.ids) return visible((row.snippet ?? "").slice(0, 160)).replaceAll("\n", " ↵ ");
+  if (row.offset === undefined || row.offset === null || !view.ids)
+    return visible((row.snippet ?? "").slice(0, 160)).replaceAll("\n", " ↵ ");
   let text = "";
-  for (let i = row.offset; i < row.offset + row.tokens && text.length < 160; i++) text += pieceText(piece(view.rollouts, view.ids[i]));
+  for (let i = row.offset; i < row.offset + row.tokens && text.length < 160; i++)
+    text += pieceText(piece(view.rollouts, view.ids[i]));
   return visible(text.slice(0, 160).trimStart()).replaceAll("\n", " ↵ ");
 }
 
 // The completion from left to right, each bin as its strongest token.
 function heatStrip(row) {
-  if (!view.values || row.offset === undefined || row.offset === null) return el("div", { class: "strip-space" });
+  if (!view.values || row.offset === undefined || row.offset === null)
+    return el("div", { class: "strip-space" });
   const count = Math.min(row.tokens, 160);
   const canvas = el("canvas", { class: "heat-strip", width: count, height: 1, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
@@ -191,8 +308,10 @@ function heatStrip(row) {
 
 const hueCache = new Map();
 function hues(name) {
-  const known = document.documentElement.dataset.theme + matchMedia("(prefers-color-scheme: dark)").matches + name;
-  if (!hueCache.has(known)) hueCache.set(known, [resolved(`var(--hue-${name})`), resolved("var(--hue-cold)")]);
+  const known =
+    document.documentElement.dataset.theme + matchMedia("(prefers-color-scheme: dark)").matches + name;
+  if (!hueCache.has(known))
+    hueCache.set(known, [resolved(`var(--hue-${name})`), resolved("var(--hue-cold)")]);
   return hueCache.get(known);
 }
 
@@ -200,7 +319,14 @@ async function openById(id) {
   const mine = view;
   if (!DATA.serve) {
     const row = mine.rollouts.rows.find((one) => one.id === id);
-    if (!row) return (mine.detail.replaceChildren(el("p", { class: "empty" }, `This page has no rollout ${visible(id)}; its sample may differ from that of the link.`)));
+    if (!row)
+      return mine.detail.replaceChildren(
+        el(
+          "p",
+          { class: "empty" },
+          `This page has no rollout ${visible(id)}; its sample may differ from that of the link.`,
+        ),
+      );
     return showRow(row, STATE.token);
   }
   return showRow({ id }, STATE.token);
@@ -228,14 +354,38 @@ async function showRow(row, token = null) {
   if (mine !== view || STATE.row !== row.id) return;
   const nodes = Array.from(tokens.ids, (local, place) => tokenNode(rollouts, local, place));
   mine.shown = { row, rollouts, tokens, nodes };
-  const body = el("div", { class: "tokens", id: "tokens", role: "listbox", tabindex: 0, "aria-label": "Tokens of the completion; arrow keys read them", "aria-orientation": "horizontal" }, nodes);
+  const body = el(
+    "div",
+    {
+      class: "tokens",
+      id: "tokens",
+      role: "listbox",
+      tabindex: 0,
+      "aria-label": "Tokens of the completion; arrow keys read them",
+      "aria-orientation": "horizontal",
+    },
+    nodes,
+  );
   body.addEventListener("click", (event) => {
     const node = event.target.closest(".token");
     if (node) chooseToken(nodes.indexOf(node));
   });
   mine.legend = el("div", { class: "legend-space" });
-  mine.detail.replaceChildren(detailHead(rollouts, row), el("div", { class: "chat" }, turns(rollouts, row).map(turn),
-    el("div", { class: "turn assistant" }, el("span", { class: "role" }, "completion", solvedMark(row.solved)), body)), samePrompt(rollouts, row)); // prettier-ignore
+  mine.detail.replaceChildren(
+    detailHead(rollouts, row),
+    el(
+      "div",
+      { class: "chat" },
+      turns(rollouts, row).map(turn),
+      el(
+        "div",
+        { class: "turn assistant" },
+        el("span", { class: "role" }, "completion", solvedMark(row.solved)),
+        body,
+      ),
+    ),
+    samePrompt(rollouts, row),
+  );
   mine.detail.scrollTop = 0;
   document.body.classList.add("has-detail");
   await repaint();
@@ -244,33 +394,86 @@ async function showRow(row, token = null) {
 }
 
 function detailHead(rollouts, row) {
-  const facts = [row.source === "cache" ? null : `text of the ${row.source === "teacher" ? "teacher" : `student ${row.source} training`}`,
-    row.refresh === null || row.source !== "cache" ? null : `refresh ${row.refresh}`, row.step === null || row.source !== "cache" ? null : `weights of step ${row.step}`,
-    row.traced_at ? `traced at step ${row.traced_at}` : null, plural(row.tokens, "token")].filter(Boolean); // prettier-ignore
-  const means = [["R", "rkl"], ["F", "fkl"], ["λ", "lambda"], ["Δ", "gap"], ["H", "entropy"]].filter(([, key]) => row[key] !== null && row[key] !== undefined);
+  const facts = [
+    row.source === "cache"
+      ? null
+      : `text of the ${row.source === "teacher" ? "teacher" : `student ${row.source} training`}`,
+    row.refresh === null || row.source !== "cache" ? null : `refresh ${row.refresh}`,
+    row.step === null || row.source !== "cache" ? null : `weights of step ${row.step}`,
+    row.traced_at ? `traced at step ${row.traced_at}` : null,
+    plural(row.tokens, "token"),
+  ].filter(Boolean);
+  const means = [
+    ["R", "rkl"],
+    ["F", "fkl"],
+    ["λ", "lambda"],
+    ["Δ", "gap"],
+    ["H", "entropy"],
+  ].filter(([, key]) => row[key] !== null && row[key] !== undefined);
   const kinds = available(rollouts).map(({ key, label }) => [key, label]);
-  return el("header", { class: "head" },
-    el("div", { class: "line" }, el("button", { type: "button", class: "quiet back", onclick: closeDetail }, "← List"), el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
-      row.finish === "length" ? el("span", { class: "tag" }, "cut") : null, el("span", { class: "unit" }, facts.join(" · ")), el("span", { class: "grow" }), linkButton()),
-    el("div", { class: "line" }, means.length ? el("span", { class: "means" }, means.map(([text, key]) => el("span", {}, text + " ", el("b", {}, number(row[key]))))) : null),
-    kinds.length ? el("div", { class: "line paint" }, select("Colour the tokens by", kinds, STATE.colour, (colour) => recolour(colour)), view.legend) : null); // prettier-ignore
+  return el(
+    "header",
+    { class: "head" },
+    el(
+      "div",
+      { class: "line" },
+      el("button", { type: "button", class: "quiet back", onclick: closeDetail }, "← List"),
+      el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
+      row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
+      el("span", { class: "unit" }, facts.join(" · ")),
+      el("span", { class: "grow" }),
+      linkButton(),
+    ),
+    el(
+      "div",
+      { class: "line" },
+      means.length
+        ? el(
+            "span",
+            { class: "means" },
+            means.map(([text, key]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
+          )
+        : null,
+    ),
+    kinds.length
+      ? el(
+          "div",
+          { class: "line paint" },
+          select("Colour the tokens by", kinds, STATE.colour, (colour) => recolour(colour)),
+          view.legend,
+        )
+      : null,
+  );
 }
 
 function linkButton() {
   const button = copyButton("", "Copy link");
   const fresh = button.cloneNode(true);
   fresh.addEventListener("click", async () => {
-    try { await navigator.clipboard.writeText(location.href); fresh.textContent = "Copied"; } catch { prompt("Copy this:", location.href); }
+    try {
+      await navigator.clipboard.writeText(location.href);
+      fresh.textContent = "Copied";
+    } catch {
+      prompt("Copy this:", location.href);
+    }
     setTimeout(() => (fresh.textContent = "Copy link"), 1500);
-  }); // prettier-ignore
+  });
   return fresh;
 }
 
 function turn(message) {
   const body = el("div", { class: "said" });
-  const parts = message.role === "prompt" ? messageText(message).split(/(<\|[^|<>]{1,40}\|>)/) : [messageText(message)];
-  parts.forEach((part, i) => (i % 2 ? body.append(el("span", { class: "chip" }, visible(part))) : body.append(visibleText(part))));
-  return el("div", { class: "turn " + (message.role === "assistant" ? "assistant" : "user") }, el("span", { class: "role" }, visible(String(message.role))), body);
+  const parts =
+    message.role === "prompt" ? messageText(message).split(/(<\|[^|<>]{1,40}\|>)/) : [messageText(message)];
+  parts.forEach((part, i) =>
+    i % 2 ? body.append(el("span", { class: "chip" }, visible(part))) : body.append(visibleText(part)),
+  );
+  return el(
+    "div",
+    { class: "turn " + (message.role === "assistant" ? "assistant" : "user") },
+    el("span", { class: "role" }, visible(String(message.role))),
+    body,
+  );
 }
 
 function closeDetail() {
@@ -290,7 +493,7 @@ async function repaint() {
   const { row, rollouts, tokens, nodes } = view.shown;
   const one = quantity(STATE.colour);
   if (!one) return;
-  const top = DATA.serve ? await domain(rollouts, one.key) : view.top;
+  const top = view.top ?? (await domain(rollouts, one.key)); // of the page's sample, so that rows compare
   view.shown.top = top;
   const column = tokens.columns[one.key];
   paint(nodes, one.key, column, top);
@@ -298,7 +501,15 @@ async function repaint() {
   const isKnown = column?.some((value) => !Number.isNaN(value));
   const field = view.detail.querySelector(".paint select");
   if (field) field.value = one.key;
-  view.legend.replaceChildren(isKnown ? legend(one, top) : el("span", { class: "note" }, `Not known for this rollout: ${one.label.toLowerCase()} is kept for traced rows.`));
+  view.legend.replaceChildren(
+    isKnown
+      ? legend(one, top)
+      : el(
+          "span",
+          { class: "note" },
+          `Not known for this rollout: ${one.label.toLowerCase()} is kept for traced rows.`,
+        ),
+  );
 }
 
 async function chooseToken(place) {
@@ -318,7 +529,9 @@ async function chooseToken(place) {
   view.inspector.replaceChildren(found);
   node.scrollIntoView({ block: "nearest" });
   const value = shown.tokens.columns[STATE.colour]?.[place];
-  say(`token ${place + 1} of ${shown.row.tokens}: ${visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place]))).replaceAll("\n", "line break")}, ${quantity(STATE.colour)?.label ?? ""} ${number(value)}`);
+  say(
+    `token ${place + 1} of ${shown.row.tokens}: ${visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place]))).replaceAll("\n", "line break")}, ${quantity(STATE.colour)?.label ?? ""} ${number(value)}`,
+  );
 }
 
 function samePrompt(rollouts, row) {
@@ -334,34 +547,72 @@ async function fillOthers(rollouts, row) {
   const text = await completionText(rollouts, row);
   const order = { before: 0, cache: 1, after: 2, teacher: 3 };
   rows.sort((a, b) => order[a.source] - order[b.source] || a.step - b.step);
-  const cards = await Promise.all(rows.slice(0, 12).map(async (other) => {
-    const name = other.source === "cache" ? `refresh ${other.refresh}` : other.source === "teacher" ? "teacher" : `student ${other.source} training`;
-    return otherCard(name, other, await completionText(rollouts, other), text, () => showRow(other));
-  })); // prettier-ignore
+  const cards = await Promise.all(
+    rows.slice(0, 12).map(async (other) => {
+      const name =
+        other.source === "cache"
+          ? `refresh ${other.refresh}`
+          : other.source === "teacher"
+            ? "teacher"
+            : `student ${other.source} training`;
+      return otherCard(name, other, await completionText(rollouts, other), text, () => showRow(other));
+    }),
+  );
   const answer = (mine.run.answers ?? []).find(({ prompt_id: id }) => id && id === row.prompt_id);
-  if (answer) for (const [who] of WHO) if (answer[who]) cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
+  if (answer)
+    for (const [who] of WHO)
+      if (answer[who])
+        cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
   if (mine !== view || STATE.row !== row.id || !cards.length) return;
-  const all = rows.length > 1 && !DATA.serve ? el("button", { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) }, "Only this prompt") : null;
-  place.replaceChildren(el("h2", {}, "The same prompt", el("small", {}, "marked: not in the completion above"), all), ...cards);
+  const all =
+    rows.length > 1 && !DATA.serve
+      ? el(
+          "button",
+          { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },
+          "Only this prompt",
+        )
+      : null;
+  place.replaceChildren(
+    el("h2", {}, "The same prompt", el("small", {}, "marked: not in the completion above"), all),
+    ...cards,
+  );
 }
 
 function otherCard(name, other, text, against, opened) {
-  const head = [el("b", {}, name), solvedMark(other.solved), other.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
-    other.tokens ? el("span", { class: "unit" }, plural(other.tokens, "token")) : null, el("span", { class: "grow" }),
-    opened ? el("button", { type: "button", class: "quiet", onclick: opened }, "Open") : null]; // prettier-ignore
-  return el("div", { class: "other" }, el("div", { class: "line" }, head), el("div", { class: "said" }, marked(text, against, "new")));
+  const head = [
+    el("b", {}, name),
+    solvedMark(other.solved),
+    other.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
+    other.tokens ? el("span", { class: "unit" }, plural(other.tokens, "token")) : null,
+    el("span", { class: "grow" }),
+    opened ? el("button", { type: "button", class: "quiet", onclick: opened }, "Open") : null,
+  ];
+  return el(
+    "div",
+    { class: "other" },
+    el("div", { class: "line" }, head),
+    el("div", { class: "said" }, marked(text, against, "new")),
+  );
 }
 
 function rolloutKeys(event) {
   const shown = view?.shown;
   const rows = { j: 1, k: -1 }[event.key];
-  if (rows) return openRow(Math.max(0, Math.min(view.rows.length - 1 || 0, view.list.at + rows)), true), true;
+  if (rows)
+    return (openRow(Math.max(0, Math.min(view.rows.length - 1 || 0, view.list.at + rows)), true), true);
   if (event.target.closest?.(".list")) {
     const move = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8, Home: -1e9, End: 1e9 }[event.key];
-    if (move) return openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + move)), true), true;
-    if (event.key === "Enter") return openRow(Math.max(0, view.list.at), true), document.getElementById("tokens")?.focus(), true;
+    if (move) return (openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + move)), true), true);
+    if (event.key === "Enter")
+      return (openRow(Math.max(0, view.list.at), true), document.getElementById("tokens")?.focus(), true);
   }
-  if (event.key === "Escape" && STATE.token === null && document.body.classList.contains("has-detail") && isNarrow()) return closeDetail(), true;
+  if (
+    event.key === "Escape" &&
+    STATE.token === null &&
+    document.body.classList.contains("has-detail") &&
+    isNarrow()
+  )
+    return (closeDetail(), true);
   if (!shown) return false;
   return tokenKeys(event, shown);
 }
@@ -371,14 +622,24 @@ function tokenKeys(event, { nodes, tokens, top }) {
   const from = token ?? -1;
   const column = tokens.columns[colour];
   const found = {
-    ArrowRight: () => from + 1, ArrowLeft: () => (token === null ? 0 : from - 1), Home: () => 0, End: () => nodes.length - 1,
-    ArrowDown: () => (token === null ? 0 : lineAway(nodes, from, 1)), ArrowUp: () => (token === null ? 0 : lineAway(nodes, from, -1)),
-    n: () => nextStrong(colour, column, top, from, 1), p: () => nextStrong(colour, column, top, token === null ? nodes.length : from, -1),
+    ArrowRight: () => from + 1,
+    ArrowLeft: () => (token === null ? 0 : from - 1),
+    Home: () => 0,
+    End: () => nodes.length - 1,
+    ArrowDown: () => (token === null ? 0 : lineAway(nodes, from, 1)),
+    ArrowUp: () => (token === null ? 0 : lineAway(nodes, from, -1)),
+    n: () => nextStrong(colour, column, top, from, 1),
+    p: () => nextStrong(colour, column, top, token === null ? nodes.length : from, -1),
     Escape: () => null,
-  }[event.key]; // prettier-ignore
-  if (event.key === "c") return recolour(nextColour()), true;
+  }[event.key];
+  if (event.key === "c") return (recolour(nextColour()), true);
   if (!found || (event.key === "Escape" && token === null)) return false;
-  if (["ArrowDown", "ArrowUp", "Home", "End"].includes(event.key) && token === null && document.activeElement?.id !== "tokens") return false;
+  if (
+    ["ArrowDown", "ArrowUp", "Home", "End"].includes(event.key) &&
+    token === null &&
+    document.activeElement?.id !== "tokens"
+  )
+    return false;
   const place = found();
   chooseToken(place === null || place < 0 ? (place === null ? null : 0) : Math.min(nodes.length - 1, place));
   return true;

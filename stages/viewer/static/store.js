@@ -5,11 +5,20 @@ const DATA = JSON.parse(document.getElementById("dualkl-data").textContent);
 const RUNS = DATA.runs;
 const decoded = new Map();
 
+// base64 of a raw deflate stream, as a response that can be read once.
+function unpacked(text) {
+  const raw = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  const read = (how) => () =>
+    new Response(stream)[how]().catch(() => {
+      throw new Error("This page's data are damaged: a column cannot be unpacked.");
+    });
+  return { arrayBuffer: read("arrayBuffer"), json: read("json") };
+}
+
 // A column lies slot after slot, and its codes in planes: all low bytes, then all next ones.
 async function inflate(column) {
-  const raw = Uint8Array.from(atob(column.data), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const planes = new Uint8Array(await unpacked(column.data).arrayBuffer());
   const size = { u8: 1, u16: 2, u32: 4 }[column.dtype];
   const count = planes.length / size;
   const found = new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[size](count);
@@ -27,7 +36,11 @@ async function ids(rollouts, name) {
   const column = rollouts.columns[name];
   const others = await Promise.all((column.refers ?? []).map((other) => ids(rollouts, other)));
   const count = found.length / (column.width ?? 1);
-  const slots = others.flatMap((other) => Array.from({ length: other.length / count }, (_, slot) => other.subarray(slot * count, (slot + 1) * count)));
+  const slots = others.flatMap((other) =>
+    Array.from({ length: other.length / count }, (_, slot) =>
+      other.subarray(slot * count, (slot + 1) * count),
+    ),
+  );
   return Int32Array.from(found, (code, i) => {
     if (code === column.missing) return -1;
     return code < slots.length ? slots[code][i % count] : code - slots.length;
@@ -48,9 +61,7 @@ function tokenIds(rollouts, name = "token") {
 async function openVocabulary(rollouts) {
   const { vocabulary } = rollouts;
   if (!vocabulary?.data) return;
-  const raw = Uint8Array.from(atob(vocabulary.data), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  rollouts.vocabulary = await new Response(stream).json();
+  rollouts.vocabulary = await unpacked(vocabulary.data).json();
 }
 
 // A column's codes, or null for one that the rows do not have.
@@ -70,7 +81,9 @@ const LAWS = {
 // Values of tokens [start, stop) of a column, NaN where missing; of slot 0 to 4 of a top five.
 async function values(rollouts, name, start, stop, slot = 0) {
   if (name === "gap") {
-    const [teacher, behaviour] = await Promise.all(["teacher_logprob", "behaviour_logprob"].map((one) => values(rollouts, one, start, stop)));
+    const [teacher, behaviour] = await Promise.all(
+      ["teacher_logprob", "behaviour_logprob"].map((one) => values(rollouts, one, start, stop)),
+    );
     return teacher && behaviour ? teacher.map((value, i) => value - behaviour[i]) : null;
   }
   const found = await codes(rollouts, name);
@@ -78,7 +91,9 @@ async function values(rollouts, name, start, stop, slot = 0) {
   const { law, scale = 1, missing, width = 1 } = rollouts.columns[name];
   const from = (slot * found.length) / width;
   const spread = law ? LAWS[law] : (code) => code;
-  return Float64Array.from(found.subarray(from + start, from + stop), (code) => (code === missing ? NaN : spread(code, scale)));
+  return Float64Array.from(found.subarray(from + start, from + stop), (code) =>
+    code === missing ? NaN : spread(code, scale),
+  );
 }
 
 async function countOf(rollouts) {
@@ -90,7 +105,15 @@ function piece(rollouts, local) {
 }
 
 function pieceText(one) {
-  return one.t ?? (one.s !== undefined ? one.s : one.b.split(" ").map((byte) => "\\x" + byte).join(""));
+  return (
+    one.t ??
+    (one.s !== undefined
+      ? one.s
+      : one.b
+          .split(" ")
+          .map((byte) => "\\x" + byte)
+          .join(""))
+  );
 }
 
 function has(rollouts, name) {
@@ -107,7 +130,9 @@ function turns(rollouts, row) {
 }
 
 function promptText(rollouts, row) {
-  return turns(rollouts, row).map((message) => messageText(message)).join("\n");
+  return turns(rollouts, row)
+    .map((message) => messageText(message))
+    .join("\n");
 }
 
 function messageText(message) {
@@ -126,9 +151,12 @@ async function completionText(rollouts, row, most = Infinity) {
 
 // What the server of `dualkl view --serve` answers; its address holds a token, so paths are relative.
 async function asked(path, parameters) {
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value !== null));
+  const query = new URLSearchParams(
+    Object.entries(parameters).filter(([, value]) => value !== "" && value !== null),
+  );
   const answer = await fetch(`${path}?${query}`);
   const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error ?? `${path}: the server answers ${answer.status}, expected 200.`);
+  if (!answer.ok)
+    throw new Error(found.error ?? `${path}: the server answers ${answer.status}, expected 200.`);
   return found;
 }

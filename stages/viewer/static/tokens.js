@@ -67,7 +67,8 @@ function marked(text, other, name) {
   const [a, b] = [other, text].map((one) => one.split(/(\s+)/).filter((word) => word));
   const kept = common(a, b);
   const words = kept.filter((_, i) => b[i].trim());
-  if (words.filter((one) => one).length < words.length / 4) return [el("span", { class: "differs" }, "a different text"), visibleText(text)];
+  if (words.filter((one) => one).length < words.length / 4)
+    return [el("span", { class: "differs" }, "a different text"), visibleText(text)];
   return b.map((word, i) => {
     if (kept[i] || !word.trim()) return visibleText(word);
     return el("mark", { class: name }, visibleText(word));
@@ -85,19 +86,21 @@ function common(a, b) {
   const kept = new Array(b.length).fill(false);
   let [start, tail] = [0, 0];
   while (start < a.length && start < b.length && a[start] === b[start]) kept[start++] = true;
-  while (tail < Math.min(a.length, b.length) - start && a.at(-1 - tail) === b.at(-1 - tail)) kept[b.length - ++tail] = true;
+  while (tail < Math.min(a.length, b.length) - start && a.at(-1 - tail) === b.at(-1 - tail))
+    kept[b.length - ++tail] = true;
   const [n, m] = [a.length - tail - start, b.length - tail - start];
   if (n <= 0 || m <= 0 || n * m > 4e6) return kept;
   const length = new Uint16Array((n + 1) * (m + 1));
   for (let i = n - 1; i >= 0; i--) {
     for (let j = m - 1; j >= 0; j--) {
       const at = i * (m + 1) + j;
-      length[at] = a[start + i] === b[start + j] ? length[at + m + 2] + 1 : Math.max(length[at + m + 1], length[at + 1]);
+      length[at] =
+        a[start + i] === b[start + j] ? length[at + m + 2] + 1 : Math.max(length[at + m + 1], length[at + 1]);
     }
   }
-  for (let i = 0, j = 0; i < n && j < m; ) {
+  for (let i = 0, j = 0; i < n && j < m;) {
     const at = i * (m + 1) + j;
-    if (a[start + i] === b[start + j]) (kept[start + j] = true), i++, j++;
+    if (a[start + i] === b[start + j]) ((kept[start + j] = true), i++, j++);
     else if (length[at + m + 1] >= length[at + 1]) i++;
     else j++;
   }

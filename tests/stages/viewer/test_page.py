@@ -247,6 +247,30 @@ def test_text_is_at_least_12_pixels_and_has_contrast(opened, html, view, scheme)
     assert page.evaluate(FAINT) == []
 
 
+def test_a_failure_is_told(opened, tmp_path):
+    run = viewer_samples.run()
+    run["rollouts"]["columns"]["token"]["data"] = run["rollouts"]["columns"]["token"]["data"][:400]
+    (tmp_path / "cut.html").write_text(assembling.render(viewer_samples.document(run)))
+    page = opened(tmp_path / "cut.html", "#rollouts")
+    expect(page.get_by_role("alert")).to_contain_text("a column cannot be unpacked. Reload the page")
+
+
+def test_a_run_with_next_to_nothing_still_opens(opened, tmp_path):
+    run: dict[str, Any] = {
+        "name": "new",
+        "kind": "run",
+        "verdict": "Not trained yet.",
+        "rollouts": None,
+        "table": [],
+        "curves": [],
+    }
+    (tmp_path / "bare.html").write_text(assembling.render(viewer_samples.document(run)))
+    page = opened(tmp_path / "bare.html")
+    assert page.locator("h1").inner_text() == "Not trained yet."
+    page.keyboard.press("r")
+    assert "no rollouts" in page.locator(".empty").inner_text()
+
+
 def test_the_theme_is_switched(opened, html):
     page = opened(html, color_scheme="light")
     page.keyboard.press("t")

@@ -62,7 +62,7 @@ def one(source: Source, count: int, most_bytes: float) -> Found:
     notes: list[str] = []
     say = notes.append
     snapshot, speller = _open(source.root, say)
-    found = _run(source) if source.folder is not None else {"kind": "cache"}
+    found: Found = _run(source) if source.folder is not None else {"kind": "cache"}
     found["cache"] = _cache_figures(snapshot, say)
     left = most_bytes - len(json.dumps(found))
     found["rollouts"] = _rollouts(source, snapshot, speller, count, left, say)

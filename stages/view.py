@@ -90,8 +90,8 @@ def source(place: str) -> Source:
     if cache.exists(place):
         return Source(Path(place.rstrip("/")).name or place, place)
     raise UserError(
-        f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no fingerprint.json);"
-        " give the folder of one, such as runs/demo or runs/demo/cache."
+        f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no"
+        " fingerprint.json); give the folder of one, such as runs/demo or runs/demo/cache."
     )
 
 

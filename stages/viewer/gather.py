@@ -251,7 +251,7 @@ def _how(shown: int, total: int, kinds: str) -> str:
         return f"All {total:,} rollouts of the cache."
     drawn = f", about in these parts: {kinds}" if kinds else ""
     return (
-        f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more of them,"
+        f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more,"
         " --serve all."
     )
 

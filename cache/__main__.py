@@ -131,8 +131,13 @@ def _parser() -> Parser:
 
 
 def _print(text: object = "") -> None:
-    """Print `text` escaped; all output goes through here, so untrusted text cannot control the terminal."""
-    print(plain(str(text), kept="\n"))
+    """Print `text` escaped; all output goes through here, so untrusted text cannot control the terminal.
+
+    On a terminal a `Styled` line has its style, unless NO_COLOR is set (no-color.org).
+    """
+    escaped, style = plain(str(text), kept="\n"), getattr(text, "style", "")
+    is_coloured = style and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\x1b[{style}m{escaped}\x1b[0m" if is_coloured else escaped)
 
 
 def _summary(args: argparse.Namespace) -> int:

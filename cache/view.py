@@ -1,4 +1,7 @@
-"""The cache as text, up to `WIDTH` columns wide: a summary table, and rollouts token by token."""
+"""The cache as text, up to `WIDTH` columns wide: a summary table, and rollouts token by token.
+
+Lines are `Styled`: `python -m cache` colours them on a terminal.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,22 @@ from cache.schema import CacheError, Float32, Int32, Record
 WIDTH = 100
 NUM_TOP = 5
 _MOST_POLICIES = 12
+_APART, _FAR_APART = 1.0, 3.0  # nats between student and teacher on a token, from which its line is coloured
+BOLD, DIM, APART, FAR_APART = "1", "2", "38;5;172", "1;38;5;202"
+_PROMPT = 32  # columns of a prompt's id
 _CHARACTERS_PER_COLUMN = 16  # combining characters take no column
 _PIECE = 10_000  # characters per `textwrap` call, which is quadratic in a word's length
+
+
+class Styled(str):
+    """A line with its ANSI style; "" for none."""
+
+    style: str
+
+    def __new__(cls, text: str, style: str = "") -> Styled:
+        line = super().__new__(cls, text)
+        line.style = style
+        return line
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -85,20 +102,25 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]) -> Iterator[str]:
-    """Yield the table of several rows printed by `python -m cache view` and `show`, one line per row name."""
+    """Yield the table of several rows printed by `python -m cache view` and `show`.
+
+    Two lines per row name: its figures, then the beginning of its completion.
+    """
     width = max(map(len, names), default=0)
-    yield "sum: behaviour - teacher logprob over the tokens of a row, nats"
+    yield Styled("sum: behaviour - teacher logprob over the tokens of a row, nats", DIM)
     heads = f"{'refresh':>7}{'step':>9}{'tokens':>8}  {'finish':<7}{'sum':>10}"
-    yield f"{pad('row', width + 2)}{pad('prompt', 14)}{heads}  completion"
+    yield Styled(f"{pad('row', width + 2)}{pad('prompt', _PROMPT)}{heads}", BOLD)
     for position, name in zip(positions, names, strict=True):
         record = snapshot[position]
         gap = None
         if record.teacher_logprobs is not None:
             gap = float((record.behaviour_logprobs.astype(np.float64) - record.teacher_logprobs).sum())
         numbers = f"{record.refresh_index:>7}{record.policy_step:>9,}{len(record.completion_ids):>8,}"
-        prompt = pad(plain(record.prompt_id), 14)
+        prompt = pad(plain(record.prompt_id), _PROMPT)
         cells = f"{name}  {prompt}{numbers}  {record.finish_reason:<7}{_number(gap, 10)}"
-        yield fit(f"{cells}  {_one_line(record.completion_text)}", WIDTH)
+        per_token = 0.0 if gap is None else gap / len(record.completion_ids)
+        yield Styled(fit(cells, WIDTH), _style_of(per_token))
+        yield "    " + fit_words(_one_line(record.completion_text), WIDTH - 4)
 
 
 def _one_line(text: str) -> str:
@@ -111,7 +133,7 @@ def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
     """Yield the lines of `python -m cache show` for row `index`: its text, then two lines per token."""
     record = snapshot[index]
     unit = snapshot.index["unit"][index].as_py()
-    yield f"row {record.row_id}, number {index} of {len(snapshot)}, unit {plain(unit)}"
+    yield Styled(f"row {record.row_id}, number {index} of {len(snapshot)}, unit {plain(unit)}", BOLD)
     policy = f"policy {record.policy_hash} at step {record.policy_step:,}, refresh {record.refresh_index}"
     yield plain(f"run {record.run_id}, {policy}")
     yield f"prompt {plain(record.prompt_id)}, occurrence {record.occurrence}, sample {record.sample_index}"
@@ -125,7 +147,7 @@ def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
 
 def _text_lines(title: str, text: str) -> Iterator[str]:
     yield ""
-    yield f"--- {title} ---"
+    yield Styled(f"--- {title} ---", BOLD)
     for line in text.split("\n"):
         line = plain(line.expandtabs(4).removesuffix("\r"))
         for start in range(0, len(line) or 1, _PIECE):
@@ -135,9 +157,10 @@ def _text_lines(title: str, text: str) -> Iterator[str]:
 def _token_lines(
     record: Record, top: tuple[Int32, Float32] | None, name_of: Callable[[int], str]
 ) -> Iterator[str]:
-    yield "nats: logprob of the token under student and teacher, their entropies H; tail: mass not kept"
+    legend = "nats: logprob of the token under student and teacher, their entropies H; tail: mass not kept"
+    yield Styled(legend, DIM)
     names = f"{'student':>10}{'teacher':>10}{'student H':>11}{'teacher H':>11}{'tail':>10}"
-    yield f"{'pos':>5}  {'token':<20}{names}"
+    yield Styled(f"{'pos':>5}  {'token':<20}{names}", BOLD)
     teacher = (record.teacher_logprobs, record.teacher_entropy, record.log_tail_mass)
     for t, token in enumerate(record.completion_ids.tolist()):
         logprob, entropy, tail = (None if column is None else float(column[t]) for column in teacher)
@@ -145,14 +168,18 @@ def _token_lines(
         numbers = _number(float(record.behaviour_logprobs[t]), 10) + _number(logprob, 10)
         own = None if record.behaviour_entropy is None else float(record.behaviour_entropy[t])
         numbers += _number(own, 11) + _number(entropy, 11)
-        yield f"{t:>5}  {pad(name_of(token), 20)}{numbers}" + (
-            f"{'-':>10}" if mass is None else f"{mass:>10.1e}"
-        )
+        last = f"{'-':>10}" if mass is None else f"{mass:>10.1e}"
+        gap = 0.0 if logprob is None else float(record.behaviour_logprobs[t]) - logprob
+        yield Styled(f"{t:>5}  {pad(name_of(token), 20)}{numbers}{last}", _style_of(gap))
         if top is not None:
             kept = [(i, p) for i, p in zip(top[0][t].tolist(), top[1][t].tolist(), strict=True) if i >= 0]
-            yield fit(
-                "       top: " + "  ".join(f"{fit(name_of(i), 12)} {100 * p:.3g}%" for i, p in kept), WIDTH
-            )
+            most = "  ".join(f"{fit(name_of(i), 12)} {100 * p:.3g}%" for i, p in kept)
+            yield Styled(fit(f"       top: {most}", WIDTH), DIM)
+
+
+def _style_of(gap: float) -> str:
+    """Style of a line by the nats that the student finds its token, or its tokens on average, likelier."""
+    return FAR_APART if gap >= _FAR_APART else APART if gap >= _APART else ""
 
 
 def _number(value: float | None, width: int) -> str:
@@ -168,6 +195,15 @@ def fit(text: str, width: int) -> str:
             return text[:kept] + "…"
         kept = place + 1 if used < width else kept
     return text
+
+
+def fit_words(text: str, width: int) -> str:
+    """Cut `text` to `width` terminal columns between two words, where there are several."""
+    cut = fit(text, width)
+    if cut == text:
+        return text
+    words = cut[:-1].rpartition(" ")[0] if not text.startswith(f"{cut[:-1]} ") else cut[:-1]
+    return f"{words or cut[:-1]}…"
 
 
 def pad(text: str, width: int) -> str:

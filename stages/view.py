@@ -58,8 +58,9 @@ def main() -> None:
     replace_text(out, text)
     lines = [f"{run['name']}: {run['rollouts']['how'] or 'no rollouts.'}" for run in data["runs"]]
     lines += [f"note: {note}" for run in data["runs"] for note in run["notes"]]
-    facts = {"page": str(out), "bytes": len(text.encode()), "notes": [run["notes"] for run in data["runs"]]}
-    style.conclude("\n".join([*lines, f"look    {out} ({facts['bytes'] / 1e6:.1f} MB)"]), facts)
+    size = len(text.encode())
+    facts = {"page": str(out), "bytes": size, "notes": [run["notes"] for run in data["runs"]]}
+    style.conclude("\n".join([*lines, f"look    {out} ({size / 1e6:.1f} MB)"]), facts)
     if given.open:
         webbrowser.open(out.resolve().as_uri())
     return None
@@ -89,8 +90,8 @@ def source(place: str) -> Source:
     if cache.exists(place):
         return Source(Path(place.rstrip("/")).name or place, place)
     raise UserError(
-        f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no fingerprint.json);"
-        " give the folder of one, such as runs/demo or runs/demo/cache."
+        f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no"
+        " fingerprint.json); give the folder of one, such as runs/demo or runs/demo/cache."
     )
 
 

@@ -9,7 +9,8 @@ _TEMPLATES = [
     r"<\|im_start\|>(?P<role>\w+)\n(?P<content>.*?)(?:<\|im_end\|>\n?|\Z)",
     r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>\n\n(?P<content>.*?)(?:<\|eot_id\|>|\Z)",
     r"<start_of_turn>(?P<role>\w+)\n(?P<content>.*?)(?:<end_of_turn>\n?|\Z)",
-    r"<\|(?P<role>system|user|assistant)\|>\n?(?P<content>.*?)(?:<\|end\|>\n?|(?=<\|(?:user|assistant)\|>)|\Z)",
+    r"<\|(?P<role>system|user|assistant)\|>\n?(?P<content>.*?)"
+    r"(?:<\|end\|>\n?|(?=<\|(?:user|assistant)\|>)|\Z)",
 ]
 _TURNS = [re.compile(template, re.DOTALL) for template in _TEMPLATES]
 _START = re.compile(r"\A(?:<s>|<bos>|<\|begin_of_text\|>)?\s*")

@@ -80,8 +80,8 @@ def steps(records: Sequence[Found]) -> tuple[list[Found], dict[str, list[Any]]]:
     taken = {record["step"]: _derived(record) for record in records if record["kind"] == "step"}
     for record in records:
         if record["kind"] == "eval" and record.get("step") in taken:
-            names = ("reverse_kl", "forward_kl")
-            taken[record["step"]] |= {f"heldout_{name}": record.get(name) for name in names}
+            kls = ("reverse_kl", "forward_kl")
+            taken[record["step"]] |= {f"heldout_{name}": record.get(name) for name in kls}
     order = sorted(taken)
     names = {key for *_, lines in CURVES for key in lines}
     columns = {key: [taken[step].get(key) for step in order] for key in sorted(names)}

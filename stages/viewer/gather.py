@@ -1,4 +1,4 @@
-"""Collects what the page shows of runs and caches into plain values (docs/viewer.md)."""
+"""Collects what the page shows of runs and caches into plain values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.viewer.tokens import Speller
 
 FORMAT = 1
 ROWS = 200
-MOST_BYTES = 2_700_000  # of the data block; page and scripts take the rest of 3 MB
+MOST_BYTES = 2_800_000  # of the data block; page and scripts take the rest of 3 MB
 MOST_HEAD_WORK = 2e11  # multiplications for teachers kept as hidden states: seconds of one core
 HELDOUT_SHARE = 0.06  # of the rows: held-out prompts, each shown before, after and by the teacher
 Found = dict[str, Any]
@@ -62,7 +62,7 @@ def one(source: Source, count: int, most_bytes: float) -> Found:
     notes: list[str] = []
     say = notes.append
     snapshot, speller = _open(source.root, say)
-    found = _run(source) if source.folder is not None else {"kind": "cache"}
+    found: Found = _run(source) if source.folder is not None else {"kind": "cache"}
     found["cache"] = _cache_figures(snapshot, say)
     left = most_bytes - len(json.dumps(found))
     found["rollouts"] = _rollouts(source, snapshot, speller, count, left, say)
@@ -251,7 +251,7 @@ def _how(shown: int, total: int, kinds: str) -> str:
         return f"All {total:,} rollouts of the cache."
     drawn = f", about in these parts: {kinds}" if kinds else ""
     return (
-        f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more of them,"
+        f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more,"
         " --serve all."
     )
 

@@ -117,7 +117,7 @@ def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
 
 
 def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
-    """`rows`, `prompts`, `vocabulary` and `columns` of the page (docs/viewer.md)."""
+    """`rows`, `prompts`, `vocabulary` and `columns` of the page."""
     ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in REFERS if rows}
     vocabulary = Vocabulary(ids.values())
     places = {name: vocabulary.places(found) for name, found in ids.items()}

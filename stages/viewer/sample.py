@@ -45,7 +45,7 @@ def scan(snapshot: cache.Snapshot, say: Say, most_bytes: float = SCANNED_BYTES) 
     places = snapshot.places()
     total = sum(place.shard.batches[place.batch].num_bytes for place in places)
     order = np.random.default_rng(SEED).permutation(len(places)) if total > most_bytes else range(len(places))
-    parts, left = [], most_bytes
+    parts, left = list[tuple[Array, ...]](), most_bytes
     for place in (places[i] for i in order):
         left -= place.shard.batches[place.batch].num_bytes
         if left < 0 and parts:

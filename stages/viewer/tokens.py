@@ -14,7 +14,7 @@ Int = npt.NDArray[np.int64]
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: the inverse of GPT-2's `bytes_to_unicode`."""
+    """The byte of each character of byte-level BPE, as in GPT-2's `bytes_to_unicode`."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

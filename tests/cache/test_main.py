@@ -1,6 +1,7 @@
 """`python -m cache`: what it prints, on how many columns, and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 import cache
 from cache.__main__ import main
-from cache.view import fit, pad
+from cache.view import fit, fit_words, pad
 from tests.support.cache_samples import (
     KINDS,
     VOCAB,
@@ -44,7 +45,8 @@ def run(capsys):
     def call(*arguments):
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        assert all(len(line) <= 100 for line in captured.out.splitlines() if "/" not in line)
+        lines = re.sub(r"\x1b\[[0-9;]+m", "", captured.out).splitlines()
+        assert all(len(line) <= 100 for line in lines if "/" not in line)
         return code, captured.out, captured.err
 
     return call
@@ -134,11 +136,12 @@ def gap(row):
 
 
 def listed(out):
-    """The beginnings of row ids in the table that `show` prints."""
+    """The beginnings of row ids in the table that `show` prints; each is followed by its completion."""
     lines = out.splitlines()
     assert lines[0] == "sum: behaviour - teacher logprob over the tokens of a row, nats"
-    assert lines[1].split() == ["row", "prompt", "refresh", "step", "tokens", "finish", "sum", "completion"]
-    return [line.split()[0] for line in lines[2:]]
+    assert lines[1].split() == ["row", "prompt", "refresh", "step", "tokens", "finish", "sum"]
+    assert all(line.startswith("    ") for line in lines[3::2])
+    return [line.split()[0] for line in lines[2::2]]
 
 
 def shortened(rows):
@@ -152,8 +155,10 @@ def test_show_worst_lists_the_rows_of_the_largest_gap(tmp_path, run):
     code, out, _ = run("show", tmp_path, "--worst", 4)
     assert code == 0
     assert listed(out) == shortened(rows[:4])
-    fields = [line.split(maxsplit=7) for line in out.splitlines()[2:]]
-    for row, (_, *cells) in zip(rows, fields, strict=False):
+    lines = out.splitlines()[2:]
+    for row, line, text in zip(rows[:4], lines[::2], lines[1::2], strict=True):
+        cells = line.split()[1:]
+        assert text.strip() == " ".join(row.completion_text.split())
         assert cells == [
             row.prompt_id,
             str(row.refresh_index),
@@ -161,7 +166,6 @@ def test_show_worst_lists_the_rows_of_the_largest_gap(tmp_path, run):
             str(len(row.completion_ids)),
             row.finish_reason,
             f"{gap(row):.3f}",
-            " ".join(row.completion_text.split()),
         ]
     assert listed(run("show", tmp_path, "--worst", 99)[1]) == shortened(rows)
 
@@ -215,7 +219,7 @@ def test_show_tokens_adds_each_row_in_full_and_one_row_is_always_full(tmp_path, 
     assert run("show", tmp_path, "--row", row_id(3), "--tokens")[1] == full[3]
 
 
-def test_the_table_keeps_to_100_columns_and_one_line_a_row(tmp_path, run):
+def test_the_table_keeps_to_100_columns_and_two_lines_a_row(tmp_path, run):
     with cache.Writer(tmp_path, fingerprint()) as writer:
         for number, text in enumerate(["語" * 90, "a b\r\nc\x1b[2Jd" * 40, ""]):
             long = {"prompt_id": "p" * 40, "policy_step": 2**62, "refresh_index": 2**31 - 1}
@@ -226,6 +230,41 @@ def test_the_table_keeps_to_100_columns_and_one_line_a_row(tmp_path, run):
     assert all(fit(line, 100) == line for line in out.splitlines())
     assert "\x1b" not in out
     assert "語語" in out
+
+
+def test_completions_of_the_table_end_between_words(tmp_path, run):
+    text = "a completion of rather many words that would not fit into thirty columns " * 2
+    with cache.Writer(tmp_path, fingerprint()) as writer:
+        writer.append(record(0, completion_text=text))
+        writer.append(record(1, completion_text="short"))
+        writer.commit("a")
+    lines = run("view", tmp_path)[1].splitlines()
+    shown = {line.strip() for line in lines[3::2]}
+    assert shown == {
+        "short",
+        "a completion of rather many words that would not fit into thirty columns a completion of rather…",
+    }
+    assert (fit_words("語" * 60, 10), fit_words("ab cd", 5), fit_words("ab cdef", 5)) == (
+        "語語語語…",
+        "ab cd",
+        "ab…",
+    )
+
+
+def test_lines_are_coloured_on_a_terminal_alone(tmp_path, run, monkeypatch):
+    with cache.Writer(tmp_path, fingerprint(), tokenizer_json()) as writer:
+        writer.append(record(5, completion_text="\x1b[31mred \u202e", behaviour_logprobs=np.full(6, -0.01)))
+        writer.commit("a")
+    plain_text = run("show", tmp_path)[1]
+    assert "\x1b" not in plain_text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    code, out, _ = run("show", tmp_path)
+    assert code == 0
+    assert re.sub(r"\x1b\[[0-9;]+m", "", out) == plain_text  # the same numbers
+    assert "\x1b[1;38;5;202m" in out
+    assert r"\x1b[31mred \u202e" in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run("show", tmp_path)[1] == plain_text
 
 
 def test_the_row_ids_of_the_table_are_long_enough_to_name_one_row(tmp_path, run):
@@ -244,7 +283,7 @@ def test_an_unscored_cache_lists_the_longest_and_refuses_the_worst(tmp_path, run
     write(tmp_path, range(9), "none")
     out = run("show", tmp_path, "--longest", 2)[1]
     assert listed(out) == shortened([record(5), record(4)])
-    assert [line.split()[6] for line in out.splitlines()[2:]] == ["-", "-"]
+    assert [line.split()[6] for line in out.splitlines()[2::2]] == ["-", "-"]
     code, out, err = run("show", tmp_path, "--worst", 2)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "is not scored (signal kind none): it has no teacher logprobs for --worst" in err

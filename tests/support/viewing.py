@@ -28,8 +28,8 @@ def codes_of(column: dict[str, Any]) -> np.ndarray:
     """[T] or [T, width] codes."""
     size = int(column["dtype"][1:]) // 8
     planes = np.frombuffer(inflated(column["data"]), np.uint8).reshape(size, -1).astype(np.int64)
-    codes = sum(plane << (8 * number) for number, plane in enumerate(planes))
-    return codes if column["width"] == 1 else np.asarray(codes).reshape(column["width"], -1).T
+    codes = (planes << 8 * np.arange(size)[:, None]).sum(0)
+    return codes if column["width"] == 1 else codes.reshape(column["width"], -1).T
 
 
 def values_of(column: dict[str, Any]) -> np.ndarray:

@@ -64,7 +64,8 @@ def test_a_vocabulary_holds_each_token_once_the_most_frequent_first() -> None:
     ("prompt", "expected"),
     [
         (
-            "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi\n?<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi\n?<|im_end|>\n"
+            "<|im_start|>assistant\n",
             [("system", "Be short."), ("user", "Hi\n?")],
         ),
         (

@@ -57,7 +57,9 @@ ARMS = {
     "soft": Arm("gate on R, soft", {"gating": "soft"}, "rkl", source="this project"),
     "forward": Arm("forward KL", {"gating": 0.0}, source="arXiv 2306.13649"),
     "mix-mean": Arm("constant λ = mean λ of soft", {}, mean_of="soft", source="control"),
-    "shuffled": Arm("λ of soft, shuffled over tokens", {"gating": "soft"}, "rkl", "shuffled", source="control"),
+    "shuffled": Arm(
+        "λ of soft, shuffled over tokens", {"gating": "soft"}, "rkl", "shuffled", source="control"
+    ),
     "mix-0.5": Arm("constant λ = 0.5", {"gating": 0.5}, source="control"),
     "hard": Arm("gate on R, hard", {"gating": "hard"}, "rkl", source="arXiv 2606.01249 (TrOPD), simplified"),
     "adaptive": Arm(
@@ -86,7 +88,9 @@ ARMS = {
         source="arXiv 2605.15155 (SDAR), distillation term",
     ),
     "jsd": Arm("Jensen-Shannon, β = 0.5", {"objective": "jsd", "gating": 0.5}, source="arXiv 2306.13649"),
-    "mc": Arm("reverse KL, sampled token", {"gating": 1.0, "rkl": "mc"}, source="arXiv 2306.08543, 2605.07865"),
+    "mc": Arm(
+        "reverse KL, sampled token", {"gating": 1.0, "rkl": "mc"}, source="arXiv 2306.08543, 2605.07865"
+    ),
     "argmax": Arm(
         "cross-entropy on the teacher's top token", {"gating": 0.0, "fkl": "argmax"}, source="control"
     ),
@@ -206,7 +210,9 @@ def renormalised(at: Positions, seen: DualKLOutput) -> DualKLOutput:
     """Both KLs over the kept ids alone, student and teacher normalised over them; λ is the library's."""
     teacher = at.batch.teacher
     if not isinstance(teacher, TopKTeacher):
-        raise ValueError(f"the teacher is a {type(teacher).__name__}; renormalised needs kept ids (topk, nucleus).")
+        raise ValueError(
+            f"the teacher is a {type(teacher).__name__}; renormalised needs kept ids (topk, nucleus)."
+        )
     kept_NK = teacher.ids >= 0
     ids_NK = teacher.ids.clamp(min=0).long()
     logq_NK = teacher.logprobs.float().masked_fill(~kept_NK, -torch.inf).log_softmax(1)
@@ -226,7 +232,9 @@ def over_chunks(at: Positions, hidden_Nd: Tensor, of: Callable[[Tensor, slice], 
     """`of(logits_MV, rows)` of all positions, with logits in float32 for one chunk at a time."""
     head = at.head
     if head.scale != 1.0 or head.softcap is not None:
-        raise ValueError("the patched losses apply the head as one product; this one scales or caps its logits.")
+        raise ValueError(
+            "the patched losses apply the head as one product; this one scales or caps its logits."
+        )
     weight_Vd = head.weight[: at.config.vocab_size]
     bias_V = None if head.bias is None else head.bias[: at.config.vocab_size]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -91,14 +90,27 @@ TASKS = {
         f"{ROOT}/examples/arithmetic/heldout.jsonl",
         lr=1e-3,
         sizes=Sizes(
-            steps=48, batch_size=32, max_new_tokens=56, max_prompt_tokens=96, heldout=100, num_samples=4, slots=256
+            steps=48,
+            batch_size=32,
+            max_new_tokens=56,
+            max_prompt_tokens=96,
+            heldout=100,
+            num_samples=4,
+            slots=256,
         ),
         keys=FULL | {"dtype": "fp32", "teacher_dtype": "fp32"},
         checker="examples/word_problems.py:check",
     ),
 }
 TINY = Sizes(
-    steps=4, batch_size=4, refresh_every=2, max_new_tokens=24, warmup_steps=1, heldout=6, num_samples=2, slots=12
+    steps=4,
+    batch_size=4,
+    refresh_every=2,
+    max_new_tokens=24,
+    warmup_steps=1,
+    heldout=6,
+    num_samples=2,
+    slots=12,
 )
 
 
@@ -137,13 +149,10 @@ class Cell:
         return replace(self, seed=-1)
 
     @property
-    def needs(self) -> list[str]:
-        """Names of the jobs and cells that must be done before this one."""
-        found = [Start(self.task, self.student, self.seed, self.signal).name]
-        arm = ARMS[self.arm]
-        if arm.gate_on:
-            found.append(Start(self.task, self.student, 0).name)
-        return found + ([replace(self, arm=arm.mean_of).name] if arm.mean_of else [])
+    def mean_gate_of(self) -> Cell | None:
+        """The cell whose mean λ is this one's constant λ."""
+        mean_of = ARMS[self.arm].mean_of
+        return replace(self, arm=mean_of) if mean_of else None
 
 
 @dataclass(frozen=True)
@@ -160,10 +169,6 @@ class Start:
         parts = [self.task, self.student, "start"] + [self.signal] * (self.signal != DEFAULT_SIGNAL)
         return ".".join([*parts, f"s{self.seed}"])
 
-    @property
-    def needs(self) -> list[str]:
-        return []
-
 
 Job = Cell | Start
 
@@ -177,7 +182,9 @@ class Results:
     def __init__(self, folder: Path, sizes: Callable[[str], Sizes], journal: Path | None = None) -> None:
         self.folder, self.journal, self._sizes = folder, journal, sizes
         folder.mkdir(parents=True, exist_ok=True)
-        self.all: dict[str, Record] = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+        self.all: dict[str, Record] = {
+            p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))
+        }
 
     def get(self, job: Job | str) -> Record | None:
         name = job if isinstance(job, str) else job.name
@@ -285,8 +292,3 @@ def _horizons(results: Results, task: str, student: str, seeds: tuple[int, ...])
         for arm in ("soft", "reverse"):
             for seed in seeds:
                 yield Cell(task, student, arm, TASKS[task].lr, seed, horizon=0.25, equal_tokens=equal_tokens)
-
-
-def short(text: str) -> str:
-    """8 hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ import cache
 from bench.bakeoff import measures
 from bench.bakeoff.arms import ARMS, PatchedLoss, Threshold, threshold_of
 from bench.bakeoff.measures import Text
-from bench.bakeoff.tasks import DEFAULT_SIGNAL, TASKS, Cell, Sizes, Start
+from bench.bakeoff.tasks import DEFAULT_SIGNAL, TASKS, TINY, Cell, Sizes, Start
 from bench.measuring import ROOT, Record, synchronize
 from stages.data.batches import on_device
 from stages.data.pool import Pool, live_pool
@@ -53,8 +54,6 @@ class Place:
     changed: dict[str, int] = field(default_factory=dict)
 
     def sizes(self, task: str) -> Sizes:
-        from bench.bakeoff.tasks import TINY
-
         return replace(TINY if self.tiny else TASKS[task].sizes, **self.changed)
 
 
@@ -139,7 +138,7 @@ class Lab:
         return self._prompts[seed]
 
     def write(self, run: Run, policy: Policy, index: int, rows: range, root: Path) -> list[str]:
-        """Write the missing of these rollouts, scored; return their row ids."""
+        """Write the missing of these rollouts, scored; return their row ids. One worker writes at a time."""
         units = plan(
             self.prompts(run),
             seed=run.config.run.seed,
@@ -149,11 +148,18 @@ class Lab:
             first_rollout=rows.start,
             num_rollouts=len(rows),
             group_size=1,
-            rollouts_per_unit=min(len(rows), 1024),
+            rollouts_per_unit=self.sizes.refresh_every * self.sizes.batch_size,
         )
-        signal = run.config.teacher_signal
-        refresh.write_scored(run, units, policy, self.vocabulary, lambda: self.teacher, str(root), signal)
-        return [row.row_id for unit in units for row in unit.rows]
+        row_ids = [row.row_id for unit in units for row in unit.rows]
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with root.with_name(f"{root.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (cache.exists(str(root)) and set(row_ids) <= set(cache.open(str(root)).row_ids)):
+                signal = run.config.teacher_signal
+                refresh.write_scored(
+                    run, units, policy, self.vocabulary, lambda: self.teacher, str(root), signal
+                )
+        return row_ids
 
     def first_cache(self, seed: int, signal: str) -> Path:
         return self.place.work / "first" / f"{self.pair}.{signal}.s{seed}"
@@ -214,11 +220,13 @@ def _text(value: Any) -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Whole or not at all: several workers may write the same."""
+    """Whole or not at all. Of several workers that write the same at once, the first wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(value))
-    partial.replace(path)
+    with suppress(FileExistsError):
+        path.hardlink_to(partial)
+    partial.unlink()
 
 
 # --- jobs ---
@@ -381,7 +389,6 @@ def main(connection: Any, place: Place, log: Path) -> None:
     file = log.open("a", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-    torch.set_float32_matmul_precision("high")
     labs: dict[tuple[str, str], Lab] = {}
     while (message := connection.recv()) is not None:
         job, thresholds, mean_gate = message

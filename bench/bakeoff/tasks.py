@@ -74,7 +74,7 @@ TASKS = {
     "arithmetic": Task(
         "arithmetic/teacher",
         {"quarter": "arithmetic/student"},
-        "arithmetic/train.jsonl",
+        "arithmetic/distil.jsonl",
         "arithmetic/heldout.jsonl",
         lr=4e-4,
         sizes=Sizes(

@@ -173,7 +173,7 @@ class Lab:
                 Cell(self.name, self.student_name, "reverse", self.task.lr, 0), {"gating": 1.0}, "text"
             )
             policy = setup.load_teacher_policy(run, self.vocabulary)
-            check_writer(policy.model)  # type: ignore[arg-type]
+            check_writer(policy.model)
             with closing(policy.engine):
                 texts = measures.write_texts(policy, self.heldout, self.sizes.slots)
             rows = [[t.prompt_ids.tolist(), t.completion_ids.tolist(), t.was_cut] for t in texts]
@@ -202,7 +202,12 @@ class Lab:
 
 
 def _signal_keys(kind: str, size: str) -> dict[str, Any]:
-    return {"topk": {"signal_k": size}, "nucleus": {"signal_p": size, "signal_k": 256}, "hidden": {}}[kind]
+    keys: dict[str, dict[str, Any]] = {
+        "topk": {"signal_k": size},
+        "nucleus": {"signal_p": size, "signal_k": 256},
+        "hidden": {},
+    }
+    return keys[kind]
 
 
 def _refresh_keys(refresh_policy: str, sizes: Sizes) -> dict[str, Any]:
@@ -242,11 +247,11 @@ def run_start(lab: Lab, job: Start) -> Record:
     with torch.random.fork_rng():
         rows = lab.write(run, lab.policy(run, 0), 0, rollouts_of(run.config, 0), root)
     snapshot = cache.open(str(root))
-    summary = snapshot.summary()
+    bytes_per_token = snapshot.summary()["bytes_per_token"]
     record: Record = {
         "rows": len(rows),
         "seconds": {"first_cache": time.perf_counter() - started},
-        "bytes_per_token": summary["bytes_per_token"],
+        "bytes_per_token": bytes_per_token,
     }
     if job.signal == DEFAULT_SIGNAL:
         record["before"] = lab.measure(run, 0)

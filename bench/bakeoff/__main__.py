@@ -2,12 +2,13 @@
 
     python -m bench.bakeoff --data .carry --workers 10 --cards 0 1 --minutes 8
     python -m bench.bakeoff --list
-    python -m bench.bakeoff --table                                   from the results in bench/results/bakeoff
+    python -m bench.bakeoff --table                               from the results in bench/results/bakeoff
     python -m bench.bakeoff --tasks demo --device cpu --workers 1     the demo's pair, on a CPU
     python -m bench.bakeoff --take cells.jsonl                        results that another machine sent
 
 `--data` holds models/ and prompts/ (see ../shared/real/README.md), and arithmetic/ for that task. Every cell
-is one JSON file; cells that are there are not run again. With `--journal FILE` each is also appended to one file.
+is one JSON file; cells that are there are not run again. With `--journal FILE` each is also appended to one
+file.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def weighted(at: Positions, seen: DualKLOutput) -> DualKLOutput:
 
 
 def negative(at: Positions, seen: DualKLOutput) -> DualKLOutput:
-    """-A ln p(y) with a constant A < 0, on the sampled tokens of lowest probability; the teacher is not used."""
+    """-A ln p(y) with a constant A < 0, on the sampled tokens of lowest probability, without the teacher."""
     assert seen.student_logprobs is not None
     count = max(1, round(SUPPRESSED_SHARE * len(seen.student_logprobs)))
     chosen_M = seen.student_logprobs.topk(count, largest=False).indices

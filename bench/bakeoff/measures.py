@@ -1,4 +1,4 @@
-"""Measurements of a student on held-out prompts: on the teacher's text, on its own fresh text, and outside."""
+"""Measurements of a student on held-out prompts: on teacher text, on its own fresh text, and outside."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def forwards(
 
 @torch.no_grad()
 def divergences(student: Student, teacher: Teacher, texts: list[Text], max_tokens: int) -> Result:
-    """Token means over the texts, exact over the vocabulary, nats; `by_entropy` in bins of the teacher's entropy."""
+    """Token means over the texts, exact over the vocabulary, nats.
+
+    `by_entropy`: the same in bins of the teacher's entropy.
+    """
     columns: list[Tensor] = []
     jensen_shannon = 0.0
     settings = DualKLConfig(objective="jsd", gating="fixed", mix=0.5, vocab_size=student.vocab_size)

@@ -89,7 +89,7 @@ def _means(cells: Groups) -> str:
 
 
 def _differences(cells: Groups) -> str:
-    """To the baselines with the same learning rate, refresh, signal and horizon, over the seeds that both have."""
+    """To the baselines with equal rate, refresh, signal and horizon, over the seeds that both have."""
     rows = []
     for cell, seeds in cells.items():
         for arm in BASELINES:

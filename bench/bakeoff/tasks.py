@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Sizes:
-    """A run's sizes; every arm has the same. `num_samples`: completions of each held-out prompt that are checked."""
+    """Sizes of a run, equal for all arms. `num_samples`: checked completions of each held-out prompt."""
 
     steps: int = 64
     batch_size: int = 64
@@ -33,7 +33,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Task:
-    """A teacher, its students and prompts. Paths are relative to a folder given on the command line (`--data`).
+    """A teacher, its students and prompts. Paths are relative to the folder `--data`.
 
     Attributes:
         lr: the learning rate that all arms share; `sweep`: factors on it that are tried as well.
@@ -59,7 +59,7 @@ class Task:
 
 
 FULL = {"use_lora": False, "gradient_checkpointing": False, "compile": False, "teacher_ds_zero3": False}
-"""All weights are trained: the students are small, and LoRA would add its own rank and rate to every comparison."""
+"""All weights are trained: the students are small, and LoRA would add its rank to every comparison."""
 TASKS = {
     "real": Task(
         "models/smollm2-135m",

@@ -376,7 +376,7 @@ def _rows(lab: Lab, run: Run, cell: Cell, position: Position) -> tuple[Position,
 
 
 def _policy_at(lab: Lab, run: Run, cell: Cell, step: int) -> Policy:
-    """The student now; with a horizon, its completions' limit grows linearly over the first 3/4 of the steps."""
+    """The student now; with a horizon, its limit grows linearly over the first 3/4 of the steps."""
     policy = lab.policy(run, step)
     if cell.horizon == 1:
         return policy

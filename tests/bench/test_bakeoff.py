@@ -20,7 +20,7 @@ N, V, K, D = 21, 50, 5, 8
 
 
 def positions(config: DualKLConfig) -> tuple[Positions, Tensor, Tensor]:
-    """Inputs at random, and the logits of both sides [N, V]; the student's are attached to the hidden states."""
+    """Inputs at random, and the logits of both sides [N, V]; the student's have gradients."""
     torch.manual_seed(1)
     hidden = torch.randn(N, D, requires_grad=True)
     head, teacher = torch.randn(V, D), torch.randn(N, V).mul(2).log_softmax(1)

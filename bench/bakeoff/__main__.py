@@ -2,7 +2,7 @@
 
     python -m bench.bakeoff --data .carry --workers 10 --cards 0 1 --minutes 8
     python -m bench.bakeoff --list
-    python -m bench.bakeoff --table                               from the results in bench/results/bakeoff
+    python -m bench.bakeoff --table                                   from the results in bench/results/bakeoff
     python -m bench.bakeoff --tasks demo --device cpu --workers 1     the demo's pair, on a CPU
     python -m bench.bakeoff --take cells.jsonl                        results that another machine sent
 

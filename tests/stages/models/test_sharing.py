@@ -186,8 +186,8 @@ def test_shared_prompts_are_checked_when_a_model_is_loaded(monkeypatch: pytest.M
     whole = packing.packed_attention
 
     def all_of_the_row(*arguments: Any, packing: Any = None, **keywords: Any) -> Any:
-        alone = packing and Alone(packing)
-        return whole(*arguments, packing=alone, **keywords)
+        layout = packing and without_prompts(packing)
+        return whole(*arguments, packing=layout, **keywords)
 
     from transformers import AttentionInterface
 
@@ -200,7 +200,7 @@ def test_shared_prompts_are_checked_when_a_model_is_loaded(monkeypatch: pytest.M
         AttentionInterface.register(PACKED, whole)
 
 
-def Alone(packing: Any) -> Any:  # noqa: N802
+def without_prompts(packing: Any) -> Any:
     """The layout without shared prompts: completions see themselves alone."""
     return type(packing)(packing.lengths, packing.bounds, packing.longest)
 

@@ -208,7 +208,7 @@ def _copied(states_TGh: Tensor, places_S: Tensor, copies_S: Tensor, firsts_T: Te
 
 @_copied.register_fake
 def _(states_TGh: Tensor, places_S: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
-    return states_TGh.new_empty((len(places_S), *states_TGh.shape[1:]))
+    return states_TGh.new_empty((places_S.shape[0], *states_TGh.shape[1:]))
 
 
 @torch.library.custom_op("dualkl::summed", mutates_args=())
@@ -220,7 +220,7 @@ def _summed(states_SGh: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
 
 @_summed.register_fake
 def _(states_SGh: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
-    return states_SGh.new_empty((len(firsts_T), *states_SGh.shape[1:]))
+    return states_SGh.new_empty((firsts_T.shape[0], *states_SGh.shape[1:]))
 
 
 def _keep_copies(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

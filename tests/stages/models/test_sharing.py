@@ -165,7 +165,7 @@ def test_layers_with_and_without_shared_prompts_are_compiled_once_each(
     assert_close(forward(model, shared), expected)
     assert_close(forward(model, unshared), expected)
     assert graphs[0] == 2
-    for groups in (GROUPS[:3], GROUPS[1:4], ((2, (3, 4)),), ((9, (5,)),)):
+    for groups in (GROUPS[:3], GROUPS[1:4], ((2, (3, 4)),), ((9, (5,)), (3, (4,)))):
         forward(model, align(*rows(groups), 0, CPU, packed=True, shared=True))
     assert graphs[0] == 2
 

@@ -276,40 +276,45 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
     }
 
 
+def rows_rate(
+    run: Run, teacher: Teacher, rows: list[cache.Record], size: Size, folder: Path, device: str
+) -> tuple[float, np.ndarray]:
+    """Rows scored and written a second, and their teacher logprobs."""
+    roots = [folder / str(i) for i in range(1 + size.repeats)]
+    with ExitStack() as stack:
+        caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
+
+        def step(some: list[cache.Record]) -> int:
+            score_and_write(run, teacher, some, next(caches), size, [])
+            return len(some)
+
+        rate = median_rate(step, rows, size, device)
+    written = cache.open(roots[-1]).to_table(["teacher_logprobs"])
+    return rate, written["teacher_logprobs"].combine_chunks().flatten().to_numpy()
+
+
 def measure_sharing(name: str, size: Size, shape: str, bench: Bench) -> Record:
-    """Rows/s with shared prompts and without, and the largest distance of their logprobs in nats."""
+    """Rows/s with shared prompts and without, and the mean distance of their logprobs in nats."""
     prompt, group, num_rows = SHARING[name]
     size = replace(size, prompt=prompt, group=group, rows=num_rows, warm_up=24)
     if shape == "tiny":
         size = replace(size, prompt=24, rows=TINY.rows, warm_up=TINY.warm_up)
     model = bench.make("sharing", lambda: make_teacher_model(shape, size, bench.device))
-    rows, found, logprobs = unscored_rows(size), {}, {}
+    rows = unscored_rows(size)
     reset_peak(bench.device)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--teacher_ds_zero3", "false", "--group_size", str(group)]
         run = bench_run(Path(folder), size, bench.device, *flags)
-        shared = teachers.plain_teacher(model, run.world, run.config.train.packing)
-        assert shared.shares
-        alone = replace(shared, unshared_because="this measures rows alone")
-        for kind, teacher in {"shared": shared, "alone": alone}.items():
-            roots = [Path(folder) / f"{kind}{i}" for i in range(1 + size.repeats)]
-            with ExitStack() as stack:
-                caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
-                rate = median_rate(
-                    lambda some, teacher=teacher, caches=caches: score_and_write(
-                        run, teacher, some, next(caches), size, []
-                    ),
-                    rows,
-                    size,
-                    bench.device,
-                )
-            found[kind] = rate / (size.prompt + size.completion)
-            logprobs[kind] = np.concatenate([row.teacher_logprobs for row in cache.open(roots[-1])[:]])
+        teacher = teachers.plain_teacher(model, run.world, run.config.train.packing)
+        assert teacher.shares
+        shared, found = rows_rate(run, teacher, rows, size, Path(folder) / "shared", bench.device)
+        teacher = replace(teacher, unshared_because="this measures rows alone")
+        alone, expected = rows_rate(run, teacher, rows, size, Path(folder) / "alone", bench.device)
     return {
-        "shared_rows_per_second": found["shared"],
-        "alone_rows_per_second": found["alone"],
-        "shared_over_alone": found["shared"] / found["alone"],
-        "mean_logprob_gap": float(np.abs(logprobs["shared"] - logprobs["alone"]).mean()),
+        "shared_rows_per_second": shared,
+        "alone_rows_per_second": alone,
+        "shared_over_alone": shared / alone,
+        "mean_logprob_gap": float(np.abs(found - expected).mean()),
         "peak_gib": peak_gib(bench.device),
     }
 

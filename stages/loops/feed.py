@@ -110,7 +110,8 @@ def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list
     """Return the row keys of global batch `batch_index`, counted since the pool was opened.
 
     Each cache is an endless stream of its groups of rows, permuted each epoch with the seed (seed, epoch,
-    version); the rows of a group (`Pool.leaders`) follow each other. Batch slots are assigned to caches by weight, deterministically.
+    version); the rows of a group (`Pool.leaders`) follow each other. Batch slots are assigned to caches by
+    weight, deterministically.
     """
     start, end = batch_index * batch_size, (batch_index + 1) * batch_size
     owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)

@@ -3,8 +3,9 @@
 A path that disagrees is replaced by a slower correct one, with a report, or the model is rejected. The
 model's forward of a single short row, in float32 and with attention windows of a few tokens, is compared with
 (1) its forward of the first half of the row (causality), (2) padded rows through decoder and head, (3) packed
-rows, (4) packed rows that share a prompt, (5) training mode, (6) the rollout engine. Effects of long rows are not detected: rotary embeddings that
-change beyond a length, and windows that neither a config nor a module names.
+rows, (4) packed rows that share a prompt, (5) training mode, (6) the rollout engine. Effects of long rows are
+not detected: rotary embeddings that change beyond a length, and windows that neither a config nor a module
+names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared prompts on a GPU: the flash kernel's masks, bf16 gradients, compiled layers and a teacher's signals."""
+"""Shared prompts on a GPU: the flash kernel's masks, bf16 gradients, compiled layers, no waiting."""
 
 from typing import Any
 

@@ -91,8 +91,9 @@ def test_groups_hold_every_packed_position_once_among_few_others(lengths: tuple[
 
 def test_a_shared_prompt_is_in_the_row_once_and_scored_for_each_completion() -> None:
     prompts, completions = [[5, 6], [5, 6], [7], [7], [8]], [[1], [2, 3], [4, 1], [2], [3]]
-    arrays = [[np.array(row) for row in rows] for rows in (prompts, completions)]
-    aligned = align(*arrays, 0, CPU, packed=True, shared=True)
+    aligned = align(
+        [np.array(p) for p in prompts], [np.array(c) for c in completions], 0, CPU, packed=True, shared=True
+    )
     assert aligned.input_ids.tolist() == [[5, 6, 1, 2, 3, 7, 4, 1, 2, 8, 3]]
     assert aligned.position_ids is not None
     assert aligned.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1, 0, 1]]

@@ -1,13 +1,12 @@
 """Packed rows whose sequences share prompts: the states, losses and gradients of sequences that are alone."""
 
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, LlamaConfig, Qwen3Config
 
 from dualkl import DualKLConfig, LogitsTeacher, dual_kl
 from stages.data.alignment import Aligned, align, at_scored
@@ -171,25 +170,26 @@ def test_layers_with_and_without_shared_prompts_are_compiled_once_each(
 
 
 def subject_of(model: Any) -> selfcheck.Subject:
-    hidden: Callable[[Aligned], torch.Tensor] = lambda batch: packing.decoder_states(model, batch)  # noqa: E731
     return selfcheck.Subject(
-        model, hidden, lambda ids: full_forward(model, ids), output_weights(model), side="teacher"
+        model,
+        partial(packing.decoder_states, model),
+        partial(full_forward, model),
+        output_weights(model),
+        side="teacher",
     )
 
 
-def test_shared_prompts_are_checked_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prompts_are_checked_when_a_model_is_loaded() -> None:
     model = tiny(MODELS["gemma 3"])
     enable_packing(model, "auto")
     subject = subject_of(model)
     selfcheck.check_forwards(subject)
     assert selfcheck.sharing_refused(subject, "") == ""
-    whole = packing.packed_attention
+    whole: Any = packing.packed_attention
 
     def all_of_the_row(*arguments: Any, packing: Any = None, **keywords: Any) -> Any:
         layout = packing and without_prompts(packing)
         return whole(*arguments, packing=layout, **keywords)
-
-    from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, all_of_the_row)
     try:
@@ -205,7 +205,7 @@ def without_prompts(packing: Any) -> Any:
     return type(packing)(packing.lengths, packing.bounds, packing.longest)
 
 
-def test_other_attention_and_padded_rows_share_nothing(tmp_path: Path) -> None:
+def test_other_attention_and_padded_rows_share_nothing() -> None:
     model = tiny(MODELS["qwen3"], "eager")
     assert unshared_because(model, "") == "attn_implementation eager reads every sequence's own keys"
     padded = selfcheck.sharing_refused(subject_of(model), "it has layers of type linear_attention")

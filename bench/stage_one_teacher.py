@@ -4,6 +4,9 @@ forward.
 scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbone and lm_head at the scored
           positions (`bare`), and of `stages.loops.scoring` with top-64 selection, encoding and writing to a
           cache (`scored`).
+sharing   a Qwen3-8B-shaped teacher, plain: rows scored and written a second, in groups of four completions of
+          512 tokens, with prompts of 1,024 or 256 tokens that are read once a group (`shared`) or once a row.
+          `sharing/alone`: groups of one, with sharing allowed and off; both run the same forwards.
 zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens per
           forward; at 4,096 tokens, log-probabilities of both against each other and, as a yardstick, of plain
           against fp32.
@@ -21,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +91,16 @@ class Size:
     equality_tokens: int = 4096
     vocabulary: int = VOCABULARY
     k: int = 64
+    group: int = 1
 
 
 FULL, TINY = Size(), Size(6, 10, 12, 64, 2, 4, 48, 503, 8)
+SHARING: dict[str, tuple[int, int, int]] = {
+    "1024": (1024, 4, 128),
+    "256": (256, 4, 128),
+    "alone": (1024, 1, 64),
+}
+"""Tokens of a prompt, rows of a group, rows."""
 
 
 def teacher_config(shape: str, size: Size) -> Qwen3Config:
@@ -124,13 +135,14 @@ def make_teacher_model(
 def unscored_rows(size: Size) -> list[cache.Record]:
     """A unit of random tokens, as if generated."""
     dice = np.random.default_rng(0)
+    prompts = dice.integers(0, size.vocabulary, (-(-size.rows // size.group), size.prompt))
     noise = -dice.random(size.completion)
     return [
         cache.Record(
             row_id=f"{i:032x}",
-            prompt_id=f"p{i}",
+            prompt_id=f"p{i // size.group}",
             occurrence=0,
-            sample_index=0,
+            sample_index=i % size.group,
             refresh_index=0,
             run_id="bench",
             policy_step=0,
@@ -138,7 +150,7 @@ def unscored_rows(size: Size) -> list[cache.Record]:
             finish_reason="length",
             prompt_text="",
             completion_text="",
-            prompt_ids=dice.integers(0, size.vocabulary, size.prompt),
+            prompt_ids=prompts[i // size.group],
             completion_ids=dice.integers(0, size.vocabulary, size.completion),
             behaviour_logprobs=noise,
             behaviour_entropy=-noise,
@@ -264,6 +276,49 @@ def measure_scoring(size: Size, shape: str, bench: Bench) -> Record:
     }
 
 
+def rows_rate(
+    run: Run, teacher: Teacher, rows: list[cache.Record], size: Size, folder: Path, device: str
+) -> tuple[float, np.ndarray]:
+    """Rows scored and written a second, and their teacher logprobs."""
+    roots = [folder / str(i) for i in range(1 + size.repeats)]
+    with ExitStack() as stack:
+        caches = iter([stack.enter_context(open_cache(root, size)) for root in roots])
+
+        def step(some: list[cache.Record]) -> int:
+            score_and_write(run, teacher, some, next(caches), size, [])
+            return len(some)
+
+        rate = median_rate(step, rows, size, device)
+    written = cache.open(roots[-1]).to_table(["teacher_logprobs"])
+    return rate, written["teacher_logprobs"].combine_chunks().flatten().to_numpy()
+
+
+def measure_sharing(name: str, size: Size, shape: str, bench: Bench) -> Record:
+    """Rows/s with shared prompts and without, and the mean distance of their logprobs in nats."""
+    prompt, group, num_rows = SHARING[name]
+    size = replace(size, prompt=prompt, group=group, rows=num_rows, warm_up=24)
+    if shape == "tiny":
+        size = replace(size, prompt=24, rows=TINY.rows, warm_up=TINY.warm_up)
+    model = bench.make("sharing", lambda: make_teacher_model(shape, size, bench.device))
+    rows = unscored_rows(size)
+    reset_peak(bench.device)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--teacher_ds_zero3", "false", "--group_size", str(group)]
+        run = bench_run(Path(folder), size, bench.device, *flags)
+        teacher = teachers.plain_teacher(model, run.world, run.config.train.packing)
+        assert teacher.shares
+        shared, found = rows_rate(run, teacher, rows, size, Path(folder) / "shared", bench.device)
+        teacher = replace(teacher, unshared_because="this measures rows alone")
+        alone, expected = rows_rate(run, teacher, rows, size, Path(folder) / "alone", bench.device)
+    return {
+        "shared_rows_per_second": shared,
+        "alone_rows_per_second": alone,
+        "shared_over_alone": shared / alone,
+        "mean_logprob_gap": float(np.abs(found - expected).mean()),
+        "peak_gib": peak_gib(bench.device),
+    }
+
+
 @torch.no_grad()
 def logprobs_of(teacher: Teacher, ids: np.ndarray) -> Tensor:
     """Logprobs of each token after the first of one sequence."""
@@ -318,8 +373,11 @@ def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
 
 def cells(tiny: bool) -> list[Cell]:
     """`zero3` last: it sets this process up for DeepSpeed."""
-    parts = {"scoring": (measure_scoring, "32B"), "zero3": (measure_zero3, "8B")}
+    size = TINY if tiny else FULL
+    parts: dict[str, tuple[Any, str]] = {"scoring": (measure_scoring, "32B")}
+    parts |= {f"sharing/{name}": (partial(measure_sharing, name), "8B") for name in SHARING}
+    parts["zero3"] = (measure_zero3, "8B")
     return [
-        Cell(name, partial(function, TINY if tiny else FULL, "tiny" if tiny else shape), SOURCES)
+        Cell(name, partial(function, size, "tiny" if tiny else shape), SOURCES)
         for name, (function, shape) in parts.items()
     ]

@@ -14,6 +14,8 @@ mfu                 4 N per token (N: frozen weights without embeddings) and 4 V
                     recomputation are not counted
 wait_share          share of the time spent waiting for the reader
 gib_above_weights   peak memory beyond base and adapter weights
+rows_per_second     of the step's rows; cells `shared` and `alone` have groups of four rows with prompts of
+                    1,024 or 256 tokens, read once a group or once a row
 parts               our cells: seconds by class of kernel in one more step, profiled (`bench/parts.py`)
 """
 
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -75,6 +77,8 @@ class Setting:
     rows_per_step: int
     num_steps: int
     lora_r: int
+    group: int = 1
+    shares: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -151,8 +155,11 @@ def write_rows(setting: Setting, root: Path) -> None:
         "signal": {"kind": "topk", "k": setting.k, "temperature": 1.0},
     }
     with cache.Writer(root, cache.Fingerprint(must_match, {})) as writer:
+        prompt = None
         for number in range(setting.num_rows):
-            writer.append(_row(setting, number, random))
+            row = _row(setting, number, random)
+            prompt = row.prompt_ids if number % setting.group == 0 or prompt is None else prompt
+            writer.append(replace(row, prompt_ids=prompt))
         writer.commit("synthetic")
 
 
@@ -166,9 +173,9 @@ def _row(setting: Setting, number: int, random: np.random.Generator) -> cache.Re
     signal = cache.TopK(ids, logprobs[:, :k], logprobs[:, k], 1.0)
     return cache.Record(
         row_id=f"{number:032x}",
-        prompt_id=f"p{number}",
+        prompt_id=f"p{number // setting.group}",
         occurrence=0,
-        sample_index=0,
+        sample_index=number % setting.group,
         refresh_index=0,
         run_id="bench",
         policy_step=0,
@@ -218,6 +225,7 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
         "dtype": setting.dtype,
         "lora_r": setting.lora_r,
         "batch_size": setting.rows_per_step,
+        "group_size": setting.group,
         "grad_accum": 1,
         "micro_batch_tokens": setting.forward_tokens,
         "lp_micro_batch": setting.rows_per_step,
@@ -227,6 +235,8 @@ def ours(setting: Setting, device: str, folder: Path, keys: dict[str, str]) -> S
     arguments = [part for key, value in (flags | keys).items() for part in (f"--{key}", str(value))]
     run = open_run("", arguments)
     student = make_student(run, setting)
+    if not setting.shares:
+        student = replace(student, unshared_because="this measures rows alone")
     training = steps.prepare(run, student)
     pool, snapshot = schedule.open_pool(run, Position(0, 0))
     weights = _weights_gib(device)
@@ -356,15 +366,32 @@ CELLS: dict[str, tuple[Contender, dict[str, str]]] = {
 }
 
 
+GROUPED = {
+    f"{kind}/{prompt}": (kind == "shared", prompt) for prompt in (1024, 256) for kind in ("shared", "alone")
+}
+"""Cells with groups of four rows: whether they share prompts, and the prompts' tokens."""
+
+
 def cells(tiny: bool) -> list[Cell]:
-    return [Cell(name, partial(measure, name, TINY if tiny else REAL), SOURCES, PACKAGES) for name in CELLS]
+    setting = TINY if tiny else REAL
+    found = dict.fromkeys(CELLS, setting)
+    for name, (shares, prompt) in GROUPED.items():
+        tokens = prompt // 64 if tiny else prompt
+        found[name] = replace(
+            setting,
+            prompt_tokens=(tokens, tokens + 1),
+            rows_per_step=8 if tiny else 48,
+            group=4,
+            shares=shares,
+        )
+    return [Cell(name, partial(measure, name, own), SOURCES, PACKAGES) for name, own in found.items()]
 
 
 def measure(name: str, setting: Setting, bench: Bench) -> Record:
     """The figures of a cell; raises what the contender raises."""
-    contender, keys = CELLS[name]
-    rows: Rows = bench.make("rows", lambda: Rows(setting))
-    timed_steps = contender(setting, bench.device, rows.folder, keys | {"run_name": name})
+    contender, keys = CELLS.get(name, CELLS["packed"])
+    rows: Rows = bench.make(f"rows/{setting.group}/{setting.prompt_tokens}", lambda: Rows(setting))
+    timed_steps = contender(setting, bench.device, rows.folder, keys | {"run_name": name.replace("/", "-")})
     rate, seconds = (
         bench.ceilings["product_tflops"] * 1e12,
         sum(timed_steps.seconds) / len(timed_steps.seconds),
@@ -373,6 +400,7 @@ def measure(name: str, setting: Setting, bench: Bench) -> Record:
     return {
         "seconds_per_step": seconds,
         "tokens_per_second": num_tokens / seconds,
+        "rows_per_second": setting.rows_per_step / seconds,
         "mfu": flops_per_step(setting, num_tokens) / seconds / rate,
         "wait_share": sum(timed_steps.waited) / sum(timed_steps.seconds) if timed_steps.waited else None,
         "gib_above_weights": timed_steps.gib_above_weights,
@@ -424,7 +452,7 @@ def table(found: Found) -> str:
     """Markdown: a line a cell, and tokens a second over TRL's on the same device."""
     rows = []
     for device, here in found.items():
-        measured = {name: record for name, record in here.items() if name in CELLS}
+        measured = {name: record for name, record in here.items() if name in CELLS or name in GROUPED}
         trl = max(
             (r.get("tokens_per_second", 0) for name, r in measured.items() if name.startswith("trl")),
             default=0,

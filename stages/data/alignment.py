@@ -1,14 +1,16 @@
 """Aligns hidden states with targets; only this module knows that position t-1 predicts token y_t.
 
 A sequence is prompt + completion. A batch is padded (one sequence per row, padding on the right) or packed
-(all sequences concatenated in one row). A position is scored if its *next* token belongs to the completion
-(EOS included).
+(all sequences concatenated in one row). In a packed row, sequences with one prompt may share it: the prompt
+is there once, and the completions follow it. A position is scored if its *next* token belongs to the
+completion (EOS included).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,43 +34,78 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Boundaries of B sequences that share one row.
+class Shared:
+    """The keys of B packed sequences, S tokens in total, if some of them share a prompt.
 
     Attributes:
-        lengths: tokens of each sequence, on the host.
+        bounds: cumulative sum from 0 of the tokens of each whole sequence, on the device.
+        longest: tokens of the longest sequence.
+        places: the packed position of each key.
+        copies: the keys made of each packed position, one position after the other.
+        firsts: where in `copies` those of each packed position begin.
+    """
+
+    bounds: Int[Tensor, " B+1"]  # int32
+    longest: int
+    places: Int[Tensor, " S"]
+    copies: Int[Tensor, " S"]
+    firsts: Int[Tensor, " T"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """B sequences in one row. Each has its own tokens there, which follow a prompt of an earlier one or none.
+
+    Attributes:
+        lengths: own tokens of each sequence, on the host.
         bounds: cumulative sum of `lengths` from 0, on the device.
         longest: max(lengths), stored so that compiled code does not specialise on every length.
+        prompts: the packed positions before each sequence's own; empty if no sequence has any.
+        shared: None if no sequence has any.
     """
 
     lengths: tuple[int, ...]
     bounds: Int[Tensor, " B+1"]  # int32
     longest: int
+    prompts: tuple[range, ...] = ()
+    shared: Shared | None = None
+
+    def places(self) -> list[np.ndarray]:
+        """The packed positions of each whole sequence, in order."""
+        starts = np.cumsum([0, *self.lengths])
+        own = [np.arange(first, end) for first, end in pairwise(starts)]
+        prompts = self.prompts or [range(0)] * len(own)
+        return [np.concatenate([np.array(p, np.int64), o]) for p, o in zip(prompts, own, strict=True)]
 
     @cached_property
     def groups(self) -> Groups:
-        """Groups of similar length, longest first, with at most `MOST_PADDING` slots per token."""
-        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        """Groups of similar length, longest first, with at most `MOST_PADDING` slots per token.
+
+        A shared prompt is in the grids once for each of its sequences, as if it were their own.
+        """
+        sequences = self.places()
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         groups: list[list[int]] = []
         tokens = 0
         for i in order:
-            if groups and (len(groups[-1]) + 1) * self.lengths[groups[-1][0]] <= MOST_PADDING * (
-                tokens + self.lengths[i]
+            length = len(sequences[i])
+            if groups and (len(groups[-1]) + 1) * len(sequences[groups[-1][0]]) <= MOST_PADDING * (
+                tokens + length
             ):
                 groups[-1].append(i)
-                tokens += self.lengths[i]
+                tokens += length
             else:
                 groups.append([i])
-                tokens = self.lengths[i]
-        starts = np.cumsum([0, *self.lengths])
-        places = np.empty(starts[-1], dtype=np.int64)
+                tokens = length
+        places = np.empty(sum(self.lengths), dtype=np.int64)
         grids, slot = [], 0
         for group in groups:
-            width = self.lengths[group[0]]
+            width = len(sequences[group[0]])
             offsets = np.arange(width)
-            grids.append(np.stack([starts[i] + np.minimum(offsets, self.lengths[i] - 1) for i in group]))
+            grids.append(np.stack([sequences[i][np.minimum(offsets, len(sequences[i]) - 1)] for i in group]))
             for row, i in enumerate(group):
-                places[starts[i] : starts[i + 1]] = slot + row * width + np.arange(self.lengths[i])
+                own = np.arange(len(sequences[i]) - self.lengths[i], len(sequences[i]))
+                places[sequences[i][own]] = slot + row * width + own
             slot += len(group) * width
         device = self.bounds.device
         return Groups([queued(grid, device) for grid in grids], queued(places, device))
@@ -79,7 +116,8 @@ class Aligned:
     """Model inputs of B sequences, and their scored positions in order.
 
     Padded: `input_ids` and `attention_mask` are [B, T]. Packed: `input_ids` and `position_ids` are [1, T], T
-    tokens in total; `packing` holds the boundaries and there is no mask.
+    tokens in total; `packing` holds the boundaries and there is no mask. The last position of a shared prompt
+    is scored once for each of its completions.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -97,29 +135,66 @@ def align(
     device: torch.device,
     *,
     packed: bool = False,
+    shared: bool = False,
 ) -> Aligned:
-    """Align a batch of B prompts (at least one token each) and completions; copies are asynchronous."""
+    """Align a batch of B prompts (at least one token each) and completions; copies are asynchronous.
+
+    `shared`, for packed batches: successive sequences with equal prompts share it.
+    """
     sequences = [np.concatenate([p, c]).astype(np.int64) for p, c in zip(prompts, completions, strict=True)]
-    lengths = [len(sequence) for sequence in sequences]
-    starts = np.cumsum([0, *lengths]) if packed else np.arange(len(lengths) + 1) * max(lengths)
-    firsts = [int(start) + len(prompt) - 1 for start, prompt in zip(starts[:-1], prompts, strict=True)]
-    scored = np.concatenate([np.arange(f, f + len(c)) for f, c in zip(firsts, completions, strict=True)])
     targets = np.concatenate(completions).astype(np.int64)
 
     def tensor(array: np.ndarray) -> Tensor:
         return queued(array, device)
 
     if packed:
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        packing = Packing(tuple(lengths), tensor(starts.astype(np.int32)), max(lengths))
-        ids = np.concatenate(sequences)[None]
-        return Aligned(tensor(ids), None, tensor(scored), tensor(targets), tensor(positions[None]), packing)
+        packing = pack(prompts, completions, device, shared=shared)
+        places = packing.places()
+        scored = [own[-len(c) - 1 : -1] for own, c in zip(places, completions, strict=True)]
+        ids, positions = np.empty((2, 1, sum(packing.lengths)), dtype=np.int64)
+        for own, sequence in zip(places, sequences, strict=True):
+            ids[0, own], positions[0, own] = sequence, np.arange(len(sequence))
+        at = tensor(np.concatenate(scored))
+        return Aligned(tensor(ids), None, at, tensor(targets), tensor(positions), packing)
+    lengths = [len(sequence) for sequence in sequences]
+    firsts = [row * max(lengths) + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+    scored = [np.arange(f, f + len(c)) for f, c in zip(firsts, completions, strict=True)]
     ids = np.full((len(lengths), max(lengths)), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
-    return Aligned(tensor(ids), tensor(mask), tensor(scored), tensor(targets))
+    return Aligned(tensor(ids), tensor(mask), tensor(np.concatenate(scored)), tensor(targets))
+
+
+def pack(
+    prompts: list[np.ndarray], completions: list[np.ndarray], device: torch.device, *, shared: bool
+) -> Packing:
+    """The layout of one row of all sequences; with `shared`, a prompt equal to the one before is left out."""
+    lengths: list[int] = []
+    before: list[range] = []
+    prompt_at = range(0)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        is_there = shared and i > 0 and np.array_equal(prompt, prompts[i - 1])
+        if not is_there:
+            prompt_at = range(sum(lengths), sum(lengths) + len(prompt))
+        before.append(prompt_at if is_there else range(0))
+        lengths.append(len(completion) + (0 if is_there else len(prompt)))
+    bounds = queued(np.cumsum([0, *lengths]).astype(np.int32), device)
+    packing = Packing(tuple(lengths), bounds, max(lengths))
+    if not any(before):
+        return packing
+    packing = replace(packing, prompts=tuple(before))
+    return replace(packing, shared=_shared(packing.places(), device))
+
+
+def _shared(sequences: list[np.ndarray], device: torch.device) -> Shared:
+    lengths, places = [len(own) for own in sequences], np.concatenate(sequences)
+    copies = np.argsort(places, kind="stable")
+    firsts = np.searchsorted(places[copies], np.arange(places.max() + 1))
+    bounds = np.cumsum([0, *lengths]).astype(np.int32)
+    on_device = [queued(array, device) for array in (bounds, places, copies, firsts)]
+    return Shared(on_device[0], max(lengths), *on_device[1:])
 
 
 def queued(array: np.ndarray, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from dualkl import Head, Sampled
 from stages.data.alignment import Aligned, align
 from stages.data.signals import AnyTeacher, cat, teacher_of
 
+MOST_KEYS = 4
+"""Tokens of a forward as if no row shared its prompt, per token of its limit: copied keys take memory too."""
 T = TypeVar("T")
 
 
@@ -35,6 +37,22 @@ class MicroBatch:
     teacher_entropy: Float[Tensor, " N"] | None = None
 
 
+class _Size(NamedTuple):
+    """Of a forward: rows, tokens of the longest, tokens, and tokens if no row shared its prompt."""
+
+    rows: int = 0
+    longest: int = 0
+    tokens: int = 0
+    keys: int = 0
+
+    def plus(self, length: int, known: int) -> _Size:
+        """With a row of `length` tokens, `known` of which are there already."""
+        known = known if self.rows else 0
+        return _Size(
+            self.rows + 1, max(self.longest, length), self.tokens + length - known, self.keys + length
+        )
+
+
 def micro_batches(
     rows: Iterable[T],
     length_of: Callable[[T], int],
@@ -42,25 +60,56 @@ def micro_batches(
     max_tokens: int | None,
     *,
     packed: bool = False,
+    shared: Callable[[T, T], int] | None = None,
 ) -> Iterator[list[T]]:
     """Split rows, in order, into forwards of at most `max_rows` rows and `max_tokens` tokens.
 
     None means no limit. A row longer than `max_tokens` gets its own forward. Padding counts, unless rows are
     `packed`.
+
+    `shared`, for packed rows: the tokens that a row shares with the row before it. In a forward they count
+    once; `MOST_KEYS` limits the copies of their keys. Rows that share tokens stay together if one forward
+    holds them.
     """
+
+    def fits(size: _Size) -> bool:
+        if max_rows is not None and size.rows > max_rows:
+            return False
+        tokens = size.tokens if packed else size.longest * size.rows
+        return max_tokens is None or (tokens <= max_tokens and size.keys <= MOST_KEYS * max_tokens)
+
     batch: list[T] = []
-    longest = total = 0
-    for row in rows:
-        length = length_of(row)
-        tokens = total + length if packed else max(longest, length) * (len(batch) + 1)
-        full = max_rows is not None and len(batch) >= max_rows
-        if batch and (full or (max_tokens is not None and tokens > max_tokens)):
+    size = _Size()
+    for group in _together(rows, length_of, shared):
+        alone, after = _Size(), size
+        for _, length, known in group:
+            alone, after = alone.plus(length, known), after.plus(length, known)
+        if batch and fits(alone) and not fits(after):
             yield batch
-            batch, longest, total = [], 0, 0
-        batch.append(row)
-        longest, total = max(longest, length), total + length
+            batch, size = [], _Size()
+        for row, length, known in group:
+            if batch and not fits(size.plus(length, known)):
+                yield batch
+                batch, size = [], _Size()
+            batch.append(row)
+            size = size.plus(length, known)
     if batch:
         yield batch
+
+
+def _together(
+    rows: Iterable[T], length_of: Callable[[T], int], shared: Callable[[T, T], int] | None
+) -> Iterator[list[tuple[T, int, int]]]:
+    """Runs of rows that share tokens: each row, its length, and what it shares with the row before."""
+    group: list[tuple[T, int, int]] = []
+    for row in rows:
+        known = shared(group[-1][0], row) if shared is not None and group else 0
+        if group and not known:
+            yield group
+            group = []
+        group.append((row, length_of(row), known))
+    if group:
+        yield group
 
 
 def num_tokens(record: cache.Record) -> int:
@@ -77,14 +126,15 @@ def to_tensors(
     vocab_size: int,
     *,
     packed: bool = False,
+    shared: bool = False,
 ) -> MicroBatch:
     """Build the tensors of one forward; `weight` applies to each scored position.
 
-    `head`: the teacher's head, for `hidden` rows.
+    `head`: the teacher's head, for `hidden` rows. `packed`, `shared`: as in `align`.
     """
     teacher = teacher_of(records, head, vocab_size)  # first, to reject unscored rows
     prompts, completions = [r.prompt_ids for r in records], [r.completion_ids for r in records]
-    aligned = align(prompts, completions, pad_id, torch.device("cpu"), packed=packed)
+    aligned = align(prompts, completions, pad_id, torch.device("cpu"), packed=packed, shared=shared)
     teacher_logprobs = cat([cast(np.ndarray, r.teacher_logprobs) for r in records])
     sampled = Sampled(aligned.targets, teacher_logprobs, cat([r.behaviour_logprobs for r in records]))
     weights = torch.full((len(aligned.targets),), weight, dtype=torch.float32)

@@ -44,6 +44,16 @@ WORTHWHILE = 1.1  # a further trial must promise to raise the size by more than 
 _peaks: dict[tuple[object, ...], dict[int, float]] = {}  # of generation and scoring, by kind and model
 
 
+class Group(NamedTuple):
+    """Rows that share a prompt in one forward, and the tokens of the longest prompt."""
+
+    size: int
+    prompt_tokens: int
+
+
+ALONE = Group(1, 0)
+
+
 class Caps(NamedTuple):
     """Size limits of a training forward; None: no limit."""
 
@@ -134,14 +144,17 @@ def score_tokens_of_run(
     if free is None:
         return CPU_SCORE_TOKENS
     longest = _longest(config, teacher.config)
+    group = Group(config.rollout.group_size, config.data.max_prompt_tokens) if teacher.shares else ALONE
 
     def peak_of(tokens: int) -> float:
-        batch = partial(_dummy_batch, tokens, longest, vocab_size, run.world.device, packed=teacher.packs)
+        batch = partial(
+            _dummy_batch, tokens, longest, vocab_size, run.world.device, packed=teacher.packs, group=group
+        )
         return _peak(run.world, lambda: score(batch()), collective=teacher.is_collective)
 
     signal = config.teacher_signal
     key = "score", teacher.config.to_json_string(), teacher.is_collective, signal.signal, signal.signal_k
-    return _most_tokens(_peaks.setdefault((*key, longest), {0: 0.0}), peak_of, free * MARGIN)
+    return _most_tokens(_peaks.setdefault((*key, longest, group), {0: 0.0}), peak_of, free * MARGIN)
 
 
 def train_caps_of_run(run: Run, student: Student, module: nn.Module) -> Caps:
@@ -164,9 +177,11 @@ def _train_tokens(run: Run, student: Student, module: nn.Module) -> int:
         head = cached_head(cache.open(config.cache_root), world.device)
     trained = sum(p.numel() for p in student.trainable.values())
     state = sum(state_bytes(trained, world.size, world.student_is_deepspeed))
+    size = student.vocab_size
+    group = Group(config.rollout.group_size, config.data.max_prompt_tokens) if student.shares else ALONE
 
     def peak_of(tokens: int) -> float:
-        batch = partial(_dummy_batch, tokens, longest, student.vocab_size, world.device, packed=student.packs)
+        batch = partial(_dummy_batch, tokens, longest, size, world.device, packed=student.packs, group=group)
         return _peak(world, lambda: _train(config, student, module, batch(), head))
 
     free = free_bytes(world)
@@ -217,12 +232,27 @@ def _with_teacher(config: Config, batch: Aligned, vocab_size: int, head: Head | 
 
 
 def _dummy_batch(
-    tokens: int, longest: int, vocab_size: int, device: torch.device, *, packed: bool
+    tokens: int, longest: int, vocab_size: int, device: torch.device, *, packed: bool, group: Group = ALONE
 ) -> Aligned:
-    """`tokens` random tokens in rows of equal length, at most `longest`; all but their first are scored."""
-    count = -(-tokens // longest)
-    rows = np.random.default_rng(0).integers(1, vocab_size, (count, max(2, tokens // count)))
-    return align(list(rows[:, :1]), list(rows[:, 1:]), 0, device, packed=packed)
+    """`tokens` random tokens in rows of equal length, at most `longest`; all but their first are scored.
+
+    With a `group`, rows share prompts, and all tokens are scored.
+    """
+    dice = np.random.default_rng(0)
+    if group.size == 1:
+        count = -(-tokens // longest)
+        rows = dice.integers(1, vocab_size, (count, max(2, tokens // count)))
+        return align(list(rows[:, :1]), list(rows[:, 1:]), 0, device, packed=packed)
+    prompt = min(group.prompt_tokens, longest - 1)
+    whole = prompt + group.size * (longest - prompt)  # tokens of the largest group
+    count = -(-tokens // whole)
+    prompt = max(1, prompt * tokens // (count * whole))
+    completion = max(1, (tokens // count - prompt) // group.size)
+    prompts = dice.integers(1, vocab_size, (count, prompt)).repeat(group.size, axis=0)
+    completions = dice.integers(1, vocab_size, (count * group.size, completion))
+    batch = align(list(prompts), list(completions), 0, device, packed=packed, shared=True)
+    targets = batch.input_ids.flatten()
+    return replace(batch, scored=torch.arange(len(targets), device=device), targets=targets)
 
 
 def _longest(config: Config, model_config: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 
 import cache
 from stages.data.batches import MicroBatch, micro_batches, pinned, to_tensors
-from stages.data.pool import Pool
+from stages.data.pool import Pool, RowGroups
 from stages.data.signals import cached_head
 from stages.loops.budgets import Caps
 from stages.models.student import Student
@@ -64,6 +64,7 @@ def global_batches(
     snapshots = (snapshot, *(extra.snapshot for extra in pool.extras))
     heads = {own.root: cached_head(own, device) for own in snapshots}  # freed when the generator is closed
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
+    shared = student.shares and bool(pool.leaders)
 
     def make(step: tuple[int, Forward]) -> tuple[list[cache.Record], MicroBatch]:
         total_tokens, forward = step
@@ -71,19 +72,21 @@ def global_batches(
         records = [source[source.position(row_id)] for source, row_id in places]
         head = heads[places[0][0].root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
-        batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed)
+        batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed, shared=shared)
         if device.type == "cuda":
             with torch.cuda.device(device):  # a new thread starts on the first GPU
                 batch = pinned(batch)
         return records, batch
 
-    plans, coming = tee(_plan(run, pool, index, packed, caps) for index in indices)
+    plans, coming = tee(_plan(run, student, pool, index, caps) for index in indices)
     inputs = read_ahead(make, ((total, forward) for _, total, own in coming for forward in own), READ_AHEAD)
     for row_ids, total_tokens, forwards in plans:
         yield Batch(row_ids, total_tokens, forwards, inputs)
 
 
-def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[list[str], int, list[Forward]]:
+def _plan(
+    run: Run, student: Student, pool: Pool, index: int, caps: Caps
+) -> tuple[list[str], int, list[Forward]]:
     """All rows of global batch `index`, their scored tokens, and this rank's forwards.
 
     Every rank splits the rows of all ranks, so every rank knows the maximum forward count without
@@ -94,7 +97,7 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
     micro_rows = rows_per_micro_step(run.config, world.size)
     bounds = [rank * size // world.size for rank in range(world.size + 1)]
     cuts = [
-        list(cut_forwards(pool, row_ids[bounds[rank] : bounds[rank + 1]], micro_rows, caps, packed))
+        list(cut_forwards(pool, row_ids[bounds[rank] : bounds[rank + 1]], micro_rows, caps, student))
         for rank in range(world.size)
     ]
     own = cuts[world.rank]
@@ -106,17 +109,18 @@ def _plan(run: Run, pool: Pool, index: int, packed: bool, caps: Caps) -> tuple[l
 def batch_rows(pool: Pool, seed: int, batch_index: int, batch_size: int) -> list[str]:
     """Return the row keys of global batch `batch_index`, counted since the pool was opened.
 
-    Each cache is an endless stream of its rows, permuted each epoch with the seed (seed, epoch, version).
-    Batch slots are assigned to caches by weight, deterministically.
+    Each cache is an endless stream of its groups of rows, permuted each epoch with the seed (seed, epoch,
+    version); the rows of a group (`Pool.leaders`) follow each other. Batch slots are assigned to caches by
+    weight, deterministically.
     """
     start, end = batch_index * batch_size, (batch_index + 1) * batch_size
     owner_of_place = _owners([1.0, *(extra.weight for extra in pool.extras)], end)
     picked = [""] * batch_size
-    for number, keys in enumerate([pool.row_ids, *(extra.keys for extra in pool.extras)]):
+    for number, groups in enumerate(pool.groups):
         places = np.flatnonzero(owner_of_place == number)
         first = int(np.searchsorted(places, start))
         seeds = [pool.version, number] if number else [pool.version]
-        stream = _stream(keys, seed, seeds, range(first, len(places)))
+        stream = _stream(groups, seed, seeds, range(first, len(places)))
         for place, key in zip(places[first:].tolist(), stream, strict=True):
             picked[place - start] = key
     return picked
@@ -128,22 +132,31 @@ def _owners(weights: list[float], num_places: int) -> np.ndarray:
     return np.searchsorted(bounds[:-1], np.arange(num_places) * GOLDEN_RATIO % 1, side="right")
 
 
-def _stream(keys: list[str], seed: int, seeds: list[int], places: range) -> Iterator[str]:
+def _stream(groups: RowGroups, seed: int, seeds: list[int], places: range) -> Iterator[str]:
+    keys, sizes = groups.keys, groups.sizes
     for place in places:
         epoch, offset = divmod(place, len(keys))
         if place == places.start or offset == 0:
-            order = np.random.default_rng([seed, epoch, *seeds]).permutation(len(keys))
+            permuted = np.random.default_rng([seed, epoch, *seeds]).permutation(len(sizes))
+            shifts = groups.firsts[permuted] - (np.cumsum(sizes[permuted]) - sizes[permuted])
+            order = np.arange(len(keys)) + np.repeat(shifts, sizes[permuted])
         yield keys[order[offset]]
 
 
 def cut_forwards(
-    pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, packed: bool
+    pool: Pool, row_ids: list[str], micro_rows: int, caps: Caps, student: Student
 ) -> Iterator[list[str]]:
     """Split a rank's rows of a step by `grad_accum`, then by cache, then by the caps of a forward."""
+    shared = pool.num_shared if student.shares else None
     for start in range(0, len(row_ids), micro_rows):
         for of_one_cache in by_cache(row_ids[start : start + micro_rows]):
             yield from micro_batches(
-                of_one_cache, lambda row_id: sum(pool.lengths[row_id]), caps.rows, caps.tokens, packed=packed
+                of_one_cache,
+                lambda row_id: sum(pool.lengths[row_id]),
+                caps.rows,
+                caps.tokens,
+                packed=student.packs,
+                shared=shared,
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from stages.data.batches import MOST_KEYS
 from stages.data.signals import KINDS
 from stages.engine.decoder import PREFILL_TOKENS
 from stages.loops import budgets
@@ -159,19 +160,22 @@ class Plan:
     def rates(self) -> dict[str, float]:
         """Completion tokens/s of all GPUs, by phase."""
         config, gpu, found = self.config, self.machine.gpu, {}
-        share = self.mean_completion / (self.mean_completion + self.mean_prompt)
         size = {phase.name: phase.size for phase in self.phases}
         if slots := size.get("generate"):
             mean = self.mean_prompt + self.mean_completion / 2
             found["generate"] = slots / speed.decode_seconds(self.student, self.student_b, gpu, slots, mean)
         if "score" in size:
-            found["score"] = share / speed.forward_seconds(self.teacher, gpu)
+            found["score"] = self._scored_share(self.group) / speed.forward_seconds(self.teacher, gpu)
         if "train" in size:
             train, is_lora = config.train, config.lora.use_lora
-            found["train"] = share / speed.train_seconds(
+            found["train"] = self._scored_share(self.trained_group) / speed.train_seconds(
                 self.student, gpu, is_lora, train.gradient_checkpointing, train.compile is not False
             )
         return {name: rate * self.machine.num_gpus for name, rate in found.items()}
+
+    def _scored_share(self, group: int) -> float:
+        """Completion tokens among those of forwards in which `group` rows share a prompt."""
+        return self.mean_completion / (self.mean_completion + self.mean_prompt / group)
 
     @property
     def hours(self) -> dict[str, float]:
@@ -225,6 +229,22 @@ class Plan:
     @property
     def longest(self) -> int:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+    @property
+    def group(self) -> int:
+        """Rows that share a prompt in a forward, if both models' attention allows packed rows."""
+        config = self.config
+        shares = config.train.packing is not False and config.models.attn_implementation == "sdpa"
+        return config.rollout.group_size if shares else 1
+
+    @property
+    def trained_group(self) -> int:
+        return min(self.group, rows_per_micro_step(self.config, self.machine.num_gpus))
+
+    def _keys(self, group: int) -> float:
+        """Keys per token of a forward of full-length rows: more than 1 where rows share prompts."""
+        prompt, new = self.config.data.max_prompt_tokens, self.config.rollout.max_new_tokens
+        return min(MOST_KEYS, group * (prompt + new) / (prompt + group * new))
 
     def _student(self) -> Parts:
         if not self.config.lora.use_lora:
@@ -281,13 +301,15 @@ class Plan:
     def _scoring(self, resident: Parts) -> Phase:
         """A full scoring forward, padding included, or the selection from its last states if larger."""
         rollout, each = self.config.rollout, memory.forward_bytes(self.teacher, self.teacher_b)
+        if self.group > 1:
+            each += round(self._keys(self.group) * memory.layer_kv_bytes(self.teacher, self.teacher_b))
         if self.config.models.teacher_ds_zero3:
             gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)
             resident = resident | {"gathered weights": float(gathered)}
         tokens = self.config.train.micro_batch_tokens
         if tokens == "auto":
             tokens = _whole_tokens(self._room(resident) / each)
-        tokens = self._cut(tokens, rollout.rollouts_per_unit)
+        tokens = self._cut(tokens, rollout.rollouts_per_unit, self.group)
         selection = min(SELECTION_GIB, self.machine.gib / 48) * GIB
         selection = min(selection, 4.0 * tokens * self.teacher.vocab_size)
         selection += tokens * self.teacher.hidden * self.teacher_b
@@ -307,12 +329,17 @@ class Plan:
         kept, passing = memory.training_bytes(
             shape, self.student_b, config.train.gradient_checkpointing, is_lora
         )
+        if self.trained_group > 1:
+            copies = round(self._keys(self.trained_group) * memory.layer_kv_bytes(shape, self.student_b))
+            passing += 2 * copies  # and their gradients
+            kept += 0 if config.train.gradient_checkpointing else shape.layers * copies
         kept += 6 * shape.vocab_size if signal == "full" else 0
         tokens = config.train.micro_batch_tokens
         if tokens == "auto":
             room = self._room(resident | {"heads": heads, "chunks": chunks, "casts": casts})
             tokens = _whole_tokens(room / (kept + passing))
-        tokens = self._cut(tokens, rows_per_micro_step(config, self.machine.num_gpus))
+        rows = rows_per_micro_step(config, self.machine.num_gpus)
+        tokens = self._cut(tokens, rows, self.trained_group)
         activations = {"activations": float(tokens * (kept + passing))}
         loss_bytes = {"loss": heads + max(0.0, max(chunks, casts) - tokens * passing)}
         return Phase("train", resident | activations | loss_bytes, tokens)
@@ -330,10 +357,13 @@ class Plan:
         """Bytes that `auto` fills."""
         return budgets.MARGIN * (self.machine.usable - total(resident))
 
-    def _cut(self, tokens: int, rows: int) -> int:
+    def _cut(self, tokens: int, rows: int, group: int) -> int:
         """Tokens of the largest forward: at most `tokens`, lp_micro_batch and `rows`, at least one row."""
         most = self.config.rollout.lp_micro_batch
-        return min(max(tokens, self.longest), self.longest * (rows if most == "auto" else min(most, rows)))
+        rows = rows if most == "auto" else min(most, rows)
+        prompts = -(-rows // group)
+        whole = prompts * self.config.data.max_prompt_tokens + rows * self.config.rollout.max_new_tokens
+        return min(max(tokens, self.longest), whole)
 
 
 def _whole_tokens(fitting: float) -> int:

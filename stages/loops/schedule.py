@@ -143,12 +143,24 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
 
 
 def _log_packing(run: Run, student: Student) -> None:
-    padded_because, is_compiled = student.padded_because, student.is_compiled
+    has_groups = run.config.rollout.group_size > 1
+    unshared_because = student.unshared_because if has_groups else "group_size is 1"
+    rows = f"padded ({student.padded_because})"
+    if student.packs:
+        shared = "shared" if not unshared_because else f"not shared ({unshared_because})"
+        rows = f"packed, prompts are {shared}" if has_groups else "packed"
     run.metrics.say(
-        f"training rows are {'packed' if not padded_because else f'padded ({padded_because})'}"
-        + (", the student's layers are compiled in the first step" if is_compiled else "")
+        f"training rows are {rows}"
+        + (", the student's layers are compiled in the first step" if student.is_compiled else "")
     )
-    run.metrics.log("packing", packed=not padded_because, reason=padded_because, compiled=is_compiled)
+    run.metrics.log(
+        "packing",
+        packed=student.packs,
+        reason=student.padded_because,
+        shared=not unshared_because,
+        unshared_reason=unshared_because,
+        compiled=student.is_compiled,
+    )
 
 
 def _renew(
@@ -254,7 +266,7 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
         [
             _own_pool(run, position, snapshot)
             if snapshot is snapshots[0]
-            else live_pool(snapshot, "", version, 0, 0, {})
+            else live_pool(snapshot, "", version, 0, 0, {}, config.rollout.group_size)
             for snapshot in snapshots
         ]
         if run.world.is_main
@@ -287,6 +299,7 @@ def _own_pool(run: Run, position: Position, snapshot: cache.Snapshot) -> Pool:
         position.opened_at,
         run.config.refresh.max_age,
         position.policies,
+        run.config.rollout.group_size,
     )
 
 

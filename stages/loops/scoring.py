@@ -86,10 +86,17 @@ def score_rows(
     `rows` is empty on a rank without a unit. The host runs one forward behind the device, to keep it busy.
     """
     lengths = [num_tokens(row) for row in rows]
-    cut = packed_batches if teacher.packs else scoring_batches
+    has_groups = run.config.rollout.group_size > 1
+    shared = teacher.shares and has_groups
+    if teacher.packs and has_groups and not shared:
+        run.metrics.say_once(f"the teacher reads a prompt once a completion: {teacher.unshared_because}")
     score = partial(_states_and_kept, scoring, teacher)
-    batches = cut(lengths, _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score))
-    for scored in _when_copied(_forwards(run, rows, batches, scoring, teacher)):
+    max_rows, max_tokens = _max_rows(run), score_tokens_of_run(run, teacher, scoring.vocab_size, score)
+    if teacher.packs:
+        batches = packed_batches(lengths, max_rows, max_tokens, rows if shared else None)
+    else:
+        batches = scoring_batches(lengths, max_rows, max_tokens)
+    for scored in _when_copied(_forwards(run, rows, batches, scoring, teacher, shared)):
         with progress.waiting("write"):
             writing.append(scored.records())
     counts.scored_tokens = sum(lengths)
@@ -128,18 +135,42 @@ def scoring_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: in
     return batches
 
 
-def packed_batches(lengths: Sequence[int], max_rows: int | None, max_tokens: int) -> list[list[int]]:
+def packed_batches(
+    lengths: Sequence[int],
+    max_rows: int | None,
+    max_tokens: int,
+    sharing: Sequence[cache.Record] | None = None,
+) -> list[list[int]]:
     """The same for packed rows, without padding: each forward is filled as far as possible.
 
     Lengths are sorted here too: attention without the flash kernel handles equal lengths in one call, and the
-    plain columns compress better.
+    plain columns compress better. `sharing`: the rows, if those of one prompt share it; they follow each
+    other then, and the prompt counts once in a forward.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return list(micro_batches(order, lengths.__getitem__, max_rows, max_tokens, packed=True))
+    if sharing is None:
+        return list(micro_batches(order, lengths.__getitem__, max_rows, max_tokens, packed=True))
+    groups: dict[str, list[int]] = {}
+    for i in order:
+        groups.setdefault(sharing[i].prompt_id, []).append(i)
+    rows = sharing
+
+    def shared(before: int, i: int) -> int:
+        return len(rows[i].prompt_ids) if rows[before].prompt_id == rows[i].prompt_id else 0
+
+    together = [i for group in groups.values() for i in group]
+    return list(
+        micro_batches(together, lengths.__getitem__, max_rows, max_tokens, packed=True, shared=shared)
+    )
 
 
 def _forwards(
-    run: Run, rows: list[cache.Record], batches: list[list[int]], scoring: Scoring, teacher: Teacher
+    run: Run,
+    rows: list[cache.Record],
+    batches: list[list[int]],
+    scoring: Scoring,
+    teacher: Teacher,
+    shared: bool,
 ) -> Iterator[ScoredBatch]:
     """Scored batches of this rank; ranks with fewer run dummy forwards alongside the others."""
     num_forwards = int(run.world.max([len(batches)])[0]) if teacher.is_collective else len(batches)
@@ -147,13 +178,15 @@ def _forwards(
         if index >= len(batches):
             teacher.dummy()
             continue
-        yield from _forward([rows[i] for i in batches[index]], scoring, teacher)
+        yield from _forward([rows[i] for i in batches[index]], scoring, teacher, shared)
 
 
-def _forward(rows: list[cache.Record], scoring: Scoring, teacher: Teacher) -> Iterator[ScoredBatch]:
+def _forward(
+    rows: list[cache.Record], scoring: Scoring, teacher: Teacher, shared: bool
+) -> Iterator[ScoredBatch]:
     """Score one batch. A kind with large tensors (`by_row`) yields one batch per row."""
     prompts, completions = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs)
+    aligned = align(prompts, completions, scoring.pad_id, teacher.device, packed=teacher.packs, shared=shared)
     hidden_ND, kept = _states_and_kept(scoring, teacher, aligned)
     kind, head = KINDS[scoring.signal.signal], teacher.head
     start = 0

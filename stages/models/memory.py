@@ -97,9 +97,14 @@ def trained_parameters(shape: Shape, lora: LoraSection) -> int:
     return sum(lora.lora_r * (inputs + outputs) for _, inputs, outputs in adapted(shape, lora.lora_targets))
 
 
+def layer_kv_bytes(shape: Shape, itemsize: int) -> int:
+    """2 C b: keys and values of one token in one layer."""
+    return 2 * shape.key * itemsize
+
+
 def kv_bytes(shape: Shape, itemsize: int) -> int:
     """2 L C b: keys and values of one token in all layers (sliding windows are counted in full)."""
-    return 2 * shape.layers * shape.key * itemsize
+    return shape.layers * layer_kv_bytes(shape, itemsize)
 
 
 def forward_bytes(shape: Shape, itemsize: int) -> int:

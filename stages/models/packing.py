@@ -4,7 +4,11 @@
 (`model_inputs`), it computes causal attention per sequence: with PyTorch's variable-length flash kernel on
 CUDA, else with one SDPA call per group of sequences of similar length. All other calls (generation, padded
 rows) use transformers' SDPA, so one model object serves both. transformers' flash attention supports packing
-itself.
+itself, but not sequences that share a prompt.
+
+A shared prompt runs through the model once, its keys and values are copied to each sequence (`with_copies`):
+its completions are then queries at the end of longer sequences, where causal masks and windows of the kernel
+are aligned. Copies cost 2 h G numbers per key and layer, less than merging the parts of an attention would.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.data.alignment import Aligned, Packing
+from stages.data.alignment import Aligned, Packing, Shared
 from stages.models.readout import decoder_of
 from stages.runtime.errors import UserError
 
@@ -48,6 +52,16 @@ def enable_packing(model: PreTrainedModel, wanted: bool | str) -> str:
         model.set_attn_implementation(PACKED)
         _mark_windows(model)
     return reason
+
+
+def unshared_because(model: PreTrainedModel, padded_because: str) -> str:
+    """Why sequences cannot share prompts in packed rows of this model, or ""."""
+    implementation = model.config._attn_implementation
+    if padded_because:
+        return f"rows are padded: {padded_because}"
+    if implementation != PACKED:
+        return f"attn_implementation {implementation} reads every sequence's own keys"
+    return ""
 
 
 def refuse_padding(model: PreTrainedModel, wanted: bool | str, reason: str) -> None:
@@ -92,6 +106,7 @@ def model_inputs(aligned: Aligned, implementation: str) -> dict[str, Any]:
         # transformers passes an empty mask on unchanged, and any other attention function fails on it.
         nothing = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=aligned.input_ids.device)
         return shared | {"attention_mask": nothing, "packing": packing}
+    assert packing.shared is None, f"attention {implementation} cannot share prompts"
     bounds = {"cu_seq_lens_q": packing.bounds, "cu_seq_lens_k": packing.bounds}
     return shared | bounds | {"max_length_q": packing.longest, "max_length_k": packing.longest}
 
@@ -166,6 +181,11 @@ def varlen_usable(query: Tensor, value: Tensor) -> bool:
 def _varlen(
     q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
+    shared = packing.shared
+    bounds, longest = packing.bounds, packing.longest
+    key_bounds, longest_keys = (bounds, longest) if shared is None else (shared.bounds, shared.longest)
+    if shared is not None:
+        k_TGh, v_TGh = (with_copies(states, shared) for states in (k_TGh, v_TGh))
     num_groups = q_THh.shape[1] // k_TGh.shape[1]
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if num_groups > 1 and _varlen_groups:
@@ -173,8 +193,45 @@ def _varlen(
     elif num_groups > 1:
         k_TGh, v_TGh = (states.repeat_interleave(num_groups, dim=1) for states in (k_TGh, v_TGh))
     q, k, v = (states.contiguous() for states in (q_THh, k_TGh, v_TGh))
-    bounds, longest = packing.bounds, packing.longest
-    return _varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return _varlen_attn(q, k, v, bounds, key_bounds, longest, longest_keys, **options)
+
+
+def with_copies(states_TGh: Tensor, shared: Shared) -> Tensor:
+    """Keys or values [S, G, h] of each whole sequence; gradients of copies are summed in float32."""
+    return _copied(states_TGh, shared.places, shared.copies, shared.firsts)
+
+
+@torch.library.custom_op("dualkl::copied", mutates_args=())
+def _copied(states_TGh: Tensor, places_S: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
+    return states_TGh.index_select(0, places_S)
+
+
+@_copied.register_fake
+def _(states_TGh: Tensor, places_S: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
+    return states_TGh.new_empty((places_S.shape[0], *states_TGh.shape[1:]))
+
+
+@torch.library.custom_op("dualkl::summed", mutates_args=())
+def _summed(states_SGh: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
+    """[T, G, h]: for each packed position the sum over its copies, always in the same order."""
+    sums_TC = embedding_bag(copies_S, states_SGh.flatten(1), firsts_T, mode="sum")
+    return sums_TC.view(-1, *states_SGh.shape[1:])
+
+
+@_summed.register_fake
+def _(states_SGh: Tensor, copies_S: Tensor, firsts_T: Tensor) -> Tensor:
+    return states_SGh.new_empty((firsts_T.shape[0], *states_SGh.shape[1:]))
+
+
+def _keep_copies(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _backward_of_copies(ctx: Any, grad_SGh: Tensor) -> tuple[Tensor | None, ...]:
+    return _summed(grad_SGh.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+_copied.register_autograd(_backward_of_copies, setup_context=_keep_copies)
 
 
 @torch.compiler.disable  # lengths differ in every batch and would cause recompilation

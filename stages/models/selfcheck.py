@@ -3,8 +3,9 @@
 A path that disagrees is replaced by a slower correct one, with a report, or the model is rejected. The
 model's forward of a single short row, in float32 and with attention windows of a few tokens, is compared with
 (1) its forward of the first half of the row (causality), (2) padded rows through decoder and head, (3) packed
-rows, (4) training mode, (5) the rollout engine. Effects of long rows are not detected: rotary embeddings that
-change beyond a length, and windows that neither a config nor a module names.
+rows, (4) packed rows that share a prompt, (5) training mode, (6) the rollout engine. Effects of long rows are
+not detected: rotary embeddings that change beyond a length, and windows that neither a config nor a module
+names.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from stages.engine.protocol import forced_logprobs
 from stages.engine.slot_attention import check_served
 from stages.models.dropout import pin_to_evaluation
 from stages.models.float32 import float32_attention, in_float32, linear_by_parts, short_windows
+from stages.models.packing import unshared_because
 from stages.models.readout import EXACT, check_ids, decoder_of, note_readout, readout_of, relative_gap
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
@@ -80,24 +82,30 @@ class Subject:
         with float32_attention(self.model), self.exact(), short_windows(self.model):
             yield
 
-    def aligned(self, packed: bool) -> Aligned:
+    def aligned(self, packed: bool, shared: bool = False) -> Aligned:
+        """The rows as a batch; `shared`: the first two have one prompt."""
         prompts, completions = [row[:PROMPT] for row in self.rows], [row[PROMPT:] for row in self.rows]
-        return align(prompts, completions, 0, self.device, packed=packed)
+        return align(prompts, completions, 0, self.device, packed=packed, shared=shared)
 
-    def found(self, packed: bool) -> list[Tensor]:
+    def found(self, packed: bool, shared: bool = False) -> list[Tensor]:
         """Logits of each row from `hidden` and the head."""
-        states = self.hidden(self.aligned(packed))
-        parts = states[0].split([len(row) for row in self.rows]) if packed else states
+        aligned = self.aligned(packed, shared)
+        states = self.hidden(aligned)
+        parts = (
+            [states[0][torch.from_numpy(own).to(states.device)] for own in aligned.packing.places()]
+            if aligned.packing
+            else states
+        )
         return [self.logits(part[: len(row)]) for part, row in zip(parts, self.rows, strict=True)]
 
     def logits(self, hidden_Td: Tensor) -> Tensor:
         return readout_of(self.model)(linear_by_parts(hidden_Td, *self.weights))
 
-    def gap(self, packed: bool) -> float:
+    def gap(self, packed: bool, shared: bool = False) -> float:
         """Largest relative gap between `found` and `expected` logits."""
         gaps = [
             relative_gap(found, wanted)
-            for found, wanted in zip(self.found(packed), self.expected, strict=True)
+            for found, wanted in zip(self.found(packed, shared), self.expected, strict=True)
         ]
         return self.agree(max(gaps))
 
@@ -137,25 +145,39 @@ def check_forwards(subject: Subject) -> None:
 
 def packing_refused(subject: Subject) -> str:
     """Why packed rows cannot be used although the model seems to support them; "" if they are exact."""
-    bound = EXACT
-    try:
-        if "flash" in subject.model.config._attn_implementation:
-            with (
-                torch.no_grad(),
-                torch.autocast(subject.device.type, torch.bfloat16),
-                short_windows(subject.model),
-            ):
-                bound, gap = FLASH_SLACK * subject.gap(packed=False) + EXACT, subject.gap(packed=True)
-        else:
+
+    def gap() -> tuple[float, float]:
+        if "flash" not in subject.model.config._attn_implementation:
             with subject.exactly():
-                gap = subject.gap(packed=True)
+                return EXACT, subject.gap(packed=True)
+        autocast = torch.autocast(subject.device.type, torch.bfloat16)
+        with torch.no_grad(), autocast, short_windows(subject.model):
+            return FLASH_SLACK * subject.gap(packed=False) + EXACT, subject.gap(packed=True)
+
+    return _refused(gap, "packed rows")
+
+
+def sharing_refused(subject: Subject, padded_because: str) -> str:
+    """Why packed rows cannot share prompts; "" if they are exact. `padded_because`: why nothing is packed."""
+
+    def gap() -> tuple[float, float]:
+        with subject.exactly():
+            return EXACT, subject.gap(packed=True, shared=True)
+
+    return unshared_because(subject.model, padded_because) or _refused(gap, "rows that share a prompt")
+
+
+def _refused(gap: Callable[[], tuple[float, float]], what: str) -> str:
+    """Why rows of this kind cannot be used; `gap` returns the largest gap allowed and the one found."""
+    try:
+        bound, found = gap()
     except UserError as error:
         return str(error).partition("; use --packing")[0]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"packed rows failed: {type(error).__name__}: {one_line(error)}"
-    return "" if gap < bound else f"packed rows give other logits, by {gap:.1%}"
+        return f"{what} failed: {type(error).__name__}: {one_line(error)}"
+    return "" if found < bound else f"{what} give other logits, by {found:.1%}"
 
 
 def check_training(subject: Subject, model: PreTrainedModel | PeftModel, packed: bool) -> None:

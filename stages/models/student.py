@@ -27,7 +27,7 @@ from dualkl import Head
 from stages.data.alignment import Aligned
 from stages.models import ends, lora, pretrained, selfcheck
 from stages.models.dropout import own_dropout, switch_off
-from stages.models.packing import decoder_states, enable_packing, refuse_padding
+from stages.models.packing import decoder_states, enable_packing, refuse_padding, unshared_because
 from stages.models.readout import base_of, decoder_of, full_forward, output_weights
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, one_line
@@ -45,11 +45,16 @@ class Student:
     eos_ids: tuple[int, ...]
     compute_dtype: torch.dtype
     padded_because: str = "packing is off"  # why rows must be padded; "" if they are packed
+    unshared_because: str = "packing is off"  # why packed rows cannot share prompts; "" if they can
     is_compiled: bool = False  # whether the decoder layers are compiled for training
 
     @property
     def packs(self) -> bool:
         return not self.padded_because
+
+    @property
+    def shares(self) -> bool:
+        return not self.unshared_because
 
     @property
     def base(self) -> PreTrainedModel:
@@ -101,7 +106,8 @@ def checked(student: Student, packing: bool | str) -> Student:
     refuse_padding(base, packing, padded_because)
     selfcheck.check_training(subject, student.model, packed=not padded_because)
     selfcheck.check_writing(subject, student.model)
-    return replace(student, padded_because=padded_because)
+    unshared_because = selfcheck.sharing_refused(subject, padded_because)
+    return replace(student, padded_because=padded_because, unshared_because=unshared_because)
 
 
 def assemble(
@@ -132,7 +138,10 @@ def assemble(
         is_compiled = device.type == "cuda" and _layers(base) is not None and not _redraws(config, model)
     if is_compiled:
         compile_layers(base)
-    return Student(model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because, is_compiled)
+    unshared = unshared_because(base, padded_because)
+    return Student(
+        model, tokenizer, source, vocab_size, eos, compute_dtype, padded_because, unshared, is_compiled
+    )
 
 
 def _cast_once(model: nn.Module) -> None:

@@ -55,13 +55,21 @@ class _Backbone(nn.Module):
 
 @dataclass
 class Teacher:
-    """`forward`: batch -> hidden states; `packs`: accepts packed rows; `engine`: DeepSpeed's, if sharded."""
+    """`forward`: batch -> hidden states; `engine`: DeepSpeed's, if sharded.
+
+    `packs`: accepts packed rows; `unshared_because`: why they cannot share prompts, "" if they can.
+    """
 
     forward: Any
     head: Head
     device: torch.device
     engine: Any = None
     packs: bool = False
+    unshared_because: str = "packing is off"
+
+    @property
+    def shares(self) -> bool:
+        return not self.unshared_because
 
     @property
     def is_collective(self) -> bool:
@@ -209,19 +217,22 @@ def _num_parameters(name: str) -> _Parameters:
 def plain_teacher(model: PreTrainedModel, world: World, packing: bool | str) -> Teacher:
     """A scoring teacher that shares the weights of a loaded model. `packing`: the config key."""
     backbone = _Backbone(model)
-    packs = _checked(_plain_subject(model, backbone), enable_packing(model, packing), packing)
-    return Teacher(backbone, pretrained.head_of(model), world.device, packs=packs)
+    packs, unshared = _checked(_plain_subject(model, backbone), enable_packing(model, packing), packing)
+    return Teacher(backbone, pretrained.head_of(model), world.device, packs=packs, unshared_because=unshared)
 
 
-def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | str) -> bool:
-    """Whether packed rows are exact; `UserError` for an unsupported teacher (collective if it is)."""
+def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | str) -> tuple[bool, str]:
+    """Whether packed rows are exact, and why they are not if they share prompts ("" if they are).
+
+    `UserError` for an unsupported teacher (collective if it is).
+    """
     selfcheck.check_forwards(subject)
     if not padded_because:
         padded_because = selfcheck.packing_refused(subject)
         refuse_padding(subject.model, packing, padded_because)
         if padded_because:
             distributed.say_once(f"the teacher scores padded rows: {padded_because}")
-    return not padded_because
+    return not padded_because, selfcheck.sharing_refused(subject, padded_because)
 
 
 def _load_zero3(config: Config, world: World) -> Teacher:
@@ -263,10 +274,10 @@ def sharded_teacher(
         side="teacher",
         agree=lambda gap: world.max([gap])[0],
     )
-    packs = _checked(subject, padded_because, packing)
+    packs, unshared = _checked(subject, padded_because, packing)
     readout = readout_of(model)
     head = Head(weight, bias=bias, scale=readout.scale, softcap=readout.softcap)
-    return Teacher(engine, head, world.device, engine, packs)
+    return Teacher(engine, head, world.device, engine, packs, unshared)
 
 
 def _destroy(engine: Any) -> None:

@@ -49,3 +49,13 @@ def test_the_shapes_are_those_of_the_models() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+def test_shared_prompts_score_the_same_logprobs(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--only", "sharing/*")
+    for name in stage_one_teacher.SHARING:
+        record = found[f"sharing/{name}"]
+        assert record["mean_logprob_gap"] < 1e-6
+        assert record["shared_over_alone"] == pytest.approx(
+            record["shared_rows_per_second"] / record["alone_rows_per_second"]
+        )

@@ -89,6 +89,42 @@ def test_groups_hold_every_packed_position_once_among_few_others(lengths: tuple[
         assert (grid.diff(dim=1) <= 1).all()
 
 
+def test_a_shared_prompt_is_in_the_row_once_and_scored_for_each_completion() -> None:
+    prompts, completions = [[5, 6], [5, 6], [7], [7], [8]], [[1], [2, 3], [4, 1], [2], [3]]
+    aligned = align(
+        [np.array(p) for p in prompts], [np.array(c) for c in completions], 0, CPU, packed=True, shared=True
+    )
+    assert aligned.input_ids.tolist() == [[5, 6, 1, 2, 3, 7, 4, 1, 2, 8, 3]]
+    assert aligned.position_ids is not None
+    assert aligned.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1, 0, 1]]
+    assert aligned.scored.tolist() == [1, 1, 3, 5, 6, 5, 9]
+    assert aligned.targets.tolist() == [1, 2, 3, 4, 1, 2, 3]
+    packing = aligned.packing
+    assert packing is not None
+    assert packing.lengths == (3, 2, 3, 1, 2)
+    assert packing.bounds.tolist() == [0, 3, 5, 8, 9, 11]
+    assert [row.tolist() for row in packing.places()] == [[0, 1, 2], [0, 1, 3, 4], [5, 6, 7], [5, 8], [9, 10]]
+    shared = packing.shared
+    assert shared is not None
+    assert (shared.bounds.tolist(), shared.longest) == ([0, 3, 7, 10, 12, 14], 4)
+    assert shared.places.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 5, 8, 9, 10]
+    assert shared.copies.tolist() == [0, 3, 1, 4, 2, 5, 6, 7, 10, 8, 9, 11, 12, 13]
+    assert shared.firsts.tolist() == [0, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13]
+
+
+def test_without_equal_neighbours_nothing_is_shared() -> None:
+    prompts = [np.array([5, 6]), np.array([7]), np.array([5, 6])]
+    completions = [np.array([1, 2])] * 3
+    found, plain = (
+        align(prompts, completions, 0, CPU, packed=True, shared=wanted) for wanted in (True, False)
+    )
+    assert found.packing is not None
+    assert plain.packing is not None
+    assert found.packing.shared is None
+    assert found.packing.lengths == plain.packing.lengths
+    assert torch.equal(found.input_ids, plain.input_ids)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_goes_to_a_gpu_without_waiting_for_it(packed: bool) -> None:

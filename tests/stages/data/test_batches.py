@@ -43,6 +43,32 @@ def test_packed_micro_batches_count_no_padding() -> None:
     assert [[num_tokens(r) for r in batch] for batch in batches] == [[5, 9, 3], [12, 4, 4, 4], [20, 2]]
 
 
+def cut(rows: list[tuple[str, int, int]], max_rows: int | None, max_tokens: int | None) -> list[list[str]]:
+    """Rows (prompt, its tokens, tokens of the completion) in forwards, each named by its prompt."""
+    batches = micro_batches(
+        rows,
+        lambda row: row[1] + row[2],
+        max_rows,
+        max_tokens,
+        packed=True,
+        shared=lambda before, row: row[1] if before[0] == row[0] else 0,
+    )
+    return [[row[0] for row in batch] for batch in batches]
+
+
+def test_a_shared_prompt_counts_once_and_its_rows_stay_together() -> None:
+    rows = [(name, 10, 5) for name in "aaabbbcc"]
+    assert cut(rows, None, 50) == [["a", "a", "a", "b", "b", "b"], ["c", "c"]]
+    assert cut(rows, None, 49) == [["a", "a", "a"], ["b", "b", "b", "c", "c"]]
+    assert cut(rows, None, 20) == [["a", "a"], ["a"], ["b", "b"], ["b"], ["c", "c"]]
+    assert cut(rows, 4, None) == [["a", "a", "a"], ["b", "b", "b"], ["c", "c"]]
+
+
+def test_copies_of_keys_are_limited_too() -> None:
+    rows = [("a", 100, 1)] * 12
+    assert cut(rows, None, 112) == [["a"] * 4, ["a"] * 4, ["a"] * 4]
+
+
 def test_no_rows_make_no_micro_batches() -> None:
     assert list(micro_batches([], num_tokens, 4, 10)) == []
 

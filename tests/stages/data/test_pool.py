@@ -76,3 +76,35 @@ def test_rows_of_a_trajectory_that_was_given_up_are_left_out(aged: cache.Snapsho
     assert everything.row_ids == ids(4, 5, 6, 7, 8, 9, 20, 21)
     left = live_pool(aged, "mine", 2, 20, max_age=20, policies=right | {1: "f" * 16})
     assert left.row_ids == ids(4, 5, 8, 9, 20, 21)
+
+
+def test_rows_of_one_prompt_and_refresh_are_groups_of_the_size_asked_for(tmp_path: Path) -> None:
+    def row(number: int) -> cache.Record:
+        signal = topk(4, 5, number)
+        made = make_record(
+            number,
+            signal=signal,
+            prompt_id=f"p{number % 2}",
+            refresh_index=number // 6,
+            policy_step=number // 6,
+        )
+        plain = {
+            "top1_id": signal.ids[:, 0],
+            "top1_logprob": signal.logprobs[:, 0],
+            "log_tail_mass": signal.log_tail_mass,
+        }
+        return cache.Record(**{**made.__dict__, **plain})
+
+    snapshot = snapshot_of(tmp_path / "cache", [row(i) for i in range(12)])
+    pool = live_pool(snapshot, "mine", 1, 1, max_age=9, policies={}, group_size=2)
+    found = {
+        tuple(row_id for row_id in pool.row_ids if pool.leaders[row_id] == leader) for leader in pool.row_ids
+    }
+    pairs = [(0, 2), (4,), (1, 3), (5,), (6, 8), (10,), (7, 9), (11,)]
+    assert found - {()} == {tuple(ids(*pair)) for pair in pairs}
+    assert pool.num_shared(*ids(0, 2)) == 3
+    assert pool.num_shared(*ids(0, 1)) == pool.num_shared(*ids(2, 4)) == 0
+    assert live_pool(snapshot, "mine", 1, 1, max_age=9, policies={}).leaders == {}
+    both = pool.with_extra(pool, snapshot, 1.0)
+    assert both.leaders[f"0:{ids(2)[0]}"] == f"0:{ids(0)[0]}"
+    assert [len(groups.sizes) for groups in both.groups] == [8, 8]

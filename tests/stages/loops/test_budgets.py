@@ -172,6 +172,19 @@ def test_a_scoring_and_a_training_forward_fill_the_memory(
     assert 0.6 * free <= used <= free
 
 
+@pytest.mark.parametrize(("tokens", "size"), [(2048, 4), (4096, 4), (5000, 16)])
+def test_a_trial_of_groups_has_so_many_tokens_and_shares_prompts(
+    tmp_path: Path, tokens: int, size: int
+) -> None:
+    """At most so many, and a group's rows short of it; rows are no longer than allowed."""
+    group = budgets.Group(size, 300)
+    batch = budgets._dummy_batch(tokens, 500, 230, torch.device("cpu"), packed=True, group=group)
+    assert tokens - 2 * size * -(-tokens // 500) <= batch.input_ids.numel() == len(batch.targets) <= tokens
+    assert batch.packing is not None
+    assert batch.packing.shared is not None
+    assert batch.packing.shared.longest <= 500
+
+
 @pytest.mark.parametrize("signal", ["topk", "nucleus", "hidden", "full"])
 def test_a_trial_step_reads_a_teacher_of_the_signal_and_leaves_no_trace(
     tmp_path: Path, caches: Callable[..., str], signal: str

@@ -1,11 +1,14 @@
 """The order of rows over epochs and batches, and reading ahead."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from stages.data.pool import Pool
-from stages.loops.feed import batch_rows, read_ahead
+from stages.loops.budgets import Caps
+from stages.loops.feed import batch_rows, cut_forwards, read_ahead
 
 
 def pool(num_rows: int, version: int = 0) -> Pool:
@@ -44,6 +47,39 @@ def test_the_order_depends_on_seed_epoch_and_version_alone() -> None:
     assert stream(pool(20), 0, 2, 10) == stream(pool(20), 0, 2, 10)
     assert stream(pool(20), 0, 2, 10) != stream(pool(20), 1, 2, 10)
     assert stream(pool(20), 0, 2, 10) != stream(pool(20, version=1), 0, 2, 10)
+
+
+def grouped(num_groups: int, size: int) -> Pool:
+    """Groups of `size` rows whose ids are not next to each other."""
+    plain = pool(num_groups * size)
+    leaders = {row_id: plain.row_ids[place % num_groups] for place, row_id in enumerate(plain.row_ids)}
+    return replace(plain, leaders=leaders)
+
+
+def test_rows_of_a_group_follow_each_other_and_each_is_there_once_an_epoch() -> None:
+    of = grouped(6, 4)
+    rows = stream(of, seed=2, num_batches=6, size=8)
+    for epoch in range(2):
+        own = rows[epoch * 24 : (epoch + 1) * 24]
+        assert sorted(own) == of.row_ids
+        leaders = [of.leaders[row_id] for row_id in own]
+        assert [leaders[i : i + 4] for i in range(0, 24, 4)] == [[leader] * 4 for leader in leaders[::4]]
+    assert rows[:24] != rows[24:]
+    assert rows == stream(of, seed=2, num_batches=48, size=1)
+
+
+def test_groups_of_one_row_are_in_the_order_of_single_rows() -> None:
+    assert stream(grouped(12, 1), 3, 4, 6) == stream(pool(12), 3, 4, 6)
+
+
+def test_a_forward_counts_the_prompt_of_a_group_once() -> None:
+    of = grouped(2, 3)
+    of = replace(of, lengths=dict.fromkeys(of.row_ids, (10, 5)))
+    rows = sorted(of.row_ids, key=of.leaders.__getitem__)
+    shares, alone = SimpleNamespace(packs=True, shares=True), SimpleNamespace(packs=True, shares=False)
+    caps = Caps(None, 30)
+    assert [len(forward) for forward in cut_forwards(of, rows, 6, caps, shares)] == [3, 3]
+    assert [len(forward) for forward in cut_forwards(of, rows, 6, caps, alone)] == [2, 2, 2]
 
 
 def test_a_batch_can_be_asked_for_out_of_turn() -> None:

@@ -358,6 +358,19 @@ def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:
     assert short.rollouts == 8 * 8192
 
 
+def test_rows_of_a_group_read_their_prompt_once(folders: Path) -> None:
+    def plan(*flags: str) -> planning.Plan:
+        return make_plan(configured(folders, "Qwen3-4B", "Qwen3-32B", *flags), TWO_80GB, 512, 1024)
+
+    prompts = ("--max_prompt_tokens", "1024", "--max_new_tokens", "512")
+    alone, four = plan(*prompts, "--group_size", "1"), plan(*prompts, "--group_size", "4")
+    for phase in ("score", "train"):
+        assert four.rates[phase] == pytest.approx(2 * alone.rates[phase])
+    assert four.rates["generate"] == pytest.approx(alone.rates["generate"], rel=0.1)
+    padded = plan(*prompts, "--group_size", "4", "--packing", "off")
+    assert padded.rates["score"] == pytest.approx(alone.rates["score"])
+
+
 @pytest.mark.parametrize(
     ("role", "others"), [("generate", {"teacher shard", "scoring"}), ("score", {"student", "logits"})]
 )

@@ -358,6 +358,18 @@ def test_a_mixture_resumes_bit_by_bit_and_keeps_its_rows_over_a_refresh(
 
 
 @pytest.mark.thorough
+def test_a_run_with_groups_resumes_bit_by_bit(tmp_path: Path) -> None:
+    """Groups of four in batches of eight and of six, which cut them."""
+    for batch_size in (8, 6):
+        values = {"group_size": 4, "batch_size": batch_size, "max_age": 100}
+        expected = train(tmp_path / f"whole-{batch_size}", **values)
+        for place in ("step 1", "step 5"):
+            folder = tmp_path / f"{place}-{batch_size}"
+            crash(folder, place, **values)
+            assert_same_run(train(folder, **values), expected)
+
+
+@pytest.mark.thorough
 def test_two_processes_train_a_mixture_as_one_does(
     tmp_path: Path, forked: Forker, caches: Callable[..., str]
 ) -> None:

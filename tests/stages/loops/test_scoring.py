@@ -1,18 +1,23 @@
 """Scoring: the cut into forwards, the columns against dense logits, and equal forwards on all ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import cache
 from dualkl import Head
 from stages.data.signals import KINDS
 from stages.loops.budgets import CPU_SCORE_TOKENS
-from stages.loops.scoring import kept_of, scoring_batches, teacher_columns
+from stages.loops.scoring import kept_of, packed_batches, scoring_batches, teacher_columns
 from stages.loops.writing import to_numpy
 from stages.runtime.config import RolloutSection, SignalSection
 from tests.support import reference
+from tests.support.helpers import make_run
+from tests.support.tiny_runs import TINY, student_of, write_rollouts
+from tests.support.training_rows import make_record
 
 # Batches
 
@@ -129,3 +134,38 @@ def test_full_logits_are_those_of_the_head(dtype: torch.dtype) -> None:
     expected = reference.head_logits(hidden, {"weight": weight, "softcap": 3.0}, 29).to(dtype)
     assert stored.shape == (5, 29)
     torch.testing.assert_close(stored, expected)
+
+
+def test_rows_of_one_prompt_are_scored_in_one_forward() -> None:
+    rows = [make_record(i, prompt=10, completion=2 + i, prompt_id=f"p{i % 3}") for i in range(9)]
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    assert packed_batches(lengths, None, 40, rows) == [[8, 5, 2], [7, 4, 1], [6, 3, 0]]
+    assert packed_batches(lengths, None, 1000, rows) == [[8, 5, 2, 7, 4, 1, 6, 3, 0]]
+    alone = [make_record(i, prompt=10, completion=2 + i) for i in range(9)]
+    assert packed_batches(lengths, None, 40, alone) == packed_batches(lengths, None, 40)
+
+
+@pytest.mark.parametrize("signal", ["topk", "hidden", "full"])
+def test_rows_that_share_prompts_are_scored_as_rows_alone(tmp_path: Path, signal: str) -> None:
+    """Log-probabilities, entropies and signals, by the plain teacher."""
+    found = []
+    for packing in ("on", "off"):
+        run = make_run(
+            tmp_path / packing,
+            **(TINY | {"group_size": 4, "packing": packing, "signal": signal, "teacher_dtype": "fp32"}),
+            dtype="fp32",
+            gen_micro_batch=8,
+        )
+        write_rollouts(run, student_of(run))
+        rows = cache.open(run.config.cache_root)[:]
+        found.append(rows)
+    assert len({row.prompt_id for row in found[0]}) == 4
+    assert len(found[0]) == len(found[1]) == 16
+    for shared, alone in zip(*found, strict=True):
+        assert shared.row_id == alone.row_id
+        assert np.array_equal(shared.completion_ids, alone.completion_ids)
+        for name in ("teacher_logprobs", "teacher_entropy", "log_tail_mass"):
+            np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
+        for name in {"topk": ["logprobs"], "hidden": ["states"], "full": ["logits"]}[signal]:
+            left, right = (np.asarray(getattr(row.signal, name), np.float64) for row in (shared, alone))
+            np.testing.assert_allclose(left, right, atol=2e-5, rtol=1e-5)

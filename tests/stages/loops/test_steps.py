@@ -94,6 +94,69 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
     assert relative_error(found, whole_gradient) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def gradient_in_groups(
+    caches: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Of a step of four groups of four rows in one padded forward; with LoRA or without."""
+
+    def of(use_lora: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("groups")
+        return gradient(
+            step_run(folder, caches(group_size=4), packing="off", use_lora=use_lora, group_size=4)
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("use_lora", ["true", "false"])
+@pytest.mark.parametrize(
+    "split", leading(2, [{}, {"micro_batch_tokens": 130}, {"lp_micro_batch": 3}, {"grad_accum": 4}]), ids=str
+)
+def test_rows_that_share_prompts_have_the_gradient_of_padded_ones(
+    tmp_path: Path,
+    caches: Callable[..., str],
+    gradient_in_groups: Callable[[str], dict[str, torch.Tensor]],
+    use_lora: str,
+    split: dict[str, Any],
+) -> None:
+    run = step_run(tmp_path, caches(group_size=4), use_lora=use_lora, group_size=4, **split)
+    pool, snapshot = schedule.open_pool(run, Position(0, 0))
+    student = student_of(run)
+    inputs = batch(run, steps.prepare(run, student), snapshot, pool, 0).inputs
+    assert next(inputs)[1].aligned.packing.shared is not None
+    assert relative_error(gradient(run), gradient_in_groups(use_lora)) < 1e-5
+
+
+def test_two_processes_with_shared_prompts_have_the_gradient_of_one(
+    tmp_path: Path,
+    forked: Forker,
+    caches: Callable[..., str],
+    gradient_in_groups: Callable[[str], dict[str, torch.Tensor]],
+) -> None:
+    values = {"cache_dir": caches(group_size=4), "batch_size": 16, "group_size": 4, "micro_batch_tokens": 100}
+    forked.call(save_gradient, tmp_path, small(tmp_path, **(TINY | values)), processes=2).expect_success()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_same_weights(*ranks)
+    assert relative_error(ranks[0], gradient_in_groups("true")) < 1e-5
+
+
+def test_the_record_of_packing_says_whether_prompts_are_shared(
+    tmp_path: Path, caches: Callable[..., str]
+) -> None:
+    values = {"max_steps": 1, "refresh_mode": "off"}
+    for group_size, packing, reason in (
+        (4, "on", ""),
+        (1, "on", "group_size is 1"),
+        (4, "off", "rows are pad"),
+    ):
+        folder = tmp_path / f"{group_size}-{packing}"
+        run = train_from(folder, caches(group_size=4), group_size=group_size, packing=packing, **values)
+        record = records_of(run.folder, "packing")[0]
+        assert record["shared"] is not bool(reason)
+        assert record["unshared_reason"].startswith(reason)
+
+
 def save_gradient(folder: Path, flags: list[str]) -> None:
     """In a process of its own: this rank's gradient, to folder/RANK.pt."""
     run = open_run("", flags)

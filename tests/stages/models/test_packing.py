@@ -239,12 +239,17 @@ def stand_in(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What `varlen_attn` documents, by a mask over the whole row."""
-    assert (cu_seq_q.dtype, max_q, window_size[1]) == (torch.int32, max_k, 0)
-    position = torch.arange(query.shape[0])
-    sequence = torch.bucketize(position, cu_seq_q, right=True)
-    behind = position[:, None] - position
-    mask = (sequence[:, None] == sequence) & (behind >= 0)
+    """What `varlen_attn` documents, by a mask over the whole row; queries are the last of their keys."""
+    assert (cu_seq_q.dtype, cu_seq_k.dtype, window_size[1]) == (torch.int32, torch.int32, 0)
+    assert 0 < max_q <= max_k
+    lengths_q, lengths_k = cu_seq_q.diff(), cu_seq_k.diff()
+    at_q, at_k = torch.arange(query.shape[0]), torch.arange(key.shape[0])
+    sequence_q, sequence_k = (
+        torch.bucketize(at, bounds, right=True) - 1 for at, bounds in ((at_q, cu_seq_q), (at_k, cu_seq_k))
+    )
+    place_q = at_q - cu_seq_q[sequence_q] + (lengths_k - lengths_q)[sequence_q]
+    behind = place_q[:, None] - (at_k - cu_seq_k[sequence_k])
+    mask = (sequence_q[:, None] == sequence_k) & (behind >= 0)
     if window_size[0] >= 0:
         mask &= behind <= window_size[0]
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))

@@ -33,6 +33,14 @@ def batch(packed: bool = False) -> Aligned:
     )
 
 
+def group(shared: bool) -> Aligned:
+    """Packed completions of these lengths of two prompts."""
+    random = np.random.default_rng(1)
+    prompts = [prompt for length in (40, 1) for prompt in [random.integers(4, 230, length)] * len(LENGTHS)]
+    completions = [random.integers(4, 230, length) for length in 2 * LENGTHS]
+    return align(prompts, completions, 0, torch.device("cpu"), packed=True, shared=shared)
+
+
 def score(folder: Path, flags: list[str]) -> None:
     """In a process of its own: load the teacher, score `batch`, write the results to folder/RANK.pt."""
     config = configuration.parse_arguments(flags, "")
@@ -44,6 +52,9 @@ def score(folder: Path, flags: list[str]) -> None:
     found["packs"] = teacher.packs
     if teacher.packs:
         found["packed"] = at_scored(teacher.hidden(batch(packed=True)), batch(packed=True))
+        found["shared"] = at_scored(teacher.hidden(group(shared=True)), group(shared=True))
+        found["alone"] = at_scored(teacher.hidden(group(shared=False)), group(shared=False))
+    found["shares"] = teacher.shares
     found["head"] = teacher.head.weight
     if teacher.engine is not None:
         parameters = list(teacher.engine.module.model.named_parameters())
@@ -112,11 +123,17 @@ def test_the_plain_teacher_is_transformers_own_forward(plain: Any, teacher_model
         torch.testing.assert_close(logits, output.logits[row, :length], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("values", [{"teacher_ds_zero3": "false"}, {}], ids=["plain", "zero3"])
-def test_packed_rows_are_scored_as_padded_ones(scored: Any, values: dict[str, Any]) -> None:
-    seen = scored(1, teacher_dtype="fp32", **values)[0]
+@pytest.mark.parametrize(
+    ("values", "processes"),
+    [({"teacher_ds_zero3": "false"}, 1), ({}, 1), ({}, 2)],
+    ids=["plain", "zero3", "zero3 on two"],
+)
+def test_packed_rows_are_scored_as_padded_ones(scored: Any, values: dict[str, Any], processes: int) -> None:
+    seen = scored(processes, teacher_dtype="fp32", **values)[0]
     assert seen["packs"]
     torch.testing.assert_close(seen["packed"], at_scored(seen["hidden"], batch()), atol=1e-5, rtol=1e-5)
+    assert seen["shares"]
+    torch.testing.assert_close(seen["shared"], seen["alone"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_teacher_that_may_not_pack_says_so(scored: Any) -> None:

@@ -103,7 +103,13 @@ def main() -> None:
     replace_text(place.path, file_text(chosen, place.path, machine, set(given)))
     run = _run(place.path, machine)
     written = f"wrote     {place.path}: change what you like{place.remark}"
-    facts = {"file": str(place.path), "run_name": place.run_name, "run": run, "found": seen, "plan": plan}
+    facts: dict[str, Any] = {
+        "file": str(place.path),
+        "run_name": place.run_name,
+        "run": run,
+        "found": seen,
+        "plan": plan,
+    }
     facts["configuration"] = {leaf: choice.value for leaf, choice in chosen.items()}
     style.conclude(f"{written}\ncheck     dualkl doctor {place.path}\nnext      {run}", facts)
 

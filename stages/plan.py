@@ -4,8 +4,8 @@
 
 Loads no weights: of each model, config.json or its hub name is enough. Exit
 code 0 if the run fits, 1 if not. Without a GPU here, and with --device cpu, it
-plans this machine's CPU unless a GPU is named. With --role generate or score, plans the GPUs
-of those processes alone.
+plans this machine's CPU unless a GPU is named. With --role generate or score,
+plans the GPUs of those processes alone.
 
     --gpus N                       GPUs of the machine (default: those here)
     --gpu h100|h200|a100|a100-40|a800

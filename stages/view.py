@@ -1,14 +1,17 @@
-"""Show runs and caches in the browser: figures, and rollouts token by token.
+"""Show runs and caches in the browser: figures, rollouts, tokens.
 
     dualkl view runs/demo                     one run, as the file view.html
     dualkl view runs/a runs/b                 runs over each other
     dualkl view runs/demo/cache --serve       a whole cache, read on demand
 
-A RUN is a run's folder, a CACHE a cache's folder or URL. The file stands alone: it opens without a network.
+A RUN is a run's folder, a CACHE a cache's folder or URL. The file stands alone:
+it opens without a network.
 
     --out FILE       the file to write (view.html)
-    --rows N         rollouts of each run; otherwise 200 in all, or as many as fit into 3 MB
-    --serve [PORT]   answer at this machine's loopback address instead, with every row
+    --rows N         rollouts of each run; otherwise 200 in all, or as many as
+                     fit into 3 MB
+    --serve [PORT]   answer at this machine's loopback address instead, with
+                     every row
     --open           open the page in the browser
     --quiet, --json  what is printed
 
@@ -26,7 +29,7 @@ if not __package__:  # run as a file: the repository root must be importable, no
 if __name__ == "__main__":  # signals and --help first: the imports below take seconds
     from stages.cli import begin
 
-    begin(__doc__, has_keys=False)
+    begin(__doc__, "view")
 
 import argparse
 import sys

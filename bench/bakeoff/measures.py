@@ -120,7 +120,7 @@ def solved_counts(policy: Policy, prompts: list[Prompt], spec: str, samples: int
     assert checker is not None
     texts = write_texts(policy, prompts, num_slots, samples)
     right = [
-        bool(solved(checker, spec, prompts[place // samples], _decoded(policy, text)))
+        bool(solved(checker, spec, prompts[place // samples], _decoded(policy, text), place // samples + 1))
         for place, text in enumerate(texts)
     ]
     counts = np.array(right).reshape(len(prompts), samples).sum(1)

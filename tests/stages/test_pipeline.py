@@ -243,11 +243,20 @@ def run_as_file(path: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-@pytest.mark.parametrize("name", ["rollout", "train", "evaluate", "pipeline", "report"])
-def test_every_stage_explains_itself(forked: Forker, name: str) -> None:
-    done = forked.call(run_as_file, f"stages/{name}.py").expect_success()
-    assert "keys, as --KEY VALUE" in done.out
-    assert f"stages.{name}" in done.out
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("rollout", "rollout"),
+        ("train", "train"),
+        ("evaluate", "evaluate"),
+        ("pipeline", "run"),
+        ("report", "report"),
+    ],
+)
+def test_every_stage_explains_itself(forked: Forker, file: str, name: str) -> None:
+    done = forked.call(run_as_file, f"stages/{file}.py").expect_success()
+    assert "as --KEY VALUE" in done.out
+    assert f"dualkl {name}" in done.out
 
 
 # Evaluation keeps up with the student

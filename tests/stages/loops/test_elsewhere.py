@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ from tests.support.tiny_runs import (
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were made, none of which takes time."""
     made: list[float] = []
-    monkeypatch.setattr(elsewhere.time, "sleep", made.append)
+    monkeypatch.setattr(elsewhere, "time", clock(made.append))
     return made
 
 
@@ -131,6 +132,11 @@ def test_both_sides_may_be_killed_and_started_again(tmp_path: Path, forked: Fork
     assert cache.open(run / "cache").verify() == []
 
 
+def clock(sleep: Callable[[float], None]) -> SimpleNamespace:
+    """The module's own `time`, with another `sleep`; libraries keep theirs."""
+    return SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+
+
 def test_training_goes_on_over_rows_within_the_bound(tmp_path: Path, forked: Forker) -> None:
     values = {"max_steps": 9, "max_age": 6, "refresh_every": 2}
     run = train_beside_a_follower(forked, tmp_path, **values)
@@ -150,7 +156,7 @@ def test_training_waits_at_the_bound_while_newer_rows_are_on_their_way(
         raise Stop
 
     monkeypatch.setattr(elsewhere.Arrivals, "newest", lambda _, position: position.refresh_index)
-    monkeypatch.setattr(elsewhere.time, "sleep", stop)
+    monkeypatch.setattr(elsewhere, "time", clock(stop))
     with pytest.raises(Stop):
         train(tmp_path, **(EXTERNAL | {"max_steps": 9, "max_age": 6, "refresh_every": 2}))
     assert [step["staleness"] for step in records_of(tmp_path / "demo", "step")] == [0, 1, 2, 3, 4, 5, 6]
@@ -165,7 +171,7 @@ def test_training_waits_for_the_first_rows_too(
     newest = elsewhere.Arrivals.newest
     waits: list[float] = []
     monkeypatch.setattr(elsewhere.Arrivals, "newest", lambda *a: newest(*a) if len(waits) > 1 else -1)
-    monkeypatch.setattr(elsewhere.time, "sleep", waits.append)
+    monkeypatch.setattr(elsewhere, "time", clock(waits.append))
     run = train(tmp_path, **(EXTERNAL | {"max_steps": 2, "max_age": 6}))
     assert "waiting for rollouts of refresh 0 (step 0)" in capsys.readouterr().out
     assert len(waits) == 2

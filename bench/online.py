@@ -17,6 +17,10 @@ trl/B            TRL's DistillationTrainer with B rollouts per step: transformer
                  share 1 and temperature 1, itself generates without a cache under gradient checkpointing, and
                  holds full logits.
 trl/128/static   the same with generate's static cache, which TRL does not compile.
+trl/vllm         the same with vLLM in TRL's process, in a process of its own. --vllm names the folder that
+                 vLLM was unpacked into, if it is not installed.
+*/group, */long  four completions of each prompt on both sides; the same with prompts of 1,024 tokens and 512
+                 new ones.
 
 `rollouts_per_second`: generated and scored. TRL's time for it is that of generation and of the teacher's
 backbone, without the teacher's head or the divergence. `tokens_per_second`: completion tokens distilled, over
@@ -25,6 +29,8 @@ the time of the whole step.
 
 from __future__ import annotations
 
+import json
+import pickle
 import sys
 import tempfile
 import time
@@ -38,11 +44,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+from peft import LoraConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
-from bench import stage_one_teacher, stage_two
+from bench import stage_one_teacher, stage_two, trl_peer
 from bench.cells import Bench, Cell, Program
 from bench.measuring import Found, Record, markdown, number, peak_gib, release, reset_peak, synchronize
 from stages.data.prompts import Prompt
@@ -63,6 +70,7 @@ SOURCES = (
     "bench/online.py",
     "bench/stage_two.py",
     "bench/stage_one_teacher.py",
+    "bench/trl_peer.py",
 )
 OURS = ("stages/**/*.py", "cache/*.py", "dualkl/**/*.py")
 TRL_WARM_UP = 1  # steps
@@ -71,7 +79,7 @@ OUR_WARM_UP = 2  # steps of stage two
 
 @dataclass(frozen=True)
 class Setting:
-    """Student and optimizer step as in `stage_two`, the teacher's shape and size, and the amounts."""
+    """Student, group and optimizer step as in `stage_two`, the teacher's shape and size, and the amounts."""
 
     student: stage_two.Setting
     teacher: str
@@ -81,6 +89,7 @@ class Setting:
     num_warm_up_rows: int
     trl_steps: int = 2
     trl_batches: tuple[int, ...] = (128, 64, 32)
+    trl_accumulation: int = 1  # forwards of a step
 
     @property
     def num_rows(self) -> int:
@@ -192,7 +201,7 @@ def open_ours(setting: Setting, device: str, folder: Path, name: str, num_rows: 
         "student_model": "bench",
         "teacher_model": folder / "teacher",
         "teacher_ds_zero3": False,
-        "group_size": 1,
+        "group_size": student.group,
         "max_prompt_tokens": setting.num_prompt_tokens,
         "max_new_tokens": student.completion_tokens,
         "rollouts_per_unit": min(setting.rows_per_unit, num_rows),
@@ -213,9 +222,10 @@ def student_of(run: Run, setting: Setting) -> Student:
 
 def write_rows(run: Run, setting: Setting, student: Student, teacher: Teacher) -> None:
     """Stage one: the rollouts of the run's first refresh, scored, on disk."""
+    num_prompts = run.config.refresh.rollouts_per_refresh // setting.student.group
     prompts = [
         Prompt(f"p{i}", ids.astype(np.int32), " ".join(map(word_of, ids)), {})
-        for i, ids in enumerate(prompts_of(setting, run.config.refresh.rollouts_per_refresh))
+        for i, ids in enumerate(prompts_of(setting, num_prompts))
     ]
     signal = {"kind": "topk", "k": setting.student.k, "temperature": 1.0}
     fingerprint = cache.Fingerprint({"vocab_size": setting.vocab_size, "signal": signal})
@@ -256,8 +266,8 @@ def stage_one(setting: Setting, device: str) -> StageOne:
     return StageOne(folder, run, student, seconds["stage one"], peak_gib(device))
 
 
-def measure_stage_one(setting: Setting, bench: Bench) -> Record:
-    done: StageOne = bench.make("stage one", lambda: stage_one(setting, bench.device))
+def measure_stage_one(setting: Setting, kind: str, bench: Bench) -> Record:
+    done: StageOne = bench.make(f"stage one{kind}", lambda: stage_one(setting, bench.device))
     return {
         "rollouts_per_second": setting.num_rows / done.seconds,
         "stage_one_seconds": done.seconds,
@@ -277,10 +287,10 @@ def train(run: Run, training: steps.Training, num_steps: int) -> None:
             steps.train_step(run, training, pool, batch)
 
 
-def measure_both(setting: Setting, bench: Bench) -> Record:
+def measure_both(setting: Setting, kind: str, bench: Bench) -> Record:
     """On the rows of `ours/stage_one` where this call has measured that."""
-    found = measure_stage_one(setting, bench)
-    done: StageOne = bench.made["stage one"]
+    found = measure_stage_one(setting, kind, bench)
+    done: StageOne = bench.made[f"stage one{kind}"]
     seconds: dict[str, float] = defaultdict(float)
     reset_peak(bench.device)
     training = steps.prepare(done.run, done.student)
@@ -312,17 +322,40 @@ def shares_of(run: Run) -> Record:
 # --- TRL ---
 
 
-def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, bench: Bench) -> Record:
+def measure_trl(setting: Setting, batch: int, generation: str, bench: Bench) -> Record:
     """Seconds of TRL's steps after the first, and of their parts."""
     bench.clear()
-    reset_peak(bench.device)
-    timed_steps: list[dict[str, float]] = []
+    try:
+        return trl_steps(setting, batch, generation, bench.device)
+    finally:
+        forget_accelerate()
+
+
+def measure_with_vllm(setting: Setting, batch: int, vllm: Path | None, bench: Bench) -> Record:
+    """The same in a process of its own: the engine joins torch.distributed and keeps its memory."""
+    bench.clear()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            trl_trainer(setting, batch, cache_implementation, bench.device, Path(folder), timed_steps).train()
-        finally:
-            forget_accelerate()
-    measured = timed_steps[TRL_WARM_UP:]
+        asked, found = Path(folder) / "asked.pickle", Path(folder) / "found.json"
+        asked.write_bytes(pickle.dumps((setting, batch, bench.device, str(found))))
+        script = "import pickle, sys; from bench import online; "
+        script += "online.write_vllm_steps(*pickle.load(open(sys.argv[1], 'rb')))"
+        trl_peer.run_with_vllm(["-c", script, str(asked)], vllm)
+        record: Record = json.loads(found.read_text())
+        return record
+
+
+def write_vllm_steps(setting: Setting, batch: int, device: str, path: str) -> None:
+    """What the process with vLLM does."""
+    Path(path).write_text(json.dumps(trl_steps(setting, batch, "vllm", device)))
+
+
+def trl_steps(setting: Setting, batch: int, generation: str, device: str) -> Record:
+    """`generation`: "dynamic" or "static", transformers' caches; "vllm"."""
+    reset_peak(device)
+    clock = StepClock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trl_trainer(setting, batch, generation, device, Path(folder), clock).train()
+    measured = clock.steps[TRL_WARM_UP:]
     assert len(measured) == setting.trl_steps
     mean = {
         name: sum(step[name] for step in measured) / len(measured)
@@ -334,100 +367,100 @@ def measure_trl(setting: Setting, batch: int, cache_implementation: str | None, 
         "generate_seconds": mean["generate"],
         "teacher_seconds": mean["teacher"],
         "step_seconds": mean["whole"],
-        "peak_gib": peak_gib(bench.device),
+        "peak_gib": peak_gib(device),
         "num_rollouts": batch * len(measured),
-        "steps": timed_steps,
+        "steps": clock.steps,
     }
 
 
+class StepClock(TrainerCallback):
+    """Seconds of each step: `generate`, the `teacher`'s forward, and the `whole`."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.steps = device, list[dict[str, float]]()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        synchronize(self.device)
+        self.last = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.steps.append(dict(self.seconds) | {"whole": now - self.last})
+        self.seconds.clear()
+        self.last = now
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in self.steps[-1].items())
+        say(f"step {len(self.steps)}: {parts}")
+
+
 def trl_trainer(
-    setting: Setting,
-    batch: int,
-    cache_implementation: str | None,
-    device: str,
-    folder: Path,
-    timed_steps: list[dict[str, float]],
+    setting: Setting, batch: int, generation: str, device: str, folder: Path, clock: StepClock
 ) -> Any:
-    """A trainer that appends to `steps` the seconds of each: `generate`, the `teacher`'s forward, and the
-    `whole`.
-    """
-    import datasets
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import DistillationTrainer
-
-    seconds: dict[str, float] = defaultdict(float)
-    clocks: list[float] = []
-    num_steps, num_tokens = TRL_WARM_UP + setting.trl_steps, setting.student.completion_tokens
-
-    class Timed(DistillationTrainer):
-        def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> Any:
-            with timed(seconds, "generate", device):
-                completions = super()._generate_single_turn(*arguments, **keywords)
-            assert {len(ids) for ids in completions} == {num_tokens}
-            return completions
-
-        def _get_last_hidden_state(self, *arguments: Any, **keywords: Any) -> Any:
-            if torch.is_grad_enabled():  # the student's
-                return super()._get_last_hidden_state(*arguments, **keywords)
-            with timed(seconds, "teacher", device):
-                return super()._get_last_hidden_state(*arguments, **keywords)
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            synchronize(device)
-            clocks.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            synchronize(device)
-            clocks.append(time.perf_counter())
-            timed_steps.append(dict(seconds) | {"whole": clocks[-1] - clocks[-2]})
-            seconds.clear()
-            say(
-                f"step {len(timed_steps)}: "
-                + ", ".join(f"{name} {value:.1f} s" for name, value in timed_steps[-1].items())
-            )
-
     model = stage_two.base_model(setting.student, device)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    texts = [" ".join(map(word_of, ids)) for ids in prompts_of(setting, batch * num_steps).tolist()]
+    tokenizer = tokenizer_of(setting.vocab_size)
+    if generation == "vllm":
+        prepare_vllm(model, tokenizer, folder / "student")
+    num_steps, group = TRL_WARM_UP + setting.trl_steps, setting.student.group
+    ids = prompts_of(setting, batch * num_steps // group).repeat(group, 0)
+
+    def check(lengths: list[int]) -> None:
+        assert set(lengths) == {setting.student.completion_tokens}
+
     rank = setting.student.lora_r
-    return Timed(
+    return trl_peer.distillation_trainer(
+        lambda name: timed(clock.seconds, name, device),
+        on_tokens=check,
         model=model,
         teacher_model=teacher_model(setting, device),
-        args=trl_arguments(setting, batch, cache_implementation, device, folder),
-        train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer_of(setting.vocab_size),
+        arguments=trl_arguments(setting, batch, generation, device, folder),
+        prompts=[" ".join(map(word_of, row)) for row in ids.tolist()],
+        processing_class=tokenizer,
         peft_config=LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[Clock()],
+        callbacks=[clock],
     )
 
 
-def trl_arguments(
-    setting: Setting, batch: int, cache_implementation: str | None, device: str, folder: Path
-) -> Any:
-    from trl import DistillationConfig
+def prepare_vllm(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """vLLM reads configuration and tokenizer from a folder; the first weight sync brings the weights."""
+    import trl.generation.vllm_generation as generation
 
-    return DistillationConfig(
-        output_dir=str(folder),
-        max_steps=TRL_WARM_UP + setting.trl_steps,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1,
-        max_completion_length=setting.student.completion_tokens,
-        cache_implementation=cache_implementation,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=setting.student.dtype == "bf16",
-        use_cpu=device == "cpu",
-        learning_rate=1e-4,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    generation.LLM = partial(generation.LLM, load_format="dummy")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.name_or_path = str(folder)
+
+
+def trl_arguments(setting: Setting, batch: int, generation: str, device: str, folder: Path) -> Record:
+    num_tokens = setting.student.completion_tokens
+    vllm = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_max_model_length": setting.num_prompt_tokens + num_tokens,
+        "generation_kwargs": {"ignore_eos": True, "detokenize": False},
+    }
+    return {
+        "output_dir": str(folder),
+        "max_steps": TRL_WARM_UP + setting.trl_steps,
+        "per_device_train_batch_size": batch // setting.trl_accumulation,
+        "gradient_accumulation_steps": setting.trl_accumulation,
+        "max_completion_length": num_tokens,
+        "shuffle_dataset": False,
+        "cache_implementation": "static" if generation == "static" else None,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": setting.student.dtype == "bf16",
+        "use_cpu": device == "cpu",
+        "learning_rate": 1e-4,
+        "optim": "adamw_torch_fused",
+        **(vllm if generation == "vllm" else {}),
+    }
 
 
 def forget_accelerate() -> None:
@@ -441,21 +474,48 @@ def forget_accelerate() -> None:
 # --- cells ---
 
 
-def cells(tiny: bool) -> list[Cell]:
+def with_group(setting: Setting, group: int) -> Setting:
+    """The setting with that many completions of each prompt."""
+    return replace(setting, student=replace(setting.student, group=group))
+
+
+def with_lengths(setting: Setting, prompt: int, completion: int) -> Setting:
+    """The setting with longer texts, fewer of them, and TRL's step in several forwards."""
+    student = replace(
+        setting.student, completion_tokens=completion, num_steps=min(4, setting.student.num_steps)
+    )
+    return replace(setting, student=student, num_prompt_tokens=prompt, trl_accumulation=4)
+
+
+def cells(tiny: bool, vllm: Path | None = None) -> list[Cell]:
     setting = TINY if tiny else REAL
     largest = max(setting.trl_batches)
-    contenders = {str(batch): (batch, None) for batch in setting.trl_batches} | {
+    contenders = {str(batch): (batch, "dynamic") for batch in setting.trl_batches} | {
         f"{largest}/static": (largest, "static")
     }
+    group = with_group(setting, 4)
+    long = with_lengths(group, *((8, 16) if tiny else (1024, 512)))
+    grouped = {"": setting, "/group": group, "/long": long}
     peers = ("transformers", "peft", "trl")
+    ours = {"stage_one": measure_stage_one, "both": measure_both}
     return [
-        Cell(
-            "ours/stage_one", partial(measure_stage_one, setting), (*SOURCES, *OURS), ("transformers", "peft")
+        *(
+            Cell(
+                f"ours/{name}{kind}",
+                partial(measure, own, kind),
+                (*SOURCES, *OURS),
+                ("transformers", "peft"),
+            )
+            for kind, own in grouped.items()
+            for name, measure in ours.items()
         ),
-        Cell("ours/both", partial(measure_both, setting), (*SOURCES, *OURS), ("transformers", "peft")),
         *(
             Cell(f"trl/{name}", partial(measure_trl, setting, batch, kind), SOURCES, peers)
             for name, (batch, kind) in contenders.items()
+        ),
+        *(
+            Cell(f"trl/vllm{kind}", partial(measure_with_vllm, own, largest, vllm), SOURCES, peers)
+            for kind, own in grouped.items()
         ),
     ]
 
@@ -467,7 +527,7 @@ def table(found: Found) -> str:
     """Markdown: a line a cell; beside each rate its ratio to TRL's best on the same device."""
     header = ["device", "cell", *(text for name in RATES.values() for text in (name, "× TRL's best"))]
     rows = [
-        [device, name, *_rates(record, measured)]
+        [device, name, *_rates(name, record, measured)]
         for device, measured in found.items()
         for name, record in measured.items()
         if name != "ceilings"
@@ -475,20 +535,31 @@ def table(found: Found) -> str:
     return markdown(header, rows)
 
 
-def _rates(record: Record, measured: dict[str, Record]) -> list[str]:
+def _kind(name: str) -> str:
+    """Whether a cell has groups or longer texts; ratios are between cells of one kind."""
+    return last if (last := name.split("/")[-1]) in ("group", "long") else ""
+
+
+def _rates(name: str, record: Record, measured: dict[str, Record]) -> list[str]:
     if record["status"] != "ok":
         return [record["status"], "", "", ""]
     texts = []
+    peers = [r for peer, r in measured.items() if peer.startswith("trl/") and _kind(peer) == _kind(name)]
     for rate in RATES:
-        best = max(
-            (other.get(rate, 0.0) for name, other in measured.items() if name.startswith("trl/")), default=0.0
-        )
+        best = max((other.get(rate, 0.0) for other in peers), default=0.0)
         own = record.get(rate)
         texts += [number(own, 1), number(own / best if own and best else None, 2)]
     return texts
 
 
-PROGRAM = Program(__doc__ or "", "online.json", lambda options: cells(options.tiny), table, minutes=2.5)
+PROGRAM = Program(
+    __doc__ or "",
+    "online.json",
+    lambda options: cells(options.tiny, options.vllm and options.vllm.resolve()),
+    table,
+    minutes=2.5,
+    add_options=trl_peer.add_vllm,
+)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
-from stages.models import teacher
+from stages.models.teacher import Teacher, load_teacher, load_zero3
 from stages.runtime import config as configuration
 from stages.runtime import distributed, metrics
 
@@ -111,17 +112,17 @@ def check_zero3(models: Path, device: str, num_tokens: int = 2048) -> dict[str, 
     rows = np.random.default_rng(0).integers(100, 151_000, (2, num_tokens))
     aligned = align(list(rows[:, :1]), list(rows[:, 1:]), 0, world.device)
 
-    def score(extra: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        loaded = teacher.load_teacher(configuration.parse_arguments([*arguments, *extra], ""), world)
+    def score(load: Callable[..., Teacher], *extra: str) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded = load(configuration.parse_arguments([*arguments, *extra], ""), world)
         hidden = at_scored(loaded.hidden(aligned), aligned)
         logprobs = gather_logprobs(hidden, loaded.head, aligned.targets)
         hidden = hidden.float()
         loaded.close()
         return hidden, logprobs
 
-    exact_hidden, exact = score(["--teacher_ds_zero3", "false", "--teacher_dtype", "fp32"])
-    plain_hidden, plain = score(["--teacher_ds_zero3", "false"])
-    zero3_hidden, zero3 = score(["--teacher_ds_zero3"])
+    exact_hidden, exact = score(load_teacher, "--teacher_ds_zero3", "false", "--teacher_dtype", "fp32")
+    plain_hidden, plain = score(load_teacher, "--teacher_ds_zero3", "false")
+    zero3_hidden, zero3 = score(load_zero3)
 
     def relative(hidden: torch.Tensor) -> float:
         return float((hidden - exact_hidden).norm() / exact_hidden.norm())

@@ -7,6 +7,7 @@
     decode/spread/B            4 B requests with lengths spread over 16..512, in useful tokens
     decode/generate/B          transformers' generate by default (dynamic cache), sampling at temperature 1
     decode/generate-static/B   the same with its static cache, compiled; the compiling call is not counted
+    vllm/B                     vLLM's rates for whole, groups and spread, in a process of its own
     decode/parts/B             milliseconds of a step's parts, each captured, at 256 places per row
 
 All cells except generate's have LoRA on all linear layers, merged, as in stage one by default.
@@ -17,11 +18,14 @@ The floor of a step is max(weight bytes / copy rate, 2 · weights · B / product
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from bench.cells import Bench, Cell
 from bench.measuring import Record, measure, peak_gib, reset_peak, synchronize
+from bench.trl_peer import run_with_vllm
 from stages.engine.decoder import Decoder
 from stages.engine.fused_layers import FusedMLP
 from stages.engine.opening import open_engine
@@ -115,6 +120,34 @@ def cells(tiny: bool) -> list[Cell]:
     ]
 
 
+def vllm_cells(tiny: bool, vllm: Path | None) -> list[Cell]:
+    shape = TINY if tiny else STUDENT
+    batch = max(shape.batches)
+    sources = (*SOURCES[:3], "bench/vllm_decode.py")
+    return [Cell(f"vllm/{batch}", partial(_with_vllm, shape, batch, vllm), sources)]
+
+
+def _with_vllm(shape: Shape, batch: int, vllm: Path | None, bench: Bench) -> Record:
+    bench.clear()
+    config = make_config(shape)
+    config.architectures = ["Qwen3ForCausalLM"]
+    with tempfile.TemporaryDirectory() as folder:
+        out, path = Path(folder, "found.json"), Path(folder, "spec.json")
+        spec = {
+            "config": config.to_dict(),
+            "batch": batch,
+            "prompt": shape.prompt,
+            "new": shape.new,
+            "lengths": spread_lengths(shape, batch).tolist(),
+            "runs": 3,
+            "out": str(out),
+        }
+        path.write_text(json.dumps(spec))
+        run_with_vllm(["-m", "bench.vllm_decode", str(path)], vllm)
+        found: Record = json.loads(out.read_text())
+        return found
+
+
 def _measured(
     function: Callable[..., Record], shape: Shape, batch: int, is_plain: bool, bench: Bench
 ) -> Record:
@@ -125,15 +158,20 @@ def _measured(
         return function(bench, model, shape, batch)
 
 
-def make_model(shape: Shape, device: str) -> Any:
-    config = Qwen3Config(
+def make_config(shape: Shape) -> Qwen3Config:
+    return Qwen3Config(
         **shape.config,
         max_position_embeddings=40_960,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
+        dtype=torch.bfloat16,
     )
+
+
+def make_model(shape: Shape, device: str) -> Any:
+    config = make_config(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -151,6 +189,12 @@ def make_adapted(shape: Shape, device: str) -> Any:
 
 def prompts_of(shape: Shape, count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(10, shape.config["vocab_size"] - 10, (count, shape.prompt)))
+
+
+def spread_lengths(shape: Shape, batch: int) -> np.ndarray:
+    """Of 4 B completions: an even spread in a seeded order."""
+    lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
+    return np.random.default_rng(1).permutation(lengths)
 
 
 def floor_ms(bench: Bench, model: Any, shape: Shape, batch: int) -> float:
@@ -220,9 +264,8 @@ def whole(bench: Bench, model: Any, shape: Shape, batch: int, group: int) -> Rec
 
 
 def spread(bench: Bench, model: Any, shape: Shape, batch: int) -> Record:
-    """Useful tokens: those of the completions. Lengths are a seeded permutation of an even spread."""
-    lengths = np.linspace(shape.shortest, shape.longest, 4 * batch).astype(int)
-    lengths = np.random.default_rng(1).permutation(lengths)
+    """Useful tokens: those of the completions."""
+    lengths = spread_lengths(shape, batch)
     rows = zip(prompts_of(shape, 4 * batch), lengths.tolist(), strict=True)
     requests = [Request(prompt, n, forced=np.zeros(n, np.int64)) for prompt, n in rows]
     with closing(open_engine(model)) as engine:

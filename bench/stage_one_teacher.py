@@ -7,9 +7,8 @@ scoring   a Qwen3-32B-shaped teacher, plain: tokens/s of its backbone, of backbo
 sharing   a Qwen3-8B-shaped teacher, plain: rows scored and written a second, in groups of four completions of
           512 tokens, with prompts of 1,024 or 256 tokens that are read once a group (`shared`) or once a row.
           `sharing/alone`: groups of one, with sharing allowed and off; both run the same forwards.
-zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on one card against the same weights plain, 16,384 tokens per
-          forward; at 4,096 tokens, log-probabilities of both against each other and, as a yardstick, of plain
-          against fp32.
+zero3     a Qwen3-8B-shaped teacher under ZeRO-3 on two cards against a plain copy on each, 16,384 tokens per
+          forward, and log-probabilities of both at 4,096 tokens (`bench/stage_one_zero3.py`).
 
 Nothing is read from disk or left there. Rates are medians of repeats in one process over the same random
 tokens (products of equal rows draw less power and run faster): 128 prompt and 512 completion tokens, 80 % of
@@ -19,7 +18,10 @@ more.
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import cache
 from bench.cells import Bench, Cell
-from bench.measuring import Record, peak_gib, release, reset_peak, synchronize
+from bench.measuring import ROOT, Record, peak_gib, reset_peak, synchronize
 from dualkl.divergences import gather_logprobs
 from stages.data.alignment import align, at_scored
 from stages.loops.progress import Counts, Progress
@@ -44,7 +46,6 @@ from stages.loops.scoring import Scoring, score_rows
 from stages.loops.writing import UnitWriter
 from stages.models import teacher as teachers
 from stages.models.teacher import Teacher
-from stages.runtime import distributed
 from stages.runtime.config import SignalSection
 from stages.runtime.run import Run, open_run
 
@@ -68,6 +69,7 @@ SOURCES = (
     "bench/cells.py",
     "bench/measuring.py",
     "bench/stage_one_teacher.py",
+    "bench/stage_one_zero3.py",
     "stages/**/*.py",
     "cache/*.py",
     "dualkl/**/*.py",
@@ -132,9 +134,9 @@ def make_teacher_model(
     return model.eval().requires_grad_(False)
 
 
-def unscored_rows(size: Size) -> list[cache.Record]:
+def unscored_rows(size: Size, seed: int = 0) -> list[cache.Record]:
     """A unit of random tokens, as if generated."""
-    dice = np.random.default_rng(0)
+    dice = np.random.default_rng(seed)
     prompts = dice.integers(0, size.vocabulary, (-(-size.rows // size.group), size.prompt))
     noise = -dice.random(size.completion)
     return [
@@ -327,52 +329,19 @@ def logprobs_of(teacher: Teacher, ids: np.ndarray) -> Tensor:
 
 
 def measure_zero3(size: Size, shape: str, bench: Bench) -> Record:
-    """Tokens/s of ZeRO-3 on one card and its share of plain; distances of logprobs in nats at
-    `equality_tokens` tokens.
-    """
-    device = bench.device
+    """`bench/stage_one_zero3.py` in two processes: one on each card, or both on the CPU."""
+    if bench.device == "cuda" and torch.cuda.device_count() < 2:
+        raise RuntimeError(f"zero3 needs two GPUs, and torch sees {torch.cuda.device_count()} here")
     bench.clear()
-    reset_peak(device)
-    ids = np.random.default_rng(0).integers(0, size.vocabulary, size.equality_tokens)
-    rows = unscored_rows(size)
     with tempfile.TemporaryDirectory() as folder:
-        run = bench_run(Path(folder), size, device)
-
-        def measure(teacher: Teacher, timed: bool) -> tuple[float, Tensor]:
-            rate = 0.0
-            if timed:
-                rate = median_rate(
-                    lambda some: forward_batches(teacher, some, size, True), rows, size, device
-                )
-            found = logprobs_of(teacher, ids)
-            teacher.close()
-            release(device)
-            return rate, found
-
-        def plain(dtype: torch.dtype) -> Teacher:
-            model = make_teacher_model(shape, size, device, dtype)
-            return teachers.plain_teacher(model, run.world, run.config.train.packing)
-
-        _, exact = measure(plain(torch.float32), timed=False)
-        plain_rate, plain_logprobs = measure(plain(torch.bfloat16), timed=True)
-        distributed.ensure_process_group(run.world)
-        settings = teachers.zero3_settings(run.config)
-        model = make_teacher_model(shape, size, device)
-        sharded = teachers.sharded_teacher(model, settings, run.world, run.config.train.packing)
-        zero3_rate, zero3_logprobs = measure(sharded, timed=True)
-    return {
-        "plain_tokens_per_second": plain_rate,
-        "zero3_tokens_per_second": zero3_rate,
-        "zero3_share_of_plain": zero3_rate / plain_rate,
-        "equality_tokens": size.equality_tokens,
-        "max_logprob_gap_zero3_plain": float((zero3_logprobs - plain_logprobs).abs().max()),
-        "max_logprob_gap_plain_fp32": float((plain_logprobs - exact).abs().max()),
-        "peak_gib": peak_gib(device),
-    }
+        found = Path(folder) / "found.json"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        worker = [str(ROOT / "bench/stage_one_zero3.py"), shape, bench.device, str(found)]
+        subprocess.run([sys.executable, *launch, *worker], check=True)
+        return json.loads(found.read_text())
 
 
 def cells(tiny: bool) -> list[Cell]:
-    """`zero3` last: it sets this process up for DeepSpeed."""
     size = TINY if tiny else FULL
     parts: dict[str, tuple[Any, str]] = {"scoring": (measure_scoring, "32B")}
     parts |= {f"sharing/{name}": (partial(measure_sharing, name), "8B") for name in SHARING}

@@ -16,7 +16,7 @@ import torch
 
 from bench.bakeoff import worker
 from bench.bakeoff.arms import ARMS
-from bench.bakeoff.tasks import Cell, Job, Results, Start
+from bench.bakeoff.tasks import Job, Results, Rival, Start
 from bench.bakeoff.worker import Place
 from bench.measuring import ROOT, Record
 
@@ -94,12 +94,15 @@ class Schedule:
 
     def _missing(self, job: Job) -> list[Job]:
         found: list[Job] = []
-        if isinstance(job, Cell) and self.results.get(job) is None:
-            own = Start(job.task, job.student, job.seed, job.signal)
-            first = Start(job.task, job.student, 0)
-            found = [own, *([first] if ARMS[job.arm].gate_on else [])]
-            if job.mean_gate_of is not None:
-                found.append(job.mean_gate_of)
+        if not isinstance(job, Start) and self.results.get(job) is None:
+            cell = job.cell if isinstance(job, Rival) else job
+            own = Start(cell.task, cell.student, cell.seed, cell.signal)
+            first = Start(cell.task, cell.student, 0)
+            found = [own, *([first] if ARMS[cell.arm].gate_on else [])]
+            if cell.mean_gate_of is not None:
+                found.append(cell.mean_gate_of)
+            if isinstance(job, Rival) and job.pilot is not None:
+                found.append(job.pilot)
         return [one for one in found if not self._is_done(one)]
 
     def _start(self, number: int) -> Worker:
@@ -114,15 +117,24 @@ class Schedule:
         return Worker(number, process, ours)
 
     def _give(self, idle: Worker, job: Job) -> None:
-        thresholds, mean_gate = None, None
-        if isinstance(job, Cell):
-            if ARMS[job.arm].gate_on:
-                thresholds = (self.results.get(Start(job.task, job.student, 0)) or {})["thresholds"]
-            if job.mean_gate_of is not None:
-                mean_gate = (self.results.get(job.mean_gate_of) or {})["mean_gate"]
         idle.job, idle.since = job, time.monotonic()
         self.started.add(job.name)
-        idle.connection.send((job, thresholds, mean_gate))
+        idle.connection.send((job, *self._known(job)))
+
+    def _known(self, job: Job) -> tuple[Record | None, float | None]:
+        """What the job takes from earlier records: thresholds, and a constant λ or a factor on the steps."""
+        if isinstance(job, Start):
+            return None, None
+        cell = job.cell if isinstance(job, Rival) else job
+        thresholds, number = None, None
+        if ARMS[cell.arm].gate_on:
+            thresholds = (self.results.get(Start(cell.task, cell.student, 0)) or {})["thresholds"]
+        if cell.mean_gate_of is not None:
+            number = (self.results.get(cell.mean_gate_of) or {})["mean_gate"]
+        if isinstance(job, Rival) and job.pilot is not None:
+            pilot = self.results.get(job.pilot) or {}
+            number = job.seconds / pilot["points"][-1]["seconds"]
+        return thresholds, number
 
     def _take(self, found: Worker, now: float) -> bool:
         """Keep what a worker sends; return whether it lives."""
@@ -137,9 +149,9 @@ class Schedule:
             print(f"{now:6.0f} s  {job.name} failed: {answer.strip().splitlines()[-1]}", flush=True)
             return found.process is not None
         self.made.add(job.name)
-        if isinstance(job, Cell):
+        if not isinstance(job, Start):
             self.spent.append(time.monotonic() - found.since)
-        if isinstance(job, Cell) or self.results.get(job) is None:
+        if not isinstance(job, Start) or self.results.get(job) is None:
             self.results.put(job.name, answer | self._identity(job))
         print(f"{now:6.0f} s  {job.name}  {line(answer)}", flush=True)
         return True

@@ -13,6 +13,7 @@ from bench.measuring import ROOT, Record
 
 DEFAULT_SIGNAL = "topk-64"
 SEEDS = (0, 1, 2)
+HORIZON, HORIZON_LONGER = 0.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Cell:
         refresh: "" as the task's sizes, steps between refreshes, "never", or "drift-NATS".
         signal: KIND-SIZE of the teacher's signal.
         horizon: share of max_new_tokens that the first refresh writes; it grows to 1 by the last. 1: off.
+        longer: steps, relative to the task's.
     """
 
     task: str
@@ -132,6 +134,7 @@ class Cell:
     refresh: str = ""
     signal: str = DEFAULT_SIGNAL
     horizon: float = 1.0
+    longer: float = 1.0
 
     @property
     def name(self) -> str:
@@ -139,6 +142,7 @@ class Cell:
         parts += [f"refresh-{self.refresh}"] * bool(self.refresh)
         parts += [self.signal] * (self.signal != DEFAULT_SIGNAL)
         parts += [f"horizon{self.horizon:g}"] * (self.horizon < 1)
+        parts += [f"longer{self.longer:g}"] * (self.longer != 1)
         return ".".join([*parts, f"s{self.seed}"])
 
     @property
@@ -168,7 +172,74 @@ class Start:
         return ".".join([*parts, f"s{self.seed}"])
 
 
-Job = Cell | Start
+@dataclass(frozen=True)
+class Contender:
+    """A program that trains the student.
+
+    Attributes:
+        arm: the objective of this project's own run; "" is TRL.
+        as_long_as: the contender whose speed tells how many steps fill the seconds; "": the task's steps.
+        batch_factor: TRL's rollouts per step, relative to the task's.
+    """
+
+    what: str
+    arm: str = ""
+    as_long_as: str = ""
+    batch_factor: int = 1
+    use_vllm: bool = False
+
+
+CONTENDERS = {
+    "ours-reverse": Contender("this project, reverse KL", "reverse"),
+    "trl": Contender("TRL, transformers' generate"),
+    "trl-vllm": Contender("TRL, vLLM", use_vllm=True),
+    "ours-reverse-long": Contender("this project, reverse KL, all of the time", "reverse", "ours-reverse"),
+    "ours-mix": Contender("this project, λ = 0.5", "mix-0.5"),
+    "ours-mix-long": Contender("this project, λ = 0.5, all of the time", "mix-0.5", "ours-mix"),
+    "ours-soft": Contender("this project, gate on R, soft", "soft"),
+    "ours-soft-long": Contender("this project, gate on R, soft, all of the time", "soft", "ours-soft"),
+    "trl-x4": Contender("TRL, transformers' generate, 4 × the batch", batch_factor=4),
+    "trl-vllm-x4": Contender("TRL, vLLM, 4 × the batch", batch_factor=4, use_vllm=True),
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A contender's run from the seed's start, measured at points of its own wall time.
+
+    TRL trains for `seconds`, this project for the task's steps, or for as many as fill the seconds.
+    """
+
+    task: str
+    student: str
+    contender: str
+    lr: float
+    seed: int
+    seconds: int = 60
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}.{self.student}.rival-{self.contender}.lr{self.lr:g}.t{self.seconds}.s{self.seed}"
+
+    @property
+    def group(self) -> Rival:
+        """The same for all seeds."""
+        return replace(self, seed=-1)
+
+    @property
+    def pilot(self) -> Rival | None:
+        """The run whose speed decides how many steps this one takes."""
+        name = CONTENDERS[self.contender].as_long_as
+        return replace(self, contender=name) if name else None
+
+    @property
+    def cell(self) -> Cell:
+        """The cell whose configuration it has; TRL's is that of reverse KL."""
+        arm = CONTENDERS[self.contender].arm or "reverse"
+        return Cell(self.task, self.student, arm, self.lr, self.seed)
+
+
+Job = Cell | Start | Rival
 
 
 # --- results ---
@@ -211,13 +282,16 @@ class Results:
         return len(new)
 
 
+def mean_kl(measured: Record) -> float:
+    """Mean of forward and reverse KL on the student's own and on the teacher's text."""
+    parts = [measured[on][kl] for on in ("on_student", "on_teacher") for kl in ("forward_kl", "reverse_kl")]
+    return float(sum(parts) / len(parts))
+
+
 def quality(record: Record) -> float:
     """What decides between learning rates, larger is better: avg@k, else minus the mean of the four KLs."""
     after = record["after"]
-    if after.get("avg") is not None:
-        return float(after["avg"])
-    parts = [after[on][kl] for on in ("on_student", "on_teacher") for kl in ("forward_kl", "reverse_kl")]
-    return -sum(parts) / len(parts)
+    return -mean_kl(after) if after.get("avg") is None else float(after["avg"])
 
 
 # --- order of value ---
@@ -235,6 +309,25 @@ def plan(results: Results, tasks: list[str], students: dict[str, list[str]]) -> 
         if pair not in main:
             for arm in ("reverse", "soft", "forward", "mix-mean"):
                 yield from (Cell(*pair, arm, TASKS[pair[0]].lr, seed) for seed in SEEDS)
+
+
+def headline(tasks: list[str], students: dict[str, list[str]]) -> Iterator[Cell]:
+    """The row that the first sentences of docs/results.md rest on, with one seed."""
+    for task in tasks:
+        for student in students[task]:
+            for arm in ("reverse", "soft", "forward", "mix-mean"):
+                yield Cell(task, student, arm, TASKS[task].lr, SEEDS[0])
+
+
+def rivals(tasks: list[str], students: dict[str, list[str]], seconds: int) -> Iterator[Rival]:
+    """All contenders at the task's rate, then TRL's generate at other rates, then further seeds."""
+    pairs = [(task, student) for task in tasks for student in students[task]]
+    first, later = SEEDS[0], SEEDS[1:]
+    for pair in pairs:
+        rate, sweep = TASKS[pair[0]].lr, TASKS[pair[0]].sweep
+        yield from (Rival(*pair, name, rate, first, seconds) for name in CONTENDERS)
+        yield from (Rival(*pair, "trl", rate * factor, first, seconds) for factor in sweep)
+        yield from (Rival(*pair, name, rate, seed, seconds) for seed in later for name in CONTENDERS)
 
 
 def _objectives(results: Results, task: str, student: str, seeds: tuple[int, ...]) -> Iterator[Cell]:
@@ -286,6 +379,12 @@ def _supports(results: Results, task: str, student: str, seeds: tuple[int, ...])
 
 
 def _horizons(results: Results, task: str, student: str, seeds: tuple[int, ...]) -> Iterator[Cell]:
-    """At equal steps and rows: fewer tokens and less time, both of which are recorded."""
+    """At equal steps and rows; then with the steps that make up for the shorter completions.
+
+    With a refresh every quarter of the steps the limit is 62.5 % of the full one on average, with six
+    refreshes in 1.5 times the steps 65 %: 0.98 of the tokens, if all completions reach the limit.
+    """
     for arm in ("soft", "reverse"):
-        yield from (Cell(task, student, arm, TASKS[task].lr, seed, horizon=0.25) for seed in seeds)
+        for seed in seeds:
+            first = Cell(task, student, arm, TASKS[task].lr, seed, horizon=HORIZON)
+            yield from (first, replace(first, longer=HORIZON_LONGER))

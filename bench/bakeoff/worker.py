@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import cache
-from bench.bakeoff import measures
+from bench.bakeoff import contenders, measures
 from bench.bakeoff.arms import ARMS, PatchedLoss, Threshold, threshold_of
 from bench.bakeoff.measures import Text
-from bench.bakeoff.tasks import DEFAULT_SIGNAL, TASKS, TINY, Cell, Sizes, Start
-from bench.measuring import ROOT, Record, synchronize
+from bench.bakeoff.tasks import DEFAULT_SIGNAL, TASKS, TINY, Cell, Rival, Sizes, Start
+from bench.measuring import ROOT, Record, release, synchronize
 from stages.data.batches import on_device
 from stages.data.pool import Pool, live_pool
 from stages.data.prompts import Prompt, heldout_prompts
@@ -39,6 +41,7 @@ from stages.runtime.split import rollouts_of
 
 POLICY = "bake-off"
 """Takes the policy hash's place in row ids: all arms then draw the same random numbers and order of rows."""
+GROUP = 1  # completions of a prompt; as TRL's
 EVAL_EVERY = 16  # steps between measurements on the teacher's text
 CALIBRATION_ROWS = 256
 
@@ -52,6 +55,7 @@ class Place:
     device: str
     tiny: bool = False
     changed: dict[str, int] = field(default_factory=dict)
+    vllm: Path | None = None  # the folder of vLLM's packages
 
     def sizes(self, task: str) -> Sizes:
         return replace(TINY if self.tiny else TASKS[task].sizes, **self.changed)
@@ -78,6 +82,10 @@ class Lab:
 
     def open(self, cell: Cell, keys: dict[str, Any], folder: str) -> Run:
         """A run with the cell's configuration; all runs of a seed have the same run id."""
+        return open_run("", self.arguments(cell, keys, folder))
+
+    def arguments(self, cell: Cell, keys: dict[str, Any], folder: str) -> list[str]:
+        """The command line of a run with the cell's configuration."""
         sizes, task = self.sizes, self.task
         kind, _, size = cell.signal.partition("-")
         values: dict[str, Any] = {
@@ -93,12 +101,13 @@ class Lab:
             "eval_prompts": sizes.heldout,
             "max_prompt_tokens": sizes.max_prompt_tokens,
             "max_new_tokens": sizes.max_new_tokens,
+            "group_size": GROUP,
             "gen_micro_batch": sizes.slots,
             "micro_batch_tokens": sizes.forward_tokens,
             "signal": kind,
             "batch_size": sizes.batch_size,
             "grad_accum": 1,
-            "max_steps": sizes.steps,
+            "max_steps": round(sizes.steps * cell.longer),
             "warmup_steps": sizes.warmup_steps,
             "lr": cell.lr,
             "max_age": 0,
@@ -107,13 +116,22 @@ class Lab:
             **_refresh_keys(cell.refresh, sizes),
             **keys,
         }
-        return open_run("", ["--quiet", *(f"--{key}={_text(value)}" for key, value in values.items())])
+        return ["--quiet", *(f"--{key}={_text(value)}" for key, value in values.items())]
 
     def reset(self) -> None:
         """Put the initial weights back."""
+        self.take(self.start_weights)
+
+    def take(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put these weights in; their names must be the student's."""
+        own = self.student.trainable
+        if own.keys() != weights.keys():
+            raise ValueError(
+                f"weights are named otherwise than the student's: {sorted(own.keys() ^ weights.keys())[:4]}"
+            )
         with torch.no_grad():
-            for name, parameter in self.student.trainable.items():
-                parameter.copy_(self.start_weights[name])
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
                 parameter.grad = None
 
     def policy(self, run: Run, step: int) -> Policy:
@@ -147,7 +165,7 @@ class Lab:
             refresh_index=index,
             first_rollout=rows.start,
             num_rollouts=len(rows),
-            group_size=1,
+            group_size=GROUP,
             rollouts_per_unit=self.sizes.refresh_every * self.sizes.batch_size,
         )
         row_ids = [row.row_id for unit in units for row in unit.rows]
@@ -185,6 +203,14 @@ class Lab:
 
     def measure(self, run: Run, step: int) -> Record:
         """Everything that is measured before and after training."""
+        found = self.measure_task(run, step)
+        if self.task.measures_outside:
+            found["outside_nll"] = measures.outside_nll(self.student, self.sizes.forward_tokens)
+        self.engine.close()
+        return found
+
+    def measure_task(self, run: Run, step: int) -> Record:
+        """On fresh text of the student and on the teacher's text, how the student writes, and its answers."""
         policy = self.policy(run, step)
         texts = measures.write_texts(policy, self.heldout, self.sizes.slots)
         found: Record = {
@@ -195,9 +221,6 @@ class Lab:
         if self.task.checker:
             spec, samples = str(ROOT / self.task.checker), self.sizes.num_samples
             found |= measures.solved_counts(policy, self.heldout, spec, samples, self.sizes.slots)
-        if self.task.measures_outside:
-            found["outside_nll"] = measures.outside_nll(self.student, self.sizes.forward_tokens)
-        self.engine.close()
         return found
 
 
@@ -314,6 +337,34 @@ def run_cell(lab: Lab, cell: Cell, thresholds: Record | None, mean_gate: float |
     return record | {"keys": keys}
 
 
+def run_rival(lab: Lab, rival: Rival, thresholds: Record | None, longer: float | None) -> Record:
+    """Let a contender train in a process of its own; then measure its student at each point of its time.
+
+    `longer`: a factor on the steps of this project's run.
+    """
+    cell = replace(rival.cell, longer=longer or 1.0)
+    keys = keys_of(cell, thresholds, None)
+    folder = lab.place.work / "runs" / rival.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    lab.reset()
+    run = lab.open(cell, keys, rival.name)
+    arguments = lab.arguments(cell, keys, rival.name)
+    release(lab.place.device)
+    found = contenders.train(rival, run.config, arguments, lab.prompts(run), folder, lab.place)
+    started = time.perf_counter()
+    for number, point in enumerate(found["points"]):
+        lab.take(load_file(folder / "found" / f"{number}.safetensors"))
+        is_last = number == len(found["points"]) - 1
+        measured = (lab.measure if is_last else lab.measure_task)(run, point["step"])
+        point |= {on: contenders.short(measured[on]) for on in ("on_student", "on_teacher")}
+        point["avg"] = measured.get("avg")
+    found["after"] = measured
+    found["seconds"] = {"measure": time.perf_counter() - started}
+    shutil.rmtree(folder, ignore_errors=True)
+    return found | {"keys": keys}
+
+
 def _train(lab: Lab, run: Run, cell: Cell, training: steps.Training) -> Record:
     """All steps, with refreshes as the configuration says."""
     seconds = {"train": 0.0, "refresh": 0.0}
@@ -396,7 +447,7 @@ def main(connection: Any, place: Place, log: Path) -> None:
     os.dup2(file.fileno(), 2)
     labs: dict[tuple[str, str], Lab] = {}
     while (message := connection.recv()) is not None:
-        job, thresholds, mean_gate = message
+        job, thresholds, number = message
         try:
             key = (job.task, job.student)
             if key not in labs:
@@ -405,8 +456,10 @@ def main(connection: Any, place: Place, log: Path) -> None:
             started = time.perf_counter()
             if isinstance(job, Start):
                 record = run_start(labs[key], job)
+            elif isinstance(job, Rival):
+                record = run_rival(labs[key], job, thresholds, number)
             else:
-                record = run_cell(labs[key], job, thresholds, mean_gate)
+                record = run_cell(labs[key], job, thresholds, number)
             record["seconds"]["whole"] = time.perf_counter() - started
             connection.send(record)
         except Exception:

@@ -57,6 +57,21 @@ def test_a_step_of_the_peer_holds_its_parts(found: dict[str, dict[str, Any]], na
     assert len(record["steps"]) == 2
 
 
+def test_four_completions_of_a_prompt_on_our_side(found: dict[str, dict[str, Any]]) -> None:
+    for kind, length in (("group", 12), ("long", 16)):
+        record = found[f"ours/both/{kind}"]
+        assert record["status"] == "ok", record
+        seconds = record["stage_one_seconds"] + record["stage_two_seconds"]
+        assert record["tokens_per_second"] == pytest.approx(8 * length / seconds)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_its_cells_say_how_to_name_it(found: dict[str, dict[str, Any]]) -> None:
+    record = found["trl/vllm/group"]
+    assert record["status"] == "not installed"
+    assert "--vllm" in record["message"]
+
+
 @pytest.mark.skipif(not NO_TRL, reason="TRL is installed here")
 def test_a_peer_that_is_not_installed_says_so(found: dict[str, dict[str, Any]]) -> None:
     assert found["trl/4"]["status"] == "not installed"
@@ -74,6 +89,8 @@ def test_the_table_compares_with_the_best_batch_of_the_peer() -> None:
         "trl/128": {"status": "OOM", "message": ""},
         "trl/64": rates(10.0, 1500.0),
         "trl/32": rates(5.0, 2000.0),
+        "ours/both/group": rates(60.0, 12_000.0),
+        "trl/vllm/group": rates(20.0, 4000.0),
     }
     assert online.table({"card": cells}).splitlines()[2:] == [
         "| card | ours/stage_one | 60.0 | 6.00 | – | – |",
@@ -81,6 +98,8 @@ def test_the_table_compares_with_the_best_batch_of_the_peer() -> None:
         "| card | trl/128 | OOM |  |  |  |",
         "| card | trl/64 | 10.0 | 1.00 | 1500.0 | 0.75 |",
         "| card | trl/32 | 5.0 | 0.50 | 2000.0 | 1.00 |",
+        "| card | ours/both/group | 60.0 | 3.00 | 12000.0 | 3.00 |",
+        "| card | trl/vllm/group | 20.0 | 1.00 | 4000.0 | 1.00 |",
     ]
 
 

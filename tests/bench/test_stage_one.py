@@ -17,10 +17,10 @@ def bench(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
 
 
 def test_every_cell_in_this_process_gives_its_figures(tmp_path: Path) -> None:
-    """All but the last, which sets its process up for DeepSpeed (tests/bench/test_stage_one_teacher.py)."""
+    """All but the last, which takes two processes of its own (tests/bench/test_stage_one_teacher.py)."""
     found = bench(tmp_path, "--only", "decode/*", "selection/*", "scoring", "sharing/*")
-    *names, last = (cell.name for cell in stage_one.all_cells(tiny=True))
-    assert last == "zero3"
+    vllm, *names, last = (cell.name for cell in stage_one.all_cells(tiny=True))
+    assert (vllm, last) == ("vllm/4", "zero3")
     assert set(found) == {"ceilings", *names}
     assert {name: record.get("message") for name, record in found.items() if record["status"] != "ok"} == {}
     for name, record in found.items():

@@ -1,7 +1,9 @@
-"""What README shows of the demo: its curve, docs/demo.svg, and what it prints, from a finished run of it.
+"""What README shows of a finished run of the demo: its curve, what it prints, and a screenshot of its page.
 
-make demo && python -m bench.demo_page        take them from runs/demo
+make demo && python -m bench.demo_page        take them from runs/demo; needs Playwright and Chromium
 python -m bench.demo_page --again             print and draw again what was taken before (docs/demo.json)
+
+Writes docs/demo.svg, docs/demo.png, docs/demo.json and a block of README.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from bench.view_page import chromium
 from stages import report as reporting
+from stages import view
 from stages.runtime import metrics
 from stages.runtime.card import wilson
 from stages.runtime.config import parse_arguments
+from stages.viewer import gather, page
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # distinguishable for colour-blind readers
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RECORD, PICTURE = ROOT / "README.md", ROOT / "docs" / "demo.json", ROOT / "docs" / "demo.svg"
+SCREENSHOT = ROOT / "docs" / "demo.png"
 FOLDER = "runs/demo"
 CURVES = ("step", "rkl", "fkl", "gate")
 BLOCK = re.compile(r"(<!-- demo -->\n```\n).*?(\n```)", re.DOTALL)
@@ -38,10 +44,30 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     own = parser.parse_args()
     if not own.again:
+        SCREENSHOT.write_bytes(screenshot(Path(own.run)))
         RECORD.write_text(json.dumps(record_of(Path(own.run)), indent=1) + "\n")
     record = json.loads(RECORD.read_text())
     PICTURE.write_text(picture(record))
     README.write_text(with_output(README.read_text(), printed(record["report"])))
+
+
+def screenshot(folder: Path) -> bytes:
+    """PNG of the page: the rollout of the largest reverse KL, at the token where student and teacher differ most."""
+    with chromium(page.render(gather.page_data([view.source(str(folder))]))) as (browser, address):
+        opened = browser.new_page(viewport={"width": 1280, "height": 760}, color_scheme="light")
+        opened.goto(f"{address}#rollouts")
+        opened.wait_for_selector("#tokens .token")
+        opened.evaluate(WORST)
+        opened.wait_for_selector(".inspected")
+        opened.wait_for_timeout(300)  # canvases
+        found: bytes = opened.screenshot()
+        return found
+
+
+WORST = """() => {
+  const column = view.shown.tokens.columns.rkl;
+  return chooseToken(column.indexOf(Math.max(...column)));
+}"""
 
 
 def record_of(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,9 @@ from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
+from stages.runtime.run_folders import run_folder
 from stages.runtime.schema import finite
+from stages.runtime.shipped import is_configuration
 from stages.runtime.terminal import take_style
 from stages.viewer import page
 from stages.viewer.gather import Source, page_data
@@ -324,7 +326,8 @@ def _cache(root: str) -> Report:
 def _seconds(records: list[dict[str, Any]]) -> Report:
     """Seconds summed over the processes of a resumed run, from each one's last clock record."""
     clocks = {record["start"]: record for record in records if record["kind"] == "clock"}
-    return {phase: sum(clock[phase] for clock in clocks.values()) for phase in (*metrics.PHASES, "total")}
+    phases = (*metrics.PHASES, "total")
+    return {phase: sum(clock.get(phase, 0.0) for clock in clocks.values()) for phase in phases}
 
 
 def _ratios(before: Report, after: Report) -> Report:
@@ -361,7 +364,7 @@ def _time_line(seconds: Report) -> str:
     parts = {phase: seconds[phase] for phase in metrics.PHASES}
     parts["other"] = max(0.0, total - sum(parts.values()))
     return f"time    {total:.0f} s: " + ", ".join(
-        f"{name} {value:.0f} s ({value / total:.0%})" for name, value in parts.items()
+        f"{name} {value:.0f} s ({value / total:.0%})" for name, value in parts.items() if value >= total / 200
     )
 
 
@@ -395,10 +398,10 @@ def main() -> None:
 
 
 def _located(arguments: list[str]) -> list[str]:
-    """Replace a run's folder, given first, by the keys that locate it."""
-    folder = Path(arguments[0]) if arguments else Path("--")
-    if not folder.is_dir():
+    """Replace a run's folder, or its name in `runs`, given first, by the keys that locate it."""
+    if not arguments or arguments[0].startswith("-") or is_configuration(arguments[0]):
         return arguments
+    folder = run_folder(arguments[0])
     whole = folder.resolve()
     return [
         *arguments[1:],

@@ -38,8 +38,10 @@ from pathlib import Path
 
 import cache
 from stages import report
+from stages.runtime import ending, flags
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
+from stages.runtime.run_folders import find_run, runs_near
 from stages.runtime.terminal import Style, take_style
 from stages.viewer import page, serve
 from stages.viewer.gather import Source, page_data
@@ -47,7 +49,7 @@ from stages.viewer.gather import Source, page_data
 
 def main() -> None:
     style, arguments = take_style(sys.argv[1:])
-    given = _parser().parse_args(arguments)
+    given = _parser().parse(arguments)
     sources = [source(place) for place in given.places]
     if given.serve is not None:
         return _serve(style, sources, given)
@@ -69,8 +71,8 @@ def main() -> None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dualkl view", add_help=False)
+def _parser() -> flags.Parser:
+    parser = flags.Parser(prog="dualkl view", add_help=False)
     parser.add_argument("places", nargs="+", metavar="RUN_OR_CACHE")
     parser.add_argument("--out", default="view.html")
     parser.add_argument("--rows", type=_count)
@@ -87,14 +89,13 @@ def _count(text: str) -> int:
 
 def source(place: str) -> Source:
     """The run or the cache at `place`, read; UserError if it is neither."""
-    folder = Path(place)
-    if any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+    if (folder := find_run(place)) is not None:
         return report.source(folder)
     if cache.exists(place):
         return Source(Path(place.rstrip("/")).name or place, place)
     raise UserError(
         f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no"
-        " fingerprint.json); give the folder of one, such as runs/demo or runs/demo/cache."
+        f" fingerprint.json); {runs_near(place)}."
     )
 
 
@@ -107,10 +108,14 @@ def _serve(style: Style, sources: list[Source], given: argparse.Namespace) -> No
         _ = own.table
     html = page.render(page_data(sources, given.rows, serve=True))
     with serve.Server(html, rows, given.serve) as server:
-        style.conclude(f"look    {server.address}\n        Ctrl-C ends it", {"address": server.address})
-        if given.open:
-            webbrowser.open(server.address)
-        server.serve_forever()
+        ending.uninstall()  # nothing is lost when a server ends
+        try:
+            style.conclude(f"look    {server.address}\n        Ctrl-C ends it", {"address": server.address})
+            if given.open:
+                webbrowser.open(server.address)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            style.say("\nstopped; an open page can no longer read rows")
 
 
 if __name__ == "__main__":

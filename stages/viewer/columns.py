@@ -1,15 +1,22 @@
-"""Token columns of the page: numbers rounded to 8 or 12 bits, ids of tokens; deflated, as base64.
+"""Token columns of the page: numbers rounded to a few bits, ids of tokens; deflated, in base 85.
 
-A column holds `width` codes per token: all tokens of slot 0, then of slot 1. Codes of more than one byte are
-stored as planes, all low bytes first. `missing` is the code of a missing value. `law` says how the page gets
-a value v from a code c: "linear" v = scale c, "square" v = scale c², "log" v = exp(scale c). In a column of
-ids that `refers` to others, the first codes stand for the id in each of their slots.
+Codes of `width` slots a token lie slot after slot: all tokens of slot 0, then of slot 1.
+
+A column of numbers has codes below 2**bits - 1, which stands for a missing value. `law` says how the page gets
+a value v from a code c: "linear" v = scale c, "square" v = scale c², "log" v = exp(scale c). Stored is the
+difference to the code in the slot before, and in slot 0 to that of the column `after`, modulo 2**bits - 1 and
+with a missing code as 0. The first 8 bits of all codes come first, then the other bits of all.
+
+A column of ids has the code 0 for a missing id, then one for each slot of the columns that it `refers` to (the
+same id as there), then the places in the vocabulary. A code is stored as one byte below `escape`; from there
+on as `escape` plus its highest part, and its lower bytes follow behind the first bytes of all codes.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Column = dict[str, Any]
 LEAST_LOGPROB = -40.0  # smaller ones are shown as this
+LEAST_TOP_LOGPROB = -7.0
 MOST_ENTROPY = 13.0
 MOST_KL = 40.0
 LEVEL = 9
+SAFE = str.maketrans("&<>", "/:,")  # digits of base 85 that a script element would need escaped
 
 
 @dataclass(frozen=True)
@@ -30,92 +40,101 @@ class Law:
     law: str
     bits: int
     most: float
+    after: str = ""
 
     @property
-    def dtype(self) -> type[np.unsignedinteger[Any]]:
-        return np.uint8 if self.bits <= 8 else np.uint16
+    def missing(self) -> int:
+        return int(2**self.bits - 1)
 
     @property
     def scale(self) -> float:
-        last = float(2**self.bits - 2)
+        last = float(self.missing - 1)
         return self.most / (last * last if self.law == "square" else last)
 
     def codes(self, values: Array) -> Array:
-        """The nearest code of each value, clipped to the range; the largest for NaN."""
-        missing = np.iinfo(self.dtype).max
-        last = 2**self.bits - 2
+        """The nearest code of each value, clipped to the range; `missing` for NaN."""
         wanted = values.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             exact = (np.log(wanted) if self.law == "log" else wanted) / self.scale
             exact = np.sqrt(np.maximum(exact, 0)) if self.law == "square" else exact
-            rounded = np.where(np.isnan(wanted), missing, np.clip(np.rint(exact), 0, last))
-        return rounded.astype(self.dtype)
+            rounded = np.where(np.isnan(wanted), self.missing, np.clip(np.rint(exact), 0, self.missing - 1))
+        return rounded.astype(np.int64)
 
-    def values(self, codes: Array) -> Array:
-        """The values that the page shows for `codes`; NaN for the missing one."""
-        exact = codes.astype(np.float64)
-        if self.law == "square":
-            exact = exact * exact
-        shown = exact * self.scale
-        shown = np.exp(shown) if self.law == "log" else shown
-        return np.where(codes == np.iinfo(self.dtype).max, np.nan, shown)
+    def difference(self, codes: Array, base: Array) -> Array:
+        """What is stored of `codes`: how far they lie above `base`, modulo `missing`."""
+        above = (codes - np.where(base == self.missing, 0, base)) % self.missing
+        return np.where(codes == self.missing, self.missing, above)
 
 
 LAWS = {
-    "teacher_logprob": Law("square", 12, LEAST_LOGPROB),
-    "behaviour_logprob": Law("square", 12, LEAST_LOGPROB),
-    "trained_logprob": Law("square", 12, LEAST_LOGPROB),
-    "rkl": Law("square", 12, MOST_KL),
-    "fkl": Law("square", 12, MOST_KL),
+    "teacher_logprob": Law("square", 10, LEAST_LOGPROB),
+    "behaviour_logprob": Law("square", 10, LEAST_LOGPROB, "teacher_logprob"),
+    "trained_logprob": Law("square", 10, LEAST_LOGPROB, "behaviour_logprob"),
+    "rkl": Law("square", 10, MOST_KL),
+    "fkl": Law("square", 10, MOST_KL, "rkl"),
     "lambda": Law("linear", 8, 1.0),
-    "teacher_entropy": Law("square", 8, MOST_ENTROPY),
-    "student_entropy": Law("square", 8, MOST_ENTROPY),
-    "trained_entropy": Law("square", 8, MOST_ENTROPY),
-    "tail": Law("log", 8, -25.4),
-    "student_tail": Law("log", 8, -25.4),
-    "teacher_top_logprob": Law("square", 8, LEAST_LOGPROB),
-    "student_top_logprob": Law("square", 8, LEAST_LOGPROB),
+    "teacher_entropy": Law("square", 7, MOST_ENTROPY),
+    "student_entropy": Law("square", 7, MOST_ENTROPY, "teacher_entropy"),
+    "trained_entropy": Law("square", 7, MOST_ENTROPY, "student_entropy"),
+    "tail": Law("log", 7, -25.4),
+    "student_tail": Law("log", 7, -25.4, "tail"),
+    "teacher_top_logprob": Law("square", 6, LEAST_TOP_LOGPROB),
+    "student_top_logprob": Law("square", 6, LEAST_TOP_LOGPROB),
 }
 """The quantities of a token. Masses and λ are shares, all else is in nats."""
 
 
-def encoded(name: str, values: Array) -> dict[str, Any] | None:
-    """The column of `values` [T] or [T, width], NaN where missing; None if all are."""
-    law = LAWS[name]
-    if np.isnan(values).all():
-        return None
-    return _packed(law.codes(values)) | {"law": law.law, "scale": law.scale}
+def number_columns(values: dict[str, Array]) -> dict[str, Column]:
+    """Columns of values [T] or [T, width] by their names in LAWS, NaN where missing; without those all NaN."""
+    codes = {name: LAWS[name].codes(own) for name, own in values.items() if not np.isnan(own).all()}
+    return {name: _numbers(LAWS[name], own, codes) for name, own in codes.items()}
 
 
-def encoded_ids(ids: Array, others: dict[str, Array]) -> dict[str, Any] | None:
-    """The column of vocabulary places [T] or [T, width], -1 where missing; None if all are.
+def _numbers(law: Law, codes: Array, others: dict[str, Array]) -> Column:
+    slots = codes.reshape(len(codes), -1).T
+    base = np.concatenate([others.get(law.after, np.zeros(len(codes), np.int64))[None], slots[:-1]])
+    stored = law.difference(slots, base).reshape(-1)
+    low = max(0, law.bits - 8)
+    parts = [stored >> low, *([stored & 2**low - 1] if low else [])]
+    named = {"after": law.after} if law.after in others else {}
+    about = {"bits": law.bits, "width": len(slots), "law": law.law, "scale": law.scale, **named}
+    return about | {"data": deflated(_bytes(parts))}
 
-    `others`: columns that it refers to where they have the same place, by name.
+
+def id_columns(places: dict[str, Array], refers: dict[str, tuple[str, ...]]) -> dict[str, Column]:
+    """Columns of vocabulary places [T] or [T, width], -1 where missing; without those that miss all.
+
+    `refers`: for each, the columns whose ids its codes refer to.
     """
-    if ids.size and (ids < 0).all():
-        return None
-    slots = [column for other in others.values() for column in np.atleast_2d(other.T)]
-    codes = np.where(ids < 0, -1, ids + len(slots))
-    for number, slot in reversed([*enumerate(slots)]):
-        same = (slot[:, None] if ids.ndim == 2 else slot) == ids
-        codes = np.where(same & (ids >= 0), number, codes)
-    dtype = np.uint16 if codes.max(initial=0) < 2**16 - 1 else np.uint32
-    packed = _packed(np.where(codes < 0, np.iinfo(dtype).max, codes).astype(dtype))
-    return packed | ({"refers": [*others]} if others else {})
+    known = {name: own for name, own in places.items() if (own >= 0).any() or not own.size}
+    found = {}
+    for name, own in known.items():
+        others = [other for other in refers[name] if other in known]
+        slots = [slot for other in others for slot in np.atleast_2d(known[other].T)]
+        found[name] = _ids(np.atleast_2d(own.T), slots) | ({"refers": others} if others else {})
+    return found
+
+
+def _ids(slots: Array, others: list[Array]) -> Column:
+    codes = np.where(slots < 0, 0, slots + 1 + len(others))
+    for number, other in reversed([*enumerate(others, 1)]):
+        codes = np.where((slots == other) & (slots >= 0), number, codes)
+    codes = codes.reshape(-1)
+    most = int(codes.max(initial=0)) + 1
+    tail = next(size for size in (1, 2, 3) if most <= 128 << 8 * size)
+    escape = 256 - -(-most >> 8 * tail)
+    above = codes[codes >= escape] - escape
+    first = np.where(codes < escape, codes, escape + (codes - escape >> 8 * tail))
+    rest = [above >> 8 * place & 255 for place in reversed(range(tail))]
+    about = {"width": len(slots), "escape": escape, "tail": tail}
+    return about | {"data": deflated(_bytes([first, *rest]))}
+
+
+def _bytes(parts: Iterable[Array]) -> bytes:
+    return b"".join(part.astype(np.uint8).tobytes() for part in parts)
 
 
 def deflated(data: bytes) -> str:
-    """Base64 of raw deflate, which a browser's DecompressionStream reads."""
+    """Raw deflate, which a browser's DecompressionStream reads, in base 85 with the digits of SAFE."""
     deflate = zlib.compressobj(LEVEL, wbits=-15)
-    return base64.b64encode(deflate.compress(data) + deflate.flush()).decode()
-
-
-def _packed(codes: Array) -> dict[str, Any]:
-    planes = np.ascontiguousarray(codes.T).reshape(-1).view(np.uint8).reshape(codes.size, -1).T
-    width = codes.shape[1] if codes.ndim == 2 else 1
-    return {
-        "dtype": f"u{8 * codes.itemsize}",
-        "width": width,
-        "missing": int(np.iinfo(codes.dtype).max),
-        "data": deflated(planes.tobytes()),
-    }
+    return base64.b85encode(deflate.compress(data) + deflate.flush()).decode().translate(SAFE)

@@ -170,7 +170,9 @@ def seconds(report: Found) -> list[Found]:
         "train": "train",
         "evaluate": "evaluate",
     }
-    parts = [{"phase": p, "seconds": report["seconds"][p], "kind": kinds[p]} for p in metrics.PHASES]
+    parts = [
+        {"phase": p, "seconds": report["seconds"][p], "kind": kinds.get(p, "other")} for p in metrics.PHASES
+    ]
     other = max(0.0, total - sum(part["seconds"] for part in parts))
     return [*parts, {"phase": "other", "seconds": other, "kind": "other"}]
 

@@ -16,7 +16,7 @@ from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.schema import finite
 from stages.viewer import figures, sample
-from stages.viewer.rollouts import Rollout, payload, top_of
+from stages.viewer.rollouts import Rollout, payload, prompt_of, top_of
 from stages.viewer.tokens import Speller
 
 FORMAT = 1
@@ -185,7 +185,7 @@ def _answers(evaluations: Found) -> list[Found]:
             label: {"text": s["completion"], "solved": s.get("solved"), "finish": s.get("finish")}
             for label, s in own.items()
         }
-        rows.append({"prompt_id": prompt.get("prompt_id"), "prompt_text": prompt["prompt"], **told})
+        rows.append({"prompt_id": prompt.get("prompt_id"), **prompt_of(prompt["prompt"]), **told})
     return rows
 
 
@@ -204,7 +204,7 @@ def _cache_verdict(found: Found) -> str:
     if not found.get("rows"):
         return "A cache without rows."
     return (
-        f"{found['rows']:,} rollouts with {found['scored_tokens']:,} scored tokens,"
+        f"{found['rows']:,} rollout{'s' * (found['rows'] != 1)} with {found['scored_tokens']:,} scored tokens,"
         f" {found['bytes_per_token']:.1f} bytes a token; {cut_sentence(found['cut_share'])}."
     )
 
@@ -248,7 +248,7 @@ def _sampled(
 
 def _how(shown: int, total: int, kinds: str) -> str:
     if shown == total:
-        return f"All {total:,} rollouts of the cache."
+        return f"All {total:,} rollouts of the cache." if total != 1 else "The cache's only rollout."
     drawn = f", about in these parts: {kinds}" if kinds else ""
     return (
         f"{shown:,} of {total:,} rollouts{drawn}. {total - shown:,} are left out; --rows N shows more,"
@@ -264,16 +264,22 @@ def _read(
     say: Callable[[str], None],
 ) -> list[Rollout]:
     """Rows with the teacher's top five; those of a dense teacher only while MOST_HEAD_WORK lasts."""
-    rows, work = list[Rollout](), 0.0
+    rows, work, num_topless = list[Rollout](), 0.0, 0
     for position in positions:
         try:
             record = snapshot[position]
             work += head_work(record, snapshot)
             top = top_of(record, snapshot.head) if work <= MOST_HEAD_WORK else None
+            num_topless += work > MOST_HEAD_WORK
         except (cache.CacheError, OSError) as error:
             say(f"{error} The page leaves this row out.")
             continue
         rows.append(Rollout(record, source, trace_of(record, known), top))
+    if num_topless:
+        say(
+            f"The teacher's top five is left out for {num_topless:,} of {len(rows):,} rollouts of"
+            f" {snapshot.root}: from hidden states it takes seconds a rollout. Fewer --rows, or --serve, show it."
+        )
     return rows
 
 

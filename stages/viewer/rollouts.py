@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 import cache
+from stages.runtime.schema import finite
 from stages.runtime.traces import NUM_TOP, Trace
 from stages.viewer.chat import messages_of
-from stages.viewer.columns import LAWS, deflated, encoded, encoded_ids
+from stages.viewer.columns import LAWS, deflated, id_columns, number_columns
 from stages.viewer.tokens import Speller, Vocabulary
 
 LEAST_SHOWN = np.log(1e-3)  # less likely ids are left out of a top five, but for the first
@@ -117,25 +118,21 @@ def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
 
 
 def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
-    """`rows`, `prompts`, `vocabulary` and `columns` of the page."""
+    """`tokens` (their number), `columns`, and `packed`: the JSON of `rows`, `prompts` and `vocabulary`."""
     ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in REFERS if rows}
+    values = {name: np.concatenate([row.values(name) for row in rows]) for name in LAWS if rows}
     vocabulary = Vocabulary(ids.values())
     places = {name: vocabulary.places(found) for name, found in ids.items()}
-    columns = {
-        name: encoded_ids(
-            found, {other: places[other] for other in REFERS[name] if (places[other] >= 0).any()}
-        )
-        for name, found in places.items()
-    }
-    columns |= {
-        name: encoded(name, np.concatenate([row.values(name) for row in rows])) for name in LAWS if rows
-    }
     prompts = list(dict.fromkeys(row.record.prompt_text for row in rows))
-    return {
+    packed = {
         "rows": list(_described(rows, prompts)),
-        "prompts": [_prompt(text) for text in prompts],
-        "vocabulary": {"data": deflated(json.dumps(vocabulary.entries(speller.entry)).encode())},
-        "columns": {name: column for name, column in columns.items() if column is not None},
+        "prompts": [prompt_of(text) for text in prompts],
+        "vocabulary": vocabulary.entries(speller.entry),
+    }
+    return {
+        "tokens": sum(row.num_tokens for row in rows),
+        "packed": deflated(json.dumps(finite(packed), separators=(",", ":")).encode()),
+        "columns": id_columns(places, REFERS) | number_columns(values),
     }
 
 
@@ -169,8 +166,8 @@ def described(row: Rollout) -> Figures:
     }
 
 
-def _prompt(text: str) -> Figures:
-    """The prompt's turns, or its text if they cannot be told apart; long ones without their middle."""
+def prompt_of(text: str) -> Figures:
+    """`messages`, the prompt's turns, or `text` if they cannot be told apart; long ones without their middle."""
     messages = messages_of(text)
     if messages is None:
         return {"text": shortened(text), "messages": None}

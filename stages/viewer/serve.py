@@ -6,6 +6,7 @@ import hmac
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -24,8 +25,9 @@ from stages.viewer.rollouts import Rollout, payload, top_of
 from stages.viewer.tokens import Speller
 
 HOST = "127.0.0.1"
-MOST_ROWS = 500  # of an answer
-SNIPPET = 200
+MOST_ROWS = 100  # of an answer
+MEANS = {"rkl": "reverse_kl", "fkl": "forward_kl", "lambda": "gate"}
+NUMBERS = ("tokens", "gap", "traced_at", *MEANS)
 COLUMNS = (
     "row_id",
     "prompt_id",
@@ -43,7 +45,7 @@ class NotFoundError(ValueError):
 
 
 class Rows:
-    """All rows of one source: a table in memory without the tokens, which are read row by row."""
+    """All rows of one source: a table in memory without the tokens, which are read as they are asked for."""
 
     def __init__(self, source: gather.Source, say: Callable[[str], None]) -> None:
         self._source, self._say = source, say
@@ -58,7 +60,7 @@ class Rows:
         from stages.viewer.sample import scan
 
         if self.snapshot is None:
-            return pa.table({name: [] for name in ("position", "tokens", "gap", "traced_at", *COLUMNS)})
+            return pa.table({name: [] for name in ("position", *NUMBERS, *COLUMNS)})
         found = scan(self.snapshot, self._say, float("inf"))
         parts = []
         for place in self.snapshot.places():
@@ -72,14 +74,23 @@ class Rows:
             "position": found.positions,
             "tokens": found.lengths,
             "gap": -found.gaps / np.maximum(found.lengths, 1),
-            "traced_at": [self._traces[r].step if r in self._traces else None for r in row_ids],
+            **{name: self._traced(row_ids, scalar) for name, scalar in MEANS.items()},
+            "traced_at": pa.array(
+                [self._traces[r].step if r in self._traces else None for r in row_ids], pa.int64()
+            ),
         }
         for name, values in numbers.items():
             table = table.append_column(name, pa.array(values, from_pandas=True))
         return table
 
+    def _traced(self, row_ids: list[str], scalar: str) -> pa.Array:
+        """Mean of a quantity over the tokens of each traced row; null for others."""
+        known = (self._traces.get(row_id) for row_id in row_ids)
+        means = [None if trace is None else float(trace.scalars[scalar].mean()) for trace in known]
+        return pa.array(means, pa.float64())
+
     def listed(self, asked: dict[str, str]) -> Found:
-        """The rows that match `asked`, from the `from`th on, and how many match."""
+        """The rows that match `asked`, from the `from`th on, with their tokens, and how many match."""
         table = self.table.filter(self._wanted(asked)) if len(self.table) else self.table
         sort = asked.get("sort", "")
         if sort:
@@ -87,7 +98,14 @@ class Rows:
                 [(_column(sort.lstrip("-")), "descending" if sort[0] == "-" else "ascending")]
             )
         first, count = _count(asked, "from", 0), min(_count(asked, "count", 100), MOST_ROWS)
-        return {"total": len(table), "rows": [_line(row) for row in table.slice(first, count).to_pylist()]}
+        positions = table["position"].slice(first, count).to_pylist()
+        return {"total": len(table), **payload([self._read(place) for place in positions], self._speller)}
+
+    def _read(self, position: int) -> Rollout:
+        """A row without the teacher's most likely tokens."""
+        assert self.snapshot is not None
+        record = self.snapshot[position]
+        return Rollout(record, "cache", gather.trace_of(record, self._traces))
 
     def _wanted(self, asked: dict[str, str]) -> pa.Array:
         table = self.table
@@ -112,42 +130,19 @@ class Rows:
         return wanted
 
     def row(self, row_id: str) -> Found:
-        """One row with its tokens, in the shape of the page's `rollouts`."""
+        """One row with its tokens, in the shape of the page's `rollouts`; it is the first of its rows."""
         if self.snapshot is None:
             raise NotFoundError("There is no cache.")
         try:
-            record = self.snapshot[self.snapshot.position(row_id)]
+            found = self._read(self.snapshot.position(row_id))
         except cache.CacheError as error:
             raise NotFoundError(str(error)) from error
-        trace = gather.trace_of(record, self._traces)
-        found = payload([Rollout(record, "cache", trace, top_of(record, self.snapshot.head))], self._speller)
-        return {"row": found.pop("rows")[0], **found}
-
-
-def _line(row: Found) -> Found:
-    reason = row["finish_reason"]
-    return {
-        "id": row["row_id"],
-        "prompt_id": row["prompt_id"],
-        "step": row["policy_step"],
-        "refresh": row["refresh_index"],
-        "finish": "stop" if reason == "eos" else reason,
-        "tokens": row["tokens"],
-        "gap": row["gap"],
-        "traced_at": row["traced_at"],
-        "source": "cache",
-        "solved": None,
-        "rkl": None,
-        "fkl": None,
-        "lambda": None,
-        "entropy": None,
-        "snippet": row["completion_text"][:SNIPPET],
-    }
+        return payload([replace(found, top=top_of(found.record, self.snapshot.head))], self._speller)
 
 
 def _column(name: str) -> str:
     names = {"id": "row_id", "step": "policy_step", "refresh": "refresh_index", "finish": "finish_reason"}
-    names |= {own: own for own in ("gap", "tokens", "prompt_id", "traced_at")}
+    names |= {own: own for own in ("prompt_id", *NUMBERS)}
     if name not in names:
         raise ValueError(
             f"sort is {name[:40]!r}; expected one of {', '.join(names)}, with - for falling order."

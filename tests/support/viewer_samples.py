@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
 from typing import Any
 
 import numpy as np
 
+from stages.viewer.columns import deflated, id_columns, number_columns
+from stages.viewer.rollouts import REFERS
+
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 CONTROLS = "\x1b[31mred\u202egnp.exe\u2066\x07"
 TEXT = (
-    "the a of to and is that we have so then first next total cost price apples each per week twice half minus "
-    "plus equals 12 3 48 96 7 dollars hours therefore answer left sold remaining number from with for groups"
+    "the a of to and is that we have so then first next total cost price apples each per week twice half "
+    "minus plus equals 12 3 48 96 7 dollars hours therefore answer left sold remaining number from with for groups"
 )
 WORDS = TEXT.split()
 PROMPTS = (
@@ -22,30 +23,6 @@ PROMPTS = (
     "Weng earns 12 dollars an hour for babysitting. Yesterday she did 50 minutes. How much did she earn?",
     "Write a function that returns the n-th Fibonacci number, and explain its cost.",
 )
-
-
-def squeezed(data: bytes) -> str:
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return base64.b64encode(squeeze.compress(data) + squeeze.flush()).decode()
-
-
-def packed(values: np.ndarray, **more: Any) -> dict[str, Any]:
-    """A column of values [tokens] or [tokens, slots]: slot after slot, its codes in byte planes."""
-    slots = values.reshape(len(values), -1).T.reshape(-1)
-    planes = slots.view(np.uint8).reshape(len(slots), -1).T
-    name = {"uint8": "u8", "uint16": "u16", "uint32": "u32"}[values.dtype.name]
-    width = 1 if values.ndim == 1 else values.shape[1]
-    most = 2 ** (8 * values.dtype.itemsize) - 1
-    return {"dtype": name, "width": width, "missing": most, "data": squeezed(planes.tobytes()), **more}
-
-
-def scaled(values: np.ndarray, missing: np.ndarray | None = None) -> dict[str, Any]:
-    """A column of 8-bit codes of values of one sign by the square law; 255 where `missing`."""
-    scale = (values.min() if values.min() < 0 else values.max() or 1.0) / 254**2
-    codes = np.round(np.sqrt(np.maximum(values / scale, 0))).astype(np.uint8)
-    if missing is not None:
-        codes[missing] = 255
-    return packed(codes, law="square", scale=float(scale))
 
 
 def vocabulary() -> list[dict[str, Any]]:
@@ -96,38 +73,46 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
     student_top = np.roll(top, 1, axis=1)
     student_top[:, 0] = ids
     logprob = np.log(np.maximum(mass, 1e-6))
-    columns = {
-        "token": packed(ids),
-        "teacher_logprob": scaled(np.minimum(logprob[:, 0] + gap, 0)),
-        "behaviour_logprob": scaled(logprob[:, 0]),
-        "rkl": scaled(rkl, untraced),
-        "fkl": scaled(fkl, untraced),
-        "lambda": scaled(gate, untraced),
-        "teacher_entropy": scaled(entropy),
-        "student_entropy": scaled(entropy * generator.uniform(0.8, 1.2, total), untraced),
-        "tail": scaled(generator.beta(1, 60, total)),
-        "teacher_top": packed(top),
-        "teacher_top_logprob": scaled(logprob),
-        "student_top": packed(student_top),
-        "student_top_logprob": scaled(logprob * 1.1, untraced),
+    values = {
+        "teacher_logprob": np.minimum(logprob[:, 0] + gap, 0),
+        "behaviour_logprob": logprob[:, 0],
+        "rkl": rkl,
+        "fkl": fkl,
+        "lambda": gate,
+        "teacher_entropy": entropy,
+        "student_entropy": entropy * generator.uniform(0.8, 1.2, total),
+        "tail": generator.beta(1, 60, total),
+        "teacher_top_logprob": logprob,
+        "student_top_logprob": logprob * 1.1,
     }
+    for name in ("rkl", "fkl", "lambda", "student_entropy", "student_top_logprob"):
+        values[name] = np.where(untraced.reshape(-1, *[1] * (values[name].ndim - 1)), np.nan, values[name])
+    places = {"token": ids, "teacher_top": top, "student_top": student_top}
+    columns = id_columns({n: p.astype(np.int64) for n, p in places.items()}, REFERS) | number_columns(values)
     found = []
     for row, (start, n) in enumerate(zip(offsets, lengths)):
         here = slice(int(start), int(start) + n)
         traced = not untraced[start]
         found.append(
             {
-                "id": f"g{row // 40:04d}-{row:05d}", "prompt_id": f"train-{row % 17}", "step": (row // 40) * 8,
-                "refresh": row // 40, "finish": "length" if row % 3 == 0 else "stop", "tokens": n,
+                "id": f"g{row // 40:04d}-{row:05d}",
+                "prompt_id": f"train-{row % 17}",
+                "step": (row // 40) * 8,
+                "refresh": row // 40,
+                "finish": "length" if row % 3 == 0 else "stop",
+                "tokens": n,
                 "solved": None if row % 5 == 4 else bool(row % 5 in (1, 2)),
                 "rkl": float(rkl[here].mean()) if traced else None,
                 "fkl": float(fkl[here].mean()) if traced else None,
                 "lambda": float(gate[here].mean()) if traced else None,
-                "gap": float(gap[here].mean()), "entropy": float(entropy[here].mean()),
-                "prompt": 0 if row == 0 else 1 + row % len(PROMPTS), "traced_at": 8 if traced else None,
-                "offset": int(start), "source": "cache",
+                "gap": float(gap[here].mean()),
+                "entropy": float(entropy[here].mean()),
+                "prompt": 0 if row == 0 else 1 + row % len(PROMPTS),
+                "traced_at": 8 if traced else None,
+                "offset": int(start),
+                "source": "cache",
             }
-        )  # fmt: skip
+        )
     how = (
         f"{rows} of {20 * rows} rollouts: the worst by reverse KL, the longest, cut ones, the rest at random."
     )
@@ -135,10 +120,16 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
         {"text": None, "messages": [{"role": "user", "content": text}]}
         for text in (f"{PROMPTS[0]}\n{HOSTILE}", *PROMPTS)
     ]
-    words = {"data": squeezed(json.dumps(vocabulary()).encode())}
+    packed = {"rows": found, "prompts": prompts, "vocabulary": vocabulary()}
     return {
-        "shown": rows, "total": 20 * rows, "heldout": 0, "how": how, "rows": found, "prompts": prompts, "vocabulary": words, "columns": columns,
-    }  # fmt: skip
+        "shown": rows,
+        "total": 20 * rows,
+        "heldout": 0,
+        "how": how,
+        "tokens": total,
+        "packed": deflated(json.dumps(packed).encode()),
+        "columns": columns,
+    }
 
 
 def steps(count: int, seed: int = 0) -> dict[str, list[Any]]:
@@ -192,60 +183,141 @@ def run(
     positions = ["0-15", "16-31", "32-63", "64-127", "128-255", "256+"]
     ages = ["0-3", "4-7", "8-15"]
     by = lambda names: {  # noqa: E731
-        one: {"tokens": 9000 - 1200 * i, "share": 0.3 - 0.04 * i, "gate": 0.82 + 0.03 * i,
-              "share_forward": 0.16 - 0.02 * i, "rkl": 0.4 - 0.05 * i, "fkl": 0.15 - 0.02 * i}
+        one: {
+            "tokens": 9000 - 1200 * i,
+            "share": 0.3 - 0.04 * i,
+            "gate": 0.82 + 0.03 * i,
+            "share_forward": 0.16 - 0.02 * i,
+            "rkl": 0.4 - 0.05 * i,
+            "fkl": 0.15 - 0.02 * i,
+        }
         for i, one in enumerate(names)
-    }  # fmt: skip
+    }
     answers = [
         {
             "prompt_id": f"heldout-{i}" if i else "train-0",
             "messages": [{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}],
-            "before": {"text": "48 / 2 = 26\n48 + 26 = 74\nThe answer is 74.", "solved": i % 4 == 3, "finish": "stop"},
-            "after": {"text": "48 / 2 = 24\n48 + 24 = 72\nThe answer is 72.", "solved": i % 4 != 2, "finish": "stop"},
-            "teacher": {"text": "In May: 48 / 2 = 24\nAltogether: 48 + 24 = 72\nThe answer is 72.", "solved": True, "finish": "stop"},
+            "before": {
+                "text": "48 / 2 = 26\n48 + 26 = 74\nThe answer is 74.",
+                "solved": i % 4 == 3,
+                "finish": "stop",
+            },
+            "after": {
+                "text": "48 / 2 = 24\n48 + 24 = 72\nThe answer is 72.",
+                "solved": i % 4 != 2,
+                "finish": "stop",
+            },
+            "teacher": {
+                "text": "In May: 48 / 2 = 24\nAltogether: 48 + 24 = 72\nThe answer is 72.",
+                "solved": True,
+                "finish": "stop",
+            },
         }
         for i in range(16)
-    ]  # fmt: skip
+    ]
     return {
-        "name": name, "kind": "run", "about": f"SmolLM2-135M pruned ← SmolLM2-135M-Instruct · {num_steps} steps",
-        "verdict": "The student improved by 50.0 points, from 39.0% to 89.0% of held-out problems; on its own text "
-        "forward KL fell to 0.08 × and reverse KL to 0.11 × of what they were.",
+        "name": name,
+        "kind": "run",
+        "about": f"SmolLM2-135M pruned ← SmolLM2-135M-Instruct · {num_steps} steps",
+        "verdict": "The student improved by 50.0 points, from 39.0% to 89.0% of held-out problems; on its own"
+        " text forward KL fell to 0.08 × and reverse KL to 0.11 × of what they were.",
         "table": [
-            {"label": "held-out problems solved", "unit": "%", "before": interval(0.39, 0.067), "after": interval(0.89, 0.043), "teacher": interval(0.955, 0.029)},
-            {"label": "held-out answers cut at max_new_tokens", "unit": "%", "before": interval(0, 0), "after": interval(0, 0), "teacher": interval(0, 0)},
-            {"label": "forward KL on its own text", "unit": "nats", "before": interval(0.1731, 0.021), "after": interval(0.0146, 0.002), "teacher": None},
-            {"label": "reverse KL on its own text", "unit": "nats", "before": interval(0.5208, 0.06), "after": interval(0.0549, 0.008), "teacher": None},
-            {"label": "same most likely token, its own text", "unit": "%", "before": interval(0.957, 0.006), "after": {"value": 0.995, "low": None, "high": None}, "teacher": None},
+            {
+                "label": "held-out problems solved",
+                "unit": "%",
+                "before": interval(0.39, 0.067),
+                "after": interval(0.89, 0.043),
+                "teacher": interval(0.955, 0.029),
+            },
+            {
+                "label": "held-out answers cut at max_new_tokens",
+                "unit": "%",
+                "before": interval(0, 0),
+                "after": interval(0, 0),
+                "teacher": interval(0, 0),
+            },
+            {
+                "label": "forward KL on its own text",
+                "unit": "nats",
+                "before": interval(0.1731, 0.021),
+                "after": interval(0.0146, 0.002),
+                "teacher": None,
+            },
+            {
+                "label": "reverse KL on its own text",
+                "unit": "nats",
+                "before": interval(0.5208, 0.06),
+                "after": interval(0.0549, 0.008),
+                "teacher": None,
+            },
+            {
+                "label": "same most likely token, its own text",
+                "unit": "%",
+                "before": interval(0.957, 0.006),
+                "after": {"value": 0.995, "low": None, "high": None},
+                "teacher": None,
+            },
         ],
-        "curves": [{"title": t, "unit": u, "log": log, "x": "step", "series": [{"key": k, "label": v} for k, v in s]} for t, u, log, s in CURVES],
+        "curves": [
+            {"title": t, "unit": u, "log": log, "x": "step", "series": [{"key": k, "label": v} for k, v in s]}
+            for t, u, log, s in CURVES
+        ],
         "steps": steps(num_steps, seed),
         "marks": [{"step": 0, "kind": "start", "text": "training starts"}]
-        + [{"step": s, "kind": "refresh", "text": f"refresh {s // 24}: every 24 steps"} for s in range(24, num_steps, 24)]
+        + [
+            {"step": s, "kind": "refresh", "text": f"refresh {s // 24}: every 24 steps"}
+            for s in range(24, num_steps, 24)
+        ]
         + [{"step": 41, "kind": "warning", "text": "the gradient norm is above 10 times its median"}],
         "evals": {"step": [24, 48, 72], "forward_kl": [0.08, 0.04, 0.02], "reverse_kl": [0.25, 0.12, 0.07]},
         "gate": {
-            "lambda_vs_d": {"edges": edges, "counts": (90000 * shape).astype(int).tolist(), "tau": 1.0, "alpha": 5.0, "gating": "soft", "gate_on": "rkl"},
+            "lambda_vs_d": {
+                "edges": edges,
+                "counts": (90000 * shape).astype(int).tolist(),
+                "tau": 1.0,
+                "alpha": 5.0,
+                "gating": "soft",
+                "gate_on": "rkl",
+            },
             "histogram_over_time": {"steps": gate_steps, "edges": shares, "counts": over_time},
-            "by_position": by(positions), "by_age": by(ages),
+            "by_position": by(positions),
+            "by_age": by(ages),
         },
         "seconds": [
-            {"phase": "rollouts", "seconds": 41.2, "kind": "generate"}, {"phase": "teacher scores", "seconds": 18.9, "kind": "score"},
-            {"phase": "training", "seconds": 62.0, "kind": "train"}, {"phase": "evaluation", "seconds": 33.1, "kind": "evaluate"},
+            {"phase": "rollouts", "seconds": 41.2, "kind": "generate"},
+            {"phase": "teacher scores", "seconds": 18.9, "kind": "score"},
+            {"phase": "training", "seconds": 62.0, "kind": "train"},
+            {"phase": "evaluation", "seconds": 33.1, "kind": "evaluate"},
             {"phase": "other", "seconds": 4.4, "kind": "other"},
         ],
         "notes": ["step-8.arrow cannot be read (its digest differs): the page leaves it out"],
-        "stage_one": {"rounds": 4, "generated_tokens_per_second": 1650.0}, "memory": {"training": 31 * 2**30},
-        "cache": {"rows": 3072, "tokens": 89474, "bytes": 7881278, "scored_tokens": 89474, "bytes_per_token": 88.1, "signal_bytes_per_token": 61.3, "cut_share": 0.0},
+        "stage_one": {"rounds": 4, "generated_tokens_per_second": 1650.0},
+        "memory": {"training": 31 * 2**30},
+        "cache": {
+            "rows": 3072,
+            "tokens": 89474,
+            "bytes": 7881278,
+            "scored_tokens": 89474,
+            "bytes_per_token": 88.1,
+            "signal_bytes_per_token": 61.3,
+            "cut_share": 0.0,
+        },
         "provenance": [
-            {"label": "command", "value": "dualkl run demo --seed 0"}, {"label": "commit", "value": "f01731e"},
+            {"label": "command", "value": "dualkl run demo --seed 0"},
+            {"label": "commit", "value": "f01731e"},
             {"label": "versions", "value": "torch 2.13.0, transformers 5.17.0, peft 0.21.0"},
-            {"label": "hardware", "value": "2 × CPU cores, 23 GiB"}, {"label": "student hash", "value": "9f47895f711af1a37807"},
+            {"label": "hardware", "value": "2 × CPU cores, 23 GiB"},
+            {"label": "student hash", "value": "9f47895f711af1a37807"},
         ],
-        "config": {"loss": {"tau": 1.0, "alpha": 5.0, "gating": "soft"}, "train": {"lr": 2e-5 if not seed else 5e-5, "steps": num_steps, "seed": seed}},
+        "config": {
+            "loss": {"tau": 1.0, "alpha": 5.0, "gating": "soft"},
+            "train": {"lr": 2e-5 if not seed else 5e-5, "steps": num_steps, "seed": seed},
+        },
         "config_changes": [{"from_step": 48, "key": "lr", "old": 4e-5, "new": 2e-5}],
         "warnings": [{"step": 41, "text": "the gradient norm is above 10 times its median"}],
-        "rollouts": rollouts(rows, length, seed), "answers": answers,
-    }  # fmt: skip
+        "rollouts": rollouts(rows, length, seed),
+        "answers": answers,
+    }
 
 
 def document(*runs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.viewer.columns import SAFE
+
 DATA = re.compile(r'<script id="dualkl-data" type="application/json">(.*?)</script>', re.DOTALL)
 
 
@@ -21,44 +23,56 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def inflated(data: str) -> bytes:
-    return zlib.decompress(base64.b64decode(data), wbits=-15)
+    back = {place: digit for digit, place in SAFE.items()}
+    return zlib.decompress(base64.b85decode(data.translate(back)), wbits=-15)
 
 
-def codes_of(column: dict[str, Any]) -> np.ndarray:
-    """[T] or [T, width] codes."""
-    size = int(column["dtype"][1:]) // 8
-    planes = np.frombuffer(inflated(column["data"]), np.uint8).reshape(size, -1).astype(np.int64)
-    codes = (planes << 8 * np.arange(size)[:, None]).sum(0)
-    return codes if column["width"] == 1 else codes.reshape(column["width"], -1).T
+def unpacked(rollouts: dict[str, Any]) -> dict[str, Any]:
+    """The same with `rows`, `prompts` and `vocabulary`."""
+    return rollouts | json.loads(inflated(rollouts["packed"]))
 
 
-def values_of(column: dict[str, Any]) -> np.ndarray:
+def codes_of(rollouts: dict[str, Any], name: str) -> np.ndarray:
+    """[T] or [T, width] codes of a column of numbers; NaN where missing."""
+    column = rollouts["columns"][name]
+    bits, width = column["bits"], column["width"]
+    low, missing = max(0, bits - 8), 2**bits - 1
+    parts = np.frombuffer(inflated(column["data"]), np.uint8).astype(int)
+    parts = parts.reshape(2 if low else 1, width, -1)
+    stored = (parts[0] << low) + parts[1] if low else parts[0]
+    base = np.nan_to_num(codes_of(rollouts, column["after"])) if "after" in column else 0
+    found = []
+    for slot in stored:
+        found.append(np.where(slot == missing, np.nan, (slot + base) % missing))
+        base = np.nan_to_num(found[-1])
+    return found[0] if width == 1 else np.stack(found, 1)
+
+
+def values_of(rollouts: dict[str, Any], name: str) -> np.ndarray:
     """[T] or [T, width] shown values; NaN where missing."""
-    codes = codes_of(column)
-    exact = codes.astype(float)
-    shown = {
-        "linear": exact * column["scale"],
-        "square": exact * exact * column["scale"],
-        "log": np.exp(exact * column["scale"]),
-    }[column["law"]]
-    return np.where(codes == column["missing"], np.nan, shown)
+    exact, scale = codes_of(rollouts, name), rollouts["columns"][name]["scale"]
+    shown = {"linear": exact * scale, "square": exact * exact * scale, "log": np.exp(exact * scale)}
+    return shown[rollouts["columns"][name]["law"]]
 
 
-def ids_of(columns: dict[str, Any], name: str) -> np.ndarray:
+def ids_of(rollouts: dict[str, Any], name: str) -> np.ndarray:
     """[T] or [T, width] places in the vocabulary; -1 where missing."""
-    column = columns[name]
-    codes = codes_of(column)
-    others = [np.atleast_2d(ids_of(columns, other).T) for other in column.get("refers", ())]
-    slots = np.concatenate(others) if others else np.zeros((0, len(codes)), int)
-    found = codes - len(slots)
-    for number, slot in enumerate(slots):
-        found = np.where(codes == number, slot if codes.ndim == 1 else slot[:, None], found)
-    return np.where(codes == column["missing"], -1, found)
-
-
-def vocabulary_of(rollouts: dict[str, Any]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(inflated(rollouts["vocabulary"]["data"]))
-    return entries
+    column = rollouts["columns"][name]
+    data, tokens, width, tail = inflated(column["data"]), rollouts["tokens"], column["width"], column["tail"]
+    slots = [s for other in column.get("refers", ()) for s in np.atleast_2d(ids_of(rollouts, other).T)]
+    rest = np.frombuffer(data[tokens * width :], np.uint8).reshape(tail, -1).T
+    lower = iter(rest.tolist())
+    found = []
+    for number, code in enumerate(data[: tokens * width]):
+        if code >= column["escape"]:
+            high = bytes([code - column["escape"], *next(lower)])
+            code = column["escape"] + int.from_bytes(high, "big")
+        here = number % tokens
+        found.append(
+            -1 if not code else slots[code - 1][here] if code <= len(slots) else code - 1 - len(slots)
+        )
+    ids = np.array(found, int).reshape(width, -1)
+    return ids[0] if width == 1 else ids.T
 
 
 def text_of(entry: dict[str, Any]) -> str:
@@ -68,6 +82,5 @@ def text_of(entry: dict[str, Any]) -> str:
 
 def tokens_of(rollouts: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The texts of a row's tokens."""
-    entries = vocabulary_of(rollouts)
     own = slice(row["offset"], row["offset"] + row["tokens"])
-    return [text_of(entries[place]) for place in ids_of(rollouts["columns"], "token")[own]]
+    return [text_of(rollouts["vocabulary"][place]) for place in ids_of(rollouts, "token")[own]]

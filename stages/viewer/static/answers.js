@@ -76,17 +76,10 @@ function answerView(state) {
 }
 
 function answerText(one) {
-  return [
-    one.prompt_text ?? "",
-    ...(one.messages ?? []).map(messageText),
-    ...WHO.map(([who]) => one[who]?.text ?? ""),
-  ]
-    .join("\n")
-    .toLowerCase();
+  return [promptText(one), ...WHO.map(([who]) => one[who]?.text ?? "")].join("\n").toLowerCase();
 }
 
 function answerCard(one) {
-  const shown = one.messages?.length ? one.messages : [{ role: "prompt", content: one.prompt_text ?? "" }];
   const against = { before: [one.after, "gone"], after: [one.before, "new"], teacher: [one.after, "new"] };
   const columns = WHO.filter(([who]) => one[who]).map(([who]) => {
     const [other, name] = against[who];
@@ -105,5 +98,5 @@ function answerCard(one) {
       el("div", { class: "said" }, other ? marked(text, other.text ?? "", name) : visibleText(text)),
     );
   });
-  return el("article", { class: "answer" }, shown.map(turn), el("div", { class: "columns" }, columns));
+  return el("article", { class: "answer" }, turns(one).map(turn), el("div", { class: "columns" }, columns));
 }

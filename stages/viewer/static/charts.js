@@ -70,7 +70,9 @@ function chart(picture, settings, runs) {
       class: "chart",
       tabindex: 0,
       role: "img",
-      "aria-label": `${picture.title}${picture.unit ? ", " + picture.unit : ""}, over the steps ${steps[0]} to ${steps.at(-1)}; at the end ${last}. Arrow keys read it.`,
+      "aria-label":
+        `${[picture.title, picture.unit].filter(Boolean).join(", ")}, over the steps ${steps[0]} to` +
+        ` ${steps.at(-1)}; at the end ${last}. Arrow keys read it.`,
     },
     el(
       "figcaption",

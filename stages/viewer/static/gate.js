@@ -79,11 +79,32 @@ function openness({ tau, alpha, gating }, d) {
   return alpha === null || alpha === undefined ? null : 1 / (1 + Math.exp(-alpha * (tau - d)));
 }
 
-function gateAgainstD(about) {
+// The outline of a histogram of shares, of which `most` is 92 high.
+function outline(shares, most) {
+  const width = 100 / shares.length;
+  const points = shares.flatMap((share, i) =>
+    [i, i + 1].map((x) => `${(x * width).toFixed(2)},${(100 - (92 * share) / most).toFixed(2)}`),
+  );
+  return svg("polyline", { points: points.join(" "), class: "early" });
+}
+
+function stepsOf(part) {
+  const [from, to] = part.steps;
+  return from === to ? `step ${from}` : `steps ${from}–${to}`;
+}
+
+// D of the tokens of the last steps, in outline that of the first ones, and the gate's λ over it.
+function gateAgainstD({ lambda_vs_d: about, first: early, last: late }) {
   const { edges, tau, alpha } = about;
   const { place, from, to, labels, first, last, size } = bins(edges, about.counts);
-  const counts = about.counts.slice(first, last + 1);
-  const [most, total] = [Math.max(...counts, 1), counts.reduce((sum, count) => sum + count, 0) || 1];
+  const shares = (counts) => {
+    const total = counts.reduce((sum, count) => sum + count, 0) || 1;
+    return counts.slice(first, last + 1).map((count) => count / total);
+  };
+  const counts = shares(late?.divergence_histogram ?? about.counts);
+  const isSpan = early && early.steps[0] < late.steps[0];
+  const before = isSpan ? shares(early.divergence_histogram) : [];
+  const most = Math.max(...counts, ...before) || 1;
   const hasGate = openness(about, 1) !== null;
   const middle = (i) => 10 ** (from + (i + 0.5) * size * (to - from));
   const bars = counts.map((count, i) =>
@@ -97,19 +118,26 @@ function gateAgainstD(about) {
   );
   const line = Array.from({ length: 240 }, (_, i) => {
     const x = i / 239;
-    return `${(100 * x).toFixed(2)},${(100 - 92 * openness(about, 10 ** (from + x * (to - from)))).toFixed(2)}`;
+    const y = 100 - 92 * openness(about, 10 ** (from + x * (to - from)));
+    return `${(100 * x).toFixed(2)},${y.toFixed(2)}`;
   });
-  const above = counts.reduce((sum, count, i) => sum + (middle(i) > tau ? count : 0), 0) / total;
+  const above = counts.reduce((sum, share, i) => sum + (middle(i) > tau ? share : 0), 0);
   const share = `${(100 * above).toFixed(1)}% above τ`;
   const isSeen = hasGate && place(tau) >= 0 && place(tau) <= 1;
   const x = 100 * place(tau);
   return frame(
     {
       title: "λ against D",
-      note: hasGate
-        ? `τ = ${number(tau, 2)}${about.gating === "hard" ? ", hard gate" : `, α = ${number(alpha, 1)}`}`
-        : null,
-      label: `Histogram of the divergence D of all tokens${hasGate ? `, and λ falling from 1 to 0 at τ = ${tau}; ${share}` : ""}.`,
+      note: [
+        hasGate ? `τ = ${number(tau, 2)}` : null,
+        hasGate ? (about.gating === "hard" ? "hard gate" : `α = ${number(alpha, 1)}`) : null,
+        isSpan ? `bars: ${stepsOf(late)}; dashed: ${stepsOf(early)}` : null,
+      ]
+        .filter(Boolean)
+        .join(", "),
+      label:
+        "Histogram of the divergence D of all tokens" +
+        (hasGate ? `, and λ falling from 1 to 0 at τ = ${tau}; ${share}.` : "."),
       xTicks: labels,
       yTicks: [
         [0, "0"],
@@ -121,6 +149,7 @@ function gateAgainstD(about) {
       yName: hasGate ? "λ (line), share of tokens (bars)" : "share of tokens",
     },
     bars,
+    isSpan ? outline(before, most) : null,
     isSeen ? svg("line", { x1: x, x2: x, y1: 0, y2: 100, class: "tau" }) : null,
     hasGate ? svg("polyline", { points: line.join(" "), class: "curve" }) : null,
   );
@@ -169,9 +198,12 @@ function gateOverTime({ steps, edges, counts }) {
   );
 }
 
-function meansTable(title, note, table) {
+// Means over ranges of tokens in the last steps; of λ also those in the first ones.
+function meansTable(title, note, table, early) {
   const names = Object.keys(table);
-  const head = ["", "share", "mean λ", "λ < 0.5", "reverse KL", "forward KL"];
+  const lambda = early ? "mean λ, first → last" : "mean λ";
+  const head = ["", "share", lambda, "λ < 0.5", "reverse KL", "forward KL"];
+  const change = (name) => (early ? el("span", { class: "unit" }, `${number(early[name]?.gate)} → `) : null);
   const most = Math.max(...names.map((name) => table[name].rkl ?? 0), 1e-9);
   const rows = names.map((name) => {
     const row = table[name];
@@ -181,7 +213,7 @@ function meansTable(title, note, table) {
       {},
       el("th", { scope: "row" }, name),
       el("td", {}, share(row.share)),
-      el("td", {}, number(row.gate)),
+      el("td", { class: "change" }, change(name), number(row.gate)),
       el("td", {}, share(row.share_forward)),
       el("td", { class: "barred", "--v": (row.rkl ?? 0) / most }, number(row.rkl, 4)),
       el("td", {}, number(row.fkl, 4)),
@@ -216,10 +248,18 @@ function gatePictures(gate) {
   if (!gate) return [];
   const found = [];
   const filled = (table) => table && Object.keys(table).length;
-  if (gate.lambda_vs_d?.counts?.length) found.push(gateAgainstD(gate.lambda_vs_d));
+  const isSpan = gate.first && gate.first.steps[0] < gate.last.steps[0];
+  const early = (name) => (isSpan ? gate.first[name] : null);
+  const span = isSpan ? `, ${stepsOf(gate.first)} → ${stepsOf(gate.last)}` : "";
+  if (gate.lambda_vs_d?.counts?.length) found.push(gateAgainstD(gate));
   if (gate.histogram_over_time?.steps?.length > 1) found.push(gateOverTime(gate.histogram_over_time));
   if (filled(gate.by_position))
-    found.push(meansTable("By position", "first token of the range in the completion", gate.by_position));
-  if (filled(gate.by_age)) found.push(meansTable("By age of the rollout", "optimizer steps", gate.by_age));
+    found.push(
+      meansTable("By position", "tokens of the completion" + span, gate.by_position, early("by_position")),
+    );
+  if (filled(gate.by_age))
+    found.push(
+      meansTable("By age of the rollout", "in optimizer steps" + span, gate.by_age, early("by_age")),
+    );
   return found;
 }

@@ -28,7 +28,8 @@ const TERMS = [
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
   [
     "R, F, λ, Δ, H",
-    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob, teacher entropy.",
+    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob," +
+      " teacher entropy.",
   ],
 ];
 

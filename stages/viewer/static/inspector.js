@@ -17,7 +17,7 @@ async function inspect(rollouts, row, tokens, place) {
 async function topFive(rollouts, who, at) {
   const found = await tokenIds(rollouts, who + "_top");
   if (!found || !has(rollouts, who + "_top_logprob")) return [];
-  const count = await countOf(rollouts);
+  const count = rollouts.tokens;
   const entries = [];
   for (let slot = 0; slot < found.length / count; slot++) {
     const [logprob] = await values(rollouts, who + "_top_logprob", at, at + 1, slot);
@@ -53,9 +53,11 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
       ),
     ),
     gauge(facts.lambda),
-    tops.teacher.length ? topList("Teacher", "teacher", tops.teacher, rollouts, written, facts.tail) : null,
+    tops.teacher.length
+      ? topList("Teacher", tops.teacher, rollouts, written, facts.teacher_logprob, facts.tail)
+      : el("p", { class: "note" }, "The teacher's top five is not known for this rollout (see the notes)."),
     tops.student.length
-      ? topList("Student", "student", tops.student, rollouts, written, facts.student_tail)
+      ? topList("Student", tops.student, rollouts, written, facts.trained_logprob)
       : el("p", { class: "note" }, "The student's top five is kept for traced rows (trace_every)."),
     factsTable(facts, tops, written),
   );
@@ -80,15 +82,19 @@ function gauge(lambda) {
   );
 }
 
-function topList(title, name, entries, rollouts, written, tail) {
-  const rows = entries.map(({ id, probability }) => {
+// The probabilities of a top five are stored roughly, that of the written token finely.
+function topList(title, entries, rollouts, written, logprob, tail) {
+  const name = title.toLowerCase();
+  const rows = entries.map(({ id, probability: rough }) => {
     const isWritten = id === written;
+    const isFine = isWritten && !Number.isNaN(logprob ?? NaN);
+    const probability = isFine ? Math.exp(logprob) : rough;
     return el(
       "li",
       { class: isWritten ? "written" : null },
       pieceNode(piece(rollouts, id)),
       el("div", { class: "track " + name, "--v": probability }, el("i", {})),
-      el("span", { class: "share" }, share(probability)),
+      el("span", { class: "share" }, isFine ? share(probability) : roughShare(probability)),
       isWritten ? el("span", { class: "unseen" }, "(written)") : null,
     );
   });
@@ -115,6 +121,10 @@ function share(probability) {
   return percent >= 0.01 || percent === 0
     ? percent.toFixed(percent >= 99.995 ? 0 : percent >= 10 ? 1 : 2) + "%"
     : "< 0.01%";
+}
+
+function roughShare(probability) {
+  return probability < 1e-3 ? "< 0.1%" : (100 * probability).toFixed(probability < 0.01 ? 1 : 0) + "%";
 }
 
 function rank(entries, written) {

@@ -138,7 +138,7 @@ function focusSearch() {
   document.getElementById("search")?.focus();
 }
 
-function begin() {
+async function begin() {
   const nav = document.getElementById("nav");
   nav.append(
     ...Object.entries(VIEWS)
@@ -180,6 +180,7 @@ function begin() {
     event.preventDefault(); // the reader is told
     fault(event.reason);
   });
+  await Promise.all(RUNS.map(({ rollouts }) => openRollouts(rollouts))).catch(fault);
   readHash();
   show();
 }
@@ -188,7 +189,9 @@ function begin() {
 function fault(reason) {
   const node = document.getElementById("fault");
   node.hidden = false;
-  node.textContent = `${visible(String(reason?.message ?? reason))} Reload the page; if it stays, run the command that made it again.`;
+  node.textContent =
+    visible(String(reason?.message ?? reason)) +
+    " Reload the page; if it stays, run the command that made it again.";
 }
 
 // Paper is light, and every chart is drawn.

@@ -44,7 +44,7 @@ function overview(state) {
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
     section("Gate", null, el("div", { class: "frames" }, gatePictures(run.gate))),
-    section("Cost", null, costs(run)),
+    section("Cost", null, costs(run), roundPictures(run.rounds)),
     section("Provenance", null, provenance(run)),
     section("Configuration", "as trained", configuration(run)),
   );
@@ -334,6 +334,74 @@ function costs(run) {
       : null,
     tiles(run),
   ];
+}
+
+// Rounds of stage one: seconds by use, and tokens a second. Many rounds are joined.
+function roundPictures(rounds) {
+  const all = rounds?.seconds ?? [];
+  if (all.length < 2) return null;
+  const columns = Math.min(all.length, 120);
+  const parts = Array.from({ length: columns }, (_, i) => {
+    const [from, end] = [i, i + 1].map((one) => Math.floor((one * all.length) / columns));
+    const mean = (list) => list.reduce((sum, value) => sum + (value ?? 0), 0) / list.length;
+    const seconds = Object.keys(ROUND_USES).map((use) => mean(all.slice(from, end).map((one) => one[use])));
+    const rates = ROUND_RATES.map(([key]) => mean(rounds[key].slice(from, end)));
+    return { seconds, rates, isFirst: rounds.is_first.slice(from, end).some((one) => one) };
+  });
+  const labels = ticks(1, all.length, Math.min(6, all.length - 1))
+    .filter(Number.isInteger)
+    .map((round) => [(round - 0.5) / all.length, String(round)]);
+  return el("div", { class: "frames rounds" }, roundSeconds(parts, labels), roundRates(parts, labels));
+}
+
+const ROUND_USES = {
+  generate: ["generating", "--blue"],
+  score: ["scoring", "--sky"],
+  write: ["writing", "--violet"],
+  rows: ["making rows", "--teal"],
+  other: ["other", "--edge"],
+};
+const ROUND_RATES = [
+  ["generated_tokens_per_second", "generated", "--blue"],
+  ["scored_tokens_per_second", "scored", "--orange"],
+];
+
+function roundSeconds(parts, xTicks) {
+  const uses = Object.values(ROUND_USES);
+  const top = rounded(Math.max(...parts.map(({ seconds }) => seconds.reduce((sum, one) => sum + one, 0))));
+  const width = 100 / parts.length;
+  const bars = parts.map(({ seconds }, i) => {
+    let from = 100;
+    return seconds.map((one, use) => {
+      const height = (100 * one) / top;
+      from -= height;
+      const fill = `var(${uses[use][1]})`;
+      return svg("rect", { x: (i + 0.06) * width, width: 0.88 * width, y: from, height, styles: { fill } });
+    });
+  });
+  const shown = uses.filter((_, use) => parts.some(({ seconds }) => seconds[use] > 0.01 * top));
+  return roundFrame("Seconds of a round", shown, top, xTicks, bars);
+}
+
+function roundRates(parts, xTicks) {
+  const top = rounded(Math.max(...parts.flatMap(({ rates }) => rates)));
+  const lines = ROUND_RATES.map(([, , colour], which) => {
+    const points = parts.map(
+      ({ rates }, i) => `${((i + 0.5) / parts.length) * 100},${100 - (100 * rates[which]) / top}`,
+    );
+    return svg("polyline", { points: points.join(" "), class: "rate", styles: { stroke: `var(${colour})` } });
+  });
+  const keys = ROUND_RATES.map(([, text, colour]) => [text, colour]);
+  return roundFrame("Tokens a second", keys, top, xTicks, lines);
+}
+
+function roundFrame(title, keys, top, xTicks, shapes) {
+  const note = keys.map(([text, colour]) =>
+    el("span", { class: "one" }, el("i", { class: "key", styles: { background: `var(${colour})` } }), text),
+  );
+  const yTicks = [0, 0.5, 1].map((place) => [place, tick(place * top)]);
+  const label = `${title} by round of stage one, up to ${tick(top)}.`;
+  return frame({ title, note, label, xTicks, yTicks, xName: "round of stage one and its refreshes" }, shapes);
 }
 
 const TILES = [

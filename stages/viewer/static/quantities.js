@@ -9,7 +9,9 @@ const QUANTITIES = [
     unit: "nats",
     hue: "warm",
     ends: ["agree", "far apart"],
-    help: "KL(student‖teacher) at this position, in nats. Large where the student puts mass that the teacher does not.",
+    help:
+      "KL(student‖teacher) at this position, in nats. Large where the student puts mass that the teacher" +
+      " does not.",
   },
   {
     key: "fkl",
@@ -18,7 +20,9 @@ const QUANTITIES = [
     unit: "nats",
     hue: "warm",
     ends: ["agree", "far apart"],
-    help: "KL(teacher‖student) at this position, in nats. Large where the student misses what the teacher would write.",
+    help:
+      "KL(teacher‖student) at this position, in nats. Large where the student misses what the teacher" +
+      " would write.",
   },
   {
     key: "lambda",
@@ -132,7 +136,7 @@ function domain(rollouts, key) {
 }
 
 async function percentile(rollouts, key) {
-  const found = await values(rollouts, key, 0, await countOf(rollouts));
+  const found = await values(rollouts, key, 0, rollouts.tokens);
   const every = Math.max(1, Math.floor(found.length / 20000));
   const sizes = found
     .filter((value, i) => i % every === 0 && !Number.isNaN(value))

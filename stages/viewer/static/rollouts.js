@@ -1,5 +1,5 @@
 "use strict";
-// The rollouts: a list to search, sort and filter; the chosen one as a chat of coloured tokens; a token in full.
+// Rollouts: a list to search, sort and filter; the chosen one as a chat of coloured tokens; a token in full.
 
 const SORTS = [
   ["rkl", "worst reverse KL", (row) => -row.rkl, "rkl"],
@@ -22,6 +22,9 @@ const SHOWS = [
   ["heldout", "held-out texts", (row) => row.source !== "cache"],
 ];
 const SERVED_SORTS = {
+  rkl: "-rkl",
+  fkl: "-fkl",
+  lambda: "lambda",
   gap: "gap",
   longest: "-tokens",
   shortest: "tokens",
@@ -30,6 +33,7 @@ const SERVED_SORTS = {
   prompt: "prompt_id",
 };
 const ROW_HEIGHT = 82;
+const PAGE = 50; // rows that a server is asked for
 let view = null; // the open view: {run, rollouts, rows, list, ...}
 
 function rolloutView(state) {
@@ -61,7 +65,7 @@ function rolloutView(state) {
       filters(state),
       view.count,
       view.list.node,
-      rollouts.how ? el("p", { class: "how" }, visible(rollouts.how)) : null,
+      rollouts.how ? el("p", { class: "how" }, howChosen(rollouts)) : null,
     ),
     view.detail,
     view.inspector,
@@ -70,9 +74,14 @@ function rolloutView(state) {
   return node;
 }
 
+function howChosen(rollouts) {
+  if (!DATA.serve) return visible(rollouts.how);
+  const known = rollouts.heldout ? "Colour scales and held-out texts" : "Colour scales";
+  return `All ${plural(rollouts.total, "rollout")} of the cache. ${known} are of a sample of it.`;
+}
+
 async function start(state) {
   const mine = view;
-  await openVocabulary(mine.rollouts);
   const kinds = available(mine.rollouts);
   if (!kinds.some(({ key }) => key === state.colour))
     setState({ colour: await firstKnown(mine.rollouts, kinds) });
@@ -86,7 +95,7 @@ async function start(state) {
 // The first quantity that is known for many tokens.
 async function firstKnown(rollouts, kinds) {
   for (const { key } of kinds) {
-    const found = await values(rollouts, key, 0, await countOf(rollouts));
+    const found = await values(rollouts, key, 0, rollouts.tokens);
     if (found.filter((value) => !Number.isNaN(value)).length > 0.3 * found.length) return key;
   }
   return kinds[0]?.key ?? null;
@@ -117,7 +126,7 @@ function filters(state) {
   );
   if (!sorts.some(([key]) => key === state.sort)) setState({ sort: sorts[0][0] });
   const shows = SHOWS.filter(
-    ([key, , test]) => key === "all" || (DATA.serve ? key === "cut" || key === "traced" : rows.some(test)),
+    ([key, , test]) => key === "all" || (DATA.serve && ["cut", "traced"].includes(key)) || rows.some(test),
   ).map(([key, text]) => [key, text]);
   const refreshes = [...new Set(rows.map((row) => row.refresh))]
     .filter((one) => one !== null && one !== undefined)
@@ -149,8 +158,8 @@ async function change(part) {
 // The rows that the filters leave, in order, into the list.
 async function arrange() {
   const mine = view;
-  await prepareColour();
-  if (DATA.serve) return served();
+  await prepareColour(mine.rollouts);
+  if (DATA.serve && STATE.show !== "heldout") return served();
   const [, , test] = SHOWS.find(([key]) => key === STATE.show) ?? SHOWS[0];
   const [, , order, key] = SORTS.find(([name]) => name === STATE.sort) ?? SORTS[0];
   const sought = STATE.query.trim().toLowerCase();
@@ -171,7 +180,9 @@ async function arrange() {
       known(b) - known(a) || (known(a) && order(a) !== order(b) ? (order(a) < order(b) ? -1 : 1) : i - j),
   );
   mine.rows = kept.map(([row]) => row);
-  told(mine, mine.rows.length, mine.rollouts.rows.length);
+  const isHeldout = STATE.show === "heldout";
+  const all = mine.rollouts.rows.filter((row) => (row.source === "cache") !== isHeldout).length;
+  told(mine, mine.rows.length, Math.max(all, mine.rows.length));
 }
 
 function told(mine, count, total) {
@@ -189,32 +200,40 @@ function told(mine, count, total) {
   mine.list.select(mine.list.at);
 }
 
-// A server's rows come by the hundred, as the list asks for them.
+// A server's rows come a page at a time, as the list asks for them.
 async function served() {
   const mine = view;
   mine.pages = new Map();
   mine.rows = [];
   const { total } = await page(mine, 0);
-  told(mine, total, total);
+  told(mine, total, mine.rollouts.total);
+}
+
+// Rows of a server, each with the rollouts that it is `of`: their tokens and columns.
+async function askedRows(parameters) {
+  const answer = await asked("rows", { run: STATE.run, ...parameters });
+  await openRollouts(answer);
+  await prepareColour(answer);
+  for (const row of answer.rows) row.of = answer;
+  return answer;
 }
 
 function page(mine, place) {
-  const from = Math.floor(place / 100) * 100;
+  const from = Math.floor(place / PAGE) * PAGE;
   if (!mine.pages.has(from)) {
     const parameters = {
-      run: STATE.run,
       query: STATE.query.trim(),
       sort: SERVED_SORTS[STATE.sort] ?? "",
       refresh: STATE.refresh,
       prompt: STATE.prompt,
       from,
-      count: 100,
+      count: PAGE,
       finish: STATE.show === "cut" ? "length" : "",
       traced: STATE.show === "traced" ? 1 : "",
     };
     mine.pages.set(
       from,
-      asked("rows", parameters).then((answer) => {
+      askedRows(parameters).then((answer) => {
         answer.rows.forEach((row, i) => (mine.rows[from + i] = row));
         return answer;
       }),
@@ -226,19 +245,22 @@ function page(mine, place) {
 async function searchTexts(rollouts) {
   return Promise.all(
     rollouts.rows.map(async (row) =>
-      [row.id, row.prompt_id, promptText(rollouts, row), await completionText(rollouts, row)]
+      [row.id, row.prompt_id, promptText(rollouts.prompts[row.prompt]), await completionText(rollouts, row)]
         .join("\n")
         .toLowerCase(),
     ),
   );
 }
 
-async function prepareColour() {
-  const { rollouts } = view;
-  if (!STATE.colour || !rollouts.columns?.token) return;
-  view.ids = await tokenIds(rollouts);
-  view.top = await domain(rollouts, STATE.colour);
-  view.values = await values(rollouts, STATE.colour, 0, view.ids.length);
+// What the list draws of rollouts: their token ids, and the values of the chosen quantity.
+async function prepareColour(rollouts) {
+  if (!rollouts.columns?.token) return;
+  const { colour } = STATE;
+  if (colour) view.top = await domain(view.rollouts, colour); // of the page's sample, so that rows compare
+  rollouts.drawn = {
+    ids: await tokenIds(rollouts),
+    values: colour ? await values(rollouts, colour, 0, rollouts.tokens) : null,
+  };
 }
 
 function drawRow(place) {
@@ -275,18 +297,17 @@ function metric(row) {
 }
 
 function snippet(row) {
-  if (row.offset === undefined || row.offset === null || !view.ids)
-    return visible((row.snippet ?? "").slice(0, 160)).replaceAll("\n", " ↵ ");
+  const rollouts = row.of ?? view.rollouts;
   let text = "";
   for (let i = row.offset; i < row.offset + row.tokens && text.length < 160; i++)
-    text += pieceText(piece(view.rollouts, view.ids[i]));
+    text += pieceText(piece(rollouts, rollouts.drawn.ids[i]));
   return visible(text.slice(0, 160).trimStart()).replaceAll("\n", " ↵ ");
 }
 
 // The completion from left to right, each bin as its strongest token.
 function heatStrip(row) {
-  if (!view.values || row.offset === undefined || row.offset === null)
-    return el("div", { class: "strip-space" });
+  const found = (row.of ?? view.rollouts).drawn.values;
+  if (!found) return el("div", { class: "strip-space" });
   const count = Math.min(row.tokens, 160);
   const canvas = el("canvas", { class: "heat-strip", width: count, height: 1, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
@@ -296,8 +317,8 @@ function heatStrip(row) {
     const [from, to] = [Math.floor((bin * row.tokens) / count), Math.ceil(((bin + 1) * row.tokens) / count)];
     let [most, isBlue] = [0, false];
     for (let i = row.offset + from; i < row.offset + to; i++) {
-      const v = strength(key, view.values[i], view.top);
-      if (v > most) [most, isBlue] = [v, isCold(key, view.values[i])];
+      const v = strength(key, found[i], view.top);
+      if (v > most) [most, isBlue] = [v, isCold(key, found[i])];
     }
     context.globalAlpha = most;
     context.fillStyle = isBlue ? cold : hot;
@@ -343,11 +364,10 @@ function openRow(place, isFocused, token = null) {
 async function showRow(row, token = null) {
   const mine = view;
   let rollouts = mine.rollouts;
-  if (DATA.serve) {
-    const answer = await asked("row", { run: STATE.run, id: row.id });
-    await openVocabulary(answer);
-    rollouts = answer;
-    row = answer.row;
+  if (isServed(row)) {
+    rollouts = await asked("row", { run: STATE.run, id: row.id });
+    await openRollouts(rollouts);
+    [row] = rollouts.rows;
   }
   setState({ row: row.id, token: null });
   const tokens = await tokensOf(rollouts, row);
@@ -376,7 +396,7 @@ async function showRow(row, token = null) {
     el(
       "div",
       { class: "chat" },
-      turns(rollouts, row).map(turn),
+      turns(rollouts.prompts[row.prompt]).map(turn),
       el(
         "div",
         { class: "turn assistant" },
@@ -391,6 +411,11 @@ async function showRow(row, token = null) {
   await repaint();
   await chooseToken(token);
   fillOthers(rollouts, row);
+}
+
+// Whether the row comes from the server: held-out texts are in the page's own sample.
+function isServed(row) {
+  return DATA.serve && (row.source ?? "cache") === "cache";
 }
 
 function detailHead(rollouts, row) {
@@ -421,8 +446,6 @@ function detailHead(rollouts, row) {
       el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
       row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
       el("span", { class: "unit" }, facts.join(" · ")),
-      el("span", { class: "grow" }),
-      linkButton(),
     ),
     el(
       "div",
@@ -434,6 +457,8 @@ function detailHead(rollouts, row) {
             means.map(([text, key]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
           )
         : null,
+      el("span", { class: "grow" }),
+      linkButton(),
     ),
     kinds.length
       ? el(
@@ -464,7 +489,7 @@ function linkButton() {
 function turn(message) {
   const body = el("div", { class: "said" });
   const parts =
-    message.role === "prompt" ? messageText(message).split(/(<\|[^|<>]{1,40}\|>)/) : [messageText(message)];
+    message.role === "prompt" ? message.content.split(/(<\|[^|<>]{1,40}\|>)/) : [message.content];
   parts.forEach((part, i) =>
     i % 2 ? body.append(el("span", { class: "chip" }, visible(part))) : body.append(visibleText(part)),
   );
@@ -484,7 +509,8 @@ function closeDetail() {
 
 async function recolour(colour) {
   setState({ colour });
-  await prepareColour();
+  const pages = await Promise.all(view.pages?.values() ?? []);
+  await Promise.all([view.rollouts, ...pages].map(prepareColour));
   view.list.clear();
   await repaint();
 }
@@ -529,8 +555,10 @@ async function chooseToken(place) {
   view.inspector.replaceChildren(found);
   node.scrollIntoView({ block: "nearest" });
   const value = shown.tokens.columns[STATE.colour]?.[place];
+  const text = visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place])));
   say(
-    `token ${place + 1} of ${shown.row.tokens}: ${visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place]))).replaceAll("\n", "line break")}, ${quantity(STATE.colour)?.label ?? ""} ${number(value)}`,
+    `token ${place + 1} of ${shown.row.tokens}: ${text.replaceAll("\n", "line break")},` +
+      ` ${quantity(STATE.colour)?.label ?? ""} ${number(value)}`,
   );
 }
 
@@ -543,7 +571,11 @@ async function fillOthers(rollouts, row) {
   const mine = view;
   const place = document.getElementById("others");
   const same = (other) => other.id !== row.id && other.prompt_id && other.prompt_id === row.prompt_id;
-  const rows = DATA.serve ? (rollouts.rows ?? []).filter(same) : mine.rollouts.rows.filter(same);
+  const known =
+    isServed(row)
+      ? (await askedRows({ prompt: row.prompt_id, count: 13 })).rows
+      : mine.rollouts.rows;
+  const rows = known.filter(same);
   const text = await completionText(rollouts, row);
   const order = { before: 0, cache: 1, after: 2, teacher: 3 };
   rows.sort((a, b) => order[a.source] - order[b.source] || a.step - b.step);
@@ -555,7 +587,8 @@ async function fillOthers(rollouts, row) {
           : other.source === "teacher"
             ? "teacher"
             : `student ${other.source} training`;
-      return otherCard(name, other, await completionText(rollouts, other), text, () => showRow(other));
+      const own = await completionText(other.of ?? mine.rollouts, other);
+      return otherCard(name, other, own, text, () => showRow(other));
     }),
   );
   const answer = (mine.run.answers ?? []).find(({ prompt_id: id }) => id && id === row.prompt_id);
@@ -565,7 +598,7 @@ async function fillOthers(rollouts, row) {
         cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
   if (mine !== view || STATE.row !== row.id || !cards.length) return;
   const all =
-    rows.length > 1 && !DATA.serve
+    rows.length
       ? el(
           "button",
           { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },

@@ -5,70 +5,100 @@ const DATA = JSON.parse(document.getElementById("dualkl-data").textContent);
 const RUNS = DATA.runs;
 const decoded = new Map();
 
-// base64 of a raw deflate stream, as a response that can be read once.
-function unpacked(text) {
-  const raw = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  const read = (how) => () =>
-    new Response(stream)[how]().catch(() => {
-      throw new Error("This page's data are damaged: a column cannot be unpacked.");
-    });
-  return { arrayBuffer: read("arrayBuffer"), json: read("json") };
+const DIGITS =
+  "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%/()*+-;:=,?@^_`{|}~";
+const PLACES = Uint8Array.from({ length: 128 }, (_, code) =>
+  Math.max(0, DIGITS.indexOf(String.fromCharCode(code))),
+);
+
+// Bytes of base 85: five digits for four bytes, the last ones fewer.
+function bytesOf(text) {
+  const whole = text.padEnd(Math.ceil(text.length / 5) * 5, "~");
+  const found = new DataView(new ArrayBuffer((whole.length / 5) * 4));
+  for (let i = 0; i < whole.length; i += 5) {
+    let number = 0;
+    for (let k = 0; k < 5; k++) number = number * 85 + PLACES[whole.charCodeAt(i + k)];
+    found.setUint32((i / 5) * 4, number);
+  }
+  return new Uint8Array(found.buffer, 0, found.byteLength - (whole.length - text.length));
 }
 
-// A column lies slot after slot, and its codes in planes: all low bytes, then all next ones.
-async function inflate(column) {
-  const planes = new Uint8Array(await unpacked(column.data).arrayBuffer());
-  const size = { u8: 1, u16: 2, u32: 4 }[column.dtype];
-  const count = planes.length / size;
-  const found = new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[size](count);
-  for (let plane = 0; plane < size; plane++) {
-    for (let i = 0; i < count; i++) found[i] += planes[plane * count + i] * 256 ** plane;
+// The inflated form of a raw deflate stream, read as "arrayBuffer" or "json".
+async function unpacked(text, how) {
+  if (!("DecompressionStream" in window))
+    throw new Error("This browser cannot unpack the rollouts: it is older than May 2023.");
+  try {
+    const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+    return await new Response(stream)[how]();
+  } catch {
+    throw new Error("This page's data are damaged: they cannot be unpacked.");
+  }
+}
+
+// Rows, prompts and vocabulary come packed; put them in their places.
+async function openRollouts(rollouts) {
+  if (!rollouts?.packed) return;
+  Object.assign(rollouts, await unpacked(rollouts.packed, "json"), { packed: null });
+}
+
+// The codes of a column of numbers, slot after slot: their first 8 bits, then the others; each is the
+// difference to the slot before, and in slot 0 to the column that it comes after.
+async function numbers(rollouts, column) {
+  const parts = new Uint8Array(await unpacked(column.data, "arrayBuffer"));
+  const low = Math.max(0, column.bits - 8);
+  const count = low ? parts.length / 2 : parts.length;
+  const missing = 2 ** column.bits - 1;
+  const tokens = count / column.width;
+  const before = column.after ? await codes(rollouts, column.after) : null;
+  const found = new Uint16Array(count);
+  for (let i = 0; i < count; i++) {
+    const code = low ? (parts[i] << low) | parts[count + i] : parts[i];
+    const base = i < tokens ? (before?.[i] ?? 0) : found[i - tokens];
+    found[i] = code === missing ? missing : (code + (base === missing ? 0 : base)) % missing;
   }
   return found;
 }
 
-// Local token ids of a column, slot after slot, -1 where missing. The first codes of a column that refers to
-// others mean "the same id as there".
-async function ids(rollouts, name) {
-  const found = await codes(rollouts, name);
-  if (!found) return null;
-  const column = rollouts.columns[name];
-  const others = await Promise.all((column.refers ?? []).map((other) => ids(rollouts, other)));
-  const count = found.length / (column.width ?? 1);
+// Local token ids of a column, slot after slot, -1 where missing. The first codes mean "the same id as
+// there" in a slot of the columns that it refers to.
+async function ids(rollouts, column) {
+  const parts = new Uint8Array(await unpacked(column.data, "arrayBuffer"));
+  const others = await Promise.all((column.refers ?? []).map((other) => tokenIds(rollouts, other)));
+  const { tokens } = rollouts;
+  const count = tokens * column.width;
   const slots = others.flatMap((other) =>
-    Array.from({ length: other.length / count }, (_, slot) =>
-      other.subarray(slot * count, (slot + 1) * count),
+    Array.from({ length: other.length / tokens }, (_, slot) =>
+      other.subarray(slot * tokens, (slot + 1) * tokens),
     ),
   );
-  return Int32Array.from(found, (code, i) => {
-    if (code === column.missing) return -1;
-    return code < slots.length ? slots[code][i % count] : code - slots.length;
+  const longer = (parts.length - count) / column.tail;
+  let next = count;
+  return Int32Array.from({ length: count }, (_, i) => {
+    let code = parts[i];
+    if (code >= column.escape) {
+      code -= column.escape;
+      for (let part = 0; part < column.tail; part++) code = code * 256 + parts[next + part * longer];
+      code += column.escape;
+      next++;
+    }
+    if (code === 0) return -1;
+    return code <= slots.length ? slots[code - 1][i % tokens] : code - 1 - slots.length;
   });
 }
-
-const idColumns = new Map();
 
 // As `ids`, decoded once.
 function tokenIds(rollouts, name = "token") {
   const column = rollouts.columns?.[name];
   if (!column) return Promise.resolve(null);
-  if (!idColumns.has(column)) idColumns.set(column, ids(rollouts, name));
-  return idColumns.get(column);
+  if (!decoded.has(column)) decoded.set(column, ids(rollouts, column));
+  return decoded.get(column);
 }
 
-// The vocabulary comes packed; put the array of its entries in its place.
-async function openVocabulary(rollouts) {
-  const { vocabulary } = rollouts;
-  if (!vocabulary?.data) return;
-  rollouts.vocabulary = await unpacked(vocabulary.data).json();
-}
-
-// A column's codes, or null for one that the rows do not have.
+// A column's codes, decoded once, or null for one that the rows do not have.
 function codes(rollouts, name) {
   const column = rollouts.columns[name];
   if (!column) return Promise.resolve(null);
-  if (!decoded.has(column)) decoded.set(column, inflate(column));
+  if (!decoded.has(column)) decoded.set(column, numbers(rollouts, column));
   return decoded.get(column);
 }
 
@@ -88,16 +118,12 @@ async function values(rollouts, name, start, stop, slot = 0) {
   }
   const found = await codes(rollouts, name);
   if (!found) return null;
-  const { law, scale = 1, missing, width = 1 } = rollouts.columns[name];
-  const from = (slot * found.length) / width;
-  const spread = law ? LAWS[law] : (code) => code;
+  const { law, scale, bits } = rollouts.columns[name];
+  const from = slot * rollouts.tokens;
+  const missing = 2 ** bits - 1;
   return Float64Array.from(found.subarray(from + start, from + stop), (code) =>
-    code === missing ? NaN : spread(code, scale),
+    code === missing ? NaN : LAWS[law](code, scale),
   );
-}
-
-async function countOf(rollouts) {
-  return (await codes(rollouts, "token")).length;
 }
 
 function piece(rollouts, local) {
@@ -121,31 +147,23 @@ function has(rollouts, name) {
   return Boolean(rollouts.columns?.[name]);
 }
 
-// The chat turns of a row's prompt; a prompt that is known as text alone is one turn.
-function turns(rollouts, row) {
-  const prompt = rollouts.prompts?.[row.prompt] ?? row;
-  if (prompt.messages?.length) return prompt.messages;
-  const text = prompt.text ?? prompt.prompt_text;
+// The chat turns of a prompt; one that is known as text alone is one turn.
+function turns({ messages, text }) {
+  if (messages?.length) return messages;
   return text ? [{ role: "prompt", content: text }] : [];
 }
 
-function promptText(rollouts, row) {
-  return turns(rollouts, row)
-    .map((message) => messageText(message))
+function promptText(prompt) {
+  return turns(prompt)
+    .map(({ content }) => content)
     .join("\n");
 }
 
-function messageText(message) {
-  return typeof message.content === "string" ? message.content : JSON.stringify(message.content);
-}
-
-// The completion as text; rows of a served cache bring the beginning alone.
-async function completionText(rollouts, row, most = Infinity) {
-  if (row.offset === undefined || row.offset === null) return row.snippet ?? "";
+// The completion as text.
+async function completionText(rollouts, row) {
   const found = await tokenIds(rollouts);
-  const stop = row.offset + Math.min(row.tokens, most);
   let text = "";
-  for (let i = row.offset; i < stop; i++) text += pieceText(piece(rollouts, found[i]));
+  for (let i = row.offset; i < row.offset + row.tokens; i++) text += pieceText(piece(rollouts, found[i]));
   return text;
 }
 

@@ -2,84 +2,109 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
-from typing import Any
 
 import numpy as np
 import pytest
 
-from stages.viewer.columns import LAWS, deflated, encoded, encoded_ids
-from tests.support.viewing import codes_of, ids_of, values_of
+from stages.viewer.columns import LAWS, deflated, id_columns, number_columns
+from tests.support.viewing import codes_of, ids_of, inflated, values_of
+
+
+def shown(name: str, values: list[float] | np.ndarray) -> np.ndarray:
+    """What the page shows of a column alone."""
+    return values_of({"columns": number_columns({name: np.array(values)})}, name)
 
 
 @pytest.mark.parametrize(
     ("name", "values", "worst"),
     [
-        ("teacher_logprob", [0.0, -1e-3, -0.5, -3.0, -39.0], 0.01),
-        ("rkl", [0.0, 2e-4, 0.1, 5.0, 39.9], 0.01),
+        ("teacher_logprob", [0.0, -1e-3, -0.5, -3.0, -39.0], 0.04),
+        ("rkl", [0.0, 2e-4, 0.1, 5.0, 39.9], 0.04),
         ("lambda", [0.0, 0.25, 0.999, 1.0], 0.002),
-        ("teacher_entropy", [0.0, 0.01, 1.0, 8.0], 0.05),
-        ("teacher_top_logprob", [0.0, -0.1, -2.0, -9.0], 0.08),
+        ("teacher_entropy", [0.0, 0.01, 1.0, 8.0], 0.09),
+        ("teacher_top_logprob", [0.0, -0.1, -2.0, -6.9], 0.12),
     ],
 )
 def test_shown_values_are_near_the_true_ones(name: str, values: list[float], worst: float) -> None:
-    column = encoded(name, np.array(values))
-    assert column is not None
-    shown = values_of(column)
-    np.testing.assert_allclose(shown, values, atol=worst)
-    assert shown[0] == values[0]
+    found = shown(name, values)
+    np.testing.assert_allclose(found, values, atol=worst)
+    assert found[0] == values[0]
+
+
+@pytest.mark.parametrize("name", ["teacher_logprob", "rkl"])
+def test_a_value_of_one_nat_is_shown_within_one_per_cent(name: str) -> None:
+    sign = np.sign(LAWS[name].most)
+    np.testing.assert_allclose(
+        shown(name, sign * np.linspace(1, 40, 500)), sign * np.linspace(1, 40, 500), 0.01
+    )
 
 
 def test_masses_keep_their_order_of_magnitude() -> None:
     masses = np.array([1.0, 0.03, 1e-4, 1e-9])
-    column = encoded("tail", masses)
-    assert column is not None
-    np.testing.assert_allclose(np.log(values_of(column)), np.log(masses), atol=0.06)
+    np.testing.assert_allclose(np.log(shown("tail", masses)), np.log(masses), atol=0.11)
 
 
 @pytest.mark.parametrize("name", sorted(LAWS))
 def test_a_missing_value_is_told_apart_from_the_largest(name: str) -> None:
     largest = np.exp(LAWS[name].most) if LAWS[name].law == "log" else LAWS[name].most
-    column = encoded(name, np.array([np.nan, largest, 10 * largest, np.nan]))
-    assert column is not None
-    shown = values_of(column)
-    assert np.isnan(shown).tolist() == [True, False, False, True]
-    assert shown[1] == pytest.approx(largest, rel=1e-3)
+    found = shown(name, np.array([np.nan, largest, 10 * largest, np.nan]))
+    assert np.isnan(found).tolist() == [True, False, False, True]
+    assert found[1] == pytest.approx(largest, rel=1e-3)
 
 
 def test_a_column_that_no_row_has_is_left_out() -> None:
-    assert encoded("rkl", np.full(3, np.nan)) is None
-    assert encoded_ids(np.full((3, 5), -1), {}) is None
+    assert number_columns({"rkl": np.full(3, np.nan)}) == {}
+    assert id_columns({"token": np.full((3, 5), -1)}, {"token": ()}) == {}
 
 
-def test_codes_are_stored_slot_by_slot_in_planes_of_bytes() -> None:
-    column = encoded_ids(np.array([[1, 258], [2, 259], [3, -1]]), {})
-    assert column is not None
-    assert (column["dtype"], column["width"], column["missing"]) == ("u16", 2, 0xFFFF)
-    raw = zlib.decompress(base64.b64decode(column["data"]), wbits=-15)
-    assert raw == bytes([1, 2, 3, 2, 3, 255, 0, 0, 0, 1, 1, 255])
-    assert codes_of(column).tolist() == [[1, 258], [2, 259], [3, 65535]]
-
-
-def test_ids_refer_to_equal_ones_of_other_columns() -> None:
+def test_columns_after_each_other_come_back() -> None:
     random = np.random.default_rng(0)
-    token = random.integers(0, 90_000, 40)
-    teacher = np.stack([token, *(random.integers(-1, 90_000, (4, 40)))], 1)
-    teacher[0, 1] = 89_999  # a vocabulary beyond 16 bits
+    values = {name: random.normal(-3, 3, (60, 5 if "top" in name else 1)).squeeze() for name in LAWS}
+    signs = {name: 1 if law.law == "log" else np.sign(law.most) for name, law in LAWS.items()}
+    values = {name: signs[name] * np.abs(own) for name, own in values.items()}
+    for own in values.values():
+        own[random.random(own.shape) < 0.2] = np.nan
+    found = {"columns": number_columns(values)}
+    assert found["columns"]["trained_logprob"]["after"] == "behaviour_logprob"
+    for name, own in values.items():
+        codes = LAWS[name].codes(own).astype(float)
+        codes[codes == LAWS[name].missing] = np.nan
+        np.testing.assert_array_equal(codes_of(found, name), codes, name)
+    del values["behaviour_logprob"]
+    assert "after" not in number_columns(values)["trained_logprob"]
+
+
+def test_a_column_comes_after_one_with_as_many_codes() -> None:
+    for law in LAWS.values():
+        if law.after:
+            assert (law.law, law.bits, law.most) == (*vars(LAWS[law.after]).values(),)[:3]
+
+
+def test_codes_are_stored_slot_by_slot_as_first_bytes_and_longer_ones_behind() -> None:
+    columns = id_columns({"token": np.array([[1, 259], [2, 300], [3, -1]])}, {"token": ()})
+    about = columns["token"]
+    assert (about["width"], about["escape"], about["tail"]) == (2, 254, 1)
+    assert inflated(about["data"]) == bytes([2, 3, 4, 254, 254, 0, 6, 47])
+    assert ids_of({"columns": columns, "tokens": 3}, "token").tolist() == [[1, 259], [2, 300], [3, -1]]
+
+
+@pytest.mark.parametrize("vocabulary", [200, 20_000, 90_000, 9_000_000])
+def test_ids_refer_to_equal_ones_of_other_columns(vocabulary: int) -> None:
+    random = np.random.default_rng(0)
+    token = random.integers(0, vocabulary, 40)
+    teacher = np.stack([token, *(random.integers(-1, vocabulary, (4, 40)))], 1)
+    teacher[0, 1] = vocabulary - 1
     student = np.where(random.random((40, 5)) < 0.7, teacher[:, ::-1], random.integers(-1, 9, (40, 5)))
-    columns: dict[str, Any] = {
-        "token": encoded_ids(token, {}),
-        "teacher_top": encoded_ids(teacher, {"token": token}),
-        "student_top": encoded_ids(student, {"token": token, "teacher_top": teacher}),
-    }
-    assert codes_of(columns["teacher_top"])[:, 0].tolist() == [0] * 40
-    assert [columns[name]["dtype"] for name in ("teacher_top", "student_top")] == ["u32", "u16"]
-    for name, ids in (("token", token), ("teacher_top", teacher), ("student_top", student)):
-        np.testing.assert_array_equal(ids_of(columns, name), ids)
+    places = {"token": token, "teacher_top": teacher, "student_top": student}
+    refers = {"token": (), "teacher_top": ("token",), "student_top": ("token", "teacher_top")}
+    columns = id_columns(places, refers)
+    assert inflated(columns["teacher_top"]["data"])[:40] == bytes([1] * 40)
+    for name, ids in places.items():
+        np.testing.assert_array_equal(ids_of({"columns": columns, "tokens": 40}, name), ids)
 
 
-def test_deflated_text_comes_back() -> None:
-    text = json.dumps(["</script>", "é"])
-    assert zlib.decompress(base64.b64decode(deflated(text.encode())), wbits=-15).decode() == text
+def test_deflated_text_comes_back_and_needs_no_escapes() -> None:
+    text = json.dumps(["</script>", "é", *np.random.default_rng(0).random(99)])
+    assert inflated(deflated(text.encode())).decode() == text
+    assert not {*"<>&\"\\'"} & {*deflated(text.encode())}

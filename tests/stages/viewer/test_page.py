@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from stages import view
+from stages.viewer import gather, serve
 from stages.viewer import page as assembling
+from tests.stages.viewer.test_gather import write_cache
 from tests.support import viewer_samples
 
 playwright_api: Any = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -252,7 +256,9 @@ def test_a_failure_is_told(opened, tmp_path):
     run["rollouts"]["columns"]["token"]["data"] = run["rollouts"]["columns"]["token"]["data"][:400]
     (tmp_path / "cut.html").write_text(assembling.render(viewer_samples.document(run)))
     page = opened(tmp_path / "cut.html", "#rollouts")
-    expect(page.get_by_role("alert")).to_contain_text("a column cannot be unpacked. Reload the page")
+    expect(page.get_by_role("alert")).to_contain_text(
+        "data are damaged: they cannot be unpacked. Reload the page"
+    )
 
 
 def test_a_run_with_next_to_nothing_still_opens(opened, tmp_path):
@@ -287,10 +293,42 @@ def test_it_prints(opened, html):
     assert page.locator("h1").is_visible()
 
 
+def test_a_served_cache_has_strips_and_other_texts_of_the_prompt(browser, tmp_path):
+    root = write_cache(tmp_path / "cache", 120)
+    source = view.source(str(root))
+    html = assembling.render(gather.page_data([source], 20, serve=True))
+    with serve.Server(html, [serve.Rows(source, pytest.fail)], 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, seen = browser.new_page(viewport=DESKTOP), []
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.goto(f"{server.address}#rollouts")
+        wait_for_tokens(page)
+        expect(page.locator(".count")).to_have_text("120 rollouts")
+        assert page.locator(".row").count() == page.locator(".heat-strip").count() > 5
+        page.evaluate("view.list.node.scrollTop = 100 * ROW_HEIGHT")
+        expect(page.locator("#row-101 .heat-strip")).to_have_count(1)
+        page.get_by_label("Colour the tokens by").select_option("teacher_entropy")
+        expect(page.locator("#row-101 .heat-strip")).to_have_count(1)
+        page.locator("#row-101").click()
+        expect(page.locator("#row-101")).to_have_attribute("aria-selected", "true")
+        wanted = page.evaluate("view.rows[101].id")
+        expect(page.locator("code.id")).to_have_attribute("title", wanted)
+        prompt = page.evaluate("view.shown.row.prompt_id")
+        same = page.evaluate("(prompt) => asked('rows', {run: 0, prompt})", prompt)["total"]
+        assert same > 1
+        expect(page.locator("#others .other")).to_have_count(min(same, 13) - 1)
+        page.get_by_role("button", name="Only this prompt").click()
+        expect(page.locator(".count")).to_have_text(f"{same} of 120 rollouts")
+        server.shutdown()
+    page.close()
+    assert seen == []
+
+
 def test_200_rollouts_of_512_tokens_are_small_and_smooth(opened, tmp_path):
     path = tmp_path / "large.html"
     path.write_text(assembling.render(viewer_samples.document(viewer_samples.run(rows=200, length=512))))
-    assert path.stat().st_size < 4e6  # made-up values compress worse than a model's
+    assert path.stat().st_size < 3e6
     page = opened(path)
     paint = page.evaluate(
         "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? performance.now()"
@@ -317,13 +355,16 @@ SCROLL = """async () => {
   }
   return frames;
 }"""
-TEXTS = """const texts = [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() && !node.closest(".unseen, script, .skip")
+TEXTS = """const texts = [...document.querySelectorAll("body *")].filter((node) =>
+    node.checkVisibility() && !node.closest(".unseen, script, .skip")
     && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));"""
 SMALL = f"""() => {{ {TEXTS}
-  return texts.filter((node) => parseFloat(getComputedStyle(node).fontSize) < 12).map((node) => node.outerHTML.slice(0, 100)); }}"""
+  return texts.filter((node) => parseFloat(getComputedStyle(node).fontSize) < 12)
+    .map((node) => node.outerHTML.slice(0, 100)); }}"""
 FAINT = f"""() => {{ {TEXTS}
   const canvas = document.createElement("canvas").getContext("2d", {{ willReadFrequently: true }});
-  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   const drawn = (colours) => {{
     colours.forEach((colour) => {{ canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }});
@@ -333,7 +374,8 @@ FAINT = f"""() => {{ {TEXTS}
     const under = [];
     for (let at = node; at; at = at.parentElement) under.unshift(getComputedStyle(at).backgroundColor);
     const paper = getComputedStyle(document.body).backgroundColor;
-    const [a, b] = [light(drawn([paper, ...under])), light(drawn([paper, ...under, getComputedStyle(node).color]))].sort((x, y) => y - x);
+    const [back, ink] = [[], [getComputedStyle(node).color]].map((own) => light(drawn([paper, ...under, ...own])));
+    const [a, b] = [back, ink].sort((x, y) => y - x);
     return (a + 0.05) / (b + 0.05) < 4.5;
   }}).map((node) => node.outerHTML.slice(0, 160));
 }}"""

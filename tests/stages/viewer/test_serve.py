@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -16,7 +19,8 @@ import cache
 from stages import view
 from stages.viewer import serve
 from tests.stages.viewer.test_gather import write_cache
-from tests.support.viewing import ids_of, vocabulary_of
+from tests.support.helpers import ROOT
+from tests.support.viewing import ids_of, unpacked
 
 COUNT = 120
 
@@ -43,7 +47,8 @@ def ask(
     answer = connection.getresponse()
     text = answer.read().decode()
     is_json = answer.headers.get_content_type() == "application/json"
-    return answer.status, json.loads(text) if is_json else text, dict(answer.headers)
+    found = json.loads(text) if is_json else text
+    return answer.status, unpacked(found) if "packed" in found and is_json else found, dict(answer.headers)
 
 
 def test_the_page_is_at_the_address_with_the_token(server: serve.Server) -> None:
@@ -82,6 +87,7 @@ def test_pages_of_rows_cover_the_cache_in_order(server: serve.Server, root: Path
 
 def test_rows_are_searched_filtered_and_sorted(server: serve.Server, root: Path) -> None:
     records = [*cache.open(root)]
+    by_id = {record.row_id: record for record in records}
     _, answer, _ = ask(server, "rows?query=" + quote("is 17 +"))
     assert [row["prompt_id"] for row in answer["rows"]] == ["p8"]
     _, answer, _ = ask(server, "rows?finish=length&sort=-tokens&count=500")
@@ -93,6 +99,8 @@ def test_rows_are_searched_filtered_and_sorted(server: serve.Server, root: Path)
     gaps = {r.row_id: float((r.teacher_logprobs - r.behaviour_logprobs).mean()) for r in records}
     assert answer["rows"][0]["id"] == min(gaps, key=lambda row_id: gaps[row_id])
     assert answer["rows"][0]["gap"] == pytest.approx(min(gaps.values()), rel=1e-5)
+    tokens = [answer["vocabulary"][place]["id"] for place in ids_of(answer, "token")]
+    assert tokens == by_id[answer["rows"][0]["id"]].completion_ids.tolist()
     _, answer, _ = ask(server, "rows?refresh=3")
     assert answer["total"] == sum(record.refresh_index == 3 for record in records) > 0
 
@@ -101,9 +109,9 @@ def test_a_row_comes_with_its_tokens(server: serve.Server, root: Path) -> None:
     record = cache.open(root)[5]
     status, found, _ = ask(server, f"row?run=0&id={record.row_id}")
     assert status == 200
-    entries = vocabulary_of(found)
-    assert [entries[p]["id"] for p in ids_of(found["columns"], "token")] == record.completion_ids.tolist()
-    assert (found["row"]["id"], found["row"]["offset"], found["row"]["prompt"]) == (record.row_id, 0, 0)
+    entries = found["vocabulary"]
+    assert [entries[p]["id"] for p in ids_of(found, "token")] == record.completion_ids.tolist()
+    assert [(row["id"], row["offset"], row["prompt"]) for row in found["rows"]] == [(record.row_id, 0, 0)]
     assert found["prompts"][0]["text"] == record.prompt_text
 
 
@@ -128,3 +136,14 @@ def test_what_cannot_be_answered_is_one_sentence(
 def test_a_port_in_use_is_one_sentence(server: serve.Server) -> None:
     with pytest.raises(serve.UserError, match=r"port \d+ cannot be used .*--serve PORT"):
         serve.Server("", [], server.server_port)
+
+
+def test_ctrl_c_ends_the_server_with_one_line(root: Path) -> None:
+    command = [sys.executable, "-m", "stages.cli", "view", str(root), "--serve"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any("Ctrl-C ends it" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=20)[0]
+    assert (process.returncode, rest.strip()) == (0, "stopped; an open page can no longer read rows")

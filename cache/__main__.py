@@ -1,12 +1,14 @@
 """Look into caches: summarise, view, verify, export, prune and merge.
 
-dualkl cache summary ROOT                            rows, tokens, bytes, policies, quantiles
-dualkl cache view ROOT [--first N] [--count N]       rows in row-id order, one per line
-dualkl cache show ROOT [--row|--prompt|--worst ...]  rollouts, token by token or as a table
-dualkl cache verify ROOT [--repair]                  check every digest and row; withdraw damaged ones
-dualkl cache export --to parquet ROOT OUT            export all rows, decoded
-dualkl cache prune ROOT --max_age|--policy|--max_bytes ...   remove rows
-dualkl cache merge ROOT SOURCE ...                   add the rows of other caches
+dualkl cache summary ROOT [--json]          rows, tokens, bytes, policies, quantiles
+dualkl cache view ROOT [--first N] [--count N]   rows in row-id order, one per line
+dualkl cache show ROOT [--row ID | --index N | --prompt ID | --worst N | --longest N] [--tokens]
+                                            rollouts, token by token or as a table
+dualkl cache verify ROOT [--repair]         check every digest and row; withdraw damaged ones
+dualkl cache export ROOT OUT --to parquet   export all rows, decoded
+dualkl cache prune ROOT (--max_age N --at_step N [--run_id ID] | --policy ID | --max_bytes N) [--dry_run]
+                                            remove rows
+dualkl cache merge ROOT SOURCE ...          add the rows of other caches
 """
 
 from __future__ import annotations

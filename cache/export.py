@@ -1,4 +1,4 @@
-"""`python -m cache export`: writes all rows, decoded, to a folder of Parquet files.
+"""`dualkl cache export`: writes all rows, decoded, to a folder of Parquet files.
 
 Rows are processed in the order of `Snapshot.places`, one record batch at a time; memory is independent of the
 cache's size. T tokens of a row, K kept ids, V vocabulary, D teacher width; logprobs in nats.

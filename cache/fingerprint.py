@@ -6,15 +6,17 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from cache.commit import FINGERPRINT, TOKENIZER, canonical_json, is_count, is_digest, seal, unseal
 from cache.plain import plain
 from cache.schema import FORMAT_VERSION, CacheError, Rules
 from cache.signals import KINDS
-from cache.store import Store
+from cache.store import LocalStore, Store
 
 _SHOWN = 48
+_MOST_NAMED = 8
 _MOST_IDS = 2**31  # int32
 _DEPTH = 32
 _MOST_VALUES = 100_000
@@ -109,6 +111,22 @@ def load_fingerprint(store: Store) -> Fingerprint | None:
             " the cache with the program that wrote it, or use another cache directory."
         )
     return Fingerprint(must_match, recorded, body["tokenizer_sha256"])
+
+
+def no_cache(store: Store) -> CacheError:
+    """The error for a root without a cache, which names the caches near a local one."""
+    near = _caches_near(Path(store.root)) if isinstance(store, LocalStore) else []
+    there = f"there {'is' if len(near) == 1 else 'are'} {', '.join(near[:_MOST_NAMED])}" if near else ""
+    return CacheError(
+        f"{store.root} holds no cache (no fingerprint.json); {there or 'give the directory that stage one wrote'}."
+    )
+
+
+def _caches_near(root: Path) -> list[str]:
+    """Caches in `root` and in the runs beside it; if it does not exist, in the nearest folder that does."""
+    folder = root if root.is_dir() else next((each for each in root.parents if each.is_dir()), root)
+    found = {path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{FINGERPRINT}")}
+    return sorted(str(each) for each in found)
 
 
 def tokenizer_problem(store: Store, fingerprint: Fingerprint) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.planes import Bytes, Header, Source, split
+from cache.planes import Bytes, Header, Source, join, split
 from cache.schema import (
     Array,
     CacheError,
@@ -190,7 +190,7 @@ def _unpack(header: Header, source: Source, width: int | None) -> tuple[Array, s
         raise ValueError(f"it has {header.width} numbers a token, expected {width}")
     dtype = _DTYPES[header.detail]
     size = STATE_DTYPES[dtype].itemsize
-    rotated = source.join(header.num_tokens * header.width, size, size)
+    rotated = join([source], [header.num_tokens * header.width], size, size)
     array = ((rotated >> 1) | (rotated << (8 * size - 1))).view(STATE_DTYPES[dtype])
     if _not_finite(array).any():
         raise ValueError("a state or a logit is not finite")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -105,19 +105,30 @@ class Source:
             raise ValueError(f"a plane unpacks to {declared} bytes, expected {size}")
         return np.frombuffer(_tools.decompressor.decompress(frame), np.uint8)
 
-    def join(self, size: int, num_planes: int, num_bytes: int = 4, bits_per_number: int = 8) -> Array:
-        """Read `size` integers of `num_bytes` bytes from the planes of their lowest `num_planes` bytes.
-
-        In the last plane each number has `bits_per_number` bits.
-        """
-        joined = np.zeros((size, num_bytes), np.uint8)
-        for i in range(num_planes - 1):
-            joined[:, i] = self.read(size)
-        last = self.read(-(-size * bits_per_number // 8))
-        full = bits_per_number == 8
-        joined[:, num_planes - 1] = last if full else _unpack_bits(last, bits_per_number, size)
-        return joined.reshape(-1).view(f"<u{num_bytes}")
-
     def finish(self) -> None:
         if self._position != len(self._data):
             raise ValueError(f"{len(self._data) - self._position} bytes follow the last plane")
+
+
+def join(
+    sources: Sequence[Source],
+    sizes: Sequence[int],
+    num_planes: int,
+    num_bytes: int = 4,
+    bits_per_number: int = 8,
+) -> Array:
+    """Read `sizes[i]` integers of `num_bytes` bytes from each source, from the planes of their lowest bytes.
+
+    There are `num_planes` of these. In the last one each number has `bits_per_number` bits.
+    """
+    joined = np.zeros((sum(sizes), num_bytes), np.uint8)
+    for i in range(num_planes):
+        if i < num_planes - 1 or bits_per_number == 8:
+            parts = [source.read(size) for source, size in zip(sources, sizes, strict=True)]
+        else:
+            parts = [
+                _unpack_bits(source.read(-(-size * bits_per_number // 8)), bits_per_number, size)
+                for source, size in zip(sources, sizes, strict=True)
+            ]
+        joined[:, i] = np.concatenate(parts)
+    return joined.reshape(-1).view(f"<u{num_bytes}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from cache import commit
 from cache.commit import CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.fingerprint import Fingerprint, load_fingerprint, no_cache, tokenizer_problem
 from cache.heads import check_heads, head_digest, load_head, with_head_width
 from cache.matrices import TeacherHead
 from cache.schema import SCHEMA, CacheError, Record, Rules
@@ -27,6 +27,7 @@ from cache.store import Root, Store, open_store
 from cache.summary import summarise
 from cache.verify import Finding, verify
 
+Mapped: TypeAlias = Callable[[Callable[[tuple[int, int]], list[Record]], Iterable[tuple[int, int]]], Any]
 BATCH_MEMORY_BYTES = 256 * 2**20
 PLAIN_COLUMNS = tuple(name for name in SCHEMA.names if name != "signal")
 
@@ -49,9 +50,7 @@ def open_cache(root: Root) -> Snapshot:
     store = open_store(root)
     fingerprint = load_fingerprint(store)
     if fingerprint is None:
-        raise CacheError(
-            f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
-        )
+        raise no_cache(store)
     records = commit.read_records(store, {})
     return Snapshot(store, fingerprint, records, _Batches(store, with_head_width(store, fingerprint.rules)))
 
@@ -126,6 +125,28 @@ class Snapshot(Sequence[Record]):
         batch = bisect_right(shard.row_edges, row) - 1
         return self._batches.get(shard, batch).record(row - shard.row_edges[batch])
 
+    def take(self, positions: Sequence[int], mapped: Mapped = map) -> list[Record]:
+        """Return the rows at these positions, in order, as `self[i]` does, in less time.
+
+        `mapped`: `map`, or that of a pool of threads, which then decode record batches in parallel.
+        """
+        places: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        for number, position in enumerate(positions):
+            shard = int(self._shard_of[position])
+            edges, row = self._shards[shard].row_edges, int(self._row_of[position])
+            batch = bisect_right(edges, row) - 1
+            numbers, rows = places.setdefault((shard, batch), ([], []))
+            numbers.append(number)
+            rows.append(row - edges[batch])
+
+        def read(place: tuple[int, int]) -> list[Record]:
+            return self._batches.get(self._shards[place[0]], place[1]).records(places[place][1])
+
+        found: dict[int, Record] = {}
+        for (numbers, _), records in zip(places.values(), mapped(read, places), strict=True):
+            found |= dict(zip(numbers, records, strict=True))
+        return [found[number] for number in range(len(positions))]
+
     @cached_property
     def row_ids(self) -> list[str]:
         """Ids of all rows, sorted."""
@@ -164,8 +185,7 @@ class Snapshot(Sequence[Record]):
 
     def read_place(self, place: Place) -> list[Record]:
         """Return the decoded rows of a place, without caching the batch. CacheError on damaged bytes."""
-        rows = self._batches.read(place.shard, place.batch)
-        return [rows.record(row) for row in place.rows.tolist()]
+        return self._batches.read(place.shard, place.batch).records(place.rows.tolist())
 
     def read_columns(self, place: Place, columns: Sequence[str]) -> pa.Table:
         """Return plain columns of a place's rows, without caching the batch. CacheError on damaged bytes."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -89,11 +89,18 @@ class Signal(ABC):
 
     @classmethod
     @abstractmethod
-    def unpack(cls, header: Header, source: Source, rules: Rules | None) -> Signal:
+    def unpack(cls, header: Header, source: Source, rules: Rules | None) -> Self:
         """Read the planes that `pack` made. ValueError if they, or the header, break the rules.
 
         The header is checked before any plane is unpacked.
         """
+
+    @classmethod
+    def unpack_together(
+        cls, headers: Sequence[Header], sources: Sequence[Source], rules: Rules | None
+    ) -> list[Self]:
+        """The same for several signals whose headers differ in `num_tokens` alone."""
+        return [cls.unpack(header, source, rules) for header, source in zip(headers, sources, strict=True)]
 
     @abstractmethod
     def columns(self) -> tuple[dict[str, Array], Array]:

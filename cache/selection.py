@@ -1,4 +1,4 @@
-"""Selects the rows that `python -m cache view` and `show` print.
+"""Selects the rows that `dualkl cache view` and `show` print.
 
 Row numbers are in row-id order, as in `Snapshot.__getitem__`.
 """

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,6 @@ class OpenShard:
         counts = len(record.prompt_ids), len(record.completion_ids)
         for name, value in zip(_COLUMNS, (record.row_id, record.prompt_id, *counts, number), strict=True):
             self._columns[name].append(value)
-        self._statistics.add(record)
         self._records.append(record)
         self._signals.append(signal)
         self._tokens += len(record.completion_ids)
@@ -106,6 +107,7 @@ class OpenShard:
         self._file.discard()
 
     def _write_batch(self) -> None:
+        self._statistics.add(self._records)
         batch = to_batch(self._records, self._signals)
         self._ipc.write_batch(batch)
         packed = b"".join(signal for signal in self._signals if signal is not None)
@@ -164,12 +166,7 @@ class BatchRows:
 
     def record(self, row: int) -> Record:
         """Return row `row`, with its signal decoded and normalised; CacheError if the signal is damaged."""
-        fields: dict[str, Any] = {name: self.batch.column(name)[row].as_py() for name in SCALAR_COLUMNS}
-        fields |= dict.fromkeys(TOKEN_COLUMNS)
-        for name, (offsets, values, is_valid) in self._lists.items():
-            if is_valid[row]:
-                fields[name] = values[offsets[row] : offsets[row + 1]].copy()
-        packed = self.packed(row)
+        fields, packed = self._fields(row), self.packed(row)
         if packed is None:
             return Record(**fields)
         try:
@@ -178,6 +175,33 @@ class BatchRows:
             raise
         except CacheError as error:
             raise CacheError(f"row {fields['row_id']}: {error}") from error
+
+    def records(self, rows: Sequence[int]) -> list[Record]:
+        """Return these rows, in order, as `record` does, in less time."""
+        fields, packed = [self._fields(row) for row in rows], [self.packed(row) for row in rows]
+        there = [own for own in packed if own is not None]
+        if len(there) < len(packed):
+            return [self.record(row) for row in rows]
+        try:
+            signals = codec.decode_together(
+                there, [len(own["completion_ids"]) for own in fields], self._rules
+            )
+        except CacheError:
+            return [self.record(row) for row in rows]  # names the damaged row
+        return [Record(**own, signal=signal) for own, signal in zip(fields, signals, strict=True)]
+
+    def _fields(self, row: int) -> dict[str, Any]:
+        """The plain columns of a row."""
+        fields: dict[str, Any] = {name: values[row] for name, values in self._scalars.items()}
+        fields |= dict.fromkeys(TOKEN_COLUMNS)
+        for name, (offsets, values, is_valid) in self._lists.items():
+            if is_valid[row]:
+                fields[name] = values[offsets[row] : offsets[row + 1]].copy()
+        return fields
+
+    @cached_property
+    def _scalars(self) -> dict[str, list[Any]]:
+        return {name: self.batch.column(name).to_pylist() for name in SCALAR_COLUMNS}
 
     def packed(self, row: int) -> memoryview | None:
         """Return row `row`'s packed signal."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,16 +34,19 @@ class Statistics:
         default_factory=lambda: {name: Counter() for name in HISTOGRAMS}
     )
 
-    def add(self, record: Record) -> None:
-        self.rows += 1
-        self.prompt_tokens += len(record.prompt_ids)
-        self.scored_tokens += len(record.completion_ids)
-        self.finish_reasons[record.finish_reason] += 1
-        tail = None if record.log_tail_mass is None else np.exp(record.log_tail_mass)
-        values = (record.behaviour_entropy, record.teacher_entropy, tail)
-        for name, array in zip(HISTOGRAMS, values, strict=True):
-            if array is not None:
-                self.histograms[name].update(_bins(array))
+    def add(self, records: Sequence[Record]) -> None:
+        self.rows += len(records)
+        self.prompt_tokens += sum(len(record.prompt_ids) for record in records)
+        self.scored_tokens += sum(len(record.completion_ids) for record in records)
+        self.finish_reasons.update(record.finish_reason for record in records)
+        values = (
+            [record.behaviour_entropy for record in records],
+            [record.teacher_entropy for record in records],
+            [None if r.log_tail_mass is None else np.exp(r.log_tail_mass) for r in records],
+        )
+        for name, arrays in zip(HISTOGRAMS, values, strict=True):
+            if known := [array for array in arrays if array is not None]:
+                self.histograms[name].update(_bins(np.concatenate(known)))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; a histogram maps bin numbers, as text, to token counts."""

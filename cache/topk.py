@@ -5,15 +5,16 @@ Shapes: T tokens, K slots. The packed form puts logprobs on a grid; `TopK.pack` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.planes import Bytes, Header, Source, bits_in_highest_plane, bytes_for, pack_bits, split
+from cache.planes import Bytes, Header, Source, bits_in_highest_plane, bytes_for, join, pack_bits, split
 from cache.schema import (
     MASS_TOLERANCE,
     Array,
@@ -85,16 +86,27 @@ class TopK(Signal):
         return header, _planes(self, num_bits)
 
     @classmethod
-    def unpack(cls, header: Header, source: Source, rules: Rules | None) -> TopK:
+    def unpack(cls, header: Header, source: Source, rules: Rules | None) -> Self:
+        return cls.unpack_together([header], [source], rules)[0]
+
+    @classmethod
+    def unpack_together(
+        cls, headers: Sequence[Header], sources: Sequence[Source], rules: Rules | None
+    ) -> list[Self]:
         if rules is not None:
-            _check_header(header, rules)
-        signal = _unpack(header, source)
+            _check_header(headers[0], rules)
+        lengths = [header.num_tokens for header in headers]
+        signal = cls(*_unpack(headers[0], sources, lengths), headers[0].temperature)
         first = signal.logprobs[:, 0][signal.ids[:, 0] >= 0]  # the other gaps are finite by construction
         if not np.isfinite(first).all() or np.isnan(signal.log_tail_mass).any():
             raise ValueError("a logprob or a mass is not a number")
         if rules and signal.ids.max(initial=0) >= rules.vocab_size:
             raise ValueError(f"it keeps id {signal.ids.max()}, the vocabulary has {rules.vocab_size}")
-        return signal
+        if len(headers) == 1:
+            return [signal]
+        parts = [slice(*bounds) for bounds in pairwise(accumulate(lengths, initial=0))]
+        ids, logprobs, tail = signal.ids, signal.logprobs, signal.log_tail_mass
+        return [cls(ids[own], logprobs[own], tail[own], signal.temperature) for own in parts]
 
     def columns(self) -> tuple[dict[str, Array], Array]:
         kept = self.ids >= 0
@@ -191,24 +203,27 @@ def _codes_of(gaps: Float32) -> npt.NDArray[np.int32]:
     return np.rint(np.minimum(gaps * np.float32(1 / STEP_NATS), np.float32(_LARGEST_CODE))).astype(np.int32)
 
 
-def _unpack(header: Header, source: Source) -> TopK:
-    _, num_bits, num_tokens, width, temperature = header
+def _unpack(
+    header: Header, sources: Sequence[Source], lengths: Sequence[int]
+) -> tuple[Int32, Float32, Float32]:
+    """Ids, logprobs and tail of signals of `lengths` tokens, one after the other. `header`: any one's."""
+    _, num_bits, _, width, _ = header
     if not 1 <= num_bits <= 31:
         raise ValueError(f"ids of {num_bits} bits")
-    counts = source.join(num_tokens, bytes_for(width)).astype(np.int64)
+    counts = join(sources, lengths, bytes_for(width)).astype(np.int64)
     if counts.max(initial=0) > width:
         raise ValueError(f"a token keeps {counts.max()} ids of {width}")
     kept = np.arange(width) < counts[:, None]
     is_full = bool(kept.all())
     num_planes, bits = (num_bits + 7) // 8, bits_in_highest_plane(num_bits)
-    found = source.join(int(counts.sum()), num_planes, bits_per_number=bits).view("<i4")
+    found = join(sources, _sums(counts, lengths), num_planes, bits_per_number=bits).view("<i4")
     if is_full:
         ids = found.reshape(kept.shape)
     else:
         ids = np.full(kept.shape, -1, np.int32)
         ids[kept] = found
-    log_kept, log_tail = _masses(source.join(num_tokens, 3))
-    gaps = _read_codes(source, kept, is_full).astype(np.float32) * np.float32(STEP_NATS)
+    log_kept, log_tail = _masses(join(sources, lengths, 3))
+    gaps = _read_codes(sources, lengths, kept, is_full).astype(np.float32) * np.float32(STEP_NATS)
     shares = np.exp(-gaps)
     if not is_full:
         shares *= kept
@@ -217,17 +232,26 @@ def _unpack(header: Header, source: Source) -> TopK:
         logprobs = first[:, None] - gaps
     if not is_full:
         logprobs[~kept] = -np.inf
-    return TopK(ids, logprobs, log_tail.astype(np.float32), temperature)
+    return ids, logprobs, log_tail.astype(np.float32)
 
 
-def _read_codes(source: Source, kept: Array, is_full: bool) -> npt.NDArray[np.int64]:
+def _sums(values: Array, lengths: Sequence[int]) -> list[int]:
+    """The sums of successive parts of these lengths."""
+    totals = np.concatenate([[0], np.cumsum(values)])
+    return np.diff(totals[[0, *accumulate(lengths)]]).tolist()
+
+
+def _read_codes(
+    sources: Sequence[Source], lengths: Sequence[int], kept: Array, is_full: bool
+) -> npt.NDArray[np.int64]:
     """Read the grid codes [T, K] of all slots; zero in slot 0."""
-    first = source.join(int(kept[:, 1:2].sum()), 2)
-    others = source.join(int(kept[:, 2:].sum()), 2)
+    sizes = [_sums(own.sum(1), lengths) for own in (kept[:, 1:2], kept[:, 2:])]
+    first, others = (join(sources, own, 2) for own in sizes)
     missing = [first == _ESCAPE, others == _ESCAPE]
-    counts = [int(own.sum()) for own in missing]
-    escapes = source.read(4 * sum(counts)).view("<u4")
-    first[missing[0]], others[missing[1]] = escapes[: counts[0]], escapes[counts[0] :]
+    counts = [_sums(own, number) for own, number in zip(missing, sizes, strict=True)]
+    read = [s.read(4 * (n + m)).view("<u4") for s, n, m in zip(sources, *counts, strict=True)]
+    first[missing[0]] = np.concatenate([own[:n] for own, n in zip(read, counts[0], strict=True)])
+    others[missing[1]] = np.concatenate([own[n:] for own, n in zip(read, counts[0], strict=True)])
     steps = np.zeros(kept.shape, np.int64)
     if is_full:
         steps[:, 1:2] = first.reshape(len(steps), -1)

@@ -278,7 +278,7 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
     if source.size(record.shard) != record.shard_bytes:
         raise CacheError(
             f"{source.path(record.shard)} does not match its commit record, which names"
-            f" {record.shard_bytes:,} bytes; run `python -m cache verify` on that cache. What was copied is"
+            f" {record.shard_bytes:,} bytes; run `dualkl cache verify` on that cache. What was copied is"
             " kept."
         )
     draft = target.draft(commit.SHARDS)
@@ -290,7 +290,7 @@ def _copy(source: Store, target: Store, record: CommitRecord) -> bool:
         if draft.sha256 != record.shard_sha256:
             raise CacheError(
                 f"{source.path(record.shard)} is damaged: it does not match its commit"
-                f" record (sha256 {draft.sha256[:8]}…, recorded {record.shard_sha256[:8]}…); run `python -m"
+                f" record (sha256 {draft.sha256[:8]}…, recorded {record.shard_sha256[:8]}…); run `dualkl"
                 " cache verify` on that cache. What was copied is kept."
             )
         draft.publish(record.shard)

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from cache import commit
 from cache.commit import CommitRecord
-from cache.fingerprint import Fingerprint, load_fingerprint, tokenizer_problem
+from cache.fingerprint import Fingerprint, load_fingerprint, no_cache, tokenizer_problem
 from cache.heads import head_digest, load_head, with_head_width
 from cache.plain import plain
 from cache.schema import CacheError, OtherVersionError, Rules
@@ -58,9 +58,7 @@ def verify(root: Root) -> list[Finding]:
     store = open_store(root)
     record_names = commit.record_names(store)
     if store.size(commit.FINGERPRINT) is None and not record_names:
-        raise CacheError(
-            f"{store.root} holds no cache (no fingerprint.json); give the directory that stage one wrote."
-        )
+        raise no_cache(store)
     findings = _look(store, commit.FINGERPRINT, partial(_verify_fingerprint, store))
     fingerprint = None if findings else load_fingerprint(store)
     if fingerprint is not None:

@@ -1,6 +1,6 @@
 """The cache as text, up to `WIDTH` columns wide: a summary table, and rollouts token by token.
 
-Lines are `Styled`: `python -m cache` colours them on a terminal.
+Lines are `Styled`: `dualkl cache` colours them on a terminal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Styled(str):
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """Format `Snapshot.summary()` as the table of `python -m cache summary`."""
+    """Format `Snapshot.summary()` as the table of `dualkl cache summary`."""
     per_token, signal = summary["bytes_per_token"], summary["signal_bytes_per_token"]
     lines = [
         ("cache", summary["root"]),
@@ -102,7 +102,7 @@ def _policy_lines(policies: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def rows_text(snapshot: Snapshot, positions: Sequence[int], names: Sequence[str]) -> Iterator[str]:
-    """Yield the table of several rows printed by `python -m cache view` and `show`.
+    """Yield the table of several rows printed by `dualkl cache view` and `show`.
 
     Two lines per row name: its figures, then the beginning of its completion.
     """
@@ -130,7 +130,7 @@ def _one_line(text: str) -> str:
 
 
 def record_text(snapshot: Snapshot, index: int) -> Iterator[str]:
-    """Yield the lines of `python -m cache show` for row `index`: its text, then two lines per token."""
+    """Yield the lines of `dualkl cache show` for row `index`: its text, then two lines per token."""
     record = snapshot[index]
     unit = snapshot.index["unit"][index].as_py()
     yield Styled(f"row {record.row_id}, number {index} of {len(snapshot)}, unit {plain(unit)}", BOLD)
@@ -231,7 +231,7 @@ def token_names(snapshot: Snapshot) -> Callable[[int], str]:
         return str
     except Exception as error:  # the library raises plain Exception for files it cannot parse
         raise CacheError(
-            f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `python -m cache verify` on"
+            f"{snapshot.store.path(TOKENIZER)} is not a tokenizer ({error}); run `dualkl cache verify` on"
             " the cache."
         ) from error
 

@@ -215,3 +215,28 @@ def test_a_top_k_of_one_width_takes_any_integer_and_float_dtype():
         cache.TopK(np.zeros((1, 1), int), np.zeros((1, 1)), np.zeros((1, 1)))
     with pytest.raises(cache.CacheError, match=r"an array of float32 .* uint16, which holds bfloat16"):
         cache.Hidden(np.zeros((2, 2), np.float32), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["topk", "nucleus", "hidden", "full"])
+def test_signals_decoded_together_are_those_decoded_alone(kind):
+    """Of other lengths, widths and id bits too, and with gaps that two bytes do not hold."""
+    rng = np.random.default_rng(4)
+    signals = []
+    for num_tokens, spread in ((5, 3), (1, 3), (7, 500), (3, 1), (4, 500)):
+        logprobs = log_softmax(rng.normal(0, spread, (num_tokens, VOCAB)))
+        with np.errstate(divide="ignore"):
+            kept = topk(logprobs, ragged=kind == "nucleus" or num_tokens == 3)
+        if num_tokens == 1 and kind in ("topk", "nucleus"):
+            kept = cache.TopK(kept.ids % 4 - 4 * (kept.ids < 0), kept.logprobs, kept.log_tail_mass)
+        signals.append(signal_of(kind, kept, logprobs, rng))
+    packed, lengths = [codec.encode(signal) for signal in signals], [5, 1, 7, 3, 4]
+    for together, alone in zip(codec.decode_together(packed, lengths), map(codec.decode, packed)):
+        assert type(together) is type(alone)
+        for name, value in vars(alone).items():
+            np.testing.assert_array_equal(getattr(together, name), value)
+    packed[2] = packed[2][:-1]
+    with pytest.raises(cache.CacheError) as expected:
+        codec.decode(packed[2], 7)
+    with pytest.raises(cache.CacheError) as found:
+        codec.decode_together(packed, lengths)
+    assert str(found.value) == str(expected.value)

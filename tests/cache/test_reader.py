@@ -32,6 +32,8 @@ def test_rows_are_in_row_id_order_whatever_the_units(tmp_path):
     assert_same(snapshot[-1], record(ordered[-1]))
     assert [row.row_id for row in snapshot] == snapshot.row_ids
     assert [row.row_id for row in snapshot[2:5]] == snapshot.row_ids[2:5]
+    for index, row in zip([7, 0, 11, 7], snapshot.take([7, 0, 11, 7])):
+        assert_same(row, snapshot[index])
     with pytest.raises(IndexError):
         snapshot[12]
     with pytest.raises(cache.CacheError, match=f"has no row {row_id(99)} among its 12 committed rows"):

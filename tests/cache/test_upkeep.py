@@ -288,7 +288,7 @@ def test_a_damaged_shard_is_not_copied(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "one" / shard).read_bytes())
     data[len(data) // 2] ^= 16
     (tmp_path / "one" / shard).write_bytes(data)
-    with pytest.raises(cache.CacheError, match=r"is damaged: .* run `python -m cache verify`"):
+    with pytest.raises(cache.CacheError, match=r"is damaged: .* run `dualkl cache verify`"):
         merge(tmp_path / "both", [tmp_path / "one"])
     assert_holds(tmp_path / "both", list(range(4)))
     assert len(files(tmp_path / "both/shards")) == 1

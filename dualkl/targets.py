@@ -152,34 +152,36 @@ def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | Non
     """
     ids_NK = teacher.ids if active_N is None else torch.where(active_N[:, None], teacher.ids, -1)
     kept_NK = ids_NK >= 0
-    sorted_NK = ids_NK.sort(1).values
-    logprobs_NK = teacher.logprobs.double().masked_fill(~kept_NK, -torch.inf)
-    tail_N1 = teacher.log_tail_mass.double()[:, None]
-    mass_N = torch.cat([logprobs_NK, tail_N1], dim=1).exp().sum(1)
-    filled_N = kept_NK.any(1)
-    _refuse((ids_NK >= num_ids).any(1), f"holds an id outside the vocabulary of {num_ids} ids")
+    sorted_NK = _sorted(ids_NK)
+    logprobs_NK = teacher.logprobs.float().masked_fill(~kept_NK, -torch.inf)
+    mass_N = logprobs_NK.exp().sum(1) + teacher.log_tail_mass.float().exp()
+    _refuse(ids_NK >= num_ids, f"holds an id outside the vocabulary of {num_ids} ids")
     _refuse(
-        (kept_NK[:, 1:] & ~kept_NK[:, :-1]).any(1),
-        "has an empty slot (id -1) before a kept id; expected them last",
+        kept_NK[:, 1:] & ~kept_NK[:, :-1], "has an empty slot (id -1) before a kept id; expected them last"
     )
+    _refuse((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0), "keeps the same id twice")
+    _refuse(logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4, "does not have its most likely id in slot 0")
     _refuse(
-        ((sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)).any(1), "keeps the same id twice"
-    )
-    _refuse(
-        (logprobs_NK[:, 1:] > logprobs_NK[:, :1] + 1e-4).any(1), "does not have its most likely id in slot 0"
-    )
-    _refuse(
-        filled_N & ~((mass_N - 1).abs() <= 1e-4),
+        (kept_NK[:, 0] & ~((mass_N - 1).abs() <= 1e-4))[:, None],
         "has masses that do not add up to 1 (kept ids and tail: {value:.6f}, tolerance 1e-4); "
         "normalise the kept ids together with the tail",
         mass_N,
     )
 
 
-def _refuse(bad_N: Tensor, what: str, value_N: Tensor | None = None) -> None:
-    if not bad_N.any():
+def _sorted(ids_NK: Tensor) -> Tensor:
+    """The ids of each row in order. On a CPU, numpy sorts short rows about 20 times as fast as torch."""
+    if ids_NK.device.type != "cpu":
+        return ids_NK.sort(1).values
+    array = ids_NK.clone().numpy()
+    array.sort(axis=1)
+    return torch.from_numpy(array)
+
+
+def _refuse(bad_NK: Tensor, what: str, value_N: Tensor | None = None) -> None:
+    if not bad_NK.any():
         return
-    row = int(bad_N.nonzero()[0])
+    row = int(bad_NK.any(1).nonzero()[0])
     value = 0.0 if value_N is None else float(value_N[row])
     raise ValueError(f"Row {row} of the top-k teacher {what.format(value=value)}.")
 

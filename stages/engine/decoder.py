@@ -214,7 +214,7 @@ def _refusals_explained(model: PreTrainedModel) -> Iterator[None]:
         raise UserError(
             f"a decode step of {type(model).__name__} cannot be captured in a CUDA graph ({reason}): its"
             " forward waits for the GPU, or copies from the host. On a CPU steps run without capture: write"
-            " its rollouts with `python -m stages.rollout --role generate --device cpu`, or choose a"
+            " its rollouts with `dualkl rollout --role generate --device cpu`, or choose a"
             " student_model of another class."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Checks of models, engine and loss for `stages.doctor`, on a few rows in a temporary run."""
+"""Checks of models, engine and loss for `dualkl doctor`, on a few rows in a temporary run."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def check_ends(checkup: Checkup) -> str:
 
 
 def check_files(checkup: Checkup) -> str:
-    """Everything that `stages.pipeline` checks before it reads weights."""
+    """Everything that `dualkl run` checks before it reads weights."""
     scores = bool(checkup.config.models.teacher_model)
     work = preflight.Work(generates=scores, scores=scores, trains=True, evaluates=True)
     read = setup.shared_vocabulary if scores else setup.cached_vocabulary

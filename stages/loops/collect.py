@@ -147,13 +147,14 @@ def write_rounds(
             else:
                 with progress.phase("score"):
                     score_rows(run, own.rows, scoring, get_teacher(), writing, progress, counts)
+            run.saver.settle(run.world)  # rows must not outlive the weights that wrote them
             if own.unit:
                 writing.commit(own.unit)
             num_units += own.num_units
             progress.add(counts)
-        with progress.waiting("write"):
+        with run.clock.phase("write"), progress.waiting("write"):
             writing.drain()
-    run.world.barrier()
+            run.world.barrier()
     return num_units
 
 

@@ -215,7 +215,7 @@ class Inbox:
             return found.ready[: self._run.world.size]
         return (
             f"no rollouts to score appeared in {root} for {PATIENCE / 60:g} minutes ({self.look()}). Start"
-            " stages.rollout --role generate with the same configuration, then this command again; what is"
+            " `dualkl rollout --role generate` with the same configuration, then this command again; what is"
             " scored is kept."
         )
 

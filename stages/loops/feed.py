@@ -22,10 +22,12 @@ from stages.runtime.run import Run
 from stages.runtime.split import rows_per_micro_step
 
 READ_AHEAD = 2  # forwards
+READERS = 2  # threads that decode the rows of a forward
 CPU = torch.device("cpu")
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples modulo 1 are evenly spread
 T = TypeVar("T")
 R = TypeVar("R")
+Inputs = tuple[list[cache.Record], MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Batch:
     row_ids: list[str]
     total_tokens: int
     forwards: list[Forward]
-    inputs: Iterator[tuple[list[cache.Record], MicroBatch]]
+    inputs: Iterator[Inputs]
 
 
 def global_batches(
@@ -66,11 +68,12 @@ def global_batches(
     pad_id, vocab_size, packed = student.tokenizer.pad_token_id, student.vocab_size, student.packs
     shared = student.shares and bool(pool.leaders)
 
-    def make(step: tuple[int, Forward]) -> tuple[list[cache.Record], MicroBatch]:
+    def make(step: tuple[int, Forward], readers: ThreadPoolExecutor) -> Inputs:
         total_tokens, forward = step
         places = [pool.locate(key, snapshot) for key in forward.row_ids]
-        records = [source[source.position(row_id)] for source, row_id in places]
-        head = heads[places[0][0].root]
+        source = places[0][0]  # a forward has rows of one cache
+        records = source.take([source.position(row_id) for _, row_id in places], readers.map)
+        head = heads[source.root]
         weight = 0.0 if forward.is_idle else 1.0 / total_tokens
         batch = to_tensors(records, weight, head, pad_id, CPU, vocab_size, packed=packed, shared=shared)
         if device.type == "cuda":
@@ -79,9 +82,17 @@ def global_batches(
         return records, batch
 
     plans, coming = tee(_plan(run, student, pool, index, caps) for index in indices)
-    inputs = read_ahead(make, ((total, forward) for _, total, own in coming for forward in own), READ_AHEAD)
+    inputs = _inputs(make, ((total, forward) for _, total, own in coming for forward in own))
     for row_ids, total_tokens, forwards in plans:
         yield Batch(row_ids, total_tokens, forwards, inputs)
+
+
+def _inputs(
+    make: Callable[[tuple[int, Forward], ThreadPoolExecutor], Inputs], forwards: Iterable[tuple[int, Forward]]
+) -> Iterator[Inputs]:
+    """Rows and tensors of each forward, made ahead; `make` is given threads that decode."""
+    with ThreadPoolExecutor(READERS, "read-rows") as readers:
+        yield from read_ahead(lambda step: make(step, readers), forwards, READ_AHEAD)
 
 
 def _plan(

@@ -24,7 +24,7 @@ def arguments_of(folder: str, rest: list[str]) -> list[str]:
     if not (path / "config.yaml").exists():
         if "--config" not in rest:
             raise UserError(
-                f"there is no run to follow at {folder} (no config.yaml); start `python -m stages.train`"
+                f"there is no run to follow at {folder} (no config.yaml); start `dualkl train`"
                 " first, or give its --config here too."
             )
         own = []

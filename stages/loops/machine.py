@@ -1,4 +1,4 @@
-"""Checks of the machine for `stages.doctor`: processes, disk, memory, Weights & Biases."""
+"""Checks of the machine for `dualkl doctor`: processes, disk, memory, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def memory(config: Config, world: World, plan: Plan | None) -> str:
     if not plan.fits:
         raise UserError(
             f"phase {worst.name} needs {worst.peak / GIB:.1f} GiB of a card with {total / GIB:.1f} GiB;"
-            " `python -m stages.plan` with the same configuration suggests settings to lower."
+            " `dualkl plan` with the same configuration suggests settings to lower."
         )
     if worst.peak > free:
         raise UserError(

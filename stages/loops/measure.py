@@ -20,7 +20,7 @@ from dualkl.divergences import compare
 from stages.data.alignment import at_scored
 from stages.data.batches import micro_batches, num_tokens, to_tensors
 from stages.data.checkers import open_checker, solved
-from stages.data.prompts import Prompt, heldout_prompts
+from stages.data.prompts import Prompt, Split, heldout_prompts
 from stages.data.signals import cached_head
 from stages.loops import setup
 from stages.loops.collect import plan, slots_for
@@ -111,9 +111,9 @@ def open_evaluation(run: Run, vocabulary: Vocabulary, prompts: list[Prompt] | No
     return Evaluation(run, vocabulary, prompts or heldout_of(run, vocabulary))
 
 
-def heldout_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
+def heldout_of(run: Run, vocabulary: Vocabulary, split: Split | None = None) -> list[Prompt]:
     """The held-out prompts. Reports which records were skipped, and whether `dataset` was split."""
-    found = heldout_prompts(run.config, vocabulary.tokenizer)
+    found = heldout_prompts(run.config, vocabulary.tokenizer, split)
     if found.skipped or not run.config.eval.eval_dataset:
         run.metrics.say(f"held out: {found.summary}")
     return found.prompts
@@ -387,7 +387,12 @@ def _say_changes(run: Run, path: Path, subject: Result, who: str) -> None:
         keys = history.changes(trained["config"], run.config.model_dump()) if trained else {}
         named = {name: pair for name, pair in keys.items() if name in HELDOUT_KEYS}
         changed = named | {name: pair for name, pair in changed.items() if name != "prompts"}
-        changed = changed or {"held-out prompts": ["others", "new ones"]}
+        if not changed:
+            data = run.config.eval.eval_dataset or run.config.data.dataset
+            run.metrics.say_once(
+                f"the held-out prompts of {data} are others than those measured before; {who} is measured again"
+                " with the new ones"
+            )
     if changed:
         pairs = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in changed.items())
         run.metrics.say_once(

@@ -18,7 +18,7 @@ from stages.models import memory, pretrained, speed
 from stages.models.memory import GIB, Shape
 from stages.models.offload import must_offload
 from stages.models.speed import Gpu
-from stages.models.teacher import resident_bytes
+from stages.models.teacher import is_sharded, resident_bytes
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.split import rollouts_of, rows_per_micro_step
@@ -260,7 +260,7 @@ class Plan:
 
     def _scorer(self) -> Parts:
         resident = resident_bytes(self.config, self.machine.num_gpus)
-        if not self.config.models.teacher_ds_zero3:
+        if not is_sharded(self.config, self.machine.num_gpus):
             return {"teacher": resident}
         return {"teacher shard": resident - self.teacher_head, "teacher head": float(self.teacher_head)}
 
@@ -274,7 +274,7 @@ class Plan:
         apart, resident = config.rollout.role != "both", resident_bytes(config, self.machine.num_gpus)
         crowded = must_offload(total(own), self.trained, resident, self.machine.gib * GIB)
         takes_turns = apart or (crowded and not self.machine.zero2)
-        is_away = takes_turns and (apart or not config.models.teacher_ds_zero3)
+        is_away = takes_turns and (apart or not is_sharded(config, self.machine.num_gpus))
         beside = state | own | self._copy() | ({} if is_away else teacher)
         generate = self._generating("generate", self.student, self.student_b, beside, scores_too=not apart)
         kept = {name: size for name, size in generate.parts.items() if name != "prefill"}
@@ -303,8 +303,8 @@ class Plan:
         rollout, each = self.config.rollout, memory.forward_bytes(self.teacher, self.teacher_b)
         if self.group > 1:
             each += round(self._keys(self.group) * memory.layer_kv_bytes(self.teacher, self.teacher_b))
-        if self.config.models.teacher_ds_zero3:
-            gathered = memory.gathered_bytes(self.teacher, self.teacher_b, self.machine.num_gpus)
+        if is_sharded(self.config, self.machine.num_gpus):
+            gathered = memory.gathered_bytes(self.teacher, self.teacher_b)
             resident = resident | {"gathered weights": float(gathered)}
         tokens = self.config.train.micro_batch_tokens
         if tokens == "auto":

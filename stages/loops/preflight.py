@@ -15,14 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cache
 from stages.data.checkers import open_checker
-from stages.data.prompts import Prompt
+from stages.data.prompts import Prompt, split_of
 from stages.data.remarks import about_prompts
 from stages.loops import caches, refresh, setup
 from stages.loops.measure import heldout_of
 from stages.loops.setup import Vocabulary
 from stages.models import ends, folders, pretrained, quantization
 from stages.models.positions import positions_of
-from stages.models.teacher import zero3_settings
+from stages.models.teacher import is_sharded, zero3_settings
 from stages.runtime.config import Config, require
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
@@ -76,8 +76,9 @@ def check_early(
     if work.generates or work.evaluates:
         ends.check_ends(config, vocabulary.tokenizer, vocabulary.size)
         remarks += ends.remarks(config, vocabulary.tokenizer, vocabulary.size) if len(sides) > 1 else []
-    prompts = refresh.prompts_of(run, vocabulary) if work.generates else []
-    heldout = heldout_of(run, vocabulary) if work.evaluates else []
+    split = split_of(config, vocabulary.tokenizer) if work.generates and work.evaluates else None
+    prompts = refresh.prompts_of(run, vocabulary, split) if work.generates else []
+    heldout = heldout_of(run, vocabulary, split) if work.evaluates else []
     for what, some in (("prompts", prompts), ("held-out prompts", heldout)):
         if some:
             _check_ids(what, some, vocabulary)
@@ -112,11 +113,11 @@ def _check_settings(run: Run, work: Work) -> None:
     if work.trains:
         rows_per_micro_step(config, run.world.size)
     if work.scores and config.models.teacher_ds_zero3:
-        if importlib.util.find_spec("deepspeed") is None:
+        zero3_settings(config)
+        if is_sharded(config, run.world.size) and importlib.util.find_spec("deepspeed") is None:
             raise UserError(
                 "teacher_ds_zero3 needs DeepSpeed, which is not installed here; set teacher_ds_zero3: false."
             )
-        zero3_settings(config)
     if work.scores or work.generates:
         quantization.check_available(config.models.teacher_quantization, run.world.device)
     attention = config.models.attn_implementation

@@ -90,6 +90,11 @@ def check_generator(run: Run, student: Student, engine: Engine, refresh_index: i
 
     An adapter that never reaches the generator would otherwise look like staleness, with a finite loss.
     """
+    with run.clock.phase("probe"):
+        return _probe(run, student, engine, refresh_index)
+
+
+def _probe(run: Run, student: Student, engine: Engine, refresh_index: int) -> dict[str, float]:
     rows, history = _probe_batch(run)
     if not rows:
         return {}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import cache
-from stages.data.prompts import Prompt, training_prompts
+from stages.data.prompts import Prompt, Split, training_prompts
 from stages.loops import setup
 from stages.loops.collect import Unit, collect, missing_units, plan, write_rounds
 from stages.loops.elsewhere import Inbox
@@ -97,7 +97,7 @@ def refuse_role(config: Config) -> None:
     """Raise UserError if a command that must both generate and score has the role of only one."""
     if config.rollout.role != "both":
         raise UserError(
-            f"role {config.rollout.role} is for stages.rollout without --follow: training, the pipeline and"
+            f"role {config.rollout.role} is for `dualkl rollout` without --follow: training, the pipeline and"
             " a follower both generate and score at each refresh. Use role both there, or refresh_mode off"
             " to train on what is there."
         )
@@ -147,12 +147,11 @@ def _writer(
         fingerprint = setup.unscored_fingerprint(config, vocabulary)
     else:
         fingerprint = setup.fingerprint(config, vocabulary, signal)
-    tokenizer_json = vocabulary.tokenizer.backend_tokenizer.to_str()
-    return cache.Writer(root, fingerprint, tokenizer_json=tokenizer_json, head=head)
+    return cache.Writer(root, fingerprint, tokenizer_json=vocabulary.tokenizer_json, head=head)
 
 
-def prompts_of(run: Run, vocabulary: Vocabulary) -> list[Prompt]:
-    found = training_prompts(run.config, vocabulary.tokenizer)
+def prompts_of(run: Run, vocabulary: Vocabulary, split: Split | None = None) -> list[Prompt]:
+    found = training_prompts(run.config, vocabulary.tokenizer, split)
     run.metrics.say(found.summary)
     return found.prompts
 
@@ -163,11 +162,12 @@ def refresh(
     policy: Policy,
     vocabulary: Vocabulary,
     prompts: list[Prompt],
+    teacher: TeacherLoader,
     refresh_index: int,
     reason: str,
 ) -> None:
     """Refresh between two optimizer steps: write new rows, free the teacher's memory, check the generator."""
-    with TeacherLoader(run.config, run.world, run.metrics.say_once) as teacher:
+    with teacher.used():
         num_units = write_rollouts(
             run, policy, vocabulary, prompts, refresh_index=refresh_index, teacher=teacher
         )

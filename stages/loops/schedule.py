@@ -17,7 +17,7 @@ from stages.loops import gating, setup, steps, versions
 from stages.loops.elsewhere import Arrivals, wait_for
 from stages.loops.feed import global_batches
 from stages.loops.refresh import cut_share
-from stages.loops.steps import Training, save_checkpoint
+from stages.loops.steps import Training, begin_checkpoint, save_checkpoint
 from stages.loops.versions import Version
 from stages.models.student import Student, policy_hash
 from stages.runtime import checkpoint, ending
@@ -28,8 +28,8 @@ from stages.runtime.run import Run
 from stages.runtime.split import DRIFT_WINDOW, rollouts_of
 from stages.runtime.terminal import Bar
 
-WriteRows = Callable[[Training, int, str], None]
-"""Called with a refresh's index and reason; writes its rows."""
+WriteRows = Callable[[Training, int, Refresh], None]
+"""Called with a refresh and its index; writes its rows."""
 
 
 def due(config: Config, position: Position) -> str:
@@ -108,34 +108,40 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
 
     `evaluate(training)` returns held-out KLs. It is called every `eval_every` steps and after the last one;
     the weights with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before
-    every published version: a killed run resumes from saved weights, never from recomputed ones, and so
-    writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere. A version's
+    every published version, and is on disk before the first rows of its weights are: a killed run resumes
+    from saved weights, never from recomputed ones, and so writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere. A version's
     rows are used only when all of them have arrived.
     """
     config = run.config
-    start = {0: Refresh(0, policy_hash(training.student), "start")}
-    position = resume(run, training) or Position(0, 0, refreshes=start)
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
-    if arrivals is not None:
-        versions.set_finished(run, training.step >= config.train.max_steps)
-    _log_packing(run, training.student)
+    with run.clock.phase("prepare"):
+        start = {0: Refresh(0, policy_hash(training.student), "start")}
+        position = resume(run, training) or Position(0, 0, refreshes=start)
+        if arrivals is not None:
+            versions.set_finished(run, training.step >= config.train.max_steps)
+        _log_packing(run, training.student)
+        gone = lost(run, position)
     pool, snapshot, began = None, None, training.step
-    gone = lost(run, position)
     is_shown = run.world.is_main and not run.metrics.style.quiet
     bar = Bar("training", "step", config.train.max_steps, training.step, shown=is_shown, at_once=True)
     with bar, ending.finishing():
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
             if reason:
-                position = _renew(run, training, position, reason, refresh if arrivals is None else None)
+                with run.clock.phase("refresh"):
+                    writes = refresh if arrivals is None else None
+                    position = _renew(run, training, position, reason, writes)
             if arrivals is not None:
-                position = _take_up_arrivals(run, training, position, arrivals, pool)
+                with run.clock.phase("wait"):
+                    position = _take_up_arrivals(run, training, position, arrivals, pool)
             if pool is None or snapshot is None or pool.version != position.refresh_index:
-                training.last_forward = None  # holds the head of the last pool's teacher
-                pool, snapshot = open_pool(run, position)
-                position = replace(position, num_rows=pool.num_own)
-                _discard_later(run, training.step)
-            position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
+                with run.clock.phase("refresh"):
+                    training.last_forward = None  # holds the head of the last pool's teacher
+                    pool, snapshot = open_pool(run, position)
+                    position = replace(position, num_rows=pool.num_own)
+                    _discard_later(run, training.step)
+            with run.clock.phase("train"):
+                position = _fit_pool(run, training, position, pool, snapshot, arrivals, bar, evaluate)
         if training.step > began:
             save_checkpoint(run, training, position)
     if arrivals is not None:
@@ -168,22 +174,25 @@ def _renew(
 ) -> Position:
     """Have the current student's rows written, by `refresh` or, if None, elsewhere (collective)."""
     _discard_later(run, training.step)
-    save_checkpoint(run, training, position)
+    begin_checkpoint(run, training, position)
     index, started = position.newest + 1, Refresh(training.step, policy_hash(training.student), reason)
     position = replace(position, refreshes=position.refreshes | {index: started})
     if refresh is None:
         num_rollouts = len(rollouts_of(run.config, index))
         version = Version(index, started.step, started.policy_hash, num_rollouts)
+        run.saver.settle(run.world)
         versions.publish(run, training.student, version)
         return position
-    # a signal may end this at once: the checkpoint is saved, and committed units are kept
+    # a signal may end this at once: the checkpoint is on disk before any unit, and committed units are kept
     with ending.at_once(), steps.unwrapped(run.world, training):
-        refresh(training, index, reason)
+        refresh(training, index, started)
     return _taken_up(position, index)
 
 
 def _discard_later(run: Run, step: int) -> None:
     """With `resume_from`, discard the checkpoints after `step`, once training is certain to start."""
+    if run.config.train.resume_from:
+        run.saver.settle(run.world)
     if run.world.is_main and run.config.train.resume_from:
         checkpoint.discard_after(run.folder / "checkpoints", step)
     run.world.barrier()
@@ -222,8 +231,7 @@ def _fit_pool(
     indices = range(training.step - pool.opened_at, last - pool.opened_at)
     with closing(global_batches(run, training.student, snapshot, pool, indices, training.caps)) as batches:
         while training.step < last:
-            with run.clock.phase("train"):
-                figures = steps.train_step(run, training, pool, next(batches))
+            figures = steps.train_step(run, training, pool, next(batches))
             position = after_step(position, figures)
             bar.update(1, _figures(figures))
             if evaluate is not None and steps.is_evaluated(run.config, training.step):
@@ -232,7 +240,7 @@ def _fit_pool(
             if due(run.config, position) or (arrivals and arrivals.bring_newer(position)):
                 break
             if training.step % train.checkpoint_every == 0 and training.step < train.max_steps:
-                save_checkpoint(run, training, position)
+                begin_checkpoint(run, training, position)
     return position
 
 
@@ -278,7 +286,7 @@ def open_pool(run: Run, position: Position) -> tuple[Pool, cache.Snapshot]:
         if not one.row_ids:
             raise UserError(
                 f"{root} holds no rollouts to train on ({len(snapshot)} rows, all too old or from"
-                " discarded steps); run `python -m stages.rollout` with the same configuration first."
+                " discarded steps); run `dualkl rollout` with the same configuration first."
             )
     for root, one, snapshot in zip(roots[1:], others, snapshots[1:], strict=True):
         pool = pool.with_extra(one, snapshot, config.run.extra_caches[root])
@@ -321,7 +329,7 @@ def _take_up_arrivals(
         run.metrics.say(
             f"waiting for rollouts of refresh {position.newest} (step {position.step_of(position.newest)});"
             f" training is at step {position.step} and max_age is {run.config.refresh.max_age}. They are"
-            f" written by `python -m stages.rollout --follow {run.folder}`"
+            f" written by `dualkl rollout --follow {run.folder}`"
         )
 
     index = wait_for(look, on_wait=tell)

@@ -98,7 +98,7 @@ def score_rows(
         batches = scoring_batches(lengths, max_rows, max_tokens)
     for scored in _when_copied(_forwards(run, rows, batches, scoring, teacher, shared)):
         with progress.waiting("write"):
-            writing.append(scored.records())
+            writing.append(scored.records(), scored.copies.num_bytes)
     counts.scored_tokens = sum(lengths)
     padded = 0 if teacher.packs else sum(len(batch) * lengths[batch[0]] for batch in batches)
     counts.padded_tokens = padded or counts.scored_tokens

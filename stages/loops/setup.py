@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ class Vocabulary:
 
     tokenizer: PreTrainedTokenizerBase
     size: int
+
+    @cached_property
+    def digest(self) -> str:
+        """`vocabulary_fingerprint`, which takes a second for 250,000 tokens."""
+        return vocabulary_fingerprint(self.tokenizer, self.size)
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The text of tokenizer.json."""
+        return str(self.tokenizer.backend_tokenizer.to_str())
 
 
 def shared_vocabulary(config: Config) -> Vocabulary:
@@ -98,7 +109,7 @@ def _quantization(config: Config) -> dict[str, str]:
 
 def _prompting(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     return {
-        "tokenizer": vocabulary_fingerprint(vocabulary.tokenizer, vocabulary.size),
+        "tokenizer": vocabulary.digest,
         "chat_template": template_fingerprint(vocabulary.tokenizer),
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "vocab_size": vocabulary.size,
@@ -167,15 +178,15 @@ def take_up_weights(run: Run, student: Student) -> checkpoint.Position:
         return newest_position(run)
 
 
-def student_policy(run: Run, student: Student, engine: Engine, step: int) -> Policy:
-    """The student after `step` optimizer steps, sampling as configured."""
+def student_policy(run: Run, student: Student, engine: Engine, step: int, hashed: str = "") -> Policy:
+    """The student after `step` optimizer steps, sampling as configured. `hashed`: its `policy_hash`."""
     rollout = run.config.rollout
     return Policy(
         student.model,
         engine,
         student.tokenizer,
         run.run_id,
-        policy_hash(student),
+        hashed or policy_hash(student),
         step,
         Sampling(
             student.vocab_size,

@@ -92,8 +92,7 @@ def _first_rows(snapshot: cache.Snapshot) -> Iterator[cache.Record]:
         yield record
     if not tokens:
         raise UserError(
-            f"{snapshot.root} holds no rows; run `python -m stages.rollout` with the same configuration"
-            " first."
+            f"{snapshot.root} holds no rows; run `dualkl rollout` with the same configuration first."
         )
 
 

@@ -7,7 +7,6 @@ another machine. A CPU is the exception: its runs are smaller and in fp32.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from stages.loops.survey import NO_LIMIT, Data, Survey, survey
-from stages.runtime.config import SECTION_OF, Config, build
+from stages.runtime.config import SECTION_OF, Config, as_run_name, build
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
 """Optimizer batch for fewer than so many prompts."""
@@ -93,8 +92,7 @@ def config_of(chosen: Choices) -> Config:
 
 def run_name(model: str) -> str:
     """A name for a run of this student: its last part, in lower case."""
-    last = model.split("@")[0].rstrip("/").split("/")[-1].lower()
-    return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "run"
+    return as_run_name(model.split("@")[0].rstrip("/").split("/")[-1].lower())
 
 
 def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
@@ -161,7 +159,7 @@ def _about_prompts(data: Data, most: int) -> str:
 def _about_answers(data: Data, most: int) -> str:
     if not len(data.answers):
         return "a guess: the data holds no answers"
-    longer = float(np.mean(data.answers > most))
+    longer = data.answers_longer_than(most)
     return f"p95 of the data's answers {np.percentile(data.answers, 95):.0f}, {longer:.1%} are longer"
 
 

@@ -241,12 +241,25 @@ def save_checkpoint(run: Run, training: Training, position: Position) -> Path:
 
     Raises UserError and saves nothing if the weights have exploded or their forward is not finite.
     """
+    with run.clock.phase("save"):
+        path = begin_checkpoint(run, training, position)
+        run.saver.settle(run.world)
+    return path
+
+
+def begin_checkpoint(run: Run, training: Training, position: Position) -> Path:
+    """The same, while the run goes on; `run.saver.settle` waits for it (collective)."""
+    with run.clock.phase("save"):
+        return _begin_checkpoint(run, training, position)
+
+
+def _begin_checkpoint(run: Run, training: Training, position: Position) -> Path:
     _check_sound(run, training)
     adaptive = training.adaptive
     position = replace(
         position, step=training.step, adaptive_tau={} if adaptive is None else adaptive.state()
     )
-    return checkpoint.save(
+    return run.saver.begin(
         run.folder / "checkpoints",
         position,
         training.student.trainable,
@@ -289,6 +302,8 @@ def _check_sound(run: Run, training: Training) -> None:
 
 
 def _how_to_go_on(run: Run) -> str:
+    """What is kept, and what may help (collective)."""
+    run.saver.settle(run.world)
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
     where = (
@@ -331,7 +346,7 @@ def _not_finite(
         f"the gradient of step {training.step + 1} is not finite (norm"
         f" {grad_norm});{'' if training.engine else ' the weights were not updated;'}"
         f" the {'non-finite' if broken else 'largest'} divergences are those of rows {named};"
-        f" {_how_to_go_on(run)} `python -m cache verify` checks whether the rows are damaged."
+        f" {_how_to_go_on(run)} `dualkl cache verify` checks whether the rows are damaged."
     )
 
 

@@ -1,4 +1,4 @@
-"""Describe two models and a data set from their files, for `stages.init` and `stages.distill`.
+"""Describe two models and a data set from their files, for `dualkl init` and `stages.distill`.
 
 Reads configurations, tokenizers and a sample of the records, no weights.
 """
@@ -63,6 +63,10 @@ class Data:
     def longer_than(self, tokens: int) -> float:
         """Share of prompts longer than `tokens`."""
         return float(np.mean(self.lengths > tokens))
+
+    def answers_longer_than(self, tokens: int) -> float:
+        """Share of the data's answers longer than `tokens`; 0 if it has none."""
+        return float(np.mean(self.answers > tokens)) if len(self.answers) else 0.0
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def newest(run_folder: Path) -> Version | None:
             raise ValueError("a value has the wrong type")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged ({str(error)[:200]}); restart stages.train, which writes it again."
+            f"{path} is damaged ({str(error)[:200]}); restart `dualkl train`, which writes it again."
         ) from None
     return found
 

@@ -66,7 +66,7 @@ def find_source(folder: Path, config: Config, exports: list[dict[str, Any]]) -> 
         return Source("student", folder / "student", exports[-1]["step"], exports[-1]["policy_hash"])
     raise UserError(
         f"the run in {folder} has no checkpoint yet, so there is no student to export; train it first"
-        f" (python -m stages.pipeline --config {folder / 'config.yaml'})."
+        f" (dualkl run {folder / 'config.yaml'})."
     )
 
 

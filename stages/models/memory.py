@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from stages.models.sharding import layer_elements
 from stages.runtime.config import LoraSection
 from stages.runtime.errors import UserError
 
 GIB = 2**30
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size
-PREFETCH_ELEMENTS = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Shape:
     """A decoder's sizes. `linears`: (name, inputs, outputs) of each linear layer except the head.
 
     `used`: parameters that a token is multiplied by, without the embedding and experts that are not selected.
+    `layer`: parameters that ZeRO-3 gathers at once, of the largest decoder layer.
     """
 
     parameters: int
     used: int
     head: int
+    layer: int
     vocab_size: int
     hidden: int
     intermediate: int
@@ -65,6 +67,7 @@ def shape_of(config: Any) -> Shape:
         parameters=parameters,
         used=parameters - idle - (0 if is_tied else output.weight.numel()),
         head=output.weight.numel(),
+        layer=layer_elements(model) or max(n for _, n in sizes),
         vocab_size=output.weight.shape[0],
         hidden=hidden,
         intermediate=width or getattr(text, "intermediate_size", None) or 4 * hidden,
@@ -135,7 +138,9 @@ def state_bytes(trained: int, num_gpus: int, zero2: bool) -> tuple[int, int]:
     return 8 * trained, (8 if num_gpus > 1 else 4) * trained
 
 
-def gathered_bytes(shape: Shape, itemsize: int, num_gpus: int) -> int:
-    """Weights that ZeRO-3 gathers at once: the embedding, the largest layer and what is prefetched."""
-    largest = max((inputs * outputs for _, inputs, outputs in shape.linears), default=0)
-    return (shape.head + largest + PREFETCH_ELEMENTS) * itemsize if num_gpus > 1 else 0
+def gathered_bytes(shape: Shape, itemsize: int) -> int:
+    """Weights that ZeRO-3 has gathered at a time: the embedding and the first layer, or four layers.
+
+    Of those the GPU runs one, one is queued, and one is fetched into a buffer of its own.
+    """
+    return max(shape.head + shape.layer, 4 * shape.layer) * itemsize

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from stages.models.readout import output_weights, readout_of
 from stages.runtime.config import name_and_revision
 from stages.runtime.distributed import say_once
 from stages.runtime.errors import UserError, one_line
+from stages.runtime.network import needs_network, no_hub
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SOFTCAP = "attn_logit_softcapping"
@@ -191,6 +193,8 @@ def _load(function: Any, what: str, name: str, **kwargs: Any) -> Any:
         if where.startswith(("/", "./", "../", "~")):
             raise UserError(f"{what} {name} cannot be loaded: there is no such folder.")
         kwargs["revision"] = revision
+        if no_hub() and not isinstance(try_to_load_from_cache(where, "config.json", revision=revision), str):
+            raise UserError(needs_network(what, name, "the folder of a model"))
     try:
         return function(where, trust_remote_code=False, **kwargs)
     except (UserError, torch.OutOfMemoryError, MemoryError):

@@ -1,6 +1,6 @@
 """Quantised teachers, through transformers: bitsandbytes in 4 or 8 bits, and FP8 in blocks.
 
-Linear layers but the head are stored in few bits and multiplied in the dtype of their inputs. `stages.doctor`
+Linear layers but the head are stored in few bits and multiplied in the dtype of their inputs. `dualkl doctor`
 measures how far such a teacher is from the one in teacher_dtype.
 """
 

@@ -215,7 +215,7 @@ def policy_hash(student: Student) -> str:
     if not untouched:
         for name, parameter in sorted(student.trainable.items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().float().cpu().reshape(-1).numpy().data)
     return digest.hexdigest()[:16]
 
 

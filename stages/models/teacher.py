@@ -12,7 +12,8 @@ import gc
 import importlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ from stages.models import pretrained, quantization, selfcheck
 from stages.models.float32 import NARROW, in_float32
 from stages.models.packing import decoder_states, enable_packing, refuse_padding
 from stages.models.readout import full_forward, output_weights, readout_of
-from stages.runtime import distributed
+from stages.models.sharding import gather_by_layers
+from stages.runtime import distributed, host_memory
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
@@ -58,6 +60,7 @@ class Teacher:
     """`forward`: batch -> hidden states; `engine`: DeepSpeed's, if sharded.
 
     `packs`: accepts packed rows; `unshared_because`: why they cannot share prompts, "" if they can.
+    `in_host_memory`: the frozen weights of a plain teacher that has left the device before.
     """
 
     forward: Any
@@ -66,6 +69,7 @@ class Teacher:
     engine: Any = None
     packs: bool = False
     unshared_because: str = "packing is off"
+    in_host_memory: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
     @property
     def shares(self) -> bool:
@@ -92,15 +96,26 @@ class Teacher:
         self.hidden(align([one], [one], 0, self.device))
 
     def move(self, device: torch.device) -> None:
-        """Move the weights of a plain teacher; no effect on a sharded one."""
-        if self.engine is None:
-            self.forward.to(device)
+        """Move the weights of a plain teacher; no effect on a sharded one.
+
+        Frozen weights are copied to the host once, and their copies kept for the next time.
+        """
+        if self.engine is not None:
+            return
+        parameters = list(self.forward.parameters())
+        is_plain = all(type(p) is nn.Parameter and not p.requires_grad for p in parameters)
+        for parameter in parameters if is_plain and device.type == "cpu" else []:
+            if parameter not in self.in_host_memory:
+                self.in_host_memory[parameter] = parameter.data.to(device)
+            parameter.data = self.in_host_memory[parameter]
+        self.forward.to(device)
 
     def close(self) -> None:
         """Free all memory."""
         if self.engine is not None:
             _destroy(self.engine)
         self.forward = self.engine = self.head = None  # type: ignore[assignment]  # unusable from here on
+        self.in_host_memory = {}
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -109,32 +124,86 @@ class Teacher:
 class TeacherLoader:
     """Load the scoring teacher on first use, and free it at the end of a `with` block.
 
-    `say` is given a line before loading, which takes a while.
+    `say` is given a line before loading, which takes a while. Between `used` blocks the device is free for
+    other work.
     """
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None] = lambda _: None):
         self.config, self.world, self._say = config, world, say
         self._teacher: Teacher | None = None
+        self._waits = False  # in host memory
 
     def __enter__(self) -> TeacherLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the teacher; `get` loads it again."""
         if self._teacher is not None:
             self._teacher.close()
             self._teacher = None
 
+    @contextmanager
+    def used(self) -> Iterator[TeacherLoader]:
+        """At the end of the block, the teacher leaves the device (collective).
+
+        A plain, unquantised one waits in host memory, unless that is short, so that it is neither read nor
+        checked again. Any other is freed.
+        """
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
+        if self._teacher is None:
+            return
+        if not self._may_wait(self._teacher):
+            self.close()
+            return
+        self._teacher.move(torch.device("cpu"))
+        self._waits = True
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _may_wait(self, teacher: Teacher) -> bool:
+        """Whether the teacher can be moved, and as much again then stays free in host memory (collective)."""
+        if teacher.is_collective or self.config.models.teacher_quantization != "none":
+            return False
+        weights = _weight_bytes(self.config) * self.world.size
+        is_there = self.world.device.type == "cpu" or bool(teacher.in_host_memory)
+        fits = host_memory.free_bytes() >= weights * (1 if is_there else 2)
+        return all(self.world.gather(fits))
+
     def get(self) -> Teacher:
         if self._teacher is None:
-            self._say("loading the teacher and checking how it computes")
+            models, is_split = self.config.models, is_sharded(self.config, self.world.size)
+            remark = " (whole: one process)" if models.teacher_ds_zero3 and not is_split else ""
+            self._say(f"loading the teacher{remark} and checking how it computes")
             self._teacher = load_teacher(self.config, self.world)
+        elif self._waits:
+            self._teacher.move(self.world.device)
+        self._waits = False
         return self._teacher
 
 
+def is_sharded(config: Config, num_processes: int) -> bool:
+    """Whether ZeRO-3 holds the scoring teacher: `teacher_ds_zero3` is set, and there are several processes or
+    `teacher_ds_config` offloads weights.
+    """
+    return config.models.teacher_ds_zero3 and (num_processes > 1 or _offloads(config))
+
+
+def _offloads(config: Config) -> bool:
+    offload = zero3_settings(config)["zero_optimization"].get("offload_param") or {}
+    return offload.get("device", "none") != "none"
+
+
 def load_teacher(config: Config, world: World) -> Teacher:
-    """The scoring teacher, sharded if `teacher_ds_zero3` is set."""
-    if config.models.teacher_ds_zero3:
-        return _load_zero3(config, world)
+    """The scoring teacher, sharded if `is_sharded`."""
+    if is_sharded(config, world.size):
+        return load_zero3(config, world)
     return plain_teacher(load_plain_model(config, world), world, config.train.packing)
 
 
@@ -177,10 +246,9 @@ def resident_bytes(config: Config, num_gpus: int) -> float:
     """
     if not config.models.teacher_model:
         return 0.0
-    if not config.models.teacher_ds_zero3:
+    if not is_sharded(config, num_gpus):
         return float(_weight_bytes(config))
-    offload = zero3_settings(config)["zero_optimization"].get("offload_param", {})
-    shard = 0.0 if offload.get("device", "none") != "none" else _weight_bytes(config) / num_gpus
+    shard = 0.0 if _offloads(config) else _weight_bytes(config) / num_gpus
     return shard + _num_parameters(config.models.teacher_model).head * _itemsize(config)
 
 
@@ -235,7 +303,8 @@ def _checked(subject: selfcheck.Subject, padded_because: str, packing: bool | st
     return not padded_because, selfcheck.sharing_refused(subject, padded_because)
 
 
-def _load_zero3(config: Config, world: World) -> Teacher:
+def load_zero3(config: Config, world: World) -> Teacher:
+    """The scoring teacher under ZeRO-3, partitioned while it is read (collective)."""
     distributed.ensure_process_group(world)
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -259,6 +328,7 @@ def sharded_teacher(
 
     model.requires_grad_(False)
     padded_because = enable_packing(model, packing)
+    settings = gather_by_layers(model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings)
     engine.eval()
     restore_buffers(model)

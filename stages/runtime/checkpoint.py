@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stages.runtime import host_memory
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
 from stages.runtime.files import new_folder, publish_folder, remove
@@ -268,6 +270,72 @@ def _explained(path: Path, checked: bool = False) -> Iterator[None]:
         ) from error
 
 
+class Saver:
+    """Writes checkpoints while the run goes on, one at a time.
+
+    Until `settle` has returned, the newest checkpoint may be missing; it is never incomplete.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._job: Future[None] | None = None
+        self._host: Any = None  # tensors of the last checkpoint, to be overwritten
+        self._is_pending = False  # the same on all ranks
+
+    def begin(
+        self,
+        folder: Path,
+        position: Position,
+        trainable: dict[str, nn.Parameter],
+        optimizer: Any,
+        scheduler: Any,
+        world: World,
+        keep: int,
+        engine: Any = None,
+    ) -> Path:
+        """Write `step-N` atomically, then remove all but the newest `keep` checkpoints (collective).
+
+        Returns when the weights may change again: they are copied first, if host memory allows.
+        """
+        self.settle(world)
+        final = folder / f"step-{position.step:06d}"
+        partial = folder / f".partial-step-{position.step:06d}"
+        if world.is_main:
+            new_folder(partial)
+        world.barrier()
+        random_states = world.gather(_random_state(world))
+        if engine is not None:  # DeepSpeed shards the optimizer: every rank writes its part
+            engine.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
+            world.barrier()
+        is_copied = True
+        if world.is_main:
+            weights = {name: parameter.detach() for name, parameter in trainable.items()}
+            states = {"scheduler": scheduler.state_dict(), "random": random_states}
+            state = weights, None if engine is not None else optimizer.state_dict()
+            needed = _num_bytes(state) - _num_bytes(self._host)  # Adam has no moments before the first step
+            is_copied = needed <= host_memory.free_bytes() / 2
+            if is_copied:
+                state = self._host = _on_host(state, self._host)
+            self._job = self._thread.submit(_write, folder, partial, final, position, *state, states, keep)
+        self._is_pending = True
+        if not world.gather(is_copied)[0]:
+            self.settle(world)
+        return final
+
+    def settle(self, world: World) -> None:
+        """Wait until the checkpoint is on disk. UserError if it could not be written (collective)."""
+        if not self._is_pending:
+            return
+        self._is_pending, problem = False, ""
+        if self._job is not None:
+            try:
+                self._job.result()
+            except UserError as error:
+                problem = str(error)
+        if problem := world.gather(problem)[0]:
+            raise UserError(problem)
+
+
 def save(
     folder: Path,
     position: Position,
@@ -278,51 +346,73 @@ def save(
     keep: int,
     engine: Any = None,
 ) -> Path:
-    """Write `step-N` atomically and remove all but the newest `keep` checkpoints (collective)."""
-    final = folder / f"step-{position.step:06d}"
-    partial = folder / f".partial-step-{position.step:06d}"
-    if world.is_main:
-        new_folder(partial)
-    world.barrier()
-    random_states = world.gather(_random_state(world))
-    if engine is not None:  # DeepSpeed shards the optimizer: every rank writes its part
-        engine.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
-        world.barrier()
-    if world.is_main:
-        states = {"scheduler": scheduler.state_dict(), "random": random_states}
-        try:
-            _write_files(partial, position, trainable, None if engine is not None else optimizer, states)
-            _publish(partial, final)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own classes
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and"
-                " rerun."
-            ) from error
-        for old in complete(folder)[:-keep]:
-            remove(old)
-    world.barrier()
-    return final
+    """Write `step-N` as `Saver.begin` does, and wait for it; return its folder (collective)."""
+    saver = Saver()
+    path = saver.begin(folder, position, trainable, optimizer, scheduler, world, keep, engine)
+    saver.settle(world)
+    return path
+
+
+def _write(
+    folder: Path,
+    partial: Path,
+    final: Path,
+    position: Position,
+    weights: dict[str, torch.Tensor],
+    optimizer: Any,
+    states: dict[str, Any],
+    keep: int,
+) -> None:
+    try:
+        _write_files(partial, position, weights, optimizer, states)
+        _publish(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own classes
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
+        ) from error
+    for old in complete(folder)[:-keep]:
+        remove(old)
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested dictionaries, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_num_bytes, parts))
+
+
+def _on_host(value: Any, kept: Any) -> Any:
+    """`value` with its tensors copied to host memory: into those of `kept`, an earlier result, if they fit."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+            return kept.copy_(value)
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        own = kept if isinstance(kept, dict) else {}
+        return {key: _on_host(part, own.get(key)) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        same = isinstance(kept, list | tuple) and len(kept) == len(value)
+        pairs = zip(value, kept if same else [None] * len(value), strict=True)
+        return type(value)([_on_host(part, old) for part, old in pairs])
+    return value
 
 
 def _write_files(
     folder: Path,
     position: Position,
-    trainable: dict[str, nn.Parameter],
+    weights: dict[str, torch.Tensor],
     optimizer: Any,
     states: dict[str, Any],
 ) -> None:
-    """A checkpoint's files, `state.json` with the digests of the others last. `optimizer`: None under
-    DeepSpeed.
+    """A checkpoint's files, `state.json` with the digests of the others last.
+
+    `optimizer`: its `state_dict`; None under DeepSpeed.
     """
-    weights = {name: parameter.detach().contiguous() for name, parameter in trainable.items()}
-    save_file(weights, folder / "student.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "student.safetensors")
     if optimizer is not None:
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(optimizer, folder / "optimizer.pt")
     torch.save(states, folder / "state.pt")
     state = {"position": asdict(position), "files": _file_digests(folder)}
     state = json.loads(json.dumps(state))  # keys as they will be read

@@ -9,6 +9,7 @@ Later sources win: defaults, then each configuration file in order, then flags.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -33,12 +34,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def as_run_name(text: str) -> str:
+    """`text` as the name of a run."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "run"
+
+
+def _run_name(value: str) -> str:
+    if not re.fullmatch(r"[.]*[\w-][\w.-]*", value):
+        raise ValueError(
+            "the name of a run is that of its folder and may have letters, digits, '_', '-' and '.', not only"
+            f" dots; {as_run_name(value)} is allowed"
+        )
+    return value
+
+
 class RunSection(Section):
-    run_name: str = Field(
-        "run",
-        min_length=1,
-        pattern=r"^[.]*[\w-][\w.-]*$",
-        description="name of the run and of its folder in runs_dir",
+    run_name: Annotated[str, AfterValidator(_run_name)] = Field(
+        "run", description="name of the run and of its folder in runs_dir"
     )
     runs_dir: str = Field("runs", description="folder that holds the run folders")
     cache_dir: str = Field("", description="teacher cache; empty: <run folder>/cache")
@@ -88,7 +100,7 @@ class ModelSection(Section):
         "bf16", description="teacher's compute, and the hidden states that are stored"
     )
     teacher_ds_zero3: bool = Field(
-        True, description="shard the scoring teacher over all processes with DeepSpeed ZeRO-3"
+        True, description="shard the scoring teacher over all processes (if several) with DeepSpeed ZeRO-3"
     )
     teacher_ds_config: str = Field(
         "", description="your own DeepSpeed JSON (stage 3; CPU or NVMe offload); empty: built in"
@@ -181,7 +193,8 @@ class RolloutSection(Section):
         " them",
     )
     role: Literal["generate", "score", "both"] = Field(
-        "both", description="stages.rollout generates, scores, or both; separate processes meet at the cache"
+        "both",
+        description="`dualkl rollout` generates, scores, or both; separate processes meet at the cache",
     )
 
 
@@ -288,7 +301,7 @@ def _off(value: Any) -> Any:
 class RefreshSection(Section):
     refresh_mode: Annotated[Literal["inline", "external", "off"], BeforeValidator(_off)] = Field(
         "inline",
-        description="who writes new rollouts: these processes, `stages.rollout --follow`, or nobody",
+        description="who writes new rollouts: these processes, `dualkl rollout --follow`, or nobody",
     )
     refresh_every: int = Field(32, ge=0, description="steps between refreshes; 0: do not refresh by steps")
     refresh_drift: Finite = Field(

@@ -35,6 +35,7 @@ class _Process:
 
     asked = 0  # the signal that asked it to end
     asked_at = 0.0
+    began: float | None = None  # time.perf_counter() at the start of a command
     finishes = 0  # > 0: the work in progress ends by itself at a safe point
     ends_hard = False
     raises = False  # a signal raises an exception rather than end the process
@@ -49,6 +50,7 @@ def install() -> None:
     ends the process at once. Signals that were already ignored stay ignored. Call before a command's other
     imports.
     """
+    _Process.began = time.perf_counter()
     # read when torch is imported; DDP warns about a flag that is intended
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Read then too. OpenMP threads spin for milliseconds by default, which wastes time on a shared CPU.
@@ -60,7 +62,7 @@ def install() -> None:
             signal.signal(number, _noted)
     signal.set_wakeup_fd(_Process.writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, name="signals", daemon=True).start()
-    os.register_at_fork(after_in_child=_uninstall)
+    os.register_at_fork(after_in_child=uninstall)
 
 
 @contextmanager
@@ -79,7 +81,7 @@ def raising() -> Iterator[None]:
         yield
         return
     _Process.raises = True
-    os.register_at_fork(after_in_child=_uninstall)
+    os.register_at_fork(after_in_child=uninstall)
     try:
         yield
     except Stopped as error:
@@ -88,6 +90,11 @@ def raising() -> Iterator[None]:
         for taken, handler in kept.items():
             signal.signal(taken, handler)
         _Process.raises, _Process.asked = False, 0
+
+
+def began() -> float | None:
+    """`time.perf_counter()` when this process's command began, before its imports; None in other programs."""
+    return _Process.began
 
 
 def asked() -> int:
@@ -201,8 +208,8 @@ def _tell(line: str) -> None:
         os.write(2, f"{line}\n".encode())
 
 
-def _uninstall() -> None:
-    """Reset signal handling in a forked child, which has no watching thread."""
+def uninstall() -> None:
+    """Back to Python's own signal handling: for a forked child, which has no watching thread, and a server."""
     if _Process.reader >= 0:
         signal.set_wakeup_fd(-1)
     for number in NAMES:

@@ -17,7 +17,22 @@ from stages.runtime.files import replace_text
 from stages.runtime.terminal import Style
 from stages.runtime.watch import Watch
 
-PHASES = ("load", "rollout", "score", "train", "evaluate")
+PHASES = (
+    "startup",  # imports, configuration, the other processes
+    "prepare",  # checks of files, prompts, sizes of forwards
+    "load",  # models, read and checked
+    "rollout",
+    "score",
+    "write",  # waiting for rows to be written
+    "probe",
+    "refresh",  # all else in a refresh
+    "train",
+    "wait",  # for rows that other processes write
+    "save",  # checkpoints
+    "evaluate",
+    "report",  # the exported student, its card, the report
+)
+"""What the time of a run is spent on; what is in none of them is reported as `other`."""
 WORK = ("rollout_progress", "step", "refresh", "version", "eval", "evaluation", "export")
 """Kinds of records that a command writes only if it has done real work."""
 COUNTED = {
@@ -37,10 +52,13 @@ Record = dict[str, Any]
 class Clock:
     """Seconds of this process by phase; inner phases count separately, except inside `evaluate`."""
 
-    def __init__(self, phases: tuple[str, ...] = PHASES) -> None:
+    def __init__(self, phases: tuple[str, ...] = PHASES, began: float | None = None) -> None:
+        """`began`: a `time.perf_counter()` from which time counts, in the first phase until now."""
         self.started = round(time.time(), 3)  # identifies this process among those of a resumed run
-        self._start = time.perf_counter()
+        now = time.perf_counter()
+        self._start = now if began is None else began
         self.seconds = dict.fromkeys(phases, 0.0)
+        self.seconds[phases[0]] = now - self._start
         self._open: list[tuple[str, float]] = []
 
     @contextmanager
@@ -98,7 +116,8 @@ class Metrics:
         style: Style = Style(),  # noqa: B008  # frozen
     ) -> None:
         self.style = style
-        self.last_step: Record = {}
+        self.last_step: Record = {}  # of this process, like `first_refresh`
+        self.first_refresh: Record = {}  # after a step
         self.path = config.run_folder / notes
         self.world = world
         self._config, self._keeps_config = config, keeps_config
@@ -116,6 +135,8 @@ class Metrics:
         record = {"kind": kind, "time": round(time.time(), 3), **values}
         if kind == "step":
             self.last_step = record
+        if kind == "refresh" and self.last_step and not self.first_refresh:
+            self.first_refresh = record
         if not self._has_begun and kind not in WORK:
             self._held.append(record)
             return

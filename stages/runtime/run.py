@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import transformers
 
 from stages.runtime import config as configuration
-from stages.runtime import distributed, locks
+from stages.runtime import distributed, ending, locks
+from stages.runtime.checkpoint import Saver
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
@@ -22,6 +24,7 @@ from stages.runtime.gpu_memory import highest_bytes
 from stages.runtime.metrics import Clock, Metrics
 from stages.runtime.terminal import Style, take_style
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
 
@@ -32,6 +35,7 @@ class Run:
     world: World
     metrics: Metrics
     clock: Clock
+    saver: Saver = field(default_factory=Saver)  # of checkpoints
 
     @property
     def folder(self) -> Path:
@@ -64,10 +68,18 @@ class Run:
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = machine_error(error)
+                problem = self._unwritable(error)
         problem = self.world.gather(problem)[0]
         if problem:
             raise UserError(problem)
+
+    def _unwritable(self, error: OSError) -> str:
+        if error.errno not in UNWRITABLE:
+            return machine_error(error)
+        return (
+            f"the run's folder {self.folder} cannot be written ({error.strerror}: {error.filename}); make runs_dir"
+            f" {self.config.run.runs_dir} writable, or give another --runs_dir."
+        )
 
     def log_totals(self, stage: str) -> None:
         """Log seconds by phase and peak GPU memory so far, each the maximum over ranks (collective)."""
@@ -100,14 +112,25 @@ def open_run(
     style, arguments = take_style(sys.argv[1:] if arguments is None else arguments)
     config = configuration.parse_arguments(arguments, description)
     configuration.require(config, "student_model")
-    return start(config, style, read_only=read_only, notes=notes)
+    return start(config, style, read_only=read_only, notes=notes, began=ending.began())
 
 
-def start(config: Config, style: Style, *, read_only: bool = False, notes: str = "metrics.jsonl") -> Run:
-    """Join the other processes with a configuration that is already there; see `open_run`."""
-    clock = Clock()
-    quieten_libraries()
-    world = distributed.start(config.run.device)
+def start(
+    config: Config,
+    style: Style,
+    *,
+    read_only: bool = False,
+    notes: str = "metrics.jsonl",
+    began: float | None = None,
+) -> Run:
+    """Join the other processes with a configuration that is already there; see `open_run`.
+
+    `began`: `time.perf_counter()` at the start of the command.
+    """
+    clock = Clock(began=began)
+    with clock.phase("startup"):
+        quieten_libraries()
+        world = distributed.start(config.run.device)
     keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
     metrics = Metrics(config, world, notes, keeps_config, style)
     return Run(config, world, metrics, clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def configurations() -> dict[str, Path]:
 DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst"}
 
 
+SUFFIXES = {".yaml", ".yml"}
+
+
+def is_configuration(name: str) -> bool:
+    """Whether `name` can only mean a configuration: a file, YAML by its suffix, or one of the package."""
+    return Path(name).is_file() or Path(name).suffix.lower() in SUFFIXES or name in configurations()
+
+
 def found_file(name: str) -> Path:
     """The configuration file called `name`, here or, if it is not here, in the package."""
     path, shipped = Path(name), configurations()
@@ -35,9 +44,11 @@ def found_file(name: str) -> Path:
     by_path = {str(each.relative_to(ROOT)): each for each in shipped.values()}
     if name in shipped or name in by_path:
         return shipped.get(name) or by_path[name]
-    raise UserError(
-        f"config file {path} does not exist (looked in {Path.cwd()}); the package has {', '.join(shipped)}."
-    )
+    where = path.absolute().parent
+    found = [str(each.relative_to(where)) for each in where.glob("*") if each.suffix.lower() in SUFFIXES]
+    near = difflib.get_close_matches(path.name, sorted([*found, *shipped]), 3, 0.6)
+    mean = f" did you mean {' or '.join(near)}?" if near else f" the package has {', '.join(shipped)}."
+    raise UserError(f"config file {path} does not exist (looked in {where});{mean}")
 
 
 def with_shipped_paths(path: Path, values: dict[str, Any]) -> dict[str, Any]:

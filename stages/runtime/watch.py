@@ -95,7 +95,7 @@ class Watch:
         elif name == "length" and now > LONGER * before:
             text = (
                 f"completions grew from {before:.0f} to {now:.0f} tokens on average by step {step}; look at"
-                " the rows (python -m cache show CACHE --longest 5)"
+                " the rows (dualkl cache show CACHE --longest 5)"
             )
         elif name == "mass" and 1 - now > max(LOST_MASS, LOST_TIMES * (1 - before)):
             text = (

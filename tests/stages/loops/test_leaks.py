@@ -25,7 +25,7 @@ def test_live_tensors_are_counted_once_each_on_a_cpu() -> None:
 def test_six_refreshes_of_a_run_keep_memory_flat(tmp_path: Path, forked: Forker) -> None:
     """Units of 8 rows, scored in forwards of at most 100 tokens: several of different shapes a refresh."""
     values = FEW_ROWS | {"max_steps": 14, "teacher_ds_zero3": "true", "micro_batch_tokens": 100}
-    forked.call(save_weights, tmp_path, small(tmp_path, **values)).expect_success()
+    forked.call(save_weights, tmp_path, small(tmp_path, **values), processes=2).expect_success()
     allocated = [record["memory_allocated_bytes"] for record in records_of(tmp_path / "demo", "refresh")]
     teacher_bytes = Path("examples/arithmetic/teacher/model.safetensors").stat().st_size
     assert len(allocated) == 6

@@ -350,6 +350,22 @@ def test_plan_and_run_count_the_same_weights_of_a_sharded_teacher(folders: Path)
     assert score["teacher shard"] + score["teacher head"] == resident_bytes(config, 2)
 
 
+def test_a_teacher_that_one_process_loads_is_whole(folders: Path) -> None:
+    """On two cards four layers are gathered at a time; one card has no shard and gathers nothing."""
+    config = configured(folders, "Qwen3-4B", "Qwen3-32B", *LAUNCH)
+    attention, mlp = 2 * 5120 * 64 * 128 + 2 * 5120 * 8 * 128, 3 * 5120 * 25_600
+    layer = attention + mlp + 2 * 5120 + 2 * 128
+    two = next(phase.parts for phase in make_plan(config, TWO_80GB).phases if phase.name == "score")
+    assert two["gathered weights"] == 4 * layer * 2
+    one = next(
+        phase.parts
+        for phase in make_plan(config, Machine(speed.GPUS["h100"], 1, 79.1)).phases
+        if phase.name == "score"
+    )
+    assert one["teacher"] == resident_bytes(config, 1) == QWEN3["Qwen3-32B"][-1] * 2
+    assert "gathered weights" not in one
+
+
 def test_hours_and_cache_grow_with_the_run(folders: Path) -> None:
     short = make_plan(configured(folders), TWO_80GB, 128, 128)
     long = make_plan(configured(folders), TWO_80GB, 256, 128)
@@ -462,7 +478,7 @@ def test_every_recipe_fits_the_cards_it_names(folders: Path, recipe: str) -> Non
         (["--gpu", "h100", "--gpus", "two"], "--gpus: expected a whole number, got two"),
         (
             ["--gpu", "h100", "--student_model", "nowhere/student"],
-            "neither a model folder here nor on the hub",
+            "nothing here has that path, and a hub name needs a network",
         ),
         (["--gpu", "h100", "--teacher_model", ""], "teacher_model is missing"),
         (["--gpu", "h100", "--lora_targets", "nothing"], "no linear layer named nothing"),

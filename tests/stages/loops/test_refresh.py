@@ -215,7 +215,7 @@ def test_training_and_the_pipeline_take_both_roles_only(tmp_path: Path, forked: 
     with pytest.raises(UserError, match=r"role generate is for stages\.rollout without --follow"):
         stage_two.train(run, student_of(run), setup.shared_vocabulary(run.config))
     forked.stage("stages.pipeline", *small(tmp_path, role="score")).expect_sentence(
-        "role score is for stages.rollout"
+        "role score is for `dualkl rollout`"
     )
 
 

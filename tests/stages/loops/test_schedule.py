@@ -1,6 +1,7 @@
 """When a refresh is due and why, how much it writes, and several caches at once."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +18,8 @@ from stages.loops import refresh, schedule
 from stages.loops.drift import drift_of, row_sums
 from stages.loops.feed import batch_rows, by_cache
 from stages.loops.schedule import after_step, due
+from stages.models import teacher
+from stages.runtime import checkpoint, host_memory
 from stages.runtime.checkpoint import Position, Refresh
 from stages.runtime.config import Config, parse_arguments
 from stages.runtime.errors import UserError
@@ -418,3 +421,53 @@ def test_a_refresh_is_told_its_reason(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(refresh, "refresh", noted)
     run = train(tmp_path)
     assert told == [(1, records_of(run.folder, "refresh")[0]["reason"])]
+
+
+def test_a_refreshs_checkpoint_is_on_disk_before_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, commit, newest = checkpoint._write_files, cache.Writer.commit, dict[str, Path | None]()
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    def noted(self: cache.Writer, unit: str) -> cache.CommitResult:
+        newest.setdefault(unit.split("-")[2], checkpoint.latest(tmp_path / "demo" / "checkpoints"))
+        return commit(self, unit)
+
+    monkeypatch.setattr(checkpoint, "_write_files", slow)
+    monkeypatch.setattr(cache.Writer, "commit", noted)
+    train(tmp_path)
+    assert [path and path.name for path in newest.values()] == [None, "step-000003"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_files", full)
+    with pytest.raises(UserError, match=r"step-000002 could not be written \(No space left on device\)"):
+        train(tmp_path)
+    assert list((tmp_path / "demo" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_the_teacher_is_read_once_unless_host_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_short: bool
+) -> None:
+    load, loaded = teacher.load_teacher, list[Any]()
+
+    def noted(*arguments: Any) -> Any:
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(teacher, "load_teacher", noted)
+    if is_short:
+        monkeypatch.setattr(host_memory, "free_bytes", lambda: 0)
+    run = train(tmp_path, refresh_every=2)
+    assert [record["step"] for record in records_of(run.folder, "refresh")] == [2, 4]
+    assert len(loaded) == (3 if is_short else 2)  # the first one is that of stage one
+    assert all(one.forward is None for one in loaded)

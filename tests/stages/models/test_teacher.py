@@ -6,20 +6,32 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils import get_z3_leaf_modules
 
+from bench.tiny_types import tiny_model
 from stages.data.alignment import Aligned, align, at_scored
 from stages.loops.leaks import allocated_bytes
 from stages.models import pretrained
+from stages.models.sharding import decoder_layers
 from stages.models.student import load_student
-from stages.models.teacher import TeacherLoader, load_teacher, restore_buffers, zero3_settings
+from stages.models.teacher import (
+    Teacher,
+    TeacherLoader,
+    is_sharded,
+    load_teacher,
+    plain_teacher,
+    restore_buffers,
+    sharded_teacher,
+    zero3_settings,
+)
 from stages.runtime import config as configuration
 from stages.runtime import distributed
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT, Forker, make_config, run_python, small
-from tests.support.thinning import leading
 
 LENGTHS = (7, 300, 41, 1)
 
@@ -41,6 +53,31 @@ def group(shared: bool) -> Aligned:
     return align(prompts, completions, 0, torch.device("cpu"), packed=True, shared=shared)
 
 
+def gathers_of(teacher: Teacher) -> tuple[int, list[list[float]]]:
+    """Collectives of a forward, and the share of each layer that is gathered or in flight as a layer begins.
+
+    After as many forwards as DeepSpeed needs to know the order of the modules.
+    """
+    for _ in range(3):
+        teacher.hidden(batch())
+    layers = decoder_layers(teacher.engine.module)
+    calls: list[Any] = []
+    shares: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        gather = deepspeed.comm.allgather_fn
+        patch.setattr(deepspeed.comm, "allgather_fn", lambda *a, **k: calls.append(1) or gather(*a, **k))
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: shares.append([share_present(x) for x in layers]))
+        teacher.hidden(batch())
+    return len(calls), shares
+
+
+def share_present(layer: torch.nn.Module) -> float:
+    weights: list[Any] = list(layer.parameters())
+    present = sum(p.ds_numel for p in weights if p.ds_status.name != "NOT_AVAILABLE")
+    return present / sum(p.ds_numel for p in weights)
+
+
 def score(folder: Path, flags: list[str]) -> None:
     """In a process of its own: load the teacher, score `batch`, write the results to folder/RANK.pt."""
     config = configuration.parse_arguments(flags, "")
@@ -54,7 +91,7 @@ def score(folder: Path, flags: list[str]) -> None:
         found["packed"] = at_scored(teacher.hidden(batch(packed=True)), batch(packed=True))
         found["shared"] = at_scored(teacher.hidden(group(shared=True)), group(shared=True))
         found["alone"] = at_scored(teacher.hidden(group(shared=False)), group(shared=False))
-    found["shares"] = teacher.shares
+    found["shares"], found["layers"] = teacher.shares, teacher.config.num_hidden_layers
     found["head"] = teacher.head.weight
     if teacher.engine is not None:
         parameters = list(teacher.engine.module.model.named_parameters())
@@ -62,6 +99,8 @@ def score(folder: Path, flags: list[str]) -> None:
         found["dtypes"] = {p.ds_tensor.dtype for _, p in parameters}
         rotary = teacher.engine.module.model.model.rotary_emb
         found["inv_freq"] = rotary.inv_freq.clone()
+        found["leaves"] = [type(module).__name__ for module in get_z3_leaf_modules(teacher.engine.module)]
+        found["gathers"] = gathers_of(teacher)
     teacher.close()
     found["closed"] = teacher.engine is None and teacher.forward is None and teacher.head is None
     vocabulary = pretrained.load_tokenizer(config.models.student_model)
@@ -94,15 +133,11 @@ def plain(scored: Any) -> Any:
     return lambda dtype: scored(1, teacher_dtype=dtype, teacher_ds_zero3="false")[0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "processes"), leading(2, [("bf16", 1), ("fp32", 2), ("fp32", 1), ("bf16", 2)])
-)
-def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(
-    scored: Any, plain: Any, dtype: str, processes: int
-) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_sharded_teacher_is_the_plain_model_bit_by_bit(scored: Any, plain: Any, dtype: str) -> None:
     mask = batch().attention_mask
     assert mask is not None
-    for seen in scored(processes, teacher_dtype=dtype):
+    for seen in scored(2, teacher_dtype=dtype):
         assert seen["collective"]
         assert seen["hidden"].dtype == pretrained.DTYPES[dtype]
         assert torch.equal(seen["hidden"][mask.bool()], plain(dtype)["hidden"][mask.bool()])
@@ -125,8 +160,8 @@ def test_the_plain_teacher_is_transformers_own_forward(plain: Any, teacher_model
 
 @pytest.mark.parametrize(
     ("values", "processes"),
-    [({"teacher_ds_zero3": "false"}, 1), ({}, 1), ({}, 2)],
-    ids=["plain", "zero3", "zero3 on two"],
+    [({"teacher_ds_zero3": "false"}, 1), ({}, 2)],
+    ids=["plain", "zero3 on two"],
 )
 def test_packed_rows_are_scored_as_padded_ones(scored: Any, values: dict[str, Any], processes: int) -> None:
     seen = scored(processes, teacher_dtype="fp32", **values)[0]
@@ -140,13 +175,12 @@ def test_a_teacher_that_may_not_pack_says_so(scored: Any) -> None:
     assert not scored(1, teacher_ds_zero3="false", packing="off")[0]["packs"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_parameter_is_partitioned(scored: Any, processes: int) -> None:
-    for seen in scored(processes, teacher_dtype="bf16"):
+def test_every_parameter_is_partitioned(scored: Any) -> None:
+    for seen in scored(2, teacher_dtype="bf16"):
         assert seen["sizes"]
         for name, (whole, present, part) in seen["sizes"].items():
             assert present == 0, f"{name} is whole"
-            assert part == -(-whole // processes), name
+            assert part == -(-whole // 2), name
         assert seen["dtypes"] == {torch.bfloat16}
 
 
@@ -161,11 +195,75 @@ def test_forwards_between_dummies_repeat(scored: Any) -> None:
         assert torch.equal(seen["hidden"], seen["again"])
 
 
+def test_a_layer_is_gathered_at_once_while_the_one_before_it_runs(scored: Any, teacher_model: Any) -> None:
+    layers = teacher_model.config.num_hidden_layers
+    for seen in scored(2, teacher_dtype="fp32"):
+        assert seen["leaves"] == [type(teacher_model.model.layers[0]).__name__] * layers
+        num_gathers, shares = seen["gathers"]
+        assert num_gathers <= layers + 2
+        for index, present in enumerate(shares):
+            assert present[index : index + 2] == [1.0] * min(2, layers - index)
+            assert sum(present) < 2.5
+
+
+@pytest.mark.thorough
+def test_settings_that_choose_the_modules_are_kept(scored: Any, plain: Any, tmp_path: Path) -> None:
+    own = {"zero_optimization": {"leaf_module": {"classes": []}, "stage3_prefetch_bucket_size": 0}}
+    mask = batch().attention_mask
+    assert mask is not None
+    layers = plain("fp32")["layers"]
+    for seen in scored(2, teacher_dtype="fp32", teacher_ds_config=write_settings(tmp_path, own)):
+        assert seen["gathers"][0] > 5 * layers
+        assert torch.equal(seen["hidden"][mask.bool()], plain("fp32")["hidden"][mask.bool()])
+
+
+def test_with_one_process_the_teacher_is_whole(scored: Any, plain: Any, tmp_path: Path) -> None:
+    assert torch.equal(scored(1, teacher_dtype="fp32")[0]["hidden"], plain("fp32")["hidden"])
+    assert not scored(1, teacher_dtype="fp32")[0]["collective"]
+    said: list[str] = []
+    for value in ("true", "false"):
+        config = make_config(tmp_path, teacher_ds_zero3=value)
+        with TeacherLoader(config, distributed.start("cpu"), said.append) as loader:
+            assert not loader.get().is_collective
+    assert said == [
+        "loading the teacher (whole: one process) and checking how it computes",
+        "loading the teacher and checking how it computes",
+    ]
+
+
+def test_one_process_shards_a_teacher_whose_weights_are_offloaded(tmp_path: Path) -> None:
+    path = write_settings(tmp_path, OWN_SETTINGS)
+    assert is_sharded(make_config(tmp_path, teacher_ds_config=path), 1)
+    assert not is_sharded(make_config(tmp_path), 1)
+    assert is_sharded(make_config(tmp_path), 2)
+    assert not is_sharded(make_config(tmp_path, teacher_ds_zero3="false"), 2)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_after_closing_a_student_loads_whole(scored: Any, processes: int) -> None:
     for seen in scored(processes, teacher_dtype="fp32"):
         assert seen["closed"]
         assert seen["student_is_whole"]
+
+
+def score_with_experts(folder: Path) -> None:
+    """In a process of its own: a mixture of experts on other tokens in each process, plain and sharded."""
+    world, config = distributed.start("cpu"), make_config(folder, teacher_dtype="fp32")
+    model = tiny_model("qwen3_moe")
+    whole = plain_teacher(copy.deepcopy(model), world, "auto")
+    distributed.ensure_process_group(world)
+    sharded = sharded_teacher(model, zero3_settings(config), world, "auto")
+    random = np.random.default_rng(world.rank)
+    for length in (1, 2, 40, 2, 1):
+        row = random.integers(4, 200, length + 1)
+        rows = align([row[:1]], [row[1:]], 0, world.device)
+        assert torch.equal(sharded.hidden(rows), whole.hidden(rows))
+
+
+def test_processes_that_choose_different_experts_score_as_the_plain_model(
+    forked: Forker, tmp_path: Path
+) -> None:
+    forked.call(score_with_experts, tmp_path, processes=2).expect_success()
 
 
 def write_settings(folder: Path, settings: Any) -> str:
@@ -328,9 +426,8 @@ def score_and_close(flags: list[str], num_refreshes: int) -> None:
     assert max(bytes_after) - bytes_after[0] <= 0.01 * size, bytes_after
 
 
-@pytest.mark.parametrize("processes", leading(1, [1, 2]))
-def test_closed_teachers_leave_nothing_in_memory(tmp_path: Path, forked: Forker, processes: int) -> None:
-    forked.call(score_and_close, small(tmp_path), 4, processes=processes).expect_success()
+def test_closed_teachers_leave_nothing_in_memory(tmp_path: Path, forked: Forker) -> None:
+    forked.call(score_and_close, small(tmp_path), 4, processes=2).expect_success()
 
 
 def keep_all_and_close(flags: list[str]) -> None:
@@ -344,4 +441,4 @@ def keep_all_and_close(flags: list[str]) -> None:
 
 
 def test_a_closed_teacher_that_is_held_somewhere_is_hollow(tmp_path: Path, forked: Forker) -> None:
-    forked.call(keep_all_and_close, small(tmp_path)).expect_success()
+    forked.call(keep_all_and_close, small(tmp_path), processes=2).expect_success()

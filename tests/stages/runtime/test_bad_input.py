@@ -31,7 +31,7 @@ def test_a_missing_student_is_one_sentence(forked: Forker, tmp_path: Path) -> No
         "pipeline",
         tmp_path,
         "nowhere/student",
-        "neither a model folder here nor on the hub",
+        "nothing here has that path, and a hub name needs a network",
         student_model="nowhere/student",
     )
 
@@ -79,7 +79,16 @@ def test_impossible_batch_arithmetic_is_one_sentence_in_stage_two(forked: Forker
 
 
 def test_training_without_a_cache_says_what_to_run(forked: Forker, tmp_path: Path) -> None:
-    refused(forked, "train", tmp_path, "there is no teacher cache at", "stages.rollout")
+    refused(forked, "train", tmp_path, "there is no teacher cache at", "dualkl rollout")
+
+
+@pytest.mark.parametrize("module", leading(1, ["pipeline", "rollout"]))
+def test_runs_where_nothing_can_be_written_are_one_sentence(
+    forked: Forker, tmp_path: Path, module: str
+) -> None:
+    (tmp_path / "runs").touch()
+    part = f"make runs_dir {tmp_path / 'runs'} writable, or give another --runs_dir."
+    refused(forked, module, tmp_path / "runs", "cannot be written (Not a directory:", part)
 
 
 def test_a_report_without_a_run_is_one_sentence(forked: Forker, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages import train as stage_two
 from stages.loops import setup, steps
-from stages.runtime import checkpoint
+from stages.runtime import checkpoint, distributed, host_memory
 from stages.runtime.errors import UserError
 from tests.support.helpers import make_run, records_of
 from tests.support.thinning import leading
@@ -144,3 +145,25 @@ def test_a_resumed_run_compares_with_its_best_only_on_the_same_text(
     first, second = (record["measured_on"] for record in records_of(run.folder, "eval"))
     assert (first == second) == is_same
     assert ("restarts at step 2" in capsys.readouterr().out) != is_same
+
+
+def test_memory_is_asked_for_again_when_the_optimizer_has_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam has no moments at step 0: the copies of that checkpoint are smaller than the next one needs."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.AdamW([weight])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    saver, world = checkpoint.Saver(), distributed.start("cpu")
+
+    def begin(step: int) -> None:
+        position = checkpoint.Position(step, 0)
+        saver.begin(tmp_path, position, {"weight": weight}, optimizer, scheduler, world, keep=5)
+
+    begin(0)
+    weight.sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(checkpoint, "_on_host", lambda *_: pytest.fail("copied without memory for it"))
+    begin(1)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000", "step-000001"]

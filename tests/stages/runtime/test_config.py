@@ -278,7 +278,7 @@ def test_flags_are_not_abbreviated() -> None:
         ("lr", "true", "number"),
         ("sample_top_p", "1.5", "less than or equal to 1"),
         ("chat_template_kwargs", "x", "dictionary"),
-        ("run_name", "a/b", "match pattern"),
+        ("run_name", "a/b", "a-b is allowed"),
     ],
 )
 def test_an_ill_typed_value_names_key_type_and_value(flag: str, value: str, kind: str) -> None:

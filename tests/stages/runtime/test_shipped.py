@@ -53,3 +53,17 @@ def test_a_data_file_is_no_configuration(tmp_path: Path) -> None:
     path.write_text('{"prompt": "1 + 1?"}\n')
     with pytest.raises(UserError, match=r"holds data, .* give it as --dataset"):
         shipped.found_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "proposed"), [("mine.yml", "mine.yaml"), ("qwen3-4", "qwen3-4b"), ("sub/own.yaml", "owned.yaml")]
+)
+def test_a_mistyped_configuration_names_near_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, proposed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "mine.yaml", tmp_path / "sub" / "owned.yaml"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(UserError, match=rf"{name} does not exist .* did you mean {proposed}"):
+        shipped.found_file(name)

@@ -96,8 +96,9 @@ def distill(
             "dataset": _rows("dataset", dataset, folder),
             "eval_dataset": _rows("eval_dataset", eval_dataset, folder),
         }
-        config, lines = _configure({key: value for key, value in keys.items() if value != ""})
-        return _run(config, lines, _listeners(on_step, on_refresh), on_end)
+        with given_data.named_as_given(dataset=keys["dataset"], eval_dataset=keys["eval_dataset"]):
+            config, lines = _configure({key: value for key, value in keys.items() if value != ""})
+            return _run(config, lines, _listeners(on_step, on_refresh), on_end)
 
 
 def _run(

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -44,8 +45,14 @@ CONFIGURED: dict[str, tuple[str, ...]] = {
 }
 """Commands that take any key of the configuration, and the sections of which their short help shows keys."""
 COMPLETION = """_dualkl() {{
+  local keys="{keys}"
   local words="{commands}"
-  [ "$COMP_CWORD" -gt 1 ] && words="{keys}"
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+      *) words="" ;;
+    esac
+  fi
   COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _dualkl dualkl"""
@@ -142,8 +149,8 @@ def overview() -> str:
             "dualkl run demo             distil a small real student on the CPU, in minutes",
             "dualkl COMMAND --help       the most used keys; --help all shows every key",
             "dualkl --version            the version",
-            "source <(dualkl --completion)    complete commands and keys in bash (in zsh",
-            "                                 after bashcompinit)",
+            "source <(dualkl --completion)    complete commands, options and keys in bash",
+            "                                 (in zsh after bashcompinit)",
             "",
             "dualkl plan qwen3-4b takes a recipe by its name; recipes are in",
             f"{ROOT / 'recipes'}",
@@ -152,11 +159,27 @@ def overview() -> str:
 
 
 def completion() -> str:
-    """A completion script for bash."""
+    """A completion script for bash: commands, then the options and names that each takes."""
     from stages.runtime.config import SECTION_OF
 
-    keys = " ".join(f"--{key}" for key in ("help", "config", *SECTION_OF))
-    return COMPLETION.format(commands=" ".join(available()), keys=keys)
+    keys = " ".join(f"--{key}" for key in ("config", *SECTION_OF))
+    cases = "\n".join(f'      {name}) words="{" ".join(_words(name))}" ;;' for name in available())
+    return COMPLETION.format(commands=" ".join(available()), keys=keys, cases=cases)
+
+
+def _words(name: str) -> list[str]:
+    """What may follow a command: options and subcommands in its docstring, keys, configurations by name."""
+    from stages.runtime.shipped import configurations
+
+    lines = docstring(COMMANDS[name]).splitlines()
+    own = "\n".join(line for line in lines if line.strip().startswith("--") or f"dualkl {name} " in line)
+    subcommands = re.findall(rf"(?<=dualkl {name} )[a-z]+(?= ROOT)", own)
+    words = ["--help", *subcommands, *re.findall(r"--[a-z_0-9]+", own)]
+    if name != "cache":
+        words += ["--quiet", "--json"]
+    if name in CONFIGURED:
+        words += ["$keys", *configurations()] if name != "init" else ["$keys"]
+    return list(dict.fromkeys(words))
 
 
 if __name__ == "__main__":

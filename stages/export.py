@@ -53,6 +53,7 @@ from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command, one_line
 from stages.runtime.files import new_folder, publish_folder, replace_text
 from stages.runtime.run import quieten_libraries
+from stages.runtime.run_folders import run_folder
 from stages.runtime.terminal import take_style
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -115,24 +116,6 @@ def _check_push(config: Config, name: str, merges: bool) -> None:
             f"--push {name}: an adapter needs its base, and this one's is the folder {base}, which nobody"
             " else has; add --merge, which uploads all weights."
         )
-
-
-def run_folder(name: str) -> Path:
-    """The folder of a run, given as its path or as its name in `runs`."""
-    for folder in (Path(name), Path("runs") / name):
-        if (folder / "config.yaml").is_file():
-            return folder
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"{name} is a file; give the folder of a run, such as runs/demo.")
-    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
-        raise UserError(f"{name} is a model's folder already; give the folder of the run, such as runs/demo.")
-    near = path if path.is_dir() else path.parent
-    runs = sorted(
-        {file.parent.name for file in [*near.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")]}
-    )
-    there = f"; there are {', '.join(runs[:8])}" if runs else ""
-    raise UserError(f"{name} is not the folder of a run (it has no config.yaml){there}.")
 
 
 def _config_of(folder: Path) -> Config:

@@ -39,13 +39,13 @@ def main() -> None:
     root, arguments = split_root(sys.argv[1:])
     run = open_run(__doc__ or "", [*arguments, "--cache_dir", root] if root else arguments, read_only=True)
     if run.world.size > 1:
-        raise UserError("stages.fidelity runs in one process; start it without torchrun.")
+        raise UserError("dualkl fidelity runs in one process; start it without torchrun.")
     snapshot = cache.open(run.config.cache_root)
     kind = snapshot.fingerprint.must_match["signal"]["kind"]
     if kind not in ("hidden", "full"):
         raise UserError(
             f"{run.config.cache_root} holds {kind} rows; only a cache of signal hidden or full has the whole"
-            " distribution to compare with. Write one: python -m stages.rollout --signal hidden --run_name"
+            " distribution to compare with. Write one: dualkl rollout --signal hidden --run_name"
             " exact ..."
         )
     student, _ = setup.current_student(run, setup.cached_vocabulary(run.config))

@@ -36,6 +36,7 @@ import numpy as np
 from cache.arguments import positive, positive_number
 from cache.plain import plain
 from stages import plan as planner
+from stages.data.checkers import open_checker
 from stages.loops import cpu_plan, sizing
 from stages.loops.sizing import Choice, Choices, Machine
 from stages.loops.survey import Survey, findings
@@ -68,6 +69,8 @@ SHOWN = (
     "rollouts_per_refresh",
 )
 """Keys that the file holds whatever their value; others only if they are given or not the default."""
+MANY_LONGER = 0.1
+"""Share of the data's answers above max_new_tokens that is remarked on."""
 NOTES = {
     "lora": "use_lora: false trains all weights, which needs a tenth of this lr; lora_r: rank",
     "loss": "the reverse KL (nats) trains tokens where it is below tau, the forward KL those above; alpha:"
@@ -94,9 +97,11 @@ def main() -> None:
     if files:
         raise UserError(f"init writes a configuration and reads none, got {files[0]}; give single keys.")
     given = {leaf: sizing.value_of(asked, leaf) for leaf in named | texts}
+    open_checker(asked.eval.answer_checker)
     place, machine = _place(own.out, asked, given.get("run_name")), _machine(own, asked.run.device)
     found, chosen = sizing.configure(asked, machine, given | {"run_name": place.run_name})
-    seen = [*findings(asked, found), *_about_evaluation(chosen), f"machine   {machine}"]
+    seen = [*findings(asked, found), *_about_evaluation(chosen), *_about_lengths(chosen, found)]
+    seen.append(f"machine   {machine}")
     style.say("\n".join([*seen, ""]))
     chosen, plan = _planned(chosen, found, machine)
     style.say("\n".join([*plan, ""]))
@@ -124,6 +129,19 @@ def _about_evaluation(chosen: Choices) -> Iterator[str]:
         yield (
             f"held out  {number:,} prompts, split off the data (others: --eval_dataset; none: --eval_prompts 0)"
         )
+    if number:
+        checker = chosen.get("answer_checker", Choice("")).value
+        yield f"answers   checked by {checker}" if checker else "answers   not checked (--answer_checker)"
+
+
+def _about_lengths(chosen: Choices, found: Survey) -> Iterator[str]:
+    most = chosen["max_new_tokens"].value
+    longer = found.data.answers_longer_than(most)
+    if longer > MANY_LONGER:
+        yield (
+            f"note      {longer:.0%} of the data's answers are longer than max_new_tokens {most}; completions"
+            " that are cut lack their end, so raise it unless this is a trial"
+        )
 
 
 def _run(path: Path, machine: Machine) -> str:
@@ -137,8 +155,9 @@ def _run(path: Path, machine: Machine) -> str:
 
 def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = flags.Parser(prog="dualkl init", add_help=False)
-    for name in ("student", "teacher", "data", "out"):
-        parser.add_argument(f"--{name}", default="")
+    for name, key in (("student", "student_model"), ("teacher", "teacher_model"), ("data", "dataset")):
+        parser.add_argument(f"--{name}", f"--{key}", default="")
+    parser.add_argument("--out", default="")
     parser.add_argument("--gpus", type=positive, default=0)
     parser.add_argument("--gpu_memory", type=positive_number, default=0.0)
     own, rest = parser.parse_known_args(arguments)

@@ -26,11 +26,12 @@ from typing import Any
 import cache
 from stages.data.prompts import Prompt
 from stages.engine.opening import open_engine
-from stages.loops import measure, preflight, refresh, schedule, setup, steps
+from stages.loops import leaks, measure, preflight, refresh, schedule, setup, steps
 from stages.loops.elsewhere import wait_for
 from stages.loops.setup import Vocabulary
 from stages.models import student as students
 from stages.models.student import Student, policy_hash
+from stages.models.teacher import TeacherLoader
 from stages.runtime import card, checkpoint, metrics
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
@@ -40,16 +41,8 @@ from stages.runtime.run import Run, open_run
 
 def main() -> None:
     run = open_run(__doc__ or "")
-    run.claim()
-    setup.check_history(run)
-    if run.config.refresh.refresh_mode == "external":
-        _await_cache(run)
-    if not cache.exists(run.config.cache_root):
-        raise UserError(
-            f"there is no teacher cache at {run.config.cache_root}; run `python -m stages.rollout` with the"
-            " same configuration first, or name one with --cache_dir."
-        )
-    ready = preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
+    with run.clock.phase("prepare"):
+        ready = _prepare(run)
     student, _ = setup.current_student(run, ready.vocabulary)
     step = train(run, student, ready.vocabulary, ready.prompts)
     last, path = run.metrics.last_step, run.folder / "student"
@@ -59,6 +52,20 @@ def main() -> None:
         f"next:  dualkl evaluate with the same configuration, then dualkl report {run.folder}",
         {"step": step, "student": str(path), "cache": run.config.cache_root, "last_step": last},
     )
+
+
+def _prepare(run: Run) -> preflight.Ready:
+    """All checks that need no weights; waits for the cache if another process writes it."""
+    run.claim()
+    setup.check_history(run)
+    if run.config.refresh.refresh_mode == "external":
+        _await_cache(run)
+    if not cache.exists(run.config.cache_root):
+        raise UserError(
+            f"there is no teacher cache at {run.config.cache_root}; run `dualkl rollout` with the"
+            " same configuration first, or name one with --cache_dir."
+        )
+    return preflight.check_early(run, _work(run.config), setup.cached_vocabulary)
 
 
 def _work(config: Config) -> preflight.Work:
@@ -71,44 +78,62 @@ def _work(config: Config) -> preflight.Work:
     )
 
 
-def train(run: Run, student: Student, vocabulary: Vocabulary, prompts: list[Prompt] | None = None) -> int:
+def train(
+    run: Run,
+    student: Student,
+    vocabulary: Vocabulary,
+    prompts: list[Prompt] | None = None,
+    teacher: TeacherLoader | None = None,
+) -> int:
     """Train to max_steps and export the student to `runs/<name>/student`; return its step.
 
-    `prompts`: read if not given.
+    `prompts`: read if not given. `teacher`: one that refreshes share with other work.
     """
+    if teacher is None:
+        with TeacherLoader(run.config, run.world, run.metrics.say_once) as own:
+            return train(run, student, vocabulary, prompts, own)
     inline = run.config.refreshes and run.config.refresh.refresh_mode == "inline"
-    training = steps.prepare(run, student)
-    if prompts is None:
-        prompts = refresh.prompts_of(run, vocabulary) if inline else []
-    engine = open_engine(student.model)
+    with run.clock.phase("prepare"):
+        training = steps.prepare(run, student)
+        if prompts is None:
+            prompts = refresh.prompts_of(run, vocabulary) if inline else []
+        engine = open_engine(student.model)
     if (
         run.config.refresh.refresh_mode != "external"  # else the follower checks its generator
         and checkpoint.latest(run.folder / "checkpoints") is None
     ):
         refresh.check_generator(run, student, engine, 0)
 
-    def refresh_now(now: steps.Training, index: int, reason: str) -> None:
-        policy = setup.student_policy(run, now.student, engine, now.step)
-        refresh.refresh(run, now.student, policy, vocabulary, prompts, index, reason)
+    def refresh_now(now: steps.Training, index: int, started: checkpoint.Refresh) -> None:
+        policy = setup.student_policy(run, now.student, engine, now.step, started.policy_hash)
+        refresh.refresh(run, now.student, policy, vocabulary, prompts, teacher, index, started.reason)
         run.log_totals("train")
 
     evaluate = heldout_divergences(run, vocabulary) if run.config.eval.eval_every else None
-    schedule.fit(run, training, refresh_now, evaluate)
+    with leaks.old_objects_kept(run.world.device):
+        schedule.fit(run, training, refresh_now, evaluate)
+    with run.clock.phase("report"):
+        step = _export_chosen(run, student, training.step)
+    run.log_totals("train")
+    return step
+
+
+def _export_chosen(run: Run, student: Student, newest: int) -> int:
+    """Export the student that `export_checkpoint` names; return its step. `newest`: that of its weights."""
     kept = None
     if run.config.train.export_checkpoint == "best":
         kept = checkpoint.load_best(run.folder / "checkpoints", student.trainable)
         if kept is None:
             raise UserError(
-                f"export_checkpoint: best, but the run in {run.folder} reached step {training.step} with"
+                f"export_checkpoint: best, but the run in {run.folder} reached step {newest} with"
                 " eval_every 0, so no held-out KL was measured; raise max_steps, or set export_checkpoint:"
                 " last."
             )
         run.metrics.say(
             f"exporting the student of step {kept.step}, reverse KL {kept.reverse_kl:.4f} on held-out text"
         )
-    step = training.step if kept is None else kept.step
+    step = newest if kept is None else kept.step
     _export(run, student, step)
-    run.log_totals("train")
     return step
 
 
@@ -147,11 +172,11 @@ def _await_cache(run: Run) -> None:
         if run.world.is_main:
             run.metrics.keep_config()  # the follower reads it
         run.metrics.say(
-            f"waiting for {run.config.cache_root}, which `python -m stages.rollout --follow {run.folder}`"
-            " begins"
+            f"waiting for {run.config.cache_root}, which `dualkl rollout --follow {run.folder}` begins"
         )
 
-    wait_for(lambda: run.world.gather(cache.exists(run.config.cache_root))[0] or None, on_wait=tell)
+    with run.clock.phase("wait"):
+        wait_for(lambda: run.world.gather(cache.exists(run.config.cache_root))[0] or None, on_wait=tell)
 
 
 def heldout_divergences(run: Run, vocabulary: Vocabulary) -> steps.Evaluate:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,14 +71,14 @@ def keep_rows(folder: Path, key: str, value: Any) -> str:
     """
     where = _made(folder / "data")
     partial = where / f"{key}.{os.getpid()}.partial"
-    digest, number = hashlib.sha256(), 0
+    digest, index = hashlib.sha256(), -1
     try:
         with partial.open("wb") as file:
-            for number, row in enumerate(_rows(key, value), start=1):
-                line = _line(key, number, row)
+            for index, row in enumerate(_rows(key, value)):
+                line = _line(key, index, row)
                 digest.update(line)
                 file.write(line)
-        if not number:
+        if index < 0:
             raise UserError(f"{key} holds no rows; give at least one record.")
         path = where / f"{key}-{digest.hexdigest()[:HASH_LENGTH]}.jsonl"
         _refuse_others(folder, key, path)
@@ -85,6 +86,24 @@ def keep_rows(folder: Path, key: str, value: Any) -> str:
     finally:
         partial.unlink(missing_ok=True)
     return str(path)
+
+
+@contextlib.contextmanager
+def named_as_given(**paths: Any) -> Iterator[None]:
+    """Inside, errors about files that `keep_rows` wrote name the argument and the index of the row."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, path in paths.items():
+            if isinstance(path, str) and path in text and Path(path).name.startswith(f"{key}-"):
+                text = _as_argument(text, key, path)
+        raise UserError(text) from error
+
+
+def _as_argument(text: str, key: str, path: str) -> str:
+    text = text.replace(f"dataset {path}", path).replace(path, f"the argument {key}")
+    return re.sub(r"\brecord (\d+)", lambda found: f"{key}[{int(found[1]) - 1}]", text)
 
 
 def _refuse_others(folder: Path, key: str, path: Path) -> None:
@@ -125,24 +144,31 @@ def _stored_rows(key: str, rows: Rows) -> Iterator[Record]:
         try:
             yield rows[index]
         except Unusable as reason:
-            raise UserError(f"row {index + 1} of {key} is a record {reason}; remove that column.") from None
+            raise UserError(f"{key}[{index}] is a record {reason}; remove that column.") from None
 
 
-def _line(key: str, number: int, row: Any) -> bytes:
+def _line(key: str, index: int, row: Any) -> bytes:
     """A row as a line of JSON: a record, a prompt, or a list of chat turns."""
-    if isinstance(row, str) and Path(row).is_file():
+    if isinstance(row, str) and _is_file(row):
         raise UserError(f"{key} lists the file {row}; give {{file: weight}} to mix files, or rows.")
     names: dict[type, str] = {str: "prompt", list: "messages", tuple: "messages"}
     record = row if isinstance(row, dict) else {names[type(row)]: row} if type(row) in names else None
     if record is None:
         raise UserError(
-            f"row {number} of {key} is of type {type(row).__name__}; expected a record (dict), a prompt (str)"
-            " or a list of chat turns."
+            f"{key}[{index}] is of type {type(row).__name__}; expected a record (dict), a prompt (str) or a"
+            " list of chat turns."
         )
     try:
         return (json.dumps(record, default=_plain) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"row {number} of {key} cannot be written as JSON ({error}); convert it.") from None
+        raise UserError(f"{key}[{index}] cannot be written as JSON ({error}); convert it.") from None
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name can be
+        return False
 
 
 def _plain(value: Any) -> Any:

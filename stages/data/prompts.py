@@ -6,8 +6,9 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -71,22 +72,39 @@ class PromptSet:
         return _skips(self.skipped, self.num_records)
 
 
-def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+Split = tuple[PromptSet, PromptSet]
+"""The prompts of `dataset` to train on, and those held out from it."""
+
+
+def split_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Split | None:
+    """What `training_prompts` and `heldout_prompts` both read; None if they read different data."""
+    apart = config.eval.eval_dataset or not config.eval.eval_prompts
+    return None if apart else _split(config, tokenizer)
+
+
+def training_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, split: Split | None = None
+) -> PromptSet:
     """Return `num_prompts` prompts of `dataset` (0: all) in a seeded order, without those held out.
 
-    Several data sets are mixed by weight. One that ends before the others is repeated until all have ended.
+    `split`: the result of `split_of`, if known. Several data sets are mixed by weight. One that ends before the others is repeated until all have ended.
     Errors: `UserError` if a data set cannot be read, has no prompts, or more than `allow_skipped` of its
     records are skipped.
     """
     if config.eval.eval_dataset or not config.eval.eval_prompts:
         return _mixed(_sources(config, tokenizer), config.data.num_prompts or sys.maxsize)
-    return _split(config, tokenizer)[0]
+    return (split or _split(config, tokenizer))[0]
 
 
-def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """Return `eval_prompts` prompts of `eval_dataset` or, if it is empty, prompts held out from `dataset`."""
+def heldout_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, split: Split | None = None
+) -> PromptSet:
+    """Return `eval_prompts` prompts of `eval_dataset` or, if it is empty, prompts held out from `dataset`.
+
+    `split`: the result of `split_of`, if known.
+    """
     if not config.eval.eval_dataset:
-        train, held_out = _split(config, tokenizer)
+        train, held_out = split or _split(config, tokenizer)
         if held_out.prompts:
             return held_out
         repeats = f", and {held_out.num_repeats} that repeat them" if held_out.num_repeats else ""
@@ -101,7 +119,7 @@ def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Promp
     return _mixed([_Source(name, 1.0, records, order, config, tokenizer)], config.eval.eval_prompts)
 
 
-def _split(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, PromptSet]:
+def _split(config: Config, tokenizer: PreTrainedTokenizerBase) -> Split:
     """Prompts of `dataset` to train on, and to hold out: those after `num_prompts`.
 
     If there are none, or `num_prompts` is 0, the last tenth of the different prompts is held out, at least
@@ -146,6 +164,7 @@ class _Source:
     num_drawn: int = 0
     num_records: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, int] = field(default_factory=dict)  # a skipped record's index for each reason
     columns: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -156,7 +175,7 @@ class _Source:
         """Raise `UserError` if too few records are prompts."""
         if not self.num_records:
             return
-        skips = _skips(self.skipped, self.num_records)
+        skips = _skips(self.skipped, self.num_records, self.examples)
         if not self.prompts:
             refused = Counter(
                 {why: number for why, number in self.skipped.items() if why.startswith(REFUSED)}
@@ -198,6 +217,7 @@ class _Source:
                 return self.prompts[-1]
             except Unusable as reason:
                 self.skipped[str(reason)] += 1
+                self.examples[str(reason)] = min(index, self.examples.get(str(reason), index))
         return None
 
     def _prompt(self, index: int) -> Prompt:
@@ -258,8 +278,14 @@ def _mixed(sources: list[_Source], limit: int) -> PromptSet:
     )
 
 
-def _skips(skipped: Counter[str], num_records: int) -> str:
-    reasons = [f"{number} {reason}" for reason, number in skipped.most_common(SHOWN)]
+def _skips(
+    skipped: Counter[str], num_records: int, examples: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """`9 of 521 records skipped: 9 without a user turn, such as record 12`; records are counted from 1."""
+    reasons = [
+        f"{number} {reason}" + (f", such as record {examples[reason] + 1}" if reason in examples else "")
+        for reason, number in skipped.most_common(SHOWN)
+    ]
     rest = skipped.total() - sum(number for _, number in skipped.most_common(SHOWN))
     return f"{skipped.total()} of {num_records} records skipped: " + ", ".join(
         reasons + [f"{rest} for other reasons"] * (rest > 0)

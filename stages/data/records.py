@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 
 from stages.data.conversations import COLUMNS, Unusable
 from stages.runtime.errors import UserError, one_line
+from stages.runtime.network import needs_network, no_hub
+from stages.runtime.yaml_text import short
 
 Record = dict[str, Any]
 Bytes = mmap.mmap | bytes
@@ -75,10 +77,18 @@ def open_records(name: str, split: str) -> Sequence[Record]:
 
 
 def _path(name: str) -> Path:
+    """UserError for a text that no file can be called, such as a prompt."""
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
+        path.exists()
     except RuntimeError:  # the named user does not exist
         return Path(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"dataset {short(name)} is not a name ({getattr(error, 'strerror', None) or error}); expected a file, a folder, or a name"
+            " on the hub."
+        ) from None
+    return path
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ class Lines(Sequence[Record]):
     def value(self, index: int) -> Any:
         line = int(self.numbers[index])
         text = _text(self.path, self.data[self.starts[index] : self.ends[index]], line)
-        with _refusing(self.path, line):
+        with _refusing(self.path, line, "mend that line, which must be one whole record, or delete it"):
             return json.loads(text, strict=False)
 
 
@@ -406,9 +416,12 @@ def _saved(folder: Path, split: str) -> Rows:
 def _hub(name: str, config: str, split: str) -> Rows:
     import datasets
 
+    datasets.config.HF_HUB_OFFLINE |= bool(no_hub())
     try:
         return Rows(datasets.load_dataset(NAMED.get(name, name), config or None, split=split))
     except Exception as error:
+        if no_hub() and isinstance(error, ConnectionError | FileNotFoundError):
+            raise UserError(needs_network("dataset", name, "a file or a folder")) from error
         hint = f" Name one as {name}:CONFIG." if "Config name is missing" in str(error) else ""
         raise UserError(
             f"dataset {name} (split {split}) is neither a local file or folder nor a data set on the hub:"
@@ -422,7 +435,7 @@ def _hub(name: str, config: str, split: str) -> Rows:
 def _values(text: str, path: Path) -> list[Any]:
     decoder, white = json.JSONDecoder(strict=False), re.compile(r"\s*")
     values, at = [], 0
-    with _refusing(path, 1):
+    with _refusing(path, 1, "mend the file there"):
         while (at := white.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # always matches
             value, at = decoder.raw_decode(text, at)
             values.append(value)
@@ -430,7 +443,7 @@ def _values(text: str, path: Path) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path, line: int) -> Iterator[None]:
+def _refusing(path: Path, line: int, remedy: str) -> Iterator[None]:
     """Turn JSON errors of a text starting at `line` into `UserError`."""
     try:
         yield
@@ -442,7 +455,7 @@ def _refusing(path: Path, line: int) -> Iterator[None]:
         where, why = f"line {line}", one_line(error)
     else:
         return
-    raise UserError(f"dataset {path}, {where}: invalid JSON ({why}).")
+    raise UserError(f"dataset {path}, {where}: invalid JSON ({why}); {remedy}.")
 
 
 def _arrow_record(row: pa.RecordBatch | pa.Table) -> Record:

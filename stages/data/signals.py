@@ -107,7 +107,7 @@ class States(SignalKind):
     def teacher(self, signals: list[Any], head: Head | None) -> AnyTeacher:
         if head is None:
             raise UserError(
-                "the cache holds hidden states but no teacher head; run `python -m cache verify` on it."
+                "the cache holds hidden states but no teacher head; run `dualkl cache verify` on it."
             )
         return HiddenTeacher(cat([_typed(s.states, s.dtype) for s in signals]), head)
 
@@ -148,7 +148,7 @@ def teacher_of(records: list[cache.Record], head: Head | None, vocab_size: int) 
     signals = [record.signal for record in records]  # rows of one cache share one kind
     kind = next((kind for kind in KINDS.values() if isinstance(signals[0], kind.stored)), None)
     if kind is None:
-        raise UserError(f"row {records[0].row_id} is not scored yet; run stages.rollout to score it.")
+        raise UserError(f"row {records[0].row_id} is not scored yet; run `dualkl rollout` to score it.")
     teacher = kind.teacher(signals, head)
     if isinstance(teacher, TopKTeacher):
         check_topk_values(teacher, vocab_size)
@@ -174,6 +174,9 @@ def dual_kl_head(stored: cache.TeacherHead | None, device: torch.device) -> Head
 
 def cat(parts: list[np.ndarray] | list[Tensor]) -> Tensor:
     """Concatenate arrays or tensors."""
+    arrays = [part for part in parts if not isinstance(part, Tensor)]
+    if len(arrays) == len(parts):
+        return torch.from_numpy(np.concatenate(arrays))
     return torch.cat(
         [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts]
     )

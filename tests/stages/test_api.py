@@ -138,8 +138,10 @@ def test_processes_with_different_rows_are_refused(forked: Forker, tmp_path: Pat
         ({"on_step": 3}, "on_step is 3; expected a function"),
         ({"run_name": "my run"}, "config key run.run_name"),
         ({"max_prompt_tokens": 2}, "gave no prompts"),
+        ({"rows": [{"prompt": "a"}, {"text": "b"}], "allow_skipped": 0}, "such as dataset[1]; that is more"),
+        ({"rows": "What is 3 + 4? " * 50}, "is not a name (File name too long); expected a file, a folder"),
     ],
-    ids=["key", "value", "rows", "file", "checker", "listener", "name", "prompts"],
+    ids=["key", "value", "rows", "file", "checker", "listener", "name", "prompts", "row", "text"],
 )
 def test_wrong_arguments_are_one_sentence(tmp_path: Path, values: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError) as caught:

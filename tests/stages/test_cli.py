@@ -8,10 +8,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from stages import cli
+from cache import __main__ as cache_command
+from stages import cli, init, plan, view
 from tests.support.helpers import ROOT, Forker, run_python, small
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "peft")
@@ -88,13 +90,40 @@ def test_the_version_is_that_of_the_package() -> None:
     assert dualkl("--version").stdout.startswith("dualkl ")
 
 
-def test_the_completion_is_a_script_that_completes_commands_and_keys() -> None:
-    script = (
-        cli.completion()
-        + '\nCOMP_WORDS=(dualkl train --lora_a); COMP_CWORD=2; _dualkl; echo "${COMPREPLY[@]}"'
-    )
+def completed(*words: str) -> list[str]:
+    """What the completion script proposes for the last of `words`."""
+    typed = " ".join(f"'{word}'" for word in words)
+    script = f"""{cli.completion()}
+COMP_WORDS=(dualkl {typed}); COMP_CWORD={len(words)}; _dualkl; echo "${{COMPREPLY[@]}}" """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "--lora_alpha\n"
+    return done.stdout.split()
+
+
+def test_the_completion_knows_commands_and_keys() -> None:
+    assert completed("tra") == ["train"]
+    assert completed("train", "--lora_a") == ["--lora_alpha"]
+    assert completed("plan", "qwen3-8") == ["qwen3-8b"]
+    assert completed("export", "--lora_a") == []
+    assert completed("nothing", "--lora_a") == []
+
+
+def test_the_completion_knows_the_options_of_each_command() -> None:
+    own: dict[str, set[str]] = {
+        "init": {f"--{name}" for name in init.OPTIONS},
+        "plan": {f"--{name}" for name in plan.OPTIONS},
+        "view": set(view._parser()._option_string_actions),
+        "export": {"--merge", "--dtype", "--out", "--overwrite", "--license", "--push"},
+        "rollout": {"--follow"},
+    }
+    for name, options in own.items():
+        assert options | {"--help", "--quiet", "--json"} <= {*completed(name, "--")}, name
+
+
+def test_the_completion_knows_what_the_cache_takes() -> None:
+    commands = cast(Any, cache_command._parser()._subparsers)._group_actions[0].choices
+    assert set(commands) <= {*completed("cache", "")}
+    options = {option for parser in commands.values() for option in parser._option_string_actions}
+    assert options - {"-h"} == {*completed("cache", "summary", "--")}
 
 
 def test_the_cache_command_is_that_of_the_package(tmp_path: Path) -> None:

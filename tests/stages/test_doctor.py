@@ -1,5 +1,6 @@
 """The doctor: what passes on the demo, and what each check says when something is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,18 @@ def test_the_demo_passes_and_leaves_nothing_behind(forked: Forker, tmp_path: Pat
     }
     assert "no check failed, 4 were skipped" in done.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result_alone_is_printed_on_request(forked: Forker, tmp_path: Path) -> None:
+    flags = ["pipeline.yaml", "--runs_dir", str(tmp_path), "--dataset", "nowhere.jsonl"]
+    done = forked.stage("stages.doctor", *flags, "--json")
+    assert done.code == 1
+    facts = json.loads(done.out)
+    assert facts["checks"]["files"]["state"] == "FAIL"
+    assert set(facts["checks"]) == set(doctor.CHECKS)
+    quiet = forked.stage("stages.doctor", *flags, "--quiet")
+    assert quiet.code == 1
+    assert "1 of 13 checks failed" in quiet.out
 
 
 def test_two_processes_compare_the_sharded_teacher_with_the_plain_one(forked: Forker, tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ def run_export(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     export.main()
 
 
+def test_the_result_alone_is_printed_on_request(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_export(monkeypatch, run_folder, "--json")
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert facts["folder"] == str(run_folder / "export")
+    assert (facts["step"], facts["merged"]) == (2, False)
+    assert any("AutoPeftModelForCausalLM" in line for line in facts["usage"])
+    assert "exporting step 2 of 2" in err
+    run_export(monkeypatch, run_folder, "--quiet", "--overwrite")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "exported  step 2, the adapter"
+    assert "exporting step" not in out + err
+
+
 def student_in(run: Path) -> Any:
     """The run's student as training had it last."""
     config = export._config_of(run)
@@ -206,7 +222,8 @@ def test_a_folder_is_not_overwritten_unasked(run_folder: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], r"nowhere is not the folder of a run \(it has no config.yaml\)"),
+        (["nowhere"], r"there is no run at nowhere; there are"),
+        (["stages"], r"stages is not the folder of a run \(it has no config.yaml\)"),
         ([ROOT / "pipeline.yaml"], r"pipeline.yaml is a file; give the folder of a run"),
         ([ROOT / STUDENT], r"is a model's folder already; give the folder of the run"),
         ([], r"RUN is missing; `dualkl export --help`"),

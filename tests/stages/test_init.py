@@ -87,6 +87,50 @@ def test_a_csv_and_a_base_model_are_taken(
     assert "base model without a chat template" in capsys.readouterr().out
 
 
+def test_the_result_alone_is_printed_on_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = data_file(tmp_path, LAYOUTS["question"]), tmp_path / "new.yaml"
+    monkeypatch.setattr(sys, "argv", ["init", *command(tmp_path, path), "--json"])
+    init.main()
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert facts["file"] == str(file)
+    assert facts["run"] == f"dualkl run {file}"
+    assert facts["configuration"]["answer_checker"] == "gsm8k"
+    assert "answers   checked by gsm8k" in facts["found"]
+    assert all(line in err.splitlines() for line in facts["found"])
+    file.unlink()
+    monkeypatch.setattr(sys, "argv", ["init", *command(tmp_path, path), "--quiet"])
+    init.main()
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["wrote", "check", "next"]
+    assert err == ""
+
+
+def test_models_and_data_may_be_named_by_their_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = {
+        "student_model": STUDENT,
+        "teacher_model": TEACHER,
+        "dataset": data_file(tmp_path, LAYOUTS["prompt"]),
+    }
+    monkeypatch.setattr(sys, "argv", ["init", *flags(**named, out=tmp_path / "new.yaml", device="cpu")])
+    init.main()
+    config = configuration.parse_arguments([str(tmp_path / "new.yaml")], "")
+    assert config.data.dataset == str(named["dataset"])
+
+
+def test_answers_that_will_be_cut_are_remarked_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data_file(tmp_path, LAYOUTS["question"])
+    made(monkeypatch, tmp_path, path, max_new_tokens=4)
+    assert "100% of the data's answers are longer than max_new_tokens 4;" in capsys.readouterr().out
+    (tmp_path / "new.yaml").unlink()
+    made(monkeypatch, tmp_path, path)
+    assert "are longer than max_new_tokens" not in capsys.readouterr().out
+
+
 def test_given_keys_are_kept_and_the_others_fit_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = data_file(tmp_path, LAYOUTS["prompt"])
     text, config = made(monkeypatch, tmp_path, path, max_steps=5, lr="3e-5", tau=0.5, eval_prompts=0)
@@ -118,7 +162,7 @@ def test_a_name_that_a_run_has_gets_a_number(monkeypatch: pytest.MonkeyPatch, tm
     ("values", "part"),
     [
         ({"student": ""}, "init needs --student: dualkl init --student MODEL"),
-        ({"student": "nowhere/x"}, "neither a model folder here nor on the hub"),
+        ({"student": "nowhere/x"}, "nothing here has that path, and a hub name needs a network"),
         ({"student": "pipeline.yaml"}, "is a file; give the folder of a model"),
         ({"data": "nowhere.jsonl"}, "dataset nowhere.jsonl does not exist"),
         ({"data": "stages"}, "a folder without data files"),
@@ -130,6 +174,7 @@ def test_a_name_that_a_run_has_gets_a_number(monkeypatch: pytest.MonkeyPatch, tm
         ({"out": "no/folder/a.yaml"}, "the folder no/folder does not exist"),
         ({"learning_rat": 1}, "unknown key learning_rat"),
         ({"max_steps": "many"}, "max_steps"),
+        ({"answer_checker": "GSM8K"}, "answer_checker GSM8K: expected gsm8k or path/to/file.py:function"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
-from stages.data.given import is_name, keep_rows, keep_tokenizer
+from stages.data.given import is_name, keep_rows, keep_tokenizer, named_as_given
 from stages.models import pretrained
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, STUDENT
@@ -36,6 +36,29 @@ def test_prompts_and_turns_become_records(tmp_path: Path) -> None:
     assert kept(tmp_path, ["How many?", turns]) == [{"prompt": "How many?"}, {"messages": turns}]
 
 
+def test_prompts_of_any_length_are_rows(tmp_path: Path) -> None:
+    prompts = ["How many pens does she have? " * 200, "a" * 300, "line\nline", "a\0b"]
+    assert [row["prompt"] for row in kept(tmp_path, prompts)] == prompts
+
+
+def test_errors_about_kept_rows_name_the_argument(tmp_path: Path) -> None:
+    path = keep_rows(tmp_path, "eval_dataset", ROWS)
+    with (
+        pytest.raises(UserError) as caught,
+        named_as_given(dataset="own.jsonl", eval_dataset=path),
+    ):
+        raise UserError(f"dataset {path} gave no prompts (2 skipped, such as record 2); see {path}.")
+    assert str(caught.value) == (
+        "the argument eval_dataset gave no prompts (2 skipped, such as eval_dataset[1]); see the argument"
+        " eval_dataset."
+    )
+    with (
+        pytest.raises(UserError, match=r"^dataset own\.jsonl has no record 3\.$"),
+        named_as_given(dataset="own.jsonl"),
+    ):
+        raise UserError("dataset own.jsonl has no record 3.")
+
+
 def test_numpy_values_become_numbers(tmp_path: Path) -> None:
     row = {"prompt": "a", "number": np.int64(3), "list": np.arange(2)}
     assert kept(tmp_path, [row]) == [{"prompt": "a", "number": 3, "list": [0, 1]}]
@@ -59,8 +82,8 @@ def test_no_partial_file_is_left(tmp_path: Path) -> None:
         ([], "holds no rows"),
         (7, "of type int; expected a name or a path"),
         ({"prompt": ["a"]}, "of type dict; expected a name or a path"),
-        ([{"prompt": "a"}, 7], "row 2 of dataset is of type int"),
-        ([{"prompt": object()}], "row 1 of dataset cannot be written as JSON (a value of type object)"),
+        ([{"prompt": "a"}, 7], "dataset[1] is of type int"),
+        ([{"prompt": object()}], "dataset[0] cannot be written as JSON (a value of type object)"),
         (["examples/arithmetic/train.jsonl"], "lists the file examples/arithmetic/train.jsonl"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "has the splits train; give one"),
     ],
@@ -73,7 +96,7 @@ def test_other_values_are_one_sentence(tmp_path: Path, value: Any, part: str) ->
 
 def test_images_in_a_data_set_are_one_sentence(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"prompt": ["a"], "image": [{"bytes": b"x", "path": None}]})
-    with pytest.raises(UserError, match="row 1 of dataset is a record with image"):
+    with pytest.raises(UserError, match=r"dataset\[0\] is a record with image"):
         keep_rows(tmp_path, "dataset", data)
 
 

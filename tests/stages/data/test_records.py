@@ -234,7 +234,11 @@ TWICE = parquet_of(pa.table([["1"], ["2"]], names=["a", "a"]))
         ("a.jsonl", (GOOD * 2).encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         ("a.csv", "question\na\né\n".encode("latin1"), "line 3: byte 0xe9 is not UTF-8"),
         ("a.jsonl", (GOOD + "\n" + GOOD[:-4]).encode(), "line 3, column 14: invalid JSON"),
-        ("a.jsonl", (GOOD + "{a}\n" + GOOD).encode(), "line 2, column 2: invalid JSON"),
+        (
+            "a.jsonl",
+            (GOOD + "{a}\n" + GOOD).encode(),
+            "line 2, column 2: invalid JSON (Expecting property name enclosed in double quotes); mend that line",
+        ),
         ("a.jsonl", b"not JSON\n", "line 1, column 1: invalid JSON"),
         ("a.json", b'[{"question": "a"},\n {"question": }]', "line 2, column 15: invalid JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1"),

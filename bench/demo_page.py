@@ -19,8 +19,8 @@ from bench.view_page import chromium
 from stages import report as reporting
 from stages import view
 from stages.runtime import metrics
-from stages.runtime.card import wilson
 from stages.runtime.config import parse_arguments
+from stages.runtime.shares import wilson
 from stages.viewer import gather, page
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"  # distinguishable for colour-blind readers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import json
 import secrets
@@ -21,7 +22,7 @@ from cache.plain import plain
 from stages.runtime import traces
 from stages.runtime.errors import UserError
 from stages.viewer import gather
-from stages.viewer.rollouts import Rollout, payload, top_of
+from stages.viewer.rollouts import Rollout, payload, tops_of
 from stages.viewer.tokens import Speller
 
 HOST = "127.0.0.1"
@@ -52,6 +53,7 @@ class Rows:
         self.snapshot: cache.Snapshot | None = cache.open(source.root) if cache.exists(source.root) else None
         path = self.snapshot.tokenizer_file() if self.snapshot is not None else None
         self._speller = Speller(path)
+        self._head = functools.cache(self.snapshot.head if self.snapshot is not None else lambda: None)
         self._traces = traces.newest_by_row(source.folder, say) if source.folder else {}
 
     @cached_property
@@ -137,7 +139,7 @@ class Rows:
             found = self._read(self.snapshot.position(row_id))
         except cache.CacheError as error:
             raise NotFoundError(str(error)) from error
-        return payload([replace(found, top=top_of(found.record, self.snapshot.head))], self._speller)
+        return payload([replace(found, top=tops_of([found.record], self._head)[0])], self._speller)
 
 
 def _column(name: str) -> str:

@@ -52,14 +52,14 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
         "×",
       ),
     ),
-    gauge(facts.lambda),
+    gauge(rollouts, facts.lambda),
     tops.teacher.length
       ? topList("Teacher", tops.teacher, rollouts, written, facts.teacher_logprob, facts.tail)
       : el("p", { class: "note" }, "The teacher's top five is not known for this rollout (see the notes)."),
     tops.student.length
       ? topList("Student", tops.student, rollouts, written, facts.trained_logprob)
       : el("p", { class: "note" }, "The student's top five is kept for traced rows (trace_every)."),
-    factsTable(facts, tops, written),
+    factsTable(rollouts, facts, tops, written),
   );
 }
 
@@ -70,14 +70,14 @@ function pieceNode(one) {
   return el("span", { class: "text" }, shown.length > 60 ? shown.slice(0, 60) + "…" : shown);
 }
 
-function gauge(lambda) {
+function gauge(rollouts, lambda) {
   if (lambda === undefined || Number.isNaN(lambda)) return null;
   return el(
     "div",
     { class: "gauge" },
     el("span", {}, "λ"),
     el("div", { class: "track", "--v": lambda }, el("i", {})),
-    el("b", {}, number(lambda)),
+    el("b", {}, stored(rollouts, "lambda", lambda)),
     el("small", {}, `${(100 * lambda).toFixed(0)}% reverse, ${(100 * (1 - lambda)).toFixed(0)}% forward KL`),
   );
 }
@@ -133,7 +133,7 @@ function rank(entries, written) {
   return place < 0 ? "not in the top five" : `${place + 1}`;
 }
 
-function factsTable(facts, tops, written) {
+function factsTable(rollouts, facts, tops, written) {
   const rows = QUANTITIES.filter(
     ({ key }) => key !== "lambda" && facts[key] !== undefined && !Number.isNaN(facts[key]),
   );
@@ -150,7 +150,7 @@ function factsTable(facts, tops, written) {
       el(
         "dd",
         {},
-        key.endsWith("tail") ? share(facts[key]) : number(facts[key], 4),
+        stored(rollouts, key, facts[key]),
         unit ? el("small", {}, unit) : null,
       ),
     ]),

@@ -36,18 +36,25 @@ function overview(state) {
           .filter(Boolean)
           .join(" · "),
       ),
-      el("h1", {}, visible(run.verdict)),
+      el("h1", {}, visible(run.headline)),
+      run.verdict && run.verdict !== run.headline + "." ? el("p", { class: "verdict" }, visible(run.verdict)) : null,
       notes(run),
       warnings(run),
     ),
-    section("Results", "95 % bootstrap intervals, where measured", results(run)),
+    section("Results", "95 % intervals over prompts: Wilson's for shares of prompts, else bootstrap", results(run)),
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
-    section("Gate", null, el("div", { class: "frames" }, gatePictures(run.gate))),
+    gateSection(run.gate),
     section("Cost", null, costs(run), roundPictures(run.rounds)),
     section("Provenance", null, provenance(run)),
     section("Configuration", "as trained", configuration(run)),
   );
+}
+
+function gateSection(gate) {
+  const pictures = gatePictures(gate);
+  if (!pictures.length) return null;
+  return section("Gate", null, gate.told ? el("p", { class: "told" }, visible(gate.told)) : null, el("div", { class: "frames" }, pictures));
 }
 
 function runTabs(state) {

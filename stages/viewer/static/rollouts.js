@@ -558,7 +558,7 @@ async function chooseToken(place) {
   const text = visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place])));
   say(
     `token ${place + 1} of ${shown.row.tokens}: ${text.replaceAll("\n", "line break")},` +
-      ` ${quantity(STATE.colour)?.label ?? ""} ${number(value)}`,
+      ` ${quantity(STATE.colour)?.label ?? ""} ${stored(shown.rollouts, STATE.colour, value)}`,
   );
 }
 

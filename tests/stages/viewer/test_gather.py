@@ -14,8 +14,8 @@ import pytest
 import cache
 from stages import view
 from stages.runtime import traces
-from stages.viewer import gather, page, sample
-from stages.viewer.rollouts import Rollout, payload, top_of
+from stages.viewer import gather, page, rollouts, sample
+from stages.viewer.rollouts import Rollout, payload, tops_of
 from stages.viewer.tokens import Speller
 from tests.support import cache_samples
 from tests.support.helpers import ROOT, STUDENT
@@ -76,7 +76,7 @@ def test_traced_rows_show_what_training_computed(trained: Path) -> None:
 def test_a_bare_cache_has_rows_and_no_run(caches: Callable[..., str]) -> None:
     found = only(caches())
     assert (found["kind"], found["curves"], found["table"], found["notes"]) == ("cache", [], [], [])
-    assert "rollouts with" in found["verdict"]
+    assert "rollouts with" in found["headline"]
     assert found["rollouts"]["rows"]
     assert {"teacher", "vocab_size"} <= {fact["label"] for fact in found["provenance"]}
 
@@ -136,9 +136,9 @@ def test_a_page_that_would_be_too_large_has_fewer_rows(
     sources = [view.source(str(write_cache(tmp_path / "cache", 200)))]
     root = sources[0].root
     whole = len(json.dumps(gather.page_data(sources)))
-    monkeypatch.setattr(gather, "MOST_BYTES", 3 * whole // 4)
+    monkeypatch.setattr(gather, "MOST_BYTES", whole // 2)
     found = only(root)
-    assert whole // 2 < len(json.dumps(gather.page_data(sources))) < 4 * whole // 5
+    assert whole // 3 < len(json.dumps(gather.page_data(sources))) < 6 * whole // 10
     assert 20 < found["rollouts"]["shown"] < 160
     assert f"{200 - found['rollouts']['shown']} are left out" in found["rollouts"]["how"]
     assert only(root, 200)["rollouts"]["shown"] == 200  # asked for
@@ -241,7 +241,7 @@ def test_unlikely_ids_are_left_out_of_a_top_five_but_for_the_first() -> None:
     entries = found["vocabulary"]
     tops = [[int(text_of(entries[p])) for p in row if p >= 0] for row in ids_of(found, "teacher_top")]
     assert tops == [[0, 1, 2], [5]]
-    assert top_of(cache_samples.record(0, "none", 2), lambda: None) is None
+    assert tops_of([cache_samples.record(0, "none", 2)], lambda: None) == [None]
 
 
 @pytest.mark.parametrize(("place", "words"), [("nowhere", "neither a run"), ("", "neither a run")])
@@ -264,3 +264,37 @@ def test_the_command_writes_one_file_that_needs_nothing_from_elsewhere(
     assert "connect-src" not in text
     assert not re.search(r"(src|href)=[\"'](?!data:,|#)", text.split("<script>", 1)[0])
     assert data_of(text)["runs"][0]["name"] == trained.name
+
+
+def test_figures_of_a_token_are_rounded_only_where_the_page_would_be_too_large(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = only(trained)["rollouts"]
+    assert found["columns"]["rkl"]["bits"] == 16
+    assert "rounded" not in found["how"]
+    monkeypatch.setattr(gather, "MOST_BYTES", 2_000)
+    found = only(trained, 4)["rollouts"]
+    assert found["columns"]["rkl"]["bits"] == 10
+    assert "Figures of a token are rounded" in found["how"]
+
+
+def test_a_head_is_read_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    own = cache.Snapshot.head
+    monkeypatch.setattr(cache.Snapshot, "head", lambda self: calls.append(self) or own(self))
+    only(write_cache(tmp_path / "cache", 12, "hidden"))
+    assert len(calls) == 1
+
+
+def test_rows_that_go_through_the_head_together_have_their_own_top_fives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache.open(write_cache(tmp_path / "cache", 12, "hidden"))
+    records = [*snapshot]
+    alone = [tops_of([record], snapshot.head)[0] for record in records]
+    monkeypatch.setattr(rollouts, "MOST_STATES", 3 * max(len(record.completion_ids) for record in records))
+    for one, other in zip(alone, tops_of(records, snapshot.head), strict=True):
+        assert one is not None
+        assert other is not None
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-5)

@@ -79,7 +79,8 @@ def fits(page) -> bool:
 
 def test_overview_shows_verdict_results_curves_gate_and_provenance(opened, html):
     page = opened(html)
-    assert page.locator("h1").inner_text().startswith("The student improved by 50.0 points")
+    assert page.locator("h1").inner_text() == "Solves 89.0% of held-out problems, up from 39.0%"
+    assert page.locator(".verdict").inner_text().startswith("The student improved by 50.0 points")
     first = page.locator(".results tbody tr").first.inner_text()
     assert "39.0%" in first
     assert "32.3 – 45.7" in first
@@ -265,6 +266,7 @@ def test_a_run_with_next_to_nothing_still_opens(opened, tmp_path):
     run: dict[str, Any] = {
         "name": "new",
         "kind": "run",
+        "headline": "Not trained yet",
         "verdict": "Not trained yet.",
         "rollouts": None,
         "table": [],
@@ -272,7 +274,8 @@ def test_a_run_with_next_to_nothing_still_opens(opened, tmp_path):
     }
     (tmp_path / "bare.html").write_text(assembling.render(viewer_samples.document(run)))
     page = opened(tmp_path / "bare.html")
-    assert page.locator("h1").inner_text() == "Not trained yet."
+    assert page.locator("h1").inner_text() == "Not trained yet"
+    assert page.locator(".verdict").count() == 0
     page.keyboard.press("r")
     assert "no rollouts" in page.locator(".empty").inner_text()
 

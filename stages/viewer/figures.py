@@ -175,8 +175,8 @@ def told_of_gate(summary: Found, loss: Found) -> str:
         for part in (summary["first"], summary["last"])
     ]
     told = (
-        f"In {spans[1]}, {last[0]:.1%} of the tokens had λ above 0.9 (reverse KL all but alone) and {last[1]:.1%}"
-        " below 0.1 (forward KL all but alone)"
+        f"In {spans[1]}, {last[0]:.1%} of the tokens had λ above 0.9 (almost only reverse KL) and {last[1]:.1%}"
+        " below 0.1 (almost only forward KL)"
     )
     if summary["first"]["steps"][0] < summary["last"]["steps"][0]:
         told += f"; in {spans[0]}, {first[0]:.1%} and {first[1]:.1%}"

@@ -93,6 +93,7 @@ _EMPTY: Found = {
     "config_changes": [],
     "warnings": [],
     "answers": [],
+    "prompts": None,
 }
 
 
@@ -138,6 +139,8 @@ def _run(source: Source) -> Found:
             {"step": r.get("step", 0), "text": r["text"]} for r in records if r["kind"] == "warning"
         ],
         "answers": _answers(source.evaluations),
+        "prompts": max((found.get("answers") or 0 for found in source.evaluations.values()), default=0)
+        or None,
     }
 
 

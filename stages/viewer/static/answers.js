@@ -69,6 +69,9 @@ function answerView(state) {
         " that training removed, ",
         el("mark", { class: "new" }, "words"),
         " that it brought; for the teacher, those that differ from after",
+        run.prompts > answers.length
+          ? `. The first ${answers.length} of ${plural(run.prompts, "held-out prompt")}, at temperature 0`
+          : ". At temperature 0",
       ),
     ),
     cards,

@@ -35,11 +35,7 @@ const TERMS = [
     "A row for which training kept λ, both KLs and the student's top five, each trace_every steps.",
   ],
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
-  [
-    "R, F, λ, Δ, H",
-    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob," +
-      " teacher entropy.",
-  ],
+  ["Figures of a rollout", "Means over its tokens. Teacher − behaviour: the difference of their log-probabilities."],
 ];
 
 function helpView() {

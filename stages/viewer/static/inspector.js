@@ -41,6 +41,7 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
       {},
       el("div", { class: "written" }, pieceNode(one)),
       el("span", { class: "unit" }, about),
+      stepButtons("token", (move) => chooseToken(Math.max(0, Math.min(row.tokens - 1, STATE.token + move)))),
       el(
         "button",
         {

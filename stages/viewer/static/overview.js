@@ -41,10 +41,12 @@ function overview(state) {
       notes(run),
       warnings(run),
     ),
-    section("Results", "95 % intervals over prompts: Wilson's for shares of prompts, else bootstrap", results(run)),
+    section("Results", intervalNote(run), results(run)),
+    section("Runs compared", "after training, with 95 % intervals", comparison()),
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
     gateSection(run.gate),
+    worstSection(run),
     section("Cost", null, costs(run), roundPictures(run.rounds)),
     section("Provenance", null, provenance(run)),
     section("Configuration", "as trained", configuration(run)),
@@ -199,24 +201,66 @@ function spelled(value) {
   return typeof value === "string" ? visible(value) : visible(JSON.stringify(value) ?? "–");
 }
 
+function intervalNote(run) {
+  const prompts = run.prompts ? `${plural(run.prompts, "held-out prompt")}; ` : "";
+  return `${prompts}95 % intervals: Wilson's for shares of prompts, else a bootstrap over prompts`;
+}
+
+function runHeads() {
+  return RUNS.map((run, place) =>
+    el(
+      "th",
+      { scope: "col" },
+      el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
+      visible(run.name),
+    ),
+  );
+}
+
+// The same figures of all runs after training.
+function comparison() {
+  const labels = [...new Set(RUNS.flatMap((run) => (run.table ?? []).map(({ label }) => label)))];
+  const rowOf = (run, label) => (run.table ?? []).find((row) => row.label === label);
+  const known = labels.filter((label) => RUNS.filter((run) => rowOf(run, label)?.after).length > 1);
+  if (RUNS.length < 2 || !known.length) return null;
+  const rows = known.map((label) => {
+    const found = RUNS.map((run) => rowOf(run, label));
+    const { unit } = found.find(Boolean);
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, label, unit === "nats" ? el("small", {}, "nats/token") : null),
+      found.map((row) => el("td", {}, cell(row?.after, unit))),
+    );
+  });
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Runs compared" },
+    el(
+      "table",
+      { class: "plain compared" },
+      el("thead", {}, el("tr", {}, el("td", {}), runHeads())),
+      el("tbody", {}, rows),
+    ),
+  );
+}
+
+const PLACES_OF_RUNS = ["run_name", "runs_dir", "cache_dir", "wandb_name", "wandb_project"];
+
 function differences() {
   if (RUNS.length < 2) return null;
   const configs = RUNS.map((run) => flat(run.config));
   const keys = [...new Set(configs.flatMap((config) => [...config.keys()]))];
-  const differing = keys.filter((key) => new Set(configs.map((config) => config.get(key) ?? "–")).size > 1);
-  if (!differing.length) return el("p", { class: "note" }, "All keys are the same.");
+  const differing = keys.filter(
+    (key) =>
+      !PLACES_OF_RUNS.includes(key) && new Set(configs.map((config) => config.get(key) ?? "–")).size > 1,
+  );
+  if (!differing.length) return el("p", { class: "note" }, "All keys are the same, apart from names and folders.");
   const head = el(
     "tr",
     {},
     el("th", { scope: "col" }, "key"),
-    RUNS.map((run, place) =>
-      el(
-        "th",
-        { scope: "col" },
-        el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
-        visible(run.name),
-      ),
-    ),
+    runHeads(),
   );
   const rows = differing.map((key) =>
     el(
@@ -263,7 +307,9 @@ function curveSection() {
       redraw();
     },
   );
-  const idle = "hover reads all curves · drag to zoom, double-click to undo · grey lines: refreshes";
+  const idle = matchMedia("(hover: none)").matches
+    ? "touch reads all curves · grey lines: refreshes"
+    : "hover reads all curves · drag to zoom, double-click to undo · grey lines: refreshes";
   const bar = el(
     "div",
     { class: "bar" },

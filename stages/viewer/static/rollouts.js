@@ -2,16 +2,24 @@
 // Rollouts: a list to search, sort and filter; the chosen one as a chat of coloured tokens; a token in full.
 
 const SORTS = [
-  ["rkl", "worst reverse KL", (row) => -row.rkl, "rkl"],
+  ["rkl", "largest reverse KL (traced)", (row) => -row.rkl, "rkl"],
   ["gap", "least likely to the teacher", (row) => row.gap, "gap"],
-  ["fkl", "worst forward KL", (row) => -row.fkl, "fkl"],
-  ["lambda", "lowest λ", (row) => row.lambda, "lambda"],
-  ["entropy", "highest entropy", (row) => -row.entropy, "entropy"],
+  ["fkl", "largest forward KL (traced)", (row) => -row.fkl, "fkl"],
+  ["lambda", "lowest λ (traced)", (row) => row.lambda, "lambda"],
+  ["entropy", "highest teacher entropy", (row) => -row.entropy, "entropy"],
   ["longest", "longest", (row) => -row.tokens, "tokens"],
   ["shortest", "shortest", (row) => row.tokens, "tokens"],
   ["newest", "newest", (row) => -row.step, "step"],
   ["oldest", "oldest", (row) => row.step, "step"],
   ["prompt", "by prompt", (row) => row.prompt_id, "prompt_id"],
+];
+// Means over a rollout's tokens, in words.
+const MEANS = [
+  ["rkl", "reverse KL"],
+  ["fkl", "forward KL"],
+  ["lambda", "λ"],
+  ["gap", "teacher − behaviour"],
+  ["entropy", "teacher entropy"],
 ];
 const SHOWS = [
   ["all", "all rollouts", () => true],
@@ -288,12 +296,11 @@ function drawRow(place) {
 }
 
 function metric(row) {
-  const known = (key, text) =>
-    row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`;
-  const named = { fkl: ["fkl", "F"], lambda: ["lambda", "λ"], gap: ["gap", "Δ"], entropy: ["entropy", "H"] }[
-    STATE.sort
-  ];
-  return (named && known(...named)) ?? known("rkl", "R") ?? known("gap", "Δ");
+  const known = (wanted) => {
+    const [key, text] = MEANS.find(([one]) => one === wanted) ?? [];
+    return !key || row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`;
+  };
+  return known(STATE.sort) ?? known("rkl") ?? known("gap");
 }
 
 function snippet(row) {
@@ -424,17 +431,11 @@ function detailHead(rollouts, row) {
       ? null
       : `text of the ${row.source === "teacher" ? "teacher" : `student ${row.source} training`}`,
     row.refresh === null || row.source !== "cache" ? null : `refresh ${row.refresh}`,
-    row.step === null || row.source !== "cache" ? null : `weights of step ${row.step}`,
-    row.traced_at ? `traced at step ${row.traced_at}` : null,
+    row.step === null || row.source !== "cache" ? null : `written at step ${row.step}`,
+    row.traced_at ? `traced in training at step ${row.traced_at}` : null,
     plural(row.tokens, "token"),
   ].filter(Boolean);
-  const means = [
-    ["R", "rkl"],
-    ["F", "fkl"],
-    ["λ", "lambda"],
-    ["Δ", "gap"],
-    ["H", "entropy"],
-  ].filter(([, key]) => row[key] !== null && row[key] !== undefined);
+  const means = MEANS.filter(([key]) => row[key] !== null && row[key] !== undefined);
   const kinds = available(rollouts).map(({ key, label }) => [key, label]);
   return el(
     "header",
@@ -446,6 +447,9 @@ function detailHead(rollouts, row) {
       el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
       row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
       el("span", { class: "unit" }, facts.join(" · ")),
+      el("span", { class: "grow" }),
+      linkButton(),
+      stepButtons("rollout", (move) => openRow(view.list.at + move, true)),
     ),
     el(
       "div",
@@ -454,11 +458,9 @@ function detailHead(rollouts, row) {
         ? el(
             "span",
             { class: "means" },
-            means.map(([text, key]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
+            means.map(([key, text]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
           )
         : null,
-      el("span", { class: "grow" }),
-      linkButton(),
     ),
     kinds.length
       ? el(
@@ -468,6 +470,22 @@ function detailHead(rollouts, row) {
           view.legend,
         )
       : null,
+  );
+}
+
+// Buttons for the one before and the one after, as keys have them.
+function stepButtons(what, moved) {
+  const one = (move, sign, text) =>
+    el(
+      "button",
+      { type: "button", class: "icon", title: text, "aria-label": text, onclick: () => moved(move) },
+      sign,
+    );
+  return el(
+    "span",
+    { class: "steps", role: "group", "aria-label": `Other ${what}s` },
+    one(-1, "‹", `Previous ${what}`),
+    one(1, "›", `Next ${what}`),
   );
 }
 

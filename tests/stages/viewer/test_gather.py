@@ -14,7 +14,7 @@ import pytest
 import cache
 from stages import view
 from stages.runtime import traces
-from stages.viewer import gather, page, rollouts, sample
+from stages.viewer import figures, gather, page, rollouts, sample
 from stages.viewer.rollouts import Rollout, payload, tops_of
 from stages.viewer.tokens import Speller
 from tests.support import cache_samples
@@ -298,3 +298,28 @@ def test_rows_that_go_through_the_head_together_have_their_own_top_fives(
         assert other is not None
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-5)
+
+
+def summary_of_gate(first: list[int], last: list[int]) -> dict[str, Any]:
+    return {
+        "first": {"steps": [1, 4], "gate_histogram": first},
+        "last": {"steps": [13, 16], "gate_histogram": last},
+    }
+
+
+def test_a_sentence_says_what_the_gate_did() -> None:
+    acted = figures.told_of_gate(summary_of_gate([1] * 10, [2, *[0] * 8, 8]), {"gating": "soft"})
+    assert "In steps 13–16, 80.0% of the tokens had λ above 0.9" in acted
+    assert "and 20.0% below 0.1" in acted
+    assert "in steps 1–4, 10.0% and 10.0%" in acted
+    assert "hardly" not in acted
+    idle = figures.told_of_gate(summary_of_gate([*[0] * 9, 7], [*[0] * 9, 7]), {"gating": "hard"})
+    assert idle.endswith("The gate hardly acted: a constant λ of 1 would train nearly the same.")
+    assert figures.told_of_gate({}, {"gating": 0.5}) == "There is no gate: λ is 0.5 for every token."
+    assert figures.told_of_gate(summary_of_gate([0] * 10, [0] * 10), {"gating": "soft"}) == ""
+
+
+def test_a_threshold_that_stays_is_no_curve() -> None:
+    records = [{"kind": "step", "step": step, "loss": 1.0, "tau": 0.1} for step in (1, 2)]
+    assert "Gate threshold" not in [curve["title"] for curve in figures.steps(records)[0]]
+    assert "Gate threshold" in [c["title"] for c in figures.steps([records[0], records[1] | {"tau": 0.2}])[0]]

@@ -120,10 +120,14 @@ def test_runs_are_overlaid_by_name_with_their_differing_keys(opened, tmp_path):
     runs = [viewer_samples.run("calm"), viewer_samples.run("bold", seed=1)]
     (tmp_path / "two.html").write_text(assembling.render(viewer_samples.document(*runs)))
     page = opened(tmp_path / "two.html")
+    page.locator(".chart").first.scroll_into_view_if_needed()
     page.wait_for_selector(".u-over")
     assert re.findall("calm|bold", page.locator(".chart").first.inner_text()) == ["calm", "bold"]
     keys = page.locator("section", has_text="keys that differ").locator("tbody th").all_inner_texts()
     assert keys == ["lr", "seed"]
+    compared = page.get_by_role("region", name="Runs compared")
+    assert "89.0%" in compared.locator("tbody tr").first.inner_text()
+    assert compared.locator("thead th").all_inner_texts() == ["calm", "bold"]
     page.get_by_role("checkbox", name="bold").uncheck()
     assert "bold" not in page.locator(".chart").first.inner_text()
 
@@ -155,6 +159,35 @@ def test_a_clicked_token_shows_both_top_fives_and_the_gate(opened, html):
     assert "6 of " in text
     assert "Rank, teacher" in text
     assert "reverse" in page.locator(".gauge").inner_text()
+
+
+def test_the_tokens_that_are_farthest_apart_are_listed_and_opened(opened, html):
+    page = opened(html)
+    rows = page.get_by_role("region", name="Tokens that are farthest apart").locator("tbody tr")
+    expect(rows).to_have_count(10)
+    shown = rows.locator("td:nth-child(2)").all_inner_texts()
+    assert shown == sorted(shown, key=float, reverse=True)
+    rows.first.get_by_role("button").click()
+    page.wait_for_selector(".inspected")
+    expect(page.locator(".measures dt:text-is('Reverse KL') + dd")).to_contain_text(shown[0])
+
+
+def test_buttons_lead_to_other_tokens_and_rollouts(opened, html):
+    page = opened(html, "#rollouts")
+    wait_for_tokens(page).nth(2).click()
+    page.get_by_role("button", name="Next token").click()
+    assert page.evaluate("STATE.token") == 3
+    page.get_by_role("button", name="Previous token").click()
+    assert page.evaluate("STATE.token") == 2
+    page.get_by_role("button", name="Next rollout").click()
+    expect(page.locator(".row[aria-selected=true]")).to_have_attribute("aria-posinset", "2")
+
+
+def test_answers_say_how_many_prompts_they_are_of(opened, tmp_path):
+    run = viewer_samples.run() | {"prompts": 200}
+    (tmp_path / "some.html").write_text(assembling.render(viewer_samples.document(run)))
+    page = opened(tmp_path / "some.html", "#answers")
+    assert "The first 16 of 200 held-out prompts" in page.locator(".bar").inner_text()
 
 
 def test_the_keyboard_alone_reads_rows_and_tokens(opened, html):

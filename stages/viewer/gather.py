@@ -104,13 +104,22 @@ def _open(root: str, say: Callable[[str], None]) -> tuple[cache.Snapshot | None,
             say(f"There is no cache at {root}: no rollouts are shown.")
             return None, Speller(None)
         snapshot = cache.open(root)
-        path = snapshot.tokenizer_file()
     except (cache.CacheError, OSError) as error:
         say(f"{error} No rollouts are shown.")
         return None, Speller(None)
+    return snapshot, speller_of(snapshot, say)
+
+
+def speller_of(snapshot: cache.Snapshot, say: Callable[[str], None]) -> Speller:
+    """What spells the tokens of a cache: its tokenizer, or ids if that is missing or damaged, which is said."""
+    try:
+        path = snapshot.tokenizer_file()
+    except (cache.CacheError, OSError) as error:
+        say(f"{error} Tokens are shown as their ids.")
+        return Speller(None)
     if path is None:
-        say(f"{root} has no tokenizer.json: tokens are shown as their ids.")
-    return snapshot, Speller(path)
+        say(f"{snapshot.root} has no tokenizer.json: tokens are shown as their ids.")
+    return Speller(path)
 
 
 def _run(source: Source) -> Found:

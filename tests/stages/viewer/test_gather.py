@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -323,3 +324,25 @@ def test_a_threshold_that_stays_is_no_curve() -> None:
     records = [{"kind": "step", "step": step, "loss": 1.0, "tau": 0.1} for step in (1, 2)]
     assert "Gate threshold" not in [curve["title"] for curve in figures.steps(records)[0]]
     assert "Gate threshold" in [c["title"] for c in figures.steps([records[0], records[1] | {"tau": 0.2}])[0]]
+
+
+@pytest.mark.parametrize(
+    "name", [b"<script>alert(1)<", b"a\xe2\x80\xaeb\x1b[31m", b"bad\xff\xfe", b"-->\n'\""]
+)
+def test_any_name_of_a_folder_has_a_page(tmp_path: Path, name: bytes) -> None:
+    root = write_cache(tmp_path / os.fsdecode(name), 4, tokenizer=TOKENIZER)
+    data = gather.page_data([view.source(str(root))])
+    text = page.render(data)
+    (title,) = re.findall("<title>(.*?)</title>", text, re.DOTALL)
+    assert not {*title} & {*"<>\x1b\u202e\n"}
+    assert data_of(text)["runs"][0]["name"] == os.fsdecode(name)
+    text.encode()
+
+
+def test_a_damaged_tokenizer_leaves_ids(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", 4, tokenizer=TOKENIZER)
+    (root / "tokenizer.json").write_text("{")
+    found = only(root)
+    assert "Tokens are shown as their ids." in found["notes"][0]
+    assert found["rollouts"]["shown"] == 4
+    assert text_of(found["rollouts"]["vocabulary"][0]).strip().isdecimal()

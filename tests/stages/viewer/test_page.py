@@ -285,6 +285,21 @@ def test_text_is_at_least_12_pixels_and_has_contrast(opened, html, view, scheme)
     assert page.evaluate(FAINT) == []
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+@pytest.mark.parametrize("view", ["#overview", "#rollouts", "#answers"])
+def test_long_words_do_not_widen_the_page(opened, tmp_path, view, viewport):
+    long = "W" * 3000
+    run = viewer_samples.run() | {"headline": long, "verdict": long, "about": long, "name": "x" * 200}
+    run |= {"warnings": [{"step": 1, "text": long}], "provenance": [{"label": "command", "value": long}]}
+    run["answers"][0]["after"]["text"] = long
+    (tmp_path / "long.html").write_text(
+        assembling.render(viewer_samples.document(run, run | {"name": "y" * 200}))
+    )
+    page = opened(tmp_path / "long.html", view, viewport)
+    page.wait_for_timeout(300)
+    assert fits(page)
+
+
 def test_a_failure_is_told(opened, tmp_path):
     run = viewer_samples.run()
     run["rollouts"]["columns"]["token"]["data"] = run["rollouts"]["columns"]["token"]["data"][:400]

@@ -56,6 +56,7 @@ function answerView(state) {
   return el(
     "div",
     { class: "overview" },
+    el("h1", { class: "unseen" }, `Answers of ${visible(run.name)}`),
     RUNS.length > 1 ? runTabs(state) : null,
     el(
       "div",

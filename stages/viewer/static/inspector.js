@@ -48,7 +48,10 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
           type: "button",
           class: "icon close",
           "aria-label": "Close the token",
-          onclick: () => chooseToken(null),
+          onclick: () => {
+            chooseToken(null);
+            document.getElementById("tokens").focus({ preventScroll: true });
+          },
         },
         "×",
       ),
@@ -112,7 +115,7 @@ function topList(title, entries, rollouts, written, logprob, tail) {
   return el(
     "section",
     { class: "top5" },
-    el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")),
+    el("h3", {}, el("i", { class: "key " + name }), title, " ", el("small", {}, "top five")),
     el("ol", {}, rows, rest),
   );
 }
@@ -152,7 +155,7 @@ function factsTable(rollouts, facts, tops, written) {
         "dd",
         {},
         stored(rollouts, key, facts[key]),
-        unit ? el("small", {}, unit) : null,
+        unit ? [" ", el("small", {}, unit)] : null,
       ),
     ]),
   );

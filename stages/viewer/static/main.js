@@ -86,7 +86,7 @@ function show() {
     if (button.dataset.view === STATE.view) button.setAttribute("aria-current", "page");
     else button.removeAttribute("aria-current");
   }
-  document.getElementById("main").replaceChildren(VIEWS[STATE.view][1](STATE));
+  replaced(document.getElementById("main"), VIEWS[STATE.view][1](STATE));
   if (STATE.view !== "rollouts") scrollTo(0, 0);
 }
 

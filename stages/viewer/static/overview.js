@@ -14,7 +14,7 @@ function shownRuns() {
 function section(title, note, ...children) {
   const full = children.flat().filter(Boolean);
   if (!full.length) return null;
-  return el("section", {}, el("h2", {}, title, note ? el("small", {}, note) : null), full);
+  return el("section", {}, el("h2", {}, title, note ? [" ", el("small", {}, note)] : null), full);
 }
 
 function overview(state) {
@@ -127,7 +127,7 @@ function results(run) {
     return el(
       "tr",
       {},
-      el("th", { scope: "row" }, row.label, row.unit === "nats" ? el("small", {}, "nats/token") : null),
+      el("th", { scope: "row" }, row.label, row.unit === "nats" ? [" ", el("small", {}, "nats/token")] : null),
       WHO.map(([who]) => el("td", { class: who }, cell(row[who], row.unit))),
       el("td", { class: "dots" }, dots(row, top)),
     );
@@ -229,7 +229,7 @@ function comparison() {
     return el(
       "tr",
       {},
-      el("th", { scope: "row" }, label, unit === "nats" ? el("small", {}, "nats/token") : null),
+      el("th", { scope: "row" }, label, unit === "nats" ? [" ", el("small", {}, "nats/token")] : null),
       found.map((row) => el("td", {}, cell(row?.after, unit))),
     );
   });

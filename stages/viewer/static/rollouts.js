@@ -69,6 +69,7 @@ function rolloutView(state) {
     el(
       "div",
       { class: "browse" },
+      el("h1", { class: "unseen" }, `Rollouts of ${visible(run.name)}`),
       RUNS.length > 1 ? runTabs(state) : null,
       filters(state),
       view.count,
@@ -398,7 +399,8 @@ async function showRow(row, token = null) {
     if (node) chooseToken(nodes.indexOf(node));
   });
   mine.legend = el("div", { class: "legend-space" });
-  mine.detail.replaceChildren(
+  replaced(
+    mine.detail,
     detailHead(rollouts, row),
     el(
       "div",
@@ -570,7 +572,7 @@ async function chooseToken(place) {
   body.setAttribute("aria-activedescendant", node.id);
   const found = await inspect(shown.rollouts, shown.row, shown.tokens, place);
   if (STATE.token !== place) return;
-  view.inspector.replaceChildren(found);
+  replaced(view.inspector, found);
   node.scrollIntoView({ block: "nearest" });
   const value = shown.tokens.columns[STATE.colour]?.[place];
   const text = visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place])));

@@ -83,7 +83,7 @@ function worstRow(rollouts, key, ids, { row, place, value }, first) {
       { class: "context" },
       el(
         "button",
-        { type: "button", class: "quiet", onclick: opened, "aria-label": `Open token ${place + 1} of its rollout` },
+        { type: "button", class: "quiet", onclick: opened, title: `Open token ${place + 1} of its rollout` },
         el("span", { class: "before-it" }, el("bdi", {}, text(place - 12, place).slice(-48))),
         pieceNode(written),
         el("span", { class: "after-it" }, text(place + 1, place + 8).slice(0, 28)),

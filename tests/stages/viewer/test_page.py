@@ -183,6 +183,35 @@ def test_buttons_lead_to_other_tokens_and_rollouts(opened, html):
     expect(page.locator(".row[aria-selected=true]")).to_have_attribute("aria-posinset", "2")
 
 
+def test_controls_keep_the_focus_when_what_they_show_changes(opened, tmp_path):
+    runs = [viewer_samples.run("calm"), viewer_samples.run("bold", seed=1)]
+    (tmp_path / "two.html").write_text(assembling.render(viewer_samples.document(*runs)))
+    page = opened(tmp_path / "two.html", "#rollouts")
+    wait_for_tokens(page).nth(2).click()
+    for name in ("Next token", "Next rollout", "bold"):
+        button = page.get_by_role("button", name=name)
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(200)
+        expect(button).to_be_focused()
+        wait_for_tokens(page)
+    wait_for_tokens(page).nth(2).click()
+    page.get_by_role("button", name="Close the token").press("Enter")
+    expect(page.locator("#tokens")).to_be_focused()
+
+
+def test_a_screen_reader_hears_words_apart_and_a_heading_of_each_view(opened, html):
+    page = opened(html)
+    tree = page.locator("body").aria_snapshot()
+    assert "own text nats/token" in tree
+    for name in ("rollouts", "answers", "help"):
+        page.evaluate("(view) => go({ view })", name)
+        expect(page.locator("h1")).to_have_count(1)
+    page.evaluate("go({ view: 'rollouts', row: 'g0000-00002', token: 3 })")
+    page.wait_for_selector(".inspected")
+    assert re.search(r"definition: \S*\d nats", page.locator(".inspector").aria_snapshot())
+
+
 def test_answers_say_how_many_prompts_they_are_of(opened, tmp_path):
     run = viewer_samples.run() | {"prompts": 200}
     (tmp_path / "some.html").write_text(assembling.render(viewer_samples.document(run)))
@@ -241,6 +270,16 @@ def test_model_text_is_shown_and_never_run(opened, html):
     assert page.locator("#tokens .chip.bytes").first.inner_text() == "e2 82"
     assert page.evaluate("window.hacked") is None
     assert page.locator("#main img").count() == 0
+
+
+def test_format_characters_are_shown_and_joiners_join(opened, html):
+    page = opened(html)
+    shown = page.evaluate(
+        "(texts) => texts.map(visible)",
+        ["a\u00adb\ufff9", "\U000e0041", "👨\u200d👩", "می\u200cخواهم", " \u200d"],
+    )
+    assert shown == ["a⟨00AD⟩b⟨FFF9⟩", "⟨E0041⟩", "👨\u200d👩", "می\u200cخواهم", " ⟨200D⟩"]
+    assert page.evaluate("visible('a' + String.fromCharCode(0xdcff) + 'b\\n')") == "a⟨DCFF⟩b\n"
 
 
 def test_values_of_tokens_are_those_of_the_columns(opened, html):

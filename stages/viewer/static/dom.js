@@ -42,8 +42,9 @@ function say(text) {
 
 // Control and format characters and lone surrogates as visible codes: U+202E cannot reorder what is read. Joiners
 // within a word or an emoji stay.
-const UNSEEN =
-  /(?![\n\t])(?!(?<=[\p{L}\p{M}\p{Extended_Pictographic}\ufe0f])[\u200c\u200d](?=[\p{L}\p{Extended_Pictographic}]))[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+const WORD = "\\p{L}\\p{Extended_Pictographic}";
+const JOINER = `(?<=[${WORD}\\p{M}\\ufe0f])[\\u200c\\u200d](?=[${WORD}])`;
+const UNSEEN = new RegExp(`(?![\\n\\t]|${JOINER})[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Zl}\\p{Zp}]`, "gu");
 function visible(text) {
   return text.replace(UNSEEN, (char) => {
     const code = char.codePointAt(0);

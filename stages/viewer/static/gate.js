@@ -176,10 +176,9 @@ function gateOverTime({ steps, edges, counts }) {
           }),
     );
   });
-  const at = ticks(steps[0], steps.at(-1), 8).filter(Number.isInteger).map((step) => [
-    (step - steps[0] + 0.5) / (steps.at(-1) - steps[0] + 1),
-    String(step),
-  ]);
+  const at = ticks(steps[0], steps.at(-1), 8)
+    .filter(Number.isInteger)
+    .map((step) => [(step - steps[0] + 0.5) / (steps.at(-1) - steps[0] + 1), String(step)]);
   const yTicks = [0, 0.5, 1].map((lambda) => [
     (lambda - edges[0]) / (edges.at(-1) - edges[0]),
     String(lambda),

@@ -35,7 +35,10 @@ const TERMS = [
     "A row for which training kept λ, both KLs and the student's top five, each trace_every steps.",
   ],
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
-  ["Figures of a rollout", "Means over its tokens. Teacher − behaviour: the difference of their log-probabilities."],
+  [
+    "Figures of a rollout",
+    "Means over its tokens. Teacher − behaviour: the difference of their log-probabilities.",
+  ],
 ];
 
 function helpView() {

@@ -151,12 +151,7 @@ function factsTable(rollouts, facts, tops, written) {
     ranks.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)]),
     rows.flatMap(({ key, label, unit }) => [
       el("dt", {}, label),
-      el(
-        "dd",
-        {},
-        stored(rollouts, key, facts[key]),
-        unit ? [" ", el("small", {}, unit)] : null,
-      ),
+      el("dd", {}, stored(rollouts, key, facts[key]), unit ? [" ", el("small", {}, unit)] : null),
     ]),
   );
 }

@@ -37,7 +37,9 @@ function overview(state) {
           .join(" · "),
       ),
       el("h1", {}, visible(run.headline)),
-      run.verdict && run.verdict !== run.headline + "." ? el("p", { class: "verdict" }, visible(run.verdict)) : null,
+      run.verdict && run.verdict !== run.headline + "."
+        ? el("p", { class: "verdict" }, visible(run.verdict))
+        : null,
       notes(run),
       warnings(run),
     ),
@@ -56,7 +58,12 @@ function overview(state) {
 function gateSection(gate) {
   const pictures = gatePictures(gate);
   if (!pictures.length) return null;
-  return section("Gate", null, gate.told ? el("p", { class: "told" }, visible(gate.told)) : null, el("div", { class: "frames" }, pictures));
+  return section(
+    "Gate",
+    null,
+    gate.told ? el("p", { class: "told" }, visible(gate.told)) : null,
+    el("div", { class: "frames" }, pictures),
+  );
 }
 
 function runTabs(state) {
@@ -127,7 +134,12 @@ function results(run) {
     return el(
       "tr",
       {},
-      el("th", { scope: "row" }, row.label, row.unit === "nats" ? [" ", el("small", {}, "nats/token")] : null),
+      el(
+        "th",
+        { scope: "row" },
+        row.label,
+        row.unit === "nats" ? [" ", el("small", {}, "nats/token")] : null,
+      ),
       WHO.map(([who]) => el("td", { class: who }, cell(row[who], row.unit))),
       el("td", { class: "dots" }, dots(row, top)),
     );
@@ -255,13 +267,9 @@ function differences() {
     (key) =>
       !PLACES_OF_RUNS.includes(key) && new Set(configs.map((config) => config.get(key) ?? "–")).size > 1,
   );
-  if (!differing.length) return el("p", { class: "note" }, "All keys are the same, apart from names and folders.");
-  const head = el(
-    "tr",
-    {},
-    el("th", { scope: "col" }, "key"),
-    runHeads(),
-  );
+  if (!differing.length)
+    return el("p", { class: "note" }, "All keys are the same, apart from names and folders.");
+  const head = el("tr", {}, el("th", { scope: "col" }, "key"), runHeads());
   const rows = differing.map((key) =>
     el(
       "tr",

@@ -508,8 +508,7 @@ function linkButton() {
 
 function turn(message) {
   const body = el("div", { class: "said" });
-  const parts =
-    message.role === "prompt" ? message.content.split(/(<\|[^|<>]{1,40}\|>)/) : [message.content];
+  const parts = message.role === "prompt" ? message.content.split(/(<\|[^|<>]{1,40}\|>)/) : [message.content];
   parts.forEach((part, i) =>
     i % 2 ? body.append(el("span", { class: "chip" }, visible(part))) : body.append(visibleText(part)),
   );
@@ -591,10 +590,9 @@ async function fillOthers(rollouts, row) {
   const mine = view;
   const place = document.getElementById("others");
   const same = (other) => other.id !== row.id && other.prompt_id && other.prompt_id === row.prompt_id;
-  const known =
-    isServed(row)
-      ? (await askedRows({ prompt: row.prompt_id, count: 13 })).rows
-      : mine.rollouts.rows;
+  const known = isServed(row)
+    ? (await askedRows({ prompt: row.prompt_id, count: 13 })).rows
+    : mine.rollouts.rows;
   const rows = known.filter(same);
   const text = await completionText(rollouts, row);
   const order = { before: 0, cache: 1, after: 2, teacher: 3 };
@@ -617,14 +615,13 @@ async function fillOthers(rollouts, row) {
       if (answer[who])
         cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
   if (mine !== view || STATE.row !== row.id || !cards.length) return;
-  const all =
-    rows.length
-      ? el(
-          "button",
-          { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },
-          "Only this prompt",
-        )
-      : null;
+  const all = rows.length
+    ? el(
+        "button",
+        { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },
+        "Only this prompt",
+      )
+    : null;
   place.replaceChildren(
     el("h2", {}, "The same prompt", el("small", {}, "marked: not in the completion above"), all),
     ...cards,

@@ -43,12 +43,11 @@ function worstSection(run) {
 }
 
 async function fillWorst(rollouts, key, body) {
-  const [ids, column] = await Promise.all([
-    tokenIds(rollouts),
-    values(rollouts, key, 0, rollouts.tokens),
-  ]);
+  const [ids, column] = await Promise.all([tokenIds(rollouts), values(rollouts, key, 0, rollouts.tokens)]);
   const found = worstOf(rollouts, key, column);
-  const tops = await Promise.all(found.map(({ row, place }) => topFive(rollouts, "teacher", row.offset + place)));
+  const tops = await Promise.all(
+    found.map(({ row, place }) => topFive(rollouts, "teacher", row.offset + place)),
+  );
   body.replaceChildren(...found.map((one, i) => worstRow(rollouts, key, ids, one, tops[i][0])));
 }
 
@@ -58,7 +57,11 @@ function worstOf(rollouts, key, column) {
   const all = rollouts.rows
     .filter(({ source }) => source === "cache")
     .flatMap((row) =>
-      Array.from(column.subarray(row.offset, row.offset + row.tokens), (value, place) => ({ row, place, value }))
+      Array.from(column.subarray(row.offset, row.offset + row.tokens), (value, place) => ({
+        row,
+        place,
+        value,
+      }))
         .filter(({ value }) => sign * value > 0)
         .sort((a, b) => sign * (b.value - a.value))
         .slice(0, MOST_OF_A_ROW),
@@ -74,7 +77,8 @@ function worstRow(rollouts, key, ids, { row, place, value }, first) {
     return visible(found).replaceAll("\n", "↵");
   };
   const written = piece(rollouts, ids[row.offset + place]);
-  const opened = () => go({ ...FRESH, run: STATE.run, view: "rollouts", row: row.id, token: place, colour: key });
+  const opened = () =>
+    go({ ...FRESH, run: STATE.run, view: "rollouts", row: row.id, token: place, colour: key });
   return el(
     "tr",
     {},
@@ -90,6 +94,10 @@ function worstRow(rollouts, key, ids, { row, place, value }, first) {
       ),
     ),
     el("td", {}, stored(rollouts, key, value)),
-    el("td", { class: "choice" }, first ? [pieceNode(piece(rollouts, first.id)), " ", roughShare(first.probability)] : "–"),
+    el(
+      "td",
+      { class: "choice" },
+      first ? [pieceNode(piece(rollouts, first.id)), " ", roughShare(first.probability)] : "–",
+    ),
   );
 }

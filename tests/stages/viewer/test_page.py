@@ -381,6 +381,10 @@ def test_it_prints(opened, html):
     page.emulate_media(media="print")
     assert page.locator(".top").is_hidden()
     assert page.locator("h1").is_visible()
+    assert page.locator("rect.bar").first.is_visible()
+    page.evaluate("go({ view: 'rollouts' })")
+    wait_for_tokens(page)
+    assert page.get_by_label("Colour the tokens by").is_visible()
 
 
 def test_a_served_cache_has_strips_and_other_texts_of_the_prompt(browser, tmp_path):

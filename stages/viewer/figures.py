@@ -55,6 +55,8 @@ TABLE = [
     ("Reverse KL on teacher text", "nats", "", "reverse_kl"),
     ("Same most likely token, teacher text", "%", "", "top1_agreement"),
 ]
+OF_PROMPTS = ("accuracy", "cut_share")
+"""Figures that are shares of prompts; the others are means over tokens."""
 
 
 def table(evaluations: dict[str, Found]) -> list[Found]:
@@ -69,11 +71,40 @@ def table(evaluations: dict[str, Found]) -> list[Found]:
 def _cell(evaluation: Found, part: str, name: str) -> intervals.Value | None:
     found = evaluation if not part else evaluation.get(part) or {}
     value = found.get(name)
-    if name in ("accuracy", "cut_share"):
+    if name in OF_PROMPTS:
         flags = (evaluation.get("by_prompt") or {}).get("solved" if name == "accuracy" else "cut")
         known = flags and all(flag is not None for flag in flags)
         return intervals.with_interval(value, intervals.of_share(flags) if known and flags else None)
     return intervals.with_interval(value, intervals.of_rows(found, name))
+
+
+def compared(new: dict[str, Found], old: dict[str, Found]) -> list[Found]:
+    """The figures after training of a run minus those of another, of TABLE, over the same prompts."""
+    rows = []
+    for label, unit, part, name in TABLE:
+        pairs = [_by_prompt(own.get("after") or {}, part, name) for own in (new, old)]
+        of_pairs = intervals.of_share_difference if name in OF_PROMPTS else intervals.of_difference
+        if (found := of_pairs(*pairs)) is not None:
+            rows.append({"label": label, "unit": unit, **found})
+    return rows
+
+
+def _by_prompt(evaluation: Found, part: str, name: str) -> intervals.Pairs:
+    """(sum, weight) of a figure by prompt; empty if it is not known of each, or a prompt has several."""
+    if name in OF_PROMPTS:
+        found = evaluation.get("by_prompt") or {}
+        sums = found.get("solved" if name == "accuracy" else "cut") or []
+        weights = [1] * len(sums)
+    else:
+        found = (evaluation if not part else evaluation.get(part) or {}).get("by_row") or {}
+        sums, weights = found.get(name) or [], found.get("tokens") or []
+    prompts = found.get("prompt_ids") or []
+    if not len({*prompts}) == len(prompts) == len(sums) == len(weights) or None in sums:
+        return {}
+    return {
+        prompt: (float(one), float(weight))
+        for prompt, one, weight in zip(prompts, sums, weights, strict=True)
+    }
 
 
 def steps(records: Sequence[Found]) -> tuple[list[Found], dict[str, list[Any]]]:

@@ -51,11 +51,16 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
     count = max(1, ROWS // len(sources)) if rows is None else rows
     most_bytes = MOST_BYTES / len(sources) if rows is None else float("inf")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    runs = [one(source, count, most_bytes) for source in sources]
+    for run, source in zip(runs, sources, strict=True):
+        run["compared"] = (
+            [] if source is sources[0] else figures.compared(source.evaluations, sources[0].evaluations)
+        )
     return {
         "format": FORMAT,
         "made": {"time": now, "version": metadata.version("dualkl")},
         "serve": serve,
-        "runs": [one(source, count, most_bytes) for source in sources],
+        "runs": runs,
     }
 
 

@@ -44,7 +44,11 @@ function overview(state) {
       warnings(run),
     ),
     section("Results", intervalNote(run), results(run)),
-    section("Runs compared", "after training, with 95 % intervals", comparison()),
+    section(
+      "Runs compared",
+      "after training, with 95 % intervals; differences are paired by prompt, bold where the interval leaves out 0",
+      comparison(),
+    ),
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
     gateSection(run.gate),
@@ -235,6 +239,10 @@ function comparison() {
   const rowOf = (run, label) => (run.table ?? []).find((row) => row.label === label);
   const known = labels.filter((label) => RUNS.filter((run) => rowOf(run, label)?.after).length > 1);
   if (RUNS.length < 2 || !known.length) return null;
+  const others = RUNS.filter((run) => run.compared?.length);
+  const heads = others.map((run) =>
+    el("th", { scope: "col" }, `${visible(run.name)} ${MINUS} ${visible(RUNS[0].name)}`),
+  );
   const rows = known.map((label) => {
     const found = RUNS.map((run) => rowOf(run, label));
     const { unit } = found.find(Boolean);
@@ -243,6 +251,7 @@ function comparison() {
       {},
       el("th", { scope: "row" }, label, unit === "nats" ? [" ", el("small", {}, "nats/token")] : null),
       found.map((row) => el("td", {}, cell(row?.after, unit))),
+      others.map(({ compared }) => el("td", {}, difference(compared.find((one) => one.label === label)))),
     );
   });
   return el(
@@ -251,10 +260,21 @@ function comparison() {
     el(
       "table",
       { class: "plain compared" },
-      el("thead", {}, el("tr", {}, el("td", {}), runHeads())),
+      el("thead", {}, el("tr", {}, el("td", {}), runHeads(), heads)),
       el("tbody", {}, rows),
     ),
   );
+}
+
+// A difference between runs, and whether its interval leaves room for none.
+function difference(one) {
+  if (!one) return "–";
+  const signed = (value) => (value > 0 ? "+" : "") + measure(value, one.unit).replace("%", "");
+  const isClear = one.low > 0 || one.high < 0;
+  return [
+    el(isClear ? "b" : "span", {}, signed(one.value) + (one.unit === "%" ? " points" : "")),
+    el("small", {}, `${signed(one.low)} to ${signed(one.high)}`),
+  ];
 }
 
 const PLACES_OF_RUNS = ["run_name", "runs_dir", "cache_dir", "wandb_name", "wandb_project"];

@@ -19,7 +19,7 @@ const MEANS = [
   ["fkl", "forward KL"],
   ["lambda", "λ"],
   ["gap", "teacher − behaviour"],
-  ["entropy", "teacher entropy"],
+  ["entropy", "entropy"],
 ];
 const SHOWS = [
   ["all", "all rollouts", () => true],
@@ -433,8 +433,7 @@ function detailHead(rollouts, row) {
       ? null
       : `text of the ${row.source === "teacher" ? "teacher" : `student ${row.source} training`}`,
     row.refresh === null || row.source !== "cache" ? null : `refresh ${row.refresh}`,
-    row.step === null || row.source !== "cache" ? null : `written at step ${row.step}`,
-    row.traced_at ? `traced in training at step ${row.traced_at}` : null,
+    row.step === null || row.source !== "cache" ? null : writtenAt(row),
     plural(row.tokens, "token"),
   ].filter(Boolean);
   const means = MEANS.filter(([key]) => row[key] !== null && row[key] !== undefined);
@@ -446,7 +445,7 @@ function detailHead(rollouts, row) {
       "div",
       { class: "line" },
       el("button", { type: "button", class: "quiet back", onclick: closeDetail }, "← List"),
-      el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
+      el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 10)),
       row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
       el("span", { class: "unit" }, facts.join(" · ")),
       el("span", { class: "grow" }),
@@ -473,6 +472,10 @@ function detailHead(rollouts, row) {
         )
       : null,
   );
+}
+
+function writtenAt({ step, traced_at: traced }) {
+  return `written at step ${step}` + (traced ? `, trained on at ${traced}` : "");
 }
 
 // Buttons for the one before and the one after, as keys have them.

@@ -301,6 +301,24 @@ def test_rows_that_go_through_the_head_together_have_their_own_top_fives(
         np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-5)
 
 
+def test_runs_are_compared_over_the_same_prompts() -> None:
+    def measured(solved: list[float | None], tokens: int) -> dict[str, Any]:
+        ids = ["a", "b", "c"]
+        rows = {"prompt_ids": ids, "tokens": [tokens] * 3, "reverse_kl": [tokens * one for one in (1, 2, 3)]}
+        return {"after": {"by_prompt": {"prompt_ids": ids, "solved": solved}, "on_student": {"by_row": rows}}}
+
+    found = {one["label"]: one for one in figures.compared(measured([1, 1, 0], 9), measured([0, 0, 0], 5))}
+    assert [*found] == ["Held-out problems solved", "Reverse KL on its own text"]
+    solved = found["Held-out problems solved"]
+    assert solved["value"] == pytest.approx(2 / 3)
+    assert -0.4 < solved["low"] < 0.1
+    assert solved["high"] > 0.9
+    same = found["Reverse KL on its own text"]
+    assert [same[name] for name in ("value", "low", "high")] == pytest.approx([0, 0, 0])
+    assert len(figures.compared(measured([1, None, 0], 9), measured([0, 0, 0], 5))) == 1
+    assert figures.compared({}, measured([0, 0, 0], 5)) == []
+
+
 def summary_of_gate(first: list[int], last: list[int]) -> dict[str, Any]:
     return {
         "first": {"steps": [1, 4], "gate_histogram": first},

@@ -203,6 +203,9 @@ def _answers_and_divergence(report: Report) -> str:
         return f"{solved}, nothing to compare it with; {divergence}."
     points = 100 * (after - before)
     solved = f"from {before:.1%} to {after:.1%} of held-out problems"
+    changed = report["run"].get("answers_changed")
+    if changed is not None and abs(points) >= NOTICEABLE_POINTS and sign_test(**changed) >= CHANCE:
+        return f"the answers changed by no more than chance explains ({solved}); {divergence}."
     if points >= NOTICEABLE_POINTS:
         return f"the student improved by {points:.1f} points, {solved}; {divergence}."
     if points <= -NOTICEABLE_POINTS:

@@ -209,6 +209,18 @@ def test_the_headline_says_whether_the_answers_changed_by_more_than_chance(
     assert report.headline(found | {"run": found["run"] | {"max_steps": 9}}) == "Unfinished: 2 of 9 steps"
 
 
+def test_the_verdict_calls_no_change_an_improvement_that_chance_explains(
+    folder: Path, config: Config
+) -> None:
+    found = report.collect(folder, config)
+    for gained, lost, words in (
+        (5, 0, "no more than chance explains (from 30.0% to 80.0%"),
+        (6, 0, "improved by"),
+    ):
+        run = found["run"] | {"answers_changed": {"gained": gained, "lost": lost}}
+        assert words in report.verdict(found | {"run": run})
+
+
 def test_answers_that_changed_are_counted_by_prompt(folder: Path, config: Config) -> None:
     for label, solved in (("before", [True, False, False, 0.5]), ("after", [False, True, True, 0.75])):
         path = folder / "eval" / f"{label}.json"

@@ -362,7 +362,12 @@ async function openById(id) {
 }
 
 function openRow(place, isFocused, token = null) {
-  const row = view.rows[place];
+  const mine = view;
+  const row = mine.rows[place];
+  if (!row && DATA.serve && place >= 0 && place < mine.list.count)
+    return page(mine, place).then(
+      () => mine === view && mine.rows[place] && openRow(place, isFocused, token),
+    );
   if (!row) return;
   view.list.select(place);
   if (isFocused || !isNarrow()) showRow(row, token);
@@ -651,8 +656,7 @@ function otherCard(name, other, text, against, opened) {
 function rolloutKeys(event) {
   const shown = view?.shown;
   const rows = { j: 1, k: -1 }[event.key];
-  if (rows)
-    return (openRow(Math.max(0, Math.min(view.rows.length - 1 || 0, view.list.at + rows)), true), true);
+  if (rows) return (openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + rows)), true), true);
   if (event.target.closest?.(".list")) {
     const move = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8, Home: -1e9, End: 1e9 }[event.key];
     if (move) return (openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + move)), true), true);

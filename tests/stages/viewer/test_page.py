@@ -400,6 +400,10 @@ def test_a_served_cache_has_strips_and_other_texts_of_the_prompt(browser, tmp_pa
         wait_for_tokens(page)
         expect(page.locator(".count")).to_have_text("120 rollouts")
         assert page.locator(".row").count() == page.locator(".heat-strip").count() > 5
+        page.evaluate("view.list.select(49)")
+        page.keyboard.press("j")  # a row that was not asked for yet
+        expect(page.locator("#row-50")).to_have_attribute("aria-selected", "true")
+        expect(page.locator("code.id")).to_have_attribute("title", page.evaluate("view.rows[50].id"))
         page.evaluate("view.list.node.scrollTop = 100 * ROW_HEIGHT")
         expect(page.locator("#row-101 .heat-strip")).to_have_count(1)
         page.get_by_label("Colour the tokens by").select_option("teacher_entropy")

@@ -6,7 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
     count = max(1, ROWS // len(sources)) if rows is None else rows
     most_bytes = MOST_BYTES / len(sources) if rows is None else float("inf")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    runs = [one(source, count, most_bytes) for source in sources]
+    runs = [one(source, count, most_bytes) for source in _named_apart(sources)]
     for run, source in zip(runs, sources, strict=True):
         run["compared"] = (
             [] if source is sources[0] else figures.compared(source.evaluations, sources[0].evaluations)
@@ -62,6 +62,17 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
         "serve": serve,
         "runs": runs,
     }
+
+
+def _named_apart(sources: Sequence[Source]) -> list[Source]:
+    """The sources, those of equal names named by their places: the page tells runs apart by name."""
+    names = [source.name for source in sources]
+    places = [str(source.folder or source.root) for source in sources]
+    apart = [place if names.count(name) > 1 else name for name, place in zip(names, places, strict=True)]
+    return [
+        replace(source, name=f"{name} ({apart[:at].count(name) + 1})" if name in apart[:at] else name)
+        for at, (source, name) in enumerate(zip(sources, apart, strict=True))
+    ]
 
 
 def one(source: Source, count: int, most_bytes: float) -> Found:

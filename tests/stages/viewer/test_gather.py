@@ -319,6 +319,15 @@ def test_runs_are_compared_over_the_same_prompts() -> None:
     assert figures.compared({}, measured([0, 0, 0], 5)) == []
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    places = [str(write_cache(tmp_path / name / "cache", 2)) for name in ("a", "b")]
+    named = [run["name"] for run in gather.page_data([view.source(place) for place in places])["runs"]]
+    assert named == ["a/cache", "b/cache"]
+    twins = [gather.Source("demo", place) for place in (*places, places[0])]
+    named = [run["name"] for run in gather.page_data(twins)["runs"]]
+    assert named == [places[0], places[1], f"{places[0]} (2)"]
+
+
 def summary_of_gate(first: list[int], last: list[int]) -> dict[str, Any]:
     return {
         "first": {"steps": [1, 4], "gate_histogram": first},

@@ -194,6 +194,8 @@ def gate(records: Sequence[Found], summary: Found, loss: Found) -> Found:
 
 def told_of_gate(summary: Found, loss: Found) -> str:
     """What the gate did, in a sentence or two: the shares of the tokens with λ near 1 and near 0."""
+    if loss.get("objective", "gated") != "gated":
+        return ""
     if isinstance(loss.get("gating"), int | float):
         return f"There is no gate: λ is {loss['gating']:g} for every token."
     first, last = (_near_ends(summary[part]["gate_histogram"]) for part in ("first", "last"))

@@ -64,9 +64,14 @@ def of_difference(new: Pairs, old: Pairs) -> Value | None:
     columns = np.array([[*new[prompt], *old[prompt]] for prompt in order], np.float64)
     if not np.isfinite(columns).all() or not columns[:, 1].sum() or not columns[:, 3].sum():
         return None
-    drawn = np.random.default_rng(SEED).multinomial(len(order), [1 / len(order)] * len(order), RESAMPLES)
-    sums = np.vstack([columns.sum(0), drawn @ columns])
-    means = sums[:, [0, 2]] / np.maximum(sums[:, [1, 3]], 1e-300)
+    random, sums, left = np.random.default_rng(SEED), [columns.sum(0)[None]], RESAMPLES
+    while left:
+        part = min(left, max(1, _CELLS // len(order)))
+        drawn = random.multinomial(len(order), np.full(len(order), 1 / len(order)), part)
+        sums.append(drawn @ columns)
+        left -= part
+    all_sums = np.concatenate(sums)
+    means = all_sums[:, [0, 2]] / np.maximum(all_sums[:, [1, 3]], 1e-300)
     differences = means[:, 0] - means[:, 1]
     low, high = np.quantile(differences[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": float(differences[0]), "low": float(low), "high": float(high)}

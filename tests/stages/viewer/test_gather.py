@@ -344,6 +344,7 @@ def test_a_sentence_says_what_the_gate_did() -> None:
     idle = figures.told_of_gate(summary_of_gate([*[0] * 9, 7], [*[0] * 9, 7]), {"gating": "hard"})
     assert idle.endswith("The gate hardly acted: a constant λ of 1 would train nearly the same.")
     assert figures.told_of_gate({}, {"gating": 0.5}) == "There is no gate: λ is 0.5 for every token."
+    assert figures.told_of_gate({}, {"gating": 0.5, "objective": "jsd"}) == ""
     assert figures.told_of_gate(summary_of_gate([0] * 10, [0] * 10), {"gating": "soft"}) == ""
 
 

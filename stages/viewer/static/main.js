@@ -37,7 +37,7 @@ function readHash() {
         .map((key) => [key, query.get(key)]),
     ),
     {
-      view: VIEWS[name] ? name : "overview",
+      view: Object.hasOwn(VIEWS, name) ? name : "overview",
       run: Math.max(0, run),
       token: Number.isInteger(token) ? token - 1 : null,
     },

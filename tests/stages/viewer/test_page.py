@@ -272,6 +272,26 @@ def test_model_text_is_shown_and_never_run(opened, html):
     assert page.locator("#main img").count() == 0
 
 
+ADDRESSES = (
+    "#constructor",
+    "#__proto__",
+    "#rollouts?row=%3Cscript%3E",
+    "#rollouts?token=99999",
+    "#rollouts?colour=__proto__",
+    "#rollouts?sort=constructor&show=toString&refresh=x&prompt=y",
+    "#rollouts?%",
+    "#answers?outcome=constructor",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_any_address_opens_a_view(opened, html, address):
+    page = opened(html, address)
+    page.wait_for_selector("#main h1")
+    page.wait_for_timeout(100)
+    assert page.get_by_role("alert").count() == 0
+
+
 def test_format_characters_are_shown_and_joiners_join(opened, html):
     page = opened(html)
     shown = page.evaluate(

@@ -21,6 +21,11 @@ const MEANS = [
   ["gap", "teacher − behaviour"],
   ["entropy", "entropy"],
 ];
+const ANSWERS = {
+  before: "student before training, at temperature 0",
+  after: "student after training, at temperature 0",
+  teacher: "teacher, at temperature 0",
+};
 const SHOWS = [
   ["all", "all rollouts", () => true],
   ["cut", "cut", (row) => row.finish === "length"],
@@ -480,7 +485,7 @@ function detailHead(rollouts, row) {
 }
 
 function writtenAt({ step, traced_at: traced }) {
-  return `written at step ${step}` + (traced ? `, trained on at ${traced}` : "");
+  return `written at step ${step}` + (traced ? `, trained on at step ${traced}` : "");
 }
 
 // Buttons for the one before and the one after, as keys have them.
@@ -620,8 +625,7 @@ async function fillOthers(rollouts, row) {
   const answer = (mine.run.answers ?? []).find(({ prompt_id: id }) => id && id === row.prompt_id);
   if (answer)
     for (const [who] of WHO)
-      if (answer[who])
-        cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
+      if (answer[who]) cards.push(otherCard(ANSWERS[who], answer[who], answer[who].text ?? "", text));
   if (mine !== view || STATE.row !== row.id || !cards.length) return;
   const all = rows.length
     ? el(

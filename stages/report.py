@@ -37,6 +37,7 @@ from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
 from stages.runtime.run_folders import run_folder
 from stages.runtime.schema import finite
+from stages.runtime.shares import sign_test
 from stages.runtime.shipped import is_configuration
 from stages.runtime.terminal import take_style
 from stages.viewer import page
@@ -45,6 +46,7 @@ from stages.viewer.gather import Source, page_data
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
 NOTICEABLE_POINTS = 1.0  # smaller changes of accuracy are reported as none
+CHANCE = 0.05  # p from which a change of the answers is called chance
 NOTICEABLE_CUT = 0.05  # smaller shares of cut completions appear only in the table
 
 
@@ -106,14 +108,61 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "stage_one": rounds.summary(rounds.rounds_of(records)),
         "run": _run(records, config)
         | {"measured_step": newest.get("step") if evaluations["after"] else None}
-        | {"measured_apart": _measured_apart(evaluations)},
+        | {"measured_apart": _measured_apart(evaluations), "answers_changed": _answers_changed(evaluations)},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
     report["ratios"] = _ratios(report["before"], report["after"])
     report = finite(report)  # sums and ratios of extreme values may overflow
     report["verdict"] = verdict(report)
+    report["headline"] = headline(report)
     return report
+
+
+def _answers_changed(evaluations: dict[str, Report]) -> Report | None:
+    """How many held-out prompts were solved more often after training, or less; None if not known of all."""
+    asked, solved = (
+        [(evaluations[label].get("by_prompt") or {}).get(name) or [] for label in ("before", "after")]
+        for name in ("prompt_ids", "solved")
+    )
+    if not asked[0] or asked[0] != asked[1] or any(share is None for shares in solved for share in shares):
+        return None
+    pairs = [*zip(*solved, strict=True)]
+    return {"gained": sum(new > old for old, new in pairs), "lost": sum(new < old for old, new in pairs)}
+
+
+def headline(report: Report) -> str:
+    """What came of the run, in a few words."""
+    before, after, run = report["before"], report["after"], report["run"]
+    if run["steps"] < run["max_steps"]:
+        return (
+            f"Unfinished: {run['steps']} of {run['max_steps']} steps" if run["steps"] else "Not trained yet"
+        )
+    if before["accuracy"] is not None and after["accuracy"] is not None:
+        return _headline_of_answers(before["accuracy"], after["accuracy"], run["answers_changed"])
+    for where, old, new in (
+        ("on its own text", before["on_student"], after["on_student"]),
+        ("on teacher text", before, after),
+    ):
+        if old["reverse_kl"] and new["reverse_kl"] is not None:
+            return _headline_of_divergence(where, old["reverse_kl"], new["reverse_kl"])
+    return f"Trained for {run['steps']} steps; nothing to compare"
+
+
+def _headline_of_answers(before: float, after: float, changed: Report | None) -> str:
+    if changed is None:
+        return f"Solves {after:.1%} of held-out problems, {before:.1%} before training"
+    if changed["gained"] == changed["lost"]:
+        return f"Solves {after:.1%} of held-out problems, as many as before training"
+    if sign_test(**changed) >= CHANCE:
+        return f"Solves {after:.1%} of held-out problems, {before:.1%} before training: within chance"
+    return f"Solves {after:.1%} of held-out problems, {'up' if after > before else 'down'} from {before:.1%}"
+
+
+def _headline_of_divergence(where: str, before: float, after: float) -> str:
+    ratio = round(after / before, 2)
+    way = "Nearer to" if ratio < 1 else "Farther from" if ratio > 1 else "As far from"
+    return f"{way} the teacher: reverse KL {before:.4f} → {after:.4f} nats a token {where}"
 
 
 def _measured_apart(evaluations: dict[str, Report]) -> dict[str, list[Any]]:
@@ -154,6 +203,9 @@ def _answers_and_divergence(report: Report) -> str:
         return f"{solved}, nothing to compare it with; {divergence}."
     points = 100 * (after - before)
     solved = f"from {before:.1%} to {after:.1%} of held-out problems"
+    changed = report["run"].get("answers_changed")
+    if changed is not None and abs(points) >= NOTICEABLE_POINTS and sign_test(**changed) >= CHANCE:
+        return f"the answers changed by no more than chance explains ({solved}); {divergence}."
     if points >= NOTICEABLE_POINTS:
         return f"the student improved by {points:.1f} points, {solved}; {divergence}."
     if points <= -NOTICEABLE_POINTS:

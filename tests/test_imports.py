@@ -1,6 +1,7 @@
 """Allowed imports between packages, checked in the source."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_circles_are_found_through_functions_and_relative_imports_but_not_throug
     [
         ("cache", ["torch", "transformers", "dualkl", "stages"]),
         ("dualkl", ["transformers", "pyarrow", "cache", "stages"]),
+        ("stages.view", ["torch", "transformers", "datasets", "accelerate"]),
+        ("stages.report", ["torch", "transformers", "datasets", "accelerate"]),
     ],
 )
 def test_importing_a_package_loads_nothing_that_it_may_not_know(package: str, absent: list[str]) -> None:
@@ -89,3 +92,24 @@ def test_the_cache_is_imported_in_half_a_second_of_processor_time() -> None:
     code = "import time; start = time.process_time(); import cache; print(time.process_time() - start)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.5
+
+
+def test_the_page_of_a_run_is_made_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    configuration = (ROOT / "pipeline.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(configuration)
+    code = (
+        "import sys; from stages import report, view; from pathlib import Path;"
+        "source = view.source('run'); report.write_report(Path('run'), source.config, str);"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

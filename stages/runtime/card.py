@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from stages.runtime import history
 from stages.runtime.config import Config, name_and_revision
 from stages.runtime.cuts import cut_sentence
 from stages.runtime.history import Record
+from stages.runtime.shares import NORMAL, wilson
 
 KEYS = (
     "tau",
@@ -32,7 +32,6 @@ KEYS = (
     "dataset",
 )
 """Keys of the first configuration that the card lists; of later ones it lists the changes."""
-NORMAL = 1.96  # standard errors of a 95 % interval
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 NO_LICENCE = "license_name: unknown"
 """In the head of a card without a licence."""
@@ -201,13 +200,6 @@ def _share(record: Record, name: str) -> str:
         return f"{share:.1%}"
     centre, width = wilson(share, n)
     return f"{share:.1%} ({100 * (centre - width):.1f} to {100 * (centre + width):.1f})"
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Centre and half width of Wilson's 95 % interval for a share of `n` samples."""
-    z2 = NORMAL**2 / n
-    width = NORMAL * sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
-    return (share + z2 / 2) / (1 + z2), width
 
 
 def _kl(record: Record, name: str) -> str:

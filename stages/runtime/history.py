@@ -12,13 +12,15 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from stages.runtime.config import Config
-from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds, and `dualkl view` and `dualkl report` need none of it
+    import torch
+
+    from stages.runtime.distributed import World
 
 PACKAGES = ("dualkl", "torch", "transformers", "peft", "accelerate", "deepspeed")
 FREE = {
@@ -67,6 +69,8 @@ def config_record(config: Config, world: World, step: int) -> Record:
 def hardware(device: torch.device) -> str:
     """The accelerator's name, or the processor's and its number of cores."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     facts = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").is_file() else ""
     name = re.search(r"^model name\s*: (.+)$", facts, re.MULTILINE)

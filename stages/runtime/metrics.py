@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.runtime import config as configuration
 from stages.runtime import files, history, schema, site
 from stages.runtime.config import Config
-from stages.runtime.distributed import World
 from stages.runtime.files import replace_text
 from stages.runtime.terminal import Style
 from stages.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from stages.runtime.distributed import World
 
 PHASES = (
     "startup",  # imports, configuration, the other processes

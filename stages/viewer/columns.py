@@ -15,9 +15,10 @@ on as `escape` plus its highest part, and its lower bytes follow behind the firs
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,25 @@ LAWS = {
     "teacher_top_logprob": Law("square", 6, LEAST_TOP_LOGPROB),
     "student_top_logprob": Law("square", 6, LEAST_TOP_LOGPROB),
 }
-"""The quantities of a token. Masses and λ are shares, all else is in nats."""
+"""The quantities of a token, rounded so that a page of 200 × 512 tokens stays below 3 MB. Masses and λ are shares,
+all else is in nats."""
 
 
-def number_columns(values: dict[str, Array]) -> dict[str, Column]:
-    """Columns of values [T] or [T, width] by their names in LAWS, NaN where missing; without those all NaN."""
-    codes = {name: LAWS[name].codes(own) for name, own in values.items() if not np.isnan(own).all()}
-    return {name: _numbers(LAWS[name], own, codes) for name, own in codes.items()}
+def _fine(law: Law) -> Law:
+    """16 bits; nats and λ in thousandths, as `dualkl cache show` prints nats."""
+    if law.law == "log":
+        return replace(law, bits=16)
+    return replace(law, law="linear", bits=16, most=math.copysign(65.534, law.most))
+
+
+FINE_LAWS = {name: _fine(law) for name, law in LAWS.items()}
+"""The same with 3 decimals of a nat, where there is room."""
+
+
+def number_columns(values: dict[str, Array], laws: dict[str, Law]) -> dict[str, Column]:
+    """Columns of values [T] or [T, width] by their names in `laws`, NaN where missing; without those all NaN."""
+    codes = {name: laws[name].codes(own) for name, own in values.items() if not np.isnan(own).all()}
+    return {name: _numbers(laws[name], own, codes) for name, own in codes.items()}
 
 
 def _numbers(law: Law, codes: Array, others: dict[str, Array]) -> Column:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.schema import finite
 from stages.viewer import figures, sample
-from stages.viewer.rollouts import Rollout, payload, prompt_of, top_of
+from stages.viewer.columns import FINE_LAWS, LAWS
+from stages.viewer.rollouts import Rollout, payload, prompt_of, tops_of
 from stages.viewer.tokens import Speller
 
 FORMAT = 1
 ROWS = 200
 MOST_BYTES = 2_800_000  # of the data block; page and scripts take the rest of 3 MB
-MOST_HEAD_WORK = 2e11  # multiplications for teachers kept as hidden states: seconds of one core
+MOST_HEAD_WORK = 6e10  # multiplications for teachers kept as hidden states: some two seconds of one core
 HELDOUT_SHARE = 0.06  # of the rows: held-out prompts, each shown before, after and by the teacher
 Found = dict[str, Any]
 
@@ -49,12 +51,28 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
     count = max(1, ROWS // len(sources)) if rows is None else rows
     most_bytes = MOST_BYTES / len(sources) if rows is None else float("inf")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    runs = [one(source, count, most_bytes) for source in _named_apart(sources)]
+    for run, source in zip(runs, sources, strict=True):
+        run["compared"] = (
+            [] if source is sources[0] else figures.compared(source.evaluations, sources[0].evaluations)
+        )
     return {
         "format": FORMAT,
         "made": {"time": now, "version": metadata.version("dualkl")},
         "serve": serve,
-        "runs": [one(source, count, most_bytes) for source in sources],
+        "runs": runs,
     }
+
+
+def _named_apart(sources: Sequence[Source]) -> list[Source]:
+    """The sources, those of equal names named by their places: the page tells runs apart by name."""
+    names = [source.name for source in sources]
+    places = [str(source.folder or source.root) for source in sources]
+    apart = [place if names.count(name) > 1 else name for name, place in zip(names, places, strict=True)]
+    return [
+        replace(source, name=f"{name} ({apart[:at].count(name) + 1})" if name in apart[:at] else name)
+        for at, (source, name) in enumerate(zip(sources, apart, strict=True))
+    ]
 
 
 def one(source: Source, count: int, most_bytes: float) -> Found:
@@ -67,13 +85,14 @@ def one(source: Source, count: int, most_bytes: float) -> Found:
     left = most_bytes - len(json.dumps(found))
     found["rollouts"] = _rollouts(source, snapshot, speller, count, left, say)
     if source.folder is None:
-        found["verdict"] = _cache_verdict(found["cache"])
+        found |= _cache_verdict(found["cache"])
         found["provenance"] = _fingerprint(snapshot)
     result: Found = finite({"name": source.name, **_EMPTY, **found, "notes": notes})
     return result
 
 
 _EMPTY: Found = {
+    "headline": "",
     "verdict": "",
     "about": "",
     "table": [],
@@ -90,6 +109,7 @@ _EMPTY: Found = {
     "config_changes": [],
     "warnings": [],
     "answers": [],
+    "prompts": None,
 }
 
 
@@ -100,13 +120,22 @@ def _open(root: str, say: Callable[[str], None]) -> tuple[cache.Snapshot | None,
             say(f"There is no cache at {root}: no rollouts are shown.")
             return None, Speller(None)
         snapshot = cache.open(root)
-        path = snapshot.tokenizer_file()
     except (cache.CacheError, OSError) as error:
         say(f"{error} No rollouts are shown.")
         return None, Speller(None)
+    return snapshot, speller_of(snapshot, say)
+
+
+def speller_of(snapshot: cache.Snapshot, say: Callable[[str], None]) -> Speller:
+    """What spells the tokens of a cache: its tokenizer, or ids if that is missing or damaged, which is said."""
+    try:
+        path = snapshot.tokenizer_file()
+    except (cache.CacheError, OSError) as error:
+        say(f"{error} Tokens are shown as their ids.")
+        return Speller(None)
     if path is None:
-        say(f"{root} has no tokenizer.json: tokens are shown as their ids.")
-    return snapshot, Speller(path)
+        say(f"{snapshot.root} has no tokenizer.json: tokens are shown as their ids.")
+    return Speller(path)
 
 
 def _run(source: Source) -> Found:
@@ -115,6 +144,7 @@ def _run(source: Source) -> Found:
     config = source.config.model_dump() if source.config else {}
     return {
         "kind": "run",
+        "headline": report["headline"],
         "verdict": report["verdict"],
         "about": _about(config, report),
         "table": figures.table(source.evaluations),
@@ -134,6 +164,8 @@ def _run(source: Source) -> Found:
             {"step": r.get("step", 0), "text": r["text"]} for r in records if r["kind"] == "warning"
         ],
         "answers": _answers(source.evaluations),
+        "prompts": max((found.get("answers") or 0 for found in source.evaluations.values()), default=0)
+        or None,
     }
 
 
@@ -200,13 +232,15 @@ def _cache_figures(snapshot: cache.Snapshot | None, say: Callable[[str], None]) 
     return {**found, "tokens": found["scored_tokens"], "cut_share": cut_share(found["finish_reasons"])}
 
 
-def _cache_verdict(found: Found) -> str:
+def _cache_verdict(found: Found) -> Found:
     if not found.get("rows"):
-        return "A cache without rows."
-    return (
-        f"{found['rows']:,} rollout{'s' * (found['rows'] != 1)} with {found['scored_tokens']:,} scored tokens,"
-        f" {found['bytes_per_token']:.1f} bytes a token; {cut_sentence(found['cut_share'])}."
-    )
+        return {"headline": "A cache without rows"}
+    rows, tokens = found["rows"], found["scored_tokens"]
+    about = f"{found['bytes_per_token']:.1f} bytes a token; {cut_sentence(found['cut_share'])}."
+    return {
+        "headline": f"{rows:,} rollout{'s' * (rows != 1)} with {tokens:,} scored tokens",
+        "verdict": about,
+    }
 
 
 def _rollouts(
@@ -221,15 +255,21 @@ def _rollouts(
     known = traces.newest_by_row(source.folder, say) if source.folder else {}
     rows, parts = ([], "") if snapshot is None else _sampled(snapshot, known, count, say)
     heldout = _heldout(source.folder, round(HELDOUT_SHARE * count), say) if source.folder else []
+    laws, fine_bytes = FINE_LAWS, min(most_bytes, MOST_BYTES)
     while True:
-        told = payload([*rows, *(row for prompt in heldout for row in prompt)], speller)
+        told = payload([*rows, *(row for prompt in heldout for row in prompt)], speller, laws)
         size = len(json.dumps(told))
+        if laws is FINE_LAWS and size > fine_bytes:
+            laws = LAWS
+            continue
         if size <= most_bytes or len(rows) <= 1:
             break
         share = 0.95 * most_bytes / size
         rows, heldout = rows[: max(1, int(share * len(rows)))], heldout[: int(share * len(heldout))]
     total = 0 if snapshot is None else len(snapshot)
     how = "" if snapshot is None else _how(len(rows), total, parts)
+    if laws is LAWS:
+        how += " Figures of a token are rounded, to keep the page small; --serve or fewer --rows show 3 decimals."
     return {"shown": len(rows), "total": total, "how": how, "heldout": sum(map(len, heldout))} | told
 
 
@@ -264,23 +304,31 @@ def _read(
     say: Callable[[str], None],
 ) -> list[Rollout]:
     """Rows with the teacher's top five; those of a dense teacher only while MOST_HEAD_WORK lasts."""
-    rows, work, num_topless = list[Rollout](), 0.0, 0
+    records, shown, work = list[cache.Record](), list[cache.Record](), 0.0
     for position in positions:
         try:
-            record = snapshot[position]
-            work += head_work(record, snapshot)
-            top = top_of(record, snapshot.head) if work <= MOST_HEAD_WORK else None
-            num_topless += work > MOST_HEAD_WORK
+            records.append(snapshot[position])
         except (cache.CacheError, OSError) as error:
             say(f"{error} The page leaves this row out.")
             continue
-        rows.append(Rollout(record, source, trace_of(record, known), top))
-    if num_topless:
+        work += head_work(records[-1], snapshot)
+        if work <= MOST_HEAD_WORK:
+            shown.append(records[-1])
+    if num_topless := len(records) - len(shown):
         say(
-            f"The teacher's top five is left out for {num_topless:,} of {len(rows):,} rollouts of"
+            f"The teacher's top five is left out for {num_topless:,} of {len(records):,} rollouts of"
             f" {snapshot.root}: from hidden states it takes seconds a rollout. Fewer --rows, or --serve, show it."
         )
-    return rows
+    try:
+        tops = tops_of(shown, functools.cache(snapshot.head))  # its digest is checked at every call
+    except (cache.CacheError, OSError) as error:
+        say(f"{error} The page leaves out the teacher's top five.")
+        tops = []
+    padded = [*tops, *[None] * (len(records) - len(tops))]
+    return [
+        Rollout(record, source, trace_of(record, known), top)
+        for record, top in zip(records, padded, strict=True)
+    ]
 
 
 def head_work(record: cache.Record, snapshot: cache.Snapshot) -> float:

@@ -14,11 +14,12 @@ import cache
 from stages.runtime.schema import finite
 from stages.runtime.traces import NUM_TOP, Trace
 from stages.viewer.chat import messages_of
-from stages.viewer.columns import LAWS, deflated, id_columns, number_columns
+from stages.viewer.columns import FINE_LAWS, LAWS, Law, deflated, id_columns, number_columns
 from stages.viewer.tokens import Speller, Vocabulary
 
 LEAST_SHOWN = np.log(1e-3)  # less likely ids are left out of a top five, but for the first
 MOST_CHARACTERS = 6_000  # of a prompt
+MOST_STATES = 1_024  # tokens whose hidden states go through the head together
 Array = npt.NDArray[Any]
 Figures = dict[str, Any]
 CACHED = {
@@ -103,12 +104,40 @@ def _is_shown(logprobs: Array) -> Array:
     return shown
 
 
-def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
-    """The teacher's most likely ids and their logprobs, [T, NUM_TOP] each; None for unscored rows."""
-    found = None if record.signal is None else record.signal.most_likely(NUM_TOP, head)
+def tops_of(records: Sequence[cache.Record], head: Any) -> list[tuple[Array, Array] | None]:
+    """The teacher's most likely ids and their logprobs, [T, NUM_TOP] each, of every row; None for unscored rows.
+
+    Rows kept as hidden states go through the head together, as converting it takes longer than one row.
+    """
+    hidden = {i: r.signal for i, r in enumerate(records) if isinstance(r.signal, cache.Hidden)}
+    found = [None if i in hidden else _top(record.signal, head) for i, record in enumerate(records)]
+    for places in _batches(hidden):
+        signals = [hidden[place] for place in places]
+        joined = cache.Hidden(np.concatenate([own.states for own in signals]), signals[0].dtype)
+        top = _top(joined, head)
+        starts = np.cumsum([0, *(len(own.states) for own in signals)])
+        for place, start, end in zip(places, starts, starts[1:], strict=False):
+            found[place] = None if top is None else (top[0][start:end], top[1][start:end])
+    return found
+
+
+def _batches(hidden: dict[int, cache.Hidden]) -> Iterator[list[int]]:
+    """Places of rows of one dtype with at most MOST_STATES tokens, or of one row."""
+    part, tokens, dtype = list[int](), 0, ""
+    for place, own in hidden.items():
+        if part and (tokens + len(own.states) > MOST_STATES or own.dtype != dtype):
+            yield part
+            part, tokens = [], 0
+        part, tokens, dtype = [*part, place], tokens + len(own.states), own.dtype
+    if part:
+        yield part
+
+
+def _top(signal: Any, head: Any) -> tuple[Array, Array] | None:
+    found = None if signal is None else signal.most_likely(NUM_TOP, head)
     if found is None:
         return None
-    ids = np.full((len(record.completion_ids), NUM_TOP), -1)
+    ids = np.full((len(found[0]), NUM_TOP), -1)
     logprobs = np.full(ids.shape, -np.inf)
     width = found[0].shape[1]
     ids[:, :width] = found[0]
@@ -117,7 +146,7 @@ def top_of(record: cache.Record, head: Any) -> tuple[Array, Array] | None:
     return ids, np.where(ids < 0, -np.inf, logprobs)
 
 
-def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
+def payload(rows: Sequence[Rollout], speller: Speller, laws: dict[str, Law] = FINE_LAWS) -> Figures:
     """`tokens` (their number), `columns`, and `packed`: the JSON of `rows`, `prompts` and `vocabulary`."""
     ids = {name: np.concatenate([row.ids(name) for row in rows]) for name in REFERS if rows}
     values = {name: np.concatenate([row.values(name) for row in rows]) for name in LAWS if rows}
@@ -132,7 +161,7 @@ def payload(rows: Sequence[Rollout], speller: Speller) -> Figures:
     return {
         "tokens": sum(row.num_tokens for row in rows),
         "packed": deflated(json.dumps(finite(packed), separators=(",", ":")).encode()),
-        "columns": id_columns(places, REFERS) | number_columns(values),
+        "columns": id_columns(places, REFERS) | number_columns(values, laws),
     }
 
 

@@ -120,6 +120,7 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
         "max_steps": 2,
         "measured_step": 2,
         "measured_apart": {},
+        "answers_changed": None,
         "refreshes": 1,
         "trained_tokens": 200,
         "trained_tokens_per_second": 200.0,
@@ -187,6 +188,46 @@ def test_the_verdict_says_what_the_numbers_say(folder: Path, config: Config) -> 
     )
     same = {"forward_kl": 0.1999, "reverse_kl": 0.3999, "top1_agreement": 0.5}
     assert "forward KL went to 1.00 ×" in report.verdict(changed(found, "after", on_student=same))
+
+
+def test_the_headline_says_whether_the_answers_changed_by_more_than_chance(
+    folder: Path, config: Config
+) -> None:
+    found = report.collect(folder, config)
+    assert report.headline(found) == "Solves 80.0% of held-out problems, 30.0% before training"
+    for gained, lost, words in (
+        (5, 0, "within chance"),
+        (6, 0, "up from 30.0%"),
+        (3, 3, "as many as before"),
+    ):
+        run = found["run"] | {"answers_changed": {"gained": gained, "lost": lost}}
+        assert words in report.headline(found | {"run": run})
+    unchecked = changed(changed(found, "before", accuracy=None), "after", accuracy=None)
+    assert report.headline(unchecked) == (
+        "Nearer to the teacher: reverse KL 0.4000 → 0.1000 nats a token on its own text"
+    )
+    assert report.headline(found | {"run": found["run"] | {"max_steps": 9}}) == "Unfinished: 2 of 9 steps"
+
+
+def test_the_verdict_calls_no_change_an_improvement_that_chance_explains(
+    folder: Path, config: Config
+) -> None:
+    found = report.collect(folder, config)
+    for gained, lost, words in (
+        (5, 0, "no more than chance explains (from 30.0% to 80.0%"),
+        (6, 0, "improved by"),
+    ):
+        run = found["run"] | {"answers_changed": {"gained": gained, "lost": lost}}
+        assert words in report.verdict(found | {"run": run})
+
+
+def test_answers_that_changed_are_counted_by_prompt(folder: Path, config: Config) -> None:
+    for label, solved in (("before", [True, False, False, 0.5]), ("after", [False, True, True, 0.75])):
+        path = folder / "eval" / f"{label}.json"
+        told = json.loads(path.read_text())
+        told["by_prompt"] = {"prompt_ids": ["a", "b", "c", "d"], "solved": solved, "cut": [False] * 4}
+        path.write_text(json.dumps(told))
+    assert report.collect(folder, config)["run"]["answers_changed"] == {"gained": 3, "lost": 1}
 
 
 def test_the_verdict_compares_only_what_was_measured_twice(folder: Path, config: Config) -> None:

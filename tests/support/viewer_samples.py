@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.viewer.columns import deflated, id_columns, number_columns
+from stages.viewer.columns import LAWS, deflated, id_columns, number_columns
 from stages.viewer.rollouts import REFERS
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -88,7 +88,9 @@ def rollouts(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
     for name in ("rkl", "fkl", "lambda", "student_entropy", "student_top_logprob"):
         values[name] = np.where(untraced.reshape(-1, *[1] * (values[name].ndim - 1)), np.nan, values[name])
     places = {"token": ids, "teacher_top": top, "student_top": student_top}
-    columns = id_columns({n: p.astype(np.int64) for n, p in places.items()}, REFERS) | number_columns(values)
+    columns = id_columns({n: p.astype(np.int64) for n, p in places.items()}, REFERS) | number_columns(
+        values, LAWS
+    )
     found = []
     for row, (start, n) in enumerate(zip(offsets, lengths)):
         here = slice(int(start), int(start) + n)
@@ -219,6 +221,7 @@ def run(
         "name": name,
         "kind": "run",
         "about": f"SmolLM2-135M pruned ← SmolLM2-135M-Instruct · {num_steps} steps",
+        "headline": "Solves 89.0% of held-out problems, up from 39.0%",
         "verdict": "The student improved by 50.0 points, from 39.0% to 89.0% of held-out problems; on its own"
         " text forward KL fell to 0.08 × and reverse KL to 0.11 × of what they were.",
         "table": [

@@ -20,16 +20,25 @@ const TERMS = [
   ["Gate", "λ = σ(α (τ − D)); the loss of a token is λ · reverse KL + (1 − λ) · forward KL."],
   ["τ, α", "The divergence D at which λ is one half, and the slope of the gate there."],
   ["Drift", "Mean of behaviour − student log-probability over a step's tokens, in nats per token."],
-  ["Interval", "95 % bootstrap over the prompts: how far the figure would move with other prompts."],
+  [
+    "Interval",
+    "How far a figure would move with other prompts, 95 %: Wilson's interval for the share of prompts that are" +
+      " solved or cut, a bootstrap over prompts for means over tokens. With few prompts it is wide. Runs are compared" +
+      " prompt by prompt: by Bonett and Price's interval for shares, else by a paired bootstrap.",
+  ],
+  [
+    "Within chance",
+    "So uneven a split of the prompts whose outcome changed is likely without any effect (McNemar's exact" +
+      " test, p ≥ 0.05).",
+  ],
   [
     "Traced row",
     "A row for which training kept λ, both KLs and the student's top five, each trace_every steps.",
   ],
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
   [
-    "R, F, λ, Δ, H",
-    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob," +
-      " teacher entropy.",
+    "Figures of a rollout",
+    "Means over its tokens. Teacher − behaviour: the difference of their log-probabilities; entropy: the teacher's.",
   ],
 ];
 

@@ -41,25 +41,29 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
       {},
       el("div", { class: "written" }, pieceNode(one)),
       el("span", { class: "unit" }, about),
+      stepButtons("token", (move) => chooseToken(Math.max(0, Math.min(row.tokens - 1, STATE.token + move)))),
       el(
         "button",
         {
           type: "button",
           class: "icon close",
           "aria-label": "Close the token",
-          onclick: () => chooseToken(null),
+          onclick: () => {
+            chooseToken(null);
+            document.getElementById("tokens").focus({ preventScroll: true });
+          },
         },
         "×",
       ),
     ),
-    gauge(facts.lambda),
+    gauge(rollouts, facts.lambda),
     tops.teacher.length
       ? topList("Teacher", tops.teacher, rollouts, written, facts.teacher_logprob, facts.tail)
       : el("p", { class: "note" }, "The teacher's top five is not known for this rollout (see the notes)."),
     tops.student.length
       ? topList("Student", tops.student, rollouts, written, facts.trained_logprob)
       : el("p", { class: "note" }, "The student's top five is kept for traced rows (trace_every)."),
-    factsTable(facts, tops, written),
+    factsTable(rollouts, facts, tops, written),
   );
 }
 
@@ -70,14 +74,14 @@ function pieceNode(one) {
   return el("span", { class: "text" }, shown.length > 60 ? shown.slice(0, 60) + "…" : shown);
 }
 
-function gauge(lambda) {
+function gauge(rollouts, lambda) {
   if (lambda === undefined || Number.isNaN(lambda)) return null;
   return el(
     "div",
     { class: "gauge" },
     el("span", {}, "λ"),
     el("div", { class: "track", "--v": lambda }, el("i", {})),
-    el("b", {}, number(lambda)),
+    el("b", {}, stored(rollouts, "lambda", lambda)),
     el("small", {}, `${(100 * lambda).toFixed(0)}% reverse, ${(100 * (1 - lambda)).toFixed(0)}% forward KL`),
   );
 }
@@ -111,7 +115,7 @@ function topList(title, entries, rollouts, written, logprob, tail) {
   return el(
     "section",
     { class: "top5" },
-    el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")),
+    el("h3", {}, el("i", { class: "key " + name }), title, " ", el("small", {}, "top five")),
     el("ol", {}, rows, rest),
   );
 }
@@ -133,7 +137,7 @@ function rank(entries, written) {
   return place < 0 ? "not in the top five" : `${place + 1}`;
 }
 
-function factsTable(facts, tops, written) {
+function factsTable(rollouts, facts, tops, written) {
   const rows = QUANTITIES.filter(
     ({ key }) => key !== "lambda" && facts[key] !== undefined && !Number.isNaN(facts[key]),
   );
@@ -147,12 +151,7 @@ function factsTable(facts, tops, written) {
     ranks.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)]),
     rows.flatMap(({ key, label, unit }) => [
       el("dt", {}, label),
-      el(
-        "dd",
-        {},
-        key.endsWith("tail") ? share(facts[key]) : number(facts[key], 4),
-        unit ? el("small", {}, unit) : null,
-      ),
+      el("dd", {}, stored(rollouts, key, facts[key]), unit ? [" ", el("small", {}, unit)] : null),
     ]),
   );
 }

@@ -5,8 +5,7 @@ const DATA = JSON.parse(document.getElementById("dualkl-data").textContent);
 const RUNS = DATA.runs;
 const decoded = new Map();
 
-const DIGITS =
-  "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%/()*+-;:=,?@^_`{|}~";
+const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%/()*+-;:=,?@^_`{|}~";
 const PLACES = Uint8Array.from({ length: 128 }, (_, code) =>
   Math.max(0, DIGITS.indexOf(String.fromCharCode(code))),
 );
@@ -124,6 +123,24 @@ async function values(rollouts, name, start, stop, slot = 0) {
   return Float64Array.from(found.subarray(from + start, from + stop), (code) =>
     code === missing ? NaN : LAWS[law](code, scale),
   );
+}
+
+// Decimals of a value that its column stores: the last one is as large as half the distance to the next code.
+function decimals(rollouts, name, value) {
+  if (name === "gap")
+    return Math.min(...["teacher_logprob", "behaviour_logprob"].map((one) => decimals(rollouts, one, value)));
+  const { law, scale } = rollouts.columns[name];
+  const size = Math.abs(scale);
+  const step = law === "square" ? 2 * Math.sqrt(Math.abs(value) * size) + size : size;
+  return Math.max(0, Math.min(3, Math.floor(-Math.log10(step) + 1e-9)));
+}
+
+// A value of a token as it is written: nats with up to 3 decimals, as `dualkl cache show` has them; shares in
+// percent.
+function stored(rollouts, name, value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
+  if (name.endsWith("tail")) return rollouts.columns[name].bits > 8 ? share(value) : "≈ " + roughShare(value);
+  return value.toFixed(decimals(rollouts, name, value)).replace("-", MINUS);
 }
 
 function piece(rollouts, local) {

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stages.runtime import card
-from stages.runtime.card import Weights, model_card, wilson
+from stages.runtime.card import Weights, model_card
 from tests.support.helpers import make_config
 
 
@@ -109,13 +109,6 @@ def test_names_on_the_hub_are_in_the_front_matter() -> None:
     assert head["base_model"] == "Qwen/Qwen3-4B"
     assert head["base_model_relation"] == "finetune"
     assert head["datasets"] == ["openai/gsm8k"]
-
-
-def test_wilson_intervals_stay_within_zero_and_one() -> None:
-    for share in (0.0, 0.01, 0.5, 1.0):
-        centre, width = wilson(share, 10)
-        assert -1e-12 < centre - width <= share + 1e-12
-        assert share - 1e-12 <= centre + width < 1 + 1e-12
 
 
 def test_paths_are_text() -> None:

@@ -7,13 +7,24 @@ import json
 import numpy as np
 import pytest
 
-from stages.viewer.columns import LAWS, deflated, id_columns, number_columns
+from stages.viewer.columns import FINE_LAWS, LAWS, Law, deflated, id_columns, number_columns
 from tests.support.viewing import codes_of, ids_of, inflated, values_of
 
 
-def shown(name: str, values: list[float] | np.ndarray) -> np.ndarray:
+def shown(name: str, values: list[float] | np.ndarray, laws: dict[str, Law] = LAWS) -> np.ndarray:
     """What the page shows of a column alone."""
-    return values_of({"columns": number_columns({name: np.array(values)})}, name)
+    return values_of({"columns": number_columns({name: np.array(values)}, laws)}, name)
+
+
+@pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.law != "log"])
+def test_a_page_with_room_has_nats_and_the_gate_to_three_decimals(name: str) -> None:
+    values = np.sign(LAWS[name].most) * np.random.default_rng(0).exponential(3, 500)
+    assert [f"{v:.3f}" for v in shown(name, values, FINE_LAWS)] == [f"{v:.3f}" for v in values]
+
+
+def test_a_page_with_room_has_tails_to_three_digits() -> None:
+    masses = np.exp(-np.random.default_rng(0).uniform(0, 20, 500))
+    np.testing.assert_allclose(shown("tail", masses, FINE_LAWS), masses, rtol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,7 @@ def test_a_missing_value_is_told_apart_from_the_largest(name: str) -> None:
 
 
 def test_a_column_that_no_row_has_is_left_out() -> None:
-    assert number_columns({"rkl": np.full(3, np.nan)}) == {}
+    assert number_columns({"rkl": np.full(3, np.nan)}, LAWS) == {}
     assert id_columns({"token": np.full((3, 5), -1)}, {"token": ()}) == {}
 
 
@@ -65,20 +76,21 @@ def test_columns_after_each_other_come_back() -> None:
     values = {name: signs[name] * np.abs(own) for name, own in values.items()}
     for own in values.values():
         own[random.random(own.shape) < 0.2] = np.nan
-    found = {"columns": number_columns(values)}
+    found = {"columns": number_columns(values, LAWS)}
     assert found["columns"]["trained_logprob"]["after"] == "behaviour_logprob"
     for name, own in values.items():
         codes = LAWS[name].codes(own).astype(float)
         codes[codes == LAWS[name].missing] = np.nan
         np.testing.assert_array_equal(codes_of(found, name), codes, name)
     del values["behaviour_logprob"]
-    assert "after" not in number_columns(values)["trained_logprob"]
+    assert "after" not in number_columns(values, LAWS)["trained_logprob"]
 
 
-def test_a_column_comes_after_one_with_as_many_codes() -> None:
-    for law in LAWS.values():
+@pytest.mark.parametrize("laws", [LAWS, FINE_LAWS])
+def test_a_column_comes_after_one_with_as_many_codes(laws: dict[str, Law]) -> None:
+    for law in laws.values():
         if law.after:
-            assert (law.law, law.bits, law.most) == (*vars(LAWS[law.after]).values(),)[:3]
+            assert (law.law, law.bits, law.most) == (*vars(laws[law.after]).values(),)[:3]
 
 
 def test_codes_are_stored_slot_by_slot_as_first_bytes_and_longer_ones_behind() -> None:

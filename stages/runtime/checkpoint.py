@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import host_memory
+from stages.runtime import distributed, ending, host_memory
 from stages.runtime.distributed import World
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, one_line
 from stages.runtime.files import new_folder, publish_folder, remove
 from stages.runtime.schema import Count, complaint
 
@@ -51,6 +51,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NAME = re.compile(r"step-\d{6,}")
 STRICT = ConfigDict(strict=True, extra="forbid")
 BEST = "best.safetensors"
+LEFT = (".partial-step-*", ".old-step-*")  # by a process that was killed
 WRITTEN = ("student.safetensors", "state.pt")  # in every checkpoint, next to the optimizer files
 
 
@@ -223,10 +224,18 @@ def discard_after(folder: Path, step: int) -> None:
     """Remove checkpoints after `step`, newest first, and best weights from after it (main process)."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
-            remove(path)
+            _discard(path)
     kept = best(folder)
     if kept is not None and kept.step > step:
         forget_best(folder)
+
+
+def _discard(path: Path) -> None:
+    """Remove a complete checkpoint; if that is interrupted, what is left does not pass for one."""
+    aside = path.with_name(f".old-{path.name}")
+    remove(aside)
+    path.rename(aside)
+    remove(aside)
 
 
 def read_position(path: Path) -> Position:
@@ -301,6 +310,7 @@ class Saver:
         final = folder / f"step-{position.step:06d}"
         partial = folder / f".partial-step-{position.step:06d}"
         if world.is_main:
+            _remove_all([path for each in LEFT for path in folder.glob(each)], remove)
             new_folder(partial)
         world.barrier()
         random_states = world.gather(_random_state(world))
@@ -323,17 +333,47 @@ class Saver:
         return final
 
     def settle(self, world: World) -> None:
-        """Wait until the checkpoint is on disk. UserError if it could not be written (collective)."""
+        """Wait until the checkpoint is on disk; if it could not be written, raise why (collective)."""
         if not self._is_pending:
             return
-        self._is_pending, problem = False, ""
-        if self._job is not None:
-            try:
-                self._job.result()
-            except UserError as error:
-                problem = str(error)
-        if problem := world.gather(problem)[0]:
+        self._is_pending = False
+        error = self._result()
+        problem = world.gather("" if error is None else _text(error))[0]
+        if error is not None:
+            raise error
+        if problem:
             raise UserError(problem)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """However the block or the process ends, a checkpoint that was begun is written first.
+
+        Waits on this process alone, prints why it could not be written, and frees the copies in host memory.
+        """
+        ending.at_end(self._finish, quick=True)
+        try:
+            yield
+        finally:
+            self._finish()
+            self._host = None
+
+    def _finish(self) -> None:
+        if self._job is not None and not self._job.done():
+            ending.tell("writing the checkpoint that was begun")
+        error = self._result()
+        if error is not None:
+            ending.tell(f"warning: {_text(error)}")
+
+    def _result(self) -> BaseException | None:
+        """Wait for the thread; return its error, once."""
+        job = self._job
+        error = None if job is None else job.exception()
+        self._job = None
+        return error
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def save(
@@ -371,8 +411,16 @@ def _write(
         raise UserError(
             f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
         ) from error
-    for old in complete(folder)[:-keep]:
-        remove(old)
+    _remove_all(complete(folder)[:-keep], _discard)
+
+
+def _remove_all(paths: list[Path], how: Callable[[Path], None]) -> None:
+    """Remove what is no longer needed. What cannot be removed takes space, but nothing depends on it."""
+    for path in paths:
+        try:
+            how(path)
+        except OSError as error:
+            distributed.say_once(f"warning: {path} could not be removed ({one_line(error)}); remove it")
 
 
 def _num_bytes(value: Any) -> int:

@@ -161,7 +161,7 @@ def _noted(number: int, frame: FrameType | None) -> None:
 def _noted_or_raised(number: int, frame: FrameType | None) -> None:
     if _Process.finishes and not _Process.asked:
         _Process.asked = number
-        _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
+        tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
     else:
         _end_now(number)
 
@@ -169,7 +169,7 @@ def _noted_or_raised(number: int, frame: FrameType | None) -> None:
 def _raise(number: int, message: str) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message) from None
-    _tell(message)
+    tell(message)
     raise SystemExit(128 + number) from None
 
 
@@ -185,9 +185,9 @@ def _take(number: int) -> None:
     if not _Process.asked:
         _Process.asked, _Process.asked_at = number, now
         if _Process.finishes:
-            _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
-        else:
-            _end_now(number)
+            tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
+        else:  # this thread goes on watching: a second signal ends tasks that take long
+            threading.Thread(target=_end_now, args=(number,), name="ending", daemon=True).start()
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
         _end_now(number)
 
@@ -196,14 +196,15 @@ def _end_now(number: int) -> None:
     how = NAMES[signal.Signals(number)]
     if _Process.raises:
         _raise(number, f"interrupted ({how}); make the same call again to resume")
-    _tell(f"\ninterrupted ({how}); run the same command again to resume")
+    tell(f"\ninterrupted ({how}); run the same command again to resume")
     try:
         run_tasks(quick_only=True)
     finally:
         os._exit(128 + number)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print `line` on stderr, also from a thread or a signal handler."""
     with suppress(OSError):  # nobody reads it
         os.write(2, f"{line}\n".encode())
 

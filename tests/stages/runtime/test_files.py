@@ -296,3 +296,23 @@ def test_an_evaluation_that_a_power_cut_emptied_is_measured_again(tmp_path: Path
     assert measure.measure(evaluation, student, policy, "before", None) == first
     assert measure.measure(evaluation, student, policy, "before", None) == first
     assert len(records_of(run.folder, "evaluation")) == 2
+
+
+def test_a_published_folder_is_on_disk_with_the_names_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash after the rename could otherwise leave a folder without some of its files."""
+    inner = tmp_path / "partial" / "deepspeed"
+    inner.mkdir(parents=True)
+    (inner / "weights").write_text("w")
+    synced = []
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "final").exists()))
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    files.publish_folder(tmp_path / "partial", tmp_path / "final")
+    final = tmp_path / "final"
+    before = {path.stat().st_ino for path in (final, final / "deepspeed", final / "deepspeed" / "weights")}
+    assert {node for node, is_published in synced if not is_published} == before
+    assert (tmp_path.stat().st_ino, True) in synced

@@ -332,6 +332,10 @@ class Saver:
             self.settle(world)
         return final
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those in host memory."""
+        return list(_tensors(self._host))
+
     def settle(self, world: World) -> None:
         """Wait until the checkpoint is on disk; if it could not be written, raise why (collective)."""
         if not self._is_pending:
@@ -423,16 +427,21 @@ def _remove_all(paths: list[Path], how: Callable[[Path], None]) -> None:
             distributed.say_once(f"warning: {path} could not be removed ({one_line(error)}); remove it")
 
 
-def _num_bytes(value: Any) -> int:
-    """Bytes of the tensors in nested dictionaries, lists and tuples."""
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, torch.Tensor):
-        return value.nbytes
+        yield value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_num_bytes, parts))
+    for part in parts:
+        yield from _tensors(part)
+
+
+def _num_bytes(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(value))
 
 
 def _on_host(value: Any, kept: Any) -> Any:
-    """`value` with its tensors copied to host memory: into those of `kept`, an earlier result, if they fit."""
+    """`value` with its tensors copied to host memory, into those of `kept`, an earlier one, if they fit."""
     if isinstance(value, torch.Tensor):
         if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
             return kept.copy_(value)

@@ -210,7 +210,7 @@ def tell(line: str) -> None:
 
 
 def uninstall() -> None:
-    """Back to Python's own signal handling: for a forked child, which has no watching thread, and a server."""
+    """Restore Python's own signal handling: for a forked child without a watching thread, and for a server."""
     if _Process.reader >= 0:
         signal.set_wakeup_fd(-1)
     for number in NAMES:

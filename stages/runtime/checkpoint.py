@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import distributed, ending, host_memory
+from stages.runtime import ending, host_memory
 from stages.runtime.distributed import World
-from stages.runtime.errors import UserError, one_line
-from stages.runtime.files import new_folder, publish_folder, remove
+from stages.runtime.errors import UserError
+from stages.runtime.files import discard, discard_unneeded, new_folder, publish_folder, remove
 from stages.runtime.schema import Count, complaint
 
 # Errors that the libraries raise for corrupt files.
@@ -224,18 +224,10 @@ def discard_after(folder: Path, step: int) -> None:
     """Remove checkpoints after `step`, newest first, and best weights from after it (main process)."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
-            _discard(path)
+            discard(path)
     kept = best(folder)
     if kept is not None and kept.step > step:
         forget_best(folder)
-
-
-def _discard(path: Path) -> None:
-    """Remove a complete checkpoint; if that is interrupted, what is left does not pass for one."""
-    aside = path.with_name(f".old-{path.name}")
-    remove(aside)
-    path.rename(aside)
-    remove(aside)
 
 
 def read_position(path: Path) -> Position:
@@ -310,7 +302,7 @@ class Saver:
         final = folder / f"step-{position.step:06d}"
         partial = folder / f".partial-step-{position.step:06d}"
         if world.is_main:
-            _remove_all([path for each in LEFT for path in folder.glob(each)], remove)
+            discard_unneeded(path for pattern in LEFT for path in folder.glob(pattern))
             new_folder(partial)
         world.barrier()
         random_states = world.gather(_random_state(world))
@@ -415,16 +407,7 @@ def _write(
         raise UserError(
             f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
         ) from error
-    _remove_all(complete(folder)[:-keep], _discard)
-
-
-def _remove_all(paths: list[Path], how: Callable[[Path], None]) -> None:
-    """Remove what is no longer needed. What cannot be removed takes space, but nothing depends on it."""
-    for path in paths:
-        try:
-            how(path)
-        except OSError as error:
-            distributed.say_once(f"warning: {path} could not be removed ({one_line(error)}); remove it")
+    discard_unneeded(complete(folder)[:-keep])
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from stages import train as stage_two
 from stages.loops import setup, steps
-from stages.runtime import checkpoint, distributed, host_memory
+from stages.runtime import checkpoint, distributed, files, host_memory
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, environment, make_run, records_of
 from tests.support.thinning import leading
@@ -224,7 +224,7 @@ def test_every_error_of_the_thread_reaches_every_rank(
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def busy(path: Path) -> None:
         if path.exists():
@@ -233,11 +233,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
     saver, begin = saver_of(tmp_path)
     begin(1), begin(2)
     saver.settle(distributed.start("cpu"))
-    monkeypatch.setattr(checkpoint, "remove", busy)
+    monkeypatch.setattr(files, "remove", busy)
     begin(3)
     saver.settle(distributed.start("cpu"))
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000002", "step-000003"]
-    assert "step-000001 could not be removed" in capsys.readouterr().out
+    assert "step-000001 could not be removed" in capfd.readouterr().err
     monkeypatch.undo()
     begin(4)
     saver.settle(distributed.start("cpu"))
@@ -256,7 +256,7 @@ def test_a_checkpoint_whose_removal_is_interrupted_is_none(
             (path / "student.safetensors").unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "remove", killed)
+    monkeypatch.setattr(files, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.discard_after(tmp_path, 1)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000001"]

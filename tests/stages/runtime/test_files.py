@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -316,3 +317,25 @@ def test_a_published_folder_is_on_disk_with_the_names_of_its_files(
     before = {path.stat().st_ino for path in (final, final / "deepspeed", final / "deepspeed" / "weights")}
     assert {node for node, is_published in synced if not is_published} == before
     assert (tmp_path.stat().st_ino, True) in synced
+
+
+def test_an_unneeded_folder_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The folder that was replaced, for example, while another process holds a file of it on NFS."""
+    for name in ("partial", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+
+    def busy(path: Path) -> None:
+        if path.exists():
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(files, "remove", busy)
+    files.publish_folder(tmp_path / "partial", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["partial"]
+    assert "warning: " in (told := capfd.readouterr().err)
+    assert ".old-final could not be removed (Device or resource busy)" in told
+    monkeypatch.undo()
+    files.discard_unneeded(tmp_path.glob(".old-*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

@@ -186,9 +186,17 @@ def _take(number: int) -> None:
         _Process.asked, _Process.asked_at = number, now
         if _Process.finishes:
             tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
-        else:  # this thread goes on watching: a second signal ends tasks that take long
-            threading.Thread(target=_end_now, args=(number,), name="ending", daemon=True).start()
+        else:
+            _end_soon(number)
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
+        _end_now(number)
+
+
+def _end_soon(number: int) -> None:
+    """End in another thread: this one goes on watching, so that a second signal ends tasks that take long."""
+    try:
+        threading.Thread(target=_end_now, args=(number,), name="ending", daemon=True).start()
+    except RuntimeError:  # the interpreter is shutting down
         _end_now(number)
 
 
@@ -206,7 +214,7 @@ def _end_now(number: int) -> None:
 def tell(line: str) -> None:
     """Print `line` on stderr, also from a thread or a signal handler."""
     with suppress(OSError):  # nobody reads it
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode("utf-8", "backslashreplace"))
 
 
 def uninstall() -> None:

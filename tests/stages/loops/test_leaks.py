@@ -68,10 +68,10 @@ def test_what_is_kept_only_while_there_is_room_is_no_growth(
 ) -> None:
     """The first refresh finds no room for the teacher and a checkpoint's copy, the later ones do."""
     monkeypatch.setattr(leaks, "TOLERATED_BYTES", 2**18)
-    check, free = refresh.check_generator, [0]
-    monkeypatch.setattr(host_memory, "free_bytes", lambda: free[0])
+    check, index = refresh.check_generator, [0]
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 2**40 * index[0])
     monkeypatch.setattr(
-        refresh, "check_generator", lambda *a: [free.append(2**40), free.pop(0), check(*a)][2]
+        refresh, "check_generator", lambda *a: [index.clear(), index.append(a[-1]), check(*a)][-1]
     )
     run = train(tmp_path, **(FEW_ROWS | {"max_steps": 8}))
     growth = [record["memory_growth_bytes"] for record in records_of(run.folder, "refresh")]

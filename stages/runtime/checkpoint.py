@@ -372,23 +372,6 @@ def _text(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def save(
-    folder: Path,
-    position: Position,
-    trainable: dict[str, nn.Parameter],
-    optimizer: Any,
-    scheduler: Any,
-    world: World,
-    keep: int,
-    engine: Any = None,
-) -> Path:
-    """Write `step-N` as `Saver.begin` does, and wait for it; return its folder (collective)."""
-    saver = Saver()
-    path = saver.begin(folder, position, trainable, optimizer, scheduler, world, keep, engine)
-    saver.settle(world)
-    return path
-
-
 def _write(
     folder: Path,
     partial: Path,

@@ -105,7 +105,8 @@ def new_folder(path: Path) -> None:
 def publish_folder(partial: Path, final: Path) -> None:
     """Durably rename a complete folder, replacing any at `final`; after a crash it is complete or absent."""
     for path in (*partial.rglob("*"), partial):
-        _sync(path)
+        if path.is_file() or path.is_dir():
+            _sync(path)
     aside = final.with_name(f".old-{final.name}")
     remove(aside)
     if final.exists() or final.is_symlink():

@@ -181,7 +181,9 @@ def saved(tmp_path: Path, step: int, keep: int = 9) -> tuple[Path, dict[str, tor
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     world = make_run(tmp_path, **TINY).world
     position = Position(step, 1, {1: Refresh(2, "f" * 16, "every")})
-    path = checkpoint.save(tmp_path / "checkpoints", position, weights, optimizer, scheduler, world, keep)
+    saver, folder = checkpoint.Saver(), tmp_path / "checkpoints"
+    path = saver.begin(folder, position, weights, optimizer, scheduler, world, keep)
+    saver.settle(world)
     return path, weights, (optimizer, scheduler, world)
 
 

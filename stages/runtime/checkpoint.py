@@ -344,7 +344,8 @@ class Saver:
     def finishing(self) -> Iterator[None]:
         """However the block or the process ends, a checkpoint that was begun is written first.
 
-        Waits on this process alone, prints why it could not be written, and frees the copies in host memory.
+        Only a second signal does not wait for it. At the end of the block, prints why it could not be written,
+        and frees the copies in host memory. Not collective.
         """
         ending.at_end(self._finish, quick=True)
         try:
@@ -354,6 +355,8 @@ class Saver:
             self._host = None
 
     def _finish(self) -> None:
+        if ending.hurries():
+            return
         if self._job is not None and not self._job.done():
             ending.tell("writing the checkpoint that was begun")
         error = self._result()

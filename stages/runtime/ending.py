@@ -36,6 +36,7 @@ class _Process:
     asked = 0  # the signal that asked it to end
     asked_at = 0.0
     began: float | None = None  # time.perf_counter() at the start of a command
+    hurries = False  # a second signal asked it to end at once
     finishes = 0  # > 0: the work in progress ends by itself at a safe point
     ends_hard = False
     raises = False  # a signal raises an exception rather than end the process
@@ -89,7 +90,7 @@ def raising() -> Iterator[None]:
     finally:
         for taken, handler in kept.items():
             signal.signal(taken, handler)
-        _Process.raises, _Process.asked = False, 0
+        _Process.raises, _Process.asked, _Process.hurries = False, 0, False
 
 
 def began() -> float | None:
@@ -100,6 +101,11 @@ def began() -> float | None:
 def asked() -> int:
     """The signal that asked this process to end; 0 if none did."""
     return _Process.asked
+
+
+def hurries() -> bool:
+    """Whether a second signal asked this process to end at once, whatever is lost."""
+    return _Process.hurries
 
 
 @contextmanager
@@ -127,7 +133,10 @@ def at_once() -> Iterator[None]:
 
 
 def at_end(task: Callable[[], None], quick: bool = False) -> None:
-    """Run `task` at shutdown, last registered first; quick tasks run even if a signal ends the process."""
+    """Run `task` at shutdown, last registered first; quick tasks run even if a signal ends the process.
+
+    One that may wait looks at `hurries` first.
+    """
     _Process.tasks.append((task, quick))
 
 
@@ -163,6 +172,7 @@ def _noted_or_raised(number: int, frame: FrameType | None) -> None:
         _Process.asked = number
         tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
     else:
+        _Process.hurries = bool(_Process.asked)
         _end_now(number)
 
 
@@ -189,6 +199,7 @@ def _take(number: int) -> None:
         else:
             _end_soon(number)
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
+        _Process.hurries = True
         _end_now(number)
 
 
@@ -225,4 +236,4 @@ def uninstall() -> None:
         if signal.getsignal(number) in (_noted, _noted_or_raised):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _Process.tasks.clear()
-    _Process.asked = _Process.finishes = 0
+    _Process.asked, _Process.finishes, _Process.hurries = 0, 0, False

@@ -307,25 +307,30 @@ def test_a_run_that_fails_also_tells_of_its_unwritten_checkpoint(
 
 SLOW_SAVER = """
 import sys, time
+from contextlib import nullcontext
 from pathlib import Path
-from stages.runtime import checkpoint, ending
+from stages.runtime import checkpoint, distributed, ending
 ending.install()
 from tests.stages.runtime.test_checkpoint import saver_of
 saver, begin = saver_of(Path(sys.argv[1]))
 write = checkpoint._write
 checkpoint._write = lambda *arguments: (time.sleep(float(sys.argv[2])), write(*arguments))
-with ending.finishing(), saver.finishing(), ending.at_once():
+at_once = ending.at_once if sys.argv[3] == "refresh" else nullcontext
+with ending.finishing(), saver.finishing(), at_once():
     begin(1)
     print("ready", flush=True)
+    saver.settle(distributed.start("cpu"))
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("seconds", "signals"), [(2, 1), (60, 2)])
+@pytest.mark.parametrize(
+    ("during", "seconds", "signals"), [("refresh", 2, 1), ("refresh", 60, 2), ("training", 60, 2)]
+)
 def test_a_signal_waits_for_the_checkpoint_that_was_begun_and_a_second_one_does_not(
-    tmp_path: Path, seconds: int, signals: int
+    tmp_path: Path, during: str, seconds: int, signals: int
 ) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", SLOW_SAVER, str(tmp_path), str(seconds)]
+    command = [sys.executable, "-W", "ignore", "-c", SLOW_SAVER, str(tmp_path), str(seconds), during]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
@@ -335,5 +340,5 @@ def test_a_signal_waits_for_the_checkpoint_that_was_begun_and_a_second_one_does_
         time.sleep(0.3)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 143
-    assert "writing the checkpoint that was begun" in told
+    assert ("writing the checkpoint that was begun" in told) == (during == "refresh")
     assert len(checkpoint.complete(tmp_path)) == (signals == 1)

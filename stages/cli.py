@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from stages.runtime import ending
@@ -66,7 +65,9 @@ def main() -> None:
     if not name or name[0] in ("-h", "--help", "help"):
         _show(overview())
     elif name[0] == "--version":
-        print(f"dualkl {metadata.version('dualkl')}")
+        from stages.runtime.version import own_version
+
+        print(f"dualkl {own_version()}")
     elif name[0] == "--completion":
         _show(completion())
     elif name[0] not in available():
@@ -93,13 +94,16 @@ def _run(name: str, rest: list[str]) -> None:
 
 
 def begin(description: str | None, name: str) -> None:
-    """Handle signals, and `--help` of the command `name`: its docstring, and the keys that it takes.
+    """Handle signals, `--help` of the command `name` (its docstring, and its keys), and mistyped arguments.
 
     Call it before imports, which take seconds.
     """
     ending.install()
     arguments = sys.argv[1:]
     if not {"--help", "-h"} & {*arguments}:
+        from stages.runtime import errors, options
+
+        errors.command(lambda: options.check(name, arguments))
         return
     from stages.runtime.config import SECTIONS
     from stages.runtime.help import help_text

@@ -38,6 +38,7 @@ def main() -> None:
     run.claim()
     if not run.config.eval.eval_prompts:
         raise UserError("eval_prompts is 0, which turns evaluation off; give the number of held-out prompts.")
+    setup.check_weights_kept(run)
     has_teacher = bool(run.config.models.teacher_model)
     read = setup.shared_vocabulary if has_teacher else setup.cached_vocabulary
     ready = preflight.check_early(run, preflight.Work(scores=has_teacher, evaluates=True), read)

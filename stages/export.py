@@ -31,7 +31,6 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 
     begin(__doc__, "export")
 
-import argparse
 import os
 import shlex
 import shutil
@@ -42,12 +41,11 @@ from typing import cast
 
 from peft import PeftModel
 
-from cache.arguments import choice
 from cache.plain import plain
 from stages.models import exporting, hub
 from stages.models.exporting import Source
 from stages.models.student import Student, policy_hash
-from stages.runtime import card, flags, metrics
+from stages.runtime import card, metrics, options
 from stages.runtime import config as configuration
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command, one_line
@@ -63,7 +61,7 @@ NO_LICENCE = "no licence of the base is known, so the model card says unknown; -
 
 def main() -> None:
     style, arguments = take_style(sys.argv[1:])
-    own = _arguments(arguments)
+    own = options.of_export(arguments)
     quieten_libraries()
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
@@ -95,17 +93,6 @@ def main() -> None:
         facts["pushed"] = hub.upload(out, own.push)
         lines.append(f"pushed    {facts['pushed']}")
     style.conclude("\n".join(lines), facts)
-
-
-def _arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = flags.Parser(prog="dualkl export", add_help=False)
-    parser.add_argument("run", metavar="RUN")
-    for flag in ("--merge", "--overwrite"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--dtype", type=choice(*exporting.DTYPES))
-    for flag in ("--out", "--license", "--push"):
-        parser.add_argument(flag, default="")
-    return parser.parse(arguments)
 
 
 def _check_push(config: Config, name: str, merges: bool) -> None:

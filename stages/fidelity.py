@@ -32,6 +32,7 @@ from stages.loops import setup
 from stages.loops.signal_errors import signal_errors
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
+from stages.runtime.options import split_root
 from stages.runtime.run import open_run
 
 
@@ -54,15 +55,6 @@ def main() -> None:
     replace_text(run.folder / "fidelity.json", json.dumps(found, indent=1))
     draw(found, run.folder / "fidelity.png")
     run.metrics.conclude(f"{table(found)}\npicture: {run.folder / 'fidelity.png'}", found)
-
-
-def split_root(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split off the cache's folder, which is the first or the last argument."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    if len(arguments) % 2 and not arguments[-1].startswith("-"):
-        return arguments[-1], arguments[:-1]
-    return "", arguments
 
 
 def table(found: dict[str, Any]) -> str:

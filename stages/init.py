@@ -33,23 +33,18 @@ from typing import Any
 
 import numpy as np
 
-from cache.arguments import positive, positive_number
 from cache.plain import plain
 from stages import plan as planner
 from stages.data.checkers import open_checker
 from stages.loops import cpu_plan, sizing
 from stages.loops.sizing import Choice, Choices, Machine
 from stages.loops.survey import Survey, findings
-from stages.runtime import config as configuration
-from stages.runtime import flags, yaml_text
-from stages.runtime.config import SECTION_OF, SECTIONS, Config
+from stages.runtime import options, yaml_text
+from stages.runtime.config import SECTIONS, Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.terminal import take_style
 
-EXAMPLE = "dualkl init --student MODEL --teacher MODEL --data FILE.jsonl"
-OPTIONS = ("student", "teacher", "data", "out", "gpus", "gpu_memory")
-"""Beside the configuration's keys."""
 SHOWN = (
     "run_name",
     "use_lora",
@@ -91,13 +86,8 @@ class Place:
 
 def main() -> None:
     style, arguments = take_style(sys.argv[1:])
-    own, rest = _own_arguments(arguments)
-    named = {"student_model": own.student, "teacher_model": own.teacher, "dataset": own.data}
-    asked = configuration.parse_arguments([*_flags(named), *rest], __doc__ or "", OPTIONS)
-    files, texts = flags.split(rest, SECTION_OF, configuration.SWITCHES)
-    if files:
-        raise UserError(f"init writes a configuration and reads none, got {files[0]}; give single keys.")
-    given = {leaf: sizing.value_of(asked, leaf) for leaf in named | texts}
+    own, texts, asked = options.of_init(arguments)
+    given = {leaf: sizing.value_of(asked, leaf) for leaf in texts}
     open_checker(asked.eval.answer_checker)
     place, machine = _place(own.out, asked, given.get("run_name")), _machine(own, asked.run.device)
     found, chosen = sizing.configure(asked, machine, given | {"run_name": place.run_name})
@@ -152,25 +142,6 @@ def _run(path: Path, machine: Machine) -> str:
         if processes > 1
         else f"dualkl run {path}"
     )
-
-
-def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = flags.Parser(prog="dualkl init", add_help=False)
-    for name, key in (("student", "student_model"), ("teacher", "teacher_model"), ("data", "dataset")):
-        parser.add_argument(f"--{name}", f"--{key}", default="")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--gpus", type=positive, default=0)
-    parser.add_argument("--gpu_memory", type=positive_number, default=0.0)
-    own, rest = parser.parse_known_args(arguments)
-    is_help = {"-h", "--help"} & {*rest}
-    flags.split([] if is_help else rest, SECTION_OF, configuration.SWITCHES, OPTIONS)
-    if missing := [name for name in ("student", "teacher", "data") if not getattr(own, name) and not is_help]:
-        raise UserError(f"init needs --{' and --'.join(missing)}: {EXAMPLE}")
-    return own, rest
-
-
-def _flags(values: dict[str, str]) -> list[str]:
-    return [f"--{leaf}={value}" for leaf, value in values.items() if value]
 
 
 def _machine(own: argparse.Namespace, device: str) -> Machine:

@@ -35,27 +35,21 @@ from typing import Any
 
 import torch
 
-from cache.arguments import positive, positive_number
 from stages.loops.cpu_plan import cpu_json, cpu_table, make_cpu_plan
 from stages.loops.planning import Machine, Phase, Plan, make_plan
 from stages.models.memory import GIB
 from stages.models.speed import GPUS, gpu_for
-from stages.runtime import flags
-from stages.runtime.config import Config, parse_arguments, require
+from stages.runtime import options
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.terminal import take_style
-
-OPTIONS = ("gpus", "gpu", "gpu_memory", "mean_completion_tokens", "mean_prompt_tokens", "zero2")
-"""Beside the configuration's keys."""
 
 
 def main() -> None:
     # report an unreachable hub once, not once per retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     style, arguments = take_style(sys.argv[1:])
-    own, rest = _own_arguments(arguments)
-    config = parse_arguments(rest, __doc__ or "", OPTIONS)
-    require(config, "student_model", "teacher_model")
+    own, config = options.of_plan(arguments)
     means = own.mean_completion_tokens or 0.0, own.mean_prompt_tokens or 0.0
     if _is_cpu(own, config):
         cpu_plan = make_cpu_plan(config, *means)
@@ -67,16 +61,6 @@ def main() -> None:
         fits = plan.fits
     if not fits:
         raise SystemExit(1)
-
-
-def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = flags.Parser(prog="dualkl plan", add_help=False)
-    parser.add_argument("--gpus", type=positive)
-    for name in ("gpu_memory", "mean_completion_tokens", "mean_prompt_tokens"):
-        parser.add_argument(f"--{name}", type=positive_number)
-    parser.add_argument("--gpu", default="")
-    parser.add_argument("--zero2", action="store_true")
-    return parser.parse_known_args(arguments)
 
 
 def _is_cpu(own: argparse.Namespace, config: Config) -> bool:

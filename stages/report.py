@@ -23,6 +23,7 @@ if __name__ == "__main__":  # signals and --help first: the imports below take s
 import json
 import sys
 from collections.abc import Callable
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,22 @@ from stages.runtime.files import replace_text
 from stages.runtime.gate_summary import gate_summary
 from stages.runtime.run_folders import run_folder
 from stages.runtime.schema import finite
-from stages.runtime.shares import sign_test
+from stages.runtime.shares import NORMAL, sign_test
 from stages.runtime.shipped import is_configuration
 from stages.runtime.terminal import take_style
 from stages.viewer import page
 from stages.viewer.gather import Source, page_data
+from stages.viewer.intervals import interval
 
 Report = dict[str, Any]
 MEASURES = ("forward_kl", "reverse_kl", "top1_agreement")
 NOTICEABLE_POINTS = 1.0  # smaller changes of accuracy are reported as none
 CHANCE = 0.05  # p from which a change of the answers is called chance
+MOST_CUT = 0.5
+CUT_REMEDY = (
+    ", so most lack their end and the figures are of beginnings: raise max_new_tokens and train again"
+)
+DIVERGENCES = {"forward KL": "forward_kl", "reverse KL": "reverse_kl"}
 NOTICEABLE_CUT = 0.05  # smaller shares of cut completions appear only in the table
 
 
@@ -108,7 +115,8 @@ def _figures(records: list[Report], evaluations: dict[str, Report], config: Conf
         "stage_one": rounds.summary(rounds.rounds_of(records)),
         "run": _run(records, config)
         | {"measured_step": newest.get("step") if evaluations["after"] else None}
-        | {"measured_apart": _measured_apart(evaluations), "answers_changed": _answers_changed(evaluations)},
+        | {"measured_apart": _measured_apart(evaluations), "answers_changed": _answers_changed(evaluations)}
+        | {"unclear": _unclear(evaluations)},
         "gate": gate_summary(records),
         "config": _spelled(config.model_dump()),
     }
@@ -129,6 +137,34 @@ def _answers_changed(evaluations: dict[str, Report]) -> Report | None:
         return None
     pairs = [*zip(*solved, strict=True)]
     return {"gained": sum(new > old for old, new in pairs), "lost": sum(new < old for old, new in pairs)}
+
+
+def _unclear(evaluations: dict[str, Report]) -> dict[str, list[str]]:
+    """Divergences whose change is within the 95 % error over held-out prompts, on each text."""
+    before, after = evaluations["before"], evaluations["after"]
+    own = [found.get("on_student") or {} for found in (before, after)]
+    return {
+        "on_student": [kind for kind, name in DIVERGENCES.items() if _is_within_error(*own, name)],
+        "teacher_text": [kind for kind, name in DIVERGENCES.items() if _is_paired_zero(before, after, name)],
+    }
+
+
+def _is_within_error(old: Report, new: Report, name: str) -> bool:
+    """For texts that differ: the change is below 1.96 standard errors."""
+    values, errors = ([found.get(key) for found in (old, new)] for key in (name, f"{name}_error"))
+    if None in values or None in errors:
+        return False
+    return abs(values[1] - values[0]) <= NORMAL * hypot(*errors)
+
+
+def _is_paired_zero(old: Report, new: Report, name: str) -> bool:
+    """For the same text: the interval of the rows' mean difference includes 0."""
+    rows = [found.get("by_row") or {} for found in (old, new)]
+    if any(name not in part or part.get("tokens") != rows[0].get("tokens") for part in rows):
+        return False
+    changes = [b - a for a, b in zip(rows[0][name], rows[1][name], strict=True)]
+    bounds = interval(changes, rows[0]["tokens"])
+    return bounds is not None and bounds[0] <= 0 <= bounds[1]
 
 
 def headline(report: Report) -> str:
@@ -194,18 +230,20 @@ def verdict(report: Report) -> str:
 def _answers_and_divergence(report: Report) -> str:
     """The change of accuracy, if measured before and after, and the change of the divergences."""
     before, after = report["before"]["accuracy"], report["after"]["accuracy"]
-    divergence = _divergence_clause(report["ratios"])
+    divergence = _divergence_clause(report["ratios"], report["run"].get("unclear") or {})
     if before is None and after is None:
         return f"{divergence}; no answers were checked."
     if before is None or after is None:
         when, share = ("after", after) if before is None else ("before", before)
         solved = f"{share:.1%} of held-out problems solved {when} training"
         return f"{solved}, nothing to compare it with; {divergence}."
-    points = 100 * (after - before)
+    points, changed = 100 * (after - before), report["run"].get("answers_changed")
     solved = f"from {before:.1%} to {after:.1%} of held-out problems"
-    changed = report["run"].get("answers_changed")
-    if changed is not None and abs(points) >= NOTICEABLE_POINTS and sign_test(**changed) >= CHANCE:
-        return f"the answers changed by no more than chance explains ({solved}); {divergence}."
+    if changed and abs(points) >= NOTICEABLE_POINTS and sign_test(**changed) >= CHANCE:
+        return (
+            f"no clear change of the answers: {solved} ({changed['gained']} gained, {changed['lost']} lost),"
+            f" which chance explains, and more eval_prompts would tell; {divergence}."
+        )
     if points >= NOTICEABLE_POINTS:
         return f"the student improved by {points:.1f} points, {solved}; {divergence}."
     if points <= -NOTICEABLE_POINTS:
@@ -227,7 +265,10 @@ def _cut_clause(report: Report) -> str:
     """Shares of training completions and held-out answers that were cut, if large."""
     shares = {"completions": report["cache"]["cut_share"], "held-out answers": report["after"]["cut_share"]}
     much = [cut_sentence(share, what) for what, share in shares.items() if (share or 0) >= NOTICEABLE_CUT]
-    return f" {'; '.join(much)}." if much else ""
+    if not much:
+        return ""
+    are_most = max(share or 0 for share in shares.values()) >= MOST_CUT
+    return f" {'; '.join(much)}{CUT_REMEDY if are_most else ''}."
 
 
 def summary(report: Report, folder: Path, config: Config) -> str:
@@ -396,16 +437,23 @@ def _ratios(before: Report, after: Report) -> Report:
     }
 
 
-def _divergence_clause(ratios: Report) -> str:
-    where, found = "its own text", ratios["on_student"]
+def _divergence_clause(ratios: Report, unclear: dict[str, list[str]]) -> str:
+    """The change of both KLs, on the student's own text if measured there. `unclear`: those within their error."""
+    where, found, doubtful = "its own text", ratios["on_student"], unclear.get("on_student")
     if found["forward_kl"] is None or found["reverse_kl"] is None:
-        where, found = "teacher text", ratios["teacher_text"]
+        where, found, doubtful = "teacher text", ratios["teacher_text"], unclear.get("teacher_text")
     if found["forward_kl"] is None or found["reverse_kl"] is None:
         return "divergences were not measured both before and after"
     forward, reverse = round(found["forward_kl"], 2), round(found["reverse_kl"], 2)  # as printed
     word = "fell" if max(forward, reverse) < 1 else "rose" if min(forward, reverse) > 1 else "went"
+    doubt = (
+        f" (the change of {' and '.join(doubtful)} is within the error over so few held-out prompts)"
+        if doubtful
+        else ""
+    )
     return (
         f"on {where} forward KL {word} to {forward:.2f} × and reverse KL to {reverse:.2f} × of what they were"
+        + doubt
     )
 
 

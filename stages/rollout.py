@@ -32,7 +32,8 @@ from stages.engine.opening import open_engine
 from stages.loops import follow, preflight, progress, refresh, schedule, setup
 from stages.models.teacher import TeacherLoader
 from stages.runtime.cuts import cut_sentence, cut_share
-from stages.runtime.errors import UserError, command
+from stages.runtime.errors import command
+from stages.runtime.options import split_follow
 from stages.runtime.run import Run, open_run
 
 
@@ -74,12 +75,9 @@ def main() -> None:
 
 
 def _follow(arguments: list[str]) -> None:
-    place = arguments.index("--follow")
-    folder, rest = arguments[place + 1 : place + 2], arguments[:place] + arguments[place + 2 :]
-    if not folder or folder[0].startswith("--"):
-        raise UserError("--follow needs the folder of the run to follow, e.g. --follow runs/demo.")
+    folder, rest = split_follow(arguments)
     run = open_run(
-        __doc__ or "", follow.arguments_of(folder[0], rest), read_only=True, notes="metrics-follower.jsonl"
+        __doc__ or "", follow.arguments_of(folder, rest), read_only=True, notes="metrics-follower.jsonl"
     )
     follow.follow(run)
 

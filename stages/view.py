@@ -38,7 +38,7 @@ from pathlib import Path
 
 import cache
 from stages import report
-from stages.runtime import ending, flags
+from stages.runtime import ending, options
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.run_folders import find_run, runs_near
@@ -49,7 +49,7 @@ from stages.viewer.gather import Source, page_data
 
 def main() -> None:
     style, arguments = take_style(sys.argv[1:])
-    given = _parser().parse(arguments)
+    given = options.of_view(arguments)
     sources = [source(place) for place in given.places]
     if given.serve is not None:
         return _serve(style, sources, given)
@@ -69,22 +69,6 @@ def main() -> None:
     if given.open:
         webbrowser.open(out.resolve().as_uri())
     return None
-
-
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="dualkl view", add_help=False)
-    parser.add_argument("places", nargs="+", metavar="RUN_OR_CACHE")
-    parser.add_argument("--out", default="view.html")
-    parser.add_argument("--rows", type=_count)
-    parser.add_argument("--serve", nargs="?", type=int, const=0, metavar="PORT")
-    parser.add_argument("--open", action="store_true")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rollouts; expected 1 or more")
-    return int(text)
 
 
 def source(place: str) -> Source:

@@ -20,7 +20,6 @@ from stages.models.memory import GIB
 from stages.models.speed import GPUS
 from stages.runtime import host_memory
 from stages.runtime.config import Config
-from stages.runtime.split import rollouts_of
 
 # Shares of a matrix product's rate, measured on 2 cores with SmolLM2-135M as the teacher.
 DECODE_SHARE, FORWARD_SHARE, PROBE_SHARE = 0.45, 0.8, 0.5
@@ -29,6 +28,9 @@ LAYER_SECONDS = 2e-4  # at least, of one layer in a decode step: a dozen small o
 LIKELY_SHARE = 0.75  # of max_new_tokens, for completions of unknown length
 LIBRARIES = 1.0 * GIB  # Python with PyTorch and transformers
 MEASURED_SECONDS = 0.5
+START_SECONDS = 8.0  # of imports and checks
+READ_BYTES = 2e8  # a second, of weights that are read, converted and checked
+SHORT_MINUTES = 10.0  # plans of less show tenths
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class CpuPlan:
 
     @cached_property
     def hours(self) -> dict[str, float]:
-        """By phase, of the whole run without loading; `check` compares the engine with training."""
+        """By phase; `check` compares the engine with training, `load` includes the start of the command."""
         plan, config = self.plan, self.config
         tokens = plan.mean_prompt + plan.mean_completion
         student, teacher = (2.0 * shape.parameters for shape in (plan.student, plan.teacher))
@@ -94,7 +96,7 @@ class CpuPlan:
         # the student's greedy answers and its text before and after, and the teacher's once; KLs on both texts
         measured = self._decoding(4 * heldout) + self._decoding(2 * heldout) * teacher / student
         measured += heldout * tokens * (3 * teacher + 4 * student) / forward
-        probed = min(probe.ROWS, len(rollouts_of(config, 0)))
+        probed = probe.num_rows(config)
         length = plan.mean_prompt + min(plan.mean_completion, probe.TOKENS)
         checks = self._num_refreshes * probed * length * PROBE_FORWARDS * student
         seconds = {
@@ -103,6 +105,7 @@ class CpuPlan:
             "score": plan.rollouts * tokens * teacher / forward,
             "check": checks / PROBE_SHARE / self.rate,
             "train": rows * tokens * flops * student / 2 / forward,
+            "load": START_SECONDS + 4 * (plan.student.parameters + plan.teacher.parameters) / READ_BYTES,
         }
         return {name: value / 3600 for name, value in seconds.items()}
 
@@ -170,7 +173,6 @@ def cpu_table(planned: CpuPlan) -> str:
     plan = planned.plan
     verdict = "It fits" if planned.fits else "It does NOT fit"
     parts = sorted(((size, name) for name, size in planned.parts.items()), reverse=True)[:5]
-    hours = ", ".join(f"{name} {_duration(value)}" for name, value in planned.hours.items())
     remedy = "" if planned.fits else " Lower micro_batch_tokens or gen_micro_batch, or set dtype bf16."
     return "\n".join(
         [
@@ -179,9 +181,10 @@ def cpu_table(planned: CpuPlan) -> str:
             f"student {plan.student.parameters / 1e9:.2f}B ({plan.trained / 1e9:.3f}B trained), teacher"
             f" {plan.teacher.parameters / 1e9:.2f}B",
             f"memory    {', '.join(f'{name} {size / GIB:.1f}' for size, name in parts)} GiB",
-            f"time      about {_duration(sum(planned.hours.values()))}, within a factor of two: {hours}",
+            f"time      {_durations(planned.hours)}",
             f"rollouts  {plan.rollouts:,} with refreshes",
-            f"cache     {plan.cache_bytes / 1e9:.2g} GB, {plan.bytes_per_token:.0f} bytes a token",
+            f"cache     {plan.cache_bytes / 1e6:,.1f} MB, {plan.bytes_per_token:.0f} bytes a token, beside a copy of the"
+            " tokenizer",
             f"assumed   no GPU (--gpu names one); {planned.rate / 1e9:.0f} GFLOP/s, as just measured; completions of"
             f" {plan.mean_completion:,.0f} and prompts of {plan.mean_prompt:,.0f} tokens on average"
             " (--mean_completion_tokens, --mean_prompt_tokens)",
@@ -189,5 +192,10 @@ def cpu_table(planned: CpuPlan) -> str:
     )
 
 
-def _duration(hours: float) -> str:
-    return f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(60 * hours))} min"
+def _durations(hours: dict[str, float]) -> str:
+    """The total and its parts, which add up to it as they are printed; parts that round to 0 are left out."""
+    minutes = 60 * sum(hours.values())
+    unit, scale, digits = ("min", 60, int(minutes < SHORT_MINUTES)) if minutes < 120 else ("h", 1, 1)
+    parts = {name: round(scale * value, digits) for name, value in hours.items()}
+    listed = ", ".join(f"{name} {value:.{digits}f}" for name, value in parts.items() if value)
+    return f"about {sum(parts.values()):.{digits}f} {unit}, within a factor of two: {listed}"

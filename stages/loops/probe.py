@@ -29,12 +29,15 @@ from stages.models.dropout import evaluating
 from stages.models.float32 import upcast_weights
 from stages.models.student import Student
 from stages.models.witness import Seen, Witness
+from stages.runtime.config import Config
 from stages.runtime.errors import UserError
 from stages.runtime.files import replace_text
 from stages.runtime.run import Run
+from stages.runtime.split import rollouts_of
 
-ROWS, TOKENS = 32, 128
+MOST_ROWS, LEAST_ROWS, TOKENS = 32, 8, 128
 """Size of the probe batch: rows, and tokens from the start of each completion."""
+ROWS_SHARE = 4  # one row for so many rollouts of a refresh: the probe must not outlast them in a small run
 OTHERS = {
     "without_adapter": "the student without its adapter",
     "refresh_before": "the previous refresh's student",
@@ -129,6 +132,11 @@ def _probe(run: Run, student: Student, engine: Engine, refresh_index: int) -> di
         **{f"probe_{share.of}_error": share.error for share in shares},
         "probe_moved": _moved(run, exact, before, refresh_index, rows),
     }
+
+
+def num_rows(config: Config) -> int:
+    """Rows of the probe batch, if the cache has as many."""
+    return min(MOST_ROWS, max(LEAST_ROWS, len(rollouts_of(config, 0)) // ROWS_SHARE))
 
 
 def _say_if_long(run: Run, student: Student, rows: list[Row]) -> None:
@@ -248,7 +256,7 @@ def _probe_batch(run: Run) -> tuple[list[Row], dict[str, list[float]]]:
     """
     snapshot, path = cache.open(run.config.cache_root), run.folder / "probe.json"
     kept = _read(path)
-    places: Sequence[int] = range(len(snapshot))[:ROWS]
+    places: Sequence[int] = range(len(snapshot))[: num_rows(run.config)]
     if kept and set(kept[0]) <= set(snapshot.row_ids):
         places = [snapshot.position(row_id) for row_id in kept[0]]
     elif path.exists():

@@ -129,13 +129,38 @@ def _sampling(config: Config) -> dict[str, Any]:
 
 
 def check_history(run: Run) -> None:
-    """Refuse a finished run whose keys have changed; report the changed keys of an unfinished one."""
-    trained = history.last_config(metrics.read(run.metrics.path))
-    position = newest_position(run)
+    """Refuse a run that cannot go on as this command asks; report the changed keys of an unfinished one."""
+    records = metrics.read(run.metrics.path)
+    trained, position = history.last_config(records), newest_position(run)
     history.refuse_other_keys(run.folder, run.config, trained, position.step)
+    check_weights_kept(run)
+    if trained is not None and checkpoint_to_go_on_from(run) is None:
+        _without_checkpoint(run, records)
     changed = history.describe_changes(trained, run.config)
     if changed and position.step < run.config.train.max_steps:
         run.metrics.say(f"resuming with changed keys: {changed}")
+
+
+def check_weights_kept(run: Run) -> None:
+    """UserError if the checkpoint that the run continues from does not fit the student of this command."""
+    start = checkpoint_to_go_on_from(run)
+    if start is not None:
+        trained = history.last_config(metrics.read(run.metrics.path))
+        step = checkpoint.read_position(start).step
+        history.refuse_other_weights(run.folder, run.config, trained, step)
+
+
+def _without_checkpoint(run: Run, records: list[history.Record]) -> None:
+    """Refuse a run whose student was exported and would be trained anew; say that another one begins again."""
+    steps = max((record["step"] for record in records if record["kind"] == "step"), default=0)
+    place = run.folder / "checkpoints"
+    if any(record["kind"] == "export" for record in records):
+        raise UserError(
+            f"the run in {run.folder} was trained for {steps} steps and exported, and {place} has no complete"
+            " checkpoint to go on from. Nothing was changed. Put the checkpoint back, or give another --run_name"
+            " to train anew."
+        )
+    run.metrics.say(f"no complete checkpoint in {place}: the {steps} steps trained before are trained again")
 
 
 def newest_position(run: Run) -> checkpoint.Position:

@@ -18,6 +18,10 @@ from stages.runtime.config import SECTION_OF, Config, as_run_name, build
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
 """Optimizer batch for fewer than so many prompts."""
+LEAST_HELDOUT, ROLLOUTS_EACH = 8, 8
+"""A held-out prompt takes about as long as 2.5 rollouts (six completions, seven forwards): one for each 8
+rollouts keeps evaluation below a quarter of the run.
+"""
 LARGEST_BATCH, LEAST_STEPS, MOST_STEPS, MOST_HELDOUT, MOST_NEW_TOKENS = 256, 60, 400, 256, 1024
 CPU_BATCH, CPU_STEPS, CPU_HELDOUT, CPU_NEW_TOKENS = 16, 40, 64, 256
 PASSES = 2  # over the prompts, within those steps
@@ -119,8 +123,9 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     group = pick("group_size", 1)
     prompts = pick("num_prompts", min(rest, -(-steps * batch // group)), about) or rest
     pick("max_steps", steps, f"each prompt is used {steps * batch / prompts:.1f} times")
-    if "eval_prompts" not in given and not is_given:
-        heldout = min(most, max(heldout, usable - prompts))
+    if "eval_prompts" not in given:
+        left = heldout if is_given else max(heldout, usable - prompts)
+        heldout = min(left, most, max(LEAST_HELDOUT, steps * batch // ROLLOUTS_EACH))
     about = "held out" + ("" if is_given else ": they are not trained on")
     pick("eval_prompts", heldout, about if heldout else "no evaluation")
     if found.data.checker:

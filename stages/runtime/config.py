@@ -460,7 +460,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         for key, leaf_value in leaves.items():
             leaf = flags.present_name(str(key))
             if leaf not in SECTION_OF:
-                raise UserError(flags.unknown_key(leaf, where, SECTION_OF))
+                known = SECTIONS if isinstance(leaf_value, dict) and name == key else SECTION_OF
+                raise UserError(flags.unknown_key(leaf, where, known))
             if leaf in found:
                 raise UserError(
                     f"config file {path} gives the key {leaf} in two places, in sections or outside; keep"

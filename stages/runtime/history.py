@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime.config import Config
 from stages.runtime.errors import UserError
+from stages.runtime.version import own_version
 
 if TYPE_CHECKING:  # torch takes seconds, and `dualkl view` and `dualkl report` need none of it
     import torch
 
     from stages.runtime.distributed import World
 
-PACKAGES = ("dualkl", "torch", "transformers", "peft", "accelerate", "deepspeed")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 FREE = {
     "run_name",
     "runs_dir",
@@ -48,6 +49,8 @@ FREE = {
     "trace_every",
 }
 """Keys that affect how a run is computed, stored or displayed, but not what is trained and measured."""
+OF_WEIGHTS = {"use_lora", "lora_r", "lora_alpha", "lora_targets"}
+"""Keys that decide which weights are trained, and what they mean: a checkpoint is of one value of each."""
 MOST_NAMED = 5
 Record = dict[str, Any]
 
@@ -99,11 +102,12 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Of Python, this software and the libraries that are installed here."""
+    found = {"python": platform.python_version(), "dualkl": own_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except metadata.PackageNotFoundError:
             continue
     return found
 
@@ -170,17 +174,35 @@ def refuse_other_keys(folder: Path, config: Config, trained: Record | None, step
     }
     if not found:
         return
-    old, new = (
-        ", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in list(found.items())[:MOST_NAMED]) for i in (0, 1)
-    )
-    more = f" (and {len(found) - MOST_NAMED} more)" if len(found) > MOST_NAMED else ""
+    old, new = _both(found)
     last = trained["config"]["train"]["max_steps"]
     state = "is finished" if step >= last else f"has got past step {config.train.max_steps}"
     raise UserError(
         f"the run in {folder} {state}: it was trained to step {step} with {old}, this command asks for"
-        f" {new}{more}. Nothing was changed. Give another --run_name for another run, the keys it was"
+        f" {new}. Nothing was changed. Give another --run_name for another run, the keys it was"
         f" trained with to see this one, or max_steps above {step} to train it further."
     )
+
+
+def refuse_other_weights(folder: Path, config: Config, trained: Record | None, step: int) -> None:
+    """UserError if the checkpoint of `step` holds other weights than those that `config` trains."""
+    found = changes(trained["config"], config.model_dump()) if trained is not None else {}
+    found = {leaf: pair for leaf, pair in found.items() if leaf in OF_WEIGHTS}
+    if not found:
+        return
+    old, new = _both(found)
+    raise UserError(
+        f"the run in {folder} has a checkpoint of step {step}, trained with {old}, and this command asks for"
+        f" {new}, which needs other weights. Nothing was changed. Give the keys it was trained with to go on, or"
+        " another --run_name to train anew."
+    )
+
+
+def _both(found: dict[str, list[Any]]) -> tuple[str, str]:
+    """Changed keys with their values before and now, at most MOST_NAMED of them."""
+    some, more = [*found.items()][:MOST_NAMED], len(found) - MOST_NAMED
+    old, new = (", ".join(f"{leaf} {pair[i]!r}" for leaf, pair in some) for i in (0, 1))
+    return old, new + (f" (and {more} more)" if more > 0 else "")
 
 
 def describe_changes(trained: Record | None, config: Config) -> str:

@@ -62,6 +62,7 @@ class Clock:
         self.seconds = dict.fromkeys(phases, 0.0)
         self.seconds[phases[0]] = now - self._start
         self._open: list[tuple[str, float]] = []
+        self.noted = 0.0  # `total` when it was last written down
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -154,6 +155,12 @@ class Metrics:
             self._write(
                 {"kind": "warning", "time": record["time"], "step": values.get("step", 0), "text": text}
             )
+
+    def note(self, kind: str, **values: Any) -> None:
+        """Append a record to metrics.jsonl alone, if this command has begun it; from any thread."""
+        if self.world.is_main and self._has_begun:
+            record = {"kind": kind, "time": round(time.time(), 3), **values}
+            files.append(self.path, json.dumps(record) + "\n")
 
     def rewind(self, step: int, refresh_index: int) -> None:
         """At the next record, drop those after `step` and `refresh_index`, which will be written again."""

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, machine_error
 from stages.runtime.gpu_memory import highest_bytes
-from stages.runtime.metrics import Clock, Metrics
+from stages.runtime.metrics import Clock, Metrics, Record
 from stages.runtime.terminal import Style, take_style
 
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+NOTE_SECONDS = 30.0
+"""Between two clock records of a process, so that the report counts its time if it is killed."""
 FOLDERS = ("checkpoints", "eval", "student", "trace", "versions", "wandb")
 """Subfolders in which a run writes and removes files."""
 
@@ -72,6 +75,8 @@ class Run:
         problem = self.world.gather(problem)[0]
         if problem:
             raise UserError(problem)
+        if self.world.size == 1:  # else the last totals are those of the slowest process
+            ending.at_end(self._note_time, quick=True)
 
     def _unwritable(self, error: OSError) -> str:
         if error.errno not in UNWRITABLE:
@@ -80,6 +85,16 @@ class Run:
             f"the run's folder {self.folder} cannot be written ({error.strerror}: {error.filename}); make runs_dir"
             f" {self.config.run.runs_dir} writable, or give another --runs_dir."
         )
+
+    def keep_time(self, record: Record) -> None:
+        """Note this process's seconds with a record, if that has not been done for NOTE_SECONDS."""
+        if self.clock.total() - self.clock.noted >= NOTE_SECONDS:
+            self._note_time()
+
+    def _note_time(self) -> None:
+        self.clock.noted = self.clock.total()
+        with suppress(OSError):  # a full disk; the run's own records report it
+            self.metrics.note("clock", start=self.clock.started, **self.clock.seconds, total=self.clock.noted)
 
     def log_totals(self, stage: str) -> None:
         """Log seconds by phase and peak GPU memory so far, each the maximum over ranks (collective)."""
@@ -133,7 +148,9 @@ def start(
         world = distributed.start(config.run.device)
     keeps_config = not read_only and config.rollout.role != "score"  # a scorer leaves that to its generator
     metrics = Metrics(config, world, notes, keeps_config, style)
-    return Run(config, world, metrics, clock)
+    run = Run(config, world, metrics, clock)
+    metrics.listeners.append(run.keep_time)
+    return run
 
 
 def quieten_libraries() -> None:

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from stages.runtime import history, rounds, traces
 from stages.runtime.config import Config
 from stages.runtime.cuts import cut_sentence, cut_share
 from stages.runtime.schema import finite
+from stages.runtime.version import own_version
 from stages.viewer import figures, sample
 from stages.viewer.columns import FINE_LAWS, LAWS
 from stages.viewer.rollouts import Rollout, payload, prompt_of, tops_of
@@ -58,7 +58,7 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
         )
     return {
         "format": FORMAT,
-        "made": {"time": now, "version": metadata.version("dualkl")},
+        "made": {"time": now, "version": own_version()},
         "serve": serve,
         "runs": runs,
     }

@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,8 @@ from typing import Any, cast
 import pytest
 
 from cache import __main__ as cache_command
-from stages import cli, init, plan, view
+from stages import cli
+from stages.runtime import options as own_options
 from tests.support.helpers import ROOT, Forker, run_python, small
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "peft")
@@ -86,8 +88,19 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert (done.returncode, done.stderr) == (2, "error: unknown command trane; did you mean train?\n")
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    assert dualkl("--version").stdout.startswith("dualkl ")
+def test_the_version_is_that_of_the_tree_without_an_installed_package(tmp_path: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert dualkl("--version").stdout == f"dualkl {version}\n"
+    code = (
+        "from importlib import metadata\n"
+        "def absent(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = absent\n"
+        "from stages.runtime import history\n"
+        "from stages.viewer import gather\n"
+        "print(history.versions()['dualkl'], gather.page_data([gather.Source('x', 'nowhere')])['made']['version'])"
+    )
+    done = run_python("-c", code).expect_success()
+    assert done.out == f"{version} {version}\n"
 
 
 def completed(*words: str) -> list[str]:
@@ -109,9 +122,9 @@ def test_the_completion_knows_commands_and_keys() -> None:
 
 def test_the_completion_knows_the_options_of_each_command() -> None:
     own: dict[str, set[str]] = {
-        "init": {f"--{name}" for name in init.OPTIONS},
-        "plan": {f"--{name}" for name in plan.OPTIONS},
-        "view": set(view._parser()._option_string_actions),
+        "init": {f"--{name}" for name in own_options.OF_INIT},
+        "plan": {f"--{name}" for name in own_options.OF_PLAN},
+        "view": {"--out", "--rows", "--serve", "--open"},
         "export": {"--merge", "--dtype", "--out", "--overwrite", "--license", "--push"},
         "rollout": {"--follow"},
     }
@@ -137,6 +150,45 @@ def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
     done = dualkl("report", "--learning_rate", "1")
     assert done.returncode == 2
     assert done.stderr == "error: unknown key learning_rate on the command line; did you mean lr?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["run", "demo", "--max_step", "1"],
+            "unknown key max_step on the command line; did you mean max_steps?",
+        ),
+        (["train", "demo", "--lr"], "--lr needs a value"),
+        (["doctor", "demo", "--lr", "low"], "config key train.lr: input should be a valid number, got 'low'"),
+        (["rollout"], "student_model is missing"),
+        (["rollout", "--follow"], "--follow needs the folder of the run"),
+        (["evaluate", "nothing.yaml"], "config file nothing.yaml does not exist"),
+        (
+            ["plan", "demo", "--gpu_memry", "80"],
+            "unknown key gpu_memry on the command line; did you mean gpu_memory?",
+        ),
+        (["fidelity", "runs/x/cache", "--lrr", "1"], "unknown key lrr on the command line; did you mean lr?"),
+        (["init", "--student", "x"], "init needs --teacher and --data"),
+        (["export", "runs/x", "--mrge"], "unknown option --mrge of dualkl export; did you mean --merge?"),
+        (["export", "nothing"], "there is no run at nothing"),
+        (["view", "x", "--row", "3"], "unknown option --row of dualkl view; did you mean --rows?"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_in_the_command_line_is_answered_before_anything_heavy_is_imported(
+    arguments: list[str], sentence: str
+) -> None:
+    code = (
+        f"import sys; sys.argv = ['dualkl', *{arguments}]\n"
+        "from stages import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 2\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = run_python("-c", code).expect_success()
+    assert done.out == "[]\n"
+    assert done.err.startswith(f"error: {sentence}")
+    assert done.err.count("\n") == 1
 
 
 def test_a_command_without_models_says_which_key_is_missing(forked: Forker) -> None:

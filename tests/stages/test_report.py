@@ -121,6 +121,7 @@ def test_the_run_and_its_configuration_are_in_the_report(folder: Path, config: C
         "measured_step": 2,
         "measured_apart": {},
         "answers_changed": None,
+        "unclear": {"on_student": [], "teacher_text": []},
         "refreshes": 1,
         "trained_tokens": 200,
         "trained_tokens_per_second": 200.0,
@@ -151,6 +152,7 @@ def test_the_verdict_says_how_much_was_cut(folder: Path, config: Config) -> None
     assert report.verdict(answers).endswith(". 25 % of held-out answers were cut at max_new_tokens.")
     both = changed(answers, "cache", cut_share=0.61)
     assert "61 % of completions were cut at max_new_tokens; 25 % of held-out answers" in report.verdict(both)
+    assert report.verdict(both).endswith("of beginnings: raise max_new_tokens and train again.")
     lines = report.summary(both | {"cache": both["cache"] | CACHE}, folder, config).splitlines()
     assert any(
         line.split()[-3:] == ["3.0%", "25.0%", "2.0%"] and "cut at max_new_tokens" in line for line in lines
@@ -209,16 +211,34 @@ def test_the_headline_says_whether_the_answers_changed_by_more_than_chance(
     assert report.headline(found | {"run": found["run"] | {"max_steps": 9}}) == "Unfinished: 2 of 9 steps"
 
 
-def test_the_verdict_calls_no_change_an_improvement_that_chance_explains(
-    folder: Path, config: Config
-) -> None:
+def test_the_verdict_claims_no_change_that_chance_or_error_explains(folder: Path, config: Config) -> None:
     found = report.collect(folder, config)
-    for gained, lost, words in (
-        (5, 0, "no more than chance explains (from 30.0% to 80.0%"),
-        (6, 0, "improved by"),
-    ):
-        run = found["run"] | {"answers_changed": {"gained": gained, "lost": lost}}
-        assert words in report.verdict(found | {"run": run})
+    run = found["run"] | {
+        "answers_changed": {"gained": 5, "lost": 2},
+        "unclear": {"on_student": ["reverse KL"]},
+    }
+    told = report.verdict(found | {"run": run})
+    assert told.startswith(
+        "No clear change of the answers: from 30.0% to 80.0% of held-out problems (5 gained, 2 "
+    )
+    assert "chance explains, and more eval_prompts would tell; on its own text forward KL fell" in told
+    assert "(the change of reverse KL is within the error over so few held-out prompts)" in told
+    sure = found["run"] | {"answers_changed": {"gained": 6, "lost": 0}}
+    assert "improved by 50.0 points" in report.verdict(found | {"run": sure})
+
+
+def test_a_divergence_is_unclear_within_its_error_over_prompts() -> None:
+    def measured(own: float, by_row: list[float]) -> dict[str, Any]:
+        rows = {"tokens": [10, 10, 10, 10], "reverse_kl": by_row}
+        return {"on_student": {"reverse_kl": own, "reverse_kl_error": 0.1}, "by_row": rows}
+
+    before = measured(0.5, [4.0, 5.0, 6.0, 7.0])
+    near, far = measured(0.4, [5.0, 4.0, 6.5, 6.5]), measured(0.1, [3.9, 4.9, 5.9, 6.8])
+    assert report._unclear({"before": before, "after": near}) == {
+        "on_student": ["reverse KL"],
+        "teacher_text": ["reverse KL"],
+    }
+    assert report._unclear({"before": before, "after": far}) == {"on_student": [], "teacher_text": []}
 
 
 def test_answers_that_changed_are_counted_by_prompt(folder: Path, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -521,6 +522,14 @@ def test_on_a_cpu_it_plans_the_cpu_and_says_what_it_assumed(
     assert "does NOT fit" in capsys.readouterr().out
 
 
+def test_the_printed_parts_of_the_time_add_up_to_the_total() -> None:
+    for hours in ({"a": 0.0101, "b": 0.0301, "c": 0.00001}, {"a": 0.51, "b": 0.261}, {"a": 1.26, "b": 2.26}):
+        text = cpu_plan._durations(hours)
+        total, parts = re.findall(r"^about ([\d.]+) (?:min|h),.*: (.*)$", text)[0]
+        assert float(total) == pytest.approx(sum(float(part.split()[1]) for part in parts.split(", ")))
+    assert cpu_plan._durations({"a": 0.1, "b": 0.0}).endswith(": a 6.0")
+
+
 def test_a_cpu_takes_longer_for_more_work_and_at_a_lower_rate(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,7 +541,8 @@ def test_a_cpu_takes_longer_for_more_work_and_at_a_lower_rate(
         return cpu_plan.make_cpu_plan(config).hours
 
     usual = hours(1e11)
-    assert hours(5e10) == pytest.approx({name: 2 * value for name, value in usual.items()})
+    times = dict.fromkeys(usual, 2) | {"load": 1}
+    assert hours(5e10) == pytest.approx({name: times[name] * value for name, value in usual.items()})
     longer = hours(1e11, max_steps=512)
     assert longer["train"] == pytest.approx(2 * usual["train"])
     assert longer["evaluate"] == usual["evaluate"]

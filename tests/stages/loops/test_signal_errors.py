@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualkl.compress import compress, compress_logits
-from stages.fidelity import split_root
+from stages.runtime.options import split_root
 from tests.support.helpers import flags, small
 from tests.support.thinning import leading
 

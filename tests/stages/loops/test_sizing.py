@@ -74,6 +74,15 @@ def test_narrow_students_and_short_runs_take_larger_steps_and_full_fine_tuning_s
     assert values(survey_of(), GPUS, max_steps=256, use_lora=False)["lr"] == pytest.approx(usual / 10)
 
 
+@pytest.mark.parametrize("given", [{"max_steps": 6, "batch_size": 8}, {"max_steps": 12}, {}], ids=str)
+@pytest.mark.parametrize("other", [{}, {"eval_dataset": "e.jsonl"}], ids=["split off", "given"])
+def test_evaluation_does_not_outlast_training(given: dict[str, Any], other: dict[str, Any]) -> None:
+    chosen = values(survey_of(), CPU, **given, **other)
+    rollouts = chosen["max_steps"] * chosen["batch_size"]
+    assert 8 <= chosen["eval_prompts"] <= max(8, rollouts // 8)
+    assert values(survey_of(), CPU, eval_prompts=60, **given)["eval_prompts"] == 60
+
+
 def test_a_cpu_gets_a_small_run_whose_activations_fit() -> None:
     found = values(survey_of(width=576), CPU)
     assert (found["dtype"], found["batch_size"], found["max_steps"]) == ("bf16", 16, 40)
@@ -104,7 +113,7 @@ def test_all_prompts_may_be_asked_for() -> None:
 
 def test_small_data_is_used_whole() -> None:
     short = values(survey_of(20), CPU, batch_size=4, max_steps=2)
-    assert (short["num_prompts"], short["eval_prompts"]) == (8, 11)  # of 19
+    assert (short["num_prompts"], short["eval_prompts"]) == (8, 8)  # of 19: evaluation stays small
     grouped = values(survey_of(20), CPU, batch_size=8, max_steps=2, group_size=4)
     assert (grouped["num_prompts"], grouped["eval_prompts"]) == (4, 15)
     usual = values(survey_of(20), CPU)

@@ -252,6 +252,8 @@ def test_an_unknown_key_names_the_nearest_one_and_its_file(tmp_path: Path) -> No
     path = write(tmp_path / "a.yaml", "loss: {taus: 0.5}\n")
     message = sentence("--config", path)
     assert message == f"unknown key taus in section loss of {path}; did you mean tau?"
+    path = write(tmp_path / "a.yaml", "modles: {student_model: x}\n")
+    assert sentence("--config", path) == f"unknown key modles in {path}; did you mean models?"
     assert "did you mean max_new_tokens?" in sentence(
         "--config", write(tmp_path / "b.yaml", "max_new_token: 5\n")
     )

@@ -2,6 +2,7 @@
 checkpoint.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,34 @@ def test_going_back_to_a_step_without_a_checkpoint_names_those_that_are_there(tm
     train(tmp_path, **SHORT)
     with pytest.raises(UserError, match=r"resume_from 7: .*there are 1, 2, 3\."):
         train(tmp_path, **(SHORT | {"resume_from": 7}))
+
+
+@pytest.mark.parametrize("values", [{"lora_r": 2}, {"lora_alpha": 3}, {"lora_targets": "q_proj"}], ids=str)
+def test_a_run_does_not_go_on_with_a_checkpoint_of_another_adapter(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    kept = files_of(train(tmp_path, **SHORT).folder)
+    longer = make_run(tmp_path, **(TINY | {"lora_dropout": 0.1} | SHORT | {"max_steps": 5} | values))
+    for check in (setup.check_history, setup.check_weights_kept):
+        with pytest.raises(
+            UserError, match=rf"checkpoint of step 3, trained with {next(iter(values))} .*--run_name"
+        ):
+            check(longer)
+    assert files_of(tmp_path / "demo") == kept
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, **SHORT)
+    shutil.rmtree(run.folder / "checkpoints")
+    again = make_run(tmp_path, **(TINY | {"lora_dropout": 0.1} | SHORT))
+    with pytest.raises(UserError, match=r"trained for 3 steps and exported, and .*checkpoints.*--run_name"):
+        setup.check_history(again)
+    text = run.metrics.path.read_text()
+    run.metrics.path.write_text(text.replace('"kind": "export"', '"kind": "other"'))
+    setup.check_history(again)
+    assert "the 3 steps trained before are trained again" in capsys.readouterr().out
 
 
 def test_exploded_weights_are_not_kept_and_a_usual_rate_goes_on_from_those_before(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
+from stages.runtime import ending
+from stages.runtime import run as runs
+from stages.runtime.metrics import PHASES
 from stages.runtime.metrics import read as read_metrics
 from tests.support.helpers import make_run
 from tests.support.tiny_runs import TINY
@@ -18,6 +23,28 @@ GATE = {
 
 def kinds(path: Path) -> list[str]:
     return [record["kind"] for record in read_metrics(path)]
+
+
+def test_the_time_of_a_command_that_is_interrupted_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, **TINY)
+    run.claim()
+    ending.run_tasks()
+    assert not run.metrics.path.exists(), "a command that did nothing leaves no files"
+    run.claim()
+    with run.clock.phase("rollout"):
+        run.metrics.log("eval", step=0)
+        assert kinds(run.metrics.path) == ["eval"]
+        monkeypatch.setattr(runs, "NOTE_SECONDS", 0.0)  # as after half a minute
+        run.metrics.log("eval", step=1)
+        assert kinds(run.metrics.path) == ["eval", "eval", "clock"]
+        ending.run_tasks(quick_only=True)  # as a signal does
+    *_, before, last = read_metrics(run.metrics.path)
+    assert last["kind"] == "clock"
+    assert last["start"] == before["start"] == run.clock.started
+    assert last["total"] > before["total"]
+    assert last["total"] - sum(last[phase] for phase in PHASES) < 0.5
 
 
 def test_a_metrics_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:

@@ -314,11 +314,12 @@ class Saver:
         if world.is_main:
             weights = {name: parameter.detach() for name, parameter in trainable.items()}
             states = {"scheduler": scheduler.state_dict(), "random": random_states}
-            state: Any = weights, None if engine is not None else optimizer.state_dict()
+            state = weights, None if engine is not None else optimizer.state_dict()
             room = host_memory.free_bytes() + _num_bytes(self._host)
             is_copied = _num_bytes(state) <= room / 2  # Adam has no moments before the first step
             self._host = _on_host(state, self._host) if is_copied else None
-            state = self._host if is_copied else state
+            if is_copied:
+                state = self._host
             self._job = self._thread.submit(_write, folder, partial, final, position, *state, states, keep)
         self._is_pending = True
         if not world.gather(is_copied)[0]:

@@ -346,8 +346,8 @@ class Saver:
     def finishing(self) -> Iterator[None]:
         """However the block or the process ends, a checkpoint that was begun is written first.
 
-        Only a second signal does not wait for it. At the end of the block, prints why it could not be written,
-        and frees the copies in host memory. Not collective.
+        Only a second signal does not wait for it. At the end of the block, prints why it was not written, and
+        frees the copies in host memory. Not collective.
         """
         ending.at_end(self._finish, quick=True)
         try:

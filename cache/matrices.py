@@ -94,8 +94,8 @@ class TeacherHead:
             logits *= np.float32(self.scale)
             if not (logits < np.inf).all():
                 raise CacheError(
-                    "the teacher's head and the hidden states of a row give logits that are not finite; one of"
-                    " them is not the teacher's, so write the cache again."
+                    "the teacher's head and the hidden states of a row give logits that are not finite; one"
+                    " of them is not the teacher's, so write the cache again."
                 )
             return np.tanh(logits / self.softcap) * np.float32(self.softcap) if self.softcap else logits
 

@@ -296,7 +296,8 @@ class Saver:
     ) -> Path:
         """Write `step-N` atomically, then remove all but the newest `keep` checkpoints (collective).
 
-        Returns when the weights may change again: they are copied first, if host memory allows.
+        Returns when the weights may change again: they are copied first, if that leaves as much host memory
+        free. The copies' memory is kept for the next checkpoint, unless memory has become short.
         """
         self.settle(world)
         final = folder / f"step-{position.step:06d}"
@@ -314,10 +315,11 @@ class Saver:
             weights = {name: parameter.detach() for name, parameter in trainable.items()}
             states = {"scheduler": scheduler.state_dict(), "random": random_states}
             state = weights, None if engine is not None else optimizer.state_dict()
-            needed = _num_bytes(state) - _num_bytes(self._host)  # Adam has no moments before the first step
-            is_copied = needed <= host_memory.free_bytes() / 2
+            room = host_memory.free_bytes() + _num_bytes(self._host)
+            is_copied = _num_bytes(state) <= room / 2  # Adam has no moments before the first step
+            self._host = _on_host(state, self._host) if is_copied else None
             if is_copied:
-                state = self._host = _on_host(state, self._host)
+                state = self._host
             self._job = self._thread.submit(_write, folder, partial, final, position, *state, states, keep)
         self._is_pending = True
         if not world.gather(is_copied)[0]:
@@ -344,8 +346,8 @@ class Saver:
     def finishing(self) -> Iterator[None]:
         """However the block or the process ends, a checkpoint that was begun is written first.
 
-        Only a second signal does not wait for it. At the end of the block, prints why it could not be written,
-        and frees the copies in host memory. Not collective.
+        Only a second signal does not wait for it. At the end of the block, prints why it was not written, and
+        frees the copies in host memory. Not collective.
         """
         ending.at_end(self._finish, quick=True)
         try:

@@ -229,7 +229,7 @@ def tell(line: str) -> None:
 
 
 def uninstall() -> None:
-    """Restore Python's own signal handling: for a forked child without a watching thread, and for a server."""
+    """Restore Python's own signal handling: for a forked child without a watching thread, for a server."""
     if _Process.reader >= 0:
         signal.set_wakeup_fd(-1)
     for number in NAMES:

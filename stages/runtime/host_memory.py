@@ -27,7 +27,7 @@ _V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", 
 
 
 def free_bytes() -> int:
-    """Bytes that can be allocated without swapping and within every limit on this process's control groups."""
+    """Bytes that can be allocated without swapping and within the limits of this process's control groups."""
     left = [limit.bytes - limit.held for limit in _limits()]
     return max(0, min(int(psutil.virtual_memory().available), *left))
 

@@ -201,6 +201,24 @@ class OtherRank:
         return list(self.values)
 
 
+def test_a_copy_in_host_memory_is_given_up_when_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [2**30]
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: free[0])
+    saver, begin = saver_of(tmp_path)
+    begin(1)
+    size = sum(tensor.nbytes for tensor in saver.tensors())
+    assert size > 0
+    free[0] = size  # beside the copy
+    begin(2)
+    assert sum(tensor.nbytes for tensor in saver.tensors()) == size
+    free[0] = size - 1
+    path = begin(3)
+    assert saver.tensors() == []
+    assert (path / "state.json").exists()  # written before the weights may change
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError("no room"), OSError(5, "bad disk"), ValueError("a bug")], ids=str
 )

@@ -1,7 +1,10 @@
-"""What README shows of a finished run of the demo: its curve, what it prints, and a screenshot of its page.
+"""What README shows of the demo: its curve, what it prints, and a screenshot of its page.
 
-make demo && python -m bench.demo_page        take them from runs/demo; needs Playwright and Chromium
-python -m bench.demo_page --again             print and draw again what was taken before (docs/demo.json)
+python -m bench.demo_page             run the demo in a folder of its own, and take them from it
+python -m bench.demo_page RUN         take them from a finished run of the demo
+python -m bench.demo_page --again     print and draw again what was taken before (docs/demo.json)
+
+The first two need Playwright and Chromium.
 
 Writes docs/demo.svg, docs/demo.png, docs/demo.json and a block of README.
 """
@@ -11,7 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
+import tempfile
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +48,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="?", default=FOLDER, help="folder of the run")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of the run")
     parser.add_argument("--again", action="store_true")
     own = parser.parse_args()
     if not own.again:
-        SCREENSHOT.write_bytes(screenshot(Path(own.run)))
-        RECORD.write_text(json.dumps(record_of(Path(own.run)), indent=1) + "\n")
+        with nullcontext(own.run) if own.run else fresh_run() as folder:
+            SCREENSHOT.write_bytes(screenshot(folder))
+            RECORD.write_text(json.dumps(record_of(folder), indent=1) + "\n")
     record = json.loads(RECORD.read_text())
     PICTURE.write_text(picture(record))
     README.write_text(with_output(README.read_text(), printed(record["report"])))
+
+
+@contextmanager
+def fresh_run() -> Iterator[Path]:
+    """The folder of a run of the demo, which is made now and removed at the end."""
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "-m", "stages.pipeline", "--config", "pipeline.yaml", "--runs_dir", runs]
+        subprocess.run(command, cwd=ROOT, check=True)
+        yield Path(runs) / Path(FOLDER).name
 
 
 def screenshot(folder: Path) -> bytes:

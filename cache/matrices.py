@@ -85,12 +85,19 @@ class TeacherHead:
             )
 
     def logits(self, states: Float32, ids: slice) -> Float32:
-        """Return the logits of some ids."""
-        logits: Float32 = states @ to_float32(np.asarray(self.weight[ids]), self.dtype).T
-        if self.bias is not None:
-            logits += self.bias[ids]
-        logits *= np.float32(self.scale)
-        return np.tanh(logits / self.softcap) * np.float32(self.softcap) if self.softcap else logits
+        """Return the logits of some ids; CacheError if one is infinite or not a number."""
+        weight = to_float32(np.asarray(self.weight[ids]), self.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits: Float32 = states @ weight.T
+            if self.bias is not None:
+                logits += self.bias[ids]
+            logits *= np.float32(self.scale)
+            if not (logits < np.inf).all():
+                raise CacheError(
+                    "the teacher's head and the hidden states of a row give logits that are not finite; one of"
+                    " them is not the teacher's, so write the cache again."
+                )
+            return np.tanh(logits / self.softcap) * np.float32(self.softcap) if self.softcap else logits
 
 
 @dataclass(frozen=True, eq=False)

@@ -272,9 +272,9 @@ def _mass_word(log_kept: Array, log_tail: Array) -> npt.NDArray[np.uint32]:
 
 def _masses(words: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return ln of the kept and of the tail's share; the two masses add up to 1."""
-    word = (words << 8).view("<f4").astype(np.float64)
-    smaller = -np.abs(word)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # a damaged word may be a signalling NaN
+        word = (words << 8).view("<f4").astype(np.float64)
+        smaller = -np.abs(word)
         larger = np.log1p(-np.exp(smaller))
     is_tail = word < 0
     return np.where(is_tail, larger, smaller), np.where(is_tail, smaller, larger)

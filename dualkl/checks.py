@@ -23,9 +23,14 @@ def cut_vocabulary(vocab_size: int | None, sizes: dict[str, int]) -> int:
     return vocab_size
 
 
+def outside(ids: Tensor, num_ids: int) -> Tensor:
+    """Which ids are `num_ids` or more, a number that the ids' own dtype may not hold."""
+    return ids > min(num_ids - 1, torch.iinfo(ids.dtype).max)
+
+
 def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
     """Raise ValueError for an id outside [0, num_ids). Synchronises with the ids' device."""
-    bad_N = (ids_N < 0) | (ids_N >= num_ids)
+    bad_N = (ids_N < 0) | outside(ids_N, num_ids)
     if bad_N.any():
         row = int(bad_N.nonzero()[0])
         raise ValueError(f"{name}[{row}] is {int(ids_N[row])}; expected an id in [0, {num_ids}).")

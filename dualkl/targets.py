@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dualkl.checks import check_integers, check_shape, cut_vocabulary
+from dualkl.checks import check_integers, check_shape, cut_vocabulary, outside
 from dualkl.heads import Head, PreparedHead, as_head, prepare_head, statistics_dtype
 from dualkl.logprobs import log_normalise_, smooth
 
@@ -155,7 +155,7 @@ def check_topk_values(teacher: TopKTeacher, num_ids: int, active_N: Tensor | Non
     sorted_NK = _sorted(ids_NK)
     logprobs_NK = teacher.logprobs.float().masked_fill(~kept_NK, -torch.inf)
     mass_N = logprobs_NK.exp().sum(1) + teacher.log_tail_mass.float().exp()
-    _refuse(ids_NK >= num_ids, f"holds an id outside the vocabulary of {num_ids} ids")
+    _refuse(outside(ids_NK, num_ids), f"holds an id outside the vocabulary of {num_ids} ids")
     _refuse(
         kept_NK[:, 1:] & ~kept_NK[:, :-1], "has an empty slot (id -1) before a kept id; expected them last"
     )

@@ -68,7 +68,8 @@ MANY_LONGER = 0.1
 """Share of the data's answers above max_new_tokens that is remarked on."""
 NOTES = {
     "lora": "use_lora: false trains all weights, which needs a tenth of this lr; lora_r: rank",
-    "loss": "the reverse KL (nats) trains tokens where it is below tau, the forward KL those above; alpha:"
+    "loss": "gating: weight of the reverse KL, the forward KL has the rest; soft: a gate by tau and alpha",
+    "gate": "the reverse KL (nats) trains tokens where it is below tau, the forward KL those above; alpha:"
     " sharpness",
     "refresh": "steps between refreshes, and the rollouts that the current student writes at each",
 }
@@ -212,7 +213,9 @@ def file_text(chosen: Choices, path: Path, machine: Machine, given: set[str]) ->
         kept = {
             leaf: value
             for leaf, value in values.items()
-            if leaf in SHOWN or leaf in given or value != section.model_fields[leaf].default
+            if (leaf in SHOWN and (config.loss.has_threshold or leaf not in sizing.OF_GATE))
+            or leaf in given
+            or value != section.model_fields[leaf].default
         }
         if kept:
             lines += [f"# {plain(note)}"] if (note := _note(name, kept, why)) else []
@@ -222,6 +225,8 @@ def file_text(chosen: Choices, path: Path, machine: Machine, given: set[str]) ->
 
 def _note(section: str, kept: dict[str, Any], why: dict[str, str]) -> str:
     """The comment on a section; "" for none."""
+    if section == "loss" and "tau" in kept:
+        return NOTES["gate"]
     if section == "eval":
         off = "0: no evaluation" if kept["eval_prompts"] else "so there is no evaluation"
         return f"held-out prompts, {off}; answer_checker: gsm8k, or FILE.py:FUNCTION(row, completion) -> bool"

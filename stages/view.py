@@ -76,7 +76,8 @@ def source(place: str) -> Source:
     if (folder := find_run(place)) is not None:
         return report.source(folder)
     if cache.exists(place):
-        return Source(Path(place.rstrip("/")).name or place, place)
+        parts = [part for part in place.split("/") if part]
+        return Source("/".join(parts[-2 if parts[-1:] == ["cache"] else -1 :]) or place, place)
     raise UserError(
         f"{place} is neither a run (it has no config.yaml or metrics.jsonl) nor a cache (no"
         f" fingerprint.json); {runs_near(place)}."

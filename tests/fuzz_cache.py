@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ import pyarrow.ipc as ipc
 
 import cache
 from cache.__main__ import main as command
+from cache.codec import CODEC_VERSION
 from cache.schema import MASS_TOLERANCE
-from tests.support.cache_samples import KINDS, VOCAB, write
+from tests.support.cache_samples import KINDS, VOCAB, assert_same, write
 
 SECONDS, MEGABYTES = 10, 1_000
 NUMBERS = (0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63, -(2**63), 10**400, 0.5, 1e308, True)
@@ -185,7 +187,7 @@ def bomb(rng: random.Random) -> bytes:
     )
     header = struct.pack(
         "<BBBxIIf",
-        1,
+        CODEC_VERSION,
         rng.choice((1, 2, 3)),
         rng.choice((0, 1, 2, 8, 31)),
         *rng.choices((1, 2, 5, 7, VOCAB, 2**20, 2**31, 2**32 - 1), k=2),
@@ -303,6 +305,8 @@ def use(root: Path) -> None:
         for row in cache.stream(snapshot, seed=0, epoch=0):
             check_row(row, snapshot.fingerprint.rules.vocab_size)
         snapshot.head()
+        for together, alone in zip(snapshot.take(range(len(snapshot))), snapshot, strict=True):
+            assert_same(together, alone)
     except cache.CacheError as error:
         if "\n" in str(error):
             raise AssertionError("more than a line") from error
@@ -364,6 +368,7 @@ def _in_child(
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(SECONDS)
+        warnings.simplefilter("error")
         fuzz(root, rng)
         use(root)
         code = 0

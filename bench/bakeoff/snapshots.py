@@ -55,7 +55,9 @@ class Snapshots:
             return
         self._synchronize()
         seconds, started = self.elapsed(), self.clock()
-        self._copies.append({name: value.detach().clone() for name, value in self.weights.items()})
+        self._copies.append(
+            {name: value.detach().to("cpu", copy=True) for name, value in self.weights.items()}
+        )
         self.points.append({"step": step, "seconds": seconds, **figures})
         self._synchronize()
         self._paused += self.clock() - started

@@ -20,7 +20,9 @@ from torch import Tensor
 MOST_PADDING = 1.25
 
 
-@dataclass(frozen=True)
+# Not frozen: the compiler checks every field of a frozen dataclass, here the length of every sequence, and
+# compiles a layer anew for each batch.
+@dataclass(eq=False)
 class Groups:
     """Packed sequences rearranged as padded rows, one grid per group.
 
@@ -33,7 +35,7 @@ class Groups:
     places: Int[Tensor, " T"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Shared:
     """The keys of B packed sequences, S tokens in total, if some of them share a prompt.
 
@@ -52,14 +54,14 @@ class Shared:
     firsts: Int[Tensor, " T"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Packing:
     """B sequences in one row. Each has its own tokens there, which follow a prompt of an earlier one or none.
 
     Attributes:
         lengths: own tokens of each sequence, on the host.
         bounds: cumulative sum of `lengths` from 0, on the device.
-        longest: max(lengths), stored so that compiled code does not specialise on every length.
+        longest: max(lengths), stored so that compiled code does not depend on every length.
         prompts: the packed positions before each sequence's own; empty if no sequence has any.
         shared: None if no sequence has any.
     """

@@ -37,7 +37,7 @@ SCORING_BYTES = (
 CPU_GEN_ROWS, MOST_GEN_ROWS, FIRST_GEN_ROWS = 128, 512, 8
 CPU_SCORE_TOKENS, CPU_TRAIN_ROWS = 16_384, 64
 # Per forward: fewer tokens leave the GPU idle, more gain nothing.
-LEAST_TOKENS, MOST_TOKENS, STEP_TOKENS = 2_048, 32_768, 1_024
+LEAST_TOKENS, MOST_TOKENS, STEP_TOKENS = 2_048, 65_536, 1_024
 PROMPT_TOKENS = 32_768  # of different prompts in a trial of the engine, which prefills fewer at once
 WORTHWHILE = 1.1  # a further trial must promise to raise the size by more than this factor
 

@@ -147,7 +147,8 @@ def write_rounds(
             else:
                 with progress.phase("score"):
                     score_rows(run, own.rows, scoring, get_teacher(), writing, progress, counts)
-            run.saver.settle(run.world)  # rows must not outlive the weights that wrote them
+            with run.clock.phase("save"):
+                run.saver.settle(run.world)  # rows must not outlive the weights that wrote them
             if own.unit:
                 writing.commit(own.unit)
             num_units += own.num_units

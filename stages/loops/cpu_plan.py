@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 
 from stages.loops import probe
@@ -19,6 +18,7 @@ from stages.loops.planning import LOSS_GIB, Machine, Parts, Plan, make_plan, tot
 from stages.models import memory
 from stages.models.memory import GIB
 from stages.models.speed import GPUS
+from stages.runtime import host_memory
 from stages.runtime.config import Config
 
 # Shares of a matrix product's rate, measured on 2 cores with SmolLM2-135M as the teacher.
@@ -133,7 +133,7 @@ def make_cpu_plan(config: Config, mean_completion: float = 0.0, mean_prompt: flo
     likely = mean_completion or LIKELY_SHARE * config.rollout.max_new_tokens
     prompt = mean_prompt or config.data.max_prompt_tokens / 2
     plan = make_plan(config, Machine(GPUS["h100"], 1, GPUS["h100"].gib), likely, prompt)
-    return CpuPlan(plan, matmul_rate(), float(psutil.virtual_memory().total))
+    return CpuPlan(plan, matmul_rate(), float(host_memory.total_bytes()))
 
 
 def matmul_rate() -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from stages.runtime.run import Run
 
@@ -31,26 +32,30 @@ def old_objects_kept(device: torch.device) -> Iterator[None]:
         gc.unfreeze()
 
 
-def allocated_bytes(device: torch.device) -> int:
-    """Bytes of this process's tensors on `device`: from CUDA's allocator; on a CPU, of all Python tensors."""
+def allocated_bytes(device: torch.device, apart: Iterable[Tensor] = ()) -> int:
+    """Bytes of this process's tensors on `device`: from CUDA's allocator; on a CPU, of all Python tensors.
+
+    `apart`: tensors in host memory that are not counted.
+    """
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    storages = {}
+    storages, skipped = {}, {tensor.untyped_storage()._cdata for tensor in apart}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             if storage.device.type == "cpu":
                 storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    return sum(size for address, size in storages.items() if address not in skipped)
 
 
-def memory_after_refresh(run: Run) -> dict[str, int]:
+def memory_after_refresh(run: Run, apart: Iterable[Tensor] = ()) -> dict[str, int]:
     """Bytes of the fullest process and growth since the first comparable refresh, to log (collective).
 
     A refresh is comparable if this process has taken a step before it: a step's lasting memory then exists.
+    `apart`: what is kept in host memory only while there is room.
     """
-    allocated = int(run.world.max([float(allocated_bytes(run.world.device))])[0])
+    allocated = int(run.world.max([float(allocated_bytes(run.world.device, apart))])[0])
     first = _first_comparable(run)
     growth = 0 if first is None else allocated - first
     if first is not None and growth > max(TOLERATED_SHARE * first, TOLERATED_BYTES):

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -21,6 +20,7 @@ from stages.loops.planning import Machine, Plan, make_plan
 from stages.models import pretrained
 from stages.models.memory import GIB, shape_of
 from stages.models.speed import gpu_for
+from stages.runtime import host_memory
 from stages.runtime.config import Config
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError, one_line
@@ -133,7 +133,7 @@ def _host_memory(config: Config, world: World) -> str:
         teacher = shape_of(pretrained.load_config(models.teacher_model))
         needed += teacher.parameters * pretrained.DTYPES[models.teacher_dtype].itemsize
     needed *= world.size
-    free = psutil.virtual_memory().available
+    free = host_memory.free_bytes()
     if needed > free:
         raise UserError(
             f"the weights of both models take {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB of memory are"

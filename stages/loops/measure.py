@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -37,7 +36,7 @@ from stages.models.teacher import (
 )
 from stages.runtime import history, metrics, schema
 from stages.runtime.config import SignalSection
-from stages.runtime.files import replace_text
+from stages.runtime.files import discard, replace_text
 from stages.runtime.run import Run
 
 NUM_SAMPLES, NUM_LOGGED = 100, 8
@@ -220,7 +219,7 @@ def _write_text(
 def _drop_other_text(run: Run, root: str, wanted: cache.Fingerprint) -> None:
     """Remove the text at `root`, a folder of the run, if it was written with other settings (collective)."""
     if run.world.is_main and cache.exists(root) and cache.open(root).fingerprint != wanted:
-        shutil.rmtree(root)
+        discard(Path(root))
     run.world.barrier()
 
 

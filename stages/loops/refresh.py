@@ -180,7 +180,7 @@ def refresh(
         policy_hash=policy.policy_hash,
         reason=reason,
         cut_share=cut_share(run, refresh_index),
-        **memory_after_refresh(run),
+        **memory_after_refresh(run, [*teacher.waiting(), *run.saver.tensors()]),
         **probe,
     )
 

@@ -109,8 +109,8 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
     `evaluate(training)` returns held-out KLs. It is called every `eval_every` steps and after the last one;
     the weights with the lowest reverse KL are kept. A checkpoint is saved before every refresh and before
     every published version, and is on disk before the first rows of its weights are: a killed run resumes
-    from saved weights, never from recomputed ones, and so writes the same rows again. Under `refresh_mode: external` the rows come from elsewhere. A version's
-    rows are used only when all of them have arrived.
+    from saved weights, never from recomputed ones, and so writes the same rows again. Under `refresh_mode:
+    external` the rows come from elsewhere. A version's rows are used only when all of them have arrived.
     """
     config = run.config
     arrivals = Arrivals(run) if config.refresh.refresh_mode == "external" else None
@@ -124,7 +124,7 @@ def fit(run: Run, training: Training, refresh: WriteRows, evaluate: steps.Evalua
     pool, snapshot, began = None, None, training.step
     is_shown = run.world.is_main and not run.metrics.style.quiet
     bar = Bar("training", "step", config.train.max_steps, training.step, shown=is_shown, at_once=True)
-    with bar, ending.finishing():
+    with bar, ending.finishing(), run.saver.finishing():
         while training.step < config.train.max_steps:
             reason, gone = due(config, position) or gone, ""
             if reason:

@@ -303,7 +303,11 @@ def _check_sound(run: Run, training: Training) -> None:
 
 def _how_to_go_on(run: Run) -> str:
     """What is kept, and what may help (collective)."""
-    run.saver.settle(run.world)
+    unwritten = ""
+    try:
+        run.saver.settle(run.world)
+    except UserError as error:
+        unwritten = f" Before that, {error}"
     kept = checkpoint.complete(run.folder / "checkpoints")
     steps = ", ".join(str(checkpoint.step_of(path)) for path in kept)
     where = (
@@ -312,7 +316,7 @@ def _how_to_go_on(run: Run) -> str:
         else "no checkpoint was written"
     )
     back = "; --resume_from STEP starts from one of them" if kept else ""
-    return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}."
+    return f"{where}. Lower lr (now {run.config.train.lr:g}) or max_grad_norm and run again{back}.{unwritten}"
 
 
 def _suspects(batch: Batch, pool: Pool, outputs: list[DualKLOutput]) -> list[tuple[str, float]]:

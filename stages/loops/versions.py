@@ -19,7 +19,7 @@ from stages.models import student as students
 from stages.models.student import Student, policy_hash
 from stages.runtime.checkpoint import Position
 from stages.runtime.errors import UserError
-from stages.runtime.files import remove, replace_text
+from stages.runtime.files import discard_unneeded, replace_text
 from stages.runtime.run import Run
 
 NAME = re.compile(r"\d{6,}-[0-9a-f]{8}")
@@ -51,8 +51,7 @@ def publish(run: Run, student: Student, version: Version) -> None:
         older = sorted(
             path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name < version.name
         )
-        for path in older[: -(KEPT - 1)]:
-            remove(path)
+        discard_unneeded([*older[: -(KEPT - 1)], *folder.glob(".old-*")])
     run.world.barrier()
 
 

@@ -142,7 +142,9 @@ def packed_attention(
             )
     _check_window(module, sliding_window)
     q_THh, k_TGh, v_TGh = (states[0].transpose(0, 1) for states in (query, key, value))
-    if dropout == 0 and varlen_usable(query, value):
+    dtype = _computed_in(query)
+    if dropout == 0 and varlen_usable(query, value, dtype):
+        q_THh, k_TGh, v_TGh = (states.to(dtype) for states in (q_THh, k_TGh, v_TGh))
         out = _varlen(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window)
     else:
         out = _by_groups(q_THh, k_TGh, v_TGh, packing, scaling, sliding_window, dropout)
@@ -171,11 +173,17 @@ def _find_varlen() -> tuple[Any, bool]:
 _varlen_attn, _varlen_groups = _find_varlen()
 
 
-def varlen_usable(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernel supports these tensors: CUDA, half precision, one supported head width."""
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The dtype of attention: autocast's, as for PyTorch's own; rotated queries of fp32 weights are fp32."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def varlen_usable(query: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the flash kernel supports them in `dtype`: CUDA, half precision, one supported head width."""
     width = query.shape[-1]
     served = width == value.shape[-1] and width <= VARLEN_WIDEST_HEAD and width % 8 == 0
-    return _varlen_attn is not None and query.is_cuda and query.dtype in VARLEN_DTYPES and served
+    return _varlen_attn is not None and query.is_cuda and dtype in VARLEN_DTYPES and served
 
 
 def _varlen(

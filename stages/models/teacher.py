@@ -143,7 +143,7 @@ class TeacherLoader:
         """Free the teacher; `get` loads it again."""
         if self._teacher is not None:
             self._teacher.close()
-            self._teacher = None
+            self._teacher, self._waits = None, False
 
     @contextmanager
     def used(self) -> Iterator[TeacherLoader]:
@@ -166,6 +166,10 @@ class TeacherLoader:
         self._waits = True
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def waiting(self) -> list[Tensor]:
+        """Weights that wait in host memory."""
+        return list(self._teacher.forward.parameters()) if self._teacher is not None and self._waits else []
 
     def _may_wait(self, teacher: Teacher) -> bool:
         """Whether the teacher can be moved, and as much again then stays free in host memory (collective)."""

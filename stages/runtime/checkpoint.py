@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import host_memory
+from stages.runtime import ending, host_memory
 from stages.runtime.distributed import World
 from stages.runtime.errors import UserError
-from stages.runtime.files import new_folder, publish_folder, remove
+from stages.runtime.files import discard, discard_unneeded, new_folder, publish_folder, remove
 from stages.runtime.schema import Count, complaint
 
 # Errors that the libraries raise for corrupt files.
@@ -51,6 +51,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NAME = re.compile(r"step-\d{6,}")
 STRICT = ConfigDict(strict=True, extra="forbid")
 BEST = "best.safetensors"
+LEFT = (".partial-step-*", ".old-step-*")  # by a process that was killed
 WRITTEN = ("student.safetensors", "state.pt")  # in every checkpoint, next to the optimizer files
 
 
@@ -223,7 +224,7 @@ def discard_after(folder: Path, step: int) -> None:
     """Remove checkpoints after `step`, newest first, and best weights from after it (main process)."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
-            remove(path)
+            discard(path)
     kept = best(folder)
     if kept is not None and kept.step > step:
         forget_best(folder)
@@ -301,6 +302,7 @@ class Saver:
         final = folder / f"step-{position.step:06d}"
         partial = folder / f".partial-step-{position.step:06d}"
         if world.is_main:
+            discard_unneeded(path for pattern in LEFT for path in folder.glob(pattern))
             new_folder(partial)
         world.barrier()
         random_states = world.gather(_random_state(world))
@@ -322,35 +324,55 @@ class Saver:
             self.settle(world)
         return final
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those in host memory."""
+        return list(_tensors(self._host))
+
     def settle(self, world: World) -> None:
-        """Wait until the checkpoint is on disk. UserError if it could not be written (collective)."""
+        """Wait until the checkpoint is on disk; if it could not be written, raise why (collective)."""
         if not self._is_pending:
             return
-        self._is_pending, problem = False, ""
-        if self._job is not None:
-            try:
-                self._job.result()
-            except UserError as error:
-                problem = str(error)
-        if problem := world.gather(problem)[0]:
+        self._is_pending = False
+        error = self._result()
+        problem = world.gather("" if error is None else _text(error))[0]
+        if error is not None:
+            raise error
+        if problem:
             raise UserError(problem)
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """However the block or the process ends, a checkpoint that was begun is written first.
 
-def save(
-    folder: Path,
-    position: Position,
-    trainable: dict[str, nn.Parameter],
-    optimizer: Any,
-    scheduler: Any,
-    world: World,
-    keep: int,
-    engine: Any = None,
-) -> Path:
-    """Write `step-N` as `Saver.begin` does, and wait for it; return its folder (collective)."""
-    saver = Saver()
-    path = saver.begin(folder, position, trainable, optimizer, scheduler, world, keep, engine)
-    saver.settle(world)
-    return path
+        Only a second signal does not wait for it. At the end of the block, prints why it could not be written,
+        and frees the copies in host memory. Not collective.
+        """
+        ending.at_end(self._finish, quick=True)
+        try:
+            yield
+        finally:
+            self._finish()
+            self._host = None
+
+    def _finish(self) -> None:
+        if ending.hurries():
+            return
+        if self._job is not None and not self._job.done():
+            ending.tell("writing the checkpoint that was begun")
+        error = self._result()
+        if error is not None:
+            ending.tell(f"warning: {_text(error)}")
+
+    def _result(self) -> BaseException | None:
+        """Wait for the thread; return its error, once."""
+        job = self._job
+        error = None if job is None else job.exception()
+        self._job = None
+        return error
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _write(
@@ -371,20 +393,24 @@ def _write(
         raise UserError(
             f"checkpoint {final} could not be written ({error}); earlier ones are kept. Free space and rerun."
         ) from error
-    for old in complete(folder)[:-keep]:
-        remove(old)
+    discard_unneeded(complete(folder)[:-keep])
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dictionaries, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        yield from _tensors(part)
 
 
 def _num_bytes(value: Any) -> int:
-    """Bytes of the tensors in nested dictionaries, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_num_bytes, parts))
+    return sum(tensor.nbytes for tensor in _tensors(value))
 
 
 def _on_host(value: Any, kept: Any) -> Any:
-    """`value` with its tensors copied to host memory: into those of `kept`, an earlier result, if they fit."""
+    """`value` with its tensors copied to host memory, into those of `kept`, an earlier one, if they fit."""
     if isinstance(value, torch.Tensor):
         if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
             return kept.copy_(value)

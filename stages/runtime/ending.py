@@ -36,6 +36,7 @@ class _Process:
     asked = 0  # the signal that asked it to end
     asked_at = 0.0
     began: float | None = None  # time.perf_counter() at the start of a command
+    hurries = False  # a second signal asked it to end at once
     finishes = 0  # > 0: the work in progress ends by itself at a safe point
     ends_hard = False
     raises = False  # a signal raises an exception rather than end the process
@@ -89,7 +90,7 @@ def raising() -> Iterator[None]:
     finally:
         for taken, handler in kept.items():
             signal.signal(taken, handler)
-        _Process.raises, _Process.asked = False, 0
+        _Process.raises, _Process.asked, _Process.hurries = False, 0, False
 
 
 def began() -> float | None:
@@ -100,6 +101,11 @@ def began() -> float | None:
 def asked() -> int:
     """The signal that asked this process to end; 0 if none did."""
     return _Process.asked
+
+
+def hurries() -> bool:
+    """Whether a second signal asked this process to end at once, whatever is lost."""
+    return _Process.hurries
 
 
 @contextmanager
@@ -127,7 +133,10 @@ def at_once() -> Iterator[None]:
 
 
 def at_end(task: Callable[[], None], quick: bool = False) -> None:
-    """Run `task` at shutdown, last registered first; quick tasks run even if a signal ends the process."""
+    """Run `task` at shutdown, last registered first; quick tasks run even if a signal ends the process.
+
+    One that may wait looks at `hurries` first.
+    """
     _Process.tasks.append((task, quick))
 
 
@@ -161,15 +170,16 @@ def _noted(number: int, frame: FrameType | None) -> None:
 def _noted_or_raised(number: int, frame: FrameType | None) -> None:
     if _Process.finishes and not _Process.asked:
         _Process.asked = number
-        _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
+        tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
     else:
+        _Process.hurries = bool(_Process.asked)
         _end_now(number)
 
 
 def _raise(number: int, message: str) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message) from None
-    _tell(message)
+    tell(message)
     raise SystemExit(128 + number) from None
 
 
@@ -185,10 +195,19 @@ def _take(number: int) -> None:
     if not _Process.asked:
         _Process.asked, _Process.asked_at = number, now
         if _Process.finishes:
-            _tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
+            tell(f"\n{NAMES[signal.Signals(number)]}: {AFTER_STEP}")
         else:
-            _end_now(number)
+            _end_soon(number)
     elif not ("TORCHELASTIC_RUN_ID" in os.environ and now - _Process.asked_at < ECHO_SECONDS):
+        _Process.hurries = True
+        _end_now(number)
+
+
+def _end_soon(number: int) -> None:
+    """End in another thread: this one goes on watching, so that a second signal ends tasks that take long."""
+    try:
+        threading.Thread(target=_end_now, args=(number,), name="ending", daemon=True).start()
+    except RuntimeError:  # the interpreter is shutting down
         _end_now(number)
 
 
@@ -196,24 +215,25 @@ def _end_now(number: int) -> None:
     how = NAMES[signal.Signals(number)]
     if _Process.raises:
         _raise(number, f"interrupted ({how}); make the same call again to resume")
-    _tell(f"\ninterrupted ({how}); run the same command again to resume")
+    tell(f"\ninterrupted ({how}); run the same command again to resume")
     try:
         run_tasks(quick_only=True)
     finally:
         os._exit(128 + number)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print `line` on stderr, also from a thread or a signal handler."""
     with suppress(OSError):  # nobody reads it
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode("utf-8", "backslashreplace"))
 
 
 def uninstall() -> None:
-    """Back to Python's own signal handling: for a forked child, which has no watching thread, and a server."""
+    """Restore Python's own signal handling: for a forked child without a watching thread, and for a server."""
     if _Process.reader >= 0:
         signal.set_wakeup_fd(-1)
     for number in NAMES:
         if signal.getsignal(number) in (_noted, _noted_or_raised):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _Process.tasks.clear()
-    _Process.asked = _Process.finishes = 0
+    _Process.asked, _Process.finishes, _Process.hurries = 0, 0, False

@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
+from stages.runtime import ending
 from stages.runtime.errors import UserError
 
 _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # a link, a folder, a pipe without a reader or a socket
@@ -75,6 +77,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Remove a folder so that, if this is interrupted, what is left is hidden and does not pass for it."""
+    aside = path if path.name.startswith(".") else path.with_name(f".old-{path.name}")
+    if aside != path:
+        remove(aside)
+        path.rename(aside)
+    remove(aside)
+
+
+def discard_unneeded(paths: Iterable[Path]) -> None:
+    """Discard what takes space but is used by nothing; a warning for each that cannot be removed."""
+    for path in paths:
+        try:
+            discard(path)
+        except OSError as error:
+            ending.tell(f"warning: {path} could not be removed ({error.strerror or error}); it is not needed")
+
+
 def new_folder(path: Path) -> None:
     """Replace whatever is at `path` by an empty folder; creates the parent, but not further ancestors."""
     path.parent.mkdir(exist_ok=True)
@@ -84,8 +104,8 @@ def new_folder(path: Path) -> None:
 
 def publish_folder(partial: Path, final: Path) -> None:
     """Durably rename a complete folder, replacing any at `final`; after a crash it is complete or absent."""
-    for path in partial.rglob("*"):
-        if path.is_file():
+    for path in (*partial.rglob("*"), partial):
+        if path.is_file() or path.is_dir():
             _sync(path)
     aside = final.with_name(f".old-{final.name}")
     remove(aside)
@@ -93,7 +113,7 @@ def publish_folder(partial: Path, final: Path) -> None:
         final.rename(aside)
     partial.rename(final)
     _sync(final.parent)
-    remove(aside)
+    discard_unneeded([aside])
 
 
 def _sync(path: Path) -> None:

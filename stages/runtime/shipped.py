@@ -11,18 +11,15 @@ from stages.runtime.errors import UserError
 _IN_WHEEL = Path(__file__).resolve().parents[1] / "shipped"  # setup.py copies them there
 ROOT = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).resolve().parents[2]
 
+SUFFIXES = {".yaml", ".yml"}  # of configurations
+DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst"}
+
 
 def configurations() -> dict[str, Path]:
     """Configurations by name: `demo`, and each recipe by its file's."""
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
     named = {path.stem: path for path in recipes if not path.stem.startswith("accelerate")}
     return {"demo": ROOT / "pipeline.yaml", **named}
-
-
-DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst"}
-
-
-SUFFIXES = {".yaml", ".yml"}
 
 
 def is_configuration(name: str) -> bool:

@@ -87,10 +87,10 @@ all else is in nats."""
 
 
 def _fine(law: Law) -> Law:
-    """16 bits; nats in thousandths, as `dualkl cache show` prints them."""
-    if law.law == "square":
-        return replace(law, law="linear", bits=16, most=math.copysign(65.534, law.most))
-    return replace(law, bits=16)
+    """16 bits; nats and λ in thousandths, as `dualkl cache show` prints nats."""
+    if law.law == "log":
+        return replace(law, bits=16)
+    return replace(law, law="linear", bits=16, most=math.copysign(65.534, law.most))
 
 
 FINE_LAWS = {name: _fine(law) for name, law in LAWS.items()}

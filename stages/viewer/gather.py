@@ -6,7 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,28 @@ def page_data(sources: Sequence[Source], rows: int | None = None, serve: bool = 
     count = max(1, ROWS // len(sources)) if rows is None else rows
     most_bytes = MOST_BYTES / len(sources) if rows is None else float("inf")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    runs = [one(source, count, most_bytes) for source in _named_apart(sources)]
+    for run, source in zip(runs, sources, strict=True):
+        run["compared"] = (
+            [] if source is sources[0] else figures.compared(source.evaluations, sources[0].evaluations)
+        )
     return {
         "format": FORMAT,
         "made": {"time": now, "version": own_version()},
         "serve": serve,
-        "runs": [one(source, count, most_bytes) for source in sources],
+        "runs": runs,
     }
+
+
+def _named_apart(sources: Sequence[Source]) -> list[Source]:
+    """The sources, those of equal names named by their places: the page tells runs apart by name."""
+    names = [source.name for source in sources]
+    places = [str(source.folder or source.root) for source in sources]
+    apart = [place if names.count(name) > 1 else name for name, place in zip(names, places, strict=True)]
+    return [
+        replace(source, name=f"{name} ({apart[:at].count(name) + 1})" if name in apart[:at] else name)
+        for at, (source, name) in enumerate(zip(sources, apart, strict=True))
+    ]
 
 
 def one(source: Source, count: int, most_bytes: float) -> Found:
@@ -93,6 +109,7 @@ _EMPTY: Found = {
     "config_changes": [],
     "warnings": [],
     "answers": [],
+    "prompts": None,
 }
 
 
@@ -103,13 +120,22 @@ def _open(root: str, say: Callable[[str], None]) -> tuple[cache.Snapshot | None,
             say(f"There is no cache at {root}: no rollouts are shown.")
             return None, Speller(None)
         snapshot = cache.open(root)
-        path = snapshot.tokenizer_file()
     except (cache.CacheError, OSError) as error:
         say(f"{error} No rollouts are shown.")
         return None, Speller(None)
+    return snapshot, speller_of(snapshot, say)
+
+
+def speller_of(snapshot: cache.Snapshot, say: Callable[[str], None]) -> Speller:
+    """What spells the tokens of a cache: its tokenizer, or ids if that is missing or damaged, which is said."""
+    try:
+        path = snapshot.tokenizer_file()
+    except (cache.CacheError, OSError) as error:
+        say(f"{error} Tokens are shown as their ids.")
+        return Speller(None)
     if path is None:
-        say(f"{root} has no tokenizer.json: tokens are shown as their ids.")
-    return snapshot, Speller(path)
+        say(f"{snapshot.root} has no tokenizer.json: tokens are shown as their ids.")
+    return Speller(path)
 
 
 def _run(source: Source) -> Found:
@@ -138,6 +164,8 @@ def _run(source: Source) -> Found:
             {"step": r.get("step", 0), "text": r["text"]} for r in records if r["kind"] == "warning"
         ],
         "answers": _answers(source.evaluations),
+        "prompts": max((found.get("answers") or 0 for found in source.evaluations.values()), default=0)
+        or None,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.runtime.shares import wilson
+from stages.runtime.shares import paired, wilson
 
 SEED = 20_260_101
 RESAMPLES = 2_000
@@ -20,6 +20,7 @@ _CELLS = 4_000_000  # drawn at a time
 SHARES = ("top1_agreement",)  # of the token means
 Value = dict[str, float | None]
 Bounds = tuple[float, float] | None
+Pairs = dict[str, tuple[float, float]]
 
 
 def of_share(flags: Sequence[float]) -> Bounds:
@@ -50,6 +51,41 @@ def interval(sums: Sequence[float], weights: Sequence[float] | None = None) -> B
         left -= part
     low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def of_difference(new: Pairs, old: Pairs) -> Value | None:
+    """Difference of two weighted means over the same prompts, with its 95 % percentile bootstrap, paired by prompt.
+
+    `new` and `old` are (sum, weight) by prompt; None unless both have the same prompts, two at least.
+    """
+    if new.keys() != old.keys() or len(new) < 2:
+        return None
+    order = sorted(new)
+    columns = np.array([[*new[prompt], *old[prompt]] for prompt in order], np.float64)
+    if not np.isfinite(columns).all() or not columns[:, 1].sum() or not columns[:, 3].sum():
+        return None
+    random, sums, left = np.random.default_rng(SEED), [columns.sum(0)[None]], RESAMPLES
+    while left:
+        part = min(left, max(1, _CELLS // len(order)))
+        drawn = random.multinomial(len(order), np.full(len(order), 1 / len(order)), part)
+        sums.append(drawn @ columns)
+        left -= part
+    all_sums = np.concatenate(sums)
+    means = all_sums[:, [0, 2]] / np.maximum(all_sums[:, [1, 3]], 1e-300)
+    differences = means[:, 0] - means[:, 1]
+    low, high = np.quantile(differences[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"value": float(differences[0]), "low": float(low), "high": float(high)}
+
+
+def of_share_difference(new: Pairs, old: Pairs) -> Value | None:
+    """As `of_difference` for shares of prompts, with Bonett and Price's interval; None without the same prompts."""
+    if new.keys() != old.keys() or not new:
+        return None
+    differences = [new[prompt][0] - old[prompt][0] for prompt in new]
+    gained, lost = (sum(max(0.0, sign * one) for one in differences) for sign in (1, -1))
+    centre, width = paired(gained, lost, len(differences))
+    value = sum(differences) / len(differences)
+    return {"value": value, "low": max(-1.0, centre - width), "high": min(1.0, centre + width)}
 
 
 def with_interval(value: float | None, bounds: Bounds) -> Value | None:

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cache.plain import plain
+
 STATIC = Path(__file__).resolve().parent / "static"
 _STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')
 _SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
@@ -28,7 +30,7 @@ def render(data: dict[str, Any]) -> str:
     def style(found: re.Match[str]) -> str:
         return f"<style>{(STATIC / found[1]).read_text(encoding='utf-8')}</style>"
 
-    names = ", ".join(run["name"] for run in data["runs"])
+    names = plain(", ".join(run["name"] for run in data["runs"]))
     start, rest = (STATIC / "page.html").read_text(encoding="utf-8").split(">DATA<")
     start, rest = (_SCRIPT.sub(script, _STYLE.sub(style, part)) for part in (start, rest))
     policy = html.escape(policy_of(scripts, bool(data["serve"])))

@@ -6,12 +6,13 @@ import functools
 import hmac
 import json
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from stages.viewer.tokens import Speller
 
 HOST = "127.0.0.1"
 MOST_ROWS = 100  # of an answer
+MOST_CHARACTERS = 390  # of a message, which quotes what was asked
 MEANS = {"rkl": "reverse_kl", "fkl": "forward_kl", "lambda": "gate"}
 NUMBERS = ("tokens", "gap", "traced_at", *MEANS)
 COLUMNS = (
@@ -45,15 +47,21 @@ class NotFoundError(ValueError):
     """There is no such run or row."""
 
 
+def _noted(text: str) -> None:
+    """Nothing: the page's notes have it."""
+
+
 class Rows:
     """All rows of one source: a table in memory without the tokens, which are read as they are asked for."""
 
     def __init__(self, source: gather.Source, say: Callable[[str], None]) -> None:
         self._source, self._say = source, say
         self.snapshot: cache.Snapshot | None = cache.open(source.root) if cache.exists(source.root) else None
-        path = self.snapshot.tokenizer_file() if self.snapshot is not None else None
-        self._speller = Speller(path)
-        self._head = functools.cache(self.snapshot.head if self.snapshot is not None else lambda: None)
+        self._speller = Speller(None)
+        self._head: Callable[[], Any] = lambda: None
+        if self.snapshot is not None:
+            self._speller = gather.speller_of(self.snapshot, _noted)
+            self._head = functools.cache(self.snapshot.head)
         self._traces = traces.newest_by_row(source.folder, say) if source.folder else {}
 
     @cached_property
@@ -174,6 +182,10 @@ class Server(ThreadingHTTPServer):
                 f"port {port} cannot be used ({error.strerror}); give another: --serve PORT."
             ) from error
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         return f"http://{HOST}:{self.server_port}/{self.token}/"
@@ -194,18 +206,20 @@ class _Handler(BaseHTTPRequestHandler):
     }
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        _, token, *rest = url.path.split("/")
+        path, _, query = self.path.partition("?")
+        empty, _, rest = path.partition("/")
+        token, _, what = rest.partition("/")
         names = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
-        if self.headers.get("Host") not in names:
+        hosts = self.headers.get_all("Host", [])
+        if empty or len(hosts) != 1 or hosts[0] not in names:
             return self._fail(403, "This server answers to its loopback address alone.")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             return self._fail(403, "The address lacks the token that `dualkl view --serve` printed.")
-        if rest == [""]:
+        if rest == f"{token}/":
             return self._send(200, "text/html; charset=utf-8", self.server.page)
-        asked = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        asked = {name: values[-1] for name, values in parse_qs(query).items()}
         try:
-            self._json(200, self._answer("/".join(rest), asked))
+            self._json(200, self._answer(what, asked))
         except NotFoundError as error:
             self._fail(404, str(error))
         except (ValueError, OSError) as error:
@@ -228,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, code: int, text: str) -> None:
         self.close_connection = True
-        self._json(code, {"error": plain(text)})
+        self._json(code, {"error": plain(text)[:MOST_CHARACTERS]})
 
     def _send(self, code: int, kind: str, data: bytes) -> None:
         self.send_response(code)

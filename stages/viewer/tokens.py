@@ -34,7 +34,7 @@ class Speller:
         if path is not None:
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(path.read_bytes())  # its path may be no text
             added = self._tokenizer.get_added_tokens_decoder()
             self._special = {number: token.content for number, token in added.items() if token.special}
             self._added = {n: token.content for n, token in added.items() if not token.special}

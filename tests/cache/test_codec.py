@@ -7,6 +7,7 @@ import pytest
 
 import cache
 from cache import codec
+from cache.planes import pack
 from tests.support.cache_samples import KEPT, VOCAB, bfloat16, log_softmax, signal_of, topk
 from tests.support.plain_reader import read_signal
 from tests.support.thinning import leading
@@ -187,6 +188,20 @@ def test_damaged_and_foreign_bytes_are_refused():
             codec.decode(damaged)
     with pytest.raises(cache.CacheError, match=r"codec version 9, this program reads version 2"):
         codec.decode(b"\x09" + packed[1:])
+
+
+def test_a_mass_that_is_a_signalling_nan_is_refused_without_a_warning(recwarn):
+    packed = codec.encode(topk(log_softmax(np.random.default_rng(0).normal(size=(1, VOCAB)))))
+    planes, position = [], codec.HEADER.size
+    while position < len(packed):
+        size = 4 + int.from_bytes(packed[position : position + 4], "little")
+        planes.append(packed[position : position + size])
+        position += size
+    # after one plane of counts and two of ids
+    planes[3:6] = [pack(np.array([byte], np.uint8)) for byte in (0x01, 0x80, 0x7F)]
+    with pytest.raises(cache.CacheError, match="not a number"):
+        codec.decode(packed[: codec.HEADER.size] + b"".join(planes))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_row_of_512_tokens_and_64_ids_is_packed_in_milliseconds():

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import struct
@@ -227,6 +228,14 @@ def test_a_head_json_that_names_another_file_is_refused(hidden):
     reseal(hidden / commit.HEAD, body_of(hidden / commit.HEAD) | {"file_sha256": "../../x"})
     with pytest.raises(cache.CacheError, match=r"head\.json does not name a head of this cache"):
         cache.open(hidden)
+
+
+@pytest.mark.parametrize("weight", [1e38, math.nan])
+def test_a_head_of_huge_numbers_is_a_sentence_without_warnings(weight, recwarn):
+    foreign = cache.TeacherHead(np.full((9, 4), weight, np.float32), "float32")
+    with pytest.raises(cache.CacheError, match=r"logits that are not finite; .* write the cache again"):
+        foreign.logits(np.full((2, 4), 1e38, np.float32), slice(0, 9))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 # --- bytes ---

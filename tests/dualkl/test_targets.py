@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualkl import Head, HiddenTeacher, LogitsTeacher, TopKTeacher
+from dualkl.checks import check_ids
 from dualkl.compress import Compressed, compress
 from dualkl.heads import as_head
 from dualkl.targets import check_teacher, check_topk_values, shared_vocabulary
@@ -216,3 +217,17 @@ def test_vocabularies_that_differ_need_a_cut() -> None:
         ValueError, match="vocab_size is 510, the student's head has 503 ids; expected 1 to 503"
     ):
         shared_vocabulary(student, teacher, 510)
+
+
+@pytest.mark.parametrize("num_ids", [300, 49_152, 70_000, 151_936])
+def test_short_integers_serve_for_any_vocabulary(num_ids: int) -> None:
+    """A vocabulary may have more ids than an int16 can count."""
+    ids = torch.tensor([[5, 6, 299]], dtype=torch.int16)
+    logprobs = torch.tensor([[0.5, 0.3, 0.1]]).log()
+    teacher = TopKTeacher(ids, logprobs, torch.tensor([0.1]).log())
+    check_topk_values(teacher, num_ids)
+    check_ids("ids", ids[0], num_ids)
+    with pytest.raises(ValueError, match="holds an id outside the vocabulary of 299 ids"):
+        check_topk_values(teacher, 299)
+    with pytest.raises(ValueError, match=r"ids\[2\] is 299; expected an id in \[0, 299\)"):
+        check_ids("ids", ids[0], 299)

@@ -140,6 +140,14 @@ def test_given_keys_are_kept_and_the_others_fit_them(monkeypatch: pytest.MonkeyP
     assert "loss: {tau: 0.5, alpha: 5.0, gating: soft}" in text.splitlines()
 
 
+def test_without_keys_of_the_gate_the_mix_is_constant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text, config = made(monkeypatch, tmp_path, data_file(tmp_path, LAYOUTS["prompt"]))
+    assert config.loss.gating == 0.5
+    assert "loss: {gating: 0.5}" in text.splitlines()
+
+
 def test_the_plan_of_other_gpus_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ function answerView(state) {
   return el(
     "div",
     { class: "overview" },
+    el("h1", { class: "unseen" }, `Answers of ${visible(run.name)}`),
     RUNS.length > 1 ? runTabs(state) : null,
     el(
       "div",
@@ -69,6 +70,9 @@ function answerView(state) {
         " that training removed, ",
         el("mark", { class: "new" }, "words"),
         " that it brought; for the teacher, those that differ from after",
+        run.prompts > answers.length
+          ? `. The first ${answers.length} of ${plural(run.prompts, "held-out prompt")}, at temperature 0`
+          : ". At temperature 0",
       ),
     ),
     cards,

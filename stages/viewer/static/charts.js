@@ -157,7 +157,7 @@ function tick(value) {
   if (size === 0) return "0";
   if (size >= 1e4) return Number((value / 1000).toPrecision(3)) + "k";
   return size < 1e-3
-    ? value.toExponential(0).replace("-", MINUS)
+    ? Number(value.toPrecision(2)).toExponential().replace("-", MINUS)
     : String(Number(value.toPrecision(3))).replace("-", MINUS);
 }
 

@@ -26,13 +26,25 @@ function filled(node, attributes, children) {
   return node;
 }
 
+// Replace the children of a node; the control of the same name keeps the focus.
+function replaced(node, ...children) {
+  const nameOf = (one) => one.getAttribute("aria-label") ?? one.textContent;
+  const focused = node.contains(document.activeElement) ? document.activeElement : null;
+  const [tag, name] = focused ? [focused.tagName, nameOf(focused)] : [null, null];
+  node.replaceChildren(...children);
+  if (tag)
+    [...node.querySelectorAll(tag)].find((one) => nameOf(one) === name)?.focus({ preventScroll: true });
+}
+
 function say(text) {
   document.getElementById("said").textContent = text;
 }
 
-// Bidirectional and control characters as visible codes: U+202E cannot reorder what is read.
-const UNSEEN =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+// Control and format characters and lone surrogates as visible codes: U+202E cannot reorder what is read. Joiners
+// within a word or an emoji stay.
+const WORD = "\\p{L}\\p{Extended_Pictographic}";
+const JOINER = `(?<=[${WORD}\\p{M}\\ufe0f])[\\u200c\\u200d](?=[${WORD}])`;
+const UNSEEN = new RegExp(`(?![\\n\\t]|${JOINER})[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Zl}\\p{Zp}]`, "gu");
 function visible(text) {
   return text.replace(UNSEEN, (char) => {
     const code = char.codePointAt(0);

@@ -176,10 +176,9 @@ function gateOverTime({ steps, edges, counts }) {
           }),
     );
   });
-  const at = ticks(steps[0], steps.at(-1), 4).map((step) => [
-    (step - steps[0] + 0.5) / (steps.at(-1) - steps[0] + 1),
-    String(step),
-  ]);
+  const at = ticks(steps[0], steps.at(-1), 8)
+    .filter(Number.isInteger)
+    .map((step) => [(step - steps[0] + 0.5) / (steps.at(-1) - steps[0] + 1), String(step)]);
   const yTicks = [0, 0.5, 1].map((lambda) => [
     (lambda - edges[0]) / (edges.at(-1) - edges[0]),
     String(lambda),
@@ -203,7 +202,8 @@ function meansTable(title, note, table, early) {
   const names = Object.keys(table);
   const lambda = early ? "mean λ, first → last" : "mean λ";
   const head = ["", "share", lambda, "λ < 0.5", "reverse KL", "forward KL"];
-  const change = (name) => (early ? el("span", { class: "unit" }, `${number(early[name]?.gate)} → `) : null);
+  const change = (name) =>
+    early?.[name] ? el("span", { class: "unit" }, `${number(early[name].gate)} → `) : null;
   const most = Math.max(...names.map((name) => table[name].rkl ?? 0), 1e-9);
   const rows = names.map((name) => {
     const row = table[name];

@@ -23,7 +23,8 @@ const TERMS = [
   [
     "Interval",
     "How far a figure would move with other prompts, 95 %: Wilson's interval for the share of prompts that are" +
-      " solved or cut, a bootstrap over prompts for means over tokens. With few prompts it is wide.",
+      " solved or cut, a bootstrap over prompts for means over tokens. With few prompts it is wide. Runs are compared" +
+      " prompt by prompt: by Bonett and Price's interval for shares, else by a paired bootstrap.",
   ],
   [
     "Within chance",
@@ -36,9 +37,8 @@ const TERMS = [
   ],
   ["Tail", "All ids that the cache does not keep, as one outcome with their probability."],
   [
-    "R, F, λ, Δ, H",
-    "Of a rollout: means over its tokens of reverse KL, forward KL, λ, teacher − behaviour logprob," +
-      " teacher entropy.",
+    "Figures of a rollout",
+    "Means over its tokens. Teacher − behaviour: the difference of their log-probabilities; entropy: the teacher's.",
   ],
 ];
 

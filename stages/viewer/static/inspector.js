@@ -41,13 +41,17 @@ function inspectorNode(rollouts, row, tokens, place, facts, tops) {
       {},
       el("div", { class: "written" }, pieceNode(one)),
       el("span", { class: "unit" }, about),
+      stepButtons("token", (move) => chooseToken(Math.max(0, Math.min(row.tokens - 1, STATE.token + move)))),
       el(
         "button",
         {
           type: "button",
           class: "icon close",
           "aria-label": "Close the token",
-          onclick: () => chooseToken(null),
+          onclick: () => {
+            chooseToken(null);
+            document.getElementById("tokens").focus({ preventScroll: true });
+          },
         },
         "×",
       ),
@@ -111,7 +115,7 @@ function topList(title, entries, rollouts, written, logprob, tail) {
   return el(
     "section",
     { class: "top5" },
-    el("h3", {}, el("i", { class: "key " + name }), title, el("small", {}, "top five")),
+    el("h3", {}, el("i", { class: "key " + name }), title, " ", el("small", {}, "top five")),
     el("ol", {}, rows, rest),
   );
 }
@@ -147,12 +151,7 @@ function factsTable(rollouts, facts, tops, written) {
     ranks.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)]),
     rows.flatMap(({ key, label, unit }) => [
       el("dt", {}, label),
-      el(
-        "dd",
-        {},
-        stored(rollouts, key, facts[key]),
-        unit ? el("small", {}, unit) : null,
-      ),
+      el("dd", {}, stored(rollouts, key, facts[key]), unit ? [" ", el("small", {}, unit)] : null),
     ]),
   );
 }

@@ -37,7 +37,7 @@ function readHash() {
         .map((key) => [key, query.get(key)]),
     ),
     {
-      view: VIEWS[name] ? name : "overview",
+      view: Object.hasOwn(VIEWS, name) ? name : "overview",
       run: Math.max(0, run),
       token: Number.isInteger(token) ? token - 1 : null,
     },
@@ -86,7 +86,7 @@ function show() {
     if (button.dataset.view === STATE.view) button.setAttribute("aria-current", "page");
     else button.removeAttribute("aria-current");
   }
-  document.getElementById("main").replaceChildren(VIEWS[STATE.view][1](STATE));
+  replaced(document.getElementById("main"), VIEWS[STATE.view][1](STATE));
   if (STATE.view !== "rollouts") scrollTo(0, 0);
 }
 

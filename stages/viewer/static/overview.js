@@ -14,7 +14,7 @@ function shownRuns() {
 function section(title, note, ...children) {
   const full = children.flat().filter(Boolean);
   if (!full.length) return null;
-  return el("section", {}, el("h2", {}, title, note ? el("small", {}, note) : null), full);
+  return el("section", {}, el("h2", {}, title, note ? [" ", el("small", {}, note)] : null), full);
 }
 
 function overview(state) {
@@ -37,14 +37,22 @@ function overview(state) {
           .join(" · "),
       ),
       el("h1", {}, visible(run.headline)),
-      run.verdict && run.verdict !== run.headline + "." ? el("p", { class: "verdict" }, visible(run.verdict)) : null,
+      run.verdict && run.verdict !== run.headline + "."
+        ? el("p", { class: "verdict" }, visible(run.verdict))
+        : null,
       notes(run),
       warnings(run),
     ),
-    section("Results", "95 % intervals over prompts: Wilson's for shares of prompts, else bootstrap", results(run)),
+    section("Results", intervalNote(run), results(run)),
+    section(
+      "Runs compared",
+      "after training, with 95 % intervals; differences are paired by prompt, bold where the interval leaves out 0",
+      comparison(),
+    ),
     section("Differences", "keys that differ between the runs", differences()),
     curveSection(),
     gateSection(run.gate),
+    worstSection(run),
     section("Cost", null, costs(run), roundPictures(run.rounds)),
     section("Provenance", null, provenance(run)),
     section("Configuration", "as trained", configuration(run)),
@@ -54,7 +62,12 @@ function overview(state) {
 function gateSection(gate) {
   const pictures = gatePictures(gate);
   if (!pictures.length) return null;
-  return section("Gate", null, gate.told ? el("p", { class: "told" }, visible(gate.told)) : null, el("div", { class: "frames" }, pictures));
+  return section(
+    "Gate",
+    null,
+    gate.told ? el("p", { class: "told" }, visible(gate.told)) : null,
+    el("div", { class: "frames" }, pictures),
+  );
 }
 
 function runTabs(state) {
@@ -125,7 +138,12 @@ function results(run) {
     return el(
       "tr",
       {},
-      el("th", { scope: "row" }, row.label, row.unit === "nats" ? el("small", {}, "nats/token") : null),
+      el(
+        "th",
+        { scope: "row" },
+        row.label,
+        row.unit === "nats" ? [" ", el("small", {}, "nats/token")] : null,
+      ),
       WHO.map(([who]) => el("td", { class: who }, cell(row[who], row.unit))),
       el("td", { class: "dots" }, dots(row, top)),
     );
@@ -199,25 +217,79 @@ function spelled(value) {
   return typeof value === "string" ? visible(value) : visible(JSON.stringify(value) ?? "–");
 }
 
+function intervalNote(run) {
+  const prompts = run.prompts ? `${plural(run.prompts, "held-out prompt")}; ` : "";
+  return `${prompts}95 % intervals: Wilson's for shares of prompts, else a bootstrap over prompts`;
+}
+
+function runHeads() {
+  return RUNS.map((run, place) =>
+    el(
+      "th",
+      { scope: "col" },
+      el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
+      visible(run.name),
+    ),
+  );
+}
+
+// The same figures of all runs after training.
+function comparison() {
+  const labels = [...new Set(RUNS.flatMap((run) => (run.table ?? []).map(({ label }) => label)))];
+  const rowOf = (run, label) => (run.table ?? []).find((row) => row.label === label);
+  const known = labels.filter((label) => RUNS.filter((run) => rowOf(run, label)?.after).length > 1);
+  if (RUNS.length < 2 || !known.length) return null;
+  const others = RUNS.filter((run) => run.compared?.length);
+  const heads = others.map((run) =>
+    el("th", { scope: "col" }, `${visible(run.name)} ${MINUS} ${visible(RUNS[0].name)}`),
+  );
+  const rows = known.map((label) => {
+    const found = RUNS.map((run) => rowOf(run, label));
+    const { unit } = found.find(Boolean);
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, label, unit === "nats" ? [" ", el("small", {}, "nats/token")] : null),
+      found.map((row) => el("td", {}, cell(row?.after, unit))),
+      others.map(({ compared }) => el("td", {}, difference(compared.find((one) => one.label === label)))),
+    );
+  });
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Runs compared" },
+    el(
+      "table",
+      { class: "plain compared" },
+      el("thead", {}, el("tr", {}, el("td", {}), runHeads(), heads)),
+      el("tbody", {}, rows),
+    ),
+  );
+}
+
+// A difference between runs, and whether its interval leaves room for none.
+function difference(one) {
+  if (!one) return "–";
+  const signed = (value) => (value > 0 ? "+" : "") + measure(value, one.unit).replace("%", "");
+  const isClear = one.low > 0 || one.high < 0;
+  return [
+    el(isClear ? "b" : "span", {}, signed(one.value) + (one.unit === "%" ? " points" : "")),
+    el("small", {}, `${signed(one.low)} to ${signed(one.high)}`),
+  ];
+}
+
+const PLACES_OF_RUNS = ["run_name", "runs_dir", "cache_dir", "wandb_name", "wandb_project"];
+
 function differences() {
   if (RUNS.length < 2) return null;
   const configs = RUNS.map((run) => flat(run.config));
   const keys = [...new Set(configs.flatMap((config) => [...config.keys()]))];
-  const differing = keys.filter((key) => new Set(configs.map((config) => config.get(key) ?? "–")).size > 1);
-  if (!differing.length) return el("p", { class: "note" }, "All keys are the same.");
-  const head = el(
-    "tr",
-    {},
-    el("th", { scope: "col" }, "key"),
-    RUNS.map((run, place) =>
-      el(
-        "th",
-        { scope: "col" },
-        el("i", { class: "key", styles: { background: `var(${RUN_COLOURS[place % RUN_COLOURS.length]})` } }),
-        visible(run.name),
-      ),
-    ),
+  const differing = keys.filter(
+    (key) =>
+      !PLACES_OF_RUNS.includes(key) && new Set(configs.map((config) => config.get(key) ?? "–")).size > 1,
   );
+  if (!differing.length)
+    return el("p", { class: "note" }, "All keys are the same, apart from names and folders.");
+  const head = el("tr", {}, el("th", { scope: "col" }, "key"), runHeads());
   const rows = differing.map((key) =>
     el(
       "tr",
@@ -263,7 +335,9 @@ function curveSection() {
       redraw();
     },
   );
-  const idle = "hover reads all curves · drag to zoom, double-click to undo · grey lines: refreshes";
+  const idle = matchMedia("(hover: none)").matches
+    ? "touch reads all curves · grey lines: refreshes"
+    : "hover reads all curves · drag to zoom, double-click to undo · grey lines: refreshes";
   const bar = el(
     "div",
     { class: "bar" },

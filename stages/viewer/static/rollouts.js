@@ -2,17 +2,30 @@
 // Rollouts: a list to search, sort and filter; the chosen one as a chat of coloured tokens; a token in full.
 
 const SORTS = [
-  ["rkl", "worst reverse KL", (row) => -row.rkl, "rkl"],
+  ["rkl", "largest reverse KL (traced)", (row) => -row.rkl, "rkl"],
   ["gap", "least likely to the teacher", (row) => row.gap, "gap"],
-  ["fkl", "worst forward KL", (row) => -row.fkl, "fkl"],
-  ["lambda", "lowest λ", (row) => row.lambda, "lambda"],
-  ["entropy", "highest entropy", (row) => -row.entropy, "entropy"],
+  ["fkl", "largest forward KL (traced)", (row) => -row.fkl, "fkl"],
+  ["lambda", "lowest λ (traced)", (row) => row.lambda, "lambda"],
+  ["entropy", "highest teacher entropy", (row) => -row.entropy, "entropy"],
   ["longest", "longest", (row) => -row.tokens, "tokens"],
   ["shortest", "shortest", (row) => row.tokens, "tokens"],
   ["newest", "newest", (row) => -row.step, "step"],
   ["oldest", "oldest", (row) => row.step, "step"],
   ["prompt", "by prompt", (row) => row.prompt_id, "prompt_id"],
 ];
+// Means over a rollout's tokens, in words.
+const MEANS = [
+  ["rkl", "reverse KL"],
+  ["fkl", "forward KL"],
+  ["lambda", "λ"],
+  ["gap", "teacher − behaviour"],
+  ["entropy", "entropy"],
+];
+const ANSWERS = {
+  before: "student before training, at temperature 0",
+  after: "student after training, at temperature 0",
+  teacher: "teacher, at temperature 0",
+};
 const SHOWS = [
   ["all", "all rollouts", () => true],
   ["cut", "cut", (row) => row.finish === "length"],
@@ -61,6 +74,7 @@ function rolloutView(state) {
     el(
       "div",
       { class: "browse" },
+      el("h1", { class: "unseen" }, `Rollouts of ${visible(run.name)}`),
       RUNS.length > 1 ? runTabs(state) : null,
       filters(state),
       view.count,
@@ -288,12 +302,11 @@ function drawRow(place) {
 }
 
 function metric(row) {
-  const known = (key, text) =>
-    row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`;
-  const named = { fkl: ["fkl", "F"], lambda: ["lambda", "λ"], gap: ["gap", "Δ"], entropy: ["entropy", "H"] }[
-    STATE.sort
-  ];
-  return (named && known(...named)) ?? known("rkl", "R") ?? known("gap", "Δ");
+  const known = (wanted) => {
+    const [key, text] = MEANS.find(([one]) => one === wanted) ?? [];
+    return !key || row[key] === null || row[key] === undefined ? null : `${text} ${number(row[key])}`;
+  };
+  return known(STATE.sort) ?? known("rkl") ?? known("gap");
 }
 
 function snippet(row) {
@@ -354,7 +367,12 @@ async function openById(id) {
 }
 
 function openRow(place, isFocused, token = null) {
-  const row = view.rows[place];
+  const mine = view;
+  const row = mine.rows[place];
+  if (!row && DATA.serve && place >= 0 && place < mine.list.count)
+    return page(mine, place).then(
+      () => mine === view && mine.rows[place] && openRow(place, isFocused, token),
+    );
   if (!row) return;
   view.list.select(place);
   if (isFocused || !isNarrow()) showRow(row, token);
@@ -391,7 +409,8 @@ async function showRow(row, token = null) {
     if (node) chooseToken(nodes.indexOf(node));
   });
   mine.legend = el("div", { class: "legend-space" });
-  mine.detail.replaceChildren(
+  replaced(
+    mine.detail,
     detailHead(rollouts, row),
     el(
       "div",
@@ -424,17 +443,10 @@ function detailHead(rollouts, row) {
       ? null
       : `text of the ${row.source === "teacher" ? "teacher" : `student ${row.source} training`}`,
     row.refresh === null || row.source !== "cache" ? null : `refresh ${row.refresh}`,
-    row.step === null || row.source !== "cache" ? null : `weights of step ${row.step}`,
-    row.traced_at ? `traced at step ${row.traced_at}` : null,
+    row.step === null || row.source !== "cache" ? null : writtenAt(row),
     plural(row.tokens, "token"),
   ].filter(Boolean);
-  const means = [
-    ["R", "rkl"],
-    ["F", "fkl"],
-    ["λ", "lambda"],
-    ["Δ", "gap"],
-    ["H", "entropy"],
-  ].filter(([, key]) => row[key] !== null && row[key] !== undefined);
+  const means = MEANS.filter(([key]) => row[key] !== null && row[key] !== undefined);
   const kinds = available(rollouts).map(({ key, label }) => [key, label]);
   return el(
     "header",
@@ -443,9 +455,12 @@ function detailHead(rollouts, row) {
       "div",
       { class: "line" },
       el("button", { type: "button", class: "quiet back", onclick: closeDetail }, "← List"),
-      el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 18)),
+      el("code", { class: "id", title: row.id }, visible(row.id).slice(0, 10)),
       row.finish === "length" ? el("span", { class: "tag" }, "cut") : null,
       el("span", { class: "unit" }, facts.join(" · ")),
+      el("span", { class: "grow" }),
+      linkButton(),
+      stepButtons("rollout", (move) => openRow(view.list.at + move, true)),
     ),
     el(
       "div",
@@ -454,11 +469,9 @@ function detailHead(rollouts, row) {
         ? el(
             "span",
             { class: "means" },
-            means.map(([text, key]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
+            means.map(([key, text]) => el("span", {}, text + " ", el("b", {}, number(row[key])))),
           )
         : null,
-      el("span", { class: "grow" }),
-      linkButton(),
     ),
     kinds.length
       ? el(
@@ -468,6 +481,26 @@ function detailHead(rollouts, row) {
           view.legend,
         )
       : null,
+  );
+}
+
+function writtenAt({ step, traced_at: traced }) {
+  return `written at step ${step}` + (traced ? `, trained on at step ${traced}` : "");
+}
+
+// Buttons for the one before and the one after, as keys have them.
+function stepButtons(what, moved) {
+  const one = (move, sign, text) =>
+    el(
+      "button",
+      { type: "button", class: "icon", title: text, "aria-label": text, onclick: () => moved(move) },
+      sign,
+    );
+  return el(
+    "span",
+    { class: "steps", role: "group", "aria-label": `Other ${what}s` },
+    one(-1, "‹", `Previous ${what}`),
+    one(1, "›", `Next ${what}`),
   );
 }
 
@@ -488,8 +521,7 @@ function linkButton() {
 
 function turn(message) {
   const body = el("div", { class: "said" });
-  const parts =
-    message.role === "prompt" ? message.content.split(/(<\|[^|<>]{1,40}\|>)/) : [message.content];
+  const parts = message.role === "prompt" ? message.content.split(/(<\|[^|<>]{1,40}\|>)/) : [message.content];
   parts.forEach((part, i) =>
     i % 2 ? body.append(el("span", { class: "chip" }, visible(part))) : body.append(visibleText(part)),
   );
@@ -552,7 +584,7 @@ async function chooseToken(place) {
   body.setAttribute("aria-activedescendant", node.id);
   const found = await inspect(shown.rollouts, shown.row, shown.tokens, place);
   if (STATE.token !== place) return;
-  view.inspector.replaceChildren(found);
+  replaced(view.inspector, found);
   node.scrollIntoView({ block: "nearest" });
   const value = shown.tokens.columns[STATE.colour]?.[place];
   const text = visible(pieceText(piece(shown.rollouts, shown.tokens.ids[place])));
@@ -571,10 +603,9 @@ async function fillOthers(rollouts, row) {
   const mine = view;
   const place = document.getElementById("others");
   const same = (other) => other.id !== row.id && other.prompt_id && other.prompt_id === row.prompt_id;
-  const known =
-    isServed(row)
-      ? (await askedRows({ prompt: row.prompt_id, count: 13 })).rows
-      : mine.rollouts.rows;
+  const known = isServed(row)
+    ? (await askedRows({ prompt: row.prompt_id, count: 13 })).rows
+    : mine.rollouts.rows;
   const rows = known.filter(same);
   const text = await completionText(rollouts, row);
   const order = { before: 0, cache: 1, after: 2, teacher: 3 };
@@ -594,17 +625,15 @@ async function fillOthers(rollouts, row) {
   const answer = (mine.run.answers ?? []).find(({ prompt_id: id }) => id && id === row.prompt_id);
   if (answer)
     for (const [who] of WHO)
-      if (answer[who])
-        cards.push(otherCard(`${who}, held-out answer`, answer[who], answer[who].text ?? "", text));
+      if (answer[who]) cards.push(otherCard(ANSWERS[who], answer[who], answer[who].text ?? "", text));
   if (mine !== view || STATE.row !== row.id || !cards.length) return;
-  const all =
-    rows.length
-      ? el(
-          "button",
-          { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },
-          "Only this prompt",
-        )
-      : null;
+  const all = rows.length
+    ? el(
+        "button",
+        { type: "button", class: "quiet", onclick: () => change({ prompt: row.prompt_id, show: "all" }) },
+        "Only this prompt",
+      )
+    : null;
   place.replaceChildren(
     el("h2", {}, "The same prompt", el("small", {}, "marked: not in the completion above"), all),
     ...cards,
@@ -631,8 +660,7 @@ function otherCard(name, other, text, against, opened) {
 function rolloutKeys(event) {
   const shown = view?.shown;
   const rows = { j: 1, k: -1 }[event.key];
-  if (rows)
-    return (openRow(Math.max(0, Math.min(view.rows.length - 1 || 0, view.list.at + rows)), true), true);
+  if (rows) return (openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + rows)), true), true);
   if (event.target.closest?.(".list")) {
     const move = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8, Home: -1e9, End: 1e9 }[event.key];
     if (move) return (openRow(Math.max(0, Math.min(view.list.count - 1, view.list.at + move)), true), true);

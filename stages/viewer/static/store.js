@@ -5,8 +5,7 @@ const DATA = JSON.parse(document.getElementById("dualkl-data").textContent);
 const RUNS = DATA.runs;
 const decoded = new Map();
 
-const DIGITS =
-  "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%/()*+-;:=,?@^_`{|}~";
+const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%/()*+-;:=,?@^_`{|}~";
 const PLACES = Uint8Array.from({ length: 128 }, (_, code) =>
   Math.max(0, DIGITS.indexOf(String.fromCharCode(code))),
 );
@@ -129,9 +128,7 @@ async function values(rollouts, name, start, stop, slot = 0) {
 // Decimals of a value that its column stores: the last one is as large as half the distance to the next code.
 function decimals(rollouts, name, value) {
   if (name === "gap")
-    return Math.min(
-      ...["teacher_logprob", "behaviour_logprob"].map((one) => decimals(rollouts, one, value)),
-    );
+    return Math.min(...["teacher_logprob", "behaviour_logprob"].map((one) => decimals(rollouts, one, value)));
   const { law, scale } = rollouts.columns[name];
   const size = Math.abs(scale);
   const step = law === "square" ? 2 * Math.sqrt(Math.abs(value) * size) + size : size;

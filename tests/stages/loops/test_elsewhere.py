@@ -342,7 +342,7 @@ def test_following_wrong_things_is_a_sentence(tmp_path: Path, forked: Forker) ->
 
 
 def test_a_follower_generates_and_scores_itself(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"role generate is for stages\.rollout without --follow"):
+    with pytest.raises(UserError, match=r"role generate is for `dualkl rollout` without --follow"):
         follow.follow(make_run(tmp_path, **(EXTERNAL | {"role": "generate"})))
 
 

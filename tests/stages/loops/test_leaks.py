@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stages.loops import leaks, refresh
+from stages.runtime import host_memory
 from tests.support.helpers import Forker, make_run, records_of, small
 from tests.support.tiny_runs import TINY, save_weights, train
 
@@ -60,3 +61,19 @@ def test_the_refresh_of_a_resumed_process_before_its_first_step_is_not_compared_
         run.metrics.log(kind, **values)
         found = leaks.memory_after_refresh(run)
         assert found["memory_growth_bytes"] == (found["memory_allocated_bytes"] - 5 if comparable else 0)
+
+
+def test_what_is_kept_only_while_there_is_room_is_no_growth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first refresh finds no room for the teacher and a checkpoint's copy, the later ones do."""
+    monkeypatch.setattr(leaks, "TOLERATED_BYTES", 2**18)
+    check, index = refresh.check_generator, [0]
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 2**40 * index[0])
+    monkeypatch.setattr(
+        refresh, "check_generator", lambda *a: [index.clear(), index.append(a[-1]), check(*a)][-1]
+    )
+    run = train(tmp_path, **(FEW_ROWS | {"max_steps": 8}))
+    growth = [record["memory_growth_bytes"] for record in records_of(run.folder, "refresh")]
+    assert growth == pytest.approx([0, 0, 0], abs=2**18)
+    assert "bytes are allocated" not in capsys.readouterr().out

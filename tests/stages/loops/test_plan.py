@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from stages.loops.planning import Machine, make_plan
 from stages.models import memory, speed
 from stages.models.memory import GIB
 from stages.models.teacher import resident_bytes
+from stages.runtime import host_memory
 from stages.runtime.config import Config, LoraSection, parse_arguments
 from stages.runtime.errors import UserError
 from tests.support.helpers import ROOT, flags
@@ -517,7 +517,7 @@ def test_on_a_cpu_it_plans_the_cpu_and_says_what_it_assumed(
     (line,) = [line for line in said.splitlines() if line.startswith("assumed")]
     assert "GFLOP/s, as just measured" in line
     models = ["--student_model", str(folders / "Qwen3-8B"), "--teacher_model", str(folders / "Qwen3-32B")]
-    monkeypatch.setattr(cpu_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    monkeypatch.setattr(host_memory, "total_bytes", lambda: 16 * GIB)
     assert run_command(monkeypatch, *models, "--device", "cpu") == 1
     assert "does NOT fit" in capsys.readouterr().out
 

@@ -212,7 +212,7 @@ def test_another_signal_is_refused_before_the_teacher_loads(
 def test_training_and_the_pipeline_take_both_roles_only(tmp_path: Path, forked: Forker) -> None:
     run = role(tmp_path, "generate")
     both(tmp_path)
-    with pytest.raises(UserError, match=r"role generate is for stages\.rollout without --follow"):
+    with pytest.raises(UserError, match=r"role generate is for `dualkl rollout` without --follow"):
         stage_two.train(run, student_of(run), setup.shared_vocabulary(run.config))
     forked.stage("stages.pipeline", *small(tmp_path, role="score")).expect_sentence(
         "role score is for `dualkl rollout`"

@@ -53,6 +53,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
             return commit(self, unit)
 
         monkeypatch.setattr(cache.Writer, "commit", once)
+    elif place.startswith("in the checkpoint of step "):
+        step_written = int(place.split()[-1])
+        write = checkpoint._write_files
+
+        def half(folder: Path, position: checkpoint.Position, *arguments: Any) -> None:
+            write(folder, position, *arguments)
+            if position.step == step_written:
+                (folder / "state.json").unlink()
+                raise Stop
+
+        monkeypatch.setattr(checkpoint, "_write_files", half)
     else:
         check = refresh.check_generator
         module, name, crash = {
@@ -81,7 +92,17 @@ def crash(folder: Path, place: str, **values: Any) -> None:
             train(folder, **values)
 
 
-PLACES = leading(2, ["step 1", "between units", "step 5", "while the probe is written"])
+PLACES = leading(
+    3,
+    [
+        "step 1",
+        "between units",
+        "in the checkpoint of step 3",  # while the rows of a refresh are written
+        "step 5",
+        "in the checkpoint of step 4",  # while training goes on
+        "while the probe is written",
+    ],
+)
 MORE_PLACES = ["step 0", "step 2", "step 3", "step 4", "before the probe", "after the probe", "at the export"]
 
 

@@ -342,6 +342,34 @@ def eager_graphs(function: Any, **keywords: Any) -> Any:
     return torch._dynamo.optimize("eager", dynamic=keywords["dynamic"])(function)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_of_other_lengths_do_not_compile_the_layers_again(
+    tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", eager_graphs)
+    student = student_of(make_run(tmp_path, **(TINY | {"compile": "true"})))
+    student.model.train()
+
+    def forward(lengths: list[int]) -> None:
+        prompts = [np.arange(2, 5 + i // 2) for i, _ in enumerate(lengths)]
+        rows = align(
+            prompts,
+            [np.arange(7, 7 + length) for length in lengths],
+            0,
+            student.device,
+            packed=True,
+            shared=shared,
+        )
+        student.hidden(rows).sum().backward()
+
+    forward([5, 3, 4, 7])
+    forward([6, 4, 4, 2, 9, 3])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        forward([3, 7, 5, 6, 2, 2, 8, 4])
+        forward([8, 2])
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("training", [False, True])
 def test_a_copy_of_compiled_layers_has_its_own_weights(

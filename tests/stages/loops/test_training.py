@@ -375,7 +375,7 @@ def test_a_cache_without_live_rows_is_a_sentence(tmp_path: Path, caches: Callabl
     root = tmp_path / "empty"
     snapshot = cache.open(caches())
     cache.Writer(root, snapshot.fingerprint).__exit__(None, None, None)
-    with pytest.raises(UserError, match=r"holds no rollouts to train on \(0 rows.*stages\.rollout"):
+    with pytest.raises(UserError, match=r"holds no rollouts to train on \(0 rows.*`dualkl rollout`"):
         train_from(tmp_path, str(root))
 
 

@@ -278,6 +278,25 @@ def test_the_kernel_is_asked_for_causal_attention_in_each_sequence(
     assert_packed_is_padded(model)
 
 
+@pytest.mark.usefixtures("varlen")
+def test_fp32_weights_under_autocast_use_the_kernel_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in full fine-tuning, where rotated queries and keys are fp32."""
+    usable = (torch.bfloat16, torch.float16)
+    asked: list[torch.dtype] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **how: Any) -> Any:
+        asked.extend(states.dtype for states in (query, key, value))
+        return stand_in(query, key, value, *rest, **how)
+
+    monkeypatch.setattr(packing, "_varlen_attn", kernel)
+    monkeypatch.setattr(packing, "varlen_usable", lambda query, value, dtype: dtype in usable)
+    model = tiny(SERVED["qwen3"])
+    enable_packing(model, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(model, packed=True)
+    assert set(asked) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.usefixtures("varlen")
 def test_layers_share_what_is_compiled_for_batches_of_any_shape(

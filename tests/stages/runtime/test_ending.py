@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from stages.runtime import ending
 from tests.support.helpers import ROOT, environment
 
 START = "from stages.runtime import ending; ending.install(); import os, sys, time\n"
@@ -132,3 +133,8 @@ def test_a_cache_command_ends_at_once_from_its_imports_on(number: signal.Signals
     assert code == 128 + number
     assert "interrupted" in err
     assert "Traceback" not in err
+
+
+def test_a_line_with_a_path_that_is_not_text_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    ending.tell("a folder \udcff")
+    assert capfd.readouterr().err == "a folder \\udcff\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -180,7 +181,9 @@ def saved(tmp_path: Path, step: int, keep: int = 9) -> tuple[Path, dict[str, tor
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     world = make_run(tmp_path, **TINY).world
     position = Position(step, 1, {1: Refresh(2, "f" * 16, "every")})
-    path = checkpoint.save(tmp_path / "checkpoints", position, weights, optimizer, scheduler, world, keep)
+    saver, folder = checkpoint.Saver(), tmp_path / "checkpoints"
+    path = saver.begin(folder, position, weights, optimizer, scheduler, world, keep)
+    saver.settle(world)
     return path, weights, (optimizer, scheduler, world)
 
 
@@ -296,3 +299,45 @@ def test_an_evaluation_that_a_power_cut_emptied_is_measured_again(tmp_path: Path
     assert measure.measure(evaluation, student, policy, "before", None) == first
     assert measure.measure(evaluation, student, policy, "before", None) == first
     assert len(records_of(run.folder, "evaluation")) == 2
+
+
+def test_a_published_folder_is_on_disk_with_the_names_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash after the rename could otherwise leave a folder without some of its files."""
+    inner = tmp_path / "partial" / "deepspeed"
+    inner.mkdir(parents=True)
+    (inner / "weights").write_text("w")
+    synced = []
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "final").exists()))
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    files.publish_folder(tmp_path / "partial", tmp_path / "final")
+    final = tmp_path / "final"
+    before = {path.stat().st_ino for path in (final, final / "deepspeed", final / "deepspeed" / "weights")}
+    assert {node for node, is_published in synced if not is_published} == before
+    assert (tmp_path.stat().st_ino, True) in synced
+
+
+def test_an_unneeded_folder_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The folder that was replaced, for example, while another process holds a file of it on NFS."""
+    for name in ("partial", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+
+    def busy(path: Path) -> None:
+        if path.exists():
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(files, "remove", busy)
+    files.publish_folder(tmp_path / "partial", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["partial"]
+    assert "warning: " in (told := capfd.readouterr().err)
+    assert ".old-final could not be removed (Device or resource busy)" in told
+    monkeypatch.undo()
+    files.discard_unneeded(tmp_path.glob(".old-*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

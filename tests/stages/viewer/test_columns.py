@@ -16,16 +16,15 @@ def shown(name: str, values: list[float] | np.ndarray, laws: dict[str, Law] = LA
     return values_of({"columns": number_columns({name: np.array(values)}, laws)}, name)
 
 
-@pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.law == "square"])
-def test_a_page_with_room_has_nats_to_three_decimals(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.law != "log"])
+def test_a_page_with_room_has_nats_and_the_gate_to_three_decimals(name: str) -> None:
     values = np.sign(LAWS[name].most) * np.random.default_rng(0).exponential(3, 500)
     assert [f"{v:.3f}" for v in shown(name, values, FINE_LAWS)] == [f"{v:.3f}" for v in values]
 
 
-def test_a_page_with_room_has_shares_to_three_digits() -> None:
+def test_a_page_with_room_has_tails_to_three_digits() -> None:
     masses = np.exp(-np.random.default_rng(0).uniform(0, 20, 500))
     np.testing.assert_allclose(shown("tail", masses, FINE_LAWS), masses, rtol=5e-4)
-    np.testing.assert_allclose(shown("lambda", masses, FINE_LAWS), masses, atol=1e-5)
 
 
 @pytest.mark.parametrize(

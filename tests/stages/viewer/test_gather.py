@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import cache
 from stages import view
 from stages.runtime import traces
-from stages.viewer import gather, page, rollouts, sample
+from stages.viewer import figures, gather, page, rollouts, sample
 from stages.viewer.rollouts import Rollout, payload, tops_of
 from stages.viewer.tokens import Speller
 from tests.support import cache_samples
@@ -298,3 +299,78 @@ def test_rows_that_go_through_the_head_together_have_their_own_top_fives(
         assert other is not None
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-5)
+
+
+def test_runs_are_compared_over_the_same_prompts() -> None:
+    def measured(solved: list[float | None], tokens: int) -> dict[str, Any]:
+        ids = ["a", "b", "c"]
+        rows = {"prompt_ids": ids, "tokens": [tokens] * 3, "reverse_kl": [tokens * one for one in (1, 2, 3)]}
+        return {"after": {"by_prompt": {"prompt_ids": ids, "solved": solved}, "on_student": {"by_row": rows}}}
+
+    found = {one["label"]: one for one in figures.compared(measured([1, 1, 0], 9), measured([0, 0, 0], 5))}
+    assert [*found] == ["Held-out problems solved", "Reverse KL on its own text"]
+    solved = found["Held-out problems solved"]
+    assert solved["value"] == pytest.approx(2 / 3)
+    assert -0.4 < solved["low"] < 0.1
+    assert solved["high"] > 0.9
+    same = found["Reverse KL on its own text"]
+    assert [same[name] for name in ("value", "low", "high")] == pytest.approx([0, 0, 0])
+    assert len(figures.compared(measured([1, None, 0], 9), measured([0, 0, 0], 5))) == 1
+    assert figures.compared({}, measured([0, 0, 0], 5)) == []
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    places = [str(write_cache(tmp_path / name / "cache", 2)) for name in ("a", "b")]
+    named = [run["name"] for run in gather.page_data([view.source(place) for place in places])["runs"]]
+    assert named == ["a/cache", "b/cache"]
+    twins = [gather.Source("demo", place) for place in (*places, places[0])]
+    named = [run["name"] for run in gather.page_data(twins)["runs"]]
+    assert named == [places[0], places[1], f"{places[0]} (2)"]
+
+
+def summary_of_gate(first: list[int], last: list[int]) -> dict[str, Any]:
+    return {
+        "first": {"steps": [1, 4], "gate_histogram": first},
+        "last": {"steps": [13, 16], "gate_histogram": last},
+    }
+
+
+def test_a_sentence_says_what_the_gate_did() -> None:
+    acted = figures.told_of_gate(summary_of_gate([1] * 10, [2, *[0] * 8, 8]), {"gating": "soft"})
+    assert "In steps 13–16, 80.0% of the tokens had λ above 0.9" in acted
+    assert "and 20.0% below 0.1" in acted
+    assert "in steps 1–4, 10.0% and 10.0%" in acted
+    assert "hardly" not in acted
+    idle = figures.told_of_gate(summary_of_gate([*[0] * 9, 7], [*[0] * 9, 7]), {"gating": "hard"})
+    assert idle.endswith("The gate hardly acted: a constant λ of 1 would train nearly the same.")
+    assert figures.told_of_gate({}, {"gating": 0.5}) == "There is no gate: λ is 0.5 for every token."
+    assert figures.told_of_gate({}, {"gating": 0.5, "objective": "jsd"}) == ""
+    assert figures.told_of_gate(summary_of_gate([0] * 10, [0] * 10), {"gating": "soft"}) == ""
+
+
+def test_a_threshold_that_stays_is_no_curve() -> None:
+    records = [{"kind": "step", "step": step, "loss": 1.0, "tau": 0.1} for step in (1, 2)]
+    assert "Gate threshold" not in [curve["title"] for curve in figures.steps(records)[0]]
+    assert "Gate threshold" in [c["title"] for c in figures.steps([records[0], records[1] | {"tau": 0.2}])[0]]
+
+
+@pytest.mark.parametrize(
+    "name", [b"<script>alert(1)<", b"a\xe2\x80\xaeb\x1b[31m", b"bad\xff\xfe", b"-->\n'\""]
+)
+def test_any_name_of_a_folder_has_a_page(tmp_path: Path, name: bytes) -> None:
+    root = write_cache(tmp_path / os.fsdecode(name), 4, tokenizer=TOKENIZER)
+    data = gather.page_data([view.source(str(root))])
+    text = page.render(data)
+    (title,) = re.findall("<title>(.*?)</title>", text, re.DOTALL)
+    assert not {*title} & {*"<>\x1b\u202e\n"}
+    assert data_of(text)["runs"][0]["name"] == os.fsdecode(name)
+    text.encode()
+
+
+def test_a_damaged_tokenizer_leaves_ids(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", 4, tokenizer=TOKENIZER)
+    (root / "tokenizer.json").write_text("{")
+    found = only(root)
+    assert "Tokens are shown as their ids." in found["notes"][0]
+    assert found["rollouts"]["shown"] == 4
+    assert text_of(found["rollouts"]["vocabulary"][0]).strip().isdecimal()

@@ -58,3 +58,19 @@ def test_a_figure_that_was_not_measured_has_no_interval() -> None:
     assert intervals.with_interval(None, (0.0, 1.0)) is None
     assert intervals.of_rows({"by_row": {"tokens": [1, 2], "reverse_kl": [0.5]}}, "reverse_kl") is None
     assert intervals.of_rows({}, "reverse_kl") is None
+
+
+def test_a_difference_of_runs_is_paired_by_prompt() -> None:
+    chance = random.Random(2)
+    hard = {f"p{i}": chance.uniform(0, 4) for i in range(40)}  # prompts differ much, runs by 0.1
+    old = {prompt: (10 * value, 10.0) for prompt, value in hard.items()}
+    new = {prompt: (20 * (value + 0.1 + chance.uniform(-0.02, 0.02)), 20.0) for prompt, value in hard.items()}
+    found = intervals.of_difference(dict(reversed(new.items())), old)
+    assert found is not None
+    assert found["value"] == pytest.approx(0.1, abs=0.01)
+    assert found["low"] is not None
+    assert found["high"] is not None
+    assert 0.08 < found["low"] < found["value"] < found["high"] < 0.12
+    assert intervals.of_difference(new, {**old, "other": (1.0, 1.0)}) is None
+    assert intervals.of_difference({}, {}) is None
+    assert intervals.of_difference(new | {"p0": (math.nan, 1.0)}, old) is None

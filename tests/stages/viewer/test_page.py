@@ -120,10 +120,14 @@ def test_runs_are_overlaid_by_name_with_their_differing_keys(opened, tmp_path):
     runs = [viewer_samples.run("calm"), viewer_samples.run("bold", seed=1)]
     (tmp_path / "two.html").write_text(assembling.render(viewer_samples.document(*runs)))
     page = opened(tmp_path / "two.html")
+    page.locator(".chart").first.scroll_into_view_if_needed()
     page.wait_for_selector(".u-over")
     assert re.findall("calm|bold", page.locator(".chart").first.inner_text()) == ["calm", "bold"]
     keys = page.locator("section", has_text="keys that differ").locator("tbody th").all_inner_texts()
     assert keys == ["lr", "seed"]
+    compared = page.get_by_role("region", name="Runs compared")
+    assert "89.0%" in compared.locator("tbody tr").first.inner_text()
+    assert compared.locator("thead th").all_inner_texts() == ["calm", "bold"]
     page.get_by_role("checkbox", name="bold").uncheck()
     assert "bold" not in page.locator(".chart").first.inner_text()
 
@@ -155,6 +159,64 @@ def test_a_clicked_token_shows_both_top_fives_and_the_gate(opened, html):
     assert "6 of " in text
     assert "Rank, teacher" in text
     assert "reverse" in page.locator(".gauge").inner_text()
+
+
+def test_the_tokens_that_are_farthest_apart_are_listed_and_opened(opened, html):
+    page = opened(html)
+    rows = page.get_by_role("region", name="Tokens that are farthest apart").locator("tbody tr")
+    expect(rows).to_have_count(10)
+    shown = rows.locator("td:nth-child(2)").all_inner_texts()
+    assert shown == sorted(shown, key=float, reverse=True)
+    rows.first.get_by_role("button").click()
+    page.wait_for_selector(".inspected")
+    expect(page.locator(".measures dt:text-is('Reverse KL') + dd")).to_contain_text(shown[0])
+
+
+def test_buttons_lead_to_other_tokens_and_rollouts(opened, html):
+    page = opened(html, "#rollouts")
+    wait_for_tokens(page).nth(2).click()
+    page.get_by_role("button", name="Next token").click()
+    assert page.evaluate("STATE.token") == 3
+    page.get_by_role("button", name="Previous token").click()
+    assert page.evaluate("STATE.token") == 2
+    page.get_by_role("button", name="Next rollout").click()
+    expect(page.locator(".row[aria-selected=true]")).to_have_attribute("aria-posinset", "2")
+
+
+def test_controls_keep_the_focus_when_what_they_show_changes(opened, tmp_path):
+    runs = [viewer_samples.run("calm"), viewer_samples.run("bold", seed=1)]
+    (tmp_path / "two.html").write_text(assembling.render(viewer_samples.document(*runs)))
+    page = opened(tmp_path / "two.html", "#rollouts")
+    wait_for_tokens(page).nth(2).click()
+    for name in ("Next token", "Next rollout", "bold"):
+        button = page.get_by_role("button", name=name)
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(200)
+        expect(button).to_be_focused()
+        wait_for_tokens(page)
+    wait_for_tokens(page).nth(2).click()
+    page.get_by_role("button", name="Close the token").press("Enter")
+    expect(page.locator("#tokens")).to_be_focused()
+
+
+def test_a_screen_reader_hears_words_apart_and_a_heading_of_each_view(opened, html):
+    page = opened(html)
+    tree = page.locator("body").aria_snapshot()
+    assert "own text nats/token" in tree
+    for name in ("rollouts", "answers", "help"):
+        page.evaluate("(view) => go({ view })", name)
+        expect(page.locator("h1")).to_have_count(1)
+    page.evaluate("go({ view: 'rollouts', row: 'g0000-00002', token: 3 })")
+    page.wait_for_selector(".inspected")
+    assert re.search(r"definition: \S*\d nats", page.locator(".inspector").aria_snapshot())
+
+
+def test_answers_say_how_many_prompts_they_are_of(opened, tmp_path):
+    run = viewer_samples.run() | {"prompts": 200}
+    (tmp_path / "some.html").write_text(assembling.render(viewer_samples.document(run)))
+    page = opened(tmp_path / "some.html", "#answers")
+    assert "The first 16 of 200 held-out prompts" in page.locator(".bar").inner_text()
 
 
 def test_the_keyboard_alone_reads_rows_and_tokens(opened, html):
@@ -210,6 +272,36 @@ def test_model_text_is_shown_and_never_run(opened, html):
     assert page.locator("#main img").count() == 0
 
 
+ADDRESSES = (
+    "#constructor",
+    "#__proto__",
+    "#rollouts?row=%3Cscript%3E",
+    "#rollouts?token=99999",
+    "#rollouts?colour=__proto__",
+    "#rollouts?sort=constructor&show=toString&refresh=x&prompt=y",
+    "#rollouts?%",
+    "#answers?outcome=constructor",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_any_address_opens_a_view(opened, html, address):
+    page = opened(html, address)
+    page.wait_for_selector("#main h1")
+    page.wait_for_timeout(100)
+    assert page.get_by_role("alert").count() == 0
+
+
+def test_format_characters_are_shown_and_joiners_join(opened, html):
+    page = opened(html)
+    shown = page.evaluate(
+        "(texts) => texts.map(visible)",
+        ["a\u00adb\ufff9", "\U000e0041", "👨\u200d👩", "می\u200cخواهم", " \u200d"],
+    )
+    assert shown == ["a⟨00AD⟩b⟨FFF9⟩", "⟨E0041⟩", "👨\u200d👩", "می\u200cخواهم", " ⟨200D⟩"]
+    assert page.evaluate("visible('a' + String.fromCharCode(0xdcff) + 'b\\n')") == "a⟨DCFF⟩b\n"
+
+
 def test_values_of_tokens_are_those_of_the_columns(opened, html):
     page = opened(html, "#rollouts?row=g0000-00002")
     wait_for_tokens(page)
@@ -250,6 +342,21 @@ def test_text_is_at_least_12_pixels_and_has_contrast(opened, html, view, scheme)
     page.wait_for_timeout(500)
     assert page.evaluate(SMALL) == []
     assert page.evaluate(FAINT) == []
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+@pytest.mark.parametrize("view", ["#overview", "#rollouts", "#answers"])
+def test_long_words_do_not_widen_the_page(opened, tmp_path, view, viewport):
+    long = "W" * 3000
+    run = viewer_samples.run() | {"headline": long, "verdict": long, "about": long, "name": "x" * 200}
+    run |= {"warnings": [{"step": 1, "text": long}], "provenance": [{"label": "command", "value": long}]}
+    run["answers"][0]["after"]["text"] = long
+    (tmp_path / "long.html").write_text(
+        assembling.render(viewer_samples.document(run, run | {"name": "y" * 200}))
+    )
+    page = opened(tmp_path / "long.html", view, viewport)
+    page.wait_for_timeout(300)
+    assert fits(page)
 
 
 def test_a_failure_is_told(opened, tmp_path):
@@ -294,6 +401,10 @@ def test_it_prints(opened, html):
     page.emulate_media(media="print")
     assert page.locator(".top").is_hidden()
     assert page.locator("h1").is_visible()
+    assert page.locator("rect.bar").first.is_visible()
+    page.evaluate("go({ view: 'rollouts' })")
+    wait_for_tokens(page)
+    assert page.get_by_label("Colour the tokens by").is_visible()
 
 
 def test_a_served_cache_has_strips_and_other_texts_of_the_prompt(browser, tmp_path):
@@ -309,6 +420,10 @@ def test_a_served_cache_has_strips_and_other_texts_of_the_prompt(browser, tmp_pa
         wait_for_tokens(page)
         expect(page.locator(".count")).to_have_text("120 rollouts")
         assert page.locator(".row").count() == page.locator(".heat-strip").count() > 5
+        page.evaluate("view.list.select(49)")
+        page.keyboard.press("j")  # a row that was not asked for yet
+        expect(page.locator("#row-50")).to_have_attribute("aria-selected", "true")
+        expect(page.locator("code.id")).to_have_attribute("title", page.evaluate("view.rows[50].id"))
         page.evaluate("view.list.node.scrollTop = 100 * ROW_HEIGHT")
         expect(page.locator("#row-101 .heat-strip")).to_have_count(1)
         page.get_by_label("Colour the tokens by").select_option("teacher_entropy")

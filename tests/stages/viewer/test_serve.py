@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,6 +66,31 @@ def test_a_name_that_was_rebound_is_refused(server: serve.Server, host: str) -> 
     assert "loopback address alone" in found["error"]
 
 
+def raw(server: serve.Server, request: str) -> bytes:
+    """The answer to a request as it is, as no browser would send it."""
+    with socket.create_connection((serve.HOST, server.server_port), timeout=20) as connection:
+        connection.sendall(request.replace("HOST", f"127.0.0.1:{server.server_port}").encode())
+        return connection.makefile("rb").readline()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "GET rows HTTP/1.1\r\nHost: HOST\r\n\r\n",
+        "GET * HTTP/1.1\r\nHost: HOST\r\n\r\n",
+        "GET http://[::1/ HTTP/1.1\r\nHost: HOST\r\n\r\n",
+        "GET http://evil.example/TOKEN/ HTTP/1.1\r\nHost: HOST\r\n\r\n",
+        "GET /TOKEN/ HTTP/1.1\r\nHost: HOST\r\nHost: evil.example\r\n\r\n",
+        "GET /TOKEN/ HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_requests_of_no_browser_are_refused(
+    server: serve.Server, request_: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert raw(server, request_.replace("TOKEN", server.token)).startswith(b"HTTP/1.1 403 ")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("token", ["", "wrong", "é"])
 def test_an_address_without_the_token_is_refused(server: serve.Server, token: str) -> None:
     assert ask(server, "", token=quote(token))[0] == 403
@@ -123,6 +149,9 @@ def test_a_row_comes_with_its_tokens(server: serve.Server, root: Path) -> None:
         ("../../etc/passwd", 404, "There are rows and row"),
         ("rows?sort=signal", 400, "sort is 'signal'"),
         ("rows?from=-1", 400, "from is '-1'"),
+        ("rows?from=" + "9" * 5000, 400, "expected a count"),
+        ("row?id=" + "A" * 60_000, 404, "no row AAAA"),
+        ("row?id=%E2%80%AE%1b%00", 404, r"no row \u202e\x1b\x00"),
     ],
 )
 def test_what_cannot_be_answered_is_one_sentence(
@@ -131,6 +160,7 @@ def test_what_cannot_be_answered_is_one_sentence(
     found = ask(server, path)
     assert found[0] == status
     assert words in found[1]["error"]
+    assert len(found[1]["error"]) < 400
 
 
 def test_a_port_in_use_is_one_sentence(server: serve.Server) -> None:

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cache import selection
@@ -56,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a root that is a file, a folder without write permission
-        text = f"error: {error.filename or args.root}: {error.strerror or error}; fix that and rerun."
-        print(plain(text), file=sys.stderr)
+        text = f"{error.filename or args.root}: {error.strerror or error}; fix that and rerun."
+        if Path(args.root).is_file():
+            text = f"{args.root} is a file; give the directory of a cache, which stage one writes."
+        print(plain(f"error: {text}"), file=sys.stderr)
         return WRONG_INPUT
 
 

@@ -57,7 +57,10 @@ def open_cache(root: Root) -> Snapshot:
 
 def exists(root: Root) -> bool:
     """Return whether `root` holds a cache: a writer has opened it, even if nothing is committed yet."""
-    return open_store(root).size(commit.FINGERPRINT) is not None
+    try:
+        return open_store(root).size(commit.FINGERPRINT) is not None
+    except NotADirectoryError:  # a file
+        return False
 
 
 class Snapshot(Sequence[Record]):

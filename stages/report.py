@@ -144,17 +144,18 @@ def _unclear(evaluations: dict[str, Report]) -> dict[str, list[str]]:
     before, after = evaluations["before"], evaluations["after"]
     own = [found.get("on_student") or {} for found in (before, after)]
     return {
-        "on_student": [kind for kind, name in DIVERGENCES.items() if _is_within_error(*own, name)],
+        "on_student": [kind for kind, name in DIVERGENCES.items() if _is_within_error(own[0], own[1], name)],
         "teacher_text": [kind for kind, name in DIVERGENCES.items() if _is_paired_zero(before, after, name)],
     }
 
 
 def _is_within_error(old: Report, new: Report, name: str) -> bool:
     """For texts that differ: the change is below 1.96 standard errors."""
-    values, errors = ([found.get(key) for found in (old, new)] for key in (name, f"{name}_error"))
-    if None in values or None in errors:
+    known = [found.get(key) for key in (name, f"{name}_error") for found in (old, new)]
+    if None in known:
         return False
-    return abs(values[1] - values[0]) <= NORMAL * hypot(*errors)
+    before, after, *errors = (float(value) for value in known if value is not None)
+    return abs(after - before) <= NORMAL * hypot(*errors)
 
 
 def _is_paired_zero(old: Report, new: Report, name: str) -> bool:

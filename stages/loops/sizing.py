@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.data.prompts import heldout_prompts
 from stages.loops.survey import NO_LIMIT, Data, Survey, survey
 from stages.runtime.config import SECTION_OF, Config, as_run_name, build
+from stages.runtime.errors import UserError
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
 """Optimizer batch for fewer than so many prompts."""
@@ -79,10 +81,29 @@ def configure(asked: Config, machine: Machine, given: dict[str, Any]) -> tuple[S
     Errors: `UserError` for models and data that cannot work.
     """
     found = survey(asked)
+    _check_given(found, given)
+    if given.get("eval_dataset") and given.get("eval_prompts", 1):
+        few = asked.eval.model_copy(update={"eval_prompts": 1})
+        heldout_prompts(asked.model_copy(update={"eval": few}), found.vocabulary.tokenizer)
     about = {"student_model": found.student.about, "teacher_model": found.teacher.about}
     about |= {"dataset": f"{found.data.read.num_there:,} records"}
     chosen = {leaf: Choice(value, about.get(leaf, "")) for leaf, value in given.items()}
     return found, chosen | choose(found, machine, given)
+
+
+def _check_given(found: Survey, given: dict[str, Any]) -> None:
+    """UserError for sizes that leave no room for prompts: within the models' positions, or to train on."""
+    new, heldout, usable = given.get("max_new_tokens", 0), given.get("eval_prompts", 0), found.data.num_usable
+    if new >= found.positions:
+        raise UserError(
+            f"max_new_tokens {new:,} leaves no room for a prompt: the models take {found.positions:,} tokens"
+            " together; lower it."
+        )
+    if heldout >= usable and not given.get("eval_dataset"):
+        raise UserError(
+            f"eval_prompts {heldout:,} leaves no prompt to train on: the data has {usable:,} that can be used;"
+            " lower it, or name an eval_dataset."
+        )
 
 
 def value_of(config: Config, leaf: str) -> Any:

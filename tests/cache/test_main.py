@@ -398,11 +398,16 @@ def test_a_root_that_is_a_file_ends_in_one_sentence_and_code_2(tmp_path, run, co
     (tmp_path / "file").write_text("no cache")
     (tmp_path / "odd" / "fingerprint.json").mkdir(parents=True)
     more = {"export": [tmp_path / "out"], "merge": [tmp_path / "sound"]}.get(command.split()[0], [])
-    for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        code, out, err = run(*command.split(), root, *more)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith(f"error: {root}/")
-        assert err.endswith(": Not a directory; fix that and rerun.\n")
+    code, out, err = run(*command.split(), tmp_path / "file", *more)
+    assert (code, out) == (2, "")
+    assert (
+        err
+        == f"error: {tmp_path / 'file'} is a file; give the directory of a cache, which stage one writes.\n"
+    )
+    code, out, err = run(*command.split(), tmp_path / "file" / "below", *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {tmp_path / 'file' / 'below'}/")
+    assert err.endswith(": Not a directory; fix that and rerun.\n")
     if command != "verify":  # which finds that fault
         code, out, err = run(*command.split(), tmp_path / "odd", *more)
         assert (code, out, err) == (

@@ -20,6 +20,11 @@ from tests.support.cache_samples import KEPT, KINDS, assert_same, files, fingerp
 from tests.support.plain_reader import read_signal
 
 
+def test_a_file_is_no_cache(tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert not cache.exists(tmp_path / "file")
+
+
 def test_rows_are_in_row_id_order_whatever_the_units(tmp_path):
     write(tmp_path, range(6, 12), unit="b")
     write(tmp_path, range(6), unit="a")

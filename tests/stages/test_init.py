@@ -174,6 +174,8 @@ def test_a_name_that_a_run_has_gets_a_number(monkeypatch: pytest.MonkeyPatch, tm
         ({"student": "pipeline.yaml"}, "is a file; give the folder of a model"),
         ({"data": "nowhere.jsonl"}, "dataset nowhere.jsonl does not exist"),
         ({"data": "stages"}, "a folder without data files"),
+        ({"eval_dataset": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"eval_prompts": 9999}, "eval_prompts 9,999 leaves no prompt to train on"),
         ({"config": "pipeline.yaml"}, "init writes a configuration and reads none"),
         ({"gpus": 2, "device": "auto"}, "no GPU here to plan for: give --gpu_memory"),
         ({"gpus": -1}, "--gpus: expected a whole number above 0, got -1"),

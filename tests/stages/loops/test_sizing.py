@@ -11,6 +11,7 @@ from stages.loops import sizing
 from stages.loops.setup import Vocabulary
 from stages.loops.sizing import GIB, Choice, Machine, choose, config_of
 from stages.loops.survey import Data, Model, Survey
+from stages.runtime.errors import UserError
 
 CPU, GPUS = Machine(1, 0.0, 24 * GIB), Machine(4, 80.0, 500 * GIB)
 NAMES = {"student_model": Choice("s"), "teacher_model": Choice("t"), "dataset": Choice("d.jsonl")}
@@ -111,11 +112,25 @@ def test_all_prompts_may_be_asked_for() -> None:
     assert found["max_steps"].why.startswith("each prompt is used ")
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"max_new_tokens": 9000}, "max_new_tokens 9,000 leaves no room for a prompt: the models take 8,192"),
+        ({"eval_prompts": 400}, "eval_prompts 400 leaves no prompt to train on: the data has "),
+    ],
+    ids=["positions", "held out"],
+)
+def test_sizes_that_leave_no_room_for_prompts_are_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        sizing._check_given(survey_of(300), given)
+    sizing._check_given(survey_of(300), {"eval_prompts": 400, "eval_dataset": "e.jsonl"})
+
+
 def test_small_data_is_used_whole() -> None:
     short = values(survey_of(20), CPU, batch_size=4, max_steps=2)
     assert (short["num_prompts"], short["eval_prompts"]) == (8, 8)  # of 19: evaluation stays small
     grouped = values(survey_of(20), CPU, batch_size=8, max_steps=2, group_size=4)
-    assert (grouped["num_prompts"], grouped["eval_prompts"]) == (4, 15)
+    assert (grouped["num_prompts"], grouped["eval_prompts"]) == (4, 8)
     usual = values(survey_of(20), CPU)
     assert (usual["num_prompts"], usual["eval_prompts"]) == (18, 1)
     assert choose(survey_of(4), GPUS, {})["eval_prompts"].value == 1

@@ -227,7 +227,7 @@ def test_a_folder_is_not_overwritten_unasked(run_folder: Path, monkeypatch: pyte
         ([ROOT / "pipeline.yaml"], r"pipeline.yaml is a file; give the folder of a run"),
         ([ROOT / STUDENT], r"is a model's folder already; give the folder of the run"),
         ([], r"RUN is missing; `dualkl export --help`"),
-        (["nowhere", "--dtype", "int3"], r"--dtype: expected bf16 or fp32 or fp16, got int3"),
+        (["nowhere", "--dtype", "int3"], r"--dtype: expected bf16 or fp16 or fp32, got int3"),
         (["nowhere", "--merged"], r"unknown option --merged of dualkl export; did you mean --merge\?"),
     ],
 )

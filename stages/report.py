@@ -272,16 +272,26 @@ def _cut_clause(report: Report) -> str:
     return f" {'; '.join(much)}{CUT_REMEDY if are_most else ''}."
 
 
+def _mix_line(run: Report, config: Config) -> str:
+    """How the two KLs were mixed."""
+    loss = config.loss
+    if loss.objective == "jsd":
+        return f"loss    Jensen-Shannon divergence with β {loss.gating:g}"
+    if not loss.has_threshold:
+        return f"mix     constant: λ, the weight of the reverse KL, is {loss.gating:g} for every token"
+    return (
+        f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly forward"
+        f" KL); mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end"
+        f" {_show(run['last_step_gate'], '{:.3f}')}"
+    )
+
+
 def summary(report: Report, folder: Path, config: Config) -> str:
     """Final terminal output: the verdict, the table, time by phase, and next steps."""
     run, stored = report["run"], report["cache"]
     lines = ["", report["verdict"], "", *_measured(report), _time_line(report["seconds"])]
     if run["first_step_share_forward"] is not None:
-        lines.append(
-            f"gate    at the first step {run['first_step_share_forward']:.1%} of tokens had λ < 0.5 (mostly"
-            f" forward KL); mean λ {_show(run['first_step_gate'], '{:.3f}')}, at the end"
-            f" {_show(run['last_step_gate'], '{:.3f}')}"
-        )
+        lines.append(_mix_line(run, config))
     spans = run["configurations"]
     if len(spans) > 1:
         lines += [f"keys    {_span(span)}" for span in spans[1:]]

@@ -469,6 +469,22 @@ def test_a_missing_run_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         report.main()
 
 
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        ({"gating": 0.25}, "mix     constant: λ, the weight of the reverse KL, is 0.25 for every token"),
+        ({"gating": 0.5, "objective": "jsd"}, "loss    Jensen-Shannon divergence with β 0.5"),
+    ],
+)
+def test_a_loss_without_a_gate_is_named_as_what_it_is(
+    folder: Path, config: Config, loss: dict[str, Any], line: str
+) -> None:
+    ungated = config.model_copy(update={"loss": config.loss.model_copy(update=loss)})
+    text = report.summary(report.collect(folder, config), folder, ungated)
+    assert line in text.splitlines()
+    assert "gate    " not in text
+
+
 def test_a_summary_without_evaluations_shows_the_last_step(folder: Path, config: Config) -> None:
     for label in ("before", "after"):
         (folder / "eval" / f"{label}.json").unlink()

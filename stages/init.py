@@ -40,7 +40,7 @@ from stages.loops import cpu_plan, sizing
 from stages.loops.sizing import Choice, Choices, Machine
 from stages.loops.survey import Survey, findings
 from stages.runtime import options, yaml_text
-from stages.runtime.config import SECTIONS, Config
+from stages.runtime.config import OF_GATE, SECTIONS, Config
 from stages.runtime.errors import UserError, command
 from stages.runtime.files import replace_text
 from stages.runtime.terminal import take_style
@@ -213,7 +213,7 @@ def file_text(chosen: Choices, path: Path, machine: Machine, given: set[str]) ->
         kept = {
             leaf: value
             for leaf, value in values.items()
-            if (leaf in SHOWN and (config.loss.has_threshold or leaf not in sizing.OF_GATE))
+            if (leaf in SHOWN and (config.loss.has_threshold or leaf not in OF_GATE))
             or leaf in given
             or value != section.model_fields[leaf].default
         }

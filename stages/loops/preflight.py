@@ -23,7 +23,7 @@ from stages.loops.setup import Vocabulary
 from stages.models import ends, folders, pretrained, quantization
 from stages.models.positions import positions_of
 from stages.models.teacher import is_sharded, zero3_settings
-from stages.runtime.config import Config, require
+from stages.runtime.config import OF_GATE, Config, require
 from stages.runtime.errors import UserError
 from stages.runtime.run import Run
 from stages.runtime.split import rows_per_micro_step
@@ -92,7 +92,7 @@ def check_early(
         if is_loaded:
             _check_weights(config, side)
     remarks += about_prompts(config, prompts, heldout)
-    for remark in [*remarks, *_about_sizes(config, work, Ready(vocabulary, prompts, heldout))]:
+    for remark in [*remarks, *_about_settings(config, work, Ready(vocabulary, prompts, heldout))]:
         run.metrics.say(remark)
     return Ready(vocabulary, prompts, heldout)
 
@@ -221,9 +221,14 @@ def _check_lengths(config: Config, what: str, prompts: list[Prompt], sides: list
             )
 
 
-def _about_sizes(config: Config, work: Work, ready: Ready) -> Iterator[str]:
-    """Warnings about settings larger than what the data or run can use."""
-    train, signal = config.train, config.teacher_signal
+def _about_settings(config: Config, work: Work, ready: Ready) -> Iterator[str]:
+    """Warnings about settings that have no effect, or are larger than what the data or run can use."""
+    train, signal, loss = config.train, config.teacher_signal, config.loss
+    unused = [leaf for leaf in OF_GATE if getattr(loss, leaf) != type(loss).model_fields[leaf].default]
+    if work.trains and unused and not loss.has_threshold:
+        yield (
+            f"no effect: {', '.join(unused)}, since gating {loss.gating:g} is a constant mix; gating soft is the gate"
+        )
     if (work.trains or work.generates) and train.warmup_steps > train.max_steps:
         yield (
             f"warmup_steps {train.warmup_steps} is longer than the run of max_steps {train.max_steps}: lr"

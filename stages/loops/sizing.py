@@ -15,7 +15,7 @@ import torch
 
 from stages.data.prompts import heldout_prompts
 from stages.loops.survey import NO_LIMIT, Data, Survey, survey
-from stages.runtime.config import SECTION_OF, Config, as_run_name, build
+from stages.runtime.config import OF_GATE, SECTION_OF, Config, as_run_name, build
 from stages.runtime.errors import UserError
 
 BATCHES = ((256, 16), (2048, 32), (8192, 64))
@@ -35,7 +35,6 @@ Regret", 2025); shorter runs take larger steps.
 FULL_LR_SHARE = 0.1  # of LoRA's
 MIX = 0.5
 """Constant weight of the reverse KL: the best or equal to it on every task of docs/results.md."""
-OF_GATE = {"tau", "tau_share", "alpha", "gate_on"}
 GIB = 2**30
 CPU_SHARE = 0.25  # of host memory, for the activations of a training forward
 LAYER_NUMBERS = 50  # activations kept for the backward per token, layer and unit of width
@@ -151,7 +150,7 @@ def choose(found: Survey, machine: Machine, given: dict[str, Any]) -> Choices:
     pick("eval_prompts", heldout, about if heldout else "no evaluation")
     if found.data.checker:
         pick("answer_checker", found.data.checker, "the answers have its form")
-    if not OF_GATE & given.keys():
+    if not given.keys() & OF_GATE:
         pick("gating", MIX)
     pick("lr", _learning_rate(found.student.width, steps, given), "by the student's width and the steps")
     pick("warmup_steps", min(20, max(1, steps // 20)))

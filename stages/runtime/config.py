@@ -214,6 +214,10 @@ def _weight(value: Any) -> Any:
 Gating = Annotated[Literal["soft", "hard"] | Annotated[Finite, Field(ge=0, le=1)], BeforeValidator(_weight)]
 
 
+OF_GATE = ("tau", "tau_share", "alpha", "gate_on")
+"""Keys that have no effect on a constant mix."""
+
+
 class LossSection(Section):
     """`DualKLConfig` checks the ranges."""
 

@@ -187,6 +187,16 @@ def test_settings_beyond_what_is_there_are_said(tmp_path: Path, capsys: pytest.C
     ]
 
 
+def test_keys_of_the_gate_beside_a_constant_mix_are_said_to_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "no effect: tau, alpha, since gating 0.25 is a constant mix"
+    keys = {"tau": 0.2, "alpha": 9.0}
+    assert told in said(make_run(tmp_path, gating=0.25, **keys), EVERYTHING, capsys)
+    assert "no effect" not in said(make_run(tmp_path, gating="hard", **keys), EVERYTHING, capsys)
+    assert "no effect" not in said(make_run(tmp_path, gating=0.25, tau=1.0, alpha=5.0), EVERYTHING, capsys)
+
+
 @pytest.mark.parametrize("module", ["pipeline", "rollout", "train", "evaluate"])
 def test_every_command_checks_before_it_reads_weights(
     forked: Forker, tmp_path: Path, models: dict[str, str], module: str

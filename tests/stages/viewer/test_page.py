@@ -17,6 +17,7 @@ from stages.viewer import gather, serve
 from stages.viewer import page as assembling
 from tests.stages.viewer.test_gather import write_cache
 from tests.support import viewer_samples
+from tests.support.helpers import ROOT
 
 playwright_api: Any = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright_api.expect
@@ -66,6 +67,26 @@ def opened(browser) -> Iterator[Any]:
     for context in contexts:
         context.close()
     assert seen == []
+
+
+@pytest.fixture(scope="module")
+def demo_run(forked, tmp_path_factory) -> Path:
+    """A short run of the demo, traced."""
+    folder = tmp_path_factory.mktemp("runs")
+    sizes = {"max_steps": 4, "refresh_every": 2, "rollouts_per_refresh": 128, "eval_prompts": 16}
+    keys = sizes | {"trace_every": 1, "warmup_steps": 1, "runs_dir": folder}
+    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    forked.stage("stages.pipeline", "pipeline.yaml", *given).expect_success()
+    return folder / "demo"
+
+
+@pytest.fixture(scope="module", params=["demo", "real"])
+def real_runs(request) -> list[Path]:
+    """Folders of runs: of the demo, and of the pretrained pair as `make real` leaves them."""
+    if request.param == "demo":
+        return [request.getfixturevalue("demo_run")]
+    found = sorted(path.parent for path in (ROOT / ".real" / "runs").glob("*/metrics.jsonl"))
+    return found or pytest.skip("no runs of the pretrained pair; make real")
 
 
 def wait_for_tokens(page) -> Any:
@@ -130,6 +151,34 @@ def test_runs_are_overlaid_by_name_with_their_differing_keys(opened, tmp_path):
     assert compared.locator("thead th").all_inner_texts() == ["calm", "bold"]
     page.get_by_role("checkbox", name="bold").uncheck()
     assert "bold" not in page.locator(".chart").first.inner_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_pages_of_real_runs_are_searched_clicked_and_compared(opened, real_runs, tmp_path, viewport):
+    def written(name: str, runs: list[Path]) -> Path:
+        path = tmp_path / name
+        path.write_text(assembling.render(gather.page_data([view.source(str(run)) for run in runs])))
+        return path
+
+    one = written("one.html", real_runs[:1])
+    page = opened(one, viewport=viewport)
+    page.locator(".chart").first.scroll_into_view_if_needed()  # charts are drawn when they come into view
+    page.wait_for_selector(".chart canvas")
+    assert fits(page)
+    page = opened(one, "#rollouts")
+    wait_for_tokens(page).nth(1).click()
+    page.wait_for_selector(".inspected")
+    before = page.locator(".inspector").inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".inspector")).not_to_have_text(before)
+    assert page.locator(".top5").count() >= 1
+    page.get_by_label("Search").fill("no rollout holds this text")
+    expect(page.locator(".count")).to_contain_text("0 of ")
+    compared = opened(written("two.html", (real_runs * 2)[:2]), viewport=viewport)
+    expect(compared.locator(".chart").first).to_be_visible()
+    assert len(compared.get_by_role("checkbox").all()) >= 2
+    assert fits(compared)
 
 
 def test_search_filter_and_sort_change_the_list(opened, html):
